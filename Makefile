@@ -1,0 +1,52 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+# Installed before the package, so that pip need not choose a build of torch.
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+OLDEST ?= transformers==5.16.0 peft==0.18.0
+BIN = $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: demo test test-oldest test-slow test-real lint clean
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install -q "$(TORCH)" numpy
+	$(BIN)/python -m pip install -q -e ".[gguf]"
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/python -m pip install -q --group dev
+	touch $@
+
+.venv-oldest/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install -q --upgrade "pip>=25.1"
+	.venv-oldest/bin/python -m pip install -q "$(TORCH)" numpy
+	.venv-oldest/bin/python -m pip install -q -e ".[gguf]" $(OLDEST) --group test
+	touch $@
+
+demo: $(VENV)/installed  ## environment, install, fine-tune MLE and BLoB on the embedded questions, report
+	$(BIN)/bayestune demo --output runs/demo --overwrite
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+test: lint  ## environment, install, lint, types, tests, doctests, README code
+	$(BIN)/python -m pytest
+
+test-oldest: .venv-oldest/installed  ## the tests on the oldest supported transformers and peft
+	.venv-oldest/bin/python -m pytest
+
+test-slow: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m slow
+
+test-real: $(VENV)/installed-dev  ## real pretrained models; fetches SmolLM2-135M (98 MB)
+	$(BIN)/python -m pytest -m real
+
+clean:
+	rm -rf .venv .venv-oldest
