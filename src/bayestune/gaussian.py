@@ -1,0 +1,189 @@
+"""Closed forms of the Gaussian posterior q(A) = N(M, Ω²) on plain tensors: no modules and no state.
+
+Symbols: M mean (r, k); G root of the standard deviation, Ω = G∘G (r, k); σ_p prior standard deviation; N rows.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def kl_divergence(mean: Tensor, std: Tensor, prior_std: float) -> Tensor:
+    """KL divergence of a diagonal Gaussian from its zero-mean isotropic prior, a sum over all entries.
+
+    KL[N(M, Ω²) ‖ N(0, σ_p²)] = Σ [ log(σ_p/Ω) + (Ω² + M²)/(2σ_p²) − ½ ].
+
+    Args:
+        mean: M, any shape.
+        std: Ω > 0, the shape of `mean`.
+        prior_std: σ_p > 0.
+
+    Returns:
+        The divergence in nats, shape ().
+
+    Example:
+        >>> kl_divergence(torch.zeros(2, 3), torch.full((2, 3), 0.2), prior_std=0.2).item()
+        0.0
+
+    Reference:
+        Wang, Shi, Han, Metaxas, Wang: BLoB, NeurIPS 2024, https://arxiv.org/abs/2406.11675, equation 10.
+    """
+    return ((std.square() + mean.square()) / (2 * prior_std**2) - std.log() + math.log(prior_std) - 0.5).sum()
+
+
+def kl_step_(means: Sequence[Tensor], root_stds: Sequence[Tensor], step: float, prior_std: float) -> None:
+    """One gradient step on the KL, in place and fused over all layers.
+
+    M ← M·(1 − η/σ_p²),  G ← G + η·(2/G − 2G³/σ_p²): the gradients are ∂KL/∂M = M/σ_p² and ∂KL/∂G = −2/G + 2G³/σ_p².
+
+    Args:
+        means: M of each layer, each (r, k).
+        root_stds: G of each layer, the shapes of `means`; no entry may be 0.
+        step: η, the step on the KL in nats.
+        prior_std: σ_p > 0.
+
+    Example:
+        >>> m, g = torch.ones(1, 1), torch.full((1, 1), 0.5)
+        >>> kl_step_([m], [g], step=0.01, prior_std=1.0)
+        >>> round(m.item(), 4), round(g.item(), 4)
+        (0.99, 0.5375)
+    """
+    means, root_stds = list(means), list(root_stds)
+    if not means:
+        return
+    precision = prior_std**-2
+    with torch.no_grad():
+        torch._foreach_mul_(means, 1.0 - step * precision)
+        cubed = torch._foreach_mul(root_stds, root_stds)
+        torch._foreach_mul_(cubed, root_stds)
+        inverse = torch._foreach_reciprocal(root_stds)
+        torch._foreach_add_(root_stds, inverse, alpha=2 * step)
+        torch._foreach_add_(root_stds, cubed, alpha=-2 * step * precision)
+
+
+def std_after(kl_time: float, prior_std: float, initial_std: float = 0.0) -> float:
+    """Standard deviation that the KL alone reaches after the time τ: the tanh law.
+
+    dσ/dτ = 4·(1 − σ²/σ_p²), so σ(τ) = σ_p·tanh(4τ/σ_p + artanh(σ_0/σ_p)).
+
+    Args:
+        kl_time: τ, the sum of the KL steps η.
+        prior_std: σ_p.
+        initial_std: σ_0 < σ_p.
+
+    Example:
+        >>> round(std_after(0.0275, prior_std=0.2), 3)
+        0.1
+    """
+    return prior_std * math.tanh(4 * kl_time / prior_std + math.atanh(initial_std / prior_std))
+
+
+def kl_time_to(final_std: float, prior_std: float, initial_std: float = 0.0) -> float:
+    """KL time τ after which the tanh law reaches `final_std`: the inverse of `std_after`.
+
+    Args:
+        final_std: the standard deviation to end at, with initial_std < final_std < prior_std.
+        prior_std: σ_p.
+        initial_std: σ_0.
+
+    Raises:
+        ValueError: if the order σ_0 < σ < σ_p does not hold; the KL alone takes σ from σ_0 towards σ_p, never beyond.
+
+    Example:
+        >>> round(kl_time_to(0.1, prior_std=0.2), 5)
+        0.02747
+    """
+    if not 0 <= initial_std < final_std < prior_std:
+        raise ValueError(
+            f"final_std must lie between the initial standard deviation and prior_std: got final_std={final_std}, "
+            f"expected {initial_std:.4g} < final_std < {prior_std}; choose a smaller final_std or a larger prior_std"
+        )
+    return prior_std / 4 * (math.atanh(final_std / prior_std) - math.atanh(initial_std / prior_std))
+
+
+def random_signs(*shape: int, like: Tensor) -> Tensor:
+    """Independent signs ±1 with equal probability from torch's global generator, in `like`'s type and device."""
+    return torch.randint(0, 2, shape, dtype=like.dtype, device=like.device).mul_(2).sub_(1)
+
+
+def row_weights(mean: Tensor, std: Tensor, num_rows: int) -> Tensor:
+    """One draw of A for each row, by flipout: A_n = M + (s_n t_nᵀ) ∘ (Ω∘E).
+
+    E ~ N(0, 1) is shared by the rows; the signs s_n ∈ {±1}^r, t_n ∈ {±1}^k are each row's own. Every A_n has the
+    posterior as its marginal law, and two rows' noises are uncorrelated. Work and memory are of the weights' size.
+
+    Args:
+        mean: M (r, k).
+        std: Ω (r, k).
+        num_rows: N.
+
+    Returns:
+        The draws (N, r, k); differentiable in both arguments.
+
+    Reference:
+        Wen, Vicol, Ba, Tran, Grosse: Flipout, ICLR 2018, https://arxiv.org/abs/1803.04386.
+    """
+    rank, width = mean.shape
+    signs = random_signs(num_rows, rank + width, like=mean)
+    outer = signs[:, :rank, None] * signs[:, None, rank:]
+    return torch.addcmul(mean, outer, std * torch.randn_like(mean))
+
+
+def independent_weights(mean: Tensor, std: Tensor, num_rows: int) -> Tensor:
+    """One draw of A for each row with noise of its own: A_n = M + Ω∘E_n.
+
+    Args:
+        mean: M (r, k).
+        std: Ω (r, k).
+        num_rows: N.
+
+    Returns:
+        The draws (N, r, k); differentiable in both arguments.
+    """
+    noise = torch.randn(num_rows, *mean.shape, dtype=mean.dtype, device=mean.device)
+    return torch.addcmul(mean, std, noise)
+
+
+def held_noise(shape: Sequence[int], seed: int, index: int, path: str) -> Tensor:
+    """Standard normal noise with an address: the same bits for the same (seed, index, path), wherever it is drawn.
+
+    A counter-based generator (Philox) is keyed by a hash of the address, so a draw depends neither on the other
+    draws nor on the order of the layers, the batch, the device or the process.
+
+    Args:
+        shape: of the noise, (r, k).
+        seed: of the set of draws.
+        index: which draw, from 0.
+        path: the layer's path in the model.
+
+    Returns:
+        E on the CPU in float32.
+
+    Example:
+        >>> torch.equal(held_noise((2, 3), 0, 7, "layer"), held_noise((2, 3), 0, 7, "layer"))
+        True
+    """
+    digest = hashlib.sha256(f"{seed}/{index}/{path}".encode()).digest()
+    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+    return torch.from_numpy(generator.standard_normal(tuple(shape), dtype=np.float32))
+
+
+def held_weights(mean: Tensor, std: Tensor, seed: int, index: int, path: str) -> Tensor:
+    """The held draw M + Ω∘E of one layer, computed on the CPU in float32 so that its bits do not depend on the device.
+
+    Args:
+        mean: M (r, k).
+        std: Ω (r, k).
+        seed: of the set of draws.
+        index: which draw, from 0.
+        path: the layer's path in the model.
+
+    Returns:
+        The draw (r, k), float32, on the CPU.
+    """
+    noise = held_noise(mean.shape, seed, index, path)
+    return mean.detach().float().cpu() + std.detach().float().cpu() * noise

@@ -1,0 +1,62 @@
+"""BLoB: Bayesian low-rank adaptation by backpropagation."""
+
+from dataclasses import asdict, dataclass
+
+from torch import nn
+
+from bayestune.kl import KLStep, Schedule, StdOptimizer
+from bayestune.layers import Noise
+from bayestune.lora import bayesify
+from bayestune.posterior import Gaussian
+from bayestune.scoring import Scorer
+from bayestune.training import Training, start_adapter, train
+
+
+@dataclass(frozen=True)
+class BLoB:
+    """q(A) = N(M, Ω²) over LoRA's A, B a point, by minimising the free energy −E_q[log p(D | A, B)] + KL[q(A) ‖ p(A)].
+
+    Args:
+        prior_std: σ_p.
+        init_root_std: ε; G = √Ω starts uniform on (ε/√2, ε).
+        noise: how training noise is shared, see `GaussianLinear`.
+        final_std: the standard deviation to end at; the KL's step is solved for.
+        kl_lr: the KL's learning rate, instead of `final_std`; 0.01 if neither is given.
+        schedule: "bursts" or "constant".
+        std_optimizer: who takes G along the likelihood, "sgd" or "adamw".
+        std_lr: G's learning rate on the likelihood under "sgd", see `KLStep`.
+
+    Reference:
+        Wang, Shi, Han, Metaxas, Wang: BLoB, NeurIPS 2024, https://arxiv.org/abs/2406.11675.
+    """
+
+    prior_std: float = 0.2
+    init_root_std: float = 0.05
+    noise: Noise = "row"
+    final_std: float | None = None
+    kl_lr: float | None = None
+    schedule: Schedule = "bursts"
+    std_optimizer: StdOptimizer = "sgd"
+    std_lr: float | None = None
+
+    def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Gaussian:
+        """Trains a fresh Gaussian adapter on `model`.
+
+        Args:
+            model: a transformers model without adapters.
+            scorer: the task, bound to the model's tokenizer.
+            training: the adapter and how it is trained.
+        """
+        step = KLStep(
+            self.prior_std,
+            final_std=self.final_std,
+            kl_lr=self.kl_lr,
+            schedule=self.schedule,
+            warmup_ratio=training.warmup_ratio,
+            std_optimizer=self.std_optimizer,
+            std_lr=self.std_lr,
+        )
+        adapted = start_adapter(model, training)
+        bayesify(adapted, init_root_std=self.init_root_std, noise=self.noise)
+        fitted = train(adapted, scorer, training, callbacks=[step])
+        return Gaussian(adapted, scorer, asdict(fitted))

@@ -1,0 +1,326 @@
+"""Questions → token batches → class logits (N, C): by the answer's token, or by the likelihood of its text."""
+
+import inspect
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from bayestune.lora import group_rows
+from bayestune.tasks import Question, Scoring, Task
+
+Layout = Literal["packed", "expanded"]
+Encoded = dict[str, Any]
+logger = logging.getLogger(__name__)
+
+
+def answer_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, answers: Sequence[str]) -> list[int]:
+    """The one token by which each answer really continues the prompt in this tokenizer.
+
+    "Answer:" + " A" is one token " A" in byte-level BPE and "▁A" in SentencePiece; other tokenizers want "A". The form
+    is found by tokenising prompt and answer together, not assumed.
+
+    Args:
+        tokenizer: the model's.
+        prompt: a prompt, or its end.
+        answers: the labels, such as A, B, C, D.
+
+    Returns:
+        A token id for each answer, all different.
+
+    Raises:
+        ValueError: if an answer is not one token in either form, or two share a token.
+    """
+    start = _ids(tokenizer, prompt)
+    for separator in (" ", ""):
+        whole = [_ids(tokenizer, prompt + separator + answer) for answer in answers]
+        if all(len(ids) == len(start) + 1 and ids[:-1] == start for ids in whole):
+            tokens = [ids[-1] for ids in whole]
+            if len(set(tokens)) == len(tokens):
+                return tokens
+    pieces = {answer: tokenizer.convert_ids_to_tokens(_ids(tokenizer, f"{prompt} {answer}")[-3:]) for answer in answers}
+    raise ValueError(
+        f"an answer is not one token of its own after the prompt: the last tokens are {pieces}; "
+        'use one-token labels or scoring="text"'
+    )
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+
+
+def _start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens that open every text in this tokenizer, such as Llama's <s>."""
+    plain, special = _ids(tokenizer, "a"), list(tokenizer("a")["input_ids"])  # type: ignore[arg-type]
+    place = next((i for i in range(len(special)) if special[i : i + len(plain)] == plain), 0)
+    return special[:place]
+
+
+@dataclass
+class _Encoder:
+    """What both ways of scoring share: prompts to token ids, within the length limit."""
+
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    max_length: int = 300
+
+    def prompt_ids(self, row: Question, scoring: Scoring, room: int = 0) -> tuple[list[int], bool]:
+        """Token ids of the prompt with `room` tokens to spare, and whether the passage had to be shortened."""
+        start, context = _start_ids(self.tokenizer), _ids(self.tokenizer, row.context)
+        limit, shortened, keep = self.max_length - room - len(start), row, len(context)
+        while len(ids := _ids(self.tokenizer, self.task.prompt.render(shortened, scoring))) > limit:
+            keep -= len(ids) - limit
+            if keep <= 0:
+                raise ValueError(
+                    f"row {row.id}: the question and its options take more than max_length={self.max_length} tokens; "
+                    "raise max_length"
+                )
+            text = self.tokenizer.decode(context[:keep])
+            shortened = Question(row.id, row.question, row.options, row.answer, str(text))
+        return start + ids, shortened is not row
+
+    def warn_of(self, truncated: int, total: int) -> None:
+        if truncated:
+            logger.warning(
+                "%d of %d rows were longer than %d tokens: their passage was shortened, question and options kept",
+                truncated,
+                total,
+                self.max_length,
+            )
+
+    @property
+    def pad(self) -> int:
+        token = self.tokenizer.pad_token_id
+        return int(self.tokenizer.eos_token_id or 0) if token is None else int(token)  # type: ignore[arg-type]
+
+
+def _left_padded(sequences: Sequence[Sequence[int]], value: int) -> Tensor:
+    width = max(map(len, sequences))
+    return torch.tensor([[value] * (width - len(ids)) + list(ids) for ids in sequences])
+
+
+def _right_padded(sequences: Sequence[Sequence[int]], value: int) -> Tensor:
+    width = max(map(len, sequences))
+    return torch.tensor([list(ids) + [value] * (width - len(ids)) for ids in sequences])
+
+
+def _positions(mask: Tensor) -> Tensor:
+    return (mask.cumsum(-1) - 1).clamp_min(0)
+
+
+def _with_labels(batch: dict[str, Tensor], rows: Sequence[Encoded]) -> dict[str, Tensor]:
+    if all(row["answer"] is not None for row in rows):
+        batch["labels"] = torch.tensor([row["answer"] for row in rows])
+    return batch
+
+
+def last_logits(model: nn.Module, inputs: Mapping[str, Any], keep: int) -> Tensor:
+    """The logits (B, keep, V) of the last `keep` positions, and no others where the model can leave them out."""
+    inner = model.module if hasattr(model, "module") else model
+    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner  # type: ignore[operator]
+    accepted = inspect.signature(inner.forward).parameters  # type: ignore[arg-type]
+    optional = {"position_ids": inputs["position_ids"], "logits_to_keep": keep, "use_cache": False}
+    optional = {name: value for name, value in optional.items() if name in accepted}
+    output = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], **optional)
+    return output.logits[:, -keep:]
+
+
+@dataclass
+class LetterScorer(_Encoder):
+    """Class logits are the logits of the answers' tokens at the last position; missing options have -inf.
+
+    Args:
+        tokenizer: the model's.
+        task: gives prompts and labels.
+        max_length: tokens of a prompt; a longer one loses the end of its passage.
+    """
+
+    @cached_property
+    def tokens(self) -> list[int]:
+        """The labels' token ids, found on a prompt of the task."""
+        rows = (*self.task.train, *self.task.evaluation)
+        widest = max(rows, key=lambda row: len(row.options))
+        prompt = self.task.prompt.render(widest, "letter")
+        return answer_tokens(self.tokenizer, prompt[-40:], self.task.prompt.answers(widest, "letter"))
+
+    def encode(self, rows: Sequence[Question]) -> list[Encoded]:
+        """Token ids, number of options and answer of each row."""
+        encoded, truncated = [], 0
+        for row in rows:
+            self.task.prompt.answers(row, "letter")
+            ids, cut = self.prompt_ids(row, "letter")
+            truncated += cut
+            encoded.append({"ids": ids, "options": len(row.options), "answer": row.answer, "length": len(ids)})
+        self.warn_of(truncated, len(rows))
+        return encoded
+
+    def collate(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
+        """A left-padded batch."""
+        counts = torch.tensor([row["options"] for row in rows])
+        mask = _left_padded([[1] * len(row["ids"]) for row in rows], 0)
+        batch = {
+            "input_ids": _left_padded([row["ids"] for row in rows], self.pad),
+            "attention_mask": mask,
+            "position_ids": _positions(mask),
+            "option_mask": torch.arange(int(counts.max())) < counts[:, None],
+        }
+        return _with_labels(batch, rows)
+
+    def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """Class logits (N, C)."""
+        group_rows(model, 1)
+        logits, mask = last_logits(model, batch, keep=1)[:, -1], batch["option_mask"]
+        tokens = torch.tensor(self.tokens[: mask.shape[1]], device=logits.device)
+        return logits[:, tokens].float().masked_fill(~mask, -torch.inf)
+
+
+@dataclass
+class TextScorer(_Encoder):
+    """Class logits are the mean log-likelihoods of the options' tokens after the question; -inf where none.
+
+    All options of a question see the same draw. "packed" puts question and options in one sequence, where an option
+    sees the question and itself only: the question is read once. "expanded" has a sequence for each option and works
+    with any model; both give the same logits.
+
+    Args:
+        tokenizer: the model's.
+        task: gives prompts and options.
+        max_length: tokens of the question and one option.
+        layout: "packed" needs full attention that takes a mask (sdpa or eager).
+        bool_mask: whether the packed mask is of type bool (sdpa) or additive (eager).
+    """
+
+    layout: Layout = "packed"
+    bool_mask: bool = True
+    _warned: bool = field(default=False, init=False, repr=False)
+
+    def encode(self, rows: Sequence[Question]) -> list[Encoded]:
+        """Token ids of the question and of each option, and the answer."""
+        encoded, truncated = [], 0
+        for row in rows:
+            texts = self.task.prompt.answers(row, "text")
+            room = max(len(_ids(self.tokenizer, " " + text)) for text in texts)
+            ids, cut = self.prompt_ids(row, "text", room)
+            options = [self._option_ids(ids, text) for text in texts]
+            truncated += cut
+            length = len(ids) + (sum if self.layout == "packed" else max)(map(len, options))
+            encoded.append({"ids": ids, "options": options, "answer": row.answer, "length": length})
+        self.warn_of(truncated, len(rows))
+        return encoded
+
+    def _option_ids(self, prompt: list[int], text: str) -> list[int]:
+        """Tokens by which the option continues the prompt; on its own where the tokenizer would merge the two."""
+        tail = prompt[-8:]
+        end = str(self.tokenizer.decode(tail))
+        start, whole = _ids(self.tokenizer, end), _ids(self.tokenizer, f"{end} {text}")
+        if whole[: len(start)] == start and len(whole) > len(start):
+            return whole[len(start) :]
+        return _ids(self.tokenizer, " " + text)
+
+    def collate(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
+        """A batch in the scorer's layout."""
+        batch = self._packed(rows) if self.layout == "packed" else self._expanded(rows)
+        counts = torch.tensor([len(row["options"]) for row in rows])
+        batch["option_mask"] = torch.arange(int(counts.max())) < counts[:, None]
+        return _with_labels(batch, rows)
+
+    def _packed(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
+        question = _left_padded([[1] * len(row["ids"]) for row in rows], 0).bool()
+        option = _right_padded([[c for c, ids in enumerate(r["options"]) for _ in ids] for r in rows], -1)
+        place = _right_padded([[i for ids in r["options"] for i in range(len(ids))] for r in rows], 0)
+        targets = _right_padded([[token for ids in r["options"] for token in ids] for r in rows], self.pad)
+        ids = torch.cat([_left_padded([row["ids"] for row in rows], self.pad), targets], 1)
+        positions = torch.cat([_positions(question.long()), question.sum(1, keepdim=True) + place], 1)
+        block = torch.cat([torch.where(question, -2, -1), option], 1)  # -2 question, -1 padding, else the option
+        sees = (block[:, :, None] == block[:, None, :]) | (block[:, None, :] == -2)
+        causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+        allowed = (sees & causal & (block != -1)[:, None, :]) | torch.eye(ids.shape[1], dtype=torch.bool)
+        mask = allowed if self.bool_mask else torch.where(allowed, 0.0, torch.finfo(torch.float32).min)
+        source = torch.where(place == 0, 0, torch.arange(option.shape[1]))  # the kept position that predicts a token
+        return {
+            "input_ids": ids,
+            "attention_mask": mask[:, None],
+            "position_ids": positions,
+            "targets": targets,
+            "source": source,
+            "option": option,
+        }
+
+    def _expanded(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
+        width = max(len(row["options"]) for row in rows)
+        options = [(row["options"] + [row["options"][0]] * width)[:width] for row in rows]
+        sequences = [row["ids"] + ids for row, group in zip(rows, options, strict=True) for ids in group]
+        targets = _left_padded([ids for group in options for ids in group], -1)
+        mask = _left_padded([[1] * len(ids) for ids in sequences], 0)
+        return {
+            "input_ids": _left_padded(sequences, self.pad),
+            "attention_mask": mask,
+            "position_ids": _positions(mask),
+            "targets": targets,
+        }
+
+    def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """Class logits (N, C)."""
+        mask, targets = batch["option_mask"], batch["targets"]
+        width = mask.shape[1]
+        group_rows(model, 1 if self.layout == "packed" else width)
+        logits = last_logits(model, batch, keep=targets.shape[1] + 1).float()
+        if self.layout == "packed":
+            source, option = batch["source"], batch["option"]
+        else:
+            source = torch.arange(targets.shape[1], device=targets.device).expand_as(targets)
+            option = torch.where(targets < 0, -1, 0)
+        row = torch.arange(targets.shape[0], device=targets.device)[:, None]
+        likelihood = logits[row, source, targets.clamp_min(0)] - logits.logsumexp(-1).gather(1, source)
+        member = option[..., None] == torch.arange(width if self.layout == "packed" else 1, device=option.device)
+        means = (likelihood[..., None] * member).sum(1) / member.sum(1).clamp_min(1)
+        return means.reshape(mask.shape).masked_fill(~mask, -torch.inf)
+
+
+def can_pack(model: nn.Module) -> bool:
+    """Whether a model takes the packed layout: sdpa or eager attention over the full sequence in every layer."""
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    full = all(kind == "full_attention" for kind in getattr(config, "layer_types", None) or ["full_attention"])
+    sliding = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+    positions = "position_ids" in inspect.signature(model.forward).parameters
+    recurrent = hasattr(config, "ssm_cfg") or hasattr(config, "state_size")
+    return config._attn_implementation in ("sdpa", "eager") and full and not sliding and not recurrent and positions
+
+
+Scorer = LetterScorer | TextScorer
+
+
+def make_scorer(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    scoring: Scoring = "letter",
+    max_length: int = 300,
+    layout: Layout | None = None,
+) -> Scorer:
+    """The scorer of a task for a model and its tokenizer.
+
+    Args:
+        model: the base model, before LoRA.
+        tokenizer: its tokenizer.
+        task: the questions.
+        scoring: "letter" or "text".
+        max_length: tokens of a prompt.
+        layout: of text scoring; None packs where the model can.
+
+    Raises:
+        ValueError: if `scoring` is unknown, or an answer is not one token under "letter".
+    """
+    if scoring not in get_args(Scoring):
+        raise ValueError(f"unknown scoring: got {scoring!r}, expected one of {get_args(Scoring)}")
+    if scoring == "letter":
+        scorer = LetterScorer(tokenizer, task, max_length)
+        _ = scorer.tokens  # an answer that is not one token is refused now, not in the middle of a fit
+        return scorer
+    sdpa = model.config.get_text_config()._attn_implementation == "sdpa"  # type: ignore[union-attr, operator]
+    return TextScorer(tokenizer, task, max_length, layout or ("packed" if can_pack(model) else "expanded"), sdpa)
