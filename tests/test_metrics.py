@@ -197,13 +197,13 @@ def test_aurc_of_constant_confidence_is_the_error_rate():
 def test_aurc_of_ties_is_the_mean_over_orders():
     confidences, right = [0.9, 0.8, 0.8, 0.8, 0.8, 0.7, 0.6, 0.6], [True, False, True, False, True, True, True, False]
     total, g = 0.0, generator(7)
-    for _ in range(2000):
+    for _ in range(1000):
         order = torch.randperm(8, generator=g)
         nudged = [confidences[i] - 1e-9 * rank for rank, i in enumerate(order.tolist())]
         p, y = two_class(nudged, [right[i] for i in order])
         total += metrics.aurc(p, y)
     p, y = two_class(confidences, right)
-    assert metrics.aurc(p, y) == pytest.approx(total / 2000, abs=3e-3)
+    assert metrics.aurc(p, y) == pytest.approx(total / 1000, abs=4e-3)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -338,7 +338,7 @@ LABELS = torch.tensor([0, 1])
         (GOOD, torch.tensor([0, 2]), r"labels from 0 to 2; expected integers in 0…1"),
         (GOOD, torch.tensor([-100, 1]), r"labels from -100 to 1"),
         (GOOD, torch.tensor([0.0, 1.0]), r"labels from 0.0 to 1.0; expected integers"),
-        (GOOD * 1.01, LABELS, "off 1 by 0.01.*apply softmax"),
+        (GOOD * 1.0011, LABELS, "off 1 by 0.0011.*apply softmax"),
         (torch.tensor([[1.5, -0.5], [0.2, 0.8]]), LABELS, "least entry is -0.5"),
         (torch.tensor([[math.nan, 0.5], [0.2, 0.8]]), LABELS, "expected finite entries"),
         (torch.tensor([[math.inf, 0.5], [0.2, 0.8]]), LABELS, "expected finite entries"),

@@ -26,6 +26,10 @@ def _parser(name: str, description: str | None) -> ArgumentParser:
     return parser
 
 
+def _overwriting(parser: ArgumentParser, what: str) -> None:
+    parser.add_argument("--overwrite", type=bool, default=False, nargs="?", const=True, help=what)
+
+
 def _fitting(parser: ArgumentParser) -> None:
     parser.add_argument("--model", type=str | None, default=None, help=MODEL_HELP)
     parser.add_class_arguments(commands.Questions)
@@ -34,7 +38,7 @@ def _fitting(parser: ArgumentParser) -> None:
         if fields(method):  # type: ignore[arg-type]
             parser.add_class_arguments(method, name)
     parser.add_argument("--output", type=Path, required=True, help="folder for everything the run writes")
-    parser.add_argument("--overwrite", type=bool, default=False, nargs="?", const=True, help="empty the output folder")
+    _overwriting(parser, "empty the output folder")
 
 
 def _reading(parser: ArgumentParser) -> None:
@@ -69,11 +73,11 @@ def _fit(o: Namespace) -> None:
 def _evaluate_parser() -> ArgumentParser:
     parser = _parser("evaluate", "Accuracy and calibration of a posterior on labelled questions.")
     _reading(parser)
-    parser.add_class_arguments(
-        commands.Questions, skip={"data", "scoring", "max_length", "holdout", "train_rows"}
-    )
+    parser.add_class_arguments(commands.Questions, skip={"data", "scoring", "max_length", "holdout", "train_rows"})
     parser.add_class_arguments(Predicting)
-    parser.add_argument("--output", type=Path | None, default=None, help="folder of the records; left out: the posterior's")
+    parser.add_argument(
+        "--output", type=Path | None, default=None, help="folder of the records; left out: the posterior's"
+    )
     return parser
 
 
@@ -91,17 +95,20 @@ def _predict_parser() -> ArgumentParser:
     parser.add_argument("--draws", type=int, default=10, help="posterior draws; 0 for the mean")
     parser.add_argument("--draw_seed", type=int, default=0, help="of the held draws")
     parser.add_argument("--output", type=Path | None, default=None, help="a file; left out: standard output")
+    _overwriting(parser, "replace the output file")
     return parser
 
 
 def _predict(o: Namespace) -> None:
-    commands.run_predict(o.posterior, o.model, o.input, o.options, o.draws, o.draw_seed, o.output, bf16=o.bf16)
+    commands.run_predict(
+        o.posterior, o.model, o.input, o.options, o.draws, o.draw_seed, o.output, bf16=o.bf16, overwrite=o.overwrite
+    )
 
 
 def _compare_parser() -> ArgumentParser:
     parser = _parser("compare", "Fit and evaluate several methods on one task: table, picture, page.")
     parser.add_argument("--methods", type=list[str], default=["mle", "blob"], help=f"among {', '.join(METHODS)}")
-    parser.add_argument("--on", type=str, default="evaluation", help='evaluate on "evaluation" or "held_out" rows')
+    parser.add_argument("--on", type=commands.Part, default="evaluation", help="the rows to evaluate on")
     _fitting(parser)
     parser.add_class_arguments(Predicting)
     return parser
@@ -124,7 +131,7 @@ def _demo_parser() -> ArgumentParser:
     parser = _parser("demo", "MLE and BLoB on the embedded questions in a few minutes, with a report.")
     parser.add_argument("--model", type=str | None, default=None, help=MODEL_HELP)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the report")
-    parser.add_argument("--overwrite", type=bool, default=False, nargs="?", const=True, help="empty the output folder")
+    _overwriting(parser, "empty the output folder")
     return parser
 
 
@@ -168,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("bayestune: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except (ValueError, OSError, ArithmeticError) as error:
+    except (ValueError, OSError, ArithmeticError, ImportError) as error:
         print(f"bayestune: error: {error}", file=sys.stderr)
         return 2
     return 0

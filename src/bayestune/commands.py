@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -25,9 +25,10 @@ from bayestune.methods import Method
 from bayestune.models import LoadedModel, load_default, load_model
 from bayestune.posterior import Draws, Gaussian, Point, Posterior, Prediction
 from bayestune.scoring import Scorer, make_scorer
-from bayestune.tasks import Prompt, Question, Scoring, Task, load_rows, load_task, own_task
+from bayestune.tasks import Prompt, Question, Scoring, Task, check_trainable, load_rows, load_task, own_task
 from bayestune.training import Training
 
+Part = Literal["evaluation", "held_out"]
 logger = logging.getLogger(__name__)
 
 
@@ -36,7 +37,7 @@ class Questions:
     """Which questions, and how they are put.
 
     Args:
-        task: a task of the table; with `data` only the name of your own.
+        task: a task of the table; your own rows (`data`, `evaluation_data`) go before it.
         data_root: a directory in the Hub's layout; None for the Hub.
         data: your own training rows, a JSONL or CSV file.
         evaluation_data: your own evaluation rows.
@@ -66,21 +67,30 @@ class Questions:
         if self.data or self.evaluation_data:
             train = load_rows(self.data, self.options) if self.data else ()
             test = load_rows(self.evaluation_data, self.options) if self.evaluation_data else ()
-            task = own_task(self.data.stem if self.data else "own", train, test)
+            task = own_task(Path(self.data or self.evaluation_data or "").stem, train, test)
         else:
             task = load_task(self.task, self.data_root)
         return task.subset(self.train_rows, self.evaluation_rows, self.holdout, self.subset_seed)
 
 
-def prepare_output(folder: Path, *, overwrite: bool, resume: bool = False) -> None:
-    """Makes the output folder; refuses one that holds something unless told to overwrite it or to go on.
+def check_output(folder: Path, *, overwrite: bool, resume: bool = False) -> None:
+    """Refuses an output folder that holds something, unless told to overwrite it or to go on.
 
     Raises:
         FileExistsError: if the folder is not empty.
     """
-    if folder.is_dir() and any(folder.iterdir()) and not resume:
-        if not overwrite:
-            raise FileExistsError(f"{folder} is not empty: choose another --output, or give --overwrite or --resume")
+    if folder.is_dir() and any(folder.iterdir()) and not (overwrite or resume):
+        raise FileExistsError(f"{folder} is not empty: choose another --output, or give --overwrite or --resume")
+
+
+def prepare_output(folder: Path, *, overwrite: bool, resume: bool = False) -> None:
+    """Makes the output folder, emptied unless a run goes on in it: when all input has been read and found good.
+
+    Raises:
+        FileExistsError: as `check_output`.
+    """
+    check_output(folder, overwrite=overwrite, resume=resume)
+    if folder.is_dir() and not resume:
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -137,9 +147,11 @@ def run_fit(
     model: str | None, method: Method, questions: Questions, training: Training, output: Path, *, overwrite: bool
 ) -> None:
     """`bayestune fit`."""
-    prepare_output(output, overwrite=overwrite, resume=training.resume)
+    check_output(output, overwrite=overwrite, resume=training.resume)
     task, loaded = questions.load(), open_model(model)
+    check_trainable(task)
     scorer = make_scorer(loaded.model, loaded.tokenizer, task, questions.scoring, questions.max_length)
+    prepare_output(output, overwrite=overwrite, resume=training.resume)
     fit_method(method, loaded, scorer, training, questions, output)
     print(f"posterior in {output}")  # noqa: T201
 
@@ -178,8 +190,11 @@ def run_predict(
     output: Path | None,
     *,
     bf16: bool,
+    overwrite: bool = False,
 ) -> None:
     """`bayestune predict`: rows in, one JSON object a row out, to a file or to standard output."""
+    if output and output.exists() and not overwrite:
+        raise FileExistsError(f"{output} is there already: choose another --output, or give --overwrite")
     opened, details, loaded = open_posterior(posterior, model)
     questions = load_rows(rows, options, labelled=False)
     task = Task(details["task"]["name"], (), questions, prompt=_prompt(details))
@@ -221,7 +236,8 @@ def _record_all(
     questions: Sequence[Question] | None = None,
 ) -> None:
     questions = scorer.task.evaluation if questions is None else questions
-    for draws, prediction, taken in evaluate_posterior(posterior, scorer, questions, settings, bf16=bf16):
+    predictions = list(evaluate_posterior(posterior, scorer, questions, settings, bf16=bf16))  # all records, or none
+    for draws, prediction, taken in predictions:
         record = {
             **base,
             "draws": draws,
@@ -240,18 +256,20 @@ def run_compare(
     output: Path,
     *,
     overwrite: bool,
-    on: str = "evaluation",
+    on: Part = "evaluation",
 ) -> list[dict[str, Any]]:
     """`bayestune compare`: fits and evaluates several methods on one task; table, picture and page in `output`.
 
     With `training.resume`, methods that have records are not run again, and one that was cut off goes on.
     """
-    prepare_output(output, overwrite=overwrite, resume=training.resume)
+    check_output(output, overwrite=overwrite, resume=training.resume)
     task, loaded = questions.load(), open_model(model)
-    scorer = make_scorer(loaded.model, loaded.tokenizer, task, questions.scoring, questions.max_length)
-    rows = task.evaluation if on == "evaluation" else task.held_out
+    check_trainable(task)
+    rows = {"evaluation": task.evaluation, "held_out": task.held_out}[on]
     if not rows:
         raise ValueError(f"no rows to evaluate on in {on!r}: name a task that has them, or set --holdout")
+    scorer = make_scorer(loaded.model, loaded.tokenizer, task, questions.scoring, questions.max_length)
+    prepare_output(output, overwrite=overwrite, resume=training.resume)
     done = {record["method"] for record in read_records(output)}
     for name, method in methods.items():
         if name in done:

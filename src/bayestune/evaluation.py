@@ -86,7 +86,9 @@ def draw_logits(
             parts.update(zip(places, logits.unbind(1), strict=True))
             bar.update(len(places))
     width = max(part.shape[-1] for part in parts.values())
-    padded = [torch.nn.functional.pad(parts[i], (0, width - parts[i].shape[-1]), value=-torch.inf) for i in range(len(rows))]
+    padded = [
+        torch.nn.functional.pad(parts[i], (0, width - parts[i].shape[-1]), value=-torch.inf) for i in range(len(rows))
+    ]
     return torch.stack(padded, 1)
 
 
@@ -190,7 +192,7 @@ def append_record(
     summary = summarise(
         prediction.probabilities, labels, bins=settings.bins, binning=settings.binning, resamples=settings.resamples
     )
-    name = f"rows-{record['method']}-{record['draws']}-{record['seed']}.jsonl"
+    name = f"rows-{len(read_records(folder)) + 1}-{record['method']}-{record['draws']}-{record['seed']}.jsonl"
     write_json_lines(folder / name, prediction_rows(questions, prediction))
     whole = {
         **record,

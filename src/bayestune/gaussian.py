@@ -105,6 +105,51 @@ def kl_time_to(final_std: float, prior_std: float, initial_std: float = 0.0) -> 
     return prior_std / 4 * (math.atanh(final_std / prior_std) - math.atanh(initial_std / prior_std))
 
 
+def std_after_steps(steps: Sequence[float], prior_std: float, init_root_std: float) -> float:
+    """Mean standard deviation after a run's KL steps, one by one: what `std_after` is the limit of for small steps.
+
+    Args:
+        steps: η_1 … η_T.
+        prior_std: σ_p.
+        init_root_std: ε; G starts uniform on (ε/√2, ε).
+
+    Example:
+        >>> round(std_after_steps([0.0275 / 1000] * 1000, prior_std=0.2, init_root_std=0.05), 3)
+        0.102
+    """
+    low, points = math.sqrt(0.5), 4
+    roots = [init_root_std * (low + (1 - low) * (i + 0.5) / points) for i in range(points)]
+    precision = prior_std**-2
+    for step in steps:
+        roots = [g + 2 * step * (1 / g - precision * g * g * g) for g in roots]
+    return sum(g * g for g in roots) / points
+
+
+def rate_to(final_std: float, shape: Sequence[float], prior_std: float, init_root_std: float) -> float:
+    """The learning rate λ with which the KL steps λ·shape end at `final_std`, found by bisection from the tanh law.
+
+    Args:
+        final_std: the mean standard deviation to end at, below `prior_std`.
+        shape: the steps at a rate of 1, (T,).
+        prior_std: σ_p.
+        init_root_std: ε.
+
+    Raises:
+        ValueError: if the KL cannot take the standard deviation there.
+    """
+    start = std_after_steps([], prior_std, init_root_std)
+    low, high = 0.0, kl_time_to(final_std, prior_std, start) / sum(shape)  # single steps overshoot the law, from below
+    while std_after_steps([high * s for s in shape], prior_std, init_root_std) < final_std:
+        high *= 1.5
+    for _ in range(30):
+        middle = (low + high) / 2
+        if std_after_steps([middle * s for s in shape], prior_std, init_root_std) < final_std:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
+
+
 def random_signs(*shape: int, like: Tensor) -> Tensor:
     """Independent signs ±1 with equal probability from torch's global generator, in `like`'s type and device."""
     return torch.randint(0, 2, shape, dtype=like.dtype, device=like.device).mul_(2).sub_(1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from bayestune.gaussian import kl_divergence, kl_step_, kl_time_to
+from bayestune.gaussian import kl_divergence, kl_step_, rate_to
 from bayestune.layers import GaussianLinear
 from bayestune.lora import gaussian_layers
 
@@ -91,7 +91,7 @@ class KLStep(TrainerCallback):
 
     Args:
         prior_std: σ_p.
-        final_std: where the KL alone shall take the standard deviation; the tanh law is solved for `kl_lr`.
+        final_std: where the KL alone shall take the standard deviation; `kl_lr` is solved for.
         kl_lr: the learning rate of the KL; 0.01 as in the authors' code if neither this nor `final_std` is given.
         schedule: "bursts", the KL arrives at the end of each period; "constant".
         period: P; None takes the authors' from the rows and the batch.
@@ -199,9 +199,8 @@ class KLStep(TrainerCallback):
         kl_lr = 0.01 if self.kl_lr is None else self.kl_lr
         std_lr = kl_lr if self.std_lr is None else self.std_lr
         if self.final_std is not None:
-            epsilon = sum(layer.init_root_std for layer in self._layers) / len(self._layers)
-            start = epsilon**2 * (1 - 0.5**1.5) / (3 * (1 - 0.5**0.5))  # the mean of G² for G uniform on (ε/√2, ε)
-            kl_lr = kl_time_to(self.final_std, self.prior_std, start) / float((weights * shape).sum())
+            start = self._layers[0].init_root_std
+            kl_lr = rate_to(self.final_std, (weights * shape).tolist(), self.prior_std, start)
         return _Plan(weights, kl_lr * shape, std_lr * shape)
 
     def _before_step(self) -> None:

@@ -3,7 +3,7 @@
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -74,14 +74,14 @@ class _Encoder:
         start, context = _start_ids(self.tokenizer), _ids(self.tokenizer, row.context)
         limit, shortened, keep = self.max_length - room - len(start), row, len(context)
         while len(ids := _ids(self.tokenizer, self.task.prompt.render(shortened, scoring))) > limit:
-            keep -= len(ids) - limit
-            if keep <= 0:
+            if not keep:
                 raise ValueError(
                     f"row {row.id}: the question and its options take more than max_length={self.max_length} tokens; "
                     "raise max_length"
                 )
-            text = self.tokenizer.decode(context[:keep])
-            shortened = Question(row.id, row.question, row.options, row.answer, str(text))
+            keep = max(0, keep - (len(ids) - limit))
+            text = str(self.tokenizer.decode(context[:keep], clean_up_tokenization_spaces=False))
+            shortened = replace(row, context=text.rstrip("\ufffd"))  # the cut may go through a character
         return start + ids, shortened is not row
 
     def warn_of(self, truncated: int, total: int) -> None:
@@ -143,7 +143,7 @@ class LetterScorer(_Encoder):
     @cached_property
     def tokens(self) -> list[int]:
         """The labels' token ids, found on a prompt of the task."""
-        rows = (*self.task.train, *self.task.evaluation)
+        rows = (*self.task.train, *self.task.held_out, *self.task.evaluation)
         widest = max(rows, key=lambda row: len(row.options))
         prompt = self.task.prompt.render(widest, "letter")
         return answer_tokens(self.tokenizer, prompt[-40:], self.task.prompt.answers(widest, "letter"))

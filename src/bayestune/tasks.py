@@ -104,7 +104,9 @@ def _boolq(row: Record, key: str) -> Question:
 
 
 def _plain(row: Record, key: str) -> Question:
-    return Question(str(row.get("id", key)), row["question"], tuple(row.get("options") or row["choices"]), row["answer"])
+    return Question(
+        str(row.get("id", key)), row["question"], tuple(row.get("options") or row["choices"]), row["answer"]
+    )
 
 
 @dataclass(frozen=True)
@@ -162,10 +164,12 @@ class Task:
             seed: of the choice.
 
         Raises:
-            ValueError: if `holdout` is out of range or a part would be empty.
+            ValueError: if `holdout` is out of range or leaves a part empty, or a number of rows is negative.
         """
         if not 0 <= holdout < 1:
             raise ValueError(f"holdout must lie in [0, 1): got {holdout}")
+        if min(train or 0, evaluation or 0) < 0:
+            raise ValueError(f"rows to keep must not be negative: got train={train}, evaluation={evaluation}")
         rows = list(self.train)
         random.Random(seed).shuffle(rows)
         count = round(holdout * len(rows))
@@ -228,13 +232,16 @@ def _records(source: Source, split: str, data_root: Path | None) -> Iterator[Rec
 
 
 def _json_lines(path: Path) -> Iterator[Record]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 try:
-                    yield json.loads(line)
+                    row = json.loads(line)
                 except json.JSONDecodeError as error:
                     raise ValueError(f"{path.name}, line {number}: not a JSON object ({error})") from None
+                if not isinstance(row, dict):
+                    raise ValueError(f"{path.name}, line {number}: not a JSON object (got a {type(row).__name__})")
+                yield row
 
 
 def load_rows(path: Path, options: Sequence[str] = (), *, labelled: bool = True) -> tuple[Question, ...]:
@@ -256,7 +263,7 @@ def load_rows(path: Path, options: Sequence[str] = (), *, labelled: bool = True)
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     if path.suffix == ".csv":
-        with path.open(encoding="utf-8", newline="") as lines:
+        with path.open(encoding="utf-8-sig", newline="") as lines:
             records: list[Record] = list(csv.DictReader(lines))
     else:
         records = list(_json_lines(path))
@@ -269,15 +276,24 @@ def own_question(row: Record, key: str, options: Sequence[str] = (), *, labelled
     """One row of the user's own data, see `load_rows`."""
     text = row.get("question") or row.get("text")
     if not text:
-        raise ValueError(f"row {key}: no column 'question' or 'text'; got the columns {sorted(row)}")
-    own = row.get("options") or row.get("choices") or list(options)
-    if isinstance(own, str):
-        own = json.loads(own) if own.lstrip().startswith("[") else own.split("|")
+        raise ValueError(f"row {key}: no column 'question' or 'text'; got the columns {sorted(map(str, row))}")
+    own = _own_options(row.get("options") or row.get("choices") or list(options), key)
+    answer = _answer_index(row.get("answer"), own, key) if labelled or row.get("answer") not in (None, "") else None
+    name = key if row.get("id") in (None, "") else str(row["id"])
+    return Question(name, str(text), own, answer, str(row.get("context") or ""))
+
+
+def _own_options(own: object, key: str) -> tuple[str, ...]:
     if not own:
         raise ValueError(f"row {key}: no options; give a column 'options' or the same options for all rows")
-    own = tuple(str(option).strip() for option in own)
-    answer = _answer_index(row.get("answer"), own, key) if labelled or row.get("answer") not in (None, "") else None
-    return Question(str(row.get("id") or key), str(text), own, answer, str(row.get("context") or ""))
+    if isinstance(own, str):
+        try:
+            own = json.loads(own) if own.lstrip().startswith("[") else own.split("|")
+        except json.JSONDecodeError as error:
+            raise ValueError(f"row {key}: got options {own!r}, which is no JSON list ({error})") from None
+    if not isinstance(own, list):
+        raise ValueError(f"row {key}: got options {own!r}, expected a list of texts")
+    return tuple(str(option).strip() for option in own)
 
 
 def _answer_index(answer: object, options: tuple[str, ...], key: str) -> int:

@@ -34,8 +34,7 @@ th, td { text-align: left; padding: .35rem .9rem .35rem 0; border-bottom: 1px so
 thead th { color: var(--soft); font-weight: 600; white-space: nowrap; } td b { font-weight: 400; }
 td span { color: var(--soft); white-space: nowrap; display: block; font-size: .8rem; }
 .best b { font-weight: 700; color: var(--green); } tbody th { font-weight: 600; }
-figure { margin: 1rem 0; } figure svg { max-width: 100%; height: auto; }
-figure text { font-family: inherit !important; }
+figure { margin: 1rem 0; overflow-x: auto; } figure text { font-family: inherit !important; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 0 2.5rem; }
 .question { padding: .7rem 0; border-bottom: 1px solid var(--rule); font-size: .9rem; overflow-wrap: anywhere; }
 .question ul { list-style: none; margin: .3rem 0 0; padding: 0; }
@@ -107,11 +106,9 @@ def _sentence(first: _Evaluation, other: _Evaluation, compared: Mapping[str, met
         verdict = _verdict(column, compared[column.key])
         size = f"{column.number(abs(compared[column.key].difference))}{' points' if column.scale == 100 else ''}"
         found[verdict].append(_WORDS[column.key] + (f" (by {size})" if verdict else ""))
-    parts = [f"is better in {_listing(found[1])}"] if found[1] else []
-    parts += [f"is worse in {_listing(found[-1])}"] if found[-1] else []
-    parts += [f"is not told apart by these rows in {_listing(found[0])}"] if found[0] else []
-    rows = compared["nll"].n
-    return f"Against {first.name} on the same {rows} questions, {other.name} {'; it '.join(parts)}."
+    heads = {1: "better in ", -1: "worse in ", 0: "not settled by these rows: "}
+    parts = [heads[verdict] + _listing(words) for verdict, words in found.items() if words]
+    return f"{other.name} against {first.name} on the same {compared['nll'].n} questions: {'; '.join(parts)}."
 
 
 def _opening(first: _Evaluation) -> str:
@@ -127,7 +124,8 @@ def _opening(first: _Evaluation) -> str:
 
 
 def _interval(one: _Evaluation, column: Column) -> str:
-    return f"{one.number(column)}{' %' if column.scale == 100 else ''} [{one.number(column, 'low')}, {one.number(column, 'high')}]"
+    unit = "\N{NO-BREAK SPACE}%" if column.scale == 100 else ""
+    return f"{one.number(column)}{unit} [{one.number(column, 'low')}, {one.number(column, 'high')}]"
 
 
 def _summary(evaluations: Sequence[_Evaluation], comparisons: Sequence[Any]) -> str:

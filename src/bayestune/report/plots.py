@@ -4,6 +4,7 @@ import io
 import math
 import re
 import textwrap
+import zlib
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -196,6 +197,17 @@ def summary_figure(records: Sequence[Record]) -> Figure:
     return figure
 
 
+def _svg(figure: Figure, salt: str, fonttype: str, **options: Any) -> str:
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": fonttype, "svg.hashsalt": salt}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None}, **options)
+    svg = buffer.getvalue()
+    # matplotlib names clip paths after memory addresses: number them instead, so that a figure is always the same file.
+    for i, name in enumerate(re.findall(r'clipPath id="(\w+)"', svg)):
+        svg = svg.replace(name, f"{salt}-{i}")
+    return svg
+
+
 def inline_svg(figure: Figure, label: str) -> str:
     """A figure as an `<svg>` element for a page that defines the CSS variables of `VARIABLES`; text stays text.
 
@@ -206,13 +218,13 @@ def inline_svg(figure: Figure, label: str) -> str:
     Returns:
         Markup without namespaces, metadata or ids of groups, which an HTML page does not need or would repeat.
     """
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = buffer.getvalue()
+    svg = _svg(figure, f"f{zlib.crc32(label.encode())}", "none", transparent=True)
     svg = svg[svg.index("<svg") :].strip()
-    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(?<=<svg)([^>]*?)( xmlns(:\w+)?="[^"]*")+|(?<=<g) id="[^"]*"', r"\1", svg)
+    svg = re.sub(
+        r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>|(?<=<g) id=\"[^\"]*\"", "", svg, flags=re.DOTALL
+    )
+    opening, rest = svg.split(">", 1)
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", opening) + ">" + rest
     for colour, variable in VARIABLES.items():
         svg = svg.replace(colour, f"var(--{variable})")
     return svg.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
@@ -235,7 +247,8 @@ def save(figure: Figure, path: str | Path) -> Path:
     if path.suffix not in (".png", ".svg"):
         raise ValueError(f"got the ending {path.suffix!r}; expected .png or .svg; rename {path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
-    with matplotlib.rc_context({"svg.hashsalt": "bayestune"}):
-        figure.savefig(path, dpi=200, facecolor=PAPER, metadata=metadata)
+    if path.suffix == ".svg":
+        path.write_text(_svg(figure, "bayestune", "path", facecolor=PAPER), encoding="utf-8")
+    else:
+        figure.savefig(path, dpi=200, facecolor=PAPER)
     return path
