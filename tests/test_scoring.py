@@ -78,8 +78,7 @@ def test_answer_tokens_continue_the_prompt(tokenizer, row):
     prompt, labels = CHOICES.render(row, "letter"), CHOICES.answers(row, "letter")
     tokens = answer_tokens(tokenizer, prompt, labels)
     start = plain(tokenizer, prompt)
-    assert [start + [token] for token in tokens] == [plain(tokenizer, f"{prompt} {label}") for label in labels]
-    assert tokens != [plain(tokenizer, label)[-1] for label in labels] or tokenizer.unk_token
+    assert [[*start, token] for token in tokens] == [plain(tokenizer, f"{prompt} {label}") for label in labels]
 
 
 def test_answer_tokens_carry_the_space(byte_level, sentencepiece):
@@ -409,7 +408,7 @@ def test_nothing_is_said_where_nothing_is_shortened(byte_level, caplog):
 
 
 def test_the_whole_passage_may_go_but_not_a_token_of_the_question(byte_level):
-    task = replace(long_task(), prompt=PASSAGE_CHOICES)
+    task = replace(long_task("zzz"), prompt=PASSAGE_CHOICES)
     bare = PASSAGE_CHOICES.render(replace(task.train[0], context=""), "letter")
     least = len(plain(byte_level, bare))
     (encoded,) = LetterScorer(byte_level, task, max_length=least).encode(task.train)

@@ -26,8 +26,12 @@ def _parser(name: str, description: str | None) -> ArgumentParser:
     return parser
 
 
-def _overwriting(parser: ArgumentParser, what: str) -> None:
-    parser.add_argument("--overwrite", type=bool, default=False, nargs="?", const=True, help=what)
+def _flags(parser: ArgumentParser) -> ArgumentParser:
+    """Lets `--resume` stand for `--resume true`, as for all booleans."""
+    for action in parser._actions:
+        if action.default is True or action.default is False:
+            action.nargs, action.const = "?", True
+    return parser
 
 
 def _fitting(parser: ArgumentParser) -> None:
@@ -38,13 +42,13 @@ def _fitting(parser: ArgumentParser) -> None:
         if fields(method):  # type: ignore[arg-type]
             parser.add_class_arguments(method, name)
     parser.add_argument("--output", type=Path, required=True, help="folder for everything the run writes")
-    _overwriting(parser, "empty the output folder")
+    parser.add_argument("--overwrite", type=bool, default=False, help="empty the output folder")
 
 
 def _reading(parser: ArgumentParser) -> None:
     parser.add_argument("--posterior", type=Path, required=True, help="a folder of `fit`")
     parser.add_argument("--model", type=str | None, default=None, help="the base model, where it has moved")
-    parser.add_argument("--bf16", type=bool, default=False, nargs="?", const=True, help="bfloat16 autocast")
+    parser.add_argument("--bf16", type=bool, default=False, help="bfloat16 autocast")
 
 
 def _built(cls: type, options: Namespace, **more: Any) -> Any:
@@ -95,7 +99,7 @@ def _predict_parser() -> ArgumentParser:
     parser.add_argument("--draws", type=int, default=10, help="posterior draws; 0 for the mean")
     parser.add_argument("--draw_seed", type=int, default=0, help="of the held draws")
     parser.add_argument("--output", type=Path | None, default=None, help="a file; left out: standard output")
-    _overwriting(parser, "replace the output file")
+    parser.add_argument("--overwrite", type=bool, default=False, help="replace the output file")
     return parser
 
 
@@ -131,7 +135,7 @@ def _demo_parser() -> ArgumentParser:
     parser = _parser("demo", "MLE and BLoB on the embedded questions in a few minutes, with a report.")
     parser.add_argument("--model", type=str | None, default=None, help=MODEL_HELP)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the report")
-    _overwriting(parser, "empty the output folder")
+    parser.add_argument("--overwrite", type=bool, default=False, help="empty the output folder")
     return parser
 
 
@@ -155,7 +159,7 @@ def make_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="bayestune", description=bayestune.__doc__, version=bayestune.__version__)
     subcommands = parser.add_subcommands(dest="command")
     for name, (make, _, summary) in COMMANDS.items():
-        subcommands.add_subcommand(name, make(), help=summary)
+        subcommands.add_subcommand(name, _flags(make()), help=summary)
     return parser
 
 

@@ -1,0 +1,382 @@
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors import safe_open
+
+from bayestune import cli
+from bayestune.cli import main, make_parser
+from bayestune.evaluation import read_records
+from bayestune.training import Interrupted, newest_checkpoint
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+COLOURS = ("red", "green", "blue", "the sky")
+
+
+# Parsing
+
+
+def command_of(path):
+    """The command that a preset names in its first comment."""
+    return re.search(r"^#.*bayestune (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)[1]
+
+
+def parsed(command, *arguments):
+    parser = make_parser()
+    return parser.parse_args([command, *map(str, arguments)])[command]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_preset_parses_with_the_command_it_names(path):
+    command = command_of(path)
+    assert command in ("fit", "compare")
+    options = parsed(command, "--config", path, "--output", "out").as_dict()
+
+    def check(given, got):
+        for key, value in given.items():
+            if isinstance(value, dict):
+                check(value, got[key])
+            else:
+                assert got[key] == (tuple(value) if isinstance(got[key], tuple) else value), key
+
+    check(yaml.safe_load(path.read_text(encoding="utf-8")), options)
+
+
+REQUIRED = {
+    "fit": ("--output", "out", "--steps", "7", "--blob.prior_std", "0.3", "--lora.targets", "[q_proj]"),
+    "compare": (
+        "--output",
+        "out",
+        "--methods",
+        "[blob]",
+        "--draws",
+        "[0,3]",
+        "--on",
+        "held_out",
+        "--overwrite",
+        "--progress=false",
+    ),
+    "evaluate": ("--posterior", "out", "--draws", "[2]", "--binning", "textbook"),
+    "predict": ("--posterior", "out", "--input", "rows.jsonl", "--options", '["yes", "no"]', "--bf16"),
+    "demo": (),
+}
+
+
+@pytest.mark.parametrize("command", REQUIRED)
+def test_a_printed_configuration_parses_to_the_same(command, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([command, *REQUIRED[command], "--print_config"])
+    assert end.value.code == 0
+    (tmp_path / "config.yaml").write_text(capsys.readouterr().out, encoding="utf-8")
+    again = parsed(command, "--config", tmp_path / "config.yaml")
+    direct = parsed(command, *REQUIRED[command])
+    assert {**again.as_dict(), "config": None} == {**direct.as_dict(), "config": None}
+
+
+def test_options_become_the_dataclasses():
+    parser = make_parser()
+    options = parser.instantiate(parser.parse_args(["fit", *REQUIRED["fit"]])).fit
+    assert cli._method("blob", options).prior_std == 0.3
+    training = cli._built(cli.Training, options, output=None)
+    assert (training.resume, training.progress, options.overwrite) == (False, True, False)
+    assert (training.steps, training.lora.targets, training.lora.rank) == (7, ("q_proj",), 8)
+
+
+def test_a_boolean_option_alone_is_true():
+    options = parsed("fit", "--resume", "--output", "out", "--bf16", "--progress", "false", "--overwrite")
+    assert (options.resume, options.bf16, options.progress, options.overwrite) == (True, True, False, True)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["fit"], ["learn"], ["fit", "--output", "out", "--speed", "3"], ["compare", "--output", "out", "--on", "train"]],
+)
+def test_arguments_that_do_not_parse_exit_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    assert "error" in capsys.readouterr().err
+
+
+# The commands, on a tiny model and rows of one's own
+
+
+def own_rows(count, start=0):
+    rows = ((i, COLOURS[: 3 + i % 2]) for i in range(start, start + count))
+    return [{"question": f"what is {COLOURS[i % 4]}?", "options": o, "answer": i % len(o)} for i, o in rows]
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def place(tmp_path, llama, byte_level):
+    """A folder with a model and rows."""
+    llama().save_pretrained(tmp_path / "model")
+    byte_level.save_pretrained(tmp_path / "model")
+    write_rows(tmp_path / "train.jsonl", own_rows(8))
+    write_rows(tmp_path / "test.jsonl", own_rows(5, start=3))
+    return tmp_path
+
+
+def fitting(place, command="fit", output="out", **options):
+    given = {"model": place / "model", "data": place / "train.jsonl", "output": place / output, "steps": 3}
+    given = {**given, "batch_size": 2, "progress": "false", "lora.rank": 2, **options}
+    return [command, *(f"--{name}={value}" for name, value in given.items())]
+
+
+def json_lines(text):
+    return [json.loads(line) for line in text.split("\n") if line]
+
+
+def steps_of(folder):
+    return json.loads((folder / "training.json").read_text())["steps"]
+
+
+def failed(arguments, capsys):
+    """The one line that a command which must fail says."""
+    capsys.readouterr()
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.split("\n") if line.startswith("bayestune: error: ")]
+    assert len(lines) == 1
+    assert captured.err.endswith(f"{lines[0]}\n")
+    assert captured.out == ""
+    return lines[0]
+
+
+def test_fit_evaluate_and_predict(place, capsys):
+    out = place / "out"
+    assert main(fitting(place, method="blob", scoring="text", **{"blob.final_std": 0.1})) == 0
+    names = {"adapter_config.json", "adapter_model.safetensors", "posterior.json", "posterior.safetensors"}
+    assert names | {"training.json"} <= {file.name for file in out.iterdir()}
+    details = json.loads((out / "posterior.json").read_text())
+    assert (details["method"], details["scoring"], details["train_rows"]) == ("blob", "text", 8)
+    assert details["fields"]["final_std"] == 0.1
+    assert steps_of(out) == 3
+
+    reading = [f"--posterior={out}", f"--evaluation_data={place / 'test.jsonl'}"]
+    assert main(["evaluate", *reading, "--draws=[0,2]", "--resamples=20"]) == 0
+    records = read_records(out)
+    assert [(r["draws"], r["n"], r["task"], r["method"]) for r in records] == [
+        (0, 5, "test", "blob"),
+        (2, 5, "test", "blob"),
+    ]
+    for record in records:
+        assert 0 <= record["metrics"]["accuracy"]["low"] <= record["metrics"]["accuracy"]["high"] <= 1
+    table = capsys.readouterr().out
+    assert "blob N=2" in table
+    assert "NLL" in table
+
+    assert main(["evaluate", *reading, "--draws=[1]", "--resamples=20", f"--output={place / 'apart'}"]) == 0
+    assert [record["draws"] for record in read_records(place / "apart")] == [1]
+    assert read_records(out) == records
+
+    asked = write_rows(place / "ask.jsonl", [{"question": "what is red?"}, *own_rows(3)])
+    capsys.readouterr()
+    predict = ["predict", f"--posterior={out}", f"--input={asked}", '--options=["yes", "no"]', "--draws=3"]
+    assert main(predict) == 0
+    lines = json_lines(capsys.readouterr().out)
+    assert [line["options"] for line in lines] == [["yes", "no"], *(list(row["options"]) for row in own_rows(3))]
+    assert [line["answer"] for line in lines] == [None, 0, 1, 2]
+    for line in lines:
+        assert len(line["probabilities"]) == len(line["options"])
+        assert sum(line["probabilities"]) == pytest.approx(1)
+        assert line["confidence"] == max(line["probabilities"]) == line["probabilities"][line["choice"]]
+    assert main([*predict, f"--output={place / 'answers.jsonl'}"]) == 0
+    assert json_lines((place / "answers.jsonl").read_text()) == lines
+    assert "is there already: choose another --output, or give --overwrite" in failed(
+        [*predict, "--draws=1", f"--output={place / 'answers.jsonl'}"], capsys
+    )
+    assert json_lines((place / "answers.jsonl").read_text()) == lines
+    assert main([*predict, "--draws=1", "--overwrite", f"--output={place / 'answers.jsonl'}"]) == 0
+    assert json_lines((place / "answers.jsonl").read_text()) != lines
+
+
+def test_predict_asks_as_the_fit_did(place, capsys):
+    """The letters and the passage of the posterior's own prompt, not those of the rows at hand."""
+    passages = [{**row, "context": "the sky is blue"} for row in own_rows(8)]
+    write_rows(place / "train.jsonl", passages)
+    assert main(fitting(place, method="mle", learning_rate=0.1)) == 0
+    one = write_rows(place / "one.jsonl", passages[:1])
+    none = write_rows(place / "none.jsonl", own_rows(1))
+    answers = []
+    for asked in (one, none):
+        capsys.readouterr()
+        assert main(["predict", f"--posterior={place / 'out'}", f"--input={asked}"]) == 0
+        answers += json_lines(capsys.readouterr().out)
+    assert answers[0]["probabilities"] != pytest.approx(answers[1]["probabilities"], abs=1e-4)
+
+
+def test_compare_writes_a_report_and_resumes(place, capsys):
+    comparing = fitting(place, "compare", evaluation_data=place / "test.jsonl", draws="[0,2]", resamples=20)
+    assert main(comparing) == 0
+    out = place / "out"
+    records = read_records(out)
+    assert [(record["method"], record["draws"]) for record in records] == [("mle", 0), ("blob", 0), ("blob", 2)]
+    assert [record["label"] for record in records] == ["MLE", "BLoB N=0", "BLoB N=2"]
+    assert all((out / record["predictions"]).is_file() for record in records)
+    assert {"table.md", "summary.png", "report.html", "mle", "blob"} <= {file.name for file in out.iterdir()}
+    table = (out / "table.md").read_text()
+    assert all(record["label"] in table for record in records)
+    for name in ("mle", "blob"):
+        assert (out / name / "posterior.json").is_file()
+
+    assert "is not empty: choose another --output" in failed(comparing, capsys)
+    assert read_records(out) == records
+    (out / "records.jsonl").write_text(json.dumps(records[0]) + "\n")
+    assert main([*comparing, "--resume"]) == 0
+    again = read_records(out)
+    assert again[0] == records[0]
+    assert [(record["method"], record["draws"]) for record in again] == [("mle", 0), ("blob", 0), ("blob", 2)]
+    for now, before in zip(again, records, strict=True):
+        assert now["metrics"]["nll"]["value"] == pytest.approx(before["metrics"]["nll"]["value"], abs=1e-6)
+
+
+def test_compare_on_rows_held_out_of_train(place, capsys):
+    comparing = fitting(place, "compare", methods="[mle]", on="held_out", resamples=20)
+    assert "no rows to evaluate on in 'held_out'" in failed(comparing, capsys)
+    assert main([*comparing, "--holdout=0.25"]) == 0
+    (record,) = read_records(place / "out")
+    assert (record["n"], record["train_rows"], record["rows"]) == (2, 6, "held_out")
+
+
+def test_output_is_only_overwritten_when_told_to(place, capsys):
+    out = place / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    assert "is not empty: choose another --output, or give --overwrite" in failed(fitting(place), capsys)
+    assert (out / "notes.txt").read_text() == "mine"
+    assert main([*fitting(place), "--overwrite"]) == 0
+    assert not (out / "notes.txt").exists()
+    assert (out / "posterior.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        {"model": "/no/such/model"},
+        {"task": "arc"},
+        {"method": "sgd"},
+        {"data": "-"},
+    ],
+)
+def test_a_mistake_never_costs_the_old_output(place, capsys, mistake):
+    out = place / "out"
+    out.mkdir()
+    (out / "posterior.json").write_text("old")
+    if "task" in mistake:
+        arguments = [a for a in fitting(place, **mistake) if not a.startswith("--data=")]
+    else:
+        arguments = fitting(place, **mistake)
+    failed([*arguments, "--overwrite"], capsys)
+    assert (out / "posterior.json").read_text() == "old"
+
+
+def test_bad_names_are_told_with_what_was_expected(place, capsys):
+    assert "unknown model '/no/such': no such directory" in failed(fitting(place, model="/no/such"), capsys)
+    assert "unknown method: got 'sgd', expected one of ['blob', 'mle'" in failed(fitting(place, method="sgd"), capsys)
+    task = [a for a in fitting(place, task="arc") if not a.startswith("--data=")]
+    assert "unknown task: got 'arc', expected one of ['arc_challenge'" in failed(task, capsys)
+    assert not (place / "out").exists()
+
+
+def test_bad_rows_are_told_by_file_and_line(place, capsys):
+    write_rows(place / "train.jsonl", [*own_rows(2), {"questions": "?", "answer": 0}])
+    line = failed(fitting(place), capsys)
+    assert "row train.jsonl:3: no column 'question' or 'text'; got the columns ['answer', 'questions']" in line
+    write_rows(place / "train.jsonl", [{**row, "answer": "pink"} for row in own_rows(2)])
+    assert "row train.jsonl:1: the right answer 'pink' is not among its options ['red'" in failed(
+        fitting(place), capsys
+    )
+    write_rows(place / "train.jsonl", [{**row, "answer": 0} for row in own_rows(2)])
+    assert "got one class, expected two or more" in failed(fitting(place), capsys)
+
+
+def test_a_plain_adapter_is_no_posterior(place, capsys):
+    assert main(fitting(place, method="mle")) == 0
+    asking = [f"--posterior={place / 'out'}", f"--model={place / 'model'}"]
+    (place / "out" / "posterior.json").unlink()
+    evaluate = ["evaluate", *asking, f"--evaluation_data={place / 'test.jsonl'}"]
+    for command in (evaluate, ["predict", *asking, f"--input={place / 'test.jsonl'}"]):
+        line = failed(command, capsys)
+        assert (
+            "out is no posterior: got a plain LoRA adapter without posterior.json, expected a folder of `fit`" in line
+        )
+    shutil.rmtree(place / "out")
+    assert "is no posterior: got no adapter" in failed(evaluate, capsys)
+
+
+def test_an_adapter_is_no_model(place, capsys):
+    assert main(fitting(place, method="mle")) == 0
+    assert "is an adapter (it has adapter_config.json)" in failed(
+        fitting(place, model=place / "out", output="next"), capsys
+    )
+
+
+def test_a_missing_library_is_told_in_a_line(place, capsys, monkeypatch):
+    def missing(*_):
+        raise ImportError("got a GGUF model, expected gguf to be installed")
+
+    monkeypatch.setattr(cli.commands, "open_model", missing)
+    assert failed(fitting(place), capsys) == "bayestune: error: got a GGUF model, expected gguf to be installed"
+
+
+# Ctrl-C
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt(), Interrupted("stopped at step 7; go on with --resume")])
+def test_ctrl_c_is_exit_code_130(monkeypatch, capsys, interrupt):
+    def interrupted(_):
+        raise interrupt
+
+    make, _, summary = cli.COMMANDS["predict"]
+    monkeypatch.setitem(cli.COMMANDS, "predict", (make, interrupted, summary))
+    assert main(["predict", "--posterior=a", "--input=b"]) == 130
+    assert capsys.readouterr().err == f"bayestune: {str(interrupt) or 'interrupted'}\n"
+
+
+def wait_for(stream, pattern):
+    seen = b""
+    while not re.search(pattern, seen):
+        byte = stream.read(1)
+        assert byte, seen.decode()
+        seen += byte
+
+
+def test_ctrl_c_leaves_a_checkpoint_that_resume_goes_on_from(place):
+    command = fitting(place, method="blob", steps=100_000, progress="true", logging_steps=1)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-m", "bayestune.cli", *command],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+    ) as process:
+        wait_for(process.stderr, rb"[ |][1-9]\d*/100000")
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    stopped = int(re.search(r"bayestune: stopped at step (\d+); go on with --resume", errors.decode())[1])
+    checkpoint = newest_checkpoint(place / "out" / "checkpoints")
+    assert checkpoint.name == f"checkpoint-{stopped}"
+    with safe_open(checkpoint / "adapter_model.safetensors", "pt") as tensors:
+        assert len(list(tensors.keys())) > 0
+    assert not (place / "out" / "posterior.json").exists()
+
+    more = fitting(place, method="blob", steps=stopped + 3, logging_steps=1)
+    assert main([*more, "--resume"]) == 0
+    log = json.loads((place / "out" / "training.json").read_text())
+    steps = [entry["step"] for entry in log["history"] if "loss" in entry]
+    assert steps == list(range(1, stopped + 4))
+    assert log["steps"] == stopped + 3
+    assert (place / "out" / "posterior.json").is_file()
