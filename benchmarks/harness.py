@@ -69,16 +69,25 @@ def order_of(names: Sequence[str], turn: int) -> list[str]:
 
 
 @contextmanager
-def without_collection() -> Iterator[Callable[[], None]]:
+def without_collection() -> Iterator[Callable[[], int]]:
     """Switches garbage collection off; what is yielded collects on demand, quickly."""
     gc.collect()
     gc.freeze()
     gc.disable()
     try:
-        yield lambda: (gc.collect(), None)[1]
+        yield gc.collect
     finally:
         gc.enable()
         gc.unfreeze()
+
+
+def timed(action: Action, turn: int, wait: Callable[[], None], clock: Callable[[], float]) -> float:
+    """Seconds of an action, the device's work before it and behind it waited for."""
+    wait()
+    begin = clock()
+    action(turn)
+    wait()
+    return clock() - begin
 
 
 def interleave(
@@ -89,14 +98,9 @@ def interleave(
     device: torch.device | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of each action in each of `repeats` turns; the `warmup` turns before are thrown away.
+    """Seconds of each action, once in each of `repeats` turns, after `warmup` turns that are thrown away.
 
-    Args:
-        actions: what is measured, by name; each runs once in a turn and is given the turn's number.
-        repeats: turns that count.
-        warmup: turns that do not.
-        device: waited for before and after each action if it is a CUDA device.
-        clock: gives seconds.
+    The actions are given the turn's number. A CUDA `device` is waited for before and after each action.
     """
     wait = torch.cuda.synchronize if device is not None and device.type == "cuda" else lambda: None
     seconds: dict[str, list[float]] = {name: [] for name in actions}
@@ -104,13 +108,9 @@ def interleave(
         for turn in range(warmup + repeats):
             collect()
             for name in order_of(list(actions), turn):
-                wait()
-                begin = clock()
-                actions[name](turn)
-                wait()
-                end = clock()
+                lap = timed(actions[name], turn, wait, clock)
                 if turn >= warmup:
-                    seconds[name].append(end - begin)
+                    seconds[name].append(lap)
     return seconds
 
 

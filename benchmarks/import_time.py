@@ -65,7 +65,7 @@ def cases_of(base: str, samples: Sequence[Sequence[float]]) -> list[Case]:
         added = [sum(sample[1 : 1 + laps]) for sample in samples]
         ratios = [1 + more / sample[0] for more, sample in zip(added, samples, strict=True)]
         amounts = {"base": quantile([sample[0] for sample in samples], 0.5), "added": quantile(added, 0.5)}
-        amounts |= {"added, lower quartile": quantile(added, 0.25), "upper": quantile(added, 0.75)}
+        amounts |= {"added_q1": quantile(added, 0.25), "added_q3": quantile(added, 0.75)}
         cases.append(Case(f"{name}, {base}; bar: added ≤ {BAR_SECONDS} s", Spread.of(ratios), None, amounts))
     return cases
 
