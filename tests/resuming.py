@@ -16,7 +16,7 @@ from bayestune.training import Training, start_adapter, train
 class Colours:
     """A scorer of made-up rows: enough for the engine, with no tokenizer."""
 
-    class task:  # noqa: N801
+    class task:
         name = "colours"
         train = tuple(type("Row", (), {"answer": i % 3})() for i in range(24))
 
@@ -24,7 +24,10 @@ class Colours:
         return [{"ids": [3 + (7 * i + j) % 90 for j in range(9)], "answer": row.answer} for i, row in enumerate(rows)]
 
     def collate(self, rows):
-        return {"input_ids": torch.tensor([r["ids"] for r in rows]), "labels": torch.tensor([r["answer"] for r in rows])}
+        return {
+            "input_ids": torch.tensor([r["ids"] for r in rows]),
+            "labels": torch.tensor([r["answer"] for r in rows]),
+        }
 
     def __call__(self, model, batch):
         return model(input_ids=batch["input_ids"]).logits[:, -1, :3]

@@ -162,11 +162,16 @@ def test_a_record_holds_what_a_table_needs(tmp_path):
 
 
 def test_the_settings_reach_the_metrics(tmp_path):
-    settings = replace(SETTINGS, bins=3, binning="textbook")
-    record = append_record(tmp_path, RECORD, TWO, PREDICTION, settings)
-    expected = summarise(PREDICTION.probabilities, torch.tensor([0, 1]), bins=3, binning="textbook", resamples=50)
-    assert (record["bins"], record["binning"]) == (3, "textbook")
-    assert record["metrics"]["ece"]["value"] == pytest.approx(expected["ece"].value)
+    settings = replace(SETTINGS, bins=2, binning="textbook")
+    record = append_record(tmp_path, RECORD, TWO, CERTAIN, settings)
+    assert (record["bins"], record["binning"]) == (2, "textbook")
+    assert record["metrics"]["ece"]["value"] == pytest.approx(0.3)  # one bin holds both: |1/2 − (1 + 0.6)/2|
+    for others in (replace(settings, bins=15), replace(settings, binning="torchmetrics")):
+        record = append_record(tmp_path, RECORD, TWO, CERTAIN, others)
+        assert record["metrics"]["ece"]["value"] == pytest.approx(0.7)  # a bin each: (|0 − 1| + |1 − 0.6|)/2
+
+
+CERTAIN = Prediction.of(torch.tensor([[[0, 1.0], [0.4, 0.6]]]).log())
 
 
 def test_records_are_appended_and_no_rows_are_overwritten(tmp_path):

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from torch.distributions import Normal, kl_divergence as torch_kl
+from torch.distributions import Normal
+from torch.distributions import kl_divergence as torch_kl
 
 from bayestune.gaussian import (
     held_noise,
@@ -56,7 +57,11 @@ def test_kl_step_treats_layers_separately_and_takes_none():
 
 @pytest.mark.parametrize("kl_time", [0.01, 0.05, 0.2])
 def test_many_small_steps_follow_the_tanh_law(kl_time):
-    roots, means, steps = [torch.full((1, 1), 0.05, dtype=torch.float64)], [torch.ones(1, 1, dtype=torch.float64)], 20000
+    roots, means, steps = (
+        [torch.full((1, 1), 0.05, dtype=torch.float64)],
+        [torch.ones(1, 1, dtype=torch.float64)],
+        20000,
+    )
     for _ in range(steps):
         kl_step_(means, roots, kl_time / steps, 0.2)
     assert roots[0].item() ** 2 == pytest.approx(std_after(kl_time, 0.2, 0.05**2), rel=2e-3)

@@ -41,7 +41,9 @@ def authors_update(model: nn.Module, micros, period: int) -> None:
     """AdamW on M and B with the likelihood; then SGD on M and G with π·KL, G's likelihood gradient left in place."""
     layers = list(gaussian_layers(model).values())
     roots = {id(layer.root_std) for layer in layers}
-    adamw = torch.optim.AdamW([p for p in trainable(model).values() if id(p) not in roots], LR, eps=1e-6, weight_decay=0)
+    adamw = torch.optim.AdamW(
+        [p for p in trainable(model).values() if id(p) not in roots], LR, eps=1e-6, weight_decay=0
+    )
     sgd = torch.optim.SGD([p for layer in layers for p in (layer.weight, layer.root_std)], KL_LR)
     warmup = int(0.06 * STEPS)
     schedules = [

@@ -17,7 +17,9 @@ IDS = torch.arange(3, 27).reshape(2, 12)
 
 def adapted(base: nn.Module, **config: object) -> PeftModel:
     torch.manual_seed(1)
-    model = get_peft_model(base, LoraConfig(**{"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **config}))
+    model = get_peft_model(
+        base, LoraConfig(**{"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **config})
+    )
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.3)
@@ -135,8 +137,9 @@ def test_drawn_puts_the_slots_back_also_after_an_error(llama):
 
 def test_drawn_refuses_layers_the_model_has_not(llama):
     model = adapted(llama())
-    with pytest.raises(ValueError, match=r"got \['nowhere'\], expected paths of its adapter"), drawn(
-        model, {"nowhere": torch.zeros(1, 8, 32)}
+    with (
+        pytest.raises(ValueError, match=r"got \['nowhere'\], expected paths of its adapter"),
+        drawn(model, {"nowhere": torch.zeros(1, 8, 32)}),
     ):
         pass
 

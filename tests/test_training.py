@@ -18,7 +18,9 @@ from bayestune.scoring import make_scorer
 from bayestune.tasks import Question, Task
 from bayestune.training import NotFiniteError, Training, newest_checkpoint, start_adapter, train
 
-SETTINGS = Training(lora=Lora(targets=("q_proj", "v_proj")), steps=6, learning_rate=1e-2, progress=False, logging_steps=1)
+SETTINGS = Training(
+    lora=Lora(targets=("q_proj", "v_proj")), steps=6, learning_rate=1e-2, progress=False, logging_steps=1
+)
 
 
 @pytest.fixture
@@ -130,7 +132,16 @@ resuming.run(Path(sys.argv[1]), resume=sys.argv[2] == "resume", slow=sys.argv[3]
 
 def start(folder: Path, resume: bool, slow: bool) -> subprocess.Popen:
     script = SCRIPT.format(tests=str(Path(__file__).parent))
-    words = [sys.executable, "-W", "ignore", "-c", script, str(folder), "resume" if resume else "", "slow" if slow else ""]
+    words = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        script,
+        str(folder),
+        "resume" if resume else "",
+        "slow" if slow else "",
+    ]
     return subprocess.Popen(words, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 

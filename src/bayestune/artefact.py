@@ -150,7 +150,9 @@ def load_posterior(base: nn.Module, folder: Path, *, trainable: bool = False) ->
             f"{details.get('base_model', 'not recorded')} ({str(error).splitlines()[0]})"
         ) from error
     if mean_digest(model) != details["mean_digest"]:
-        raise PosteriorError(f"the adapter in {folder} is not the one its {DETAILS} was written for, or of another model")
+        raise PosteriorError(
+            f"the adapter in {folder} is not the one its {DETAILS} was written for, or of another model"
+        )
     if details["posterior"] == "gaussian":
         bayesify(model, init_root_std=details["init_root_std"], noise=details["noise"])
         _load_root_stds(model, folder)

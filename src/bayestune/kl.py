@@ -193,7 +193,9 @@ class KLStep(TrainerCallback):
         period = self.period
         if period is None:
             if num_rows is None or batch_size is None:
-                raise ValueError("the KL's period is not known: got no period, expected num_rows and batch_size, or period")
+                raise ValueError(
+                    "the KL's period is not known: got no period, expected num_rows and batch_size, or period"
+                )
             period = burst_period(num_rows, batch_size)
         weights, shape = kl_weights(total_steps, period, self.schedule), warmup_decay(total_steps, self.warmup_ratio)
         kl_lr = 0.01 if self.kl_lr is None else self.kl_lr
@@ -224,7 +226,9 @@ class KLStep(TrainerCallback):
         pairs = [(g, d) for g, d in zip(root_stds, self._likelihood, strict=False) if d is not None]
         kl_step_(means, root_stds, rate * weight, self.prior_std)
         if pairs:
-            torch._foreach_add_([g for g, _ in pairs], [d for _, d in pairs], alpha=-float(self._plan.std_rates[self.step]))
+            torch._foreach_add_(
+                [g for g, _ in pairs], [d for _, d in pairs], alpha=-float(self._plan.std_rates[self.step])
+            )
         self._likelihood = []
         self.step += 1
 

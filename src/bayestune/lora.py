@@ -54,7 +54,9 @@ def attach(model: nn.Module, lora: Lora) -> PeftModel:
         ValueError: if no module has a target's name, or the model has an adapter already.
     """
     if isinstance(model, PeftModel) or any(isinstance(module, LoraLayer) for module in model.modules()):
-        raise ValueError("the model has an adapter already: got a PEFT model, expected a plain one; call unload() on it")
+        raise ValueError(
+            "the model has an adapter already: got a PEFT model, expected a plain one; call unload() on it"
+        )
     targets = lora.targets or (("q_proj", "v_proj") if head_is_tied(model) else ("q_proj", "v_proj", "lm_head"))
     leaves = {name.rpartition(".")[2] for name, module in model.named_modules() if not list(module.children())}
     if not any(target.rpartition(".")[2] in leaves for target in targets):
@@ -62,7 +64,11 @@ def attach(model: nn.Module, lora: Lora) -> PeftModel:
             f"no module to adapt: got targets {list(targets)}, expected names among {sorted(leaves)}; set the targets"
         )
     config = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(targets), task_type="CAUSAL_LM"
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(targets),
+        task_type="CAUSAL_LM",
     )
     return get_peft_model(model, config)  # type: ignore[arg-type]
 
@@ -99,9 +105,7 @@ def _reason_to_refuse(layer: LoraLayer, adapter: str) -> str | None:
     return None
 
 
-def bayesify(
-    model: nn.Module, *, init_root_std: float = 0.05, noise: Noise = "row", adapter: str = ADAPTER
-) -> int:
+def bayesify(model: nn.Module, *, init_root_std: float = 0.05, noise: Noise = "row", adapter: str = ADAPTER) -> int:
     """Makes A of every LoRA layer Gaussian, in place, on a stock PEFT model: q(A) = N(M, Ω²), with M the present A.
 
     Afterwards training mode draws one A for each row of the batch and evaluation mode uses the mean. All layers are

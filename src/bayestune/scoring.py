@@ -238,8 +238,7 @@ class TextScorer(_Encoder):
         positions = torch.cat([_positions(question.long()), question.sum(1, keepdim=True) + place], 1)
         block = torch.cat([torch.where(question, -2, -1), option], 1)  # -2 question, -1 padding, else the option
         sees = (block[:, :, None] == block[:, None, :]) | (block[:, None, :] == -2)
-        causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
-        allowed = (sees & causal & (block != -1)[:, None, :]) | torch.eye(ids.shape[1], dtype=torch.bool)
+        allowed = sees & torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
         mask = allowed if self.bool_mask else torch.where(allowed, 0.0, torch.finfo(torch.float32).min)
         source = torch.where(place == 0, 0, torch.arange(option.shape[1]))  # the kept position that predicts a token
         return {
@@ -288,8 +287,9 @@ def can_pack(model: nn.Module) -> bool:
     full = all(kind == "full_attention" for kind in getattr(config, "layer_types", None) or ["full_attention"])
     sliding = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
     positions = "position_ids" in inspect.signature(model.forward).parameters
-    recurrent = hasattr(config, "ssm_cfg") or hasattr(config, "state_size")
-    return config._attn_implementation in ("sdpa", "eager") and full and not sliding and not recurrent and positions
+    # a recurrent layer and ALiBi go by a token's place in the sequence, whatever mask and positions say
+    by_place = getattr(model, "_is_stateful", False) or getattr(config, "alibi", False)
+    return config._attn_implementation in ("sdpa", "eager") and full and not sliding and positions and not by_place
 
 
 Scorer = LetterScorer | TextScorer

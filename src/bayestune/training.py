@@ -166,9 +166,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
-def train(
-    model: nn.Module, scorer: Scorer, training: Training, callbacks: Sequence[TrainerCallback] = ()
-) -> Fitted:
+def train(model: nn.Module, scorer: Scorer, training: Training, callbacks: Sequence[TrainerCallback] = ()) -> Fitted:
     """Trains the adapters of a PEFT model on the scorer's training rows.
 
     Args:
@@ -191,9 +189,7 @@ def train(
     with tempfile.TemporaryDirectory() as scratch:
         folder = training.output or Path(scratch)
         arguments = _arguments(training, folder, training.total_steps(len(rows)))
-        trainer = ClassTrainer(
-            model, scorer, args=arguments, train_dataset=rows, callbacks=[*callbacks, stop]
-        )
+        trainer = ClassTrainer(model, scorer, args=arguments, train_dataset=rows, callbacks=[*callbacks, stop])
         checkpoint = newest_checkpoint(folder) if training.resume else None
         begin = time.perf_counter()
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -10,7 +10,7 @@ from bayestune.posterior import Posterior
 from bayestune.scoring import Scorer
 from bayestune.training import Training
 
-__all__ = ["METHODS", "BLoB", "MLE", "Method"]
+__all__ = ["METHODS", "MLE", "BLoB", "Method"]
 
 
 class Method(Protocol):

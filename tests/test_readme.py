@@ -1,0 +1,38 @@
+"""The Python of the README runs, in order, in one namespace where the reader's own model and data exist."""
+
+import re
+from pathlib import Path
+
+import torch
+from transformers import TrainingArguments
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_the_code_of_the_readme_runs(llama, tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 2
+    ids = torch.randint(3, 400, (8, 9))
+    namespace = {
+        "base": llama(),
+        "dataset": [{"input_ids": row, "labels": row} for row in ids],
+        "arguments": TrainingArguments(
+            output_dir=str(tmp_path / "out"),
+            max_steps=4,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            save_strategy="no",
+        ),
+        "batch": {"input_ids": ids[:2]},
+        "folder": tmp_path / "posterior",
+    }
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), namespace)
+    assert namespace["prediction"].probabilities.shape == (2, 2)
+    assert (tmp_path / "posterior" / "posterior.json").is_file()
+
+
+def test_the_links_of_the_readme_exist():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README.read_text(encoding="utf-8")):
+        assert (README.parent / target).exists(), target
