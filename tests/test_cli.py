@@ -376,6 +376,8 @@ def test_ctrl_c_leaves_a_checkpoint_that_resume_goes_on_from(place):
     more = fitting(place, method="blob", steps=stopped + 3, logging_steps=1)
     assert main([*more, "--resume"]) == 0
     log = json.loads((place / "out" / "training.json").read_text())
+    before = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    assert log["history"][: len(before)] == before
     steps = [entry["step"] for entry in log["history"] if "loss" in entry]
     assert steps == list(range(1, stopped + 4))
     assert log["steps"] == stopped + 3

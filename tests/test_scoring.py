@@ -461,7 +461,10 @@ def test_a_cut_through_a_character_leaves_no_part_of_it(byte_level):
 def test_a_passage_with_odd_spaces_is_kept_as_it_is(byte_level):
     context = "the sky , is n't  red .\n" * 20
     task = replace(long_task(context), prompt=PASSAGE_CHOICES)
-    (encoded,) = LetterScorer(byte_level, task, max_length=90).encode(task.train)
+    cleaning = fast(byte_level.backend_tokenizer)
+    cleaning.clean_up_tokenization_spaces = True
+    cleaning.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
+    (encoded,) = LetterScorer(cleaning, task, max_length=90).encode(task.train)
     text = byte_level.decode(encoded["ids"], clean_up_tokenization_spaces=False)
     assert context.startswith(text.partition("Passage: ")[2].partition("\nQuestion: ")[0])
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,7 +33,9 @@ def mean_digest(model: nn.Module, adapter: str = ADAPTER) -> str:
         for slot in (layer.lora_A, layer.lora_B):
             if adapter in slot:
                 digest.update(path.encode())
-                digest.update(slot[adapter].weight.detach().float().cpu().contiguous().numpy().tobytes())
+                digest.update(
+                    slot[adapter].get_parameter("weight").detach().float().cpu().contiguous().numpy().tobytes()
+                )
     return digest.hexdigest()
 
 
@@ -69,7 +70,7 @@ def save_posterior(model: nn.Module, folder: Path, details: Mapping[str, Any] | 
         }
         (Path(scratch) / DETAILS).write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
         for name in (*ADAPTER_FILES, TENSORS, DETAILS):
-            os.replace(Path(scratch) / name, folder / name)
+            (Path(scratch) / name).replace(folder / name)
     return folder
 
 
@@ -93,7 +94,7 @@ def export_draw(model: nn.Module, weights: Mapping[str, Tensor], folder: Path) -
     with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as scratch:
         _save_adapter(model, Path(scratch), weights)
         for name in ADAPTER_FILES:
-            os.replace(Path(scratch) / name, folder / name)
+            (Path(scratch) / name).replace(folder / name)
     return folder
 
 
@@ -169,7 +170,8 @@ def _load_root_stds(model: nn.Module, folder: Path) -> None:
     got = {name: tuple(value.shape) for name, value in tensors.items()}
     if got != {name: tuple(value.shape) for name, value in expected.items()}:
         raise PosteriorError(
-            f"{folder / TENSORS} is of another model or rank: got {len(got)} tensors such as {next(iter(got.items()), None)}, "
+            f"{folder / TENSORS} is of another model or rank: "
+            f"got {len(got)} tensors such as {next(iter(got.items()), None)}, "
             f"expected {len(expected)} such as {next((n, tuple(v.shape)) for n, v in expected.items())}"
         )
     with torch.no_grad():

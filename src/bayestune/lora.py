@@ -1,4 +1,4 @@
-"""The seam to PEFT: attach LoRA, find its slots, put another module in a slot, refuse what cannot be made stochastic."""
+"""The seam to PEFT: attach LoRA, find its slots, put another module in one, refuse what cannot be made stochastic."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -148,7 +148,9 @@ def bayesify(model: nn.Module, *, init_root_std: float = 0.05, noise: Noise = "r
         )
     groups = RowGroups()
     for layer in layers.values():
-        layer.lora_A[adapter] = GaussianLinear(layer.lora_A[adapter], init_root_std, noise, groups)
+        plain = layer.lora_A[adapter]
+        assert isinstance(plain, nn.Linear)  # _reason_to_refuse has checked it
+        layer.lora_A[adapter] = GaussianLinear(plain, init_root_std, noise, groups)
     return len(layers)
 
 
@@ -178,7 +180,7 @@ def drawn(model: nn.Module, weights: Mapping[str, Tensor], adapter: str = ADAPTE
     kept = {path: layers[path].lora_A[adapter] for path in weights}
     try:
         for path, stack in weights.items():
-            layers[path].lora_A[adapter] = DrawnLinear.of(stack, like=kept[path].weight)
+            layers[path].lora_A[adapter] = DrawnLinear.of(stack, like=kept[path].get_parameter("weight"))
         yield
     finally:
         for path, slot in kept.items():

@@ -46,6 +46,8 @@ class Posterior(Protocol):
     """What every method's `fit` returns: a distribution over adapters, seen through its draws' logits."""
 
     model: nn.Module
+    score: Scorer
+    fitted: Mapping[str, Any]
     has_mean: bool
 
     def logits(self, inputs: Batch, draws: Draws) -> Tensor:
@@ -122,7 +124,7 @@ class Gaussian:
         return self._held[1]
 
     def logits(self, inputs: Batch, draws: Draws) -> Tensor:
-        """The draws' logits (S, N, C): S·N rows in one pass, chunked to the bounds of `draws`; (1, N, C) for the mean."""
+        """The draws' logits (S, N, C), S·N rows in one pass within the bounds of `draws`; (1, N, C) for the mean."""
         if draws.count == 0:
             return Point(self.model, self.score).logits(inputs, draws)
         stack, step = self.stack(draws.count, draws.seed), draws.at_once(inputs)

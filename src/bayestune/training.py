@@ -109,10 +109,9 @@ class _StopOnSignal(TrainerCallback):
         if self._before is not None:
             signal.signal(signal.SIGINT, self._before)
 
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.stopped:
             control.should_save = control.should_training_stop = True
-        return control
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._restore()
