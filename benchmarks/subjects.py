@@ -18,8 +18,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from bayestune.kl import KLStep
 from bayestune.lora import bayesify
 from bayestune.models import load_model
+from bayestune.questions import Question
 from bayestune.scoring import LetterScorer
-from bayestune.tasks import Question, load_task
+from bayestune.tasks import load_task
 
 STOCK = "lora"  # every other name of an adapter is a kind of BLoB's noise
 PRECISIONS = ("fp32", "bf16")

@@ -10,7 +10,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from bayestune.tasks import CHOICES, Question, Task
+from bayestune.questions import CHOICES, Question
+from bayestune.tasks import Task
 
 torch.set_num_threads(1)
 

@@ -20,8 +20,8 @@ from bayestune.evaluation import (
 from bayestune.lora import Lora, adapted_layers, attach, bayesify
 from bayestune.metrics import summarise
 from bayestune.posterior import Draws, Gaussian, Point, Prediction
+from bayestune.questions import Question
 from bayestune.scoring import make_scorer
-from bayestune.tasks import Question
 
 ROWS = (
     Question("long", "what is the answer for the question and the passage below?", ("red", "green", "blue"), 2),

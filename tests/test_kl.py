@@ -206,6 +206,16 @@ def test_the_multiplier_is_transformers_linear_schedule():
     assert warmup_decay(10, 0.0)[0] == 1
 
 
+def test_a_run_shorter_than_a_burst_is_warned_of(model, caplog):
+    optimizer = torch.optim.AdamW(trainable(model).values(), LR)
+    KLStep(period=10).attach(model, optimizer, total_steps=10)
+    assert caplog.text == ""
+    KLStep(period=10, schedule="constant").attach(model, optimizer, total_steps=9)
+    assert caplog.text == ""
+    KLStep(period=10).attach(model, optimizer, total_steps=9)
+    assert "the run of 9 steps ends before the first burst of the KL (period 10)" in caplog.text
+
+
 def test_bad_settings_are_refused(model):
     optimizer = torch.optim.AdamW(trainable(model).values(), LR)
     with pytest.raises(ValueError, match="give final_std or kl_lr, not both: got final_std=0.1 and kl_lr=0.01"):

@@ -22,8 +22,9 @@ from transformers import (
 
 from bayestune.lora import adapted_layers, bayesify, gaussian_layers
 from bayestune.posterior import Draws, Gaussian
+from bayestune.questions import CHOICES, PASSAGE_CHOICES, Prompt, Question
 from bayestune.scoring import LetterScorer, TextScorer, answer_tokens, can_pack, make_scorer
-from bayestune.tasks import CHOICES, PASSAGE_CHOICES, Prompt, Question, Task
+from bayestune.tasks import Task
 
 RAGGED = (
     Question("a", "what is red?", ("red", "the blue sky and grass", "green"), 1),
@@ -412,7 +413,7 @@ def test_a_long_passage_is_shortened_and_nothing_else(with_bos, wide, scoring, c
     (row,) = task.train
     short = replace(row, id="q", context="the sky")
     scorer = make_scorer(wide, with_bos, task, scoring, max_length=90)
-    with caplog.at_level(logging.WARNING, "bayestune.scoring"):
+    with caplog.at_level(logging.WARNING, "bayestune.tokens"):
         encoded, untouched = scorer.encode((row, short))
     assert "1 of 2 rows were longer than 90 tokens: their passage was shortened" in caplog.text
     text = with_bos.decode(encoded["ids"])

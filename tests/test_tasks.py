@@ -4,21 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from bayestune.tasks import (
-    BLANK,
-    CHOICES,
-    PASSAGE_CHOICES,
-    TASKS,
-    TRUE_FALSE,
-    Prompt,
-    Question,
-    Task,
-    check_trainable,
-    load_rows,
-    load_task,
-    own_question,
-    own_task,
-)
+from bayestune.questions import BLANK, CHOICES, PASSAGE_CHOICES, TRUE_FALSE, Prompt, Question, load_rows, own_question
+from bayestune.tasks import TASKS, Task, check_trainable, load_task, own_task
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 LINE_SEPARATOR = "\u2028"

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from bayestune.kl import KLStep
 from bayestune.lora import Lora, bayesify, gaussian_layers
+from bayestune.questions import Question
 from bayestune.scoring import make_scorer
-from bayestune.tasks import Question, Task
+from bayestune.tasks import Task
 from bayestune.training import NotFiniteError, Training, newest_checkpoint, start_adapter, train
 
 SETTINGS = Training(

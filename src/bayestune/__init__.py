@@ -10,8 +10,9 @@ if TYPE_CHECKING:
     from bayestune.methods import METHODS, MLE, BLoB, Method
     from bayestune.models import load_model
     from bayestune.posterior import Draws, Gaussian, Point, Posterior, Prediction, predict
+    from bayestune.questions import Question, load_rows
     from bayestune.scoring import make_scorer
-    from bayestune.tasks import Question, Task, load_rows, load_task
+    from bayestune.tasks import Task, load_task
     from bayestune.training import Training
 
 __version__ = "0.1.0"
@@ -24,7 +25,8 @@ _HOMES = {
     "models": ("load_model",),
     "posterior": ("Draws", "Gaussian", "Point", "Posterior", "Prediction", "predict"),
     "scoring": ("make_scorer",),
-    "tasks": ("Question", "Task", "load_rows", "load_task"),
+    "questions": ("Question", "load_rows"),
+    "tasks": ("Task", "load_task"),
     "training": ("Training",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -11,7 +11,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 import bayestune
-from bayestune import commands
+from bayestune import commands, runs
 from bayestune.evaluation import Predicting
 from bayestune.methods import METHODS, Method
 from bayestune.training import Interrupted, Training
@@ -36,7 +36,7 @@ def _flags(parser: ArgumentParser) -> ArgumentParser:
 
 def _fitting(parser: ArgumentParser) -> None:
     parser.add_argument("--model", type=str | None, default=None, help=MODEL_HELP)
-    parser.add_class_arguments(commands.Questions)
+    parser.add_class_arguments(runs.Questions)
     parser.add_class_arguments(Training, skip={"output"})
     for name, method in METHODS.items():
         if fields(method):  # type: ignore[arg-type]
@@ -70,14 +70,14 @@ def _fit_parser() -> ArgumentParser:
 
 
 def _fit(o: Namespace) -> None:
-    questions, training = _built(commands.Questions, o), _built(Training, o, output=None)
+    questions, training = _built(runs.Questions, o), _built(Training, o, output=None)
     commands.run_fit(o.model, _method(o.method, o), questions, training, o.output, overwrite=o.overwrite)
 
 
 def _evaluate_parser() -> ArgumentParser:
     parser = _parser("evaluate", "Accuracy and calibration of a posterior on labelled questions.")
     _reading(parser)
-    parser.add_class_arguments(commands.Questions, skip={"data", "scoring", "max_length", "holdout", "train_rows"})
+    parser.add_class_arguments(runs.Questions, skip={"data", "scoring", "max_length", "holdout", "train_rows"})
     parser.add_class_arguments(Predicting)
     parser.add_argument(
         "--output", type=Path | None, default=None, help="folder of the records; left out: the posterior's"
@@ -86,9 +86,7 @@ def _evaluate_parser() -> ArgumentParser:
 
 
 def _evaluate(o: Namespace) -> None:
-    commands.run_evaluate(
-        o.posterior, o.model, _built(commands.Questions, o), _built(Predicting, o), o.output, bf16=o.bf16
-    )
+    commands.run_evaluate(o.posterior, o.model, _built(runs.Questions, o), _built(Predicting, o), o.output, bf16=o.bf16)
 
 
 def _predict_parser() -> ArgumentParser:
@@ -122,7 +120,7 @@ def _compare(o: Namespace) -> None:
     commands.run_compare(
         o.model,
         {name: _method(name, o) for name in o.methods},
-        _built(commands.Questions, o),
+        _built(runs.Questions, o),
         _built(Training, o, output=None),
         _built(Predicting, o),
         o.output,

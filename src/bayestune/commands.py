@@ -1,17 +1,12 @@
-"""What the commands do: fit, evaluate, predict, compare, demo. Parsing is in `cli.py`."""
+"""What the commands do: fit, evaluate, predict, compare. Parsing is in `cli.py`."""
 
 import json
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import nn
-
-from bayestune.artefact import load_posterior, read_details, save_posterior
 from bayestune.evaluation import (
     Predicting,
     append_record,
@@ -22,125 +17,25 @@ from bayestune.evaluation import (
     write_json_lines,
 )
 from bayestune.methods import Method
-from bayestune.models import LoadedModel, load_default, load_model
-from bayestune.posterior import Draws, Gaussian, Point, Posterior, Prediction
+from bayestune.posterior import Draws, Point, Posterior, Prediction
+from bayestune.questions import Question, load_rows
+from bayestune.runs import (
+    Questions,
+    check_output,
+    fit_method,
+    open_model,
+    open_posterior,
+    prepare_output,
+    prompt_of,
+    scorer_of,
+    shown,
+)
 from bayestune.scoring import Scorer, make_scorer
-from bayestune.tasks import Prompt, Question, Scoring, Task, check_trainable, load_rows, load_task, own_task
+from bayestune.tasks import Task, check_trainable
 from bayestune.training import Training
 
-Part = Literal["evaluation", "held_out"]
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Questions:
-    """Which questions, and how they are put.
-
-    Args:
-        task: a task of the table; your own rows (`data`, `evaluation_data`) go before it.
-        data_root: a directory in the Hub's layout; None for the Hub.
-        data: your own training rows, a JSONL or CSV file.
-        evaluation_data: your own evaluation rows.
-        options: the options of every row of your files that has none of its own.
-        scoring: "letter" compares the answer tokens' logits, "text" the likelihoods of the options' texts.
-        max_length: tokens of a prompt.
-        holdout: the part of train held out for choosing anything.
-        train_rows: use at most so many training rows.
-        evaluation_rows: use at most so many evaluation rows.
-        subset_seed: of the choice of rows.
-    """
-
-    task: str = "everyday"
-    data_root: Path | None = None
-    data: Path | None = None
-    evaluation_data: Path | None = None
-    options: tuple[str, ...] = ()
-    scoring: Scoring = "letter"
-    max_length: int = 300
-    holdout: float = 0.0
-    train_rows: int | None = None
-    evaluation_rows: int | None = None
-    subset_seed: int = 0
-
-    def load(self) -> Task:
-        """The task with its parts chosen."""
-        if self.data or self.evaluation_data:
-            train = load_rows(self.data, self.options) if self.data else ()
-            test = load_rows(self.evaluation_data, self.options) if self.evaluation_data else ()
-            task = own_task(Path(self.data or self.evaluation_data or "").stem, train, test)
-        else:
-            task = load_task(self.task, self.data_root)
-        return task.subset(self.train_rows, self.evaluation_rows, self.holdout, self.subset_seed)
-
-
-def check_output(folder: Path, *, overwrite: bool, resume: bool = False) -> None:
-    """Refuses an output folder that holds something, unless told to overwrite it or to go on.
-
-    Raises:
-        FileExistsError: if the folder is not empty.
-    """
-    if folder.is_dir() and any(folder.iterdir()) and not (overwrite or resume):
-        raise FileExistsError(f"{folder} is not empty: choose another --output, or give --overwrite or --resume")
-
-
-def prepare_output(folder: Path, *, overwrite: bool, resume: bool = False) -> None:
-    """Makes the output folder, emptied unless a run goes on in it: when all input has been read and found good.
-
-    Raises:
-        FileExistsError: as `check_output`.
-    """
-    check_output(folder, overwrite=overwrite, resume=resume)
-    if folder.is_dir() and not resume:
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-
-
-def open_model(name: str | None) -> LoadedModel:
-    """The model of that name; the default one if there is none."""
-    loaded = load_default() if name is None else load_model(name)
-    if torch.accelerator.is_available():
-        loaded.model.to(torch.accelerator.current_accelerator())  # type: ignore[arg-type]
-    return loaded
-
-
-def fit_method(
-    method: Method, loaded: LoadedModel, scorer: Scorer, training: Training, questions: Questions, output: Path
-) -> Posterior:
-    """Fits a method and saves its posterior in `output`, checkpoints under `output/checkpoints`."""
-    posterior = method.fit(loaded.model, scorer, replace(training, output=output / "checkpoints"))
-    prompt = scorer.task.prompt
-    details = {
-        "method": type(method).__name__.lower(),
-        "fields": asdict(method),  # type: ignore[call-overload]
-        "base_model": loaded.name,
-        "task": {"name": scorer.task.name, "prompt": asdict(prompt)},
-        "scoring": questions.scoring,
-        "max_length": questions.max_length,
-        "training": asdict(training),
-        "train_rows": len(scorer.task.train),
-    }
-    save_posterior(posterior.model, output, details)
-    log = {key: posterior.fitted[key] for key in ("seconds", "steps", "peak_memory_mb", "history")}
-    (output / "training.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
-    return posterior
-
-
-def open_posterior(folder: Path, model: str | None = None) -> tuple[Posterior, dict[str, Any], LoadedModel]:
-    """Loads a posterior with its base model; `scorer_of` makes its scorer."""
-    details = read_details(folder)
-    loaded = open_model(model or details.get("base_model"))
-    adapted, _ = load_posterior(loaded.model, folder)
-    kind = Gaussian if details["posterior"] == "gaussian" else Point
-
-    def unbound(*_: Any) -> torch.Tensor:
-        raise AssertionError("the posterior has no scorer yet")
-
-    return kind(adapted, unbound), details, loaded
-
-
-def scorer_of(details: Mapping[str, Any], loaded: LoadedModel, base: nn.Module, task: Task) -> Scorer:
-    """The scorer a posterior was fitted with, on other questions."""
-    return make_scorer(base, loaded.tokenizer, task, details["scoring"], details["max_length"])
+Part = Literal["evaluation", "held_out"]
 
 
 def run_fit(
@@ -164,7 +59,7 @@ def run_evaluate(
     task = questions.load()
     if not task.evaluation:
         raise ValueError("no evaluation rows: give --task with an evaluation split, or --evaluation_data")
-    scorer = scorer_of(details, loaded, loaded.model, task)
+    scorer = scorer_of(details, loaded, task)
     opened.score = scorer
     folder = output or posterior
     folder.mkdir(parents=True, exist_ok=True)
@@ -197,8 +92,8 @@ def run_predict(
         raise FileExistsError(f"{output} is there already: choose another --output, or give --overwrite")
     opened, details, loaded = open_posterior(posterior, model)
     questions = load_rows(rows, options, labelled=False)
-    task = Task(details["task"]["name"], (), questions, prompt=_prompt(details))
-    scorer = scorer_of(details, loaded, loaded.model, task)
+    task = Task(details["task"]["name"], (), questions, prompt=prompt_of(details))
+    scorer = scorer_of(details, loaded, task)
     opened.score = scorer
     title = f"predict, {draws} draws" if output else None
     logits = draw_logits(opened, scorer, scorer.encode(questions), Draws(draws, draw_seed), bf16=bf16, progress=title)
@@ -209,19 +104,9 @@ def run_predict(
         print("\n".join(json.dumps(line, ensure_ascii=False) for line in lines))  # noqa: T201
 
 
-def _prompt(details: Mapping[str, Any]) -> Prompt:
-    prompt = details["task"]["prompt"]
-    return Prompt(prompt["letter"], prompt["text"], tuple(prompt["labels"]))
-
-
 def label_of(method: str, draws: int, posterior: Posterior) -> str:
     """How a line of the table is called."""
     return method if isinstance(posterior, Point) else f"{method} N={draws}"
-
-
-def shown(model: str) -> str:
-    """A model's name in records and tables: without the folders of this machine where it is a path."""
-    return Path(model).name if Path(model).exists() else model
 
 
 def _record_all(

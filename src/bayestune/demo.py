@@ -3,10 +3,11 @@
 import time
 from pathlib import Path
 
-from bayestune.commands import Questions, run_compare
+from bayestune.commands import run_compare
 from bayestune.evaluation import Predicting
 from bayestune.lora import Lora
 from bayestune.methods import MLE, BLoB
+from bayestune.runs import Questions
 from bayestune.training import Training
 
 # Chosen on the validation questions, see docs/demo.md; the test questions were not looked at for it.

@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from bayestune.metrics import summarise
 from bayestune.posterior import Draws, Point, Posterior, Prediction
+from bayestune.questions import Question
 from bayestune.scoring import Encoded, Scorer
-from bayestune.tasks import Question
 from bayestune.training import peak_memory_mb
 
 RECORDS = "records.jsonl"
@@ -36,6 +36,7 @@ class Predicting:
         bins: of the calibration errors.
         binning: "torchmetrics" (as in the published figures) or "textbook".
         resamples: of the bootstrap.
+        texts: whether the rows' files repeat questions and options; false where their licence forbids to pass them on.
     """
 
     draws: tuple[int, ...] = (0, 5, 10)
@@ -45,6 +46,7 @@ class Predicting:
     bins: int = 15
     binning: Literal["torchmetrics", "textbook"] = "torchmetrics"
     resamples: int = 1000
+    texts: bool = True
 
 
 def draw_logits(
@@ -135,7 +137,9 @@ def evaluate_posterior(
             yield count, Prediction.of(drawn[:count]), seconds * count / most
 
 
-def prediction_rows(questions: Sequence[Question], prediction: Prediction) -> list[dict[str, Any]]:
+def prediction_rows(
+    questions: Sequence[Question], prediction: Prediction, *, texts: bool = True
+) -> list[dict[str, Any]]:
     """One JSON-ready dict a row: the question, its probabilities, confidence and uncertainty parts in nats."""
     names = ("confidence", "total_entropy", "expected_entropy", "mutual_information")
     columns = {name: getattr(prediction, name).tolist() for name in names}
@@ -143,8 +147,7 @@ def prediction_rows(questions: Sequence[Question], prediction: Prediction) -> li
     return [
         {
             "id": row.id,
-            "question": row.question,
-            "options": list(row.options),
+            **({"question": row.question, "options": list(row.options)} if texts else {}),
             "answer": row.answer,
             "choice": choices[i],
             "probabilities": prediction.probabilities[i, : len(row.options)].tolist(),
@@ -193,7 +196,7 @@ def append_record(
         prediction.probabilities, labels, bins=settings.bins, binning=settings.binning, resamples=settings.resamples
     )
     name = f"rows-{len(read_records(folder)) + 1}-{record['method']}-{record['draws']}-{record['seed']}.jsonl"
-    write_json_lines(folder / name, prediction_rows(questions, prediction))
+    write_json_lines(folder / name, prediction_rows(questions, prediction, texts=settings.texts))
     whole = {
         **record,
         "n": len(questions),

@@ -1,5 +1,6 @@
 """The KL step of BLoB: its schedule, and the callback that takes it after the optimiser's step."""
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -11,6 +12,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from bayestune.gaussian import kl_divergence, kl_step_, rate_to
 from bayestune.layers import GaussianLinear
 from bayestune.lora import gaussian_layers
+
+logger = logging.getLogger(__name__)
 
 Schedule = Literal["bursts", "constant"]
 StdOptimizer = Literal["sgd", "adamw"]
@@ -197,6 +200,13 @@ class KLStep(TrainerCallback):
                     "the KL's period is not known: got no period, expected num_rows and batch_size, or period"
                 )
             period = burst_period(num_rows, batch_size)
+        if self.schedule == "bursts" and total_steps < period:
+            logger.warning(
+                "the run of %d steps ends before the first burst of the KL (period %d): hardly any KL would be taken; "
+                'use schedule="constant", a shorter period, or more steps',
+                total_steps,
+                period,
+            )
         weights, shape = kl_weights(total_steps, period, self.schedule), warmup_decay(total_steps, self.warmup_ratio)
         kl_lr = 0.01 if self.kl_lr is None else self.kl_lr
         std_lr = kl_lr if self.std_lr is None else self.std_lr

@@ -1,9 +1,8 @@
 """Questions → token batches → class logits (N, C): by the answer's token, or by the likelihood of its text."""
 
 import inspect
-import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -12,105 +11,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from bayestune.lora import group_rows
-from bayestune.tasks import Question, Scoring, Task
+from bayestune.questions import Question, Scoring
+from bayestune.tasks import Task
+from bayestune.tokens import Encoder, answer_tokens, left_padded, positions, right_padded, token_ids
 
 Layout = Literal["packed", "expanded"]
 Encoded = dict[str, Any]
-logger = logging.getLogger(__name__)
-
-
-def answer_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, answers: Sequence[str]) -> list[int]:
-    """The one token by which each answer really continues the prompt in this tokenizer.
-
-    "Answer:" + " A" is one token " A" in byte-level BPE and "▁A" in SentencePiece; other tokenizers want "A". The form
-    is found by tokenising prompt and answer together, not assumed.
-
-    Args:
-        tokenizer: the model's.
-        prompt: a prompt, or its end.
-        answers: the labels, such as A, B, C, D.
-
-    Returns:
-        A token id for each answer, all different.
-
-    Raises:
-        ValueError: if an answer is not one token in either form, or two share a token.
-    """
-    start = _ids(tokenizer, prompt)
-    for separator in (" ", ""):
-        whole = [_ids(tokenizer, prompt + separator + answer) for answer in answers]
-        if all(len(ids) == len(start) + 1 and ids[:-1] == start for ids in whole):
-            tokens = [ids[-1] for ids in whole]
-            if len(set(tokens)) == len(tokens):
-                return tokens
-    pieces = {answer: tokenizer.convert_ids_to_tokens(_ids(tokenizer, f"{prompt} {answer}")[-3:]) for answer in answers}
-    raise ValueError(
-        f"an answer is not one token of its own after the prompt: the last tokens are {pieces}; "
-        'use one-token labels or scoring="text"'
-    )
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
-
-
-def _start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special tokens that open every text in this tokenizer, such as Llama's <s>."""
-    plain, special = _ids(tokenizer, "a"), list(tokenizer("a")["input_ids"])  # type: ignore[arg-type]
-    place = next((i for i in range(len(special)) if special[i : i + len(plain)] == plain), 0)
-    return special[:place]
-
-
-@dataclass
-class _Encoder:
-    """What both ways of scoring share: prompts to token ids, within the length limit."""
-
-    tokenizer: PreTrainedTokenizerBase
-    task: Task
-    max_length: int = 300
-
-    def prompt_ids(self, row: Question, scoring: Scoring, room: int = 0) -> tuple[list[int], bool]:
-        """Token ids of the prompt with `room` tokens to spare, and whether the passage had to be shortened."""
-        start, context = _start_ids(self.tokenizer), _ids(self.tokenizer, row.context)
-        limit, shortened, keep = self.max_length - room - len(start), row, len(context)
-        while len(ids := _ids(self.tokenizer, self.task.prompt.render(shortened, scoring))) > limit:
-            if not keep:
-                raise ValueError(
-                    f"row {row.id}: the question and its options take more than max_length={self.max_length} tokens; "
-                    "raise max_length"
-                )
-            keep = max(0, keep - (len(ids) - limit))
-            text = str(self.tokenizer.decode(context[:keep], clean_up_tokenization_spaces=False))
-            shortened = replace(row, context=text.rstrip("\ufffd"))  # the cut may go through a character
-        return start + ids, shortened is not row
-
-    def warn_of(self, truncated: int, total: int) -> None:
-        if truncated:
-            logger.warning(
-                "%d of %d rows were longer than %d tokens: their passage was shortened, question and options kept",
-                truncated,
-                total,
-                self.max_length,
-            )
-
-    @property
-    def pad(self) -> int:
-        token = self.tokenizer.pad_token_id
-        return int(self.tokenizer.eos_token_id or 0) if token is None else int(token)  # type: ignore[arg-type]
-
-
-def _left_padded(sequences: Sequence[Sequence[int]], value: int) -> Tensor:
-    width = max(map(len, sequences))
-    return torch.tensor([[value] * (width - len(ids)) + list(ids) for ids in sequences])
-
-
-def _right_padded(sequences: Sequence[Sequence[int]], value: int) -> Tensor:
-    width = max(map(len, sequences))
-    return torch.tensor([list(ids) + [value] * (width - len(ids)) for ids in sequences])
-
-
-def _positions(mask: Tensor) -> Tensor:
-    return (mask.cumsum(-1) - 1).clamp_min(0)
 
 
 def _with_labels(batch: dict[str, Tensor], rows: Sequence[Encoded]) -> dict[str, Tensor]:
@@ -131,7 +37,7 @@ def last_logits(model: nn.Module, inputs: Mapping[str, Any], keep: int) -> Tenso
 
 
 @dataclass
-class LetterScorer(_Encoder):
+class LetterScorer(Encoder):
     """Class logits are the logits of the answers' tokens at the last position; missing options have -inf.
 
     Args:
@@ -162,11 +68,11 @@ class LetterScorer(_Encoder):
     def collate(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
         """A left-padded batch."""
         counts = torch.tensor([row["options"] for row in rows])
-        mask = _left_padded([[1] * len(row["ids"]) for row in rows], 0)
+        mask = left_padded([[1] * len(row["ids"]) for row in rows], 0)
         batch = {
-            "input_ids": _left_padded([row["ids"] for row in rows], self.pad),
+            "input_ids": left_padded([row["ids"] for row in rows], self.pad),
             "attention_mask": mask,
-            "position_ids": _positions(mask),
+            "position_ids": positions(mask),
             "option_mask": torch.arange(int(counts.max())) < counts[:, None],
         }
         return _with_labels(batch, rows)
@@ -180,7 +86,7 @@ class LetterScorer(_Encoder):
 
 
 @dataclass
-class TextScorer(_Encoder):
+class TextScorer(Encoder):
     """Class logits are the mean log-likelihoods of the options' tokens after the question; -inf where none.
 
     All options of a question see the same draw. "packed" puts question and options in one sequence, where an option
@@ -204,7 +110,7 @@ class TextScorer(_Encoder):
         encoded, truncated = [], 0
         for row in rows:
             texts = self.task.prompt.answers(row, "text")
-            room = max(len(_ids(self.tokenizer, " " + text)) for text in texts)
+            room = max(len(token_ids(self.tokenizer, " " + text)) for text in texts)
             ids, cut = self.prompt_ids(row, "text", room)
             options = [self._option_ids(ids, text) for text in texts]
             truncated += cut
@@ -217,10 +123,10 @@ class TextScorer(_Encoder):
         """Tokens by which the option continues the prompt; on its own where the tokenizer would merge the two."""
         tail = prompt[-8:]
         end = str(self.tokenizer.decode(tail))
-        start, whole = _ids(self.tokenizer, end), _ids(self.tokenizer, f"{end} {text}")
+        start, whole = token_ids(self.tokenizer, end), token_ids(self.tokenizer, f"{end} {text}")
         if whole[: len(start)] == start and len(whole) > len(start):
             return whole[len(start) :]
-        return _ids(self.tokenizer, " " + text)
+        return token_ids(self.tokenizer, " " + text)
 
     def collate(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
         """A batch in the scorer's layout."""
@@ -230,12 +136,12 @@ class TextScorer(_Encoder):
         return _with_labels(batch, rows)
 
     def _packed(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
-        question = _left_padded([[1] * len(row["ids"]) for row in rows], 0).bool()
-        option = _right_padded([[c for c, ids in enumerate(r["options"]) for _ in ids] for r in rows], -1)
-        place = _right_padded([[i for ids in r["options"] for i in range(len(ids))] for r in rows], 0)
-        targets = _right_padded([[token for ids in r["options"] for token in ids] for r in rows], self.pad)
-        ids = torch.cat([_left_padded([row["ids"] for row in rows], self.pad), targets], 1)
-        positions = torch.cat([_positions(question.long()), question.sum(1, keepdim=True) + place], 1)
+        question = left_padded([[1] * len(row["ids"]) for row in rows], 0).bool()
+        option = right_padded([[c for c, ids in enumerate(r["options"]) for _ in ids] for r in rows], -1)
+        place = right_padded([[i for ids in r["options"] for i in range(len(ids))] for r in rows], 0)
+        targets = right_padded([[token for ids in r["options"] for token in ids] for r in rows], self.pad)
+        ids = torch.cat([left_padded([row["ids"] for row in rows], self.pad), targets], 1)
+        position_ids = torch.cat([positions(question.long()), question.sum(1, keepdim=True) + place], 1)
         block = torch.cat([torch.where(question, -2, -1), option], 1)  # -2 question, -1 padding, else the option
         sees = (block[:, :, None] == block[:, None, :]) | (block[:, None, :] == -2)
         allowed = sees & torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
@@ -244,7 +150,7 @@ class TextScorer(_Encoder):
         return {
             "input_ids": ids,
             "attention_mask": mask[:, None],
-            "position_ids": positions,
+            "position_ids": position_ids,
             "targets": targets,
             "source": source,
             "option": option,
@@ -254,12 +160,12 @@ class TextScorer(_Encoder):
         width = max(len(row["options"]) for row in rows)
         options = [(row["options"] + [row["options"][0]] * width)[:width] for row in rows]
         sequences = [row["ids"] + ids for row, group in zip(rows, options, strict=True) for ids in group]
-        targets = _left_padded([ids for group in options for ids in group], -1)
-        mask = _left_padded([[1] * len(ids) for ids in sequences], 0)
+        targets = left_padded([ids for group in options for ids in group], -1)
+        mask = left_padded([[1] * len(ids) for ids in sequences], 0)
         return {
-            "input_ids": _left_padded(sequences, self.pad),
+            "input_ids": left_padded(sequences, self.pad),
             "attention_mask": mask,
-            "position_ids": _positions(mask),
+            "position_ids": positions(mask),
             "targets": targets,
         }
 

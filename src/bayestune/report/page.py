@@ -61,7 +61,7 @@ class _Evaluation:
 
 def _read(name: str, record: Record, folder: Path) -> _Evaluation:
     path = folder / str(record.get("predictions") or "predictions missing")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
     return _Evaluation(name, record, [json.loads(line) for line in lines if line.strip()])
 
 
@@ -190,11 +190,11 @@ def _diagrams(evaluations: Sequence[_Evaluation]) -> str:
 def _question(row: Mapping[str, Any], extra: str) -> str:
     p = row["probabilities"]
     items = ""
-    for i, option in enumerate(row["options"]):
+    for i, option in enumerate(row.get("options") or [f"option {i + 1}" for i in range(len(p))]):
         marks = " ".join(["answer"] * (i == row["answer"]) + ["chosen"] * (p[i] == max(p)))
         sign = " ✓" if i == row["answer"] else ""
         items += f'<li class="{marks}"><span>{p[i]:.1%}</span><span>{escape(str(option))}{sign}</span></li>'
-    return f'<div class="question">{escape(str(row["question"]))}<ul>{items}</ul>{extra}</div>\n'
+    return f'<div class="question">{escape(str(row.get("question") or row["id"]))}<ul>{items}</ul>{extra}</div>\n'
 
 
 def _entropy(row: Mapping[str, Any], most: float) -> str:
