@@ -36,8 +36,9 @@ def parsed(command, *arguments):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_preset_parses_with_the_command_it_names(path):
     command = command_of(path)
-    assert command in ("fit", "compare")
-    options = parsed(command, "--config", path, "--output", "out").as_dict()
+    assert command in ("fit", "compare", "evaluate")
+    needed = ["--output", "out"] + (["--posterior", "in"] if command == "evaluate" else [])
+    options = parsed(command, "--config", path, *needed).as_dict()
 
     def check(given, got):
         for key, value in given.items():

@@ -1,12 +1,12 @@
 """What the commands do: fit, evaluate, predict, compare. Parsing is in `cli.py`."""
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+from bayestune.artefact import DETAILS
 from bayestune.evaluation import (
     Predicting,
     append_record,
@@ -34,14 +34,16 @@ from bayestune.scoring import Scorer, make_scorer
 from bayestune.tasks import Task, check_trainable
 from bayestune.training import Training
 
-logger = logging.getLogger(__name__)
 Part = Literal["evaluation", "held_out"]
 
 
 def run_fit(
     model: str | None, method: Method, questions: Questions, training: Training, output: Path, *, overwrite: bool
 ) -> None:
-    """`bayestune fit`."""
+    """`bayestune fit`; with `training.resume` a run that was cut off goes on, and a finished one is left alone."""
+    if training.resume and (output / DETAILS).is_file():
+        print(f"finished already: posterior in {output}")  # noqa: T201
+        return
     check_output(output, overwrite=overwrite, resume=training.resume)
     task, loaded = questions.load(), open_model(model)
     check_trainable(task)
@@ -159,7 +161,6 @@ def run_compare(
     for name, method in methods.items():
         if name in done:
             continue
-        logger.info("fitting %s on %d rows", name, len(task.train))
         posterior = fit_method(method, loaded, scorer, training, questions, output / name)
         base = {
             "task": task.name,

@@ -81,6 +81,10 @@ class _Plan:
     std_rates: Tensor
 
     @property
+    def all(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.rates, self.weights, self.std_rates
+
+    @property
     def times(self) -> Tensor:
         return (self.weights * self.rates).cumsum(0)
 
@@ -230,15 +234,13 @@ class KLStep(TrainerCallback):
     def _after_step(self) -> None:
         if self.step >= len(self._plan.rates):
             return
-        rate, weight = float(self._plan.rates[self.step]), float(self._plan.weights[self.step])
-        means = [layer.weight.data for layer in self._layers]
-        root_stds = [layer.root_std.data for layer in self._layers]
-        pairs = [(g, d) for g, d in zip(root_stds, self._likelihood, strict=False) if d is not None]
+        rate, weight, std_rate = (float(values[self.step]) for values in self._plan.all)
+        means, root_stds = [layer.weight for layer in self._layers], [layer.root_std for layer in self._layers]
         kl_step_(means, root_stds, rate * weight, self.prior_std)
+        pairs = [(g, d) for g, d in zip(root_stds, self._likelihood, strict=False) if d is not None]
         if pairs:
-            torch._foreach_add_(
-                [g for g, _ in pairs], [d for _, d in pairs], alpha=-float(self._plan.std_rates[self.step])
-            )
+            with torch.no_grad():
+                torch._foreach_add_([g for g, _ in pairs], [d for _, d in pairs], alpha=-std_rate)
         self._likelihood = []
         self.step += 1
 

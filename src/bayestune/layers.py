@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,32 @@ class RowGroups:
     """
 
     size: int = 1
+
+
+class _RowProduct(torch.autograd.Function):
+    """x (N, T, k) times A_nᵀ (N, k, r), with the gradient of A_n made as (N, r, k).
+
+    Autograd would make it as (N, k, r): on the CPU in float32 that product is four to five times slower.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(input, weights)
+        return torch.bmm(input, weights.transpose(1, 2))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor]:
+        (gradient,), (input, weights) = gradients, ctx.saved_tensors
+        of_input = torch.bmm(gradient, weights) if ctx.needs_input_grad[0] else None
+        return of_input, torch.bmm(gradient.transpose(1, 2), input)
+
+
+def row_product(input: Tensor, weights: Tensor) -> Tensor:
+    """Applies each row's own weight: (N, T, k) and (N, r, k) to (N, T, r), in autocast's type where it is on."""
+    if torch.is_autocast_enabled(input.device.type):
+        dtype = torch.get_autocast_dtype(input.device.type)
+        input, weights = input.to(dtype), weights.to(dtype)
+    return _RowProduct.apply(input, weights)  # type: ignore[return-value]
 
 
 class GaussianLinear(nn.Linear):
@@ -85,7 +111,7 @@ class GaussianLinear(nn.Linear):
         draw = row_weights if self.noise == "row" else independent_weights
         num_rows = self._num_rows(input)
         weights = draw(self.weight, self.std, num_rows)
-        output = torch.bmm(input.reshape(num_rows, -1, self.in_features), weights.transpose(1, 2))
+        output = row_product(input.reshape(num_rows, -1, self.in_features), weights)
         return output.view(*input.shape[:-1], self.out_features)
 
     def _num_rows(self, input: Tensor) -> int:

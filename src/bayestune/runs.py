@@ -1,6 +1,7 @@
 """What every command needs: the questions, the output folder, a model, a posterior and its scorer."""
 
 import json
+import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bayestune.artefact import load_posterior, read_details, save_posterior
+from bayestune.artefact import DETAILS, load_posterior, read_details, save_posterior
 from bayestune.methods import Method
 from bayestune.models import LoadedModel, load_default, load_model
 from bayestune.posterior import Gaussian, Point, Posterior
@@ -17,6 +18,10 @@ from bayestune.questions import Prompt, Scoring, load_rows
 from bayestune.scoring import Scorer, make_scorer
 from bayestune.tasks import Task, load_task, own_task
 from bayestune.training import Training
+
+logger = logging.getLogger(__name__)
+
+TRAINING = "training.json"
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,13 @@ def open_model(name: str | None) -> LoadedModel:
 def fit_method(
     method: Method, loaded: LoadedModel, scorer: Scorer, training: Training, questions: Questions, output: Path
 ) -> Posterior:
-    """Fits a method and saves its posterior in `output`, checkpoints under `output/checkpoints`."""
+    """Fits a method and saves its posterior in `output`, checkpoints under `output/checkpoints`.
+
+    With `training.resume`, a posterior that was saved already is loaded instead.
+    """
+    if training.resume and (output / DETAILS).is_file():
+        return _saved(loaded, scorer, output)
+    logger.info("fitting %s on %d rows", type(method).__name__, len(scorer.task.train))
     posterior = method.fit(loaded.model, scorer, replace(training, output=output / "checkpoints"))
     prompt = scorer.task.prompt
     details = {
@@ -106,10 +117,16 @@ def fit_method(
         "training": asdict(training),
         "train_rows": len(scorer.task.train),
     }
-    save_posterior(posterior.model, output, details)
-    log = {key: posterior.fitted[key] for key in ("seconds", "steps", "peak_memory_mb", "history")}
-    (output / "training.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
+    output.mkdir(parents=True, exist_ok=True)
+    (output / TRAINING).write_text(json.dumps(dict(posterior.fitted), indent=1) + "\n", encoding="utf-8")
+    save_posterior(posterior.model, output, details)  # last, for a folder with a posterior is taken for finished
     return posterior
+
+
+def _saved(loaded: LoadedModel, scorer: Scorer, folder: Path) -> Posterior:
+    adapted, details = load_posterior(loaded.model, folder)
+    fitted = json.loads((folder / TRAINING).read_text(encoding="utf-8"))
+    return (Gaussian if details["posterior"] == "gaussian" else Point)(adapted, scorer, fitted)
 
 
 def open_posterior(folder: Path, model: str | None = None) -> tuple[Posterior, dict[str, Any], LoadedModel]:
