@@ -241,6 +241,7 @@ def test_compare_writes_a_report_and_resumes(place, capsys):
     assert [(record["method"], record["draws"]) for record in again] == [("mle", 0), ("blob", 0), ("blob", 2)]
     for now, before in zip(again, records, strict=True):
         assert now["metrics"]["nll"]["value"] == pytest.approx(before["metrics"]["nll"]["value"], abs=1e-6)
+        assert now["seconds"]["fit"] == before["seconds"]["fit"]  # taken from the saved posterior, not fitted again
 
 
 def test_compare_on_rows_held_out_of_train(place, capsys):
