@@ -172,6 +172,42 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
+def make_record(
+    record: Mapping[str, Any],
+    questions: Sequence[Question],
+    prediction: Prediction,
+    settings: Predicting,
+    predictions: str,
+) -> dict[str, Any]:
+    """A record with its metrics, and with what a reader needs to trust them.
+
+    Args:
+        record: method, label, draws and whatever else describes the run.
+        questions: the rows, all with an answer.
+        prediction: of the rows.
+        settings: bins and bootstrap.
+        predictions: the file of the rows' probabilities, as seen from the results folder.
+
+    Returns:
+        A JSON-able dict.
+    """
+    labels = torch.tensor([row.answer for row in questions])
+    summary = summarise(
+        prediction.probabilities, labels, bins=settings.bins, binning=settings.binning, resamples=settings.resamples
+    )
+    return {
+        **record,
+        "n": len(questions),
+        "bins": settings.bins,
+        "binning": settings.binning,
+        "metrics": {key: asdict(interval) for key, interval in summary.items()},
+        "predictions": predictions,
+        "peak_memory_mb": round(peak_memory_mb()),
+        "versions": versions(),
+        "revision": git_revision(),
+    }
+
+
 def append_record(
     folder: Path,
     record: Mapping[str, Any],
@@ -191,23 +227,9 @@ def append_record(
     Returns:
         The record as written.
     """
-    labels = torch.tensor([row.answer for row in questions])
-    summary = summarise(
-        prediction.probabilities, labels, bins=settings.bins, binning=settings.binning, resamples=settings.resamples
-    )
     name = f"rows-{len(read_records(folder)) + 1}-{record['method']}-{record['draws']}-{record['seed']}.jsonl"
     write_json_lines(folder / name, prediction_rows(questions, prediction, texts=settings.texts))
-    whole = {
-        **record,
-        "n": len(questions),
-        "bins": settings.bins,
-        "binning": settings.binning,
-        "metrics": {key: asdict(interval) for key, interval in summary.items()},
-        "predictions": name,
-        "peak_memory_mb": round(peak_memory_mb()),
-        "versions": versions(),
-        "revision": git_revision(),
-    }
+    whole = make_record(record, questions, prediction, settings, name)
     with (folder / RECORDS).open("a", encoding="utf-8") as lines:
         lines.write(json.dumps(whole, ensure_ascii=False, default=str) + "\n")
     return whole
