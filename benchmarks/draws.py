@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from bayestune.forms import Gaussian
 from bayestune.lora import gaussian_layers
-from bayestune.posterior import Batch, Draws, Gaussian
+from bayestune.posterior import Batch, Draws
 from harness import Case, device_of, environment, interleave, parser_of, report, timed_case
 from subjects import (
     PRECISIONS,

@@ -19,8 +19,9 @@ from bayestune.artefact import (
     read_details,
     save_posterior,
 )
+from bayestune.forms import Gaussian
 from bayestune.lora import bayesify, gaussian_layers
-from bayestune.posterior import Draws, Gaussian
+from bayestune.posterior import Draws
 
 IDS = torch.arange(3, 27).reshape(2, 12)
 BATCH = {"input_ids": IDS}
@@ -66,22 +67,21 @@ def test_the_adapter_is_stock_lora_and_loads_in_plain_peft_without_a_warning(sav
 
 def test_loading_gives_the_same_draws_bit_for_bit(saved, llama):
     model, folder = saved
-    loaded, details = load_posterior(llama(), folder)
+    before, after, details = Gaussian(model, score), load_posterior(llama(), folder, score), read_details(folder)
     assert (details["method"], details["posterior"], details["base_model"]) == ("blob", "gaussian", "tiny")
-    before, after = Gaussian(model, score), Gaussian(loaded, score)
     for index in (0, 7):
         first, second = before.draw(index, seed=2), after.draw(index, seed=2)
         assert first.keys() == second.keys()
         assert all(torch.equal(first[path], second[path]) for path in first)
     assert torch.equal(before.logits(BATCH, Draws(4)), after.logits(BATCH, Draws(4)))
-    assert not loaded.training
+    assert not after.model.training
 
 
 def test_noise_and_its_start_come_back(llama, tmp_path):
     model = fitted(llama(), gaussian=False)
     bayesify(model, init_root_std=0.07, noise="token")
-    loaded, _ = load_posterior(llama(), save_posterior(model, tmp_path), trainable=True)
-    layer = next(iter(gaussian_layers(loaded).values()))
+    loaded = load_posterior(llama(), save_posterior(model, tmp_path), trainable=True)
+    layer = next(iter(gaussian_layers(loaded.model).values()))
     assert (layer.noise, layer.init_root_std) == ("token", 0.07)
     assert layer.weight.requires_grad
     assert layer.root_std.requires_grad
@@ -89,10 +89,12 @@ def test_noise_and_its_start_come_back(llama, tmp_path):
 
 def test_a_point_is_saved_as_one(llama, tmp_path):
     model = fitted(llama(), gaussian=False)
-    loaded, details = load_posterior(llama(), save_posterior(model, tmp_path))
-    assert details["posterior"] == "point"
+    loaded = load_posterior(llama(), save_posterior(model, tmp_path))
+    assert loaded.kind == read_details(tmp_path)["posterior"] == "point"
     with torch.no_grad():
-        assert torch.equal(score(loaded, BATCH), score(model, BATCH))
+        assert torch.equal(score(loaded.model, BATCH), score(model, BATCH))
+    with pytest.raises(ValueError, match="the posterior has no scorer"):
+        loaded.logits(BATCH, Draws(1))
 
 
 def test_a_draw_exports_as_plain_lora_with_that_draws_outputs(saved, llama, tmp_path):
@@ -179,5 +181,5 @@ def test_a_later_format(saved, llama):
 
 def test_a_draw_of_another_model(saved, tmp_path):
     model, _ = saved
-    with pytest.raises(ValueError, match=r"a draw of another model: got the layers \['elsewhere'\]"):
+    with pytest.raises(ValueError, match=r"a draw of another model: got the slots \['elsewhere'\]"):
         export_draw(model, {"elsewhere": torch.zeros(8, 32)}, tmp_path / "draw")

@@ -17,9 +17,10 @@ from bayestune.evaluation import (
     read_records,
     write_json_lines,
 )
+from bayestune.forms import Gaussian, Point
 from bayestune.lora import Lora, adapted_layers, attach, bayesify
 from bayestune.metrics import summarise
-from bayestune.posterior import Draws, Gaussian, Point, Prediction
+from bayestune.posterior import Draws, Prediction
 from bayestune.questions import Question
 from bayestune.scoring import make_scorer
 

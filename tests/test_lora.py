@@ -34,7 +34,9 @@ def logits(model: nn.Module) -> torch.Tensor:
 def test_every_layer_is_converted_counted_and_named_by_its_path_in_the_base(llama):
     model = adapted(llama())
     assert bayesify(model) == 4
-    assert list(gaussian_layers(model)) == [f"model.layers.{i}.self_attn.{p}_proj" for i in (0, 1) for p in "qv"]
+    assert list(gaussian_layers(model)) == [
+        f"model.layers.{i}.self_attn.{p}_proj.lora_A" for i in (0, 1) for p in "qv"
+    ]
 
 
 def test_the_mean_is_the_lora_model_and_training_is_not(llama):
@@ -138,7 +140,7 @@ def test_drawn_puts_the_slots_back_also_after_an_error(llama):
 def test_drawn_refuses_layers_the_model_has_not(llama):
     model = adapted(llama())
     with (
-        pytest.raises(ValueError, match=r"got \['nowhere'\], expected paths of its adapter"),
+        pytest.raises(ValueError, match=r"got \['nowhere'\], expected slots of its adapter"),
         drawn(model, {"nowhere": torch.zeros(1, 8, 32)}),
     ):
         pass

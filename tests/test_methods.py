@@ -8,7 +8,8 @@ import torch
 from bayestune.artefact import export_draw, load_posterior, save_posterior
 from bayestune.lora import Lora
 from bayestune.methods import METHODS
-from bayestune.posterior import Draws, Gaussian, Point, predict
+from bayestune.forms import Gaussian, Point
+from bayestune.posterior import Draws, predict
 from bayestune.scoring import make_scorer
 from bayestune.training import Training
 
@@ -75,8 +76,8 @@ def test_predicting_restores_the_mode(method, scorer, batch, llama):
 
 def test_saved_and_loaded_draws_are_the_same(method, scorer, batch, llama, tmp_path):
     posterior = method.fit(llama(), scorer, TRAINING)
-    model, _ = load_posterior(llama(), save_posterior(posterior.model, tmp_path))
-    loaded = type(posterior)(model, scorer)
+    loaded = load_posterior(llama(), save_posterior(posterior, tmp_path), scorer)
+    assert type(loaded) is type(posterior)
     assert torch.equal(loaded.logits(batch, Draws(3)), posterior.logits(batch, Draws(3)))
 
 

@@ -7,8 +7,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from bayestune.forms import Gaussian, Point
 from bayestune.lora import bayesify, gaussian_layers
-from bayestune.posterior import Draws, Gaussian, Point, Prediction, predict, repeat_rows
+from bayestune.posterior import Draws, Prediction, predict, repeat_rows
 
 OPTIONS = [5, 9, 30]
 

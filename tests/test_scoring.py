@@ -20,8 +20,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from bayestune.forms import Gaussian
 from bayestune.lora import adapted_layers, bayesify, gaussian_layers
-from bayestune.posterior import Draws, Gaussian
+from bayestune.posterior import Draws
 from bayestune.questions import CHOICES, PASSAGE_CHOICES, Prompt, Question
 from bayestune.scoring import LetterScorer, TextScorer, answer_tokens, can_pack, make_scorer
 from bayestune.tasks import Task

@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bayestune.artefact import export_draw, load_posterior, save_posterior
+    from bayestune.forms import Gaussian, Mixture, Point
     from bayestune.kl import KLStep
     from bayestune.lora import Lora, bayesify, drawn
     from bayestune.methods import METHODS, MLE, BLoB, Method
     from bayestune.models import load_model
-    from bayestune.posterior import Draws, Gaussian, Point, Posterior, Prediction, predict
+    from bayestune.posterior import Draws, Posterior, Prediction, predict
     from bayestune.questions import Question, load_rows
     from bayestune.scoring import make_scorer
     from bayestune.tasks import Task, load_task
@@ -23,7 +24,8 @@ _HOMES = {
     "lora": ("Lora", "bayesify", "drawn"),
     "methods": ("METHODS", "MLE", "BLoB", "Method"),
     "models": ("load_model",),
-    "posterior": ("Draws", "Gaussian", "Point", "Posterior", "Prediction", "predict"),
+    "forms": ("Gaussian", "Mixture", "Point"),
+    "posterior": ("Draws", "Posterior", "Prediction", "predict"),
     "scoring": ("make_scorer",),
     "questions": ("Question", "load_rows"),
     "tasks": ("Task", "load_task"),
@@ -40,6 +42,7 @@ __all__ = [
     "KLStep",
     "Lora",
     "Method",
+    "Mixture",
     "Point",
     "Posterior",
     "Prediction",

@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import bayestune
-from bayestune.lora import ADAPTER, PREFIX, adapted_layers, bayesify, gaussian_layers
+from bayestune.forms import KINDS, Gaussian, Mixture, Point
+from bayestune.lora import ADAPTER, PREFIX, adapter_weights, gaussian_layers, slots
+from bayestune.posterior import Posterior, Scorer
 
 FORMAT = 1
-ROOT_STD = "root_std"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 TENSORS, DETAILS = "posterior.safetensors", "posterior.json"
 
@@ -29,48 +30,48 @@ class PosteriorError(ValueError):
 def mean_digest(model: nn.Module, adapter: str = ADAPTER) -> str:
     """A hash of the adapter's A and B, so that a standard deviation is never put beside another mean."""
     digest = hashlib.sha256()
-    for path, layer in sorted(adapted_layers(model, adapter).items()):
-        for slot in (layer.lora_A, layer.lora_B):
-            if adapter in slot:
-                digest.update(path.encode())
-                digest.update(
-                    slot[adapter].get_parameter("weight").detach().float().cpu().contiguous().numpy().tobytes()
-                )
+    for name, weight in sorted(adapter_weights(model, adapter).items()):
+        digest.update(name.encode())
+        digest.update(weight.float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
-def save_posterior(model: nn.Module, folder: Path, details: Mapping[str, Any] | None = None) -> Path:
-    """Writes the model's adapter as a posterior: a stock LoRA folder of the mean, `posterior.safetensors` and `.json`.
+def save_posterior(
+    posterior: Posterior | nn.Module, folder: Path, details: Mapping[str, Any] | None = None
+) -> Path:
+    """Writes a posterior: a stock LoRA folder of the mean, `posterior.safetensors` and `posterior.json`.
 
-    Each file is written elsewhere and moved into place, `posterior.json` last, so a folder that has it is whole.
+    Each file is written elsewhere and moved into place, `posterior.json` last, so a folder that has it is whole. A
+    mixture has no mean: its members are such folders, `member-0` and so on, beside its `posterior.json`.
 
     Args:
-        model: a PEFT model, converted by `bayesify` or not.
+        posterior: what `fit` returned, or a PEFT model, converted by `bayesify` or not.
         folder: made if it is not there.
         details: what else to keep in `posterior.json`: method, task, base model.
 
     Returns:
         The folder.
     """
+    if isinstance(posterior, nn.Module):
+        posterior = (Gaussian if gaussian_layers(posterior) else Point)(posterior, unbound)
     folder.mkdir(parents=True, exist_ok=True)
-    layers = gaussian_layers(model)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as scratch:
-        _save_adapter(model, Path(scratch), {})
-        tensors = {f"{path}.{ROOT_STD}": layer.root_std.detach().cpu().contiguous() for path, layer in layers.items()}
-        save_file(tensors, Path(scratch) / TENSORS, {"format": "pt"})
-        record = {
-            "format": FORMAT,
-            "bayestune": bayestune.__version__,
-            "posterior": "gaussian" if layers else "point",
-            "layers": {path: list(layer.weight.shape) for path, layer in layers.items()},
-            "noise": next(iter(layers.values())).noise if layers else None,
-            "init_root_std": next(iter(layers.values())).init_root_std if layers else None,
-            "mean_digest": mean_digest(model),
-            **(details or {}),
-        }
-        (Path(scratch) / DETAILS).write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
-        for name in (*ADAPTER_FILES, TENSORS, DETAILS):
-            (Path(scratch) / name).replace(folder / name)
+    record: dict[str, Any] = {"format": FORMAT, "bayestune": bayestune.__version__, "posterior": posterior.kind}
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as name:
+        scratch = Path(name)
+        if isinstance(posterior, Mixture):
+            record["members"] = [f"member-{i}" for i in range(len(posterior.members))]
+            for member, own in zip(posterior.members, record["members"], strict=True):
+                save_posterior(member, folder / own, details)
+        else:
+            tensors, facts = posterior.state()
+            _save_adapter(posterior.model, scratch, {}, posterior.adapter)
+            save_file({n: v.detach().cpu().contiguous() for n, v in tensors.items()}, scratch / TENSORS)
+            record |= {"facts": facts, "mean_digest": mean_digest(posterior.model, posterior.adapter)}
+        text = json.dumps({**record, **(details or {})}, indent=2, default=str) + "\n"
+        (scratch / DETAILS).write_text(text, encoding="utf-8")
+        for file in (*ADAPTER_FILES, TENSORS, DETAILS):
+            if (scratch / file).exists():
+                (scratch / file).replace(folder / file)
     return folder
 
 
@@ -79,17 +80,17 @@ def export_draw(model: nn.Module, weights: Mapping[str, Tensor], folder: Path) -
 
     Args:
         model: the PEFT model of the posterior.
-        weights: A of the draw by layer path, as `Gaussian.draw` gives them, each (r, k).
+        weights: the draw by slot name, as a posterior's `draw` gives it: A (r, k), B (d, r); the rest is the mean's.
         folder: made if it is not there.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: if a path is not a layer of the model.
+        ValueError: if a name is not a slot of the model.
     """
-    if unknown := sorted(set(weights) - set(adapted_layers(model))):
-        raise ValueError(f"a draw of another model: got the layers {unknown[:3]}, expected paths of this adapter")
+    if unknown := sorted(set(weights) - set(slots(model))):
+        raise ValueError(f"a draw of another model: got the slots {unknown[:3]}, expected slots of this adapter")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as scratch:
         _save_adapter(model, Path(scratch), weights)
@@ -98,12 +99,21 @@ def export_draw(model: nn.Module, weights: Mapping[str, Tensor], folder: Path) -
     return folder
 
 
-def _save_adapter(model: nn.Module, folder: Path, weights: Mapping[str, Tensor]) -> None:
-    state = {name: value for name, value in model.state_dict().items() if not name.endswith(f".{ROOT_STD}")}
-    for path, weight in weights.items():
-        name = f"{PREFIX}{path}.lora_A.{ADAPTER}.weight"
+def _save_adapter(model: nn.Module, folder: Path, weights: Mapping[str, Tensor], adapter: str = ADAPTER) -> None:
+    own = {f"{PREFIX}{name}.{adapter}." for name in slots(model, adapter)}  # what else is in a slot is no stock LoRA
+    state = {
+        name: value
+        for name, value in model.state_dict().items()
+        if name.endswith(".weight") or not any(name.startswith(slot) for slot in own)
+    }
+    for slot, weight in weights.items():
+        name = f"{PREFIX}{slot}.{adapter}.weight"
         state[name] = weight.to(state[name].dtype)
-    model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)  # type: ignore[operator]
+    save: Any = model.save_pretrained
+    save(folder, state_dict=state, save_embedding_layers=False, selected_adapters=[adapter])
+    if adapter != ADAPTER:  # PEFT writes it one folder deeper
+        for file in ADAPTER_FILES:
+            (folder / adapter / file).replace(folder / file)
 
 
 def read_details(folder: Path) -> dict[str, Any]:
@@ -128,52 +138,68 @@ def read_details(folder: Path) -> dict[str, Any]:
     return details
 
 
-def load_posterior(base: nn.Module, folder: Path, *, trainable: bool = False) -> tuple[PeftModel, dict[str, Any]]:
+def unbound(*_: Any) -> Tensor:
+    """Stands for the scorer of a posterior that was loaded without one."""
+    raise ValueError("the posterior has no scorer: got load_posterior(base, folder), expected a scorer as third argument")
+
+
+def load_posterior(base: nn.Module, folder: Path, score: Scorer = unbound, *, trainable: bool = False) -> Posterior:
     """Loads a posterior on its base model; its draws are the saved one's, bit for bit.
 
     Args:
         base: the base model, without adapters.
         folder: what `save_posterior` wrote.
+        score: maps (model, batch) to class logits (N, C); without one the posterior's `logits` cannot be asked for.
         trainable: whether training shall go on.
 
     Returns:
-        The PEFT model, and what `posterior.json` says.
+        The posterior; its `model` is the PEFT model. `read_details(folder)` says what else was kept.
 
     Raises:
         PosteriorError: if the folder is no posterior, a file is cut off, or it is of another model, rank or mean.
     """
     details = read_details(folder)
+    members = details.get("members")
+    if members is None:
+        return _load(base, folder, score, ADAPTER, trainable)
+    model, loaded = base, []
+    for i, member in enumerate(members):
+        loaded.append(_load(model, folder / member, score, f"member{i}" if i else ADAPTER, trainable))
+        model = loaded[0].model
+    return Mixture(loaded)
+
+
+def _load(base: nn.Module, folder: Path, score: Scorer, adapter: str, trainable: bool) -> Posterior:
+    details = read_details(folder)
+    if details["posterior"] not in KINDS:
+        raise PosteriorError(f"{folder} has the form {details['posterior']!r}, expected one of {sorted(KINDS)}")
+    model = _load_adapter(base, folder, details, adapter, trainable).eval()
+    if mean_digest(model, adapter) != details["mean_digest"]:
+        raise PosteriorError(
+            f"the adapter in {folder} is not the one its {DETAILS} was written for, or of another model"
+        )
     try:
-        model = PeftModel.from_pretrained(base, folder, is_trainable=trainable)  # type: ignore[arg-type]
+        tensors = load_file(folder / TENSORS)
+    except (SafetensorError, OSError) as error:
+        raise PosteriorError(f"{folder / TENSORS} is missing, damaged or cut off ({error}); fit again") from error
+    try:
+        posterior = KINDS[details["posterior"]].restore(model, score, tensors, details["facts"], adapter)
+    except ValueError as error:
+        raise PosteriorError(f"{folder / TENSORS} does not fit: it is {error}") from error
+    model.eval()
+    return posterior
+
+
+def _load_adapter(
+    base: nn.Module, folder: Path, details: Mapping[str, Any], adapter: str, trainable: bool
+) -> PeftModel:
+    try:
+        if not isinstance(base, PeftModel):
+            return PeftModel.from_pretrained(base, folder, adapter_name=adapter, is_trainable=trainable)  # type: ignore[arg-type]
+        base.load_adapter(str(folder), adapter, is_trainable=trainable)
     except (RuntimeError, ValueError, SafetensorError) as error:
         raise PosteriorError(
             f"the adapter in {folder} does not fit this model or is damaged; its base is "
             f"{details.get('base_model', 'not recorded')} ({str(error).splitlines()[0]})"
         ) from error
-    if mean_digest(model) != details["mean_digest"]:
-        raise PosteriorError(
-            f"the adapter in {folder} is not the one its {DETAILS} was written for, or of another model"
-        )
-    if details["posterior"] == "gaussian":
-        bayesify(model, init_root_std=details["init_root_std"], noise=details["noise"])
-        _load_root_stds(model, folder)
-    return model.eval(), details
-
-
-def _load_root_stds(model: nn.Module, folder: Path) -> None:
-    try:
-        tensors = load_file(folder / TENSORS)
-    except (SafetensorError, OSError) as error:
-        raise PosteriorError(f"{folder / TENSORS} is missing, damaged or cut off ({error}); fit again") from error
-    layers = gaussian_layers(model)
-    expected = {f"{path}.{ROOT_STD}": layer.root_std for path, layer in layers.items()}
-    got = {name: tuple(value.shape) for name, value in tensors.items()}
-    if got != {name: tuple(value.shape) for name, value in expected.items()}:
-        raise PosteriorError(
-            f"{folder / TENSORS} is of another model or rank: "
-            f"got {len(got)} tensors such as {next(iter(got.items()), None)}, "
-            f"expected {len(expected)} such as {next((n, tuple(v.shape)) for n, v in expected.items())}"
-        )
-    with torch.no_grad():
-        for name, value in expected.items():
-            value.copy_(tensors[name])
+    return base

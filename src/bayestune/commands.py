@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from bayestune.artefact import DETAILS
+from bayestune.artefact import DETAILS, load_posterior
 from bayestune.evaluation import (
     Predicting,
     append_record,
@@ -17,14 +17,14 @@ from bayestune.evaluation import (
     write_json_lines,
 )
 from bayestune.methods import Method
-from bayestune.posterior import Draws, Point, Posterior, Prediction
+from bayestune.posterior import Draws, Posterior, Prediction
 from bayestune.questions import Question, load_rows
 from bayestune.runs import (
     Questions,
     check_output,
     fit_method,
+    open_folder,
     open_model,
-    open_posterior,
     prepare_output,
     prompt_of,
     scorer_of,
@@ -57,12 +57,12 @@ def run_evaluate(
     posterior: Path, model: str | None, questions: Questions, settings: Predicting, output: Path | None, *, bf16: bool
 ) -> None:
     """`bayestune evaluate`: appends records to the posterior's folder, or to `output`."""
-    opened, details, loaded = open_posterior(posterior, model)
+    details, loaded = open_folder(posterior, model)
     task = questions.load()
     if not task.evaluation:
         raise ValueError("no evaluation rows: give --task with an evaluation split, or --evaluation_data")
     scorer = scorer_of(details, loaded, task)
-    opened.score = scorer
+    opened = load_posterior(loaded.model, posterior, scorer)
     folder = output or posterior
     folder.mkdir(parents=True, exist_ok=True)
     base = {
@@ -92,11 +92,11 @@ def run_predict(
     """`bayestune predict`: rows in, one JSON object a row out, to a file or to standard output."""
     if output and output.exists() and not overwrite:
         raise FileExistsError(f"{output} is there already: choose another --output, or give --overwrite")
-    opened, details, loaded = open_posterior(posterior, model)
+    details, loaded = open_folder(posterior, model)
     questions = load_rows(rows, options, labelled=False)
     task = Task(details["task"]["name"], (), questions, prompt=prompt_of(details))
     scorer = scorer_of(details, loaded, task)
-    opened.score = scorer
+    opened = load_posterior(loaded.model, posterior, scorer)
     title = f"predict, {draws} draws" if output else None
     logits = draw_logits(opened, scorer, scorer.encode(questions), Draws(draws, draw_seed), bf16=bf16, progress=title)
     lines = prediction_rows(questions, Prediction.of(logits))
@@ -108,7 +108,7 @@ def run_predict(
 
 def label_of(method: str, draws: int, posterior: Posterior) -> str:
     """How a line of the table is called."""
-    return method if isinstance(posterior, Point) else f"{method} N={draws}"
+    return method if posterior.atoms is not None else f"{method} N={draws}"
 
 
 def _record_all(

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bayestune.metrics import summarise
-from bayestune.posterior import Draws, Point, Posterior, Prediction
+from bayestune.posterior import Draws, Posterior, Prediction
 from bayestune.questions import Question
 from bayestune.scoring import Encoded, Scorer
 from bayestune.training import peak_memory_mb
@@ -106,7 +106,7 @@ def evaluate_posterior(
     """The predictive for each number of draws: the first S of the same held draws, so that more draws only add.
 
     Args:
-        posterior: to evaluate; a point is evaluated once, whatever the numbers of draws.
+        posterior: to evaluate; one of K points is evaluated once, exactly, whatever the numbers of draws.
         scorer: the task, bound to the tokenizer.
         questions: the rows.
         settings: draws, batch and bounds.
@@ -117,7 +117,8 @@ def evaluate_posterior(
         Number of draws, prediction, and the seconds that this number of draws took.
     """
     rows = scorer.encode(questions)
-    counts = (0,) if isinstance(posterior, Point) else settings.draws
+    exact = None if posterior.atoms is None else (0 if posterior.has_mean else posterior.atoms,)
+    counts = exact or tuple(count for count in settings.draws if count or posterior.has_mean)
 
     def logits(count: int) -> tuple[Tensor, float]:
         draws, begin = Draws(count, settings.draw_seed, max_tokens=settings.max_tokens), time.perf_counter()

@@ -1,17 +1,18 @@
-"""Posteriors over adapters, their draws' logits (S, N, C), and the predictive with its uncertainty."""
+"""What a posterior over adapters is, its draws' logits (S, N, C), and the predictive with its uncertainty."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
-from bayestune.gaussian import held_weights
-from bayestune.lora import ADAPTER, drawn, evaluating, gaussian_layers
+from bayestune.lora import ADAPTER, adapted_layers, drawn, evaluating, slots
 
 Batch = Mapping[str, Tensor]
 Scorer = Callable[[nn.Module, Batch], Tensor]
+State = tuple[dict[str, Tensor], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -43,99 +44,135 @@ class Draws:
 
 
 class Posterior(Protocol):
-    """What every method's `fit` returns: a distribution over adapters, seen through its draws' logits."""
+    """What every method's `fit` returns: a distribution over adapters, seen through its draws' logits.
 
+    `atoms` is the number of draws that makes the predictive exact: 1 for a point, K for a mixture of K points, None
+    where no number does. `state` gives what an artefact keeps beside the stock adapter, `restore` takes it back.
+    """
+
+    kind: ClassVar[str]
     model: nn.Module
     score: Scorer
     fitted: Mapping[str, Any]
+    adapter: str
     has_mean: bool
+    atoms: int | None
 
     def logits(self, inputs: Batch, draws: Draws) -> Tensor:
         """Class logits (S, N, C) of the draws; with `draws.count` 0 the mean's, (1, N, C)."""
         ...
 
+    def state(self) -> State:
+        """Tensors, and facts that JSON can hold."""
+        ...
 
-@dataclass
-class Point:
-    """A posterior with all its mass on one adapter: what maximum likelihood and MAP return.
-
-    Args:
-        model: a PEFT model.
-        score: maps (model, batch) to class logits (N, C).
-        fitted: what the fit reports: seconds, steps, log.
-    """
-
-    model: nn.Module
-    score: Scorer
-    fitted: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    has_mean: bool = field(default=True, init=False)
-
-    def logits(self, inputs: Batch, draws: Draws) -> Tensor:
-        """The adapter's logits, the same for every draw: (S, N, C), (1, N, C) for the mean."""
-        with evaluating(self.model):
-            logits = self.score(self.model, on_device(inputs, self.model))
-        return logits.expand(max(1, draws.count), *logits.shape)
+    @classmethod
+    def restore(
+        cls,
+        model: nn.Module,
+        score: Scorer,
+        tensors: Mapping[str, Tensor],
+        facts: Mapping[str, Any],
+        adapter: str = ADAPTER,
+    ) -> Self:
+        """The posterior on a model that holds the stock adapter already."""
+        ...
 
 
-@dataclass
-class Gaussian:
-    """q(A) = N(M, Ω²) on every Gaussian layer of the model, B a point.
-
-    Args:
-        model: a PEFT model that `bayesify` has converted.
-        score: maps (model, batch) to class logits (N, C).
-        fitted: what the fit reports: seconds, steps, log.
-        adapter: which adapter.
-
-    Raises:
-        ValueError: if the model has no Gaussian layer.
-    """
-
-    model: nn.Module
-    score: Scorer
-    fitted: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    adapter: str = ADAPTER
-    has_mean: bool = field(default=True, init=False)
-    _held: tuple[object, dict[str, Tensor]] = field(default=(None, {}), init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        if not gaussian_layers(self.model, self.adapter):
-            raise ValueError("the model has no Gaussian layer: got a deterministic model; call bayesify(model) first")
+class Drawable(Posterior, Protocol):
+    """A posterior whose draws are adapters."""
 
     def draw(self, index: int, seed: int = 0) -> dict[str, Tensor]:
-        """The weights A of one held draw, by layer path, each (r, k) in float32 on the CPU.
+        """One held draw by slot name, what differs from the mean: A (r, k), B (d, r)."""
+        ...
 
-        Args:
-            index: which draw, from 0.
-            seed: of the set of draws.
-        """
-        return {
-            path: held_weights(layer.weight, layer.std, seed, index, path)
-            for path, layer in gaussian_layers(self.model, self.adapter).items()
-        }
 
-    def stack(self, count: int, seed: int = 0) -> dict[str, Tensor]:
-        """The draws 0…S-1 as one stack (S, r, k) for each layer path; kept until the posterior changes."""
-        layers = gaussian_layers(self.model, self.adapter)
-        versions = tuple((id(p), p._version) for layer in layers.values() for p in (layer.weight, layer.root_std))
-        if self._held[0] != (count, seed, versions):
-            draws = [self.draw(index, seed) for index in range(count)]
-            self._held = (count, seed, versions), {path: torch.stack([d[path] for d in draws]) for path in layers}
-        return self._held[1]
+def mean_logits(posterior: Posterior, inputs: Batch) -> Tensor:
+    """The logits (1, N, C) of the adapter as it stands, in evaluation mode."""
+    with evaluating(posterior.model):
+        return posterior.score(posterior.model, on_device(inputs, posterior.model))[None]
 
-    def logits(self, inputs: Batch, draws: Draws) -> Tensor:
-        """The draws' logits (S, N, C), S·N rows in one pass within the bounds of `draws`; (1, N, C) for the mean."""
-        if draws.count == 0:
-            return Point(self.model, self.score).logits(inputs, draws)
-        stack, step = self.stack(draws.count, draws.seed), draws.at_once(inputs)
-        chunks = []
-        for start in range(0, draws.count, step):
-            part = {path: weights[start : start + step] for path, weights in stack.items()}
-            size = min(step, draws.count - start)
-            with evaluating(self.model), drawn(self.model, part, self.adapter):
-                logits = self.score(self.model, repeat_rows(on_device(inputs, self.model), size))
-            chunks.append(logits.unflatten(0, (size, -1)))
-        return torch.cat(chunks)
+
+@dataclass
+class Held:
+    """Stacks of held draws, kept until the adapter or the question changes."""
+
+    key: object = None
+    stacks: dict[str, Tensor] = field(default_factory=dict)
+
+    def of(self, posterior: Drawable, count: int, seed: int) -> dict[str, Tensor]:
+        """The draws 0…S-1 as one stack (S, …) for each slot name."""
+        parameters = (p for slot in slots(posterior.model, posterior.adapter).values() for p in slot.parameters())
+        key = count, seed, tuple((id(p), p._version) for p in parameters)
+        if self.key != key:
+            draws = [posterior.draw(index, seed) for index in range(count)]
+            self.key, self.stacks = key, {name: torch.stack([d[name] for d in draws]) for name in draws[0]}
+        return self.stacks
+
+
+def drawn_logits(posterior: Drawable, inputs: Batch, draws: Draws, held: Held) -> Tensor:
+    """The draws' logits (S, N, C), S·N rows in one pass within the bounds of `draws`; (1, N, C) for the mean.
+
+    Where the draws differ in the output head's adapter alone, everything before the head is computed once.
+    """
+    model, adapter = posterior.model, posterior.adapter
+    if draws.count == 0:
+        return mean_logits(posterior, inputs)
+    stack, inputs = held.of(posterior, draws.count, draws.seed), on_device(inputs, model)
+    head = _only_head(model, stack, adapter)
+    step, chunks = draws.count if head else draws.at_once(inputs), []
+    for start in range(0, draws.count, step):
+        part = {name: weights[start : start + step] for name, weights in stack.items()}
+        size = min(step, draws.count - start)
+        with evaluating(model), drawn(model, part, adapter), _once_before(model, head, size):
+            chunks.append(posterior.score(model, repeat_rows(inputs, size)).unflatten(0, (size, -1)))
+    return torch.cat(chunks)
+
+
+def _only_head(model: nn.Module, stack: Mapping[str, Tensor], adapter: str) -> nn.Module | None:
+    """The output head, if no other layer is drawn."""
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    head, layers = inner.get_output_embeddings(), adapted_layers(model, adapter)
+    drawn_layers = {layers[name.rpartition(".")[0]] for name in stack}
+    return head if drawn_layers == {head} else None
+
+
+@contextmanager
+def _once_before(model: nn.Module, head: nn.Module | None, times: int) -> Iterator[None]:
+    """Runs all but the head on the first copy of the rows, and the head on `times` copies of what reaches it."""
+    if head is None:
+        yield
+        return
+
+    def first_copy(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        cut = {n: v[: len(v) // times] if isinstance(v, Tensor) and v.dim() else v for n, v in kwargs.items()}
+        return args, cut
+
+    hooks = [
+        model.register_forward_pre_hook(first_copy, with_kwargs=True),
+        head.register_forward_pre_hook(lambda _, args: (args[0].repeat(times, *[1] * (args[0].dim() - 1)), *args[1:])),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def check_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuses tensors that are not of a model's slots.
+
+    Raises:
+        ValueError: if there are none, a name is not expected or a shape is another.
+    """
+    got = {name: tuple(value.shape) for name, value in tensors.items()}
+    wrong = {name: shape for name, shape in got.items() if expected.get(name) != shape}
+    if wrong or not got:
+        name = next(iter(wrong), None)
+        raise ValueError(
+            f"of another model or rank: got {len(got)} tensors such as {name, got.get(name or '')}, "
+            f"expected shapes such as {name, expected.get(name or '', 'no such slot')}"
+        )
 
 
 def on_device(inputs: Batch, model: nn.Module) -> dict[str, Tensor]:
@@ -209,7 +246,7 @@ def predict(
     Args:
         posterior: what a method's `fit` returned, or a loaded one.
         inputs: a batch of N rows, as its scorer collates them.
-        draws: S; 0 for the mean adapter.
+        draws: S; 0 for the mean adapter. A posterior of K points is averaged over its K points instead.
         seed: of the set of draws; the same seed gives the same S functions for every batch.
         max_rows: bound on the rows of one forward pass.
         max_tokens: bound on the tokens of one forward pass.
@@ -222,4 +259,5 @@ def predict(
     """
     if draws == 0 and not posterior.has_mean:
         raise ValueError(f"draws=0 means the mean, but {type(posterior).__name__} has none: ask for draws=1 or more")
-    return Prediction.of(posterior.logits(inputs, Draws(draws, seed, max_rows, max_tokens)))
+    count = draws if posterior.atoms is None or not draws else posterior.atoms
+    return Prediction.of(posterior.logits(inputs, Draws(count, seed, max_rows, max_tokens)))

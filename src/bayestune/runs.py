@@ -13,7 +13,7 @@ import torch
 from bayestune.artefact import DETAILS, load_posterior, read_details, save_posterior
 from bayestune.methods import Method
 from bayestune.models import LoadedModel, load_default, load_model
-from bayestune.posterior import Gaussian, Point, Posterior
+from bayestune.posterior import Posterior
 from bayestune.questions import Prompt, Scoring, load_rows
 from bayestune.scoring import Scorer, make_scorer
 from bayestune.tasks import Task, load_task, own_task
@@ -119,27 +119,20 @@ def fit_method(
     }
     output.mkdir(parents=True, exist_ok=True)
     (output / TRAINING).write_text(json.dumps(dict(posterior.fitted), indent=1) + "\n", encoding="utf-8")
-    save_posterior(posterior.model, output, details)  # last, for a folder with a posterior is taken for finished
+    save_posterior(posterior, output, details)  # last, for a folder with a posterior is taken for finished
     return posterior
 
 
 def _saved(loaded: LoadedModel, scorer: Scorer, folder: Path) -> Posterior:
-    adapted, details = load_posterior(loaded.model, folder)
+    posterior = load_posterior(loaded.model, folder, scorer)
     fitted = json.loads((folder / TRAINING).read_text(encoding="utf-8"))
-    return (Gaussian if details["posterior"] == "gaussian" else Point)(adapted, scorer, fitted)
+    return replace(posterior, fitted=fitted)  # type: ignore[type-var]
 
 
-def open_posterior(folder: Path, model: str | None = None) -> tuple[Posterior, dict[str, Any], LoadedModel]:
-    """Loads a posterior with its base model; `scorer_of` makes its scorer."""
+def open_folder(folder: Path, model: str | None = None) -> tuple[dict[str, Any], LoadedModel]:
+    """What a posterior's folder says, and its base model; `scorer_of` and `load_posterior` do the rest."""
     details = read_details(folder)
-    loaded = open_model(model or details.get("base_model"))
-    adapted, _ = load_posterior(loaded.model, folder)
-    kind = Gaussian if details["posterior"] == "gaussian" else Point
-
-    def unbound(*_: Any) -> torch.Tensor:
-        raise AssertionError("the posterior has no scorer yet")
-
-    return kind(adapted, unbound), details, loaded
+    return details, open_model(model or details.get("base_model"))
 
 
 def scorer_of(details: Mapping[str, Any], loaded: LoadedModel, task: Task) -> Scorer:

@@ -1,7 +1,8 @@
 """Questions → token batches → class logits (N, C): by the answer's token, or by the likelihood of its text."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -32,8 +33,22 @@ def last_logits(model: nn.Module, inputs: Mapping[str, Any], keep: int) -> Tenso
     accepted = inspect.signature(inner.forward).parameters  # type: ignore[arg-type]
     optional = {"position_ids": inputs["position_ids"], "logits_to_keep": keep, "use_cache": False}
     optional = {name: value for name, value in optional.items() if name in accepted}
-    output = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], **optional)
+    with _contiguous_input(inner.get_output_embeddings()):  # type: ignore[operator]
+        output = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], **optional)
     return output.logits[:, -keep:]
+
+
+@contextmanager
+def _contiguous_input(head: nn.Module | None) -> Iterator[None]:
+    """Copies the few positions that reach the head: as a slice, torch's CPU product would copy the head's weight."""
+    if head is None:
+        yield
+        return
+    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @dataclass

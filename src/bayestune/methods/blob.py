@@ -7,7 +7,7 @@ from torch import nn
 from bayestune.kl import KLStep, Schedule, StdOptimizer
 from bayestune.layers import Noise
 from bayestune.lora import bayesify
-from bayestune.posterior import Gaussian
+from bayestune.forms import Gaussian
 from bayestune.scoring import Scorer
 from bayestune.training import Training, start_adapter, train
 

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 
 from torch import nn
 
-from bayestune.posterior import Point
+from bayestune.forms import Point
 from bayestune.scoring import Scorer
 from bayestune.training import Training, start_adapter, train
 
