@@ -22,6 +22,20 @@ class RowGroups:
 
     size: int = 1
 
+    def rows(self, sequences: int) -> int:
+        """How many rows a batch of so many sequences has.
+
+        Raises:
+            ValueError: if the sequences do not divide into rows.
+        """
+        count, rest = divmod(sequences, self.size)
+        if rest:
+            raise ValueError(
+                f"the batch does not divide into rows: got {sequences} sequences, expected a multiple of "
+                f"{self.size} (sequences a row); use group_rows(model, 1) for a plain batch"
+            )
+        return count
+
 
 class _RowProduct(torch.autograd.Function):
     """x (N, T, k) times A_nᵀ (N, k, r), with the gradient of A_n made as (N, r, k).
@@ -109,19 +123,10 @@ class GaussianLinear(nn.Linear):
         if self.noise == "token":
             return self._token_forward(input)
         draw = row_weights if self.noise == "row" else independent_weights
-        num_rows = self._num_rows(input)
+        num_rows = self.groups.rows(input.shape[0])
         weights = draw(self.weight, self.std, num_rows)
         output = row_product(input.reshape(num_rows, -1, self.in_features), weights)
         return output.view(*input.shape[:-1], self.out_features)
-
-    def _num_rows(self, input: Tensor) -> int:
-        num_rows, rest = divmod(input.shape[0], self.groups.size)
-        if rest:
-            raise ValueError(
-                f"the batch does not divide into rows: got {input.shape[0]} sequences, expected a multiple of "
-                f"{self.groups.size} (sequences a row); use group_rows(model, 1) for a plain batch"
-            )
-        return num_rows
 
     def _token_forward(self, input: Tensor) -> Tensor:
         sign_in = random_signs(*input.shape, like=input)

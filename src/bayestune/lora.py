@@ -244,8 +244,8 @@ def bayesify(
 def group_rows(model: nn.Module, size: int) -> None:
     """Says that `size` consecutive sequences make one row and share their draw in training; kept until set again."""
     for module in model.modules():
-        if isinstance(module, GaussianLinear):
-            module.groups.size = size
+        if isinstance(groups := getattr(module, "groups", None), RowGroups):
+            groups.size = size
             return
 
 

@@ -6,7 +6,7 @@ import resource
 import signal
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from bayestune.lora import Lora, attach
 from bayestune.scoring import Scorer
 from bayestune.tasks import check_trainable
+
+Optimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,14 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
-def train(model: nn.Module, scorer: Scorer, training: Training, callbacks: Sequence[TrainerCallback] = ()) -> Fitted:
+def train(
+    model: nn.Module,
+    scorer: Scorer,
+    training: Training,
+    callbacks: Sequence[TrainerCallback] = (),
+    *,
+    optimizer: Optimizer | None = None,
+) -> Fitted:
     """Trains the adapters of a PEFT model on the scorer's training rows.
 
     Args:
@@ -173,6 +182,7 @@ def train(model: nn.Module, scorer: Scorer, training: Training, callbacks: Seque
         scorer: the task, bound to the tokenizer.
         training: steps, rates and the rest.
         callbacks: such as `KLStep`.
+        optimizer: makes the optimiser of the trainable parameters; None for AdamW as `training` says.
 
     Returns:
         Time, steps, log and peak memory.
@@ -188,7 +198,10 @@ def train(model: nn.Module, scorer: Scorer, training: Training, callbacks: Seque
     with tempfile.TemporaryDirectory() as scratch:
         folder = training.output or Path(scratch)
         arguments = _arguments(training, folder, training.total_steps(len(rows)))
-        trainer = ClassTrainer(model, scorer, args=arguments, train_dataset=rows, callbacks=[*callbacks, stop])
+        own = optimizer([p for p in model.parameters() if p.requires_grad]) if optimizer else None
+        trainer = ClassTrainer(
+            model, scorer, args=arguments, train_dataset=rows, callbacks=[*callbacks, stop], optimizers=(own, None)
+        )
         checkpoint = newest_checkpoint(folder) if training.resume else None
         begin = time.perf_counter()
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
