@@ -1,0 +1,142 @@
+"""Laplace-LoRA: a Gaussian around a fitted adapter, with the curvature of the likelihood as its precision."""
+
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from bayestune.forms.curvature import Structure
+from bayestune.forms.linearised import Linearised, Sampled, gaussian_logits
+from bayestune.forms.point import Point
+from bayestune.kfac import Curvature, best_precision, curvature, log_evidence
+from bayestune.lora import SIDES, adapter_weights, slot_names
+from bayestune.methods.map import MAP
+from bayestune.methods.protocol import Method, check_point, held_out_rows, predictive_nll
+from bayestune.posterior import Draws
+from bayestune.questions import Question
+from bayestune.scoring import Scorer
+from bayestune.training import Training, peak_memory_mb
+
+GRID = tuple(10.0 ** (power / 2) for power in range(-6, 11))  # values of λ to choose among on held-out rows
+_DRAWS = Draws(100)  # for the predictive in that choice
+
+
+@dataclass(frozen=True)
+class Laplace:
+    """q(θ) = N(θ_MAP, (H + λI)⁻¹) over LoRA's A and B, H the generalised Gauss-Newton matrix block by block.
+
+    Args:
+        base: fits θ_MAP; any method that returns a point.
+        structure: "kfac" (KFAC-expand, see `bayestune.kfac`) or "diagonal".
+        layers: "all", or "last" for the adapters of the output head, or where it has none, of the last block.
+        rank_kfac: eigenpairs kept of a Kronecker factor whose side is over 100.
+        prior_precision: λ; chosen if None.
+        choose: λ by the Laplace evidence of the training rows, or by the NLL of the linearised predictive on the
+            task's held-out rows.
+        predictive: "linearised" (Gaussian logits) or "sampled" (draws of adapters).
+        batch_size: rows of one pass with gradients, in the fit and in linearised prediction.
+
+    Raises:
+        ValueError: if `prior_precision` is not positive.
+
+    Reference:
+        Yang, Robeyns, Wang, Aitchison: Bayesian low-rank adaptation for large language models, ICLR 2024,
+        https://arxiv.org/abs/2308.13111.
+    """
+
+    base: Method = field(default_factory=MAP)
+    structure: Structure = "kfac"
+    layers: Literal["all", "last"] = "all"
+    rank_kfac: int = 10
+    prior_precision: float | None = None
+    choose: Literal["evidence", "held_out"] = "evidence"
+    predictive: Literal["linearised", "sampled"] = "linearised"
+    batch_size: int = 4
+
+    def __post_init__(self) -> None:
+        if self.prior_precision is not None and not self.prior_precision > 0:
+            raise ValueError(f"prior_precision must be positive: got {self.prior_precision}; None chooses it")
+
+    def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Linearised:
+        """Fits the base on `model`, then the curvature around it.
+
+        Args:
+            model: a transformers model without adapters.
+            scorer: the task, bound to the model's tokenizer.
+            training: the adapter and how the base is trained.
+
+        Raises:
+            ValueError: if the base returns no point, or λ shall be chosen on held-out rows and there are none, or
+                training saw one of them.
+        """
+        if self.prior_precision is None and self.choose == "held_out":
+            held_out_rows(scorer, "Laplace")  # refused before the base is fitted
+        point = check_point(self.base.fit(model, scorer, training), "Laplace")
+        return self.around(point, scorer, bf16=training.bf16)
+
+    def around(self, point: Point, scorer: Scorer, *, bf16: bool = False) -> Linearised:
+        """The posterior around an adapter that is fitted already.
+
+        Args:
+            point: θ_MAP.
+            scorer: the task whose training rows give the curvature.
+            bf16: whether the passes run under bfloat16 autocast, as training does.
+        """
+        begin, adapter = time.perf_counter(), point.adapter
+        names = slot_names(point.model, SIDES, adapter=adapter)
+        names = last_slots(names) if self.layers == "last" else names
+        options: dict[str, Any] = {"structure": self.structure, "rank": self.rank_kfac, "adapter": adapter}
+        weights = adapter_weights(point.model, adapter)
+        norm = sum(weights[name].double().square().sum().item() for name in names)
+        form = Sampled if self.predictive == "sampled" else Linearised
+        with torch.autocast(next(point.model.parameters()).device.type, torch.bfloat16, enabled=bf16):
+            rows = batches(scorer, scorer.task.train, self.batch_size)
+            found = curvature(point.model, scorer, rows, names=names, **options)
+            posterior = form(point.model, scorer, found.blocks, 1.0, {}, adapter, max_rows=self.batch_size)
+            posterior.prior_precision = self._precision(posterior, found, norm)
+        seconds = time.perf_counter() - begin
+        posterior.fitted = {
+            **point.fitted,
+            "seconds": point.fitted.get("seconds", 0.0) + seconds,
+            "laplace_seconds": seconds,
+            "prior_precision": posterior.prior_precision,
+            "log_evidence": log_evidence(found, norm, posterior.prior_precision),
+            "peak_memory_mb": peak_memory_mb(),
+        }
+        return posterior
+
+    def _precision(self, posterior: Linearised, found: Curvature, norm: float) -> float:
+        if self.prior_precision is not None:
+            return self.prior_precision
+        return best_precision(found, norm) if self.choose == "evidence" else best_on_held_out(posterior)
+
+
+def last_slots(names: Sequence[str]) -> list[str]:
+    """The slots of the output head if it is adapted, else those of the last block: of the last name's layer number."""
+    numbered = re.match(r".*?\.\d+\.", names[-1])
+    prefix = numbered.group() if numbered else names[-1].rpartition(".")[0] + "."
+    return [name for name in names if name.startswith(prefix)]
+
+
+def batches(scorer: Scorer, questions: Sequence[Question], size: int) -> Iterator[dict[str, Tensor]]:
+    """Batches of rows of like length."""
+    rows = sorted(scorer.encode(questions), key=lambda row: row["length"])
+    for start in range(0, len(rows), size):
+        yield scorer.collate(rows[start : start + size])
+
+
+def best_on_held_out(posterior: Linearised) -> float:
+    """The λ of `GRID` whose linearised predictive has the smallest NLL on the held-out rows of the posterior's task."""
+    scorer: Any = posterior.score
+    losses = torch.zeros(len(GRID), dtype=torch.float64)
+    for batch in batches(scorer, scorer.task.held_out, posterior.max_rows):
+        labels = batch.pop("labels")
+        mean, covariances = posterior.moments(batch, GRID)
+        for i, covariance in enumerate(covariances):
+            logits = gaussian_logits(mean, covariance, _DRAWS).double().cpu()
+            losses[i] += len(labels) * predictive_nll(logits, labels)
+    return GRID[int(losses.argmin())]
