@@ -2,13 +2,20 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from bayestune.questions import CHOICES, Question
 from bayestune.tasks import Task
@@ -79,6 +86,39 @@ def llama() -> Callable[..., LlamaForCausalLM]:
     return make
 
 
+@pytest.fixture
+def bert() -> Callable[..., BertForSequenceClassification]:
+    """Makes a tiny encoder with a fresh head of three classes and seeded random weights."""
+
+    def make(**changes: object) -> BertForSequenceClassification:
+        torch.manual_seed(0)
+        settings = {
+            "vocab_size": 400,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_labels": 3,
+            "pad_token_id": 0,
+        }
+        return BertForSequenceClassification(BertConfig(**{**settings, **changes}))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def labelled_task() -> Task:
+    """Twelve training, six held-out and six evaluation sentences of three classes, some with a context."""
+    colours = ("red", "green", "blue")
+
+    def row(i: int) -> Question:
+        text = f"what is {colours[i % 3]} and {'red ' * (i // 3)}{WORDS.split()[i % 9]}?"
+        return Question(f"s{i}", text, colours, i % 3, "the sky" if i % 2 else "")
+
+    rows = tuple(row(i) for i in range(24))
+    return Task("labelled", rows[:12], rows[18:], rows[12:18])
+
+
 @pytest.fixture(scope="session")
 def tiny_task() -> Task:
     """Twelve training and six evaluation questions with three or four options."""
@@ -89,4 +129,5 @@ def tiny_task() -> Task:
         return Question(f"q{i}", f"what is {colours[i % 4]} and {colours[(i + 1) % 4]}?", options, i % len(options))
 
     rows = tuple(row(i) for i in range(18))
-    return Task("tiny", rows[:12], rows[12:], prompt=CHOICES)
+    held_out = tuple(replace(row(i), id=f"h{i}", question=f"and what is {colours[i % 4]}?") for i in range(4))
+    return Task("tiny", rows[:12], rows[12:], held_out, prompt=CHOICES)

@@ -3,11 +3,10 @@
 import hashlib
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -140,7 +139,7 @@ def read_details(folder: Path) -> dict[str, Any]:
 
 def unbound(*_: Any) -> Tensor:
     """Stands for the scorer of a posterior that was loaded without one."""
-    raise ValueError("the posterior has no scorer: got load_posterior(base, folder), expected a scorer as third argument")
+    raise ValueError("the posterior has no scorer: got load_posterior(base, folder), expected a scorer as well")
 
 
 def load_posterior(base: nn.Module, folder: Path, score: Scorer = unbound, *, trainable: bool = False) -> Posterior:
@@ -158,15 +157,31 @@ def load_posterior(base: nn.Module, folder: Path, score: Scorer = unbound, *, tr
     Raises:
         PosteriorError: if the folder is no posterior, a file is cut off, or it is of another model, rank or mean.
     """
-    details = read_details(folder)
-    members = details.get("members")
+    members = read_details(folder).get("members")
     if members is None:
         return _load(base, folder, score, ADAPTER, trainable)
+    return Mixture(load_members(base, [folder / member for member in members], score, trainable=trainable))
+
+
+def load_members(
+    base: nn.Module, folders: Sequence[Path], score: Scorer = unbound, *, trainable: bool = False
+) -> list[Posterior]:
+    """Loads several posteriors on one base model, each under an adapter name of its own; the first one is active.
+
+    Args:
+        base: the base model, without adapters.
+        folders: what `save_posterior` wrote, one for each.
+        score: as for `load_posterior`.
+        trainable: whether training shall go on.
+
+    Raises:
+        PosteriorError: as `load_posterior`.
+    """
     model, loaded = base, []
-    for i, member in enumerate(members):
-        loaded.append(_load(model, folder / member, score, f"member{i}" if i else ADAPTER, trainable))
+    for i, folder in enumerate(folders):
+        loaded.append(_load(model, folder, score, f"member{i}" if i else ADAPTER, trainable))
         model = loaded[0].model
-    return Mixture(loaded)
+    return loaded
 
 
 def _load(base: nn.Module, folder: Path, score: Scorer, adapter: str, trainable: bool) -> Posterior:

@@ -16,6 +16,7 @@ from bayestune.evaluation import (
     read_records,
     write_json_lines,
 )
+from bayestune.lora import detach
 from bayestune.methods import Method
 from bayestune.posterior import Draws, Posterior, Prediction
 from bayestune.questions import Question, load_rows
@@ -182,7 +183,7 @@ def run_compare(
         }
         seconds = round(posterior.fitted["seconds"], 1)
         _record_all(posterior, scorer, settings, output, base, bf16=training.bf16, seconds=seconds, questions=rows)
-        posterior.model.unload()  # type: ignore[operator]
+        detach(posterior.model)
     write_report(output)
     return read_records(output)
 

@@ -138,6 +138,15 @@ def head_modules(model: nn.Module, adapter: str = ADAPTER) -> dict[str, nn.Modul
     }
 
 
+def detach(model: nn.Module) -> nn.Module:
+    """Takes the adapters off and gives back the base as it was: PEFT's `unload` would leave a trained head in it."""
+    heads = {n: m.original_module for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)}
+    base = model.unload()  # type: ignore[operator]
+    for name, module in heads.items():
+        base.set_submodule(name.removeprefix(PREFIX), module)
+    return base
+
+
 def _reason_to_refuse(layer: LoraLayer, side: str, adapter: str) -> str | None:
     if isinstance(layer, Embedding) or adapter in layer.lora_embedding_A:
         return "it adapts an embedding, which looks A up instead of applying it"

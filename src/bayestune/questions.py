@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-Scoring = Literal["letter", "text"]
+Scoring = Literal["letter", "text", "head"]
 LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 
 
@@ -26,6 +26,12 @@ class Question:
             raise ValueError(f"row {self.id}: got {len(self.options)} options, expected at least two")
         if self.answer is not None and not 0 <= self.answer < len(self.options):
             raise ValueError(f"row {self.id}: the right answer is not among its {len(self.options)} options")
+
+
+    @property
+    def content(self) -> tuple[str, ...]:
+        """What makes two rows the same question, whatever their ids."""
+        return (self.context, self.question, *self.options)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Questions → token batches → class logits (N, C): by the answer's token, or by the likelihood of its text."""
+"""Questions → token batches → class logits (N, C): by the answer's token, its text's likelihood, or a model's head."""
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from bayestune.lora import group_rows
+from bayestune.lora import group_rows, is_classifier
 from bayestune.questions import Question, Scoring
 from bayestune.tasks import Task
 from bayestune.tokens import Encoder, answer_tokens, left_padded, positions, right_padded, token_ids
@@ -202,6 +202,52 @@ class TextScorer(Encoder):
         return means.reshape(mask.shape).masked_fill(~mask, -torch.inf)
 
 
+@dataclass
+class HeadScorer(Encoder):
+    """Class logits are those of a model's classification head; all rows have the same options, the head's classes.
+
+    The text is the question, or the pair (context, question) where there is a context.
+
+    Args:
+        tokenizer: the model's.
+        task: gives the questions.
+        max_length: tokens of a text; of a longer pair the context loses its end.
+    """
+
+    def encode(self, rows: Sequence[Question]) -> list[Encoded]:
+        """Token ids and answer of each row.
+
+        Raises:
+            ValueError: if a row's options are not those of the others.
+        """
+        options = next(iter((*self.task.train, *self.task.evaluation, *rows))).options
+        if other := next((row for row in rows if row.options != options), None):
+            raise ValueError(
+                f"row {other.id}: got the options {list(other.options)}, expected {list(options)} in every row under "
+                'scoring="head"; use scoring="letter" or "text"'
+            )
+        return [self._encoded(row) for row in rows]
+
+    def _encoded(self, row: Question) -> Encoded:
+        texts = (row.context, row.question) if row.context else (row.question,)
+        cut = "only_first" if row.context else True
+        ids = dict(self.tokenizer(*texts, truncation=cut, max_length=self.max_length))
+        return {"inputs": ids, "answer": row.answer, "length": len(ids["input_ids"])}
+
+    def collate(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
+        """A batch padded as the tokenizer does."""
+        batch = dict(self.tokenizer.pad([row["inputs"] for row in rows], return_tensors="pt"))
+        return _with_labels(batch, rows)
+
+    def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """Class logits (N, C)."""
+        group_rows(model, 1)
+        return model(**{name: value for name, value in batch.items() if name in _HEAD_INPUTS}).logits.float()
+
+
+_HEAD_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
 def can_pack(model: nn.Module) -> bool:
     """Whether a model takes the packed layout: sdpa or eager attention over the full sequence in every layer."""
     config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
@@ -213,7 +259,7 @@ def can_pack(model: nn.Module) -> bool:
     return config._attn_implementation in ("sdpa", "eager") and full and not sliding and positions and not by_place
 
 
-Scorer = LetterScorer | TextScorer
+Scorer = LetterScorer | TextScorer | HeadScorer
 
 
 def make_scorer(
@@ -230,15 +276,22 @@ def make_scorer(
         model: the base model, before LoRA.
         tokenizer: its tokenizer.
         task: the questions.
-        scoring: "letter" or "text".
+        scoring: "letter" or "text" for a language model, "head" for one with a classification head.
         max_length: tokens of a prompt.
         layout: of text scoring; None packs where the model can.
 
     Raises:
-        ValueError: if `scoring` is unknown, or an answer is not one token under "letter".
+        ValueError: if `scoring` is unknown or not the model's, or an answer is not one token under "letter".
     """
     if scoring not in get_args(Scoring):
         raise ValueError(f"unknown scoring: got {scoring!r}, expected one of {get_args(Scoring)}")
+    if is_classifier(model) != (scoring == "head"):
+        raise ValueError(
+            f"scoring {scoring!r} does not fit a {type(model).__name__}: expected 'head' for a model with a "
+            "classification head and 'letter' or 'text' for a language model"
+        )
+    if scoring == "head":
+        return HeadScorer(tokenizer, task, max_length)
     if scoring == "letter":
         scorer = LetterScorer(tokenizer, task, max_length)
         _ = scorer.tokens  # an answer that is not one token is refused now, not in the middle of a fit

@@ -81,6 +81,8 @@ class Task:
     ) -> "Task":
         """The task with a seeded part of train held out, then at most so many rows of each part.
 
+        A row whose text stands in both parts (public sets repeat some) is left out of the held-out one.
+
         Args:
             train: rows to keep of what is left of train; None keeps all.
             evaluation: rows to keep of evaluation; None keeps all.
@@ -102,7 +104,9 @@ class Task:
         test = list(self.evaluation)
         if evaluation is not None and evaluation < len(test):
             test = random.Random(seed).sample(test, evaluation)
-        return replace(self, train=tuple(rows[count:][:train]), held_out=tuple(rows[:count]), evaluation=tuple(test))
+        kept, seen = tuple(rows[count:][:train]), {row.content for row in rows[count:]}
+        held_out = tuple(row for row in rows[:count] if row.content not in seen)
+        return replace(self, train=kept, held_out=held_out, evaluation=tuple(test))
 
 
 def load_task(name: str, data_root: Path | None = None) -> Task:

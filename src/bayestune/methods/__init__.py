@@ -1,24 +1,39 @@
 """The methods: frozen hyper-parameters and one verb, `fit(model, scorer, training) → Posterior`."""
 
-from typing import Protocol
+from typing import Any
 
-from torch import nn
-
+from bayestune.methods.bbb import BBB
 from bayestune.methods.blob import BLoB
+from bayestune.methods.ensemble import Ensemble
+from bayestune.methods.map import MAP
+from bayestune.methods.mc_dropout import MCDropout
 from bayestune.methods.mle import MLE
-from bayestune.posterior import Posterior
-from bayestune.scoring import Scorer
-from bayestune.training import Training
+from bayestune.methods.protocol import Method
+from bayestune.methods.temperature import PosteriorScale, Temperature
+from bayestune.methods.tfb import TFB
 
-__all__ = ["METHODS", "MLE", "BLoB", "Method"]
+__all__ = [
+    "BBB",
+    "MAP",
+    "METHODS",
+    "MLE",
+    "TFB",
+    "BLoB",
+    "Ensemble",
+    "MCDropout",
+    "Method",
+    "PosteriorScale",
+    "Temperature",
+]
 
-
-class Method(Protocol):
-    """What every method is."""
-
-    def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Posterior:
-        """Fits adapters on `model`, whose own weights stay as they are, and returns the distribution over them."""
-        ...
-
-
-METHODS: dict[str, type[Method]] = {"mle": MLE, "blob": BLoB}
+METHODS: dict[str, type[Any]] = {
+    "mle": MLE,
+    "map": MAP,
+    "mc_dropout": MCDropout,
+    "ensemble": Ensemble,
+    "bbb": BBB,
+    "blob": BLoB,
+    "tfb": TFB,
+    "temperature": Temperature,
+    "posterior_scale": PosteriorScale,
+}

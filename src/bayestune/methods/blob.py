@@ -1,12 +1,14 @@
 """BLoB: Bayesian low-rank adaptation by backpropagation."""
 
 from dataclasses import asdict, dataclass
+from typing import ClassVar, Literal
 
 from torch import nn
 
 from bayestune.kl import KLStep, Schedule, StdOptimizer
 from bayestune.layers import Noise
-from bayestune.lora import bayesify
+from bayestune.lora import bayesify, slot_names
+from bayestune.methods.protocol import head_slots
 from bayestune.forms import Gaussian
 from bayestune.scoring import Scorer
 from bayestune.training import Training, start_adapter, train
@@ -25,6 +27,8 @@ class BLoB:
         schedule: "bursts" or "constant".
         std_optimizer: who takes G along the likelihood, "sgd" or "adamw".
         std_lr: G's learning rate on the likelihood under "sgd", see `KLStep`.
+        layers: "all", or "last": noise on the output head's adapter alone, so that class logits are exactly Gaussian
+            and any number of draws costs one pass.
 
     Reference:
         Wang, Shi, Han, Metaxas, Wang: BLoB, NeurIPS 2024, https://arxiv.org/abs/2406.11675.
@@ -38,6 +42,9 @@ class BLoB:
     schedule: Schedule = "bursts"
     std_optimizer: StdOptimizer = "sgd"
     std_lr: float | None = None
+    layers: Literal["all", "last"] = "all"
+
+    sides: ClassVar[tuple[str, ...]] = ("lora_A",)
 
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Gaussian:
         """Trains a fresh Gaussian adapter on `model`.
@@ -57,6 +64,7 @@ class BLoB:
             std_lr=self.std_lr,
         )
         adapted = start_adapter(model, training)
-        bayesify(adapted, init_root_std=self.init_root_std, noise=self.noise)
+        choose = head_slots if self.layers == "last" else slot_names
+        bayesify(adapted, init_root_std=self.init_root_std, noise=self.noise, slots=choose(adapted, self.sides))
         fitted = train(adapted, scorer, training, callbacks=[step])
         return Gaussian(adapted, scorer, asdict(fitted))

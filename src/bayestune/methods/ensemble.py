@@ -1,0 +1,66 @@
+"""Deep ensembles: independent fits of any method, averaged."""
+
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from torch import nn
+
+from bayestune.artefact import load_members, save_posterior
+from bayestune.forms import Mixture
+from bayestune.lora import detach
+from bayestune.methods.mle import MLE
+from bayestune.methods.protocol import Method
+from bayestune.scoring import Scorer
+from bayestune.training import Training
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """K fits of the base from different seeds: own initial adapters, own noise, own order of the rows.
+
+    The base model is in memory once; probabilities are averaged, not logits.
+
+    Args:
+        base: the method of each member.
+        size: K.
+        seed_step: member k is fitted with the run's seed + k·seed_step.
+
+    Raises:
+        ValueError: if the size is not positive.
+
+    Reference:
+        Lakshminarayanan, Pritzel, Blundell: Deep ensembles, NeurIPS 2017, https://arxiv.org/abs/1612.01474.
+    """
+
+    base: Method = field(default_factory=MLE)
+    size: int = 3
+    seed_step: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"an ensemble needs members: got size={self.size}, expected 1 or more; the paper uses 3")
+
+    def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Mixture:
+        """Fits the members one after another; with `training.resume` those that are finished are kept."""
+        reports = []
+        with tempfile.TemporaryDirectory() as scratch:
+            folders = [(training.output or Path(scratch)) / f"member-{k}" for k in range(self.size)]
+            for k, folder in enumerate(folders):
+                own = replace(training, seed=training.seed + k * self.seed_step, output=folder / "checkpoints")
+                posterior = self.base.fit(model, scorer, own)
+                reports.append(dict(posterior.fitted))
+                save_posterior(posterior, folder)
+                detach(posterior.model)
+            members = load_members(model, folders, scorer)
+        return Mixture(members, _summed(reports))
+
+
+def _summed(reports: list[dict]) -> dict:
+    """Seconds and steps over all members; the rest is the largest or listed."""
+    return {
+        "seconds": sum(report["seconds"] for report in reports),
+        "steps": sum(report["steps"] for report in reports),
+        "history": [line for report in reports for line in report["history"]],
+        "peak_memory_mb": max(report["peak_memory_mb"] for report in reports),
+    }

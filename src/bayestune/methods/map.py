@@ -1,0 +1,87 @@
+"""Maximum a posteriori: plain LoRA with weight decay, or with a Gaussian prior of a stated scale."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from bayestune.forms import Point
+from bayestune.lora import slots
+from bayestune.scoring import Scorer
+from bayestune.training import Training, start_adapter, train
+
+
+class GaussianPrior(TrainerCallback):
+    """Adds the gradient of −log p(θ)/N to the loss's: θ/(N σ_p²), for p(θ) = N(0, σ_p²) on every entry of A and B.
+
+    The loss is the mean over rows of −log p(answer), so the sum is the negative log posterior over N.
+
+    Args:
+        prior_std: σ_p.
+        num_rows: N, the training rows.
+    """
+
+    def __init__(self, prior_std: float, num_rows: int) -> None:
+        self.precision = 1 / (num_rows * prior_std**2)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Hooks itself before the optimiser's step."""
+        weights = [slot.get_parameter("weight") for slot in slots(kwargs["model"]).values()]
+        optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
+        self._handle = optimizer.register_step_pre_hook(lambda *_: self._add(weights))
+
+    def _add(self, weights: list[nn.Parameter]) -> None:
+        with torch.no_grad():
+            for weight in weights:
+                if weight.grad is not None:
+                    weight.grad.add_(weight, alpha=self.precision)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Unhooks."""
+        self._handle.remove()
+
+
+@dataclass(frozen=True)
+class MAP:
+    """Plain LoRA with a prior on A and B: θ = argmax log p(D | θ) + log p(θ).
+
+    Args:
+        weight_decay: of AdamW, decoupled: θ ← θ·(1 − lr·weight_decay) each step; the paper's MAP.
+        prior_std: σ_p of an explicit prior N(0, σ_p²) instead: its gradient θ/(N σ_p²) joins the mean loss's.
+
+    Raises:
+        ValueError: if `prior_std` is not positive, or `weight_decay` is negative.
+
+    Reference:
+        Wang et al.: BLoB, NeurIPS 2024, https://arxiv.org/abs/2406.11675, table 1 (weight decay 1e-5).
+    """
+
+    weight_decay: float = 1e-5
+    prior_std: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.weight_decay < 0 or (self.prior_std is not None and self.prior_std <= 0):
+            raise ValueError(
+                f"a prior has a positive scale: got weight_decay={self.weight_decay}, prior_std={self.prior_std}; "
+                "expected weight_decay >= 0 or prior_std > 0"
+            )
+
+    def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Point:
+        """Trains a fresh adapter on `model` and returns it as a point.
+
+        Args:
+            model: a transformers model without adapters.
+            scorer: the task, bound to the model's tokenizer.
+            training: the adapter and how it is trained; its weight decay gives way to the prior.
+        """
+        callbacks: list[TrainerCallback] = []
+        if self.prior_std is None:
+            training = replace(training, weight_decay=self.weight_decay)
+        else:
+            training = replace(training, weight_decay=0.0)
+            callbacks.append(GaussianPrior(self.prior_std, len(scorer.task.train)))
+        adapted = start_adapter(model, training)
+        fitted = train(adapted, scorer, training, callbacks)
+        return Point(adapted, scorer, asdict(fitted))

@@ -1,0 +1,60 @@
+"""MC dropout: LoRA's dropout kept on when drawing."""
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import nn
+
+from bayestune.forms import Dropout, Point, Scaled
+from bayestune.lora import slots
+from bayestune.methods.mle import MLE
+from bayestune.methods.protocol import Method, check_point
+from bayestune.scoring import Scorer
+from bayestune.training import Training
+
+
+@dataclass(frozen=True)
+class MCDropout:
+    """Trains the base with dropout on the adapter's input, and draws by dropping again.
+
+    Args:
+        base: what trains the adapter; it must return a point.
+        dropout: the probability to drop, in (0, 1).
+        masks: "token", PEFT's masks as in the paper, new for every token, so that a draw is no function; "held", one
+            mask on A's columns for each draw and layer, so that a draw is an adapter and can be exported.
+
+    Raises:
+        ValueError: if the probability is out of range.
+
+    Reference:
+        Gal, Ghahramani: Dropout as a Bayesian approximation, ICML 2016, https://arxiv.org/abs/1506.02142.
+    """
+
+    base: Method = field(default_factory=MLE)
+    dropout: float = 0.1
+    masks: Literal["token", "held"] = "token"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.dropout < 1:
+            raise ValueError(f"dropout must lie in (0, 1): got {self.dropout}; the paper uses 0.1")
+
+    def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Dropout | Scaled:
+        """Fits the base with dropout.
+
+        Raises:
+            ValueError: if the base's posterior is no point.
+        """
+        training = replace(training, lora=replace(training.lora, dropout=self.dropout))
+        point = check_point(self.base.fit(model, scorer, training), "MCDropout")
+        if self.masks == "token":
+            return Dropout(point.model, scorer, point.fitted)
+        return self._held(point)
+
+    def _held(self, point: Point) -> Scaled:
+        kept = {
+            name: torch.full((1, slot.get_parameter("weight").shape[1]), 1 - self.dropout)
+            for name, slot in slots(point.model, point.adapter).items()
+            if name.endswith(".lora_A")
+        }
+        return Scaled(point.model, point.score, kept, "bernoulli", fitted=point.fitted, adapter=point.adapter)

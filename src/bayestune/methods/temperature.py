@@ -1,0 +1,135 @@
+"""One scalar on the logits, or on the standard deviation, fitted on held-out rows."""
+
+import math
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from bayestune.evaluation import draw_logits
+from bayestune.forms import Gaussian, Tempered
+from bayestune.lora import gaussian_layers
+from bayestune.methods.blob import BLoB
+from bayestune.methods.mle import MLE
+from bayestune.methods.protocol import Method, held_out_rows, predictive_nll
+from bayestune.posterior import Draws, Posterior
+from bayestune.questions import Question
+from bayestune.scoring import Scorer
+from bayestune.training import Training
+
+
+def best_temperature(logits: Tensor, labels: Tensor) -> float:
+    """T = argmin −mean log 1/S Σ_s softmax(f_s/T)_y, by Newton-like steps (LBFGS) on log T.
+
+    Args:
+        logits: (S, N, C), -inf where a row has fewer options.
+        labels: (N,).
+
+    Example:
+        >>> logits = torch.tensor([[[4.0, 0.0], [4.0, 0.0], [4.0, 0.0], [4.0, 0.0]]])
+        >>> round(best_temperature(logits, torch.tensor([0, 0, 0, 1])), 3)  # 4/T = log 3
+        3.641
+
+    Reference:
+        Guo, Pleiss, Sun, Weinberger: On calibration of modern neural networks, ICML 2017, section 4.2,
+        https://arxiv.org/abs/1706.04599.
+    """
+    log_temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    logits = logits.double().nan_to_num(neginf=-1e30)  # times a gradient of 0, -inf would be no number
+    optimizer = torch.optim.LBFGS([log_temperature], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        with torch.enable_grad():
+            loss = predictive_nll(logits * torch.exp(-log_temperature), labels)
+            loss.backward()
+        return loss
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+    return math.exp(min(max(log_temperature.item(), -5.0), 5.0))  # separable rows have no finite optimum
+
+
+@dataclass(frozen=True)
+class Temperature:
+    """The base's posterior with its logits over T, T fitted on the task's held-out rows.
+
+    Args:
+        base: whose posterior is tempered.
+        draws: S of the fit, for a base that is no point.
+
+    Reference:
+        Guo, Pleiss, Sun, Weinberger: On calibration of modern neural networks, ICML 2017,
+        https://arxiv.org/abs/1706.04599.
+    """
+
+    base: Method = field(default_factory=MLE)
+    draws: int = 10
+
+    def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Tempered:
+        """Fits the base, then T.
+
+        Raises:
+            ValueError: if there are no held-out rows, or training saw one of them.
+        """
+        rows = held_out_rows(scorer, "Temperature")
+        posterior = self.base.fit(model, scorer, training)
+        logits, labels = held_out_logits(posterior, scorer, rows, self.draws, bf16=training.bf16)
+        temperature = best_temperature(logits, labels)
+        return Tempered(posterior, temperature, {**posterior.fitted, "temperature": temperature})
+
+
+def held_out_logits(
+    posterior: Posterior, scorer: Scorer, rows: tuple[Question, ...], draws: int, *, bf16: bool
+) -> tuple[Tensor, Tensor]:
+    """Logits (S, N, C) and labels (N,) of rows; S is the posterior's own number of atoms where it has one."""
+    count = draws if posterior.atoms is None else posterior.atoms
+    labels = torch.tensor([row.answer for row in rows])
+    return draw_logits(posterior, scorer, scorer.encode(rows), Draws(count), bf16=bf16), labels
+
+
+@dataclass(frozen=True)
+class PosteriorScale:
+    """The base's Gaussian with one factor c on Ω for all layers, the c of a grid with the least NLL on held-out rows.
+
+    Args:
+        base: a method whose posterior is Gaussian.
+        draws: S of the search.
+        factors: the grid of c; 0 is the mean.
+    """
+
+    base: Method = field(default_factory=BLoB)
+    draws: int = 10
+    factors: tuple[float, ...] = (0.0, 0.25, 0.354, 0.5, 0.707, 1.0, 1.414, 2.0, 2.83, 4.0)
+
+    def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Gaussian:
+        """Fits the base, then the factor.
+
+        Raises:
+            ValueError: if the base's posterior is not Gaussian, or as `Temperature`.
+        """
+        rows = held_out_rows(scorer, "PosteriorScale")
+        posterior = self.base.fit(model, scorer, training)
+        if not isinstance(posterior, Gaussian):
+            raise ValueError(
+                f"PosteriorScale scales a Gaussian: got a {type(posterior).__name__} from its base, expected BLoB, "
+                "BBB, TFB or IVON"
+            )
+        roots = {name: slot.root_std.detach().clone() for name, slot in _slots(posterior).items()}
+        losses = {}
+        for factor in self.factors:
+            _scale(posterior, roots, factor)
+            logits, labels = held_out_logits(posterior, scorer, rows, self.draws, bf16=training.bf16)
+            losses[factor] = predictive_nll(logits.double(), labels).item()
+        best = min(losses, key=lambda factor: losses[factor])
+        _scale(posterior, roots, best)
+        return replace(posterior, fitted={**posterior.fitted, "scale": best, "nll_by_scale": losses})
+
+
+def _slots(posterior: Gaussian) -> dict:
+    return gaussian_layers(posterior.model, posterior.adapter)
+
+
+def _scale(posterior: Gaussian, roots: dict[str, Tensor], factor: float) -> None:
+    with torch.no_grad():
+        for name, slot in _slots(posterior).items():
+            slot.root_std.copy_(roots[name] * math.sqrt(factor))
