@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bayestune import metrics
+from bayestune.report.rows import read_rows
 from bayestune.report.table import COLUMNS, Column, Record, names, render_table
 
 _LEVEL, _RESAMPLES, _SHOWN = 0.95, 1000, 10
@@ -60,9 +61,7 @@ class _Evaluation:
 
 
 def _read(name: str, record: Record, folder: Path) -> _Evaluation:
-    path = folder / str(record.get("predictions") or "predictions missing")
-    lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
-    return _Evaluation(name, record, [json.loads(line) for line in lines if line.strip()])
+    return _Evaluation(name, record, read_rows(record, folder))
 
 
 def _tensors(rows: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
