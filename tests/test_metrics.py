@@ -381,3 +381,22 @@ def test_unknown_metric_is_refused():
 def test_import_is_light():
     heavy = "import sys, bayestune.metrics; sys.exit(bool({'transformers', 'peft', 'matplotlib'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", heavy], check=False).returncode == 0
+
+
+def test_runs_are_averaged_and_share_the_resampled_rows():
+    torch.manual_seed(0)
+    first, second = torch.rand(2, 3, 40, 4, dtype=torch.float64).softmax(-1)
+    labels = torch.randint(4, (40,))
+    found = metrics.paired_bootstrap(first, second, labels, "nll", 200)
+    rows = [-p.gather(-1, labels.expand(3, -1)[..., None])[..., 0].log() for p in (first, second)]
+    each = (rows[0] - rows[1]).mean(0)  # one number a question
+    assert found.difference == pytest.approx(each.mean().item())
+    generator = torch.Generator().manual_seed(0)
+    drawn = each[torch.randint(40, (200, 40), generator=generator)].mean(1)
+    d = each.mean()
+    assert found.p_value == pytest.approx((1 + ((drawn - d).abs() >= d.abs()).sum().item()) / 201)
+    assert metrics.paired_bootstrap(first[:1], second[:1], labels) == metrics.paired_bootstrap(
+        first[0], second[0], labels
+    )
+    with pytest.raises(ValueError, match="got 3 and 2 runs; expected as many of both; compare the runs"):
+        metrics.paired_bootstrap(first, second[:2], labels)

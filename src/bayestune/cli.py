@@ -1,10 +1,10 @@
-"""The commands: `bayestune fit | evaluate | predict | compare | demo`, derived from the constructors."""
+"""The commands: `bayestune fit | evaluate | predict | compare | bench | table | demo`, made from the constructors."""
 
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ from jsonargparse import ArgumentParser, Namespace
 
 import bayestune
 from bayestune import commands, runs
+from bayestune.benchmark import Grid, Launcher, run_bench, run_table
 from bayestune.evaluation import Predicting
 from bayestune.methods import METHODS, Method
+from bayestune.report.grid import Style
 from bayestune.training import Interrupted, Training
 
 EXIT_INTERRUPTED = 130
@@ -36,11 +38,13 @@ def _flags(parser: ArgumentParser) -> ArgumentParser:
 
 def _fitting(parser: ArgumentParser) -> None:
     parser.add_argument("--model", type=str | None, default=None, help=MODEL_HELP)
+    parser.add_argument("--dtype", type=runs.Dtype, default="float32", help="of the base model's weights")
+    parser.add_argument("--base", type=str | None, default=None, help="what a post-hoc method builds on, its own if not")
     parser.add_class_arguments(runs.Questions)
     parser.add_class_arguments(Training, skip={"output"})
     for name, method in METHODS.items():
-        if fields(method):  # type: ignore[arg-type]
-            parser.add_class_arguments(method, name)
+        if any(field.name != "base" for field in fields(method)):  # type: ignore[arg-type]
+            parser.add_class_arguments(method, name, skip={"base"})
     parser.add_argument("--output", type=Path, required=True, help="folder for everything the run writes")
     parser.add_argument("--overwrite", type=bool, default=False, help="empty the output folder")
 
@@ -59,7 +63,10 @@ def _built(cls: type, options: Namespace, **more: Any) -> Any:
 def _method(name: str, options: Namespace) -> Method:
     if name not in METHODS:
         raise ValueError(f"unknown method: got {name!r}, expected one of {sorted(METHODS)}")
-    return options[name] if name in options else METHODS[name]()
+    method = options[name] if name in options else METHODS[name]()
+    if options.base is None or not hasattr(method, "base"):
+        return method
+    return replace(method, base=_method(options.base, Namespace(options, base=None)))
 
 
 def _fit_parser() -> ArgumentParser:
@@ -71,7 +78,9 @@ def _fit_parser() -> ArgumentParser:
 
 def _fit(o: Namespace) -> None:
     questions, training = _built(runs.Questions, o), _built(Training, o, output=None)
-    commands.run_fit(o.model, _method(o.method, o), questions, training, o.output, overwrite=o.overwrite)
+    commands.run_fit(
+        o.model, _method(o.method, o), questions, training, o.output, overwrite=o.overwrite, dtype=o.dtype
+    )
 
 
 def _evaluate_parser() -> ArgumentParser:
@@ -126,7 +135,37 @@ def _compare(o: Namespace) -> None:
         o.output,
         overwrite=o.overwrite,
         on=o.on,
+        dtype=o.dtype,
     )
+
+
+def _bench_parser() -> ArgumentParser:
+    parser = _parser("bench", "Fit and evaluate a grid of models, tasks, methods and seeds; goes on where it stopped.")
+    parser.add_class_arguments(Grid)
+    parser.add_argument("--output", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--launcher", type=Launcher, default="local", help="this process, or a Ray cluster")
+    parser.add_argument("--only_tasks", type=list[str], default=[], help="run the cells of these tasks only")
+    parser.add_argument("--only_methods", type=list[str], default=[], help="run the cells of these methods only")
+    parser.add_argument("--discard_fits", type=bool, default=False, help="remove the saved posteriors at the end")
+    return parser
+
+
+def _bench(o: Namespace) -> int:
+    how = {name: o[name] for name in ("launcher", "only_tasks", "only_methods", "discard_fits")}
+    return run_bench(_built(Grid, o), o.output, **how)
+
+
+def _table_parser() -> ArgumentParser:
+    parser = _parser("table", "The table of a results folder: methods × tasks, mean ± std over seeds, significance.")
+    parser.add_argument("results", type=Path, help="folder of `bench` or `compare`")
+    parser.add_argument("--style", type=Style, default="text", help="for a terminal, a page or a paper (booktabs)")
+    parser.add_argument("--resamples", type=int, default=1000, help="of the paired bootstrap; 0 for no p-values")
+    parser.add_argument("--output", type=Path | None, default=None, help="a file; left out: standard output")
+    return parser
+
+
+def _table(o: Namespace) -> None:
+    run_table(o.results, o.style, o.output, resamples=o.resamples)
 
 
 def _demo_parser() -> ArgumentParser:
@@ -143,11 +182,13 @@ def _demo(o: Namespace) -> None:
     run_demo(o.model, o.output, overwrite=o.overwrite)
 
 
-COMMANDS: dict[str, tuple[Callable[[], ArgumentParser], Callable[[Namespace], None], str]] = {
+COMMANDS: dict[str, tuple[Callable[[], ArgumentParser], Callable[[Namespace], int | None], str]] = {
     "fit": (_fit_parser, _fit, "fit one method and save its posterior"),
     "evaluate": (_evaluate_parser, _evaluate, "accuracy and calibration of a posterior"),
     "predict": (_predict_parser, _predict, "probabilities and uncertainty for your rows"),
     "compare": (_compare_parser, _compare, "several methods on one task, with a report"),
+    "bench": (_bench_parser, _bench, "a grid of models, tasks, methods and seeds"),
+    "table": (_table_parser, _table, "the table of a results folder"),
     "demo": (_demo_parser, _demo, "MLE and BLoB on the embedded questions"),
 }
 
@@ -161,16 +202,22 @@ def make_parser() -> ArgumentParser:
     return parser
 
 
+def _with_config(arguments: list[str]) -> list[str]:
+    """Lets `bench FILE` stand for `bench --config FILE`."""
+    named = arguments[:1] == ["bench"] and len(arguments) > 1 and not arguments[1].startswith("-")
+    return ["bench", "--config", *arguments[1:]] if named else arguments
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; the exit code is 0, 2 for bad input, 130 after ctrl-C."""
+    """Runs a command; the exit code is 0, 1 if cells of a grid failed, 2 for bad input, 130 after ctrl-C."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(format="bayestune: %(message)s", level=logging.WARNING)
     logging.getLogger("bayestune").setLevel(logging.INFO)
     parser = make_parser()
-    parsed = parser.parse_args(arguments)
+    parsed = parser.parse_args(_with_config(list(sys.argv[1:] if arguments is None else arguments)))
     options = parser.instantiate(parsed)
     try:
-        COMMANDS[parsed.command][1](options[parsed.command])
+        return COMMANDS[parsed.command][1](options[parsed.command]) or 0
     except Interrupted as error:
         print(f"bayestune: {error}", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -180,7 +227,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ArithmeticError, ImportError) as error:
         print(f"bayestune: error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

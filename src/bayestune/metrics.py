@@ -283,9 +283,10 @@ def paired_bootstrap(
 ) -> PairedDifference:
     """Difference of a metric of two methods, every resample taken of both: p = (1 + #{|d*_r − d| ≥ |d|})/(1 + R).
 
-    Args: first and second (N, C), the same rows in the same order; labels (N,); metric, a key of `summarise`; the
-    others as for `summarise`. Returns: d = first − second in the metric's unit, its percentile interval, and p, two
-    sided and at least 1/(1 + R). Raises: ValueError.
+    Args: first and second (N, C), the same rows in the same order, or (K, N, C) for K runs of each, whose metrics are
+    averaged: the runs are held, the rows resampled; labels (N,); metric, a key of `summarise`; the others as for
+    `summarise`. Returns: d = first − second in the metric's unit, its percentile interval, and p, two sided and at
+    least 1/(1 + R). Raises: ValueError.
     Reference: Davison, Hinkley (1997), ch. 4, https://doi.org/10.1017/CBO9780511802843
     >>> sure, unsure = torch.tensor([[0.9, 0.1]]).repeat(9, 1), torch.tensor([[0.6, 0.4]]).repeat(9, 1)
     >>> paired_bootstrap(sure, unsure, torch.zeros(9, dtype=torch.long)).difference
@@ -293,8 +294,17 @@ def paired_bootstrap(
     """
     if metric not in _METRICS:
         raise _error(f"metric {metric!r}", f"one of {tuple(_METRICS)}", "choose one of them")
-    one, two, n = _rows(first, labels, bins, binning), _rows(second, labels, bins, binning), len(labels)
-    weigh, d = _METRICS[metric], _value(metric, one) - _value(metric, two)
-    drawn, (low, high) = _bootstrap(lambda w: (weigh(one, w) - weigh(two, w))[None], n, resamples, seed, level)
+    stacked = first.ndim == second.ndim == 3
+    if stacked and len(first) != len(second):
+        got = f"{len(first)} and {len(second)} runs"
+        raise _error(got, "as many of both", "compare the runs that both methods have")
+    ones, twos = ([_rows(p, labels, bins, binning) for p in (x if stacked else x[None])] for x in (first, second))
+    weigh, n = _METRICS[metric], len(labels)
+
+    def difference(weights: Tensor) -> Tensor:
+        return torch.stack([weigh(a, weights) - weigh(b, weights) for a, b in zip(ones, twos, strict=True)]).mean(0)
+
+    d = difference(ones[0].nll.new_ones(1, n)).item()
+    drawn, (low, high) = _bootstrap(lambda w: difference(w)[None], n, resamples, seed, level)
     extreme = int(((drawn - d).abs() >= abs(d) - 1e-12).sum())  # equal but for rounding is extreme
     return PairedDifference(d, low[0], high[0], (1 + extreme) / (1 + resamples), n)

@@ -6,12 +6,13 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from bayestune.artefact import DETAILS, load_posterior, read_details, save_posterior
 from bayestune.methods import Method
+from bayestune.methods.settings import described
 from bayestune.models import LoadedModel, load_default, load_model
 from bayestune.posterior import Posterior
 from bayestune.questions import Prompt, Scoring, load_rows
@@ -22,6 +23,7 @@ from bayestune.training import Training
 logger = logging.getLogger(__name__)
 
 TRAINING = "training.json"
+Dtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -87,9 +89,16 @@ def prepare_output(folder: Path, *, overwrite: bool, resume: bool = False) -> No
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def open_model(name: str | None) -> LoadedModel:
-    """The model of that name; the default one if there is none."""
-    loaded = load_default() if name is None else load_model(name)
+def open_model(name: str | None, dtype: Dtype = "float32", num_labels: int | None = None) -> LoadedModel:
+    """The model of that name; the default one if there is none.
+
+    Args:
+        name: as for `models.load_model`.
+        dtype: of the weights; adapters are float32 in any case.
+        num_labels: classes of a classification head; None for a language model.
+    """
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "num_labels": num_labels}
+    loaded = load_default(**options) if name is None else load_model(name, **options)
     if torch.accelerator.is_available():
         loaded.model.to(torch.accelerator.current_accelerator())  # type: ignore[arg-type]
     return loaded
@@ -109,10 +118,12 @@ def fit_method(
     prompt = scorer.task.prompt
     details = {
         "method": type(method).__name__.lower(),
-        "fields": asdict(method),  # type: ignore[call-overload]
+        "fields": described(method),
         "base_model": loaded.name,
         "task": {"name": scorer.task.name, "prompt": asdict(prompt)},
         "scoring": questions.scoring,
+        "classes": classes_of(scorer.task, questions.scoring),
+        "dtype": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
         "max_length": questions.max_length,
         "training": asdict(training),
         "train_rows": len(scorer.task.train),
@@ -132,7 +143,13 @@ def _saved(loaded: LoadedModel, scorer: Scorer, folder: Path) -> Posterior:
 def open_folder(folder: Path, model: str | None = None) -> tuple[dict[str, Any], LoadedModel]:
     """What a posterior's folder says, and its base model; `scorer_of` and `load_posterior` do the rest."""
     details = read_details(folder)
-    return details, open_model(model or details.get("base_model"))
+    classes = details["classes"] if details["scoring"] == "head" else None
+    return details, open_model(model or details.get("base_model"), details["dtype"], classes)
+
+
+def classes_of(task: Task, scoring: Scoring) -> int | None:
+    """Classes of the head that a task asks for; None where it is put to a language model."""
+    return len(next(iter((*task.train, *task.evaluation))).options) if scoring == "head" else None
 
 
 def scorer_of(details: Mapping[str, Any], loaded: LoadedModel, task: Task) -> Scorer:

@@ -70,11 +70,12 @@ def names(records: Sequence[Record]) -> list[str]:
     ]
 
 
-def grouped(records: Sequence[Record]) -> list[list[Record]]:
+def grouped(records: Sequence[Record], keys: Sequence[str] = _SHARED) -> list[list[Record]]:
     """Records of the same task, model, scoring, rows and binning, in order of appearance.
 
     Args:
         records: one per evaluated method.
+        keys: what must be the same within a group.
 
     Returns:
         Groups within which values compare.
@@ -89,7 +90,7 @@ def grouped(records: Sequence[Record]) -> list[list[Record]]:
         raise ValueError("got no records; expected one per evaluated method; run `bayestune benchmark` first")
     groups: dict[tuple[str, ...], list[Record]] = {}
     for record in records:
-        groups.setdefault(tuple(str(record.get(key)) for key in _SHARED), []).append(record)
+        groups.setdefault(tuple(str(record.get(key)) for key in keys), []).append(record)
     return list(groups.values())
 
 
