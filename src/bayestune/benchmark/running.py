@@ -7,13 +7,14 @@ import traceback
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from bayestune.benchmark.cells import cell_file, collect, compute_cell, read_cell, write_plan
 from bayestune.benchmark.fits import FITS, LOCKS, Busy, claimed
 from bayestune.benchmark.grid import Cell, Grid, cells
+from bayestune.lora import adapted_layers
 from bayestune.models import LoadedModel
-from bayestune.runs import Dtype, open_model
+from bayestune.runs import classes_of, open_model
 from bayestune.tasks import Task
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ class Workshop:
         self.folder = folder
         self.tasks: dict[str, Task] = grid.load_all()
         self.cells = cells(grid, self.tasks)
-        self._held: tuple[tuple[str | None, Dtype], LoadedModel] | None = None
+        self._held: tuple[tuple[Any, ...], LoadedModel] | None = None
 
     def attempt(self, cell: Cell) -> State:
         """Computes a cell unless it is finished or another process is at it; says what became of it."""
@@ -46,7 +47,8 @@ class Workshop:
                     return "finished"
                 compute_cell(cell, self.folder, self._model(cell), self.tasks)
         except Busy:
-            self._held = None  # a fit that was given up leaves adapters on the model
+            if self._held and adapted_layers(self._held[1].model):  # left by a fit that was given up
+                self._held = None
             return "busy"
         except Exception as error:  # one cell must not stop the others
             self._held = None
@@ -56,9 +58,10 @@ class Workshop:
         return "computed"
 
     def _model(self, cell: Cell) -> LoadedModel:
-        if self._held is None or self._held[0] != (cell.model, cell.dtype):
+        wanted = (cell.model, cell.dtype, classes_of(self.tasks[cell.task], cell.questions.scoring))
+        if self._held is None or self._held[0] != wanted:
             self._held = None  # frees the old one first
-            self._held = ((cell.model, cell.dtype), open_model(cell.model, cell.dtype))
+            self._held = (wanted, open_model(*wanted))
         return self._held[1]
 
     def _note(self, cell: Cell) -> Path:

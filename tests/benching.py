@@ -1,0 +1,76 @@
+"""The runs that `test_benchmark` kills or starts twice: one process that imports once and forks each run."""
+
+import logging
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from bayestune.benchmark import Grid, TaskSettings, run_bench
+from bayestune.evaluation import Predicting
+from bayestune.lora import Lora
+from bayestune.runs import Questions
+from bayestune.training import Training
+
+
+def grid(place: Path, **changes: object) -> Grid:
+    """Two tasks with rows of their own; the second one is evaluated on the first too."""
+    data = {name: {"data": place / f"{name}.jsonl", "evaluation_data": place / "test.jsonl"} for name in ("one", "two")}
+    settings = {
+        "models": (str(place / "model"),),
+        "tasks": {
+            "one": TaskSettings(questions=data["one"]),
+            "two": TaskSettings(questions=data["two"], training={"steps": 3}, evaluate_on=("two", "one")),
+        },
+        "methods": {
+            "mle": None,
+            "TFB on MLE": {"method": "tfb", "base": "mle"},
+            "BLoB, small": {"method": "blob", "final_std": 0.05, "schedule": "constant"},
+        },
+        "seeds": (1, 2),
+        "questions": Questions(holdout=0.25),
+        "training": Training(Lora(rank=2), steps=4, batch_size=2, save_steps=1),
+        "predicting": Predicting(draws=(0, 2), resamples=10),
+    }
+    return Grid(**{**settings, **changes})
+
+
+def bench(place: Path, output: Path, seeds: tuple[int, ...] = (1, 2)) -> int:
+    """A run of the grid in a forked process, its log beside `output`; gives the process's number."""
+    child = os.fork()
+    if child:
+        return child
+    log = logging.FileHandler(output.with_name(f"{output.name}.log"))
+    logging.getLogger("bayestune").addHandler(log)
+    os._exit(run_bench(grid(place, seeds=seeds), output))
+
+
+def kill_often(place: Path, times: int) -> None:
+    """Kills a run again and again after a random time, then lets one end."""
+    chance = random.Random(0)
+    for _ in range(times):
+        child = bench(place, place / "killed")
+        time.sleep(chance.uniform(0.0, 0.8))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert os.waitpid(bench(place, place / "killed"), 0)[1] == 0
+
+
+def run_two(place: Path) -> None:
+    """Two runs on one folder at the same time."""
+    children = [bench(place, place / "both", (1,)) for _ in range(2)]
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    logging.getLogger("bayestune").setLevel(logging.INFO)
+    folder = Path(sys.argv[2])
+    if sys.argv[1] == "kill":
+        kill_often(folder, int(sys.argv[3]))
+    else:
+        run_two(folder)
