@@ -36,7 +36,7 @@ def parsed(command, *arguments):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_preset_parses_with_the_command_it_names(path):
     command = command_of(path)
-    assert command in ("fit", "compare", "evaluate")
+    assert command in ("fit", "compare", "evaluate", "bench")
     needed = ["--output", "out"] + (["--posterior", "in"] if command == "evaluate" else [])
     options = parsed(command, "--config", path, *needed).as_dict()
 
@@ -66,6 +66,8 @@ REQUIRED = {
     ),
     "evaluate": ("--posterior", "out", "--draws", "[2]", "--binning", "textbook"),
     "predict": ("--posterior", "out", "--input", "rows.jsonl", "--options", '["yes", "no"]', "--bf16"),
+    "bench": ("--output", "out", "--seeds", "[4]", "--methods", "{tfb: {base: mle}}", "--training.lora.rank", "3"),
+    "table": ("out", "--style", "latex"),
     "demo": (),
 }
 
@@ -111,7 +113,7 @@ def test_arguments_that_do_not_parse_exit_with_2(arguments, capsys):
 
 def own_rows(count, start=0):
     rows = ((i, COLOURS[: 3 + i % 2]) for i in range(start, start + count))
-    return [{"question": f"what is {COLOURS[i % 4]}?", "options": o, "answer": i % len(o)} for i, o in rows]
+    return [{"question": f"what is {COLOURS[i % 4]} ({i})?", "options": o, "answer": i % len(o)} for i, o in rows]
 
 
 def write_rows(path, rows):
@@ -286,7 +288,7 @@ def test_a_mistake_never_costs_the_old_output(place, capsys, mistake):
 
 def test_bad_names_are_told_with_what_was_expected(place, capsys):
     assert "unknown model '/no/such': no such directory" in failed(fitting(place, model="/no/such"), capsys)
-    assert "unknown method: got 'sgd', expected one of ['blob', 'mle'" in failed(fitting(place, method="sgd"), capsys)
+    assert "unknown method: got 'sgd', expected one of ['bbb', 'blob'" in failed(fitting(place, method="sgd"), capsys)
     task = [a for a in fitting(place, task="arc") if not a.startswith("--data=")]
     assert "unknown task: got 'arc', expected one of ['arc_challenge'" in failed(task, capsys)
     assert not (place / "out").exists()

@@ -37,6 +37,11 @@ BOOLQ = [
 OPENBOOK = [ai2("7-980", "The sun is responsible for", ["sleep", "plants"], list("AB"), "B", column="question_stem")]
 MMLU = [mmlu("What is light?", 3), mmlu("What is mass?", 0)]
 EVERYDAY = [{"id": "plants-1", "topic": "plants", "question": "Green?", "options": ["moss", "salt"], "answer": 1}]
+GLUE_PAIR = [
+    {"sentence1": "It rains.", "sentence2": "It is wet.", "label": 0, "idx": 0},
+    {"sentence1": "It rains.", "sentence2": "It is dry.", "label": 1, "idx": 1},
+]
+GLUE_SENTENCE = [{"sentence": "It rains.", "label": 1, "idx": 0}, {"sentence": "Rains it the.", "label": 0, "idx": 1}]
 ROWS = {
     "winogrande_s": WINOGRANDE,
     "winogrande_m": WINOGRANDE,
@@ -46,6 +51,9 @@ ROWS = {
     "boolq": BOOLQ,
     "mmlu_chemistry": MMLU,
     "mmlu_physics": MMLU,
+    "rte": GLUE_PAIR,
+    "mrpc": GLUE_PAIR,
+    "cola": GLUE_SENTENCE,
     "everyday": EVERYDAY,
 }
 
@@ -83,8 +91,20 @@ def test_the_table_names_the_public_sets():
         "boolq": ("google/boolq", "default", "train", "validation"),
         "mmlu_chemistry": ("cais/mmlu", "college_chemistry", None, "test"),
         "mmlu_physics": ("cais/mmlu", "college_physics", None, "test"),
+        "rte": ("nyu-mll/glue", "rte", "train", "validation"),
+        "mrpc": ("nyu-mll/glue", "mrpc", "train", "validation"),
+        "cola": ("nyu-mll/glue", "cola", "train", "validation"),
         "everyday": ("everyday", "default", "train", "test"),
     }
+
+
+def test_glue_rows_are_the_right_way_round(root):
+    entailed, other = load_task("rte", root).train
+    assert (entailed.context, entailed.question) == ("It rains.", "It is wet.")
+    assert [row.options[row.answer] for row in (entailed, other)] == ["entailed", "not entailed"]
+    assert [row.options[row.answer] for row in load_task("mrpc", root).train] == ["different", "equivalent"]
+    assert [row.options[row.answer] for row in load_task("cola", root).train] == ["acceptable", "unacceptable"]
+    assert "Passage: It rains.\nStatement: It is wet." in load_task("rte", root).prompt.render(entailed, "letter")
 
 
 def test_arc_rows(root):

@@ -21,8 +21,10 @@ from bayestune.methods import Method
 from bayestune.posterior import Draws, Posterior, Prediction
 from bayestune.questions import Question, load_rows
 from bayestune.runs import (
+    Dtype,
     Questions,
     check_output,
+    classes_of,
     fit_method,
     open_folder,
     open_model,
@@ -39,15 +41,23 @@ Part = Literal["evaluation", "held_out"]
 
 
 def run_fit(
-    model: str | None, method: Method, questions: Questions, training: Training, output: Path, *, overwrite: bool
+    model: str | None,
+    method: Method,
+    questions: Questions,
+    training: Training,
+    output: Path,
+    *,
+    overwrite: bool,
+    dtype: Dtype = "float32",
 ) -> None:
     """`bayestune fit`; with `training.resume` a run that was cut off goes on, and a finished one is left alone."""
     if training.resume and (output / DETAILS).is_file():
         print(f"finished already: posterior in {output}")  # noqa: T201
         return
     check_output(output, overwrite=overwrite, resume=training.resume)
-    task, loaded = questions.load(), open_model(model)
+    task = questions.load()
     check_trainable(task)
+    loaded = open_model(model, dtype, classes_of(task, questions.scoring))
     scorer = make_scorer(loaded.model, loaded.tokenizer, task, questions.scoring, questions.max_length)
     prepare_output(output, overwrite=overwrite, resume=training.resume)
     fit_method(method, loaded, scorer, training, questions, output)
@@ -145,14 +155,16 @@ def run_compare(
     *,
     overwrite: bool,
     on: Part = "evaluation",
+    dtype: Dtype = "float32",
 ) -> list[dict[str, Any]]:
     """`bayestune compare`: fits and evaluates several methods on one task; table, picture and page in `output`.
 
     With `training.resume`, methods that have records are not run again, and one that was cut off goes on.
     """
     check_output(output, overwrite=overwrite, resume=training.resume)
-    task, loaded = questions.load(), open_model(model)
+    task = questions.load()
     check_trainable(task)
+    loaded = open_model(model, dtype, classes_of(task, questions.scoring))
     rows = {"evaluation": task.evaluation, "held_out": task.held_out}[on]
     if not rows:
         raise ValueError(f"no rows to evaluate on in {on!r}: name a task that has them, or set --holdout")
@@ -179,6 +191,7 @@ def run_compare(
                     key: value.name if isinstance(value, Path) else value for key, value in asdict(questions).items()
                 },
                 "predicting": asdict(settings),
+                "dtype": dtype,
             },
         }
         seconds = round(posterior.fitted["seconds"], 1)

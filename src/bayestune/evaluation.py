@@ -106,7 +106,7 @@ def evaluate_posterior(
     """The predictive for each number of draws: the first S of the same held draws, so that more draws only add.
 
     Args:
-        posterior: to evaluate; one of K points is evaluated once, exactly, whatever the numbers of draws.
+        posterior: to evaluate; one with `atoms` is evaluated once, with as many draws.
         scorer: the task, bound to the tokenizer.
         questions: the rows.
         settings: draws, batch and bounds.
@@ -117,7 +117,7 @@ def evaluate_posterior(
         Number of draws, prediction, and the seconds that this number of draws took.
     """
     rows = scorer.encode(questions)
-    exact = None if posterior.atoms is None else (0 if posterior.has_mean else posterior.atoms,)
+    exact = None if posterior.atoms is None else (0 if posterior.atoms == 1 else posterior.atoms,)
     counts = exact or tuple(count for count in settings.draws if count or posterior.has_mean)
 
     def logits(count: int) -> tuple[Tensor, float]:

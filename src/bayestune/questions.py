@@ -85,6 +85,16 @@ _BOOLQ = (
     "Read the passage below and answer the question with the words 'true' or 'false'.\n\n"
     "Passage: {context}\nQuestion: {question}\nAnswer (true or false):"
 )
+_LABELLED = "Return the label of the correct answer for the question below.\n\n{text}\nChoices:\n{{choices}}\nAnswer:"
+
+
+def _sentences(text: str) -> Prompt:
+    return Prompt(letter=_LABELLED.format(text=text), text=text + "\nAnswer:")
+
+
+ENTAILMENT = _sentences("Passage: {context}\nStatement: {question}\nDoes the passage entail the statement?")
+PARAPHRASE = _sentences("First: {context}\nSecond: {question}\nDo the two sentences mean the same?")
+ACCEPTABLE = _sentences("Sentence: {question}\nIs the sentence acceptable English?")
 TRUE_FALSE = Prompt(letter=_BOOLQ, text=_BOOLQ, labels=("True", "False"))
 
 Record = dict[str, Any]

@@ -6,7 +6,19 @@ from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
-from bayestune.questions import BLANK, CHOICES, PASSAGE_CHOICES, TRUE_FALSE, Prompt, Question, Record, json_lines
+from bayestune.questions import (
+    ACCEPTABLE,
+    BLANK,
+    CHOICES,
+    ENTAILMENT,
+    PARAPHRASE,
+    PASSAGE_CHOICES,
+    TRUE_FALSE,
+    Prompt,
+    Question,
+    Record,
+    json_lines,
+)
 
 Parse = Callable[[Record, str], Question]
 
@@ -25,6 +37,17 @@ def _winogrande(row: Record, key: str) -> Question:
 def _boolq(row: Record, key: str) -> Question:
     question = row["question"].strip().rstrip("?") + "?"
     return Question(key, question, ("True", "False"), 0 if row["answer"] else 1, row["passage"])
+
+
+def _pair(options: tuple[str, str]) -> Parse:
+    def parse(row: Record, key: str) -> Question:
+        return Question(key, row["sentence2"], options, row["label"] if row["label"] >= 0 else None, row["sentence1"])
+
+    return parse
+
+
+def _cola(row: Record, key: str) -> Question:
+    return Question(key, row["sentence"], ("unacceptable", "acceptable"), row["label"] if row["label"] >= 0 else None)
 
 
 def _plain(row: Record, key: str) -> Question:
@@ -54,6 +77,9 @@ TASKS: dict[str, Source] = {
     "boolq": Source("google/boolq", "default", _boolq, TRUE_FALSE),
     "mmlu_chemistry": Source("cais/mmlu", "college_chemistry", _plain, train=None, evaluation="test"),
     "mmlu_physics": Source("cais/mmlu", "college_physics", _plain, train=None, evaluation="test"),
+    "rte": Source("nyu-mll/glue", "rte", _pair(("entailed", "not entailed")), ENTAILMENT),
+    "mrpc": Source("nyu-mll/glue", "mrpc", _pair(("different", "equivalent")), PARAPHRASE),
+    "cola": Source("nyu-mll/glue", "cola", _cola, ACCEPTABLE),
     "everyday": Source("everyday", "default", _plain, evaluation="test"),
 }
 

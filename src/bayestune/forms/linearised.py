@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, ClassVar, Self
 
 import torch
@@ -55,7 +56,7 @@ class Linearised:
     max_rows: int = 4
     max_bytes: int = 2**30
     has_mean: bool = field(default=True, init=False)
-    atoms: int | None = field(default=None, init=False)
+    atoms: int | None = field(default=1000, init=False)  # draws of Gaussian logits cost nothing
 
     def __post_init__(self) -> None:
         if not self.prior_precision > 0:
@@ -160,6 +161,7 @@ class Sampled(Linearised):
     """
 
     kind: ClassVar[str] = "sampled"
+    atoms: int | None = field(default=None, init=False)
     _held: Held = field(default_factory=Held, init=False, repr=False)
 
     def draw(self, index: int, seed: int = 0) -> dict[str, Tensor]:
@@ -185,8 +187,14 @@ class Sampled(Linearised):
 def gaussian_logits(mean: Tensor, covariance: Tensor, draws: Draws) -> Tensor:
     """Held draws f + L·z_s (S, N, C) of Gaussian logits with mean (N, C) and covariance L·Lᵀ (N, C, C)."""
     root = semidefinite_root(covariance.double())
-    noise = torch.stack([held_noise(mean.shape[1:], draws.seed, index, _NOISE) for index in range(draws.count)])
-    return mean + torch.einsum("ncd,sd->snc", root, noise.to(root)).to(mean.dtype)
+    noise = _noise(draws.count, draws.seed, mean.shape[1]).to(root)
+    return mean + torch.einsum("ncd,sd->snc", root, noise).to(mean.dtype)
+
+
+@lru_cache(maxsize=16)
+def _noise(count: int, seed: int, classes: int) -> Tensor:
+    """z (S, C): the same for all rows, and the first C of a wider batch's."""
+    return torch.stack([held_noise((classes,), seed, index, _NOISE) for index in range(count)])
 
 
 def _rows(inputs: Batch, num_rows: int, start: int, stop: int) -> dict[str, Tensor]:

@@ -5,6 +5,8 @@ from typing import Any
 from bayestune.methods.bbb import BBB
 from bayestune.methods.blob import BLoB
 from bayestune.methods.ensemble import Ensemble
+from bayestune.methods.ivon import IVON
+from bayestune.methods.laplace import Laplace
 from bayestune.methods.map import MAP
 from bayestune.methods.mc_dropout import MCDropout
 from bayestune.methods.mle import MLE
@@ -14,12 +16,14 @@ from bayestune.methods.tfb import TFB
 
 __all__ = [
     "BBB",
+    "IVON",
     "MAP",
     "METHODS",
     "MLE",
     "TFB",
     "BLoB",
     "Ensemble",
+    "Laplace",
     "MCDropout",
     "Method",
     "PosteriorScale",
@@ -32,8 +36,10 @@ METHODS: dict[str, type[Any]] = {
     "mc_dropout": MCDropout,
     "ensemble": Ensemble,
     "bbb": BBB,
+    "laplace": Laplace,
     "blob": BLoB,
     "tfb": TFB,
     "temperature": Temperature,
     "posterior_scale": PosteriorScale,
+    "ivon": IVON,
 }
