@@ -1,0 +1,142 @@
+"""ScalaBL: Gaussian factors on the ranks of A, in the coordinates of A's singular value decomposition."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from bayestune.forms import Scaled
+from bayestune.kl import Schedule, burst_period, kl_weights, warmup_decay
+from bayestune.layers import RowGroups
+from bayestune.methods.ranks import RankLinear, adamw, make_ranks_random, put_means
+from bayestune.scoring import Scorer
+from bayestune.training import Training, start_adapter, train
+
+
+class SingularLinear(RankLinear):
+    """A = diag(s)·V, s ~ N(μ, diag σ²): V (r, k) is `weight`, `log_mean` and `log_std` are log μ and log σ, (r, 1).
+
+    Args:
+        linear: the plain layer; with its weight U·diag(μ)·V, μ and V are kept, and U, which turns the ranks, is not.
+        init_std: ε; σ starts uniform on (ε/√2, ε).
+        groups: shared by a model's layers, see `RowGroups`.
+
+    Raises:
+        ValueError: if `init_std` is not positive, or A has more ranks than inputs.
+    """
+
+    def __init__(self, linear: nn.Linear, init_std: float = 0.05, groups: RowGroups | None = None) -> None:
+        if init_std <= 0:
+            raise ValueError(f"init_std must be positive: got {init_std}; the published value is 0.05")
+        if linear.out_features > linear.in_features:
+            raise ValueError(
+                f"A has more ranks than inputs: got ({linear.out_features}, {linear.in_features}), expected at most "
+                f"rank {linear.in_features}, the number of its singular values; lower the rank"
+            )
+        super().__init__(linear, groups)
+        with torch.no_grad():
+            _, values, directions = torch.linalg.svd(linear.weight.float(), full_matrices=False)
+            self.weight.copy_(directions)
+            std = torch.empty_like(values).uniform_(init_std / math.sqrt(2), init_std)
+        learnt = linear.weight.requires_grad
+        self.log_mean = nn.Parameter(values.log()[:, None], requires_grad=learnt)
+        self.log_std = nn.Parameter(std.log()[:, None], requires_grad=learnt)
+
+    @property
+    def mean_factors(self) -> Tensor:
+        """μ (r,)."""
+        return self.log_mean.exp()[:, 0]
+
+    def factors(self, num_rows: int) -> Tensor:
+        """s = μ + σ∘ε for each row, (N, r)."""
+        noise = torch.randn(num_rows, self.out_features, dtype=self.log_std.dtype, device=self.log_std.device)
+        return torch.addcmul(self.mean_factors, self.log_std.exp()[:, 0], noise)
+
+
+def kl_divergence(log_mean: Tensor, log_std: Tensor) -> Tensor:
+    """KL[N(μ, σ²) ‖ N(0, 1)] = Σ [(σ² + μ² − 1)/2 − log σ] in nats, of log μ and log σ."""
+    return (((2 * log_std).exp() + (2 * log_mean).exp() - 1) / 2 - log_std).sum()
+
+
+@torch.no_grad()
+def kl_step_(log_mean: Tensor, log_std: Tensor, step: float) -> None:
+    """One gradient step on that KL, in place: ∂/∂log μ = μ², ∂/∂log σ = σ² − 1."""
+    log_mean.sub_((2 * log_mean).exp(), alpha=step)
+    log_std.sub_((2 * log_std).exp() - 1, alpha=step)
+
+
+class _KLDescent(TrainerCallback):
+    """A step of η_t = kl_lr·schedule_t·π_t on the KL after each of the optimiser's, as BLoB takes it."""
+
+    def __init__(self, method: "ScalaBL", layers: Sequence[SingularLinear], num_rows: int, warmup: float) -> None:
+        self.method, self.layers, self.num_rows, self.warmup = method, layers, num_rows, warmup
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        period = burst_period(self.num_rows, batch_size)
+        weights = kl_weights(state.max_steps, period, self.method.schedule)
+        self.steps = self.method.kl_lr * weights * warmup_decay(state.max_steps, self.warmup)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for layer in self.layers:
+            kl_step_(layer.log_mean, layer.log_std, float(self.steps[state.global_step]))
+
+    @torch.no_grad()
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if "loss" in logs:
+            kl = sum(float(kl_divergence(layer.log_mean, layer.log_std)) for layer in self.layers)
+            logs["kl"] = state.log_history[-1]["kl"] = kl
+
+
+@dataclass(frozen=True)
+class ScalaBL:
+    """q(s) = N(μ, diag σ²) on an r-vector of each layer, A = diag(s)·V; V, B, μ and σ are trained together.
+
+    As published: μ and V from the singular value decomposition of A as PEFT starts it, both μ and σ as logarithms, V
+    trained freely after that (the paper learns all its parameters by stochastic variational inference), AdamW on the
+    likelihood of all parameters, and steps of its own on the KL, at 0.2 and with BLoB's schedule. Unlike there, the KL
+    is KL[q ‖ p] (the public code has the two the other way round), and each row has a draw of its own.
+
+    Args:
+        init_std: ε; σ starts uniform on (ε/√2, ε).
+        kl_lr: the learning rate of the KL.
+        schedule: of the KL, "bursts" or "constant", see `KLStep`.
+
+    Raises:
+        ValueError: if a value is out of range.
+
+    Reference:
+        Samplawski, Cobb, Acharya, Kaur, Jha: Scalable Bayesian low-rank adaptation of large language models via
+        stochastic variational subspace inference, UAI 2025, https://arxiv.org/abs/2506.21408.
+    """
+
+    init_std: float = 0.05
+    kl_lr: float = 0.2
+    schedule: Schedule = "bursts"
+
+    def __post_init__(self) -> None:
+        if self.init_std <= 0 or self.kl_lr < 0:
+            raise ValueError(f"out of range: got {self}, expected init_std > 0 and kl_lr ≥ 0; correct it")
+
+    def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Scaled:
+        """Trains a fresh adapter on `model`.
+
+        Args:
+            model: a transformers model without adapters.
+            scorer: the task, bound to the model's tokenizer.
+            training: the adapter and how it is trained.
+        """
+        adapted = start_adapter(model, training)
+        layers = make_ranks_random(adapted, lambda slot, groups: SingularLinear(slot, self.init_std, groups))
+        own = [p for layer in layers.values() for p in (layer.log_mean, layer.log_std)]
+        descent = _KLDescent(self, list(layers.values()), len(scorer.task.train), training.warmup_ratio)
+        optimizer = adamw(training, own, training.learning_rate)
+        fitted = train(adapted, scorer, training, [descent], optimizer=optimizer)
+        put_means(adapted, layers)
+        stds = {name: layer.log_std.detach().exp() for name, layer in layers.items()}
+        directions = {name: layer.weight.detach() for name, layer in layers.items()}
+        return Scaled(adapted, scorer, stds, "normal", directions, asdict(fitted))
