@@ -1,7 +1,10 @@
 """Laplace-LoRA against dense algebra, the conjugate linear-Gaussian model, and its own promises."""
 
+import importlib
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +12,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaForSequenceClassification
 
+from bayestune.artefact import load_posterior, save_posterior
+from bayestune.forms import KINDS
 from bayestune.forms.curvature import Diagonal, semidefinite_root
 from bayestune.forms.linearised import Linearised, Sampled
 from bayestune.forms.point import Point
@@ -610,7 +615,8 @@ def test_state_and_restore(model, letters, structure, form):
     assert (again.prior_precision, again.max_rows, again.max_bytes) == (0.3, 2, 2**30)
     batch = rows_of(letters)
     assert torch.equal(again.logits(batch, Draws(3)), posterior.logits(batch, Draws(3)))
-    assert (again.kind, again.has_mean, again.atoms, again.adapter) == (form.kind, True, None, "default")
+    assert (again.kind, again.has_mean, again.atoms, again.adapter) == (form.kind, True, form.atoms, "default")
+    assert (Linearised.atoms, Sampled.atoms) == (1000, None)
 
 
 def test_the_state_of_another_model_is_refused(posterior, llama, letters):
@@ -665,7 +671,7 @@ def test_precision_chosen_on_held_out_rows(llama, tiny_task, byte_level):
     labels = batch.pop("labels")
 
     def loss(precision):
-        probabilities = predict(replace(posterior, prior_precision=precision), batch, 100).probabilities
+        probabilities = predict(replace(posterior, prior_precision=precision), batch, 1000).probabilities
         return -probabilities.gather(1, labels[:, None]).log().sum().item()
 
     assert posterior.prior_precision in GRID
@@ -712,3 +718,30 @@ def test_an_evidence_without_maximum_is_refused():
     flat = Curvature({"a": Diagonal(torch.zeros(2, 3))}, 0.0)
     with pytest.raises(ValueError, match="the evidence has no maximum: got curvature of trace 0"):
         best_precision(flat, 1.0)
+
+
+# the benchmark
+
+
+def test_the_benchmark_runs_on_a_tiny_model(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    benchmark, threads = importlib.import_module("laplace"), ["--threads", "1"]
+    benchmark.main(["--tiny", "--rows", "8", "--predicted", "3", *threads])
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert record["rows"] == 8
+    assert record["laplace_over_epoch"] == pytest.approx(record["laplace_seconds"] / record["epoch_seconds"])
+    assert 0 <= record["laplace_above_train_mb"] < record["laplace_above_train_mb_bar"]
+    with pytest.raises(SystemExit):
+        benchmark.main(threads)
+    assert "give either --model or --tiny" in capsys.readouterr().err
+
+
+def test_an_artefact_gives_the_same_logits(llama, letters, tmp_path, monkeypatch):
+    for form in (Linearised, Sampled):
+        monkeypatch.setitem(KINDS, form.kind, form)
+    for predictive in ("linearised", "sampled"):
+        posterior = Laplace(predictive=predictive, structure="kfac").fit(llama(), letters, TRAINING)
+        folder = save_posterior(posterior, tmp_path / predictive)
+        loaded = load_posterior(llama(), folder, letters)
+        batch = rows_of(letters)
+        torch.testing.assert_close(loaded.logits(batch, Draws(3)), posterior.logits(batch, Draws(3)))

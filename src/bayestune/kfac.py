@@ -68,7 +68,7 @@ class _FullSum:
     def eigen(self, like: Tensor) -> tuple[Tensor, Tensor]:
         total = like.new_zeros(self.size, self.size) if self.total is None else self.total
         values, vectors = torch.linalg.eigh(total.double())
-        return vectors.to(total), values.clamp_min(0).to(total)
+        return vectors.to(total).contiguous(), values.clamp_min(0).to(total)
 
 
 class _LowRankSum:

@@ -22,7 +22,7 @@ from bayestune.scoring import Scorer
 from bayestune.training import Training, peak_memory_mb
 
 GRID = tuple(10.0 ** (power / 2) for power in range(-6, 11))  # values of λ to choose among on held-out rows
-_DRAWS = Draws(100)  # for the predictive in that choice
+_DRAWS = Draws(1000)  # for the predictive in that choice
 
 
 @dataclass(frozen=True)
