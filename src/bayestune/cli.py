@@ -1,4 +1,4 @@
-"""The commands: `bayestune fit | evaluate | predict | compare | bench | table | demo`, made from the constructors."""
+"""The commands, their options derived from the constructors: `bayestune fit | evaluate | predict | compare | …`."""
 
 import logging
 import os
@@ -14,7 +14,7 @@ import bayestune
 from bayestune import commands, runs
 from bayestune.benchmark import Grid, Launcher, run_bench, run_table
 from bayestune.evaluation import Predicting
-from bayestune.methods import METHODS, Method
+from bayestune.methods import METHODS, MLE, TFB, Method
 from bayestune.report.grid import Style
 from bayestune.training import Interrupted, Training
 
@@ -39,7 +39,9 @@ def _flags(parser: ArgumentParser) -> ArgumentParser:
 def _fitting(parser: ArgumentParser) -> None:
     parser.add_argument("--model", type=str | None, default=None, help=MODEL_HELP)
     parser.add_argument("--dtype", type=runs.Dtype, default="float32", help="of the base model's weights")
-    parser.add_argument("--base", type=str | None, default=None, help="what a post-hoc method builds on, its own if not")
+    parser.add_argument(
+        "--base", type=str | None, default=None, help="what a post-hoc method builds on, its own if not"
+    )
     parser.add_class_arguments(runs.Questions)
     parser.add_class_arguments(Training, skip={"output"})
     for name, method in METHODS.items():
@@ -78,9 +80,7 @@ def _fit_parser() -> ArgumentParser:
 
 def _fit(o: Namespace) -> None:
     questions, training = _built(runs.Questions, o), _built(Training, o, output=None)
-    commands.run_fit(
-        o.model, _method(o.method, o), questions, training, o.output, overwrite=o.overwrite, dtype=o.dtype
-    )
+    commands.run_fit(o.model, _method(o.method, o), questions, training, o.output, overwrite=o.overwrite, dtype=o.dtype)
 
 
 def _evaluate_parser() -> ArgumentParser:
@@ -114,6 +114,27 @@ def _predict(o: Namespace) -> None:
     commands.run_predict(
         o.posterior, o.model, o.input, o.options, o.draws, o.draw_seed, o.output, bf16=o.bf16, overwrite=o.overwrite
     )
+
+
+def _bayesianise_parser() -> ArgumentParser:
+    parser = _parser("bayesianise", "A posterior around any LoRA adapter, without training (TFB).")
+    parser.add_argument("adapter", type=Path, help="a LoRA adapter folder, as PEFT saves it")
+    parser.add_argument("--anchor", type=Path, required=True, help="JSONL or CSV rows with answers, best from training")
+    parser.add_argument("--model", type=str | None, default=None, help="the base model, where not the adapter's own")
+    parser.add_argument("--dtype", type=runs.Dtype, default="float32", help="of the base model's weights")
+    parser.add_argument("--bf16", type=bool, default=False, help="bfloat16 autocast")
+    own = {"data", "evaluation_data", "data_root", "holdout", "train_rows", "evaluation_rows", "subset_seed"}
+    parser.add_class_arguments(runs.Questions, skip=own)
+    parser.add_class_arguments(TFB, skip={"base"})
+    parser.add_argument("--output", type=Path, required=True, help="folder of the posterior")
+    parser.add_argument("--overwrite", type=bool, default=False, help="empty the output folder")
+    return parser
+
+
+def _bayesianise(o: Namespace) -> None:
+    method, questions = _built(TFB, o, base=MLE()), _built(runs.Questions, o)
+    how = {name: o[name] for name in ("overwrite", "bf16", "dtype")}
+    commands.run_bayesianise(o.adapter, o.model, o.anchor, method, questions, o.output, **how)
 
 
 def _compare_parser() -> ArgumentParser:
@@ -186,6 +207,7 @@ COMMANDS: dict[str, tuple[Callable[[], ArgumentParser], Callable[[Namespace], in
     "fit": (_fit_parser, _fit, "fit one method and save its posterior"),
     "evaluate": (_evaluate_parser, _evaluate, "accuracy and calibration of a posterior"),
     "predict": (_predict_parser, _predict, "probabilities and uncertainty for your rows"),
+    "bayesianise": (_bayesianise_parser, _bayesianise, "a posterior around any LoRA adapter, without training"),
     "compare": (_compare_parser, _compare, "several methods on one task, with a report"),
     "bench": (_bench_parser, _bench, "a grid of models, tasks, methods and seeds"),
     "table": (_table_parser, _table, "the table of a results folder"),

@@ -1,11 +1,14 @@
 """Spreads cells over a Ray cluster whose machines share the results folder; the driver hands each cell out once."""
 
+import logging
 import time
 from pathlib import Path
 from typing import Any
 
 from bayestune.benchmark.grid import Cell, Grid
 from bayestune.benchmark.running import PAUSE, Progress, State, Workshop
+
+logger = logging.getLogger(__name__)
 
 _HELD: dict[str, Workshop] = {}  # of this worker process, so that its next cell finds the model loaded
 
@@ -29,11 +32,11 @@ def run_ray(workshop: Workshop, progress: Progress, grid: Grid) -> list[Cell]:
     running: dict[Any, Cell] = {}
 
     def hand_out(cell: Cell) -> None:
-        progress.started(cell)
         running[task.remote(grid, workshop.folder.resolve(), cell.key)] = cell
 
     for cell in progress.todo():
         hand_out(cell)
+    logger.info("handed out %d cells, %s by one worker", len(running), progress.left())
     failed = []
     while running:
         (reference, *_), _ = ray.wait(list(running), num_returns=1)

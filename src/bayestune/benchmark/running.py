@@ -5,7 +5,7 @@ import shutil
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 Launcher = Literal["local", "ray"]
 State = Literal["finished", "computed", "busy", "failed"]
 FAILED = "failed"
-PAUSE = 2.0  # seconds between looks at cells that other processes compute
+PAUSE, LONGEST_PAUSE = 2.0, 60.0  # seconds between looks at cells that other processes compute
 
 
 class Workshop:
@@ -39,12 +39,19 @@ class Workshop:
         self.cells = cells(grid, self.tasks)
         self._held: tuple[tuple[Any, ...], LoadedModel] | None = None
 
-    def attempt(self, cell: Cell) -> State:
-        """Computes a cell unless it is finished or another process is at it; says what became of it."""
+    def attempt(self, cell: Cell, starts: Callable[[Cell], None] | None = None) -> State:
+        """Computes a cell unless it is finished or another process is at it; says what became of it.
+
+        Args:
+            cell: one of `cells`.
+            starts: is told when the work begins.
+        """
         try:
             with claimed(self.folder / LOCKS, f"cell-{cell.key}"):
                 if cell_file(self.folder, cell.key).is_file():
                     return "finished"
+                if starts:
+                    starts(cell)
                 compute_cell(cell, self.folder, self._model(cell), self.tasks)
         except Busy:
             if self._held and adapted_layers(self._held[1].model):  # left by a fit that was given up
@@ -178,16 +185,17 @@ def _run_ray(workshop: Workshop, progress: Progress, grid: Grid) -> list[Cell]:
 
 def run_local(workshop: Workshop, progress: Progress) -> list[Cell]:
     """One cell after the other; those that other processes compute are waited for at the end. Gives the failed ones."""
-    failed, waiting = [], progress.todo()
+    failed, waiting, pause = [], progress.todo(), PAUSE
     while waiting:
         passed = []
         for cell in waiting:
-            progress.started(cell)
-            state = workshop.attempt(cell)
+            state = workshop.attempt(cell, progress.started)
             progress.ended(cell, state)
             failed += [cell] if state == "failed" else []
             passed += [cell] if state == "busy" else []
         if len(passed) == len(waiting):
-            time.sleep(PAUSE)
+            logger.info("waiting for %d cells that another process computes", len(passed))
+            time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE) if len(passed) == len(waiting) else PAUSE
         waiting = passed
     return failed
