@@ -78,13 +78,13 @@ def test_the_fit_is_the_mean_and_the_spread_of_maximum_likelihoods_iterates(bert
             self.path.append((slot, next(iter(head_modules(model).values())).weight.detach().clone()))
 
     scorer, _ = bound(bert, byte_level, labelled_task, "head")
-    training, method, watch = replace(TRAINING, steps=10), SWAG(start=0.4, rate=0.5, rank=2, every=2), Watch()
+    training, method, watch = replace(TRAINING, steps=10), SWAG(start=0.3, rate=0.5, rank=2, every=2), Watch()
     posterior = method.fit(bert(), scorer, training)
     name = next(iter(posterior.variances))
     train(start_adapter(bert(), training), scorer, training, [method._collector(training, 12), watch])
-    assert watch.rates[4:] == pytest.approx([0.5 * training.learning_rate] * 6)
+    assert watch.rates[3:] == pytest.approx([0.5 * training.learning_rate] * 7)
     assert watch.rates[1] == pytest.approx(0.9 * training.learning_rate)
-    path, heads = (torch.stack([watch.path[i][part] for i in (5, 7, 9)]) for part in (0, 1))
+    path, heads = (torch.stack([watch.path[i][part] for i in (4, 6, 8)]) for part in (0, 1))
     assert posterior.fitted["iterates"] == 3
     torch.testing.assert_close(adapter_weights(posterior.model)[name], path.mean(0), rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(next(iter(head_modules(posterior.model).values())).weight, heads.mean(0))
