@@ -19,7 +19,11 @@ TRAINING = Training(steps=8, learning_rate=1e-2, progress=False)
 POINTS = {"mle", "map"}
 WITHOUT_SPREAD = POINTS | {"temperature"}
 EXPORTABLE = set(METHODS) - {"mc_dropout", "temperature", "laplace"}
-SETTINGS = {"tfb": {"anchors": 6, "draws": 2, "evaluations": 3}, "posterior_scale": {"factors": (0.5, 1.0)}}
+SETTINGS = {
+    "tfb": {"anchors": 6, "draws": 2, "evaluations": 3},
+    "posterior_scale": {"factors": (0.5, 1.0)},
+    "ivon": {"learning_rate": 0.3, "clip_radius": 0.1},  # its steps are too small for sixty of them to show
+}
 
 
 def make(name):

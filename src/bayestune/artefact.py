@@ -163,6 +163,28 @@ def load_posterior(base: nn.Module, folder: Path, score: Scorer = unbound, *, tr
     return Mixture(load_members(base, [folder / member for member in members], score, trainable=trainable))
 
 
+def load_adapter(base: nn.Module, folder: Path, score: Scorer = unbound) -> Point:
+    """Any LoRA adapter folder as a point, whoever trained it.
+
+    Args:
+        base: the base model, without adapters.
+        folder: with `adapter_config.json` and the weights.
+        score: as for `load_posterior`.
+
+    Raises:
+        PosteriorError: if the folder holds no adapter, or it does not fit the model.
+    """
+    if not (folder / ADAPTER_FILES[0]).is_file():
+        raise PosteriorError(f"{folder} is no LoRA adapter: got no {ADAPTER_FILES[0]}, expected a folder PEFT has saved")
+    return Point(_load_adapter(base, folder, {}, ADAPTER, trainable=False).eval(), score)
+
+
+def base_name(folder: Path) -> str | None:
+    """The name of the base model that an adapter's configuration gives."""
+    path = folder / ADAPTER_FILES[0]
+    return json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path") if path.is_file() else None
+
+
 def load_members(
     base: nn.Module, folders: Sequence[Path], score: Scorer = unbound, *, trainable: bool = False
 ) -> list[Posterior]:

@@ -2,11 +2,11 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from bayestune.artefact import DETAILS, load_posterior
+from bayestune.artefact import DETAILS, base_name, load_adapter, load_posterior
 from bayestune.evaluation import (
     Predicting,
     append_record,
@@ -17,9 +17,10 @@ from bayestune.evaluation import (
     write_json_lines,
 )
 from bayestune.lora import detach
-from bayestune.methods import Method
+from bayestune.methods import TFB, Method
+from bayestune.methods.settings import described
 from bayestune.posterior import Draws, Posterior, Prediction
-from bayestune.questions import Question, load_rows
+from bayestune.questions import Prompt, Question, load_rows
 from bayestune.runs import (
     Dtype,
     Questions,
@@ -30,11 +31,12 @@ from bayestune.runs import (
     open_model,
     prepare_output,
     prompt_of,
+    save_fit,
     scorer_of,
     shown,
 )
 from bayestune.scoring import Scorer, make_scorer
-from bayestune.tasks import Task, check_trainable
+from bayestune.tasks import TASKS, Task, check_trainable, own_task
 from bayestune.training import Training
 
 Part = Literal["evaluation", "held_out"]
@@ -175,30 +177,72 @@ def run_compare(
         if name in done:
             continue
         posterior = fit_method(method, loaded, scorer, training, questions, output / name)
-        base = {
-            "task": task.name,
-            "rows": on,
-            "model": shown(loaded.name),
-            "method": name,
-            "name": type(method).__name__,
-            "train_rows": len(task.train),
-            "scoring": questions.scoring,
-            "seed": training.seed,
-            "config": {
-                "method": asdict(method),  # type: ignore[call-overload]
-                "training": asdict(training),
-                "questions": {
-                    key: value.name if isinstance(value, Path) else value for key, value in asdict(questions).items()
-                },
-                "predicting": asdict(settings),
-                "dtype": dtype,
-            },
-        }
+        base = _facts(name, method, loaded.name, task, questions, training, settings) | {"rows": on}
+        base["config"]["dtype"] = dtype
         seconds = round(posterior.fitted["seconds"], 1)
         _record_all(posterior, scorer, settings, output, base, bf16=training.bf16, seconds=seconds, questions=rows)
         detach(posterior.model)
     write_report(output)
     return read_records(output)
+
+
+def _facts(
+    name: str,
+    method: Method,
+    model: str,
+    task: Task,
+    questions: Questions,
+    training: Training,
+    settings: Predicting,
+) -> dict[str, Any]:
+    """What a record says of how it came about."""
+    asked = {key: value.name if isinstance(value, Path) else value for key, value in asdict(questions).items()}
+    return {
+        "task": task.name,
+        "model": shown(model),
+        "method": name,
+        "name": type(method).__name__,
+        "train_rows": len(task.train),
+        "scoring": questions.scoring,
+        "seed": training.seed,
+        "config": {
+            "method": described(method),
+            "training": asdict(training),
+            "questions": asked,
+            "predicting": asdict(settings),
+        },
+    }
+
+
+def run_bayesianise(
+    adapter: Path,
+    model: str | None,
+    anchor: Path,
+    method: TFB,
+    questions: Questions,
+    output: Path,
+    *,
+    overwrite: bool,
+    bf16: bool = False,
+    dtype: Dtype = "float32",
+) -> None:
+    """`bayestune bayesianise`: a posterior around any LoRA adapter, without training."""
+    check_output(output, overwrite=overwrite)
+    rows = load_rows(anchor, questions.options)[: method.anchors]
+    task = replace(own_task(anchor.stem, rows, ()), prompt=_prompt(questions, rows))
+    loaded = open_model(model or base_name(adapter), dtype, classes_of(task, questions.scoring))
+    scorer = make_scorer(loaded.model, loaded.tokenizer, task, questions.scoring, questions.max_length)
+    posterior = method.bayesianise(load_adapter(loaded.model, adapter, scorer), scorer, rows, bf16=bf16)
+    prepare_output(output, overwrite=overwrite)
+    save_fit(posterior, method, loaded, scorer, Training(bf16=bf16), questions, output)
+    report = posterior.fitted
+    print(f"posterior in {output}: sigma_q {report['isotropic_std']:.4g}, {len(report['search'])} tried")  # noqa: T201
+
+
+def _prompt(questions: Questions, rows: Sequence[Question]) -> Prompt:
+    """The templates of the named task; of one's own rows where it is the default."""
+    known = TASKS.get(questions.task) if questions.task != Questions.task else None
+    return known.prompt if known else own_task("own", rows, ()).prompt
 
 
 def write_report(folder: Path) -> None:

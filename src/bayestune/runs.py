@@ -115,6 +115,20 @@ def fit_method(
         return _saved(loaded, scorer, output)
     logger.info("fitting %s on %d rows", type(method).__name__, len(scorer.task.train))
     posterior = method.fit(loaded.model, scorer, replace(training, output=output / "checkpoints"))
+    save_fit(posterior, method, loaded, scorer, training, questions, output)
+    return posterior
+
+
+def save_fit(
+    posterior: Posterior,
+    method: Method,
+    loaded: LoadedModel,
+    scorer: Scorer,
+    training: Training,
+    questions: Questions,
+    output: Path,
+) -> None:
+    """Saves a posterior with all that a later command needs to ask it."""
     prompt = scorer.task.prompt
     details = {
         "method": type(method).__name__.lower(),
@@ -131,7 +145,6 @@ def fit_method(
     output.mkdir(parents=True, exist_ok=True)
     (output / TRAINING).write_text(json.dumps(dict(posterior.fitted), indent=1) + "\n", encoding="utf-8")
     save_posterior(posterior, output, details)  # last, for a folder with a posterior is taken for finished
-    return posterior
 
 
 def _saved(loaded: LoadedModel, scorer: Scorer, folder: Path) -> Posterior:
