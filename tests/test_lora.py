@@ -34,9 +34,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 def test_every_layer_is_converted_counted_and_named_by_its_path_in_the_base(llama):
     model = adapted(llama())
     assert bayesify(model) == 4
-    assert list(gaussian_layers(model)) == [
-        f"model.layers.{i}.self_attn.{p}_proj.lora_A" for i in (0, 1) for p in "qv"
-    ]
+    assert list(gaussian_layers(model)) == [f"model.layers.{i}.self_attn.{p}_proj.lora_A" for i in (0, 1) for p in "qv"]
 
 
 def test_the_mean_is_the_lora_model_and_training_is_not(llama):

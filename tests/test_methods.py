@@ -8,9 +8,9 @@ import torch
 from peft import PeftModel
 
 from bayestune.artefact import export_draw, load_posterior, save_posterior
+from bayestune.forms import Point
 from bayestune.lora import detach
 from bayestune.methods import METHODS
-from bayestune.forms import Point
 from bayestune.posterior import Draws, predict
 from bayestune.scoring import make_scorer
 from bayestune.training import Training

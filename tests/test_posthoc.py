@@ -181,7 +181,11 @@ def test_the_rotation_leaves_the_product_alone_and_makes_b_orthogonal(llama, sco
 def test_the_noise_on_the_weight_is_isotropic_on_the_columns_of_b(llama, scorer):
     posterior = TFB(anchors=6, draws=2, evaluations=1).fit(llama(), scorer, TRAINING)
     weights = adapter_weights(posterior.model)
-    values = {n: torch.linalg.vector_norm(weights[n.removesuffix("A") + "B"].double(), dim=0) for n in weights if n.endswith("A")}
+    values = {
+        n: torch.linalg.vector_norm(weights[n.removesuffix("A") + "B"].double(), dim=0)
+        for n in weights
+        if n.endswith("A")
+    }
     set_isotropic_(posterior, values, 0.3)
     name = next(iter(values))
     b = weights[name.removesuffix("A") + "B"].double()
@@ -291,8 +295,10 @@ def test_draws_of_the_head_alone_cost_one_pass_and_equal_the_plain_ones(llama, b
     posterior = BLoB(prior_std=0.4, final_std=0.3, schedule="constant", layers="last").fit(llama(), scorer, TRAINING)
     assert list(posterior.draw(0)) == ["lm_head.lora_A"]
     widths = []
-    hook = posterior.model.get_base_model().model.layers[0].register_forward_pre_hook(
-        lambda _, args: widths.append(len(args[0]))
+    hook = (
+        posterior.model.get_base_model()
+        .model.layers[0]
+        .register_forward_pre_hook(lambda _, args: widths.append(len(args[0])))
     )
     logits = posterior.logits(batch, Draws(5))
     hook.remove()
@@ -333,7 +339,11 @@ def test_a_head_without_an_adapter_is_refused(llama, scorer):
 
 
 def test_every_composition_of_the_table_fits(llama, scorer, batch):
-    for method in (Temperature(base=BLoB()), Ensemble(base=Temperature(), size=2), PosteriorScale(base=TFB(evaluations=1))):
+    for method in (
+        Temperature(base=BLoB()),
+        Ensemble(base=Temperature(), size=2),
+        PosteriorScale(base=TFB(evaluations=1)),
+    ):
         posterior = method.fit(llama(), scorer, replace(TRAINING, steps=4))
         assert predict(posterior, batch, 2).probabilities.isfinite().all()
     assert isinstance(METHODS["posterior_scale"]().fit(llama(), scorer, TRAINING), Gaussian)

@@ -35,9 +35,7 @@ def mean_digest(model: nn.Module, adapter: str = ADAPTER) -> str:
     return digest.hexdigest()
 
 
-def save_posterior(
-    posterior: Posterior | nn.Module, folder: Path, details: Mapping[str, Any] | None = None
-) -> Path:
+def save_posterior(posterior: Posterior | nn.Module, folder: Path, details: Mapping[str, Any] | None = None) -> Path:
     """Writes a posterior: a stock LoRA folder of the mean, `posterior.safetensors` and `posterior.json`.
 
     Each file is written elsewhere and moved into place, `posterior.json` last, so a folder that has it is whole. A
@@ -175,7 +173,7 @@ def load_adapter(base: nn.Module, folder: Path, score: Scorer = unbound) -> Poin
         PosteriorError: if the folder holds no adapter, or it does not fit the model.
     """
     if not (folder / ADAPTER_FILES[0]).is_file():
-        raise PosteriorError(f"{folder} is no LoRA adapter: got no {ADAPTER_FILES[0]}, expected a folder PEFT has saved")
+        raise PosteriorError(f"{folder} is no LoRA adapter: got no {ADAPTER_FILES[0]}, expected PEFT's folder")
     return Point(_load_adapter(base, folder, {}, ADAPTER, trainable=False).eval(), score)
 
 

@@ -123,7 +123,15 @@ def _bayesianise_parser() -> ArgumentParser:
     parser.add_argument("--model", type=str | None, default=None, help="the base model, where not the adapter's own")
     parser.add_argument("--dtype", type=runs.Dtype, default="float32", help="of the base model's weights")
     parser.add_argument("--bf16", type=bool, default=False, help="bfloat16 autocast")
-    own = {"data", "evaluation_data", "data_root", "holdout", "train_rows", "evaluation_rows", "subset_seed"}
+    own: set[str | int] = {
+        "data",
+        "evaluation_data",
+        "data_root",
+        "holdout",
+        "train_rows",
+        "evaluation_rows",
+        "subset_seed",
+    }
     parser.add_class_arguments(runs.Questions, skip=own)
     parser.add_class_arguments(TFB, skip={"base"})
     parser.add_argument("--output", type=Path, required=True, help="folder of the posterior")

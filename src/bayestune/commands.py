@@ -177,8 +177,7 @@ def run_compare(
         if name in done:
             continue
         posterior = fit_method(method, loaded, scorer, training, questions, output / name)
-        base = _facts(name, method, loaded.name, task, questions, training, settings) | {"rows": on}
-        base["config"]["dtype"] = dtype
+        base = _facts(name, method, loaded.name, task, questions, training, settings, dtype) | {"rows": on}
         seconds = round(posterior.fitted["seconds"], 1)
         _record_all(posterior, scorer, settings, output, base, bf16=training.bf16, seconds=seconds, questions=rows)
         detach(posterior.model)
@@ -194,6 +193,7 @@ def _facts(
     questions: Questions,
     training: Training,
     settings: Predicting,
+    dtype: Dtype,
 ) -> dict[str, Any]:
     """What a record says of how it came about."""
     asked = {key: value.name if isinstance(value, Path) else value for key, value in asdict(questions).items()}
@@ -210,6 +210,7 @@ def _facts(
             "training": asdict(training),
             "questions": asked,
             "predicting": asdict(settings),
+            "dtype": dtype,
         },
     }
 

@@ -50,7 +50,7 @@ def is_classifier(model: nn.Module) -> bool:
     return type(model).__name__ in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()
 
 
-def _default_targets(model: nn.Module, leaves: Collection[str]) -> tuple[str, ...]:
+def _default_targets(model: nn.Module, leaves: set[str]) -> tuple[str, ...]:
     query_value = next((names for names in _TARGETS if leaves >= set(names)), _TARGETS[0])
     return query_value if is_classifier(model) or head_is_tied(model) else (*query_value, "lm_head")
 

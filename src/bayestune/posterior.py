@@ -51,12 +51,36 @@ class Posterior(Protocol):
     """
 
     kind: ClassVar[str]
-    model: nn.Module
-    score: Scorer
-    fitted: Mapping[str, Any]
-    adapter: str
-    has_mean: bool
-    atoms: int | None
+
+    @property
+    def model(self) -> nn.Module:
+        """The PEFT model."""
+        ...
+
+    @property
+    def score(self) -> Scorer:
+        """Maps (model, batch) to class logits (N, C)."""
+        ...
+
+    @property
+    def fitted(self) -> Mapping[str, Any]:
+        """What the fit reports: seconds, steps, log."""
+        ...
+
+    @property
+    def adapter(self) -> str:
+        """The name of its PEFT adapter."""
+        ...
+
+    @property
+    def has_mean(self) -> bool:
+        """Whether `Draws(0)`, the mean adapter, can be asked for."""
+        ...
+
+    @property
+    def atoms(self) -> int | None:
+        """See above."""
+        ...
 
     def logits(self, inputs: Batch, draws: Draws) -> Tensor:
         """Class logits (S, N, C) of the draws; with `draws.count` 0 the mean's, (1, N, C)."""

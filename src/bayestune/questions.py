@@ -27,7 +27,6 @@ class Question:
         if self.answer is not None and not 0 <= self.answer < len(self.options):
             raise ValueError(f"row {self.id}: the right answer is not among its {len(self.options)} options")
 
-
     @property
     def content(self) -> tuple[str, ...]:
         """What makes two rows the same question, whatever their ids."""

@@ -229,9 +229,9 @@ class HeadScorer(Encoder):
         return [self._encoded(row) for row in rows]
 
     def _encoded(self, row: Question) -> Encoded:
-        texts = (row.context, row.question) if row.context else (row.question,)
+        first, second = (row.context, row.question) if row.context else (row.question, None)
         cut = "only_first" if row.context else True
-        ids = dict(self.tokenizer(*texts, truncation=cut, max_length=self.max_length))
+        ids = dict(self.tokenizer(first, second, truncation=cut, max_length=self.max_length))
         return {"inputs": ids, "answer": row.answer, "length": len(ids["input_ids"])}
 
     def collate(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:

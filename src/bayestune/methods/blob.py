@@ -5,11 +5,11 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
+from bayestune.forms import Gaussian
 from bayestune.kl import KLStep, Schedule, StdOptimizer
 from bayestune.layers import Noise
 from bayestune.lora import bayesify, slot_names
 from bayestune.methods.protocol import head_slots
-from bayestune.forms import Gaussian
 from bayestune.scoring import Scorer
 from bayestune.training import Training, start_adapter, train
 
