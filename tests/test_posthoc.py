@@ -181,11 +181,7 @@ def test_the_rotation_leaves_the_product_alone_and_makes_b_orthogonal(llama, sco
 def test_the_noise_on_the_weight_is_isotropic_on_the_columns_of_b(llama, scorer):
     posterior = TFB(anchors=6, draws=2, evaluations=1).fit(llama(), scorer, TRAINING)
     weights = adapter_weights(posterior.model)
-    values = {
-        n: torch.linalg.vector_norm(weights[n.removesuffix("A") + "B"].double(), dim=0)
-        for n in weights
-        if n.endswith("A")
-    }
+    values = {n[:-1] + "A": torch.linalg.vector_norm(w.double(), dim=0) for n, w in weights.items() if n[-1] == "B"}
     set_isotropic_(posterior, values, 0.3)
     name = next(iter(values))
     b = weights[name.removesuffix("A") + "B"].double()

@@ -62,7 +62,7 @@ def test_theorem_2_the_kl_on_the_weight_is_the_kl_on_a():
 
 
 def test_blob_on_conjugate_regression_finds_the_mean_field_optimum():
-    """One output, B = 1, Gaussian likelihood: the optimum is m = (XᵀX/s² + I/σ_p²)⁻¹Xᵀy/s², ω_j² = 1/(Σ_n x_nj²/s² + 1/σ_p²)."""
+    """One output, B = 1, noise s²: with P = XᵀX/s² + I/σ_p², m = P⁻¹Xᵀy/s² and ω_j² = 1/P_jj."""
     torch.manual_seed(0)
     rows, width, noise, prior = 40, 3, 0.5, 0.7
     x = torch.randn(rows, width)

