@@ -37,13 +37,13 @@ lint: $(VENV)/installed-dev
 	$(BIN)/pyright
 
 test: lint  ## environment, install, lint, types, tests, doctests, README code
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 test-oldest: .venv-oldest/installed  ## the tests on the oldest supported transformers and peft
-	.venv-oldest/bin/python -m pytest
+	.venv-oldest/bin/python -m pytest -n auto
 
 test-slow: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n auto -m slow
 
 test-real: $(VENV)/installed-dev  ## real pretrained models; fetches SmolLM2-135M (98 MB)
 	$(BIN)/python -m pytest -m real

@@ -18,11 +18,13 @@ from bayestune.training import Training
 TRAINING = Training(steps=8, learning_rate=1e-2, progress=False)
 POINTS = {"mle", "map"}
 WITHOUT_SPREAD = POINTS | {"temperature"}
-EXPORTABLE = set(METHODS) - {"mc_dropout", "temperature", "laplace"}
+EXPORTABLE = set(METHODS) - {"mc_dropout", "temperature", "laplace", "blob_authors"}
 SETTINGS = {
     "tfb": {"anchors": 6, "draws": 2, "evaluations": 3},
     "posterior_scale": {"factors": (0.5, 1.0)},
-    "ivon": {"learning_rate": 0.3, "clip_radius": 0.1},  # its steps are too small for sixty of them to show
+    "ivon": {"learning_rate": 12.0},  # the published steps are too small for sixty of them to show
+    "swag": {"rate": 1.0, "every": 1},
+    "dalorra": {"init_kept": 0.9},
 }
 
 

@@ -5,10 +5,14 @@ from pathlib import Path
 from bayestune.benchmark.cells import PLAN, collect
 from bayestune.evaluation import read_records
 from bayestune.report.grid import Style, grid_tables, render_grid
+from bayestune.report.shift import has_shift, write_shift
 
 
 def run_table(results: Path, style: Style = "text", output: Path | None = None, *, resamples: int = 1000) -> str:
     """The table of what is finished so far, printed or written to a file.
+
+    Where a method that was trained on OpenBookQA was also evaluated on other tasks, `shift.md` and
+    `risk_coverage.png` are written into the folder as well.
 
     Args:
         results: a folder of `bench`, also while it runs, or of `compare`.
@@ -25,6 +29,8 @@ def run_table(results: Path, style: Style = "text", output: Path | None = None, 
     records = collect(results) if (results / PLAN).is_file() else read_records(results)
     if not records:
         raise FileNotFoundError(f"no records in {results}: expected a folder of `bench` or `compare`; run one first")
+    if has_shift(records):
+        write_shift(results)
     table = render_grid(grid_tables(records, results, resamples), style)
     if output is None:
         print(table)  # noqa: T201
