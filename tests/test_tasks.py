@@ -55,6 +55,10 @@ ROWS = {
     "mrpc": GLUE_PAIR,
     "cola": GLUE_SENTENCE,
     "everyday": EVERYDAY,
+    "arc_challenge_authors": ARC,
+    "arc_easy_authors": ARC,
+    "openbookqa_authors": OPENBOOK,
+    "boolq_authors": BOOLQ,
 }
 
 
@@ -95,6 +99,7 @@ def test_the_table_names_the_public_sets():
         "mrpc": ("nyu-mll/glue", "mrpc", "train", "validation"),
         "cola": ("nyu-mll/glue", "cola", "train", "validation"),
         "everyday": ("everyday", "default", "train", "test"),
+        **{f"{name}_authors": where[name] for name in ("arc_challenge", "arc_easy", "openbookqa", "boolq")},
     }
 
 
@@ -250,7 +255,9 @@ def test_no_row_of_the_public_sets_is_dropped(name, train, evaluation):
 
 
 def test_unknown_task():
-    with pytest.raises(ValueError, match=r"unknown task: got 'arc', expected one of \['arc_challenge', 'arc_easy'"):
+    with pytest.raises(
+        ValueError, match=r"unknown task: got 'arc', expected one of \['arc_challenge', 'arc_challenge_authors'"
+    ):
         load_task("arc")
 
 

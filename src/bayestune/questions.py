@@ -38,7 +38,8 @@ class Prompt:
     """How a question becomes text.
 
     Args:
-        letter: template under letter scoring, with {context}, {question} and {choices}; it ends where the label comes.
+        letter: template under letter scoring, with {context}, {question} and {choices}, lines such as "A) text"; or
+            with {texts_first}, lines such as "text) A". It ends where the label comes.
         text: template under text scoring, with {context} and {question}; it ends where the option's text comes.
         labels: what stands for the options under letter scoring.
     """
@@ -49,9 +50,13 @@ class Prompt:
 
     def render(self, row: Question, scoring: Scoring) -> str:
         """The prompt of a row, up to the place of its answer."""
-        choices = "\n".join(f"{label}) {option}" for label, option in zip(self.labels, row.options, strict=False))
+        pairs = list(zip(self.labels, row.options, strict=False))
+        lines = {
+            "choices": "\n".join(f"{label}) {option}" for label, option in pairs),
+            "texts_first": "\n".join(f"{option}) {label}" for label, option in pairs),
+        }
         template = self.letter if scoring == "letter" else self.text
-        return template.format(context=row.context, question=row.question, choices=choices)
+        return template.format(context=row.context, question=row.question, **lines)
 
     def answers(self, row: Question, scoring: Scoring) -> tuple[str, ...]:
         """What continues the prompt for each option.
@@ -95,6 +100,13 @@ ENTAILMENT = _sentences("Passage: {context}\nStatement: {question}\nDoes the pas
 PARAPHRASE = _sentences("First: {context}\nSecond: {question}\nDo the two sentences mean the same?")
 ACCEPTABLE = _sentences("Sentence: {question}\nIs the sentence acceptable English?")
 TRUE_FALSE = Prompt(letter=_BOOLQ, text=_BOOLQ, labels=("True", "False"))
+
+# The prompts as the public code of BLoB's authors prints them, to compare results with: the texts stand where the
+# letters belong, a word is misspelt, and BoolQ's labels are interchanged. See docs/fidelity.md.
+_TEXTS_FIRST = CHOICES.letter.replace("{choices}", "{texts_first}")
+AUTHORS_ARC = Prompt(letter=_TEXTS_FIRST, text=CHOICES.text)
+AUTHORS_OPENBOOK = Prompt(letter=_TEXTS_FIRST.replace("Choices:", "Chioces:"), text=CHOICES.text)
+AUTHORS_BOOLQ = Prompt(letter=_BOOLQ, text=_BOOLQ, labels=("False", "True"))
 
 Record = dict[str, Any]
 

@@ -8,6 +8,9 @@ from pathlib import Path
 
 from bayestune.questions import (
     ACCEPTABLE,
+    AUTHORS_ARC,
+    AUTHORS_BOOLQ,
+    AUTHORS_OPENBOOK,
     BLANK,
     CHOICES,
     ENTAILMENT,
@@ -37,6 +40,11 @@ def _winogrande(row: Record, key: str) -> Question:
 def _boolq(row: Record, key: str) -> Question:
     question = row["question"].strip().rstrip("?") + "?"
     return Question(key, question, ("True", "False"), 0 if row["answer"] else 1, row["passage"])
+
+
+def _boolq_authors(row: Record, key: str) -> Question:
+    # as their code does: the question as it stands, the passage cut after so many characters
+    return Question(key, row["question"], ("True", "False"), 0 if row["answer"] else 1, row["passage"][:1024])
 
 
 def _pair(options: tuple[str, str]) -> Parse:
@@ -81,6 +89,10 @@ TASKS: dict[str, Source] = {
     "mrpc": Source("nyu-mll/glue", "mrpc", _pair(("different", "equivalent")), PARAPHRASE),
     "cola": Source("nyu-mll/glue", "cola", _cola, ACCEPTABLE),
     "everyday": Source("everyday", "default", _plain, evaluation="test"),
+    "arc_challenge_authors": Source("allenai/ai2_arc", "ARC-Challenge", _ai2, AUTHORS_ARC),
+    "arc_easy_authors": Source("allenai/ai2_arc", "ARC-Easy", _ai2, AUTHORS_ARC),
+    "openbookqa_authors": Source("allenai/openbookqa", "main", _ai2, AUTHORS_OPENBOOK),
+    "boolq_authors": Source("google/boolq", "default", _boolq_authors, AUTHORS_BOOLQ),
 }
 
 

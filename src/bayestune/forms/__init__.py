@@ -10,9 +10,23 @@ from bayestune.forms.mixture import Mixture
 from bayestune.forms.point import Point
 from bayestune.forms.scaled import Scaled
 from bayestune.forms.tempered import Tempered
+from bayestune.forms.token_noise import TokenNoise
 
-__all__ = ["KINDS", "Dropout", "Gaussian", "Linearised", "LowRank", "Mixture", "Point", "Sampled", "Scaled", "Tempered"]
+__all__ = [
+    "KINDS",
+    "Dropout",
+    "Gaussian",
+    "Linearised",
+    "LowRank",
+    "Mixture",
+    "Point",
+    "Sampled",
+    "Scaled",
+    "Tempered",
+    "TokenNoise",
+]
 
 KINDS: dict[str, type[Any]] = {
-    form.kind: form for form in (Point, Gaussian, Scaled, LowRank, Dropout, Linearised, Sampled, Tempered, Mixture)
+    form.kind: form
+    for form in (Point, Gaussian, TokenNoise, Scaled, LowRank, Dropout, Linearised, Sampled, Tempered, Mixture)
 }

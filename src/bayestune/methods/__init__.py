@@ -4,6 +4,8 @@ from typing import Any
 
 from bayestune.methods.bbb import BBB
 from bayestune.methods.blob import BLoB
+from bayestune.methods.blob_authors import AuthorsBLoB
+from bayestune.methods.dalorra import DALorRA
 from bayestune.methods.ensemble import Ensemble
 from bayestune.methods.ivon import IVON
 from bayestune.methods.laplace import Laplace
@@ -11,6 +13,8 @@ from bayestune.methods.map import MAP
 from bayestune.methods.mc_dropout import MCDropout
 from bayestune.methods.mle import MLE
 from bayestune.methods.protocol import Method
+from bayestune.methods.scalabl import ScalaBL
+from bayestune.methods.swag import SWAG
 from bayestune.methods.temperature import PosteriorScale, Temperature
 from bayestune.methods.tfb import TFB
 
@@ -20,13 +24,17 @@ __all__ = [
     "MAP",
     "METHODS",
     "MLE",
+    "SWAG",
     "TFB",
+    "AuthorsBLoB",
     "BLoB",
+    "DALorRA",
     "Ensemble",
     "Laplace",
     "MCDropout",
     "Method",
     "PosteriorScale",
+    "ScalaBL",
     "Temperature",
 ]
 
@@ -38,8 +46,12 @@ METHODS: dict[str, type[Any]] = {
     "bbb": BBB,
     "laplace": Laplace,
     "blob": BLoB,
+    "blob_authors": AuthorsBLoB,
     "tfb": TFB,
     "temperature": Temperature,
     "posterior_scale": PosteriorScale,
     "ivon": IVON,
+    "swag": SWAG,
+    "scalabl": ScalaBL,
+    "dalorra": DALorRA,
 }
