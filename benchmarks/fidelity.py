@@ -20,7 +20,7 @@ from bayestune.kl import burst_period, kl_weights, warmup_decay
 from bayestune.layers import GaussianLinear
 from bayestune.metrics import accuracy, ece, nll, paired_bootstrap
 from bayestune.questions import json_lines
-from fidelity_fits import FITS, figures, prompts, say, shown, token_noise
+from fidelity_fits import FITS, figures, prompts, say, shown, token_noise, truncation
 
 ROWS = {"WG-S": 640, "ARC-C": 1119, "ARC-E": 2251, "WG-M": 2558, "OBQA": 4957, "BoolQ": 9427}
 EVALUATED = {"WG": 1267, "ARC-C": 299, "ARC-E": 570, "OBQA": 500, "BoolQ": 3270, "Chem": 100, "Phy": 102}
@@ -215,8 +215,9 @@ SECTIONS: dict[str, Callable[[Namespace], None]] = {
     "logit-averaging": logit_averaging,
     "token-noise": token_noise,
     "prompts": prompts,
+    "truncation": truncation,
 }
-NEED_A_MODEL = ("token-noise", "prompts")
+NEED_A_MODEL = ("token-noise", "prompts", "truncation")
 
 
 def options_of(arguments: Sequence[str] | None) -> Namespace:

