@@ -276,7 +276,7 @@ def test_prompts_that_lose_their_end_are_counted(fidelity, llama, byte_level, tm
     folder = tmp_path / "data/google/boolq/default"
     folder.mkdir(parents=True)
     for split in ("train", "validation"):
-        (folder / f"{split}.jsonl").write_text(line % ("blue", "x " * 600) + line % ("red", "x"), encoding="utf-8")  # noqa: UP031
+        (folder / f"{split}.jsonl").write_text(line % ("blue", "x " * 600) + line % ("red", "x"), encoding="utf-8")
     fidelity.main(["truncation", "--model", str(tmp_path / "model"), "--data_root", str(tmp_path / "data")])
     assert "evaluation: 1 of 2 prompts are longer than 300 tokens" in capsys.readouterr().out
 
