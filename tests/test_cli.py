@@ -66,6 +66,7 @@ REQUIRED = {
     ),
     "evaluate": ("--posterior", "out", "--draws", "[2]", "--binning", "textbook"),
     "predict": ("--posterior", "out", "--input", "rows.jsonl", "--options", '["yes", "no"]', "--bf16"),
+    "bayesianise": ("adapter", "--anchor", "rows.jsonl", "--output", "out", "--metric", "accuracy"),
     "bench": ("--output", "out", "--seeds", "[4]", "--methods", "{tfb: {base: mle}}", "--training.lora.rank", "3"),
     "table": ("out", "--style", "latex"),
     "demo": (),
@@ -386,3 +387,41 @@ def test_ctrl_c_leaves_a_checkpoint_that_resume_goes_on_from(place):
     assert steps == list(range(1, stopped + 4))
     assert log["steps"] == stopped + 3
     assert (place / "out" / "posterior.json").is_file()
+
+
+def test_bayesianise_gives_any_adapter_a_posterior(place, capsys):
+    assert main(fitting(place, output="plain", method="mle")) == 0
+    for name in ("posterior.json", "posterior.safetensors", "training.json"):
+        (place / "plain" / name).unlink()  # what is left is stock PEFT
+    making = ["bayesianise", str(place / "plain"), f"--anchor={place / 'train.jsonl'}", f"--output={place / 'spread'}"]
+    making += ["--anchors=4", "--draws=2", "--evaluations=3"]
+    assert main(making) == 0  # the adapter's own configuration names its base
+    assert "4 tried" in capsys.readouterr().out  # none, and three more
+    reading = [f"--posterior={place / 'spread'}", f"--evaluation_data={place / 'test.jsonl'}", "--draws=[0,2]"]
+    assert main(["evaluate", *reading, "--resamples=20"]) == 0
+    assert [record["method"] for record in read_records(place / "spread")] == ["tfb", "tfb"]
+    assert "is not empty" in failed(making, capsys)
+    making[1] = str(place / "model")
+    assert "is no LoRA adapter" in failed([*making, "--overwrite", f"--model={place / 'model'}"], capsys)
+
+
+def test_a_post_hoc_method_takes_another_base(place):
+    given = fitting(place, method="tfb", base="map", **{"tfb.anchors": 4, "tfb.draws": 2, "tfb.evaluations": 2})
+    assert main(given) == 0
+    details = json.loads((place / "out" / "posterior.json").read_text())
+    assert (details["method"], details["fields"]["base"]["method"]) == ("tfb", "map")
+
+
+def test_an_encoder_is_fitted_and_asked_by_its_head(place, bert, byte_level):
+    bert().save_pretrained(place / "model")
+    byte_level.save_pretrained(place / "model")
+    rows = [{"text": f"is it {i}?", "answer": i % 2} for i in range(8)]
+    write_rows(place / "train.jsonl", rows)
+    given = {"scoring": "head", "options": '["no", "yes"]', "method": "ensemble", "ensemble.size": 2}
+    assert main(fitting(place, **given)) == 0
+    asked = write_rows(place / "ask.jsonl", [{"text": "is it 3?"}])
+    answers = place / "answers.jsonl"
+    reading = [f"--posterior={place / 'out'}", f"--input={asked}", '--options=["no", "yes"]', f"--output={answers}"]
+    assert main(["predict", *reading]) == 0
+    (answer,) = json_lines(answers.read_text())
+    assert sum(answer["probabilities"]) == pytest.approx(1)

@@ -480,3 +480,38 @@ def test_a_prompt_of_ones_own(byte_level, wide):
     prompt = Prompt("{question}{choices} Answer:", "{question}", labels=("A", "B", "C", "D"))
     scorer = make_scorer(wide, byte_level, replace(TASK, prompt=prompt), "letter")
     assert byte_level.convert_ids_to_tokens(scorer.tokens) == ["ĠA", "ĠB", "ĠC", "ĠD"]
+
+
+# A classification head
+
+
+def test_a_head_scores_texts_and_pairs(bert, byte_level, labelled_task):
+    model = bert().eval()
+    scorer = make_scorer(model, byte_level, labelled_task, "head")
+    rows = labelled_task.evaluation
+    with torch.no_grad():
+        logits = scorer(model, scorer.collate(scorer.encode(rows)))
+        for row, expected in zip(rows, logits, strict=True):
+            texts = (row.context, row.question) if row.context else (row.question,)
+            alone = model(**byte_level(*texts, return_tensors="pt")).logits[0]
+            torch.testing.assert_close(alone, expected, atol=1e-5, rtol=1e-4)
+    assert scorer.collate(scorer.encode(rows))["labels"].tolist() == [row.answer for row in rows]
+
+
+def test_a_long_pair_loses_the_end_of_its_context(bert, byte_level, labelled_task):
+    scorer = make_scorer(bert(), byte_level, labelled_task, "head", max_length=16)
+    row = replace(labelled_task.train[1], context="red " * 50)
+    (encoded,) = scorer.encode([row])
+    question = byte_level(row.question)["input_ids"]
+    assert encoded["length"] == 16
+    assert encoded["inputs"]["input_ids"][-len(question) :] == question
+
+
+def test_what_a_head_cannot_score_is_refused(bert, llama, byte_level, labelled_task, tiny_task):
+    with pytest.raises(ValueError, match="scoring 'letter' does not fit a BertForSequenceClassification"):
+        make_scorer(bert(), byte_level, labelled_task, "letter")
+    with pytest.raises(ValueError, match="scoring 'head' does not fit a LlamaForCausalLM"):
+        make_scorer(llama(), byte_level, labelled_task, "head")
+    scorer = make_scorer(bert(), byte_level, tiny_task, "head")
+    with pytest.raises(ValueError, match="got the options .* expected .* in every row under"):
+        scorer.encode(tiny_task.train)

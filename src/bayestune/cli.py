@@ -63,12 +63,14 @@ def _built(cls: type, options: Namespace, **more: Any) -> Any:
 
 
 def _method(name: str, options: Namespace) -> Method:
+    method, base = _plain_method(name, options), options.get("base")
+    return replace(method, base=_plain_method(base, options)) if base and hasattr(method, "base") else method  # type: ignore[type-var]
+
+
+def _plain_method(name: str, options: Namespace) -> Method:
     if name not in METHODS:
         raise ValueError(f"unknown method: got {name!r}, expected one of {sorted(METHODS)}")
-    method = options[name] if name in options else METHODS[name]()
-    if options.base is None or not hasattr(method, "base"):
-        return method
-    return replace(method, base=_method(options.base, Namespace(options, base=None)))
+    return options[name] if name in options else METHODS[name]()
 
 
 def _fit_parser() -> ArgumentParser:

@@ -115,6 +115,7 @@ def load_model(
     kind: Any = AutoModelForCausalLM
     if num_labels is not None:
         kind, config.num_labels = AutoModelForSequenceClassification, num_labels
+        options["ignore_mismatched_sizes"] = True  # a head of other classes gives way to a fresh one
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model: Any = kind.from_pretrained(path, adapter_kwargs=offline, **options)
