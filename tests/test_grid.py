@@ -166,7 +166,7 @@ def test_a_difference_on_every_question_is_significant_and_equal_methods_are_not
         )
     ]
     bad_one, same = significance(records, tmp_path, resamples=200)
-    assert (bad_one["label"], bad_one["best"], bad_one["seeds"]) == ("bad", "good", [1, 2])
+    assert (bad_one["label"], bad_one["against"], bad_one["seeds"]) == ("bad", "good", [1, 2])
     assert bad_one["nll"]["p_value"] == bad_one["brier"]["p_value"] == pytest.approx(1 / 201)
     assert 0 < bad_one["nll"]["low"] < bad_one["nll"]["difference"] < bad_one["nll"]["high"]
     assert bad_one["accuracy"]["p_value"] == 1.0  # all are right
@@ -193,6 +193,18 @@ def test_only_shared_seeds_and_questions_are_compared(tmp_path):
     p = dict(next(b for b in table.blocks if b.title == "p (NLL)").rows)
     assert p == {"one": (Value("best"),), "two": (Value("0.048"),), "alone": (Value(),)}
     assert "20 resamples" in table.notes[-1]
+
+
+def test_another_method_than_the_best_can_be_compared_with(tmp_path):
+    records = [kept(tmp_path, "good", 1, [0.8] * 9), kept(tmp_path, "bad", 1, [0.4] * 9)]
+    (table,) = grid_tables(records, tmp_path, 20, against="bad")
+    nll = dict(next(b for b in table.blocks if b.title == "NLL less bad's").rows)
+    assert nll == {"good": (Value("−0.693, p 0.048"),), "bad": (Value("–"),)}
+    accuracy = dict(next(b for b in table.blocks if b.title == "ACC % less bad's").rows)
+    assert accuracy["good"] == (Value("+100.0, p 0.048"),)
+    assert "against bad," in table.notes[-1]
+    with pytest.raises(ValueError, match=r"got 'MLE', expected one of \['good', 'bad'\]"):
+        grid_tables(records, tmp_path, 20, against="MLE")
 
 
 def test_without_rows_there_is_nothing_to_compare(tmp_path):

@@ -191,12 +191,13 @@ def _table_parser() -> ArgumentParser:
     parser.add_argument("results", type=Path, help="folder of `bench` or `compare`")
     parser.add_argument("--style", type=Style, default="text", help="for a terminal, a page or a paper (booktabs)")
     parser.add_argument("--resamples", type=int, default=1000, help="of the paired bootstrap; 0 for no p-values")
+    parser.add_argument("--against", type=str | None, default=None, help='compare with this method, as "BLoB N=10"')
     parser.add_argument("--output", type=Path | None, default=None, help="a file; left out: standard output")
     return parser
 
 
 def _table(o: Namespace) -> None:
-    run_table(o.results, o.style, o.output, resamples=o.resamples)
+    run_table(o.results, o.style, o.output, resamples=o.resamples, against=o.against)
 
 
 def _demo_parser() -> ArgumentParser:

@@ -8,7 +8,14 @@ from bayestune.report.grid import Style, grid_tables, render_grid
 from bayestune.report.shift import has_shift, write_shift
 
 
-def run_table(results: Path, style: Style = "text", output: Path | None = None, *, resamples: int = 1000) -> str:
+def run_table(
+    results: Path,
+    style: Style = "text",
+    output: Path | None = None,
+    *,
+    resamples: int = 1000,
+    against: str | None = None,
+) -> str:
     """The table of what is finished so far, printed or written to a file.
 
     Where a method that was trained on OpenBookQA was also evaluated on other tasks, `shift.md` and
@@ -19,6 +26,7 @@ def run_table(results: Path, style: Style = "text", output: Path | None = None, 
         style: "text", "markdown" or "latex".
         output: a file; None for standard output.
         resamples: of the paired bootstrap; 0 for no p-values.
+        against: the method to compare with, as "BLoB N=10"; None for that of least mean NLL.
 
     Returns:
         The table.
@@ -31,7 +39,7 @@ def run_table(results: Path, style: Style = "text", output: Path | None = None, 
         raise FileNotFoundError(f"no records in {results}: expected a folder of `bench` or `compare`; run one first")
     if has_shift(records):
         write_shift(results)
-    table = render_grid(grid_tables(records, results, resamples), style)
+    table = render_grid(grid_tables(records, results, resamples, against), style)
     if output is None:
         print(table)  # noqa: T201
     else:

@@ -17,8 +17,8 @@ DASH = "–"
 _SHARED = ("model", "scoring", "bins", "binning", "rows")  # equal within one table
 _BLOCKS = ("accuracy", "ece", "nll", "brier", "ece_debiased")
 _ABOUT_P = (
-    "p: two-sided paired bootstrap over the {} questions against the method of least mean NLL, losses averaged over "
-    "the seeds both have, {} resamples; the seeds are held, and p is not corrected for the number of methods."
+    "p: two-sided paired bootstrap over the same questions against {}, losses averaged over the seeds both have, {} "
+    "resamples; the seeds are held, and p is not corrected for the number of methods."
 )
 
 
@@ -50,21 +50,28 @@ class GridTable:
     notes: tuple[str, ...]
 
 
-def grid_tables(records: Sequence[Record], folder: str | Path | None = None, resamples: int = 1000) -> list[GridTable]:
+def grid_tables(
+    records: Sequence[Record], folder: str | Path | None = None, resamples: int = 1000, against: str | None = None
+) -> list[GridTable]:
     """One table for each model and way of scoring.
 
     Args:
         records: one for each method, task, seed and number of draws; what is missing is a dash.
         folder: where the rows of the records are, for p-values; None for none.
         resamples: of the paired bootstrap; 0 for no p-values.
+        against: the method to compare with, whose differences are then shown too; None for that of least mean NLL.
 
     Raises:
-        ValueError: if there are no records.
+        ValueError: if there are no records, or none of `against`.
     """
-    return [_table(group, folder if resamples else None, resamples) for group in grouped(records, _SHARED)]
+    if against is not None and against not in (labels := list(by_seed(records))):
+        raise ValueError(f"no record of the method to compare with: got {against!r}, expected one of {labels}")
+    return [_table(group, folder if resamples else None, resamples, against) for group in grouped(records, _SHARED)]
 
 
-def _table(records: Sequence[Record], folder: str | Path | None, resamples: int) -> GridTable:
+def _table(
+    records: Sequence[Record], folder: str | Path | None, resamples: int, against: str | None = None
+) -> GridTable:
     columns = {_column(record): [r for r in records if _column(r) == _column(record)] for record in records}
     labels = tuple(by_seed(records))
     runs = {column: by_seed(group) for column, group in columns.items()}
@@ -73,8 +80,8 @@ def _table(records: Sequence[Record], folder: str | Path | None, resamples: int)
     blocks = [_block(metric, labels, list(runs.values()), most) for metric in shown]
     notes = [f"Best and runner-up of a column are marked; in brackets how many seeds where it is not {most}."]
     if folder is not None:
-        blocks += _p_blocks(labels, list(columns.values()), folder, resamples)
-        notes.append(_ABOUT_P.format("same", resamples))
+        blocks += _p_blocks(labels, list(columns.values()), folder, resamples, against)
+        notes.append(_ABOUT_P.format(against or "the method of least mean NLL", resamples))
     return GridTable(_caption(records[0], most), tuple(columns), tuple(blocks), tuple(notes))
 
 
@@ -122,26 +129,35 @@ def _marked(values: Sequence[Value], sign: int) -> list[Value]:
 
 
 def _p_blocks(
-    labels: Sequence[str], columns: Sequence[Sequence[Record]], folder: str | Path, resamples: int
+    labels: Sequence[str],
+    columns: Sequence[Sequence[Record]],
+    folder: str | Path,
+    resamples: int,
+    against: str | None,
 ) -> list[Block]:
-    found = [{c["label"]: c for c in significance(group, folder, resamples=resamples)} for group in columns]
-    best = [next(iter(column.values()))["best"] if column else None for column in found]
+    found = [
+        {c["label"]: c for c in significance(group, folder, resamples=resamples, against=against)} for group in columns
+    ]
+    other = [next(iter(column.values()))["against"] if column else None for column in found]
+    shown = {column.key: column for column in COLUMNS}
 
     def value(metric: str, column: int, label: str) -> Value:
-        if label == best[column]:
-            return Value("best")
+        if label == other[column]:
+            return Value("–" if against else "best")
         if label not in found[column]:
             return Value()
-        return Value(f"{found[column][label][metric]['p_value']:.3f}")
+        difference, p = (found[column][label][metric][key] for key in ("difference", "p_value"))
+        sign = "+" if difference > 0 else "−"
+        return Value(f"{sign}{shown[metric].number(abs(difference))}, p {p:.3f}" if against else f"{p:.3f}")
 
-    titles = {column.key: column.title.removesuffix(" %") for column in COLUMNS}
-    return [
-        Block(
-            f"p ({titles[metric]})",
-            _transposed(labels, [[value(metric, i, label) for label in labels] for i in range(len(columns))]),
+    blocks = []
+    for metric in METRICS:
+        title = (
+            f"{shown[metric].title} less {against}'s" if against else f"p ({shown[metric].title.removesuffix(' %')})"
         )
-        for metric in METRICS
-    ]
+        rows = _transposed(labels, [[value(metric, i, label) for label in labels] for i in range(len(columns))])
+        blocks.append(Block(title, rows))
+    return blocks
 
 
 # Styles

@@ -23,8 +23,9 @@ def significance(
     metrics: Sequence[str] = METRICS,
     *,
     resamples: int = 1000,
+    against: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Each method against the one of least mean NLL, on the same questions of one task.
+    """Each method against one of them, that of least mean NLL by default, on the same questions of one task.
 
     For a seed that both methods have, d_i is the difference of a question's losses; averaged over those seeds it is
     one number a question, and the questions are resampled. So p is the chance of a difference this large among other
@@ -36,21 +37,22 @@ def significance(
         folder: where their files of rows are.
         metrics: keys of `bayestune.metrics.summarise`.
         resamples: of the bootstrap.
+        against: the label of the method to compare with; None for that of least mean NLL.
 
     Returns:
-        JSON-able: for each method but the best, in order of appearance, `label`, `best`, the `seeds` compared, and
-        for each metric difference (method less best), low, high, p_value and n. Methods without a seed, rows or
-        questions in common with the best are left out.
+        JSON-able: for each method but that one, in order of appearance, `label`, `against`, the `seeds` compared, and
+        for each metric difference (method less that one), low, high, p_value and n. Methods without a seed, rows or
+        questions in common with it are left out; all are, where it has no record.
 
     Reference:
         Davison, Hinkley (1997), ch. 4, https://doi.org/10.1017/CBO9780511802843
     """
     runs = by_seed(records)
     means = {label: mean for label, seeds in runs.items() if (mean := _mean_nll(seeds.values())) is not None}
-    best = min(means, key=means.__getitem__, default=None)
+    best = min(means, key=means.__getitem__, default=None) if against is None else against
     compared = []
     for label in runs:
-        if best is None or label == best:
+        if best not in runs or label == best:
             continue
         shared = [seed for seed in runs[best] if seed in runs[label]]
         pairs = {seed: tuple(read_rows(runs[name][seed], folder) for name in (label, best)) for seed in shared}
@@ -58,7 +60,7 @@ def significance(
         tensors = _paired(list(pairs.values()))
         if tensors is not None:
             differences = {metric: asdict(paired_bootstrap(*tensors, metric, resamples)) for metric in metrics}
-            compared.append({"label": label, "best": best, "seeds": list(pairs), **differences})
+            compared.append({"label": label, "against": best, "seeds": list(pairs), **differences})
     return compared
 
 
