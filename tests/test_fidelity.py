@@ -14,7 +14,7 @@ from bayestune.forms import Gaussian, Mixture, TokenNoise
 from bayestune.gaussian import kl_divergence
 from bayestune.lora import bayesify, gaussian_layers
 from bayestune.methods import METHODS, AuthorsBLoB, BLoB, PosteriorScale
-from bayestune.posterior import Draws, predict
+from bayestune.posterior import Draws, Saved, predict
 from bayestune.questions import AUTHORS_ARC, AUTHORS_BOOLQ, AUTHORS_OPENBOOK, CHOICES, TRUE_FALSE, Question
 from bayestune.scoring import LetterScorer, make_scorer
 from bayestune.tasks import TASKS, Task
@@ -208,7 +208,9 @@ def test_refusals(llama, scorer, model):
     with pytest.raises(ValueError, match="draws of TokenNoise are no adapters: got no `draw`; use `logits`"):
         Mixture([TokenNoise(model, last)]).draw(0)
     with pytest.raises(ValueError, match="of another model or rank: got 1 tensors"):
-        TokenNoise.restore(plain, last, {"nowhere.root_std": torch.ones(2, 2)}, {"noise": "row", "init_root_std": 0.05})
+        TokenNoise.restore(
+            Saved(plain, last, {"nowhere.root_std": torch.ones(2, 2)}, {"noise": "row", "init_root_std": 0.05})
+        )
 
 
 # The benchmark

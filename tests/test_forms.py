@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from bayestune.artefact import PosteriorError, load_adapter, load_posterior, read_details, save_posterior
 from bayestune.forms import KINDS, LowRank, Mixture, Point, Scaled
 from bayestune.lora import adapter_weights, bayesify, detach, slot_names, slots
-from bayestune.posterior import Draws
+from bayestune.posterior import Draws, Saved
 
 IDS = torch.arange(1, 11).reshape(2, 5)
 BATCH = {"input_ids": IDS}
@@ -105,10 +105,10 @@ def test_tensors_of_another_rank_or_model_are_refused(kind, model):
     tensors, facts = make(kind, model).state()
     cut = {name: value[..., :5] for name, value in tensors.items()}
     with pytest.raises(ValueError, match="of another model or rank: got"):
-        KINDS[kind].restore(model, score, cut, facts)
+        KINDS[kind].restore(Saved(model, score, cut, facts))
     elsewhere = {f"no.{name}": value for name, value in tensors.items()}
     with pytest.raises(ValueError, match="of another model or rank: got"):
-        KINDS[kind].restore(model, score, elsewhere, facts)
+        KINDS[kind].restore(Saved(model, score, elsewhere, facts))
 
 
 def test_a_mixture_is_kept_member_by_member(model, llama, tmp_path):

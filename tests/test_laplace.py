@@ -30,7 +30,7 @@ from bayestune.lora import SIDES, Lora, adapter_weights, slot_names, slots
 from bayestune.methods import METHODS
 from bayestune.methods.laplace import GRID, Laplace, batches, last_slots
 from bayestune.methods.mle import MLE
-from bayestune.posterior import Draws, predict
+from bayestune.posterior import Draws, Saved, predict
 from bayestune.scoring import make_scorer
 from bayestune.training import Training
 
@@ -611,7 +611,7 @@ def test_state_and_restore(model, letters, structure, form):
     blocks = curvature(model, letters, [rows_of(letters)], structure=structure, rank=3, full_up_to=8).blocks
     posterior = form(model, letters, blocks, 0.3, max_rows=2)
     tensors, facts = posterior.state()
-    again = form.restore(model, letters, {n: v.clone() for n, v in tensors.items()}, facts)
+    again = form.restore(Saved(model, letters, {n: v.clone() for n, v in tensors.items()}, facts))
     assert (again.prior_precision, again.max_rows, again.max_bytes) == (0.3, 2, 2**30)
     batch = rows_of(letters)
     assert torch.equal(again.logits(batch, Draws(3)), posterior.logits(batch, Draws(3)))
@@ -623,9 +623,9 @@ def test_the_state_of_another_model_is_refused(posterior, llama, letters):
     tensors, facts = posterior.state()
     other = adapted(llama(), ["q_proj", "v_proj", "down_proj"], rank=4)
     with pytest.raises(ValueError, match="curvature of another model or rank: got 12 blocks, 12 of them do not fit"):
-        Linearised.restore(other, letters, tensors, facts)
+        Linearised.restore(Saved(other, letters, tensors, facts))
     with pytest.raises(ValueError, match="got 0 blocks"):
-        Linearised.restore(other, letters, {}, facts)
+        Linearised.restore(Saved(other, letters, {}, facts))
 
 
 # the method

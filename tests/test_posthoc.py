@@ -12,7 +12,7 @@ from bayestune.methods import MAP, METHODS, MLE, TFB, BLoB, Ensemble, MCDropout,
 from bayestune.methods.protocol import predictive_nll
 from bayestune.methods.temperature import best_temperature
 from bayestune.methods.tfb import rotate_, set_isotropic_
-from bayestune.posterior import Draws, predict
+from bayestune.posterior import Draws, Saved, predict
 from bayestune.scoring import make_scorer
 from bayestune.training import Training
 
@@ -155,7 +155,7 @@ def test_mixtures_that_make_no_sense_are_refused(llama, scorer):
     with pytest.raises(ValueError, match="an ensemble needs members: got size=0"):
         Ensemble(size=0)
     with pytest.raises(NotImplementedError, match="loaded member by member"):
-        Mixture.restore(point.model, scorer, {}, {})
+        Mixture.restore(Saved(point.model, scorer, {}))
     tempered = Mixture([Tempered(point, 2.0)])
     with pytest.raises(ValueError, match="draws of Tempered are no adapters"):
         tempered.draw(0)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import bayestune
 from bayestune.forms import KINDS, Gaussian, Mixture, Point
 from bayestune.lora import ADAPTER, PREFIX, adapter_weights, gaussian_layers, slots
-from bayestune.posterior import Posterior, Scorer
+from bayestune.posterior import Posterior, Saved, Scorer
 
 FORMAT = 1
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -218,7 +218,7 @@ def _load(base: nn.Module, folder: Path, score: Scorer, adapter: str, trainable:
     except (SafetensorError, OSError) as error:
         raise PosteriorError(f"{folder / TENSORS} is missing, damaged or cut off ({error}); fit again") from error
     try:
-        posterior = KINDS[details["posterior"]].restore(model, score, tensors, details["facts"], adapter)
+        posterior = KINDS[details["posterior"]].restore(Saved(model, score, tensors, details["facts"], adapter))
     except ValueError as error:
         raise PosteriorError(f"{folder / TENSORS} does not fit: it is {error}") from error
     model.eval()

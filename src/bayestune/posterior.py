@@ -43,6 +43,25 @@ class Draws:
         return max(1, bound if self.max_rows is None else min(bound, self.max_rows // rows))
 
 
+@dataclass(frozen=True)
+class Saved:
+    """What a posterior is restored from: a model that holds the stock adapter already, and what `state` gave.
+
+    Args:
+        model: a PEFT model.
+        score: maps (model, batch) to class logits (N, C).
+        tensors: of the state.
+        facts: of the state.
+        adapter: which adapter.
+    """
+
+    model: nn.Module
+    score: Scorer
+    tensors: Mapping[str, Tensor]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    adapter: str = ADAPTER
+
+
 class Posterior(Protocol):
     """What every method's `fit` returns: a distribution over adapters, seen through its draws' logits.
 
@@ -92,15 +111,8 @@ class Posterior(Protocol):
         ...
 
     @classmethod
-    def restore(
-        cls,
-        model: nn.Module,
-        score: Scorer,
-        tensors: Mapping[str, Tensor],
-        facts: Mapping[str, Any],
-        adapter: str = ADAPTER,
-    ) -> Self:
-        """The posterior on a model that holds the stock adapter already."""
+    def restore(cls, saved: Saved) -> Self:
+        """The posterior of what was saved."""
         ...
 
 
@@ -198,6 +210,15 @@ def check_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int
             f"of another model or rank: got {len(got)} tensors such as {name, got.get(name or '')}, "
             f"expected shapes such as {name, expected.get(name or '', 'no such slot')}"
         )
+
+
+@contextmanager
+def seeded(model: nn.Module, seed: int, index: int) -> Iterator[None]:
+    """Seeds torch's generators by (seed, index) for the time of the context; the caller's random state is kept."""
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type != "cpu" else [], device_type=device.type):
+        torch.manual_seed(1_000_003 * seed + index)
+        yield
 
 
 def on_device(inputs: Batch, model: nn.Module) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bayestune.lora import ADAPTER, dropouts, evaluating
-from bayestune.posterior import Batch, Draws, Scorer, State, mean_logits, on_device, repeat_rows
+from bayestune.posterior import Batch, Draws, Saved, Scorer, State, mean_logits, on_device, repeat_rows, seeded
 
 
 @dataclass
@@ -55,9 +55,7 @@ class Dropout:
     @contextmanager
     def _dropping(self, seed: int, first: int) -> Iterator[None]:
         """Switches LoRA's dropout on, nothing else, with seeded masks; the caller's random state is kept."""
-        device = next(self.model.parameters()).device
-        with torch.random.fork_rng([device] if device.type != "cpu" else [], device_type=device.type):
-            torch.manual_seed(1_000_003 * seed + first)
+        with seeded(self.model, seed, first):
             for module in dropouts(self.model, self.adapter):
                 module.train()
             yield
@@ -67,12 +65,5 @@ class Dropout:
         return {}, {}
 
     @classmethod
-    def restore(  # noqa: D102
-        cls,
-        model: nn.Module,
-        score: Scorer,
-        tensors: Mapping[str, Tensor],
-        facts: Mapping[str, Any],
-        adapter: str = ADAPTER,
-    ) -> Self:
-        return cls(model, score, adapter=adapter)
+    def restore(cls, saved: Saved) -> Self:  # noqa: D102
+        return cls(saved.model, saved.score, adapter=saved.adapter)

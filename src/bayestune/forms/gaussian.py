@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from bayestune.gaussian import held_weights
 from bayestune.lora import ADAPTER, bayesify, gaussian_layers, slots
-from bayestune.posterior import Batch, Draws, Held, Scorer, State, check_shapes, drawn_logits
+from bayestune.posterior import Batch, Draws, Held, Saved, Scorer, State, check_shapes, drawn_logits
 
 
 @dataclass
@@ -63,19 +63,13 @@ class Gaussian:
         return tensors, {"noise": first.noise, "init_root_std": first.init_root_std}
 
     @classmethod
-    def restore(
-        cls,
-        model: nn.Module,
-        score: Scorer,
-        tensors: Mapping[str, Tensor],
-        facts: Mapping[str, Any],
-        adapter: str = ADAPTER,
-    ) -> Self:
+    def restore(cls, saved: Saved) -> Self:
         """Converts the slots that `tensors` name and gives them their standard deviation.
 
         Raises:
             ValueError: if the tensors are not of this model's slots or shapes.
         """
+        model, adapter, tensors, facts = saved.model, saved.adapter, saved.tensors, saved.facts
         present, names = slots(model, adapter), [name.removesuffix(".root_std") for name in tensors]
         expected = {name: tuple(slot.get_parameter("weight").shape) for name, slot in present.items()}
         check_shapes(dict(zip(names, tensors.values(), strict=True)), expected)
@@ -83,4 +77,4 @@ class Gaussian:
         with torch.no_grad():
             for name, slot in gaussian_layers(model, adapter).items():
                 slot.root_std.copy_(tensors[f"{name}.root_std"])
-        return cls(model, score, adapter=adapter)
+        return cls(model, saved.score, adapter=adapter)

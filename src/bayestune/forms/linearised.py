@@ -13,7 +13,7 @@ from bayestune.forms.curvature import Block, Diagonal, Kronecker, semidefinite_r
 from bayestune.forms.jacobian import Trace, traced
 from bayestune.gaussian import held_noise
 from bayestune.lora import ADAPTER, adapter_weights, replaceable_slots
-from bayestune.posterior import Batch, Draws, Held, Scorer, State, drawn_logits, mean_logits, on_device
+from bayestune.posterior import Batch, Draws, Held, Saved, Scorer, State, drawn_logits, mean_logits, on_device
 
 _BLOCKS: dict[str, type[Any]] = {"kfac": Kronecker, "diagonal": Diagonal}
 _NOISE = "laplace"  # the address of the logits' noise, which belongs to no slot
@@ -127,29 +127,22 @@ class Linearised:
         return tensors, facts | {"max_rows": self.max_rows, "max_bytes": self.max_bytes}
 
     @classmethod
-    def restore(
-        cls,
-        model: nn.Module,
-        score: Scorer,
-        tensors: Mapping[str, Tensor],
-        facts: Mapping[str, Any],
-        adapter: str = ADAPTER,
-    ) -> Self:
+    def restore(cls, saved: Saved) -> Self:
         """The posterior of `state`.
 
         Raises:
             ValueError: if the tensors are not of this model's slots or shapes.
         """
         parts: dict[str, dict[str, Tensor]] = {}
-        for name, value in tensors.items():
+        for name, value in saved.tensors.items():
             slot, _, part = name.rpartition(".")
             parts.setdefault(slot, {})[part] = value
-        blocks: dict[str, Block] = {name: _BLOCKS[facts["structure"]](**part) for name, part in parts.items()}
-        weights = adapter_weights(model, adapter)
+        blocks: dict[str, Block] = {name: _BLOCKS[saved.facts["structure"]](**part) for name, part in parts.items()}
+        weights = adapter_weights(saved.model, saved.adapter)
         _check(blocks, weights)
         blocks = {name: _on(block, weights[name].device) for name, block in blocks.items()}
-        settings = {name: facts[name] for name in ("prior_precision", "max_rows", "max_bytes")}
-        return cls(model, score, blocks, adapter=adapter, **settings)
+        settings = {name: saved.facts[name] for name in ("prior_precision", "max_rows", "max_bytes")}
+        return cls(saved.model, saved.score, blocks, adapter=saved.adapter, **settings)
 
 
 @dataclass

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bayestune.gaussian import held_noise
 from bayestune.lora import ADAPTER, slots
-from bayestune.posterior import Batch, Draws, Held, Scorer, State, check_shapes, drawn_logits
+from bayestune.posterior import Batch, Draws, Held, Saved, Scorer, State, check_shapes, drawn_logits
 
 
 @dataclass
@@ -60,14 +60,7 @@ class LowRank:
         return tensors | {f"{name}.deviations": value for name, value in self.deviations.items()}, {}
 
     @classmethod
-    def restore(
-        cls,
-        model: nn.Module,
-        score: Scorer,
-        tensors: Mapping[str, Tensor],
-        facts: Mapping[str, Any],
-        adapter: str = ADAPTER,
-    ) -> Self:
+    def restore(cls, saved: Saved) -> Self:
         """The posterior of `state`.
 
         Raises:
@@ -75,10 +68,12 @@ class LowRank:
         """
 
         def part(ending: str) -> dict[str, Tensor]:
-            return {name.removesuffix(ending): value for name, value in tensors.items() if name.endswith(ending)}
+            return {name.removesuffix(ending): value for name, value in saved.tensors.items() if name.endswith(ending)}
 
         variances, deviations = part(".variance"), part(".deviations")
-        expected = {n: tuple(slot.get_parameter("weight").shape) for n, slot in slots(model, adapter).items()}
+        expected = {
+            n: tuple(slot.get_parameter("weight").shape) for n, slot in slots(saved.model, saved.adapter).items()
+        }
         check_shapes(variances, expected)
         check_shapes({name: value[0] for name, value in deviations.items()}, expected)
-        return cls(model, score, variances, deviations, adapter=adapter)
+        return cls(saved.model, saved.score, variances, deviations, adapter=saved.adapter)

@@ -7,8 +7,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from bayestune.lora import ADAPTER, active, adapter_weights, head_modules
-from bayestune.posterior import Batch, Draws, Held, Posterior, Scorer, State, drawn_logits
+from bayestune.lora import active, adapter_weights, head_modules
+from bayestune.posterior import Batch, Draws, Held, Posterior, Saved, Scorer, State, drawn_logits
 
 
 @dataclass
@@ -102,14 +102,7 @@ class Mixture:
         return {}, {}
 
     @classmethod
-    def restore(
-        cls,
-        model: nn.Module,
-        score: Scorer,
-        tensors: Mapping[str, Tensor],
-        facts: Mapping[str, Any],
-        adapter: str = ADAPTER,
-    ) -> Self:
+    def restore(cls, saved: Saved) -> Self:
         """A mixture has no state of its own.
 
         Raises:

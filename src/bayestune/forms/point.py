@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor, nn
 
 from bayestune.lora import ADAPTER
-from bayestune.posterior import Batch, Draws, Scorer, State, mean_logits
+from bayestune.posterior import Batch, Draws, Saved, Scorer, State, mean_logits
 
 
 @dataclass
@@ -43,12 +43,5 @@ class Point:
         return {}, {}
 
     @classmethod
-    def restore(  # noqa: D102
-        cls,
-        model: nn.Module,
-        score: Scorer,
-        tensors: Mapping[str, Tensor],
-        facts: Mapping[str, Any],
-        adapter: str = ADAPTER,
-    ) -> Self:
-        return cls(model, score, adapter=adapter)
+    def restore(cls, saved: Saved) -> Self:  # noqa: D102
+        return cls(saved.model, saved.score, adapter=saved.adapter)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from bayestune.gaussian import held_noise
 from bayestune.lora import ADAPTER, slots
-from bayestune.posterior import Batch, Draws, Held, Scorer, State, drawn_logits
+from bayestune.posterior import Batch, Draws, Held, Saved, Scorer, State, drawn_logits
 
 Law = Literal["bernoulli", "normal"]
 
@@ -69,22 +69,15 @@ class Scaled:
         return tensors | {f"{name}.direction": value for name, value in self.directions.items()}, {"law": self.law}
 
     @classmethod
-    def restore(
-        cls,
-        model: nn.Module,
-        score: Scorer,
-        tensors: Mapping[str, Tensor],
-        facts: Mapping[str, Any],
-        adapter: str = ADAPTER,
-    ) -> Self:
+    def restore(cls, saved: Saved) -> Self:
         """The posterior of `state`.
 
         Raises:
             ValueError: if a factor is not of one of the model's slots or does not fit it.
         """
-        present = slots(model, adapter)
+        present = slots(saved.model, saved.adapter)
         parts: dict[str, dict[str, Tensor]] = {"factor": {}, "direction": {}}
-        for name, value in tensors.items():
+        for name, value in saved.tensors.items():
             slot, _, part = name.rpartition(".")
             shape = present[slot].get_parameter("weight").shape if slot in present else torch.Size([-1, -1])
             if any(size not in (1, whole) for size, whole in zip(value.shape, shape, strict=True)):
@@ -92,4 +85,5 @@ class Scaled:
                     f"of another model or rank: got {name} of shape {tuple(value.shape)}, expected {tuple(shape)} or 1"
                 )
             parts[part][slot] = value
-        return cls(model, score, parts["factor"], facts["law"], parts["direction"], adapter=adapter)
+        law, directions = saved.facts["law"], parts["direction"]
+        return cls(saved.model, saved.score, parts["factor"], law, directions, adapter=saved.adapter)

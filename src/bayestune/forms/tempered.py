@@ -1,13 +1,12 @@
 """A posterior whose logits are divided by a temperature."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from bayestune.lora import ADAPTER
-from bayestune.posterior import Batch, Draws, Posterior, Scorer, State
+from bayestune.posterior import Batch, Draws, Posterior, Saved, Scorer, State
 
 
 @dataclass
@@ -67,16 +66,10 @@ class Tempered:
         return tensors, {"temperature": self.temperature, "base": {"kind": self.base.kind, "facts": facts}}
 
     @classmethod
-    def restore(
-        cls,
-        model: nn.Module,
-        score: Scorer,
-        tensors: Mapping[str, Tensor],
-        facts: Mapping[str, Any],
-        adapter: str = ADAPTER,
-    ) -> Self:
+    def restore(cls, saved: Saved) -> Self:
         """The posterior of `state`."""
         from bayestune.forms import KINDS  # the table of all forms, this one among them
 
-        base = facts["base"]
-        return cls(KINDS[base["kind"]].restore(model, score, tensors, base["facts"], adapter), facts["temperature"])
+        base = saved.facts["base"]
+        posterior = KINDS[base["kind"]].restore(replace(saved, facts=base["facts"]))
+        return cls(posterior, saved.facts["temperature"])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bayestune.forms.gaussian import Gaussian
 from bayestune.layers import Noise
 from bayestune.lora import ADAPTER, evaluating, gaussian_layers
-from bayestune.posterior import Batch, Draws, Scorer, State, mean_logits, on_device
+from bayestune.posterior import Batch, Draws, Saved, Scorer, State, mean_logits, on_device, seeded
 
 
 @dataclass
@@ -60,9 +60,7 @@ class TokenNoise:
         """Switches the layers' noise on, nothing else; `evaluating` gives their mode back, this one their kind."""
         layers = list(gaussian_layers(self.model, self.adapter).values())
         kinds: list[Noise] = [layer.noise for layer in layers]
-        device = next(self.model.parameters()).device
-        with torch.random.fork_rng([device] if device.type != "cpu" else [], device_type=device.type):
-            torch.manual_seed(1_000_003 * seed + index)
+        with seeded(self.model, seed, index):
             try:
                 for layer in layers:
                     layer.noise, layer.training = "token", True
@@ -76,13 +74,6 @@ class TokenNoise:
         return Gaussian(self.model, self.score, adapter=self.adapter).state()
 
     @classmethod
-    def restore(  # noqa: D102
-        cls,
-        model: nn.Module,
-        score: Scorer,
-        tensors: Mapping[str, Tensor],
-        facts: Mapping[str, Any],
-        adapter: str = ADAPTER,
-    ) -> Self:
-        Gaussian.restore(model, score, tensors, facts, adapter)
-        return cls(model, score, adapter=adapter)
+    def restore(cls, saved: Saved) -> Self:  # noqa: D102
+        Gaussian.restore(saved)
+        return cls(saved.model, saved.score, adapter=saved.adapter)
