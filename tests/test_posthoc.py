@@ -136,6 +136,19 @@ def test_an_ensemble_of_gaussians_takes_draws_of_each_member_in_turn(llama, scor
     assert mixture.atoms is None
 
 
+def test_finished_members_are_kept_when_a_fit_goes_on(llama, scorer, batch, tmp_path, monkeypatch):
+    training = replace(TRAINING, output=tmp_path)
+    first = Ensemble(size=2).fit(llama(), scorer, training)
+    fits = []
+    plain = MLE.fit
+    monkeypatch.setattr(MLE, "fit", lambda self, *given: fits.append(1) or plain(self, *given))
+    (tmp_path / "member-1" / "posterior.json").unlink()
+    again = Ensemble(size=2).fit(llama(), scorer, replace(training, resume=True))
+    assert len(fits) == 1
+    assert torch.equal(again.logits(batch, Draws(2)), first.logits(batch, Draws(2)))
+    assert again.fitted["steps"] == 2 * TRAINING.steps
+
+
 def test_members_with_heads_of_their_own_run_one_by_one(bert, byte_level, labelled_task):
     scorer = make_scorer(bert(), byte_level, labelled_task, "head")
     batch = scorer.collate(scorer.encode(labelled_task.evaluation))

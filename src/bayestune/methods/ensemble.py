@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from bayestune.artefact import load_members, save_posterior
+from bayestune.artefact import DETAILS, load_members, read_details, save_posterior
 from bayestune.forms import Mixture
 from bayestune.lora import detach
 from bayestune.methods.mle import MLE
@@ -43,17 +43,17 @@ class Ensemble:
 
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Mixture:
         """Fits the members one after another; with `training.resume` those that are finished are kept."""
-        reports = []
         with tempfile.TemporaryDirectory() as scratch:
             folders = [(training.output or Path(scratch)) / f"member-{k}" for k in range(self.size)]
             for k, folder in enumerate(folders):
+                if training.resume and (folder / DETAILS).is_file():
+                    continue
                 own = replace(training, seed=training.seed + k * self.seed_step, output=folder / "checkpoints")
                 posterior = self.base.fit(model, scorer, own)
-                reports.append(dict(posterior.fitted))
-                save_posterior(posterior, folder)
+                save_posterior(posterior, folder, {"fitted": dict(posterior.fitted)})
                 detach(posterior.model)
-            members = load_members(model, folders, scorer)
-        return Mixture(members, _summed(reports))
+            reports = [read_details(folder)["fitted"] for folder in folders]
+            return Mixture(load_members(model, folders, scorer), _summed(reports))
 
 
 def _summed(reports: list[dict]) -> dict:
