@@ -1,5 +1,6 @@
 """The sections of fidelity.py that need a model: noise by token in real fits, and prompts without any fit."""
 
+import math
 from argparse import Namespace
 from dataclasses import replace
 from typing import Any
@@ -64,7 +65,8 @@ def fit(loaded: LoadedModel, scorer: Scorer, name: str, options: Namespace) -> d
     step = KLStep(BLOB.prior_std, final_std=BLOB.final_std, schedule=schedule, period=PERIOD)  # type: ignore[arg-type]
     fitted = train(model, scorer, training, [step])
     ends = torch.stack([layer.std.mean() for layer in gaussian_layers(model).values()]).mean()
-    say(f"  {name}: {fitted.steps} steps in {fitted.seconds:.0f} s, σ ends at {ends:.3f}")
+    loss = [line["loss"] for line in fitted.history if "loss" in line][-1:]
+    say(f"  {name}: {fitted.steps} steps in {fitted.seconds:.0f} s, σ ends at {ends:.3f}, last training loss {loss}")
     rows = scorer.encode(scorer.task.evaluation)
     tensors = {"labels": torch.tensor([row.answer for row in scorer.task.evaluation])}
     for form, count in (("mean", 0), *((form, options.draws) for form in forms)):
@@ -109,6 +111,9 @@ def _difference(one: tuple[str, str], other: tuple[str, str], of: dict[Any, Pred
     for metric in ("nll", "ece", "accuracy"):
         d = paired_bootstrap(of[one].probabilities, of[other].probabilities, labels, metric)
         say(f"  {metric}, {'/'.join(one)} − {'/'.join(other)}: {shown(d)}")
+    gap = of[one].mutual_information - of[other].mutual_information
+    error = 1.96 * gap.std().item() / math.sqrt(len(gap))
+    say(f"  mutual information, {'/'.join(one)} − {'/'.join(other)}: {gap.mean():+.4f} ± {error:.4f} (95 %)")
 
 
 # Prompts
