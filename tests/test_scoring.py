@@ -472,7 +472,9 @@ def test_a_passage_with_odd_spaces_is_kept_as_it_is(byte_level):
 
 
 def test_unknown_scoring(byte_level, wide):
-    with pytest.raises(ValueError, match=r"unknown scoring: got 'letters', expected one of \('letter', 'text', 'head'\)"):
+    with pytest.raises(
+        ValueError, match=r"unknown scoring: got 'letters', expected one of \('letter', 'text', 'head'\)"
+    ):
         make_scorer(wide, byte_level, TASK, "letters")
 
 
