@@ -412,7 +412,7 @@ def test_a_post_hoc_method_takes_another_base(place):
     assert (details["method"], details["fields"]["base"]["method"]) == ("tfb", "map")
 
 
-def test_an_encoder_is_fitted_and_asked_by_its_head(place, bert, byte_level):
+def test_an_encoder_is_fitted_and_asked_by_its_head(place, bert, byte_level, capsys):
     bert().save_pretrained(place / "model")
     byte_level.save_pretrained(place / "model")
     rows = [{"text": f"is it {i}?", "answer": i % 2} for i in range(8)]
@@ -425,3 +425,12 @@ def test_an_encoder_is_fitted_and_asked_by_its_head(place, bert, byte_level):
     assert main(["predict", *reading]) == 0
     (answer,) = json_lines(answers.read_text())
     assert sum(answer["probabilities"]) == pytest.approx(1)
+    members = [out / "answers.jsonl" for out in (place / "out" / "member-0", place / "out" / "member-1")]
+    for file in members:
+        asking = [f"--posterior={file.parent}", f"--input={asked}", '--options=["no", "yes"]', f"--output={file}"]
+        assert main(["predict", *asking]) == 0
+    alone = [json_lines(file.read_text())[0]["probabilities"][0] for file in members]
+    assert answer["probabilities"][0] == pytest.approx(sum(alone) / 2, abs=1e-6)
+    assert "draws=0 means the mean, but Mixture has none" in failed(
+        ["predict", *reading, "--draws=0", "--overwrite"], capsys
+    )

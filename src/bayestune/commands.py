@@ -19,7 +19,7 @@ from bayestune.evaluation import (
 from bayestune.lora import detach
 from bayestune.methods import TFB, Method
 from bayestune.methods.settings import described
-from bayestune.posterior import Draws, Posterior, Prediction
+from bayestune.posterior import Draws, Posterior, Prediction, count_for
 from bayestune.questions import Prompt, Question, load_rows
 from bayestune.runs import (
     Dtype,
@@ -111,7 +111,8 @@ def run_predict(
     scorer = scorer_of(details, loaded, task)
     opened = load_posterior(loaded.model, posterior, scorer)
     title = f"predict, {draws} draws" if output else None
-    logits = draw_logits(opened, scorer, scorer.encode(questions), Draws(draws, draw_seed), bf16=bf16, progress=title)
+    which = Draws(count_for(opened, draws), draw_seed)
+    logits = draw_logits(opened, scorer, scorer.encode(questions), which, bf16=bf16, progress=title)
     lines = prediction_rows(questions, Prediction.of(logits))
     if output:
         write_json_lines(output, lines)

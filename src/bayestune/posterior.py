@@ -278,6 +278,17 @@ def _entropy(probabilities: Tensor) -> Tensor:
     return torch.special.entr(probabilities).sum(-1)
 
 
+def count_for(posterior: Posterior, draws: int) -> int:
+    """How many draws to take where so many are asked for: the posterior's `atoms` if it has some; 0 is the mean.
+
+    Raises:
+        ValueError: if the mean is asked for and there is none.
+    """
+    if draws == 0 and not posterior.has_mean:
+        raise ValueError(f"draws=0 means the mean, but {type(posterior).__name__} has none: ask for draws=1 or more")
+    return draws if posterior.atoms is None or draws == 0 else posterior.atoms
+
+
 def predict(
     posterior: Posterior,
     inputs: Batch,
@@ -303,7 +314,5 @@ def predict(
     Raises:
         ValueError: if `draws` is negative, or 0 for a posterior without a mean.
     """
-    if draws == 0 and not posterior.has_mean:
-        raise ValueError(f"draws=0 means the mean, but {type(posterior).__name__} has none: ask for draws=1 or more")
-    count = draws if posterior.atoms is None or not draws else posterior.atoms
+    count = count_for(posterior, draws)
     return Prediction.of(posterior.logits(inputs, Draws(count, seed, max_rows, max_tokens)))

@@ -12,7 +12,7 @@ from bayestune.lora import gaussian_layers
 from bayestune.methods.blob import BLoB
 from bayestune.methods.mle import MLE
 from bayestune.methods.protocol import Method, held_out_rows, predictive_nll
-from bayestune.posterior import Draws, Posterior
+from bayestune.posterior import Draws, Posterior, count_for
 from bayestune.questions import Question
 from bayestune.scoring import Scorer
 from bayestune.training import Training
@@ -82,9 +82,8 @@ def held_out_logits(
     posterior: Posterior, scorer: Scorer, rows: tuple[Question, ...], draws: int, *, bf16: bool
 ) -> tuple[Tensor, Tensor]:
     """Logits (S, N, C) and labels (N,) of rows; S is the posterior's own number of atoms where it has one."""
-    count = draws if posterior.atoms is None else posterior.atoms
     labels = torch.tensor([row.answer for row in rows])
-    return draw_logits(posterior, scorer, scorer.encode(rows), Draws(count), bf16=bf16), labels
+    return draw_logits(posterior, scorer, scorer.encode(rows), Draws(count_for(posterior, draws)), bf16=bf16), labels
 
 
 @dataclass(frozen=True)
