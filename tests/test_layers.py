@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from bayestune.gaussian import row_weights
 from bayestune.layers import DrawnLinear, GaussianLinear, RowGroups
 
 NOISES = ["row", "independent", "token"]
@@ -108,6 +109,25 @@ def test_gradients_are_those_of_the_draw_that_was_used():
         assert parameter.grad[at].item() == pytest.approx(((up - down) / (2 * step)).item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_written_out_backward_pass_is_autograds_of_the_plain_form(bf16):
+    module, x = layer().float().train(), torch.randn(3, 4, 6, requires_grad=True)
+    cotangent = torch.randn(3, 4, 3)
+
+    def gradients(plain: bool) -> list[torch.Tensor]:
+        torch.manual_seed(7)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            if plain:
+                y = torch.bmm(x, row_weights(module.weight, module.std, 3).transpose(1, 2))
+            else:
+                y = module(x)
+        return [y, *torch.autograd.grad((y * cotangent).sum(), (x, module.weight, module.root_std))]
+
+    for ours, theirs in zip(gradients(plain=False), gradients(plain=True), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5 if not bf16 else 2e-2, atol=1e-6 if not bf16 else 2e-2)
+        assert ours.dtype == theirs.dtype
+
+
 @pytest.mark.parametrize(("noise", "extra"), [("row", False), ("independent", False), ("token", True)])
 def test_only_per_token_signs_store_tensors_of_the_activations_size(noise, extra):
     rows, tokens, width = 2, 512, 64
@@ -145,3 +165,12 @@ def test_bad_settings_are_refused():
         GaussianLinear(nn.Linear(2, 2, bias=False), noise="rows")
     with pytest.raises(ValueError, match="init_root_std must be positive: got 0"):
         GaussianLinear(nn.Linear(2, 2, bias=False), init_root_std=0)
+
+
+def test_a_stack_is_held_in_the_type_its_product_is_computed_in():
+    stack, weight = torch.randn(2, 3, 4), torch.zeros(3, 4)
+    assert DrawnLinear.of(stack, like=weight).weight.dtype is torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        drawn, x = DrawnLinear.of(stack, like=weight), torch.randn(2, 5, 4)
+        assert drawn.weight.dtype is torch.bfloat16
+        assert torch.equal(drawn(x), DrawnLinear(stack)(x))  # what autocast makes of a float32 stack

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bayestune.gaussian import independent_weights, random_signs, row_weights
+from bayestune.gaussian import independent_weights, random_signs
 
 Noise = Literal["row", "independent", "token"]
 
@@ -37,6 +37,12 @@ class RowGroups:
         return count
 
 
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """The type a product with this weight is computed in: autocast's where it is on, else the weight's."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
 class _RowProduct(torch.autograd.Function):
     """x (N, T, k) times A_nᵀ (N, k, r), with the gradient of A_n made as (N, r, k).
 
@@ -55,12 +61,36 @@ class _RowProduct(torch.autograd.Function):
         return of_input, torch.bmm(gradient.transpose(1, 2), input)
 
 
-def row_product(input: Tensor, weights: Tensor) -> Tensor:
-    """Applies each row's own weight: (N, T, k) and (N, r, k) to (N, T, r), in autocast's type where it is on."""
-    if torch.is_autocast_enabled(input.device.type):
-        dtype = torch.get_autocast_dtype(input.device.type)
-        input, weights = input.to(dtype), weights.to(dtype)
-    return _RowProduct.apply(input, weights)  # type: ignore[return-value]
+class _RowNoise(torch.autograd.Function):
+    """x (N, T, k) times A_nᵀ for A_n = M + (s_n t_nᵀ)∘(G∘G∘E), the law of `gaussian.row_weights`, in one node.
+
+    The backward pass is written out: ∂M = Σ_n ∂A_n and ∂G = 2 G∘E∘Σ_n (s_n t_nᵀ)∘∂A_n. Autograd would take the same
+    steps one by one and keep three float32 tensors of the draws' size (N, r, k) for them; this keeps E, the signs and
+    the draws in the type of the product. The noise is drawn inside, so a checkpoint that restores the generator
+    before it recomputes the pass gets the same draws.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, mean: Tensor, root_std: Tensor) -> Tensor:
+        signs = random_signs(input.shape[0], sum(mean.shape), like=mean)
+        noise = torch.randn_like(mean)
+        weights = torch.addcmul(mean, _outer(signs, len(mean)), root_std.square().mul_(noise)).to(input.dtype)
+        ctx.save_for_backward(input, weights, signs, noise, root_std)
+        return torch.bmm(input, weights.transpose(1, 2))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        (gradient,), (input, weights, signs, noise, root_std) = gradients, ctx.saved_tensors
+        of_input = torch.bmm(gradient, weights) if ctx.needs_input_grad[0] else None
+        of_draws = torch.bmm(gradient.transpose(1, 2), input).to(noise.dtype)
+        of_mean = of_draws.sum(0)
+        of_noise = of_draws.mul_(_outer(signs, len(noise))).sum(0)
+        return of_input, of_mean, of_noise.mul_(noise).mul_(root_std).mul_(2)
+
+
+def _outer(signs: Tensor, rank: int) -> Tensor:
+    """s_n t_nᵀ (N, r, k) of the signs (N, r + k)."""
+    return signs[:, :rank, None] * signs[:, None, rank:]
 
 
 class GaussianLinear(nn.Linear):
@@ -122,11 +152,14 @@ class GaussianLinear(nn.Linear):
             return F.linear(input, self.weight)
         if self.noise == "token":
             return self._token_forward(input)
-        draw = row_weights if self.noise == "row" else independent_weights
-        num_rows = self.groups.rows(input.shape[0])
-        weights = draw(self.weight, self.std, num_rows)
-        output = row_product(input.reshape(num_rows, -1, self.in_features), weights)
-        return output.view(*input.shape[:-1], self.out_features)
+        dtype, num_rows = compute_dtype(self.weight), self.groups.rows(input.shape[0])
+        rows = input.reshape(num_rows, -1, self.in_features).to(dtype)
+        if self.noise == "row":
+            output = _RowNoise.apply(rows, self.weight, self.root_std)
+        else:
+            weights = independent_weights(self.weight, self.std, num_rows)
+            output = _RowProduct.apply(rows, weights.to(dtype))
+        return output.view(*input.shape[:-1], self.out_features)  # type: ignore[union-attr]
 
     def _token_forward(self, input: Tensor) -> Tensor:
         sign_in = random_signs(*input.shape, like=input)
@@ -174,5 +207,9 @@ class DrawnLinear(nn.Module):
 
     @classmethod
     def of(cls, weights: Tensor, like: Tensor) -> Self:
-        """The stack on the device and in the type of the weight it stands in for."""
-        return cls(weights.to(like.device, like.dtype))
+        """The stack on the device of the weight it stands in for, in the type that its product is computed in.
+
+        PEFT gives a slot its input in the type of the slot's weight: under autocast a float32 stack would have the
+        activations copied to float32 and back.
+        """
+        return cls(weights.to(like.device, compute_dtype(like)))
