@@ -24,6 +24,7 @@ ORDER = [
     "scoring",
     "kfac",
     "kl",
+    "order",
     "training",
     "metrics",
     "selective",

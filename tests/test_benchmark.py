@@ -16,7 +16,7 @@ from bayestune.benchmark import Grid, TaskSettings, cells, collect, fits, run_be
 from bayestune.benchmark.grid import digest, lasting
 from bayestune.evaluation import Predicting, read_records
 from bayestune.methods import METHODS, MLE, BLoB
-from bayestune.methods.settings import make_method
+from bayestune.methods.settings import changed, make_method
 from bayestune.report.grid import grid_tables, render_grid
 from bayestune.training import NotFiniteError, Training
 from benching import grid
@@ -151,6 +151,22 @@ def test_bad_grids_are_refused(place):
 def test_what_aside_of_the_result_is_not_hashed():
     assert set(lasting(Training())) & {"output", "resume", "progress", "save_steps", "logging_steps"} == set()
     assert digest(1, "a") == digest(1, "a") != digest("1", "a")
+
+
+def test_a_field_that_came_later_is_in_a_key_only_where_it_is_set(place):
+    base = small(place, methods={"mle": None})
+    assert "group_by_length" not in lasting(base.training)
+    grouped = replace(base, training=replace(base.training, group_by_length=True))
+    assert lasting(grouped.training)["group_by_length"] is True
+    assert keys_of(grouped) != keys_of(base)
+
+
+def test_the_trainings_of_committed_results_are_what_their_keys_were_made_of():
+    files = sorted((ROOT / "results").glob("*/cells/*.jsonl"))
+    assert files
+    for file in files:
+        training = json.loads(file.read_text(encoding="utf-8").splitlines()[0])["config"]["training"]
+        assert json.loads(json.dumps(lasting(changed(Training(), training)))) == training
 
 
 # Running

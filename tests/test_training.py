@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from torch.nn import functional as F
 
 from bayestune.kl import KLStep
 from bayestune.lora import Lora, bayesify, gaussian_layers
+from bayestune.order import by_length
 from bayestune.questions import Question
 from bayestune.scoring import make_scorer
 from bayestune.tasks import Task
@@ -34,8 +37,6 @@ def trained(model):
 
 
 def run(base, scorer, **changes):
-    from dataclasses import replace
-
     training = replace(SETTINGS, **changes)
     model = start_adapter(base, training)
     return model, train(model, scorer, training)
@@ -63,8 +64,6 @@ def test_the_first_loss_is_the_cross_entropy_of_the_options(llama, scorer, tiny_
 
 
 def test_epochs_are_turned_into_steps():
-    from dataclasses import replace
-
     assert replace(SETTINGS, epochs=3, batch_size=4).total_steps(10) == 9
     assert replace(SETTINGS, epochs=2, batch_size=2, accumulation=2).total_steps(10) == 6
     assert SETTINGS.total_steps(10) == 6
@@ -91,8 +90,6 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(llam
         def on_step_end(self, args, state, control, model=None, **kwargs):
             if state.global_step == 4:
                 next(iter(p for p in model.parameters() if p.requires_grad)).data.fill_(float("nan"))
-
-    from dataclasses import replace
 
     training = replace(SETTINGS, steps=9, save_steps=2, output=tmp_path)
     model = start_adapter(llama(), training)
@@ -164,8 +161,6 @@ def test_a_run_killed_in_the_middle_ends_bit_identical_to_an_uninterrupted_one(t
 
 
 def test_a_checkpoint_carries_the_posterior(llama, scorer, tmp_path):
-    from dataclasses import replace
-
     training = replace(SETTINGS, steps=4, save_steps=4, output=tmp_path)
     model = start_adapter(llama(), training)
     bayesify(model)
@@ -176,3 +171,89 @@ def test_a_checkpoint_carries_the_posterior(llama, scorer, tmp_path):
     for path, layer in gaussian_layers(model).items():
         assert torch.equal(gaussian_layers(other)[path].root_std, layer.root_std)
         assert torch.equal(gaussian_layers(other)[path].weight, layer.weight)
+
+
+# The order of rows: batches by length
+
+
+def batches_of(order, size):
+    return [tuple(order[i : i + size]) for i in range(0, len(order), size)]
+
+
+def padding(order, lengths, size):
+    return sum(len(rows) * max(lengths[i] for i in rows) for rows in batches_of(order, size)) / sum(lengths)
+
+
+@pytest.fixture
+def lengths():
+    generator = torch.Generator().manual_seed(3)
+    return torch.randint(20, 200, (241,), generator=generator).tolist()
+
+
+def test_batches_by_length_hold_every_row_once_and_pad_little(lengths):
+    for epoch in range(3):
+        order = by_length(lengths, 4, seed=1, epoch=epoch)
+        assert sorted(order) == list(range(241))
+        assert padding(order, lengths, 4) < 1.06
+        assert padding(torch.randperm(241).tolist(), lengths, 4) > 1.3
+
+
+def test_batches_by_length_come_in_no_order_of_length_and_differ_from_epoch_to_epoch(lengths):
+    orders = [by_length(lengths, 4, seed=1, epoch=epoch) for epoch in range(20)]
+    means = torch.tensor([[sum(lengths[i] for i in rows) / 4 for rows in batches_of(o, 4)[:60]] for o in orders])
+    place = torch.arange(60.0)
+    assert torch.corrcoef(torch.stack([place, means.mean(0)]))[0, 1].abs() < 0.4  # 3 standard errors of none
+    seen = [{frozenset(rows) for rows in batches_of(order, 4)} for order in orders]
+    assert max(len(one & other) for one, other in zip(seen, seen[1:], strict=False)) <= 3
+    assert len({order[-1] for order in orders}) > 10  # the row that is left over is any row
+
+
+def test_order_by_length_is_the_seed_s_and_the_epoch_s(lengths):
+    first = by_length(lengths, 4, seed=1, epoch=2)
+    assert by_length(lengths, 4, seed=1, epoch=2) == first
+    assert by_length(lengths, 4, seed=2, epoch=1) != first != by_length(lengths, 4, seed=3, epoch=0)
+
+
+@pytest.mark.parametrize(("rows", "size"), [(3, 4), (1, 1), (8, 4), (900, 4)])
+def test_order_by_length_of_few_rows_and_of_many(rows, size):
+    assert sorted(by_length([5] * rows, size, seed=0, epoch=0)) == list(range(rows))
+
+
+class Watched:
+    """A scorer that keeps the batches it is asked for."""
+
+    def __init__(self, scorer):
+        self.scorer, self.task, self.seen = scorer, scorer.task, []
+
+    def encode(self, rows):
+        encoded = self.scorer.encode(rows)
+        self.lengths = [row["length"] for row in encoded]
+        return [{**row, "number": i} for i, row in enumerate(encoded)]
+
+    def collate(self, rows):
+        self.seen.append([row["number"] for row in rows])
+        return self.scorer.collate(rows)
+
+    def __call__(self, model, batch):
+        return self.scorer(model, batch)
+
+
+def test_training_by_length_takes_the_rows_in_that_order(llama, scorer):
+    watched = Watched(scorer)
+    run(llama(), watched, group_by_length=True, batch_size=2, accumulation=2, steps=6, seed=5)
+    expected = [by_length(watched.lengths, 2, seed=5, epoch=epoch) for epoch in range(2)]
+    assert [i for batch in watched.seen for i in batch] == expected[0] + expected[1]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("kept", [2, 5, 6, 8])  # within the first epoch, within the second, at its end, in the third
+def test_training_by_length_goes_on_with_the_same_rows(llama, scorer, tmp_path, kept, accumulation):
+    changes = {"group_by_length": True, "batch_size": 4 // accumulation, "accumulation": accumulation, "save_steps": 1}
+    changes |= {"steps": 9, "output": tmp_path, "lora": replace(SETTINGS.lora, dropout=0.1)}
+    whole = trained(run(llama(), scorer, **changes)[0])
+    for folder in tmp_path.glob("checkpoint-*"):
+        if int(folder.name.rpartition("-")[2]) > kept:
+            shutil.rmtree(folder)
+    resumed, fitted = run(llama(), scorer, **changes, resume=True)
+    assert fitted.steps == 9
+    assert all(torch.equal(value, whole[name]) for name, value in trained(resumed).items())

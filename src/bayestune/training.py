@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from bayestune.lora import Lora, attach
+from bayestune.order import ByLength
 from bayestune.scoring import Scorer
 from bayestune.tasks import check_trainable
 
@@ -40,6 +42,7 @@ class Training:
         seed: of the adapter's start, the noise and the order of the rows.
         bf16: bfloat16 autocast over float32 adapters.
         gradient_checkpointing: recompute activations in the backward pass.
+        group_by_length: batches of rows of like length, so that less is padded; in random order.
         save_steps: a checkpoint every so many steps; None for none but at ctrl-C.
         logging_steps: a log line every so many steps.
         output: where checkpoints go; None for a temporary folder.
@@ -59,6 +62,7 @@ class Training:
     seed: int = 1
     bf16: bool = False
     gradient_checkpointing: bool = False
+    group_by_length: bool = False
     save_steps: int | None = None
     logging_steps: int = 25
     output: Path | None = None
@@ -126,9 +130,23 @@ def _unused(*_: Any, **__: Any) -> Tensor:  # given to the Trainer so that it co
 class ClassTrainer(Trainer):
     """A Trainer whose loss is the mean over rows of −log p(answer), exact under gradient accumulation."""
 
-    def __init__(self, model: nn.Module, scorer: Scorer, **kwargs: Any) -> None:
+    def __init__(self, model: nn.Module, scorer: Scorer, *, group_by_length: bool = False, **kwargs: Any) -> None:
         super().__init__(model=model, data_collator=self._collate, compute_loss_func=_unused, **kwargs)  # type: ignore[arg-type]
-        self.scorer = scorer
+        self.scorer, self.group_by_length = scorer, group_by_length
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The Trainer's own, or one whose batches hold rows of like length.
+
+        The Trainer's sampler for that wants `input_ids` in each row, and draws its order from the global generator,
+        which a resumed run finds in another state: it would go on with other rows.
+        """
+        if not self.group_by_length:
+            return super().get_train_dataloader()
+        rows: Any = self.train_dataset
+        size, lengths = self.args.train_batch_size, [row["length"] for row in rows]
+        sampler = ByLength(lengths, size, self.args.seed, lambda: int(self.state.epoch or 0))
+        pin = self.args.dataloader_pin_memory
+        return self.accelerator.prepare(DataLoader(rows, size, sampler=sampler, collate_fn=self._collate, pin_memory=pin))
 
     def _collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         batch = self.scorer.collate(rows)
@@ -200,7 +218,13 @@ def train(
         arguments = _arguments(training, folder, training.total_steps(len(rows)))
         own = optimizer([p for p in model.parameters() if p.requires_grad]) if optimizer else None
         trainer = ClassTrainer(
-            model, scorer, args=arguments, train_dataset=rows, callbacks=[*callbacks, stop], optimizers=(own, None)
+            model,
+            scorer,
+            group_by_length=training.group_by_length,
+            args=arguments,
+            train_dataset=rows,
+            callbacks=[*callbacks, stop],
+            optimizers=(own, None),
         )
         checkpoint = newest_checkpoint(folder) if training.resume else None
         begin = time.perf_counter()

@@ -17,6 +17,8 @@ from bayestune.training import Training
 
 # What of `Training` leaves the result as it is.
 _ASIDE = ("output", "resume", "progress", "save_steps", "logging_steps")
+# What came after the first results: not in a key while it has its default, so that keys made before it still hold.
+_LATER = ("group_by_length",)
 
 
 @dataclass(frozen=True)
@@ -203,7 +205,8 @@ def _cell(grid: Grid, tasks: Mapping[str, Task], model: str | None, seed: int, t
 
 def lasting(training: Training) -> dict[str, Any]:
     """The fields of a training that determine its result."""
-    return {name: value for name, value in asdict(training).items() if name not in _ASIDE}
+    unset = {name for name in _LATER if getattr(training, name) == getattr(Training(), name)}
+    return {name: value for name, value in asdict(training).items() if name not in _ASIDE and name not in unset}
 
 
 def model_facts(model: str | None) -> list[Any]:
