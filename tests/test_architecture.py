@@ -15,6 +15,8 @@ ORDER = [
     "layers",
     "lora",
     "posterior",
+    "prefix",
+    "drawing",
     "forms",
     "artefact",
     "questions",

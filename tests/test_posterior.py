@@ -7,9 +7,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from bayestune.drawing import repeat_rows
 from bayestune.forms import Gaussian, Point
 from bayestune.lora import bayesify, gaussian_layers
-from bayestune.posterior import Draws, Prediction, predict, repeat_rows
+from bayestune.posterior import Draws, Prediction, predict
 
 OPTIONS = [5, 9, 30]
 
@@ -155,7 +156,7 @@ def test_bad_requests_are_refused(posterior, batch, llama):
 
     with pytest.raises(ValueError, match="draws=0 means the mean, but Meanless has none: ask for draws=1 or more"):
         predict(Meanless(posterior.model, score), batch, 0)
-    with pytest.raises(ValueError, match="must not be negative: got -1"):
+    with pytest.raises(ValueError, match="got count=-1, first=0, expected neither to be negative"):
         predict(posterior, batch, -1)
     with pytest.raises(ValueError, match="the model has no Gaussian layer"):
         Gaussian(llama(), score)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from bayestune.lora import ADAPTER, adapted_layers, drawn, evaluating, slots
+from bayestune.lora import ADAPTER, evaluating
 
 Batch = Mapping[str, Tensor]
 Scorer = Callable[[nn.Module, Batch], Tensor]
@@ -25,16 +25,41 @@ class Draws:
         max_rows: at most so many rows (draws times rows) in one forward pass; None for no such bound.
         max_tokens: at most so many tokens (draws times rows times length) in one forward pass: the memory bound.
             A single draw of the batch always runs, whatever the bounds.
+        first: the index of the first of the draws: `Draws(5, first=5)` goes on where `Draws(5)` ended.
+        shared_prefix: m; an approximation where the mean adapter reads all but the last m tokens of the prompt, once
+            for all draws, see `prefix.SharedPrefix`. None for exact draws.
     """
 
     count: int = 10
     seed: int = 0
     max_rows: int | None = None
     max_tokens: int = 16384
+    first: int = 0
+    shared_prefix: int | None = None
 
     def __post_init__(self) -> None:
-        if self.count < 0:
-            raise ValueError(f"the number of draws must not be negative: got {self.count}; 0 means the mean")
+        if self.count < 0 or self.first < 0:
+            raise ValueError(
+                f"draws are counted from 0: got count={self.count}, first={self.first}, expected neither to be "
+                "negative; count=0 means the mean"
+            )
+
+    @property
+    def indices(self) -> range:
+        """Which draws of the set."""
+        return range(self.first, self.first + self.count)
+
+    def refuse_prefix(self, posterior: object) -> None:
+        """For posteriors whose draws are no adapters.
+
+        Raises:
+            ValueError: if a shared prefix is asked for.
+        """
+        if self.shared_prefix is not None:
+            raise ValueError(
+                f"draws of {type(posterior).__name__} are no adapters and cannot share a prefix: got "
+                f"shared_prefix={self.shared_prefix}, expected None"
+            )
 
     def at_once(self, inputs: Batch) -> int:
         """How many draws of this batch run in one pass, at least 1."""
@@ -130,72 +155,6 @@ def mean_logits(posterior: Posterior, inputs: Batch) -> Tensor:
         return posterior.score(posterior.model, on_device(inputs, posterior.model))[None]
 
 
-@dataclass
-class Held:
-    """Stacks of held draws, kept until the adapter or the question changes."""
-
-    key: object = None
-    stacks: dict[str, Tensor] = field(default_factory=dict)
-
-    def of(self, posterior: Drawable, count: int, seed: int) -> dict[str, Tensor]:
-        """The draws 0…S-1 as one stack (S, …) for each slot name."""
-        parameters = (p for slot in slots(posterior.model, posterior.adapter).values() for p in slot.parameters())
-        key = count, seed, tuple((id(p), p._version) for p in parameters)
-        if self.key != key:
-            draws = [posterior.draw(index, seed) for index in range(count)]
-            self.key, self.stacks = key, {name: torch.stack([d[name] for d in draws]) for name in draws[0]}
-        return self.stacks
-
-
-def drawn_logits(posterior: Drawable, inputs: Batch, draws: Draws, held: Held) -> Tensor:
-    """The draws' logits (S, N, C), S·N rows in one pass within the bounds of `draws`; (1, N, C) for the mean.
-
-    Where the draws differ in the output head's adapter alone, everything before the head is computed once.
-    """
-    model, adapter = posterior.model, posterior.adapter
-    if draws.count == 0:
-        return mean_logits(posterior, inputs)
-    stack, inputs = held.of(posterior, draws.count, draws.seed), on_device(inputs, model)
-    head = _only_head(model, stack, adapter)
-    step, chunks = draws.count if head else draws.at_once(inputs), []
-    for start in range(0, draws.count, step):
-        part = {name: weights[start : start + step] for name, weights in stack.items()}
-        size = min(step, draws.count - start)
-        with evaluating(model), drawn(model, part, adapter), _once_before(model, head, size):
-            chunks.append(posterior.score(model, repeat_rows(inputs, size)).unflatten(0, (size, -1)))
-    return torch.cat(chunks)
-
-
-def _only_head(model: nn.Module, stack: Mapping[str, Tensor], adapter: str) -> nn.Module | None:
-    """The output head, if no other layer is drawn."""
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    head, layers = inner.get_output_embeddings(), adapted_layers(model, adapter)
-    drawn_layers = {layers[name.rpartition(".")[0]] for name in stack}
-    return head if drawn_layers == {head} else None
-
-
-@contextmanager
-def _once_before(model: nn.Module, head: nn.Module | None, times: int) -> Iterator[None]:
-    """Runs all but the head on the first copy of the rows, and the head on `times` copies of what reaches it."""
-    if head is None:
-        yield
-        return
-
-    def first_copy(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        cut = {n: v[: len(v) // times] if isinstance(v, Tensor) and v.dim() else v for n, v in kwargs.items()}
-        return args, cut
-
-    hooks = [
-        model.register_forward_pre_hook(first_copy, with_kwargs=True),
-        head.register_forward_pre_hook(lambda _, args: (args[0].repeat(times, *[1] * (args[0].dim() - 1)), *args[1:])),
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def check_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
     """Refuses tensors that are not of a model's slots.
 
@@ -225,11 +184,6 @@ def on_device(inputs: Batch, model: nn.Module) -> dict[str, Tensor]:
     """The batch on the model's device."""
     device = next(model.parameters()).device
     return {name: value.to(device) for name, value in inputs.items()}
-
-
-def repeat_rows(inputs: Batch, times: int) -> dict[str, Tensor]:
-    """The batch `times` over along the leading axis: (N, …) to (times·N, …), copy by copy."""
-    return {name: value.repeat(times, *[1] * (value.dim() - 1)) for name, value in inputs.items()}
 
 
 @dataclass(frozen=True)
@@ -297,6 +251,7 @@ def predict(
     seed: int = 0,
     max_rows: int | None = None,
     max_tokens: int = 16384,
+    shared_prefix: int | None = None,
 ) -> Prediction:
     """Averages the probabilities of held draws: p(y | x) ≈ 1/S Σ_s softmax(f(x; A_s)).
 
@@ -307,12 +262,15 @@ def predict(
         seed: of the set of draws; the same seed gives the same S functions for every batch.
         max_rows: bound on the rows of one forward pass.
         max_tokens: bound on the tokens of one forward pass.
+        shared_prefix: m; an approximation, off by default: the mean adapter reads all but the last m tokens of the
+            prompt, once for all draws. It draws less noise; docs/performance.md shows what is lost and saved.
 
     Returns:
         Probabilities (N, C), and total, expected and mutual-information entropy (N,) in nats.
 
     Raises:
-        ValueError: if `draws` is negative, or 0 for a posterior without a mean.
+        ValueError: if `draws` is negative, or 0 for a posterior without a mean, or a prefix cannot be shared.
     """
     count = count_for(posterior, draws)
-    return Prediction.of(posterior.logits(inputs, Draws(count, seed, max_rows, max_tokens)))
+    which = Draws(count, seed, max_rows, max_tokens, shared_prefix=shared_prefix)
+    return Prediction.of(posterior.logits(inputs, which))

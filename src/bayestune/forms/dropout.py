@@ -8,8 +8,9 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from bayestune.drawing import repeat_rows
 from bayestune.lora import ADAPTER, dropouts, evaluating
-from bayestune.posterior import Batch, Draws, Saved, Scorer, State, mean_logits, on_device, repeat_rows, seeded
+from bayestune.posterior import Batch, Draws, Saved, Scorer, State, mean_logits, on_device, seeded
 
 
 @dataclass
@@ -45,10 +46,11 @@ class Dropout:
         """The draws' logits (S, N, C), S·N rows in one pass within the bounds of `draws`; (1, N, C) for the mean."""
         if draws.count == 0:
             return mean_logits(self, inputs)
+        draws.refuse_prefix(self)
         step, chunks, inputs = draws.at_once(inputs), [], on_device(inputs, self.model)
         for start in range(0, draws.count, step):
             size = min(step, draws.count - start)
-            with evaluating(self.model), self._dropping(draws.seed, start):
+            with evaluating(self.model), self._dropping(draws.seed, draws.first + start):
                 chunks.append(self.score(self.model, repeat_rows(inputs, size)).unflatten(0, (size, -1)))
         return torch.cat(chunks)
 

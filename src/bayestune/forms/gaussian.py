@@ -7,9 +7,10 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from bayestune.drawing import Held, drawn_logits
 from bayestune.gaussian import held_weights
 from bayestune.lora import ADAPTER, bayesify, gaussian_layers, slots
-from bayestune.posterior import Batch, Draws, Held, Saved, Scorer, State, check_shapes, drawn_logits
+from bayestune.posterior import Batch, Draws, Saved, Scorer, State, check_shapes
 
 
 @dataclass

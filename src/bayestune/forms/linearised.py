@@ -9,11 +9,12 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from bayestune.drawing import Held, drawn_logits
 from bayestune.forms.curvature import Block, Diagonal, Kronecker, semidefinite_root
 from bayestune.forms.jacobian import Trace, traced
 from bayestune.gaussian import held_noise
 from bayestune.lora import ADAPTER, adapter_weights, replaceable_slots
-from bayestune.posterior import Batch, Draws, Held, Saved, Scorer, State, drawn_logits, mean_logits, on_device
+from bayestune.posterior import Batch, Draws, Saved, Scorer, State, mean_logits, on_device
 
 _BLOCKS: dict[str, type[Any]] = {"kfac": Kronecker, "diagonal": Diagonal}
 _NOISE = "laplace"  # the address of the logits' noise, which belongs to no slot
@@ -114,6 +115,7 @@ class Linearised:
         """Gaussian draws of the logits (S, N, C); (1, N, C) for f_MAP."""
         if draws.count == 0:
             return mean_logits(self, inputs)
+        draws.refuse_prefix(self)
         mean, covariance = self.moments(inputs)
         return gaussian_logits(mean, covariance, draws)
 
@@ -180,14 +182,14 @@ class Sampled(Linearised):
 def gaussian_logits(mean: Tensor, covariance: Tensor, draws: Draws) -> Tensor:
     """Held draws f + L·z_s (S, N, C) of Gaussian logits with mean (N, C) and covariance L·Lᵀ (N, C, C)."""
     root = semidefinite_root(covariance.double())
-    noise = _noise(draws.count, draws.seed, mean.shape[1]).to(root)
+    noise = _noise(draws.indices, draws.seed, mean.shape[1]).to(root)
     return mean + torch.einsum("ncd,sd->snc", root, noise).to(mean.dtype)
 
 
 @lru_cache(maxsize=16)
-def _noise(count: int, seed: int, classes: int) -> Tensor:
+def _noise(indices: range, seed: int, classes: int) -> Tensor:
     """z (S, C): the same for all rows, and the first C of a wider batch's."""
-    return torch.stack([held_noise((classes,), seed, index, _NOISE) for index in range(count)])
+    return torch.stack([held_noise((classes,), seed, index, _NOISE) for index in indices])
 
 
 def _rows(inputs: Batch, num_rows: int, start: int, stop: int) -> dict[str, Tensor]:

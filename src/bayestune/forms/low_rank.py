@@ -8,9 +8,10 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from bayestune.drawing import Held, drawn_logits
 from bayestune.gaussian import held_noise
 from bayestune.lora import ADAPTER, slots
-from bayestune.posterior import Batch, Draws, Held, Saved, Scorer, State, check_shapes, drawn_logits
+from bayestune.posterior import Batch, Draws, Saved, Scorer, State, check_shapes
 
 
 @dataclass

@@ -1,14 +1,15 @@
 """A mixture of posteriors on one base model, each under an adapter of its own: what an ensemble returns."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from bayestune.drawing import Held, drawn_logits
 from bayestune.lora import active, adapter_weights, head_modules
-from bayestune.posterior import Batch, Draws, Held, Posterior, Saved, Scorer, State, drawn_logits
+from bayestune.posterior import Batch, Draws, Posterior, Saved, Scorer, State
 
 
 @dataclass
@@ -84,18 +85,20 @@ class Mixture:
 
     def logits(self, inputs: Batch, draws: Draws) -> Tensor:
         """The draws' logits (S, N, C), member by member where they cannot run in one pass."""
-        count, size = draws.count, len(self.members)
+        size = len(self.members)
         if size == 1:
             return self.members[0].logits(inputs, draws)
         if self._one_pass():
             return drawn_logits(self, inputs, draws, self._held)
-        parts = []
+        draws.refuse_prefix(self)
+        parts: dict[int, Tensor] = {}
         for k, member in enumerate(self.members):
-            own = len(range(k, count, size))
+            own = [index for index in draws.indices if index % size == k]
             if own:
+                which = replace(draws, first=own[0] // size, count=len(own))
                 with active(self.model, member.adapter):
-                    parts.append(member.logits(inputs, Draws(own, draws.seed, draws.max_rows, draws.max_tokens)))
-        return torch.stack([parts[s % size][s // size] for s in range(count)])
+                    parts.update(zip(own, member.logits(inputs, which), strict=True))
+        return torch.stack([parts[index] for index in draws.indices])
 
     def state(self) -> State:
         """Nothing of its own: an artefact keeps each member as an artefact."""

@@ -49,8 +49,9 @@ class TokenNoise:
         """The draws' logits (S, N, C), a pass for each draw; (1, N, C) for the mean."""
         if draws.count == 0:
             return mean_logits(self, inputs)
+        draws.refuse_prefix(self)
         inputs, passes = on_device(inputs, self.model), []
-        for index in range(draws.count):
+        for index in draws.indices:
             with evaluating(self.model), self._noisy(draws.seed, index):
                 passes.append(self.score(self.model, inputs))
         return torch.stack(passes)
