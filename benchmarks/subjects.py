@@ -1,6 +1,7 @@
 """What is measured: models over one set of base weights, their training steps, and batches of real prompts."""
 
 import copy
+import math
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -17,10 +18,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bayestune.kl import KLStep
 from bayestune.lora import bayesify
-from bayestune.models import load_model
+from bayestune.models import LoadedModel, load_model
 from bayestune.questions import Question
-from bayestune.scoring import LetterScorer
-from bayestune.tasks import load_task
+from bayestune.scoring import LetterScorer, Scorer
+from bayestune.tasks import Task, load_task
 
 STOCK = "lora"  # every other name of an adapter is a kind of BLoB's noise
 PRECISIONS = ("fp32", "bf16")
@@ -134,10 +135,10 @@ def token_loss(ids: Tensor, logits: str) -> Loss:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Batches of a task's real prompts for a real model, scored by letter."""
+    """Batches of a task's real prompts for a real model."""
 
     model: nn.Module
-    scorer: LetterScorer
+    scorer: Scorer
     batches: list[dict[str, Tensor]]
 
     @property
@@ -154,17 +155,44 @@ def add_prompt_options(parser: ArgumentParser, rows: int) -> None:
     parser.add_argument("--batches", type=int, default=12, help="different ones, used in turn")
 
 
-def real_prompts(options: Namespace, device: torch.device, part: str) -> Prompts:
-    """Batches of seeded rows of the task's "train" or "evaluation" part."""
-    loaded = load_model(options.model, device=device)
-    task = load_task(options.task, options.data_root).subset(
+def real_task(options: Namespace, device: torch.device) -> tuple[LoadedModel, Task]:
+    """The model and the task that the options name; of its evaluation part, seeded rows for the batches."""
+    task = load_task(options.task, options.data_root)
+    return load_model(options.model, device=device), task.subset(
         evaluation=options.rows * options.batches, seed=options.seed
     )
-    scorer, questions = LetterScorer(loaded.tokenizer, task), getattr(task, part)
-    rows: Sequence[Question] = questions[: options.rows * options.batches]
+
+
+def batches_of(scorer: Scorer, part: str, options: Namespace, device: torch.device) -> list[dict[str, Tensor]]:
+    """Batches of the first rows of a task's part."""
+    rows: Sequence[Question] = getattr(scorer.task, part)[: options.rows * options.batches]
     encoded = scorer.encode(rows)
     groups = [encoded[i : i + options.rows] for i in range(0, len(encoded) - options.rows + 1, options.rows)]
     if not groups:
         raise ValueError(f"no batch: got {len(rows)} {part} rows of {options.task}, expected {options.rows} or more")
-    batches = [{name: value.to(device) for name, value in scorer.collate(group).items()} for group in groups]
-    return Prompts(loaded.model, scorer, batches)
+    return [on(device, scorer.collate(group)) for group in groups]
+
+
+def on(device: torch.device, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The batch on the device."""
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def real_prompts(options: Namespace, device: torch.device, part: str) -> Prompts:
+    """Batches of seeded rows of the task's "train" or "evaluation" part."""
+    loaded, task = real_task(options, device)
+    scorer = LetterScorer(loaded.tokenizer, task)
+    return Prompts(loaded.model, scorer, batches_of(scorer, part, options, device))
+
+
+def task_loss(prompts: Prompts) -> Loss:
+    """What `ClassTrainer` computes: cross-entropy over the options' logits, checked for NaN."""
+
+    def loss(model: nn.Module, turn: int) -> Tensor:
+        batch = prompts.batches[turn % len(prompts.batches)]
+        value = F.cross_entropy(prompts.scorer(model, batch), batch["labels"])
+        if not math.isfinite(value.item()):
+            raise FloatingPointError(f"the loss is {value.item()} at turn {turn}")
+        return value
+
+    return loss

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from checkout import write_checkout
+
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 SIZES = {"layers": 2, "hidden": 32, "intermediate": 64, "heads": 4, "kv_heads": 2, "vocab": 128, "rows": 2, "length": 8}
 TINY = [part for name, size in SIZES.items() for part in (f"--{name}", size)]
@@ -96,8 +98,33 @@ def test_draws_need_a_subject(load, capsys):
 
 
 def test_task_step(run, real):
-    record = run("task_step", *real)
-    assert [case["bar"] for case in record["cases"]] == [0.75, None]
+    record = run("task_step", *real, "--epoch_rows", 8, "--epochs", 2)
+    assert [case["bar"] for case in record["cases"]] == [0.60, 0.75, None, None, None]
+    lines = ["published form", "stock LoRA, full logits", "stock LoRA, last logits"]
+    titles = [f"BLoB task step / {line}, fp32" for line in lines]
+    assert names_of(record)[:3] == titles
+    assert names_of(record)[3:] == [
+        f"{what}, batches by length / in random order, a row of an epoch of 8, fp32" for what in ("BLoB", "tokens")
+    ]
+    seconds, tokens = record["cases"][3:]
+    assert (seconds["unit"], tokens["unit"]) == ("s", "tokens")
+    assert seconds["ratio"]["count"] == 2
+
+
+def test_task_step_over_a_checkout_of_the_authors_code(run, real, tmp_path):
+    real = (*real[:-1], "fp32", "bf16")
+    record = run("task_step", *real, "--epoch_rows", 0, "--official", write_checkout(tmp_path / "checkout"))
+    bars = {case["name"].removeprefix("BLoB task step / "): case["bar"] for case in record["cases"]}
+    assert list(bars)[:2] == ["published form, fp32", "the authors' code, fp32"]
+    assert len(bars) == 8
+    assert bars["the authors' code, bf16"] is None
+
+
+def test_text_step(run, real):
+    record = run("text_step", *real)
+    lines = ("BLoB training step", "mean's pass")
+    assert names_of(record) == [f"{line}, packed / expanded, fp32" for line in lines]
+    assert float(record["title"].rpartition("at most ")[2].split()[0]) < 1e-5
 
 
 def test_too_few_rows_for_a_batch(load, real):

@@ -146,7 +146,9 @@ class ClassTrainer(Trainer):
         size, lengths = self.args.train_batch_size, [row["length"] for row in rows]
         sampler = ByLength(lengths, size, self.args.seed, lambda: int(self.state.epoch or 0))
         pin = self.args.dataloader_pin_memory
-        return self.accelerator.prepare(DataLoader(rows, size, sampler=sampler, collate_fn=self._collate, pin_memory=pin))
+        return self.accelerator.prepare(
+            DataLoader(rows, size, sampler=sampler, collate_fn=self._collate, pin_memory=pin)
+        )
 
     def _collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         batch = self.scorer.collate(rows)
