@@ -354,6 +354,23 @@ def test_training_noise_under_the_packed_layout(byte_level, random_slots):
     assert not any(torch.allclose(output[0], output[1], atol=0.1) for output in outputs.values())
 
 
+@pytest.mark.parametrize("noise", ["row", "independent"])
+def test_a_noisy_training_step_is_the_same_in_both_layouts(with_bos, wide, noise):
+    model = adapted(wide, targets=("q_proj", "v_proj"))
+    bayesify(model, init_root_std=0.3, noise=noise)
+    found = {}
+    for layout in LAYOUTS:
+        scorer = make_scorer(wide, with_bos, TASK, "text", layout=layout)
+        torch.manual_seed(3)
+        found[layout] = logits_and_gradients(model.train(), scorer(model, scorer.collate(scorer.encode(RAGGED))))
+    (logits, gradients), (others, same_gradients) = found.values()
+    assert_close(logits, others, **CLOSE)
+    assert_close(gradients, same_gradients, **CLOSE)
+    assert min(g.abs().max() for name, g in gradients.items() if "root_std" in name) > 1e-4
+    torch.manual_seed(4)
+    assert not torch.allclose(scorer(model, scorer.collate(scorer.encode(RAGGED))), logits, atol=1e-2)
+
+
 def test_training_noise_is_per_row_again_after_a_grouped_batch(byte_level, random_slots):
     model, _ = random_slots
     (groups,) = {id(layer.groups): layer.groups for layer in gaussian_layers(model).values()}.values()
