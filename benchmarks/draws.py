@@ -47,8 +47,12 @@ def first_four(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def gaussian(model: nn.Module, score: Callable[[nn.Module, Batch], Tensor], rank: int) -> Gaussian:
+    """A posterior as if trained on a plain model."""
+    return as_if_trained(adapt(model, "row", rank), score)
+
+
+def as_if_trained(adapted: nn.Module, score: Callable[[nn.Module, Batch], Tensor]) -> Gaussian:
     """A posterior as if trained: B not zero and σ of a usual size, so that draws differ."""
-    adapted = adapt(model, "row", rank)
     with torch.no_grad():
         for layer in gaussian_layers(adapted).values():
             layer.root_std.fill_(TRAINED_ROOT_STD)
