@@ -12,7 +12,14 @@ from typing import Any, NoReturn
 
 Record = dict[str, Any]
 FOLDER = Path(__file__).parent
-PATHS = {"model": "MODEL", "data_root": "DATA", "official": "OFFICIAL"}
+PATHS = {
+    "model": "MODEL",
+    "data_root": "DATA",
+    "official": "OFFICIAL",
+    "posterior": "POSTERIOR",
+    "logits_file": "LOGITS",
+    "save_logits": "LOGITS",
+}
 ADDED = re.compile(r"bar: added ≤ ([\d.]+) s")  # import_time's bar is on an amount, not on the ratio
 MET, MISSED = "met", "**missed**"
 

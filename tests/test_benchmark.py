@@ -159,14 +159,19 @@ def test_a_field_that_came_later_is_in_a_key_only_where_it_is_set(place):
     grouped = replace(base, training=replace(base.training, group_by_length=True))
     assert lasting(grouped.training)["group_by_length"] is True
     assert keys_of(grouped) != keys_of(base)
+    assert "shared_prefix" not in lasting(base.predicting)
+    prefixed = replace(base, predicting=replace(base.predicting, shared_prefix=16))
+    assert lasting(prefixed.predicting)["shared_prefix"] == 16
+    assert keys_of(prefixed) != keys_of(base)
 
 
-def test_the_trainings_of_committed_results_are_what_their_keys_were_made_of():
+def test_the_settings_of_committed_results_are_what_their_keys_were_made_of():
     files = sorted((ROOT / "results").glob("*/cells/*.jsonl"))
     assert files
     for file in files:
-        training = json.loads(file.read_text(encoding="utf-8").splitlines()[0])["config"]["training"]
-        assert json.loads(json.dumps(lasting(changed(Training(), training)))) == training
+        config = json.loads(file.read_text(encoding="utf-8").splitlines()[0])["config"]
+        for name, usual in (("training", Training()), ("predicting", Predicting())):
+            assert json.loads(json.dumps(lasting(changed(usual, config[name])))) == config[name]
 
 
 # Running

@@ -65,7 +65,20 @@ REQUIRED = {
         "--progress=false",
     ),
     "evaluate": ("--posterior", "out", "--draws", "[2]", "--binning", "textbook"),
-    "predict": ("--posterior", "out", "--input", "rows.jsonl", "--options", '["yes", "no"]', "--bf16"),
+    "predict": (
+        "--posterior",
+        "out",
+        "--input",
+        "rows.jsonl",
+        "--options",
+        '["yes", "no"]',
+        "--bf16",
+        "--standard_error",
+        "0.02",
+        "--decided",
+        "--shared_prefix",
+        "4",
+    ),
     "bayesianise": ("adapter", "--anchor", "rows.jsonl", "--output", "out", "--metric", "accuracy"),
     "bench": ("--output", "out", "--seeds", "[4]", "--methods", "{tfb: {base: mle}}", "--training.lora.rank", "3"),
     "table": ("out", "--style", "latex"),
@@ -204,6 +217,51 @@ def test_fit_evaluate_and_predict(place, capsys):
     assert json_lines((place / "answers.jsonl").read_text()) == lines
     assert main([*predict, "--draws=1", "--overwrite", f"--output={place / 'answers.jsonl'}"]) == 0
     assert json_lines((place / "answers.jsonl").read_text()) != lines
+
+
+def test_shared_prefixes_and_rounds_of_draws(place, llama, capsys):
+    out = place / "out"
+    llama(initializer_range=0.3).save_pretrained(place / "model")  # one whose answers are not all alike
+    assert main(fitting(place, learning_rate=0.1, **{"blob.init_root_std": 0.7, "blob.prior_std": 1.0})) == 0
+    evaluate = ["evaluate", f"--posterior={out}", f"--evaluation_data={place / 'test.jsonl'}", "--resamples=20"]
+    assert main([*evaluate, "--draws=[0,2]", "--shared_prefix=3"]) == 0
+    assert "blob N=2, prefix 3" in capsys.readouterr().out
+    assert main([*evaluate, "--draws=[2]"]) == 0
+    records = read_records(out)
+    assert [r["label"] for r in records] == ["blob N=0", "blob N=2, prefix 3", "blob N=2"]
+    assert [r["config"]["predicting"]["shared_prefix"] for r in records] == [3, 3, None]
+    assert records[1]["metrics"]["nll"]["value"] != pytest.approx(records[2]["metrics"]["nll"]["value"], abs=1e-6)
+
+    asked = write_rows(place / "ask.jsonl", own_rows(7))
+
+    def predicted(*options):
+        capsys.readouterr()
+        assert main(["predict", f"--posterior={out}", f"--input={asked}", *options]) == 0
+        return json_lines(capsys.readouterr().out)
+
+    def probabilities(lines):
+        return [p for line in lines for p in line["probabilities"]]
+
+    plain = predicted("--draws=5")
+    assert not any("draws" in line for line in plain)
+    assert probabilities(predicted("--draws=5", "--shared_prefix=3")) != pytest.approx(probabilities(plain), abs=1e-4)
+    rounds = "--draws=5", "--least=2", "--round_size=1"
+    never = predicted(*rounds, "--standard_error=1e-9")
+    assert [line["draws"] for line in never] == [5] * 7
+    assert probabilities(never) == pytest.approx(probabilities(plain), abs=1e-5)
+    soon = predicted(*rounds, "--standard_error=0.5")
+    assert [line["draws"] for line in soon] == [2] * 7
+    assert probabilities(soon) == pytest.approx(probabilities(predicted("--draws=2")), abs=1e-5)
+    many = predicted("--draws=9")
+    decided = predicted("--draws=9", "--least=2", "--round_size=1", "--decided")
+    assert [line["choice"] for line in decided] == [line["choice"] for line in many]
+    assert 5 <= min(line["draws"] for line in decided) < 9
+    prefixed = predicted(*rounds, "--standard_error=1e-9", "--shared_prefix=3")
+    expected = predicted("--draws=5", "--shared_prefix=3")
+    assert probabilities(prefixed) == pytest.approx(probabilities(expected), abs=1e-5)
+    predict = ["predict", f"--posterior={out}", f"--input={asked}"]
+    assert "too few draws: got most=0, least=4" in failed([*predict, "--draws=0", "--decided"], capsys)
+    assert "only reached if it is positive: got 0.0" in failed([*predict, "--standard_error=0"], capsys)
 
 
 def test_predict_asks_as_the_fit_did(place, capsys):

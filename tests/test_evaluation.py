@@ -103,6 +103,33 @@ def test_draws_follow_their_seed(opened):
     assert_close(prediction.probabilities, expected.probabilities, rtol=1e-4, atol=1e-5)
 
 
+def test_a_shared_prefix_is_for_draws_and_not_for_the_mean(opened):
+    posterior, scorer = opened
+    rows, settings = scorer.encode(ROWS), replace(SETTINGS, draws=(0, 3), shared_prefix=2)
+    found = {n: p for n, p, _ in evaluate_posterior(posterior, scorer, ROWS, settings, progress=False)}
+    for count, prefix in ((0, None), (3, 2)):
+        which = Draws(count, shared_prefix=prefix)
+        expected = Prediction.of(draw_logits(posterior, scorer, rows, which, batch_size=2))
+        assert_close(found[count].probabilities, expected.probabilities, rtol=1e-4, atol=1e-5)
+    exact = Prediction.of(draw_logits(posterior, scorer, rows, Draws(3)))
+    assert (found[3].probabilities - exact.probabilities).abs().max() > 0.01
+
+
+def test_a_posterior_with_atoms_shares_no_prefix(llama, byte_level, tiny_task):
+    class Atoms:
+        model, atoms, has_mean, asked = llama(), 3, False, []
+
+        def logits(self, inputs, draws):
+            self.asked.append(draws)
+            return torch.zeros(draws.count, len(inputs["input_ids"]), 4)
+
+    posterior, settings = Atoms(), replace(SETTINGS, shared_prefix=2)
+    scorer = make_scorer(posterior.model, byte_level, tiny_task)
+    ((count, *_),) = evaluate_posterior(posterior, scorer, ROWS[:2], settings, progress=False)
+    assert count == 3
+    assert [(draws.count, draws.shared_prefix) for draws in posterior.asked] == [(3, None)]
+
+
 def test_all_draws_run_once(opened):
     posterior, scorer = opened
     asked = []

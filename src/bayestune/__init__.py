@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bayestune.adaptive import Adaptive, predict_adaptively
     from bayestune.artefact import export_draw, load_posterior, save_posterior
     from bayestune.forms import Gaussian, Mixture, Point
     from bayestune.kl import KLStep
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "adaptive": ("Adaptive", "predict_adaptively"),
     "artefact": ("export_draw", "load_posterior", "save_posterior"),
     "kl": ("KLStep",),
     "lora": ("Lora", "bayesify", "drawn"),
@@ -36,6 +38,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "METHODS",
     "MLE",
+    "Adaptive",
     "BLoB",
     "Draws",
     "Gaussian",
@@ -58,6 +61,7 @@ __all__ = [
     "load_task",
     "make_scorer",
     "predict",
+    "predict_adaptively",
     "save_posterior",
 ]
 

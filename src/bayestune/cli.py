@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 import bayestune
 from bayestune import commands, runs
+from bayestune.adaptive import Adaptive
 from bayestune.benchmark import Grid, Launcher, run_bench, run_table
 from bayestune.evaluation import Predicting
 from bayestune.methods import METHODS, MLE, TFB, Method
@@ -107,14 +108,21 @@ def _predict_parser() -> ArgumentParser:
     parser.add_argument("--options", type=list[str], default=[], help="the options of rows that have none")
     parser.add_argument("--draws", type=int, default=10, help="posterior draws; 0 for the mean")
     parser.add_argument("--draw_seed", type=int, default=0, help="of the held draws")
+    parser.add_argument(
+        "--shared_prefix", type=int | None, default=None, help="approximate: draw only the last tokens of a prompt"
+    )
+    parser.add_class_arguments(Adaptive, skip={"most"})
     parser.add_argument("--output", type=Path | None, default=None, help="a file; left out: standard output")
     parser.add_argument("--overwrite", type=bool, default=False, help="replace the output file")
     return parser
 
 
 def _predict(o: Namespace) -> None:
+    rules = o.decided or o.standard_error is not None  # only these ask for rounds
+    adaptive = _built(Adaptive, o, most=o.draws) if rules else None
+    how = {name: o[name] for name in ("bf16", "overwrite", "shared_prefix")}
     commands.run_predict(
-        o.posterior, o.model, o.input, o.options, o.draws, o.draw_seed, o.output, bf16=o.bf16, overwrite=o.overwrite
+        o.posterior, o.model, o.input, o.options, o.draws, o.draw_seed, o.output, adaptive=adaptive, **how
     )
 
 

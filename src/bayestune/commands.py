@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from bayestune.adaptive import Adaptive, predict_adaptively
 from bayestune.artefact import DETAILS, base_name, load_adapter, load_posterior
 from bayestune.evaluation import (
     Predicting,
@@ -101,8 +102,13 @@ def run_predict(
     *,
     bf16: bool,
     overwrite: bool = False,
+    shared_prefix: int | None = None,
+    adaptive: Adaptive | None = None,
 ) -> None:
-    """`bayestune predict`: rows in, one JSON object a row out, to a file or to standard output."""
+    """`bayestune predict`: rows in, one JSON object a row out, to a file or to standard output.
+
+    With `adaptive`, its `most` stands for `draws`, and each row says how many it had.
+    """
     if output and output.exists() and not overwrite:
         raise FileExistsError(f"{output} is there already: choose another --output, or give --overwrite")
     details, loaded = open_folder(posterior, model)
@@ -110,19 +116,27 @@ def run_predict(
     task = Task(details["task"]["name"], (), questions, prompt=prompt_of(details))
     scorer = scorer_of(details, loaded, task)
     opened = load_posterior(loaded.model, posterior, scorer)
-    title = f"predict, {draws} draws" if output else None
-    which = Draws(count_for(opened, draws), draw_seed)
-    logits = draw_logits(opened, scorer, scorer.encode(questions), which, bf16=bf16, progress=title)
-    lines = prediction_rows(questions, Prediction.of(logits))
+    how: dict[str, Any] = {"seed": draw_seed, "shared_prefix": shared_prefix}
+    if adaptive is not None:
+        predicted = predict_adaptively(opened, scorer, questions, adaptive, bf16=bf16, progress=bool(output), **how)
+        used = predicted.draws_used.tolist()
+        lines = [{**r, "draws": n} for r, n in zip(prediction_rows(questions, predicted), used, strict=True)]
+    else:
+        title = f"predict, {draws} draws" if output else None
+        which = Draws(count_for(opened, draws), **how)
+        logits = draw_logits(opened, scorer, scorer.encode(questions), which, bf16=bf16, progress=title)
+        lines = prediction_rows(questions, Prediction.of(logits))
     if output:
         write_json_lines(output, lines)
     else:
         print("\n".join(json.dumps(line, ensure_ascii=False) for line in lines))  # noqa: T201
 
 
-def label_of(method: str, draws: int, posterior: Posterior) -> str:
-    """How a line of the table is called."""
-    return method if posterior.atoms is not None else f"{method} N={draws}"
+def label_of(method: str, draws: int, posterior: Posterior, shared_prefix: int | None = None) -> str:
+    """How a line of the table is called; draws that share a prefix say so."""
+    if posterior.atoms is not None:
+        return method
+    return f"{method} N={draws}" + (f", prefix {shared_prefix}" if draws and shared_prefix is not None else "")
 
 
 def _record_all(
@@ -142,7 +156,7 @@ def _record_all(
         record = {
             **base,
             "draws": draws,
-            "label": label_of(base.get("name", base["method"]), draws, posterior),
+            "label": label_of(base.get("name", base["method"]), draws, posterior, settings.shared_prefix),
             "seconds": {"fit": seconds, "predict": round(taken, 1)},
         }
         append_record(folder, record, questions, prediction, settings)

@@ -37,6 +37,8 @@ class Predicting:
         binning: "torchmetrics" (as in the published figures) or "textbook".
         resamples: of the bootstrap.
         texts: whether the rows' files repeat questions and options; false where their licence forbids to pass them on.
+        shared_prefix: m; an approximation, off by default: the mean adapter reads all but the last m tokens of the
+            prompt, once for all draws. Not for the mean, and not for posteriors with `atoms`.
     """
 
     draws: tuple[int, ...] = (0, 5, 10)
@@ -47,6 +49,7 @@ class Predicting:
     binning: Literal["torchmetrics", "textbook"] = "torchmetrics"
     resamples: int = 1000
     texts: bool = True
+    shared_prefix: int | None = None
 
 
 def draw_logits(
@@ -121,7 +124,9 @@ def evaluate_posterior(
     counts = exact or tuple(count for count in settings.draws if count or posterior.has_mean)
 
     def logits(count: int) -> tuple[Tensor, float]:
-        draws, begin = Draws(count, settings.draw_seed, max_tokens=settings.max_tokens), time.perf_counter()
+        prefix = settings.shared_prefix if count and exact is None else None
+        draws = Draws(count, settings.draw_seed, max_tokens=settings.max_tokens, shared_prefix=prefix)
+        begin = time.perf_counter()
         title = (f"predict, {count} draws" if count else "predict, mean") if progress else None
         values = draw_logits(
             posterior, scorer, rows, draws, batch_size=settings.prediction_batch, bf16=bf16, progress=title

@@ -89,7 +89,7 @@ def _evaluated(
             "train_rows": train_rows,
             "task": task.name,
             "draws": draws,
-            "label": label_of(label(cell), draws, posterior),
+            "label": label_of(label(cell), draws, posterior, cell.predicting.shared_prefix),
             "seconds": {
                 "fit": round(posterior.fitted.get("seconds", 0.0), 1),
                 "predict": round(seconds, 1),
@@ -129,7 +129,7 @@ def _facts(cell: Cell, loaded: LoadedModel) -> dict[str, Any]:
             "method": described(cell.method),
             "training": lasting(cell.training),
             "questions": {key: value.name if isinstance(value, Path) else value for key, value in questions.items()},
-            "predicting": asdict(cell.predicting),
+            "predicting": lasting(cell.predicting),
             "dtype": cell.dtype,
         },
     }

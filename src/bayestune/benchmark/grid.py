@@ -18,7 +18,7 @@ from bayestune.training import Training
 # What of `Training` leaves the result as it is.
 _ASIDE = ("output", "resume", "progress", "save_steps", "logging_steps")
 # What came after the first results: not in a key while it has its default, so that keys made before it still hold.
-_LATER = ("group_by_length",)
+_LATER = ("group_by_length", "shared_prefix")
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def _cell(grid: Grid, tasks: Mapping[str, Task], model: str | None, seed: int, t
     rows = tasks[task]
     context = digest(model_facts(model), grid.dtype, scoring, asdict(rows.prompt), rows.train, rows.held_out)
     evaluated = [(tasks[other].prompt, tasks[other].evaluation) for other in grid.evaluated(task)]
-    whole = digest(context, described(method), lasting(training), asdict(grid.predicting), evaluated)
+    whole = digest(context, described(method), lasting(training), lasting(grid.predicting), evaluated)
     label = shown(model) if model else "default"
     key = f"{slug(label)}-{slug(task)}-{slug(name)}-{seed}--{whole}"
     return Cell(
@@ -203,10 +203,11 @@ def _cell(grid: Grid, tasks: Mapping[str, Task], model: str | None, seed: int, t
     )
 
 
-def lasting(training: Training) -> dict[str, Any]:
-    """The fields of a training that determine its result."""
-    unset = {name for name in _LATER if getattr(training, name) == getattr(Training(), name)}
-    return {name: value for name, value in asdict(training).items() if name not in _ASIDE and name not in unset}
+def lasting(settings: Training | Predicting) -> dict[str, Any]:
+    """The fields of a training, or of how its posterior is evaluated, that determine the result."""
+    given, usual = asdict(settings), asdict(type(settings)())
+    unset = {name for name in _LATER if name in given and given[name] == usual[name]}
+    return {name: value for name, value in given.items() if name not in _ASIDE and name not in unset}
 
 
 def model_facts(model: str | None) -> list[Any]:
