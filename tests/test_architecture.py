@@ -31,6 +31,7 @@ ORDER = [
     "metrics",
     "selective",
     "evaluation",
+    "adaptive",
     "methods",
     "report",
     "runs",
