@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from bayestune.allocator import keep_freed_memory
+
 Action = Callable[[int], object]  # does the work of one turn, whose number it is given
 PACKAGES = ("torch", "transformers", "peft", "bayestune")
 
@@ -147,6 +149,8 @@ def parser_of(description: str | None, repeats: int) -> ArgumentParser:
     parser = ArgumentParser(description=description, formatter_class=ArgumentDefaultsHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, …")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch on the CPU")
+    text = "whether the C library keeps freed memory, as in bayestune's commands, or has its own defaults"
+    parser.add_argument("--allocator", choices=("kept", "stock"), default="kept", help=text)
     parser.add_argument("--repeats", type=int, default=repeats, help="turns that count")
     parser.add_argument("--warmup", type=int, default=3, help="turns before them, thrown away")
     parser.add_argument("--seed", type=int, default=0, help="of weights, tokens and the choice of rows")
@@ -155,7 +159,8 @@ def parser_of(description: str | None, repeats: int) -> ArgumentParser:
 
 
 def device_of(options: Namespace) -> torch.device:
-    """The device to measure on, after the threads and the seed are set."""
+    """The device to measure on, after allocator, threads and seed are set."""
+    keep_freed_memory(options.allocator == "kept")
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     return torch.device(options.device)

@@ -11,9 +11,12 @@ import bayestune
 
 SOURCE = Path(__file__).parents[1] / "src/bayestune"
 ORDER = [
+    "allocator",
     "gaussian",
     "layers",
     "lora",
+    "snapshot",
+    "common",
     "posterior",
     "prefix",
     "drawing",
@@ -27,6 +30,8 @@ ORDER = [
     "kfac",
     "kl",
     "order",
+    "attention",
+    "watch",
     "training",
     "metrics",
     "selective",

@@ -18,7 +18,8 @@ from bayestune.evaluation import Predicting, read_records
 from bayestune.methods import METHODS, MLE, BLoB
 from bayestune.methods.settings import changed, make_method
 from bayestune.report.grid import grid_tables, render_grid
-from bayestune.training import NotFiniteError, Training
+from bayestune.training import Training
+from bayestune.watch import NotFiniteError
 from benching import grid
 
 ROOT = Path(__file__).parents[1]

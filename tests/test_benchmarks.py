@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from bayestune.allocator import keep_freed_memory
 from checkout import write_checkout
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 SIZES = {"layers": 2, "hidden": 32, "intermediate": 64, "heads": 4, "kv_heads": 2, "vocab": 128, "rows": 2, "length": 8}
 TINY = [part for name, size in SIZES.items() for part in (f"--{name}", size)]
-QUICK = ["--threads", "1", "--repeats", "2", "--warmup", "1"]
+QUICK = ["--threads", "1", "--repeats", "2", "--warmup", "1", "--allocator", "stock"]
 
 
 @pytest.fixture
@@ -81,14 +82,51 @@ def test_memory(run):
     assert ratio["peak memory, row, fp32"] == pytest.approx(1, abs=0.5)
 
 
+def test_attention(run):
+    sizes = [part for part in TINY if part not in ("--length", SIZES["length"])]
+    record = run("attention", *sizes, "--lengths", 8, 16, "--precisions", "fp32")
+    assert names_of(record) == ["2×8 tokens, fp32", "2×16 tokens, fp32"]
+
+
+def test_allocator(run, real):
+    if not keep_freed_memory():
+        pytest.skip("another C library")
+    record = run("allocator", *real, "--draws", 2)
+    assert names_of(record) == ["task step, fp32", "2 draws, fp32"]
+    keep_freed_memory(False)
+
+
 def test_draws_without_files(run):
     record = run("draws", *TINY, "--synthetic", "--draws", 3)
-    assert [case["bar"] for case in record["cases"]] == [1.0, None, None] * 2
+    assert [case["bar"] for case in record["cases"]] == [1.0, None, None, None, None] * 2
     assert names_of(record)[0] == "3 draws in one pass / in 3 passes, fp32"
 
 
+def test_draws_with_what_rows_begin_with_kept_and_not(run, load, monkeypatch):
+    module, passes = load("draws"), []
+    monkeypatch.setattr(module, "random_llama", recorded(module.random_llama, passes))
+    sizes = ("--length", 40, "--common", 30, "--rows", 4, "--precisions", "fp32")
+    record = run("draws", *TINY, "--synthetic", "--draws", 8, *sizes)
+    kept, read = "what rows begin with kept", "read by each row"
+    assert names_of(record)[3:] == [f"{what}, {kept} / {read}, fp32" for what in ("8 draws", "mean")]
+    turns = passes[-2 * (8 + 4) :]  # of the two turns that count
+    assert sorted(set(turns)) == [(4, 10), (4, 40), (32, 10), (32, 40)]
+    assert [turns.count((rows, tokens)) for rows in (4, 32) for tokens in (10, 40)] == [2, 2 * (8 + 1), 2, 2]
+
+
+def recorded(make, passes):
+    """Has the model that is made say the (rows, tokens) of each pass through its blocks."""
+
+    def made(options):
+        model = make(options)
+        model.model.layers[0].register_forward_pre_hook(lambda _, args: passes.append(tuple(args[0].shape[:2])))
+        return model
+
+    return made
+
+
 def test_draws_of_real_prompts(run, real):
-    assert len(run("draws", *real, "--draws", 2)["cases"]) == 3
+    assert len(run("draws", *real, "--draws", 2)["cases"]) == 5
 
 
 def test_draws_need_a_subject(load, capsys):

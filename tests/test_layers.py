@@ -117,10 +117,7 @@ def test_the_written_out_backward_pass_is_autograds_of_the_plain_form(bf16):
     def gradients(plain: bool) -> list[torch.Tensor]:
         torch.manual_seed(7)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            if plain:
-                y = torch.bmm(x, row_weights(module.weight, module.std, 3).transpose(1, 2))
-            else:
-                y = module(x)
+            y = torch.bmm(x, row_weights(module.weight, module.std, 3).transpose(1, 2)) if plain else module(x)
         return [y, *torch.autograd.grad((y * cotangent).sum(), (x, module.weight, module.root_std))]
 
     for ours, theirs in zip(gradients(plain=False), gradients(plain=True), strict=True):

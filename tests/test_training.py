@@ -1,5 +1,6 @@
 """The engine: exact accumulation, seeds, checkpoints that resume bit for bit, and loud failures."""
 
+import itertools
 import json
 import os
 import shutil
@@ -20,7 +21,8 @@ from bayestune.order import by_length
 from bayestune.questions import Question
 from bayestune.scoring import make_scorer
 from bayestune.tasks import Task
-from bayestune.training import NotFiniteError, Training, newest_checkpoint, start_adapter, train
+from bayestune.training import Training, newest_checkpoint, start_adapter, train
+from bayestune.watch import NotFiniteError
 
 SETTINGS = Training(
     lora=Lora(targets=("q_proj", "v_proj")), steps=6, learning_rate=1e-2, progress=False, logging_steps=1
@@ -204,7 +206,7 @@ def test_batches_by_length_come_in_no_order_of_length_and_differ_from_epoch_to_e
     place = torch.arange(60.0)
     assert torch.corrcoef(torch.stack([place, means.mean(0)]))[0, 1].abs() < 0.4  # 3 standard errors of none
     seen = [{frozenset(rows) for rows in batches_of(order, 4)} for order in orders]
-    assert max(len(one & other) for one, other in zip(seen, seen[1:], strict=False)) <= 3
+    assert max(len(one & other) for one, other in itertools.pairwise(seen)) <= 3
     assert len({order[-1] for order in orders}) > 10  # the row that is left over is any row
 
 

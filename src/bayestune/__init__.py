@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bayestune.adaptive import Adaptive, predict_adaptively
+    from bayestune.allocator import keep_freed_memory
     from bayestune.artefact import export_draw, load_posterior, save_posterior
     from bayestune.forms import Gaussian, Mixture, Point
     from bayestune.kl import KLStep
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "adaptive": ("Adaptive", "predict_adaptively"),
+    "allocator": ("keep_freed_memory",),
     "artefact": ("export_draw", "load_posterior", "save_posterior"),
     "kl": ("KLStep",),
     "lora": ("Lora", "bayesify", "drawn"),
@@ -55,6 +57,7 @@ __all__ = [
     "bayesify",
     "drawn",
     "export_draw",
+    "keep_freed_memory",
     "load_model",
     "load_posterior",
     "load_rows",

@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser, Namespace
 import bayestune
 from bayestune import commands, runs
 from bayestune.adaptive import Adaptive
+from bayestune.allocator import keep_freed_memory
 from bayestune.benchmark import Grid, Launcher, run_bench, run_table
 from bayestune.evaluation import Predicting
 from bayestune.methods import METHODS, MLE, TFB, Method
@@ -252,6 +253,7 @@ def _with_config(arguments: list[str]) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; the exit code is 0, 1 if cells of a grid failed, 2 for bad input, 130 after ctrl-C."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    keep_freed_memory()
     logging.basicConfig(format="bayestune: %(message)s", level=logging.WARNING)
     logging.getLogger("bayestune").setLevel(logging.INFO)
     parser = make_parser()

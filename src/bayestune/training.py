@@ -17,10 +17,12 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
+from bayestune.attention import eager_attention, trains_faster_eagerly
 from bayestune.lora import Lora, attach
 from bayestune.order import ByLength
-from bayestune.scoring import Scorer
+from bayestune.scoring import Scorer, TextScorer
 from bayestune.tasks import check_trainable
+from bayestune.watch import LossWatch
 
 Optimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -90,10 +92,6 @@ class Interrupted(KeyboardInterrupt):
     """Training was stopped by ctrl-C after a checkpoint was written."""
 
 
-class NotFiniteError(FloatingPointError):
-    """The loss became NaN or infinite; checkpoints from before are kept."""
-
-
 class _StopOnSignal(TrainerCallback):
     """The first ctrl-C ends the step, writes a checkpoint and stops; the second one stops at once."""
 
@@ -132,7 +130,8 @@ class ClassTrainer(Trainer):
 
     def __init__(self, model: nn.Module, scorer: Scorer, *, group_by_length: bool = False, **kwargs: Any) -> None:
         super().__init__(model=model, data_collator=self._collate, compute_loss_func=_unused, **kwargs)  # type: ignore[arg-type]
-        self.scorer, self.group_by_length = scorer, group_by_length
+        self.scorer, self.group_by_length, self.watch = scorer, group_by_length, LossWatch()
+        self.add_callback(self.watch)
 
     def get_train_dataloader(self) -> DataLoader:
         """The Trainer's own, or one whose batches hold rows of like length.
@@ -165,11 +164,7 @@ class ClassTrainer(Trainer):
         labels = inputs["labels"]
         logits = self.scorer(model, inputs)
         loss = F.cross_entropy(logits, labels, reduction="sum") / (num_items_in_batch or len(labels))
-        if not math.isfinite(loss.item()):
-            raise NotFiniteError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1} of {self.state.max_steps}; training "
-                f"stopped, checkpoints in {self.args.output_dir} are from before; lower the learning rate or use bf16"
-            )
+        self.watch.see(loss, self.state, self.args)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         return (loss, {"logits": logits}) if return_outputs else loss
@@ -230,11 +225,19 @@ def train(
         )
         checkpoint = newest_checkpoint(folder) if training.resume else None
         begin = time.perf_counter()
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with eager_attention(model, _eagerly(model, scorer, rows, training)):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         seconds = time.perf_counter() - begin
         if stop.stopped:
             raise Interrupted(f"stopped at step {trainer.state.global_step}; go on with --resume")
     return Fitted(seconds, trainer.state.global_step, list(trainer.state.log_history), peak_memory_mb())
+
+
+def _eagerly(model: nn.Module, scorer: Scorer, rows: Sequence[dict[str, Any]], training: Training) -> bool:
+    """Whether to train with eager attention; packed rows bring a mask that was made for the model's own."""
+    packed = isinstance(scorer, TextScorer) and scorer.layout == "packed"
+    longest = max(row.get("length", math.inf) for row in rows)
+    return not packed and trains_faster_eagerly(model, longest, bf16=training.bf16)
 
 
 def _arguments(training: Training, folder: Path, steps: int) -> TrainingArguments:
@@ -256,6 +259,7 @@ def _arguments(training: Training, folder: Path, steps: int) -> TrainingArgument
         save_strategy="steps" if training.save_steps else "no",
         save_steps=training.save_steps or steps,
         logging_steps=training.logging_steps,
+        logging_nan_inf_filter=False,  # it would ask the device in every step; LossWatch asks later
         disable_tqdm=not training.progress,
         report_to=[],
         remove_unused_columns=False,
