@@ -24,7 +24,7 @@ EAGER, FUSED = "eager", "sdpa"
 
 
 def under(model: nn.Module, active: bool, step: TrainingStep) -> Action:
-    """The step with or without eager attention; switching is a matter of microseconds."""
+    """The step with or without eager attention; the switch takes a millisecond."""
 
     def act(turn: int) -> None:
         with eager_attention(model, active):

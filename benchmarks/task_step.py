@@ -2,14 +2,17 @@
 
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from attention import under
+from bayestune.attention import eager_attention, trains_faster_eagerly
 from bayestune.order import by_length
 from harness import (
     Action,
@@ -30,7 +33,6 @@ from subjects import (
     STOCK,
     Loss,
     Prompts,
-    TrainingStep,
     adapt_all,
     add_model_options,
     add_prompt_options,
@@ -42,15 +44,22 @@ from subjects import (
 )
 
 Encoded = Sequence[dict]
-OURS, STOCK_LAST, PUBLISHED, OFFICIAL = "row", "lora, last logits", "lora, published form", "official"
-# The lines: what our step is divided by, its name in the table and the bar.
-LINES = {
-    PUBLISHED: ("published form", 0.60),
-    OFFICIAL: ("the authors' code", None),
-    STOCK: ("stock LoRA, full logits", 0.75),
-    STOCK_LAST: ("stock LoRA, last logits", None),
-}
-GROUPED, RANDOM = "by length", "random order"
+OURS, OWN, STOCK_LAST, PUBLISHED, OFFICIAL = (
+    "row",
+    "as trained",
+    "lora, last logits",
+    "lora, published form",
+    "official",
+)
+# The lines: what is divided by what, its name in the table and the bar.
+LINES = (
+    (OWN, PUBLISHED, "published form, ours with the attention it trains with", 0.60),
+    (OURS, PUBLISHED, "published form", 0.60),
+    (OURS, OFFICIAL, "the authors' code", None),
+    (OURS, STOCK, "stock LoRA, full logits", None),
+    (OURS, STOCK_LAST, "stock LoRA, last logits", None),
+)
+GROUPED, RANDOM, THEIRS = "by length", "random order", "published form, random order"
 
 
 def options_of(arguments: Sequence[str] | None) -> Namespace:
@@ -94,6 +103,9 @@ def subjects_of(prompts: Prompts, options: Namespace) -> Callable[[str], dict[st
         made: dict[str, Action] = {
             name: training_step(models[name], name, loss, precision) for name, loss in losses.items()
         }
+        longest = max(batch["input_ids"].shape[1] for batch in prompts.batches)
+        eagerly = trains_faster_eagerly(models[OURS], longest, bf16=precision == "bf16")
+        made[OWN] = under(models[OURS], eagerly, made[OURS])
         made[PUBLISHED] = published_step(models[PUBLISHED], noisy, answer_loss(prompts), precision)
         return made if authors is None else {**made, OFFICIAL: replace(authors, precision=precision)}
 
@@ -110,16 +122,23 @@ def in_batches(order: Sequence[int], rows: Encoded, size: int) -> list[list[dict
     return [[rows[i] for i in order[start : start + size]] for start in range(0, len(order), size)]
 
 
-def epoch_of(step: TrainingStep, prompts: Prompts, batches: Callable[[int], list[list[dict]]]) -> Action:
-    """An action that takes the steps of a whole epoch, whose batches it collates as training does."""
+@dataclass(frozen=True)
+class Epoch:
+    """An action: the steps of a whole epoch, whose batches it collates as training does."""
 
-    def act(turn: int) -> None:
-        collated = [on(step.device, prompts.scorer.collate(rows)) for rows in batches(turn)]
-        one = replace(step, loss=task_loss(replace(prompts, batches=collated)))
-        for number in range(len(collated)):
-            one(number)
+    step: Any
+    loss: Callable[[Prompts], Loss]
+    prompts: Prompts
+    batches: Callable[[int], list[list[dict]]]
+    eagerly: bool = False
 
-    return act
+    def __call__(self, turn: int) -> None:
+        """Takes the steps of one turn's epoch."""
+        collated = [on(self.step.device, self.prompts.scorer.collate(rows)) for rows in self.batches(turn)]
+        one = replace(self.step, loss=self.loss(replace(self.prompts, batches=collated)))
+        with eager_attention(one.model, self.eagerly):
+            for number in range(len(collated)):
+                one(number)
 
 
 def padded(batches: Sequence[Encoded]) -> float:
@@ -128,10 +147,12 @@ def padded(batches: Sequence[Encoded]) -> float:
     return tokens / sum(map(len, batches))
 
 
-def epoch_cases(step: TrainingStep, prompts: Prompts, options: Namespace, precision: str) -> list[Case]:
-    """Batches by length over batches in random order, for whole epochs of the same rows: seconds and tokens a row."""
+def epoch_cases(steps: Mapping[str, Any], prompts: Prompts, options: Namespace, precision: str) -> list[Case]:
+    """Whole epochs of the same rows: batches by length over random order, in seconds and tokens a row; and all that
+    training has to offer (batches by length, the attention it trains with) over the published form in random order."""
     rows = prompts.scorer.encode(prompts.scorer.task.train[: options.epoch_rows])
     lengths = [row["length"] for row in rows]
+    eagerly = trains_faster_eagerly(steps[OURS].model, max(lengths), bf16=precision == "bf16")
     orders: Mapping[str, Callable[[int], list[int]]] = {
         GROUPED: partial(by_length, lengths, options.rows, options.seed),
         RANDOM: partial(shuffled, len(rows), options.seed),
@@ -139,16 +160,24 @@ def epoch_cases(step: TrainingStep, prompts: Prompts, options: Namespace, precis
     batches = {
         name: lambda epoch, order=order: in_batches(order(epoch), rows, options.rows) for name, order in orders.items()
     }
-    actions = {name: epoch_of(step, prompts, given) for name, given in batches.items()}
-    laps = interleave(actions, options.epochs, warmup=1, device=step.device)
+    actions: dict[str, Action] = {
+        GROUPED: Epoch(steps[OURS], task_loss, prompts, batches[GROUPED], eagerly),
+        RANDOM: Epoch(steps[OURS], task_loss, prompts, batches[RANDOM], eagerly),
+        THEIRS: Epoch(steps[PUBLISHED], answer_loss, prompts, batches[RANDOM]),
+    }
+    laps = interleave(actions, options.epochs, warmup=1, device=steps[OURS].device)
     seconds = {name: [lap / len(rows) for lap in values] for name, values in laps.items()}
     tokens = {name: [padded(given(epoch)) for epoch in range(1, options.epochs + 1)] for name, given in batches.items()}
-    title = f"batches {GROUPED} / in {RANDOM}, a row of an epoch of {len(rows)}"
-    counts = {name: sum(values) / len(values) for name, values in tokens.items()}
+    title, counts = f"a row of an epoch of {len(rows)}, {precision}", {n: sum(v) / len(v) for n, v in tokens.items()}
     return [
-        timed_case(f"BLoB, {title}, {precision}", seconds, (GROUPED, RANDOM), None),
+        timed_case(f"BLoB, batches {GROUPED} / {THEIRS}, {title}", seconds, (GROUPED, THEIRS), 0.60),
+        timed_case(f"BLoB, batches {GROUPED} / in {RANDOM}, {title}", seconds, (GROUPED, RANDOM), None),
         Case(
-            f"tokens, {title}, {precision}", Spread.of(paired_ratios(tokens, GROUPED, RANDOM)), None, counts, "tokens"
+            f"tokens, batches {GROUPED} / in {RANDOM}, {title}",
+            Spread.of(paired_ratios(tokens, GROUPED, RANDOM)),
+            None,
+            counts,
+            "tokens",
         ),
     ]
 
@@ -160,12 +189,12 @@ def measure(prompts: Prompts, options: Namespace, device: torch.device) -> list[
         steps = make(precision)
         seconds = interleave(steps, options.repeats, warmup=options.warmup, device=device)
         cases += [
-            timed_case(f"BLoB task step / {title}, {precision}", seconds, (OURS, base), bar)
-            for base, (title, bar) in LINES.items()
+            timed_case(f"BLoB task step / {title}, {precision}", seconds, (own, base), bar)
+            for own, base, title, bar in LINES
             if base in steps
         ]
         if options.epoch_rows:
-            cases += epoch_cases(steps[OURS], prompts, options, precision)  # type: ignore[arg-type]
+            cases += epoch_cases(steps, prompts, options, precision)
     return cases
 
 

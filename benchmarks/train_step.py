@@ -18,7 +18,7 @@ from subjects import (
     training_step,
 )
 
-BAR = 1.03
+BAR = 1.02
 CONTROL = "lora again"
 NOISES = ("row", "independent", "token")
 

@@ -156,7 +156,8 @@ def test_notes_are_put_where_they_belong(render):
     places = [page.index(word) for word in words[:-1]]
     assert places == sorted(places)
     assert page.index("What was found.") < page.rindex("### Steps")
-    assert "## calibration_cost\n\nOf draws.\n\nTo end.\n" in page
+    assert page.endswith("Of draws.\n\nTo end.\n")
+    assert page.index("## calibration_cost") < page.index("Of draws.")
     assert "cells" not in page
 
 
