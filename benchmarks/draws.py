@@ -1,16 +1,18 @@
 """Ten held draws in one forward pass over the same ten in ten passes, and over one pass of the mean.
 
 The draws are generated before the clock starts. "Ten passes" is the library's own path with room for one draw at a
-time, so both sides share all code but the batching; both must give the same logits.
+time, so both sides share all code but the batching; both must give the same logits. Here every row reads all its
+tokens; the last lines say what is saved where the tokens that all rows begin with are read once and kept.
 """
 
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from bayestune.common import without_common_prefix
 from bayestune.forms import Gaussian
 from bayestune.lora import gaussian_layers
 from bayestune.posterior import Batch, Draws
@@ -29,6 +31,7 @@ from subjects import (
 
 BAR = 1.0
 ONE, SEPARATE, MEAN = "one pass", "separate passes", "mean"
+KEPT, KEPT_MEAN = "one pass, beginning kept", "mean, beginning kept"
 TRAINED_ROOT_STD = 0.1**0.5  # σ = 0.1, about what training ends at
 
 
@@ -69,47 +72,67 @@ def subject(options: Namespace, device: torch.device) -> Subject:
         text = f"{options.model}, {options.task}, {options.rows} prompts of {prompts.mean_length:.0f} tokens on average"
         return Subject(gaussian(prompts.model, prompts.scorer, options.rank), prompts.batches, text)
     model = random_llama(options).to(device)
-    batches = [
-        {"input_ids": random_tokens(options.vocab, options.rows, options.length, device)}
-        for _ in range(options.batches)
-    ]
-    text = f"random Llama, {options.layers} layers of {options.hidden}, {options.rows}×{options.length} tokens"
+    batches = [random_tokens(options.vocab, options.rows, options.length, device) for _ in range(options.batches)]
+    for ids in batches[1:]:
+        ids[:, : options.common] = batches[0][0, : options.common]
+    batches[0][:, : options.common] = batches[0][0, : options.common].clone()
+    batches = [{"input_ids": ids} for ids in batches]
+    text = (
+        f"random Llama, {options.layers} layers of {options.hidden}, {options.rows}×{options.length} tokens, the first "
+        f"{options.common} alike"
+    )
     return Subject(gaussian(model, first_four, options.rank), batches, text)
 
 
-def check(one: Tensor, separate: Tensor, precision: str) -> float:
-    """The largest difference of the two ways' logits; refuses one that rounding cannot make, and draws all alike."""
-    one, separate = one.nan_to_num(neginf=0.0), separate.nan_to_num(neginf=0.0)
-    difference, scale = (one - separate).abs().max().item(), max(1.0, separate.abs().max().item())
+def check(one: Tensor, other: Tensor, precision: str) -> float:
+    """The largest difference of two ways' logits; refuses one that rounding cannot make, and draws all alike."""
+    one, other = one.nan_to_num(neginf=0.0), other.nan_to_num(neginf=0.0)
+    difference, scale = (one - other).abs().max().item(), max(1.0, other.abs().max().item())
     if difference > scale * (1e-3 if precision == "fp32" else 0.1):
-        raise AssertionError(f"one pass and separate passes disagree: got a difference of {difference:.3g}")
+        raise AssertionError(f"two ways to the same logits disagree: got a difference of {difference:.3g}")
     if len(one) > 1 and not one.std(0).any():
         raise AssertionError("the draws are all alike: no noise reached the adapters")
     return difference
 
 
 def measure(one: Subject, options: Namespace, device: torch.device, precision: str) -> tuple[list[Case], float]:
-    """The cases of a precision, and the largest difference of the two ways' logits."""
+    """The cases of a precision, and the largest difference of the ways' logits."""
 
-    def logits(draws: Draws, turn: int) -> Tensor:
+    def kept(draws: Draws, turn: int) -> Tensor:
         with autocast(device, precision):
             return one.posterior.logits(one.batches[turn % len(one.batches)], draws)
 
-    together, alone = Draws(options.draws), Draws(options.draws, max_rows=options.rows)
-    difference = check(logits(together, 0), logits(alone, 0), precision)  # also generates the draws
+    def logits(draws: Draws, turn: int) -> Tensor:
+        with without_common_prefix():
+            return kept(draws, turn)
+
+    together, alone, mean = Draws(options.draws), Draws(options.draws, max_rows=options.rows), Draws(0)
+    plain = logits(together, 0)  # also generates the draws
+    for turn in range(len(one.batches)):  # reads what the rows begin with
+        kept(mean, turn)
+        kept(together, turn)
+    difference = max(check(plain, logits(alone, 0), precision), check(plain, kept(together, 0), precision))
     actions = {
         ONE: lambda turn: logits(together, turn),
         SEPARATE: lambda turn: logits(alone, turn),
-        MEAN: lambda turn: logits(Draws(0), turn),
+        MEAN: lambda turn: logits(mean, turn),
+        KEPT: lambda turn: kept(together, turn),
+        KEPT_MEAN: lambda turn: kept(mean, turn),
     }
     seconds = interleave(actions, options.repeats, warmup=options.warmup, device=device)
-    count = options.draws
-    cases = [
+    return cases_of(seconds, options.draws, precision), difference
+
+
+def cases_of(seconds: Mapping[str, Sequence[float]], count: int, precision: str) -> list[Case]:
+    """The lines of the table."""
+    begun = "what rows begin with kept / read by each row"
+    return [
         timed_case(f"{count} draws in one pass / in {count} passes, {precision}", seconds, (ONE, SEPARATE), BAR),
         timed_case(f"{count} draws in one pass / mean's pass, {precision}", seconds, (ONE, MEAN), None),
         timed_case(f"{count} draws in {count} passes / mean's pass, {precision}", seconds, (SEPARATE, MEAN), None),
+        timed_case(f"{count} draws, {begun}, {precision}", seconds, (KEPT, ONE), None),
+        timed_case(f"mean, {begun}, {precision}", seconds, (KEPT_MEAN, MEAN), None),
     ]
-    return cases, difference
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -121,6 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--synthetic", action="store_true", help=f"a random Llama ({SIZES}) and random tokens; no files"
     )
     parser.add_argument("--length", type=int, default=64, help="tokens of a synthetic row")
+    parser.add_argument("--common", type=int, default=16, help="tokens that all synthetic rows begin with")
     parser.add_argument("--draws", type=int, default=10, help="how many")
     parser.add_argument("--precisions", choices=PRECISIONS, nargs="+", default=list(PRECISIONS), help="each measured")
     options = parser.parse_args(arguments)
@@ -133,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found, difference = measure(one, options, device, precision)
         cases += found
         differences.append(f"{difference:.2g} ({precision})")
-    title = f"Held draws: {one.text}; the two ways' logits differ by at most {', '.join(differences)}"
+    title = f"Held draws: {one.text}; the ways' logits differ by at most {', '.join(differences)}"
     report("draws", title, cases, options, where)
 
 

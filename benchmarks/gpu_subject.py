@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from bayestune.common import without_common_prefix
 from bayestune.forms import Gaussian
 from bayestune.lora import Lora, attach, bayesify
 from bayestune.posterior import Draws
@@ -115,7 +116,7 @@ class Subject:
         (batch,) = self.prompts(rows).batches
 
         def logits(draws: Draws) -> Tensor:
-            with autocast(self.device, "bf16"):
+            with without_common_prefix(), autocast(self.device, "bf16"):  # one batch again and again is all prefix
                 return self.posterior.logits(batch, draws)
 
         return logits

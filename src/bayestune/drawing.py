@@ -8,27 +8,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayestune.lora import adapted_layers, drawn, evaluating, slots
+from bayestune.common import CommonPrefix
+from bayestune.lora import adapted_layers, drawn, evaluating
 from bayestune.posterior import Batch, Drawable, Draws, mean_logits, on_device
 from bayestune.prefix import SharedPrefix
+from bayestune.snapshot import Snapshot
 
 Stacks = dict[str, Tensor]
 
 
 @dataclass
 class Held:
-    """Held draws, kept until the adapter or the seed changes."""
+    """Held draws, kept until the adapter or the seed changes, and what they have read of the rows' beginning."""
 
-    key: object = None
+    seed: int = 0
+    snapshot: Snapshot | None = None
     draws: dict[int, Stacks] = field(default_factory=dict)
     last: tuple[range, Stacks] = (range(0), {})
+    common: CommonPrefix = field(default_factory=CommonPrefix)
 
     def of(self, posterior: Drawable, draws: Draws) -> Stacks:
         """The draws as one stack (S, …) for each slot name."""
-        parameters = (p for slot in slots(posterior.model, posterior.adapter).values() for p in slot.parameters())
-        key = draws.seed, tuple((id(p), p._version) for p in parameters)
-        if self.key != key:
-            self.key, self.draws, self.last = key, {}, (range(0), {})
+        same = self.snapshot is not None and self.snapshot.still_of(posterior.model)
+        if self.snapshot is None or not same or self.seed != draws.seed:
+            self.snapshot = Snapshot(posterior.model)
+            self.seed, self.draws, self.last = draws.seed, {}, (range(0), {})
         if self.last[0] != draws.indices:
             for index in draws.indices:
                 if index not in self.draws:
@@ -42,7 +46,8 @@ def drawn_logits(posterior: Drawable, inputs: Batch, draws: Draws, held: Held) -
     """The draws' logits (S, N, C), S·N rows in one pass within the bounds of `draws`; (1, N, C) for the mean.
 
     What no draw changes is computed once: all blocks before the first one with a drawn slot, or everything before the
-    output head where its adapter alone is drawn.
+    output head where its adapter alone is drawn. Otherwise the tokens that all rows begin with are read once for each
+    draw, see `common.CommonPrefix`.
 
     Raises:
         ValueError: if a shared prefix is asked for and the posterior has no mean or the model cannot share one.
@@ -53,24 +58,30 @@ def drawn_logits(posterior: Drawable, inputs: Batch, draws: Draws, held: Held) -
     stacks, inputs = held.of(posterior, draws), on_device(inputs, model)
     once, prefix = _Once.of(model, stacks, adapter), _prefix(posterior, draws)
     step = draws.count if once.head else draws.at_once(inputs)
-    chunks = []
+    chunks, common = [], held.common.under(model, draws.count, stacks)
     with evaluating(model):
         for start in range(0, draws.count, step):
             part = {name: weights[start : start + step] for name, weights in stacks.items()}
             size = min(step, draws.count - start)
-            chunks.append(_pass(posterior, repeat_rows(inputs, size), part, size, once, prefix))
+            sharing = once.computing(model, size) if once else common.sharing(model, start, size)
+            chunks.append(_pass(posterior, repeat_rows(inputs, size), part, size, sharing, prefix))
     return torch.cat(chunks)
 
 
 def _pass(
-    posterior: Drawable, inputs: Batch, part: Stacks, size: int, once: "_Once", prefix: SharedPrefix | None
+    posterior: Drawable,
+    inputs: Batch,
+    part: Stacks,
+    size: int,
+    sharing: AbstractContextManager[None],
+    prefix: SharedPrefix | None,
 ) -> Tensor:
     """The logits (size, N, C) of some of the draws, from one pass over their rows."""
     if prefix is not None:
         with prefix.drawing(part, size):
             logits = posterior.score(prefix, inputs)
     else:
-        with drawn(posterior.model, part, posterior.adapter), once.computing(posterior.model, size):
+        with drawn(posterior.model, part, posterior.adapter), sharing:
             logits = posterior.score(posterior.model, inputs)
     return logits.unflatten(0, (size, -1))
 
@@ -109,9 +120,12 @@ class _Once:
         (blocks,), first = stacks_of_blocks.values(), min(place[1] for place in places if place)
         return cls(blocks=tuple(blocks[first:])) if first else cls()  # before the first block is only the embedding
 
+    def __bool__(self) -> bool:
+        return self.head is not None or bool(self.blocks)
+
     def computing(self, model: nn.Module, times: int) -> AbstractContextManager[None]:
         """For the time of a pass over `times` copies of the rows."""
-        if times == 1 or not (self.head or self.blocks):
+        if times == 1 or not self:
             return nullcontext()
         return self._hooked(model, times)
 

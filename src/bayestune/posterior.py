@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from bayestune.common import CommonPrefix
 from bayestune.lora import ADAPTER, evaluating
 
 Batch = Mapping[str, Tensor]
@@ -151,7 +152,7 @@ class Drawable(Posterior, Protocol):
 
 def mean_logits(posterior: Posterior, inputs: Batch) -> Tensor:
     """The logits (1, N, C) of the adapter as it stands, in evaluation mode."""
-    with evaluating(posterior.model):
+    with evaluating(posterior.model), CommonPrefix.of_mean(posterior.model).sharing(posterior.model):
         return posterior.score(posterior.model, on_device(inputs, posterior.model))[None]
 
 

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from bayestune.lora import ADAPTER, drawn, is_classifier
-
-_CACHE = ("cache", "past_key_values")  # what a forward pass takes and gives, by the version of transformers
+from bayestune.common import cache_argument
+from bayestune.lora import ADAPTER, drawn
 
 
 class SharedPrefix(nn.Module):
@@ -39,8 +38,7 @@ class SharedPrefix(nn.Module):
             raise ValueError(f"shared_prefix must leave the draws one token or more: got {length}; 16 is usual")
         base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         accepted = inspect.signature(base.forward).parameters  # type: ignore[arg-type]
-        cache = next((name for name in _CACHE if name in accepted), None)
-        if is_classifier(base) or cache is None:
+        if (cache := cache_argument(base)) is None:
             raise ValueError(
                 f"draws cannot share a prefix: got a {type(base).__name__}, expected a causal language model, which "
                 "keeps the keys and values of what it has read; leave shared_prefix out"
