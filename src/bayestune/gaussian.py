@@ -152,7 +152,8 @@ def rate_to(final_std: float, shape: Sequence[float], prior_std: float, init_roo
 
 def random_signs(*shape: int, like: Tensor) -> Tensor:
     """Independent signs ±1 with equal probability from torch's global generator, in `like`'s type and device."""
-    return torch.randint(0, 2, shape, dtype=like.dtype, device=like.device).mul_(2).sub_(1)
+    bits = torch.randint(0, 2, shape, dtype=like.dtype, device=like.device)
+    return torch.add(torch.tensor(-1, dtype=like.dtype), bits, alpha=2)  # one kernel where 2 * bits - 1 takes two
 
 
 def row_weights(mean: Tensor, std: Tensor, num_rows: int) -> Tensor:

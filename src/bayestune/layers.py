@@ -65,27 +65,26 @@ class _RowNoise(torch.autograd.Function):
     """x (N, T, k) times A_nᵀ for A_n = M + (s_n t_nᵀ)∘(G∘G∘E), the law of `gaussian.row_weights`, in one node.
 
     The backward pass is written out: ∂M = Σ_n ∂A_n and ∂G = 2 G∘E∘Σ_n (s_n t_nᵀ)∘∂A_n. Autograd would take the same
-    steps one by one and keep three float32 tensors of the draws' size (N, r, k) for them; this keeps E, the signs and
-    the draws in the type of the product. The noise is drawn inside, so a checkpoint that restores the generator
+    steps one by one and keep three float32 tensors of the draws' size (N, r, k) for them; this keeps G∘E, the signs,
+    and the draws in the type of the product. The noise is drawn inside, so a checkpoint that restores the generator
     before it recomputes the pass gets the same draws.
     """
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, mean: Tensor, root_std: Tensor) -> Tensor:
         signs = random_signs(input.shape[0], sum(mean.shape), like=mean)
-        noise = torch.randn_like(mean)
-        weights = torch.addcmul(mean, _outer(signs, len(mean)), root_std.square().mul_(noise)).to(input.dtype)
-        ctx.save_for_backward(input, weights, signs, noise, root_std)
+        half = root_std * torch.randn_like(mean)  # G∘E: half of ∂(G∘G∘E)/∂G
+        weights = torch.addcmul(mean, _outer(signs, len(mean)), root_std * half).to(input.dtype)
+        ctx.save_for_backward(input, weights, signs, half)
         return torch.bmm(input, weights.transpose(1, 2))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        (gradient,), (input, weights, signs, noise, root_std) = gradients, ctx.saved_tensors
+        (gradient,), (input, weights, signs, half) = gradients, ctx.saved_tensors
         of_input = torch.bmm(gradient, weights) if ctx.needs_input_grad[0] else None
-        of_draws = torch.bmm(gradient.transpose(1, 2), input).to(noise.dtype)
+        of_draws = torch.bmm(gradient.transpose(1, 2), input).to(half.dtype)
         of_mean = of_draws.sum(0)
-        of_noise = of_draws.mul_(_outer(signs, len(noise))).sum(0)
-        return of_input, of_mean, of_noise.mul_(noise).mul_(root_std).mul_(2)
+        return of_input, of_mean, of_draws.mul_(_outer(signs, len(half))).sum(0).mul_(half).mul_(2)
 
 
 def _outer(signs: Tensor, rank: int) -> Tensor:
