@@ -25,6 +25,7 @@ from bayestune.tasks import Task, load_task
 
 STOCK = "lora"  # every other name of an adapter is a kind of BLoB's noise
 PRECISIONS = ("fp32", "bf16")
+DTYPES = ("float32", "bfloat16")
 MANY_STEPS = 100_000  # of the KL's plan: more than any benchmark takes, or the KL step would stop
 SIZES = {"layers": 10, "hidden": 576, "intermediate": 1536, "heads": 9, "kv_heads": 3, "vocab": 49152}
 Loss = Callable[[nn.Module, int], Tensor]
@@ -35,6 +36,7 @@ def add_model_options(parser: ArgumentParser, *, required: bool = False) -> None
     text = "directory or name of a real model" + ("" if required else "; left out: a Llama with random weights")
     parser.add_argument("--model", default=None, required=required, help=text)
     parser.add_argument("--rank", type=int, default=8, help="of the adapters on q_proj and v_proj")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the base weights")
     if not required:
         for name, size in SIZES.items():
             parser.add_argument(f"--{name}", type=int, default=size, help="of the random Llama")
@@ -55,9 +57,9 @@ def random_llama(options: Namespace) -> LlamaForCausalLM:
 
 
 def base_model(options: Namespace, device: torch.device) -> nn.Module:
-    """The model that the options name, in float32."""
+    """The model that the options name."""
     model = random_llama(options) if options.model is None else load_model(options.model).model
-    return model.to(device)
+    return model.to(device, getattr(torch, options.dtype))
 
 
 def twin(model: nn.Module) -> nn.Module:
@@ -158,9 +160,8 @@ def add_prompt_options(parser: ArgumentParser, rows: int) -> None:
 def real_task(options: Namespace, device: torch.device) -> tuple[LoadedModel, Task]:
     """The model and the task that the options name; of its evaluation part, seeded rows for the batches."""
     task = load_task(options.task, options.data_root)
-    return load_model(options.model, device=device), task.subset(
-        evaluation=options.rows * options.batches, seed=options.seed
-    )
+    loaded = load_model(options.model, device=device, dtype=getattr(torch, options.dtype))
+    return loaded, task.subset(evaluation=options.rows * options.batches, seed=options.seed)
 
 
 def batches_of(scorer: Scorer, part: str, options: Namespace, device: torch.device) -> list[dict[str, Tensor]]:

@@ -98,7 +98,7 @@ def test_allocator(run, real):
 
 def test_draws_without_files(run):
     record = run("draws", *TINY, "--synthetic", "--draws", 3)
-    assert [case["bar"] for case in record["cases"]] == [1.0, None, None, None, None] * 2
+    assert [case["bar"] for case in record["cases"]] == [1.0, 5.0, None, None, None, 5.0] * 2
     assert names_of(record)[0] == "3 draws in one pass / in 3 passes, fp32"
 
 
@@ -108,7 +108,7 @@ def test_draws_with_what_rows_begin_with_kept_and_not(run, load, monkeypatch):
     sizes = ("--length", 40, "--common", 30, "--rows", 4, "--precisions", "fp32")
     record = run("draws", *TINY, "--synthetic", "--draws", 8, *sizes)
     kept, read = "what rows begin with kept", "read by each row"
-    assert names_of(record)[3:] == [f"{what}, {kept} / {read}, fp32" for what in ("8 draws", "mean")]
+    assert names_of(record)[3:5] == [f"{what}, {kept} / {read}, fp32" for what in ("8 draws", "mean")]
     turns = passes[-2 * (8 + 4) :]  # of the two turns that count
     assert sorted(set(turns)) == [(4, 10), (4, 40), (32, 10), (32, 40)]
     assert [turns.count((rows, tokens)) for rows in (4, 32) for tokens in (10, 40)] == [2, 2 * (8 + 1), 2, 2]
@@ -126,7 +126,7 @@ def recorded(make, passes):
 
 
 def test_draws_of_real_prompts(run, real):
-    assert len(run("draws", *real, "--draws", 2)["cases"]) == 5
+    assert len(run("draws", *real, "--draws", 2)["cases"]) == 6
 
 
 def test_draws_need_a_subject(load, capsys):

@@ -50,9 +50,7 @@ def control(**asked):
 def test_on_a_cpu_a_bad_loss_stops_its_own_step(value):
     watch = LossWatch()
     watch.see(torch.tensor(1.0), state(3), ARGS)
-    with pytest.raises(
-        NotFiniteError, match=f"is {value} at step 5 of 9; training stopped, checkpoints in out"
-    ):
+    with pytest.raises(NotFiniteError, match=f"is {value} at step 5 of 9; training stopped, checkpoints in out"):
         watch.see(torch.tensor(value), state(4), ARGS)
 
 

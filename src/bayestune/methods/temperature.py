@@ -79,11 +79,18 @@ class Temperature:
 
 
 def held_out_logits(
-    posterior: Posterior, scorer: Scorer, rows: tuple[Question, ...], draws: int, *, bf16: bool
+    posterior: Posterior,
+    scorer: Scorer,
+    rows: tuple[Question, ...],
+    draws: int,
+    *,
+    bf16: bool,
+    shared_prefix: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Logits (S, N, C) and labels (N,) of rows; S is the posterior's own number of atoms where it has one."""
     labels = torch.tensor([row.answer for row in rows])
-    return draw_logits(posterior, scorer, scorer.encode(rows), Draws(count_for(posterior, draws)), bf16=bf16), labels
+    which = Draws(count_for(posterior, draws), shared_prefix=shared_prefix)
+    return draw_logits(posterior, scorer, scorer.encode(rows), which, bf16=bf16), labels
 
 
 @dataclass(frozen=True)
@@ -94,11 +101,14 @@ class PosteriorScale:
         base: a method whose posterior is Gaussian.
         draws: S of the search.
         factors: the grid of c; 0 is the mean.
+        shared_prefix: m of the search; the factor then makes up for the noise that draws with a shared prefix lack,
+            and is meant for predictions with the same m.
     """
 
     base: Method = field(default_factory=BLoB)
     draws: int = 10
     factors: tuple[float, ...] = (0.0, 0.25, 0.354, 0.5, 0.707, 1.0, 1.414, 2.0, 2.83, 4.0)
+    shared_prefix: int | None = None
 
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Gaussian:
         """Fits the base, then the factor.
@@ -117,7 +127,9 @@ class PosteriorScale:
         losses = {}
         for factor in self.factors:
             _scale(posterior, roots, factor)
-            logits, labels = held_out_logits(posterior, scorer, rows, self.draws, bf16=training.bf16)
+            logits, labels = held_out_logits(
+                posterior, scorer, rows, self.draws, bf16=training.bf16, shared_prefix=self.shared_prefix
+            )
             losses[factor] = predictive_nll(logits.double(), labels).item()
         best = min(losses, key=lambda factor: losses[factor])
         _scale(posterior, roots, best)
