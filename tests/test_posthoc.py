@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bayestune.artefact import load_posterior, save_posterior
+from bayestune.evaluation import draw_logits
 from bayestune.forms import Dropout, Gaussian, Mixture, Point, Scaled, Tempered
 from bayestune.lora import Lora, adapter_weights, slots
 from bayestune.methods import MAP, METHODS, MLE, TFB, BLoB, Ensemble, MCDropout, PosteriorScale, Temperature
@@ -270,6 +271,21 @@ def test_the_scale_of_least_held_out_nll_is_kept(llama, scorer):
             torch.testing.assert_close(slot.std, scale * slots(plain.model)[name].std)
     with pytest.raises(ValueError, match="PosteriorScale scales a Gaussian: got a Point from its base"):
         PosteriorScale(base=MLE()).fit(llama(), scorer, TRAINING)
+
+
+def test_the_scale_is_searched_under_the_prefix_it_is_meant_for(llama, scorer):
+    blob = BLoB(prior_std=0.4, final_std=0.3, schedule="constant")
+    posterior = PosteriorScale(base=blob, factors=(0.5, 4.0), draws=4, shared_prefix=1).fit(llama(), scorer, TRAINING)
+    rows = scorer.task.held_out
+    labels = torch.tensor([row.answer for row in rows])
+    losses = []
+    for prefix in (1, None):
+        logits = draw_logits(posterior, scorer, scorer.encode(rows), Draws(4, shared_prefix=prefix))
+        losses.append(torch.nn.functional.nll_loss(logits.double().softmax(-1).mean(0).log(), labels).item())
+    shared, exact = losses
+    found = posterior.fitted["nll_by_scale"][posterior.fitted["scale"]]
+    assert found == pytest.approx(shared, rel=1e-6)
+    assert found != pytest.approx(exact, rel=1e-4)
 
 
 @pytest.mark.parametrize("method", [Temperature(), PosteriorScale()])
