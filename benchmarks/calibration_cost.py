@@ -24,15 +24,16 @@ from torch.nn.functional import pad
 from bayestune.artefact import load_posterior
 from bayestune.evaluation import draw_logits
 from bayestune.forms import Gaussian
+from bayestune.layers import GaussianLinear
 from bayestune.lora import gaussian_layers
 from bayestune.posterior import Draws
 from bayestune.runs import open_folder, scorer_of
 from bayestune.scoring import Encoded, Scorer
 from bayestune.tasks import load_task
 from calibration_page import render
-from calibration_table import EXACT, MEAN, QUESTION, Setting, chosen, score, settings_of
+from calibration_table import EXACT, MEAN, QUESTION, Setting, chosen, counts_of, score, settings_of
 from harness import environment, interleave, quantile
-from subjects import autocast
+from subjects import DTYPES, autocast
 
 
 @dataclass
@@ -43,19 +44,29 @@ class LastBlocks(Gaussian):
 
     def draw(self, index: int, seed: int = 0) -> dict[str, Tensor]:
         """The draw's slots in the last blocks."""
-        first = self.model.config.num_hidden_layers - self.blocks  # type: ignore[union-attr, operator]
-        return {n: w for n, w in Gaussian.draw(self, index, seed).items() if int(n.split(".")[2]) >= first}
+        first = max(0, self.model.config.num_hidden_layers - self.blocks)  # type: ignore[union-attr, operator]
+        return {name: w for name, w in Gaussian.draw(self, index, seed).items() if block_of(name) >= first}
+
+
+def block_of(slot: str) -> int:
+    """The number of the block that a slot is in; -1 for a slot in none, as the head's."""
+    return next((int(part) for part in slot.split(".") if part.isdigit()), -1)
 
 
 @contextmanager
 def scaled(posterior: Gaussian, factor: float) -> Iterator[None]:
-    """The posterior with its standard deviations times `factor`."""
-    layers = list(gaussian_layers(posterior.model).values())
+    """The posterior with its standard deviations times `factor`, for the time of the context."""
+    layers = list(gaussian_layers(posterior.model, posterior.adapter).values())
     roots = [layer.root_std.detach().clone() for layer in layers]
-    with torch.no_grad():
-        for layer, root in zip(layers, roots, strict=True):
-            layer.root_std.copy_(root * factor**0.5)
+    try:
+        _put(layers, [root * factor**0.5 for root in roots])
         yield
+    finally:
+        _put(layers, roots)
+
+
+def _put(layers: Sequence[GaussianLinear], roots: Sequence[Tensor]) -> None:
+    with torch.no_grad():
         for layer, root in zip(layers, roots, strict=True):
             layer.root_std.copy_(root)
 
@@ -69,7 +80,7 @@ class Subject:
     rows: dict[str, list[Encoded]]
     labels: dict[str, Tensor]
     precision: str
-    restricted: dict[int, Gaussian] = field(default_factory=dict)
+    drawn: dict[tuple[int, int], Gaussian] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         prompts = [row["ids"] for part in self.rows.values() for row in part]
@@ -81,17 +92,25 @@ class Subject:
         """Where the model is."""
         return next(self.posterior.model.parameters()).device
 
-    def drawn_in(self, blocks: int) -> Gaussian:
-        """The posterior, drawn in the last blocks only where their number is not 0."""
-        if blocks and blocks not in self.restricted:
-            self.restricted[blocks] = LastBlocks(self.posterior.model, self.posterior.score, blocks=blocks)
-        return self.restricted[blocks] if blocks else self.posterior
+    def drawn_as(self, setting: Setting) -> Gaussian:
+        """The posterior, drawn in the last blocks only where the setting says so.
+
+        One for each number of draws: in turns with others, each keeps its draws and what they have read, as it would
+        alone.
+        """
+        key = setting.blocks, setting.draws
+        if key not in self.drawn:
+            model, score, adapter = self.posterior.model, self.posterior.score, self.posterior.adapter
+            whole = Gaussian(model, score, adapter=adapter)
+            part = LastBlocks(model, score, adapter=adapter, blocks=setting.blocks)
+            self.drawn[key] = part if setting.blocks else whole
+        return self.drawn[key]
 
     def logits(self, setting: Setting, rows: Sequence[Encoded], size: int) -> Tensor:
         """The setting's logits (S, N, C) of some rows, in batches of like length."""
         order = sorted(range(len(rows)), key=lambda i: rows[i]["length"])
         parts: dict[int, Tensor] = {}
-        posterior = self.drawn_in(setting.blocks)
+        posterior = self.drawn_as(setting)
         with scaled(self.posterior, setting.factor), autocast(self.device, self.precision):
             for start in range(0, len(order), size):
                 places = order[start : start + size]
@@ -106,18 +125,26 @@ class Subject:
     def prefix(self, setting: Setting, batch: Sequence[Encoded]) -> int | None:
         """m; for "question" all of the longest prompt but the instruction that all prompts begin with."""
         if setting.prefix == QUESTION:
-            return max(row["length"] for row in batch) - self.instruction
+            return max(len(row["ids"]) for row in batch) - self.instruction
         return int(setting.prefix) if setting.prefix else None
 
 
 def subject(options: Namespace) -> Subject:
-    """What a posterior's folder, a model and a task make."""
+    """What a posterior's folder, a model and a task make.
+
+    Raises:
+        ValueError: if the posterior is not Gaussian, no rows are held out, or the weights are of another type.
+    """
     details, loaded = open_folder(options.posterior, options.model)
     task = load_task(options.task, options.data_root).subset(options.train_rows, options.rows, options.holdout)
     scorer = scorer_of(details, loaded, task)
     posterior = load_posterior(loaded.model, options.posterior, scorer)
     if not isinstance(posterior, Gaussian):
         raise ValueError(f"got a {type(posterior).__name__}, expected a Gaussian posterior: fit BLoB")
+    if not task.held_out:
+        raise ValueError(f"no held-out rows: got holdout={options.holdout}, expected a part of train; set --holdout")
+    if options.dtype not in (None, dtype := dtype_of(posterior)):
+        raise ValueError(f"got --dtype {options.dtype}, expected {dtype}, the posterior's: leave --dtype out")
     parts = {"held_out": task.held_out[: options.held_out_rows], "evaluation": task.evaluation}
     rows = {name: scorer.encode(part) for name, part in parts.items()}
     labels = {name: torch.tensor([row.answer for row in part]) for name, part in parts.items()}
@@ -147,11 +174,18 @@ def collect(options: Namespace) -> None:
 
 
 def cost(options: Namespace) -> None:
-    """Seconds of each setting on some batches of evaluation rows, in turns; kept in the output folder."""
+    """Seconds of each setting on some batches of evaluation rows, in turns; kept in the output folder.
+
+    Raises:
+        ValueError: if there are fewer evaluation rows than a batch has.
+    """
+    options.output.mkdir(parents=True, exist_ok=True)
     one, settings = subject(options), [s for s in settings_of(options) if s.factor == 1.0]
-    where = environment(one.device)
-    fewer = [replace(s, draws=count) for s in settings if s.kind == EXACT for count in (1, 2, 3, 5)]
+    where = {**environment(one.device), "precision": one.precision, "dtype": dtype_of(one.posterior)}
+    fewer = [replace(s, draws=count) for s in settings if s.kind == EXACT for count in counts_of(s) if count < s.draws]
     order = sorted(one.rows["evaluation"], key=lambda row: row["length"])
+    if len(order) < options.batch:
+        raise ValueError(f"no batch: got {len(order)} evaluation rows, expected {options.batch} or more; lower --batch")
     starts = [int(quantile(range(len(order) - options.batch + 1), part)) for part in (0.1, 0.3, 0.5, 0.7, 0.9)]
     batches = [order[start : start + options.batch] for start in starts]
 
@@ -161,9 +195,14 @@ def cost(options: Namespace) -> None:
     actions = {setting.name: partial(act, setting) for setting in [*settings, *fewer]}
     seconds = interleave(actions, options.turns, warmup=1, device=one.device)
     lengths = [max(row["length"] for row in batch) for batch in batches]
-    facts = {**where, "batch": options.batch, "tokens": lengths, "precision": one.precision, "dtype": options.dtype}
+    facts = {**where, "batch": options.batch, "tokens": lengths}
     tensors = {name: torch.tensor(values, dtype=torch.float64) for name, values in seconds.items()}
     save_file(tensors, options.output / "cost.safetensors", {name: str(value) for name, value in facts.items()})
+
+
+def dtype_of(posterior: Gaussian) -> str:
+    """The type of the base weights."""
+    return str(next(posterior.model.parameters()).dtype).removeprefix("torch.")
 
 
 def read_cost(folder: Path) -> tuple[dict[str, float], dict[str, str]]:
@@ -206,9 +245,7 @@ def parser() -> ArgumentParser:
     made.add_argument("--factors_for", nargs="+", default=["1", "4", "16"], help="m that get a factor; one block does")
     made.add_argument("--turns", type=int, default=10, help="of the measurement of cost")
     made.add_argument("--resamples", type=int, default=2000, help="of the bootstrap")
-    made.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights, for the record"
-    )
+    made.add_argument("--dtype", choices=DTYPES, default=None, help="of the weights; left out: as fitted")
     made.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
     made.add_argument("--json", type=Path, default=None, help="file of the tasks' records, one a line")
     made.add_argument("--page", type=Path, default=None, help="page to render from it")
@@ -218,7 +255,10 @@ def parser() -> ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Does one of the steps."""
-    options = parser().parse_args(arguments)
+    made = parser()
+    options = made.parse_args(arguments)
+    if options.json is None and (options.page or options.picture):
+        made.error("--page and --picture show the records of --json: give it too")
     {"collect": collect, "cost": cost, "table": table}[options.step](options)
 
 

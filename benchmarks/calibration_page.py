@@ -129,6 +129,7 @@ def render(record: Record, file: Path | None, page: Path | None, picture: Path |
     if page is not None:
         note = NOTE.read_text(encoding="utf-8").strip() if NOTE.is_file() else "# Calibration against cost"
         text = "\n\n".join([note, *(section(one).strip() for one in records)])
+        page.parent.mkdir(parents=True, exist_ok=True)
         page.write_text(text + "\n", encoding="utf-8")
     if picture is not None:
         save(figure_of([one for one in records if any(line["cost"] for line in one["lines"])] or records), picture)

@@ -92,6 +92,11 @@ def share_kept(mean: Tensor, exact: Tensor, other: Tensor, resamples: int) -> tu
     return (gain.mean() / full.mean()).item(), low, high
 
 
+def counts_of(setting: Setting) -> list[int]:
+    """Numbers of draws that lines of the table have: some smaller ones, and the setting's own."""
+    return [*(count for count in FEWER if count < setting.draws), setting.draws]
+
+
 def lines_of(folder: Path, settings: Sequence[Setting]) -> Iterator[tuple[Setting, Tensor, Tensor]]:
     """Each line of the table: a setting, its logits of evaluation rows and of held-out rows."""
     for setting in chosen(folder, settings):
@@ -99,7 +104,7 @@ def lines_of(folder: Path, settings: Sequence[Setting]) -> Iterator[tuple[Settin
         if setting.kind != EXACT:
             yield setting, logits, held_out
             continue
-        for count in sorted({*FEWER, setting.draws}):
+        for count in counts_of(setting):
             yield replace(setting, draws=count), logits[:count], held_out[:count]
 
 
