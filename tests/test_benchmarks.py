@@ -88,6 +88,11 @@ def test_attention(run):
     assert names_of(record) == ["2×8 tokens, fp32", "2×16 tokens, fp32"]
 
 
+def test_layer(run):
+    record = run("layer", "--hidden", 32, "--length", 8, "--precisions", "fp32")
+    assert names_of(record) == ["ours / stock Linear, fp32", "ours / autograd, fp32"]
+
+
 def test_allocator(run, real):
     if not keep_freed_memory():
         pytest.skip("another C library")
