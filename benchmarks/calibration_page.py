@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from bayestune.report.plots import BLUE, FAINT, INK, STYLE, VERMILLION, save
 
 Record = Mapping[str, Any]
-NOTE = Path(__file__).parent / "performance_notes" / "calibration_cost.md"
+NOTE = Path(__file__).parent / "calibration_page.md"
 GREEN, ORANGE = "#009e73", "#e69f00"  # of the same palette as the report's
 KINDS = {  # of line, marker, colour and name
     "exact": ("o", INK, "exact draws"),

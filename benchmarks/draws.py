@@ -127,16 +127,12 @@ def cases_of(seconds: Mapping[str, Sequence[float]], count: int, precision: str)
     """The lines of the table."""
     begun = "what rows begin with kept / read by each row"
     return [
-        timed_case(
-            f"{count} draws in one pass / in {count} passes, {precision}", seconds, (ONE, SEPARATE), PASSES_BAR
-        ),
+        timed_case(f"{count} draws in one pass / in {count} passes, {precision}", seconds, (ONE, SEPARATE), PASSES_BAR),
         timed_case(f"{count} draws in one pass / mean's pass, {precision}", seconds, (ONE, MEAN), MEAN_BAR),
         timed_case(f"{count} draws in {count} passes / mean's pass, {precision}", seconds, (SEPARATE, MEAN), None),
         timed_case(f"{count} draws, {begun}, {precision}", seconds, (KEPT, ONE), None),
         timed_case(f"mean, {begun}, {precision}", seconds, (KEPT_MEAN, MEAN), None),
-        timed_case(
-            f"{count} draws / mean's pass, it kept in both, {precision}", seconds, (KEPT, KEPT_MEAN), MEAN_BAR
-        ),
+        timed_case(f"{count} draws / mean's pass, it kept in both, {precision}", seconds, (KEPT, KEPT_MEAN), MEAN_BAR),
     ]
 
 
