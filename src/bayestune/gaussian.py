@@ -153,7 +153,7 @@ def rate_to(final_std: float, shape: Sequence[float], prior_std: float, init_roo
 def random_signs(*shape: int, like: Tensor) -> Tensor:
     """Independent signs ±1 with equal probability from torch's global generator, in `like`'s type and device."""
     bits = torch.randint(0, 2, shape, dtype=like.dtype, device=like.device)
-    return torch.add(torch.tensor(-1, dtype=like.dtype), bits, alpha=2)  # one kernel where 2 * bits - 1 takes two
+    return torch.rsub(bits, 1, alpha=2)  # 1 - 2 bits, in one kernel
 
 
 def row_weights(mean: Tensor, std: Tensor, num_rows: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Modules that stand in LoRA's `lora_A` slot: a Gaussian over A, and a stack of fixed draws of A."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
@@ -11,6 +12,13 @@ from torch.nn import functional as F
 from bayestune.gaussian import independent_weights, random_signs
 
 Noise = Literal["row", "independent", "token"]
+# Names of modules that attention and gated MLPs give one tensor, in Llama and most others, BERT and DistilBERT.
+_ONE_INPUT = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+)
 
 
 @dataclass
@@ -73,8 +81,9 @@ class _RowNoise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, mean: Tensor, root_std: Tensor) -> Tensor:
         signs = random_signs(input.shape[0], sum(mean.shape), like=mean)
+        sign_out, sign_in = _of_rows(signs, len(mean))
         half = root_std * torch.randn_like(mean)  # G∘E: half of ∂(G∘G∘E)/∂G
-        weights = torch.addcmul(mean, _outer(signs, len(mean)), root_std * half).to(input.dtype)
+        weights = torch.addcmul(mean, sign_out, (root_std * half) * sign_in).to(input.dtype)
         ctx.save_for_backward(input, weights, signs, half)
         return torch.bmm(input, weights.transpose(1, 2))
 
@@ -82,14 +91,60 @@ class _RowNoise(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         (gradient,), (input, weights, signs, half) = gradients, ctx.saved_tensors
         of_input = torch.bmm(gradient, weights) if ctx.needs_input_grad[0] else None
-        of_draws = torch.bmm(gradient.transpose(1, 2), input).to(half.dtype)
-        of_mean = of_draws.sum(0)
-        return of_input, of_mean, of_draws.mul_(_outer(signs, len(half))).sum(0).mul_(half).mul_(2)
+        of_draws = torch.bmm(gradient.transpose(1, 2), input)
+        of_mean = of_draws.sum(0, dtype=half.dtype)
+        sign_out, sign_in = _of_rows(signs.to(of_draws.dtype), len(half))
+        of_noise = of_draws.mul_(sign_in).mul_(sign_out).sum(0, dtype=half.dtype)
+        return of_input, of_mean, of_noise.mul_(half).mul_(2)
 
 
-def _outer(signs: Tensor, rank: int) -> Tensor:
-    """s_n t_nᵀ (N, r, k) of the signs (N, r + k)."""
-    return signs[:, :rank, None] * signs[:, None, rank:]
+def _of_rows(signs: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """s_n (N, r, 1) and t_n (N, 1, k) of the signs (N, r + k)."""
+    return signs[:, :rank, None], signs[:, None, rank:]
+
+
+class SharedInput:
+    """Gaussian layers that are given the very same tensor, such as those of q_proj and v_proj, computed as one.
+
+    Stacked they are one layer of all their ranks: one product reads the input once, and all small steps are taken once
+    for all of them. The first of them that is called computes all, the others take theirs. Each has the law it has
+    alone, and the layers' noises are independent in every row. Where the layers turn out to be given different tensors
+    (copies of another type, LoRA dropout), they go apart for good.
+
+    Args:
+        layers: with noise "row", the same width, type and device.
+    """
+
+    def __init__(self, layers: Sequence["GaussianLinear"]) -> None:
+        self.layers = list(layers)
+        self._input: Tensor | None = None
+        self._ready: dict[int, Tensor] = {}
+
+    def output(self, layer: "GaussianLinear", input: Tensor) -> Tensor | None:
+        """The layer's output (rows, …, r); None where the layers are not to be computed as one."""
+        if all(one is not layer for one in self.layers):
+            return None  # a replica of one of them, on another device
+        if self._ready and (input is not self._input or id(layer) not in self._ready):
+            self._part()
+            return None
+        if not self._ready:
+            if any(not one.training or type(one.weight) is not nn.Parameter for one in self.layers):
+                return None  # a layer held at its mean, or weights that are spread over devices
+            whole = layer.noisy(input, *(torch.cat(part) for part in self._weights()))
+            ranks = [one.out_features for one in self.layers]
+            self._ready = {id(one): part for one, part in zip(self.layers, whole.split(ranks, -1), strict=True)}
+            self._input = input
+        output = self._ready.pop(id(layer))
+        self._input = self._input if self._ready else None
+        return output
+
+    def _weights(self) -> tuple[list[Tensor], list[Tensor]]:
+        return [one.weight for one in self.layers], [one.root_std for one in self.layers]
+
+    def _part(self) -> None:
+        for layer in self.layers:
+            layer.shared = None
+        self._ready, self._input = {}, None
 
 
 class GaussianLinear(nn.Linear):
@@ -138,6 +193,7 @@ class GaussianLinear(nn.Linear):
         self.init_root_std = init_root_std
         self.noise: Noise = noise
         self.groups = groups if groups is not None else RowGroups()
+        self.shared: SharedInput | None = None
         self.train(linear.training)
 
     @property
@@ -151,14 +207,23 @@ class GaussianLinear(nn.Linear):
             return F.linear(input, self.weight)
         if self.noise == "token":
             return self._token_forward(input)
-        dtype, num_rows = compute_dtype(self.weight), self.groups.rows(input.shape[0])
-        rows = input.reshape(num_rows, -1, self.in_features).to(dtype)
         if self.noise == "row":
-            output = _RowNoise.apply(rows, self.weight, self.root_std)
-        else:
-            weights = independent_weights(self.weight, self.std, num_rows)
-            output = _RowProduct.apply(rows, weights.to(dtype))
+            output = self.shared.output(self, input) if self.shared else None
+            return self.noisy(input, self.weight, self.root_std) if output is None else output
+        rows = self._rows(input)
+        weights = independent_weights(self.weight, self.std, len(rows))
+        output = _RowProduct.apply(rows, weights.to(rows.dtype))
         return output.view(*input.shape[:-1], self.out_features)  # type: ignore[union-attr]
+
+    def noisy(self, input: Tensor, mean: Tensor, root_std: Tensor) -> Tensor:
+        """Maps (rows, …, k) to (rows, …, r), each row under its own draw of N(mean, (root_std∘root_std)²), (r, k)."""
+        output = _RowNoise.apply(self._rows(input), mean, root_std)
+        return output.view(*input.shape[:-1], len(mean))  # type: ignore[union-attr]
+
+    def _rows(self, input: Tensor) -> Tensor:
+        """The input as (N, tokens of a row, k), in the type that the product is computed in."""
+        rows = input.reshape(self.groups.rows(input.shape[0]), -1, self.in_features)
+        return rows.to(compute_dtype(self.weight))
 
     def _token_forward(self, input: Tensor) -> Tensor:
         sign_in = random_signs(*input.shape, like=input)
@@ -169,6 +234,23 @@ class GaussianLinear(nn.Linear):
     def extra_repr(self) -> str:
         """The line that `print(model)` shows."""
         return f"in_features={self.in_features}, out_features={self.out_features}, noise={self.noise}"
+
+
+def share_inputs(layers: Mapping[str, GaussianLinear]) -> Mapping[str, GaussianLinear]:
+    """Has layers that a block gives one tensor, by their names (path.lora_A), computed as one, see `SharedInput`."""
+    together: dict[object, list[GaussianLinear]] = {}
+    for name, layer in layers.items():
+        block, _, leaf = name.removesuffix(".lora_A").rpartition(".")
+        family = next((names for names in _ONE_INPUT if leaf in names), None)
+        if family and layer.noise == "row":
+            key = block, family, layer.in_features, layer.weight.dtype, layer.weight.device
+            together.setdefault(key, []).append(layer)
+    for group in together.values():
+        if len(group) > 1:
+            shared = SharedInput(group)
+            for layer in group:
+                layer.shared = shared
+    return layers
 
 
 class DrawnLinear(nn.Module):

@@ -13,7 +13,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
-from bayestune.layers import DrawnLinear, GaussianLinear, Noise, RowGroups
+from bayestune.layers import DrawnLinear, GaussianLinear, Noise, RowGroups, share_inputs
 
 ADAPTER = "default"
 PREFIX = "base_model.model."
@@ -246,7 +246,8 @@ def bayesify(
         4
     """
     plain, groups = replaceable_slots(model, slots, adapter), RowGroups()
-    put(model, {name: GaussianLinear(slot, init_root_std, noise, groups) for name, slot in plain.items()}, adapter)
+    gaussian = {name: GaussianLinear(slot, init_root_std, noise, groups) for name, slot in plain.items()}
+    put(model, share_inputs(gaussian), adapter)
     return len(plain)
 
 
