@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-SHORT = 192  # tokens; at 128 eager training takes 0.8 times as long as sdpa, at 300 1.1 (benchmarks/attention.py)
+SHORT = 192  # tokens, about where the two take as long (benchmarks/attention.py)
 
 
 def trains_faster_eagerly(model: nn.Module, longest: float, *, bf16: bool) -> bool:
