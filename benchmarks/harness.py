@@ -202,6 +202,12 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
+def named(value: object) -> object:
+    """An option as it is kept: of a folder or file of this machine its name only."""
+    is_path = isinstance(value, str | Path) and Path(value).is_absolute()
+    return Path(value).name if is_path else value  # type: ignore[arg-type]
+
+
 def report(benchmark: str, title: str, cases: Sequence[Case], options: Namespace, where: Mapping[str, Any]) -> None:
     """Prints the table and appends the JSON line.
 
@@ -218,7 +224,9 @@ def report(benchmark: str, title: str, cases: Sequence[Case], options: Namespace
     for case in cases:
         print(case.line())
     if options.json is not None:
-        settings = {name: value for name, value in vars(options).items() if name != "json"}
+        settings = {name: named(value) for name, value in vars(options).items() if name != "json"}
+        for value in vars(options).values():
+            title = title.replace(str(value), str(named(value))) if named(value) is not value else title
         record = {"benchmark": benchmark, "title": title, "environment": where, "options": settings}
         record["cases"] = [asdict(case) for case in cases]
         with options.json.open("a", encoding="utf-8") as file:

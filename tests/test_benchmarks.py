@@ -34,6 +34,7 @@ def run(load, tmp_path, capsys):
         (line,) = file.read_text(encoding="utf-8").splitlines()
         record, printed = json.loads(line), capsys.readouterr().out
         assert record["benchmark"] == name
+        assert str(tmp_path) not in json.dumps(record)  # folders are kept by name
         assert record["environment"]["torch"]
         assert record["cases"]
         for case in record["cases"]:
