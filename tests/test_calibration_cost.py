@@ -487,7 +487,7 @@ def test_one_record_a_task_and_model(page, tmp_path):
         ("one", "large", 0.7),
         ("one", "small", 0.4),
     ]
-    heads = [line for line in shown.read_text(encoding="utf-8").splitlines() if line.startswith("## ")]
+    heads = [line for line in shown.read_text(encoding="utf-8").splitlines() if line.startswith("## ") and ", " in line]
     assert heads == ["## two, small", "## one, large", "## one, small"]
 
 

@@ -107,12 +107,12 @@ class SharedInput:
     """Gaussian layers that are given the very same tensor, such as those of q_proj and v_proj, computed as one.
 
     Stacked they are one layer of all their ranks: one product reads the input once, and all small steps are taken once
-    for all of them. The first of them that is called computes all, the others take theirs. Each has the law it has
-    alone, and the layers' noises are independent in every row. Where the layers turn out to be given different tensors
-    (copies of another type, LoRA dropout), they go apart for good.
+    for all of them. The first of them computes all, the others take theirs if they are given the same tensor. Each has
+    the law it has alone, and the layers' noises are independent in every row. What is done depends on nothing but the
+    calls of one pass, so that a checkpoint's recomputation does the same again.
 
     Args:
-        layers: with noise "row", the same width, type and device.
+        layers: with noise "row", the same width, type and device; the one that is called first in front.
     """
 
     def __init__(self, layers: Sequence["GaussianLinear"]) -> None:
@@ -121,30 +121,23 @@ class SharedInput:
         self._ready: dict[int, Tensor] = {}
 
     def output(self, layer: "GaussianLinear", input: Tensor) -> Tensor | None:
-        """The layer's output (rows, …, r); None where the layers are not to be computed as one."""
-        if all(one is not layer for one in self.layers):
-            return None  # a replica of one of them, on another device
-        if self._ready and (input is not self._input or id(layer) not in self._ready):
-            self._part()
-            return None
-        if not self._ready:
-            if any(not one.training or type(one.weight) is not nn.Parameter for one in self.layers):
-                return None  # a layer held at its mean, or weights that are spread over devices
-            whole = layer.noisy(input, *(torch.cat(part) for part in self._weights()))
-            ranks = [one.out_features for one in self.layers]
-            self._ready = {id(one): part for one, part in zip(self.layers, whole.split(ranks, -1), strict=True)}
-            self._input = input
-        output = self._ready.pop(id(layer))
+        """The layer's output (rows, …, r); None where it is to be computed alone."""
+        first, *others = self.layers
+        whole = all(one.training and type(one.weight) is nn.Parameter for one in self.layers)
+        if layer is first and whole:  # else one is held at its mean, or weights are spread over devices
+            output, *rest = self._outputs(input)
+            self._input, self._ready = input, {id(one): part for one, part in zip(others, rest, strict=True)}
+            return output
+        if input is not self._input:
+            self._ready = {}
+        output = self._ready.pop(id(layer), None)  # a replica of a layer finds nothing
         self._input = self._input if self._ready else None
         return output
 
-    def _weights(self) -> tuple[list[Tensor], list[Tensor]]:
-        return [one.weight for one in self.layers], [one.root_std for one in self.layers]
-
-    def _part(self) -> None:
-        for layer in self.layers:
-            layer.shared = None
-        self._ready, self._input = {}, None
+    def _outputs(self, input: Tensor) -> Sequence[Tensor]:
+        mean = torch.cat([one.weight for one in self.layers])
+        root_std = torch.cat([one.root_std for one in self.layers])
+        return self.layers[0].noisy(input, mean, root_std).split([one.out_features for one in self.layers], -1)
 
 
 class GaussianLinear(nn.Linear):
@@ -236,13 +229,19 @@ class GaussianLinear(nn.Linear):
         return f"in_features={self.in_features}, out_features={self.out_features}, noise={self.noise}"
 
 
-def share_inputs(layers: Mapping[str, GaussianLinear]) -> Mapping[str, GaussianLinear]:
-    """Has layers that a block gives one tensor, by their names (path.lora_A), computed as one, see `SharedInput`."""
+def share_inputs(
+    layers: Mapping[str, GaussianLinear], owners: Mapping[str, Any], adapter: str
+) -> Mapping[str, GaussianLinear]:
+    """Has layers that a block gives one tensor, by their names (path.lora_A), computed as one, see `SharedInput`.
+
+    PEFT's layers at these paths, `owners`, say whether a slot gets its layer's input as it is: with dropout, or a base
+    weight of another type than the adapter's, each slot is given a copy of its own.
+    """
     together: dict[object, list[GaussianLinear]] = {}
     for name, layer in layers.items():
         block, _, leaf = name.removesuffix(".lora_A").rpartition(".")
         family = next((names for names in _ONE_INPUT if leaf in names), None)
-        if family and layer.noise == "row":
+        if family and layer.noise == "row" and _given_as_it_is(owners[f"{block}.{leaf}"], layer, adapter):
             key = block, family, layer.in_features, layer.weight.dtype, layer.weight.device
             together.setdefault(key, []).append(layer)
     for group in together.values():
@@ -251,6 +250,11 @@ def share_inputs(layers: Mapping[str, GaussianLinear]) -> Mapping[str, GaussianL
             for layer in group:
                 layer.shared = shared
     return layers
+
+
+def _given_as_it_is(owner: Any, slot: GaussianLinear, adapter: str) -> bool:
+    base = getattr(owner.get_base_layer(), "weight", None)
+    return base is not None and base.dtype is slot.weight.dtype and isinstance(owner.lora_dropout[adapter], nn.Identity)
 
 
 class DrawnLinear(nn.Module):

@@ -247,7 +247,7 @@ def bayesify(
     """
     plain, groups = replaceable_slots(model, slots, adapter), RowGroups()
     gaussian = {name: GaussianLinear(slot, init_root_std, noise, groups) for name, slot in plain.items()}
-    put(model, share_inputs(gaussian), adapter)
+    put(model, share_inputs(gaussian, adapted_layers(model, adapter), adapter), adapter)
     return len(plain)
 
 
