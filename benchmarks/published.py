@@ -16,10 +16,8 @@ from torch.nn import functional as F
 
 from bayestune.gaussian import kl_divergence, random_signs
 from bayestune.kl import kl_weights, warmup_decay
-from bayestune.lora import adapted_layers
-from subjects import MANY_STEPS, Loss, Prompts, autocast
-
-ADAPTER = "default"
+from bayestune.lora import ADAPTER, adapted_layers
+from subjects import MANY_STEPS, Loss, Prompts, adamw, autocast
 
 
 def add_noise(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -138,7 +136,7 @@ def published_step(
     stds = {id(layer.root_std) for layer in layers}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     others = [parameter for parameter in trained if id(parameter) not in stds]
-    likelihood = torch.optim.AdamW(others, lr=1e-4, eps=1e-6, weight_decay=0.0, fused=True)
+    likelihood = adamw(others)
     weights, rates = kl_weights(total_steps, period), kl_lr * warmup_decay(total_steps)
     sgd = torch.optim.SGD(trained, lr=kl_lr)
     return PublishedStep(model, layers, loss, precision, likelihood, sgd, weights, rates, prior_std)

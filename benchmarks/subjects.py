@@ -106,10 +106,15 @@ class TrainingStep:
         self.optimizer.zero_grad(set_to_none=True)
 
 
+def adamw(parameters: Sequence[nn.Parameter]) -> torch.optim.AdamW:
+    """The optimiser that transformers.Trainer takes by default."""
+    return torch.optim.AdamW(parameters, lr=1e-4, eps=1e-6, weight_decay=0.0, fused=True)
+
+
 def training_step(model: nn.Module, adapter: str, loss: Loss, precision: str) -> TrainingStep:
     """The step of an adapted model, with the optimiser that transformers.Trainer takes by default."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=1e-4, eps=1e-6, weight_decay=0.0, fused=True)
+    optimizer = adamw(trainable)
     if not adapter.startswith(STOCK):
         KLStep(period=100).attach(model, optimizer, total_steps=MANY_STEPS)
     return TrainingStep(model, optimizer, loss, trainable[0].device, precision)

@@ -125,7 +125,7 @@ class _Once:
 
     def computing(self, model: nn.Module, times: int) -> AbstractContextManager[None]:
         """For the time of a pass over `times` copies of the rows."""
-        if times == 1 or not self:
+        if times == 1:
             return nullcontext()
         return self._hooked(model, times)
 
@@ -162,7 +162,7 @@ def _copies(value: Any, times: int, num_rows: int) -> Any:
         return tuple(_copies(part, times, num_rows) for part in value)
     if not isinstance(value, Tensor) or value.dim() < 2 or len(value) != num_rows:
         return value
-    return value.repeat(times, *[1] * (value.dim() - 1))
+    return _repeated(value, times)
 
 
 def _place(model: nn.Module, path: str) -> tuple[nn.ModuleList, int] | None:
@@ -177,4 +177,8 @@ def _place(model: nn.Module, path: str) -> tuple[nn.ModuleList, int] | None:
 
 def repeat_rows(inputs: Batch, times: int) -> dict[str, Tensor]:
     """The batch `times` over along the leading axis: (N, …) to (times·N, …), copy by copy."""
-    return {name: value.repeat(times, *[1] * (value.dim() - 1)) for name, value in inputs.items()}
+    return {name: _repeated(value, times) for name, value in inputs.items()}
+
+
+def _repeated(value: Tensor, times: int) -> Tensor:
+    return value.repeat(times, *[1] * (value.dim() - 1))

@@ -264,7 +264,7 @@ def predict(
         max_rows: bound on the rows of one forward pass.
         max_tokens: bound on the tokens of one forward pass.
         shared_prefix: m; an approximation, off by default: the mean adapter reads all but the last m tokens of the
-            prompt, once for all draws. It draws less noise; docs/performance.md shows what is lost and saved.
+            prompt, once for all draws. It draws less noise; docs/calibration_cost.md shows what is lost and saved.
 
     Returns:
         Probabilities (N, C), and total, expected and mutual-information entropy (N,) in nats.
