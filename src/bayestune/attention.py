@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
+
+from bayestune.lora import base_of
 
 SHORT = 192  # tokens, about where the two take as long (benchmarks/attention.py)
 
@@ -22,7 +23,7 @@ def trains_faster_eagerly(model: nn.Module, longest: float, *, bf16: bool) -> bo
     """
     weight = next(model.parameters())
     narrow = bf16 or weight.dtype is torch.bfloat16
-    fused = _base(model).config._attn_implementation == "sdpa"
+    fused = base_of(model).config._attn_implementation == "sdpa"
     return weight.device.type == "cpu" and narrow and longest <= SHORT and fused
 
 
@@ -37,14 +38,10 @@ def eager_attention(model: nn.Module, active: bool = True) -> Iterator[None]:
     if not active:
         yield
         return
-    base = _base(model)
+    base = base_of(model)
     before = base.config._attn_implementation
     base.set_attn_implementation("eager")
     try:
         yield
     finally:
         base.set_attn_implementation(before)
-
-
-def _base(model: nn.Module) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from bayestune.lora import is_classifier
+from bayestune.lora import base_of, is_classifier
 from bayestune.snapshot import Snapshot
 
 LEAST = 8  # tokens worth sharing: for fewer, putting them in front of each row's own costs what is saved
@@ -195,7 +195,7 @@ class CommonPrefix:
     @contextmanager
     def sharing(self, model: nn.Module, start: int = 0, size: int = 1) -> Iterator[None]:
         """For the time of a pass over S·N rows: those of the draws from `start` on, `size` of them."""
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        base = base_of(model)
         name = cache_argument(base) if _ON.get() and self._fits and _by_position(base) else None
 
         def shared(_: nn.Module, args: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:

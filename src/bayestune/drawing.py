@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bayestune.common import CommonPrefix
-from bayestune.lora import adapted_layers, drawn, evaluating
+from bayestune.lora import adapted_layers, base_of, drawn, evaluating
 from bayestune.posterior import Batch, Drawable, Draws, mean_logits, on_device
 from bayestune.prefix import SharedPrefix
 from bayestune.snapshot import Snapshot
@@ -109,7 +109,7 @@ class _Once:
         """By the slots that are drawn."""
         layers = adapted_layers(model, adapter)
         paths = {name.rpartition(".")[0] for name in stacks}
-        inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        inner: Any = base_of(model)
         head = inner.get_output_embeddings()
         if {layers[path] for path in paths} == {head}:
             return cls(head=head)

@@ -88,6 +88,11 @@ def attach(model: nn.Module, lora: Lora) -> PeftModel:
     return get_peft_model(model, config)  # type: ignore[arg-type]
 
 
+def base_of(model: nn.Module) -> Any:
+    """The transformers model, with or without PEFT's wrapper around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
 def adapted_layers(model: nn.Module, adapter: str = ADAPTER) -> dict[str, LoraLayer]:
     """The modules that hold the adapter, by their path in the base model (the same with or without PEFT's wrapper)."""
     return {
@@ -284,12 +289,6 @@ def drawn(model: nn.Module, weights: Mapping[str, Tensor], adapter: str = ADAPTE
         yield
     finally:
         put(model, kept, adapter)
-
-
-def dropouts(model: nn.Module, adapter: str = ADAPTER) -> list[nn.Dropout]:
-    """The adapter's dropout modules, one a layer; none where its probability is 0."""
-    modules = [layer.lora_dropout[adapter] for layer in adapted_layers(model, adapter).values()]
-    return [module for module in modules if isinstance(module, nn.Dropout)]
 
 
 @contextmanager

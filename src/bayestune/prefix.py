@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from bayestune.common import cache_argument
-from bayestune.lora import ADAPTER, drawn
+from bayestune.lora import ADAPTER, base_of, drawn
 
 
 class SharedPrefix(nn.Module):
@@ -36,7 +36,7 @@ class SharedPrefix(nn.Module):
         super().__init__()
         if length < 1:
             raise ValueError(f"shared_prefix must leave the draws one token or more: got {length}; 16 is usual")
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        base = base_of(model)
         accepted = inspect.signature(base.forward).parameters  # type: ignore[arg-type]
         if (cache := cache_argument(base)) is None:
             raise ValueError(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from bayestune.lora import group_rows, is_classifier
+from bayestune.lora import base_of, group_rows, is_classifier
 from bayestune.questions import Question, Scoring
 from bayestune.tasks import Task
 from bayestune.tokens import Encoder, answer_tokens, left_padded, positions, right_padded, token_ids
@@ -28,8 +28,7 @@ def _with_labels(batch: dict[str, Tensor], rows: Sequence[Encoded]) -> dict[str,
 
 def last_logits(model: nn.Module, inputs: Mapping[str, Any], keep: int) -> Tensor:
     """The logits (B, keep, V) of the last `keep` positions, and no others where the model can leave them out."""
-    inner = model.module if hasattr(model, "module") else model
-    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner  # type: ignore[operator]
+    inner: Any = base_of(model.module if hasattr(model, "module") else model)  # type: ignore[arg-type]
     accepted = inspect.signature(inner.forward).parameters  # type: ignore[arg-type]
     optional = {"position_ids": inputs["position_ids"], "logits_to_keep": keep, "use_cache": False}
     optional = {name: value for name, value in optional.items() if name in accepted}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bayestune.drawing import repeat_rows
-from bayestune.lora import ADAPTER, dropouts, evaluating
+from bayestune.lora import ADAPTER, adapted_layers, evaluating
 from bayestune.posterior import Batch, Draws, Saved, Scorer, State, mean_logits, on_device, seeded
 
 
@@ -69,3 +69,9 @@ class Dropout:
     @classmethod
     def restore(cls, saved: Saved) -> Self:  # noqa: D102
         return cls(saved.model, saved.score, adapter=saved.adapter)
+
+
+def dropouts(model: nn.Module, adapter: str = ADAPTER) -> list[nn.Dropout]:
+    """The adapter's dropout modules, one a layer; none where its probability is 0."""
+    modules = [layer.lora_dropout[adapter] for layer in adapted_layers(model, adapter).values()]
+    return [module for module in modules if isinstance(module, nn.Dropout)]
