@@ -1,133 +1,52 @@
-"""A tiny model, its tokenizers and a tiny task; nothing here needs a network."""
+"""Fixtures around the tiny models, tokenizers and tasks of `tiny.py`."""
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
+from transformers import BertForSequenceClassification, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from bayestune import Task
+from tiny import (
+    byte_level_tokenizer,
+    coloured_questions,
+    labelled_sentences,
+    sentencepiece_tokenizer,
+    tiny_bert,
+    tiny_llama,
 )
 
-from bayestune.questions import CHOICES, Question
-from bayestune.tasks import Task
-
 torch.set_num_threads(1)
-
-WORDS = "Question Answer Choices Passage Return the label of correct answer for question below red green blue A B C D E"
-
-
-def corpus() -> list[str]:
-    letters = [f"Choices:\n{x}) red\nAnswer: {x}" for x in "ABCDE"]
-    words = [f"{WORDS} what is {a} and {b}? True False" for a in ("red", "green", "blue") for b in ("sky", "grass")]
-    return (letters + words) * 20
-
-
-def trained(tokenizer: Tokenizer, **trainer: object) -> PreTrainedTokenizerFast:
-    tokenizer.train_from_iterator(
-        corpus(), trainers.BpeTrainer(vocab_size=400, special_tokens=["<pad>", "<s>", "</s>"], **trainer)
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=512
-    )
 
 
 @pytest.fixture(scope="session")
 def byte_level() -> PreTrainedTokenizerFast:
-    """GPT-2's kind: byte-level BPE, where a word carries its leading space."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return trained(tokenizer, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    return byte_level_tokenizer()
 
 
 @pytest.fixture(scope="session")
 def sentencepiece() -> PreTrainedTokenizerFast:
-    """Llama's kind: ▁ for a space, one put before the text."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
-    tokenizer.train_from_iterator(
-        corpus(), trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>", "<pad>", "<s>", "</s>"])
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
+    return sentencepiece_tokenizer()
 
 
 @pytest.fixture
 def llama() -> Callable[..., LlamaForCausalLM]:
-    """Makes a tiny Llama with seeded random weights."""
-
-    def make(**changes: object) -> LlamaForCausalLM:
-        torch.manual_seed(0)
-        settings = {
-            "vocab_size": 400,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "max_position_embeddings": 512,
-            "tie_word_embeddings": False,
-            "pad_token_id": 0,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        }
-        return LlamaForCausalLM(LlamaConfig(**{**settings, **changes}))
-
-    return make
+    return tiny_llama
 
 
 @pytest.fixture
 def bert() -> Callable[..., BertForSequenceClassification]:
-    """Makes a tiny encoder with a fresh head of three classes and seeded random weights."""
-
-    def make(**changes: object) -> BertForSequenceClassification:
-        torch.manual_seed(0)
-        settings = {
-            "vocab_size": 400,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_labels": 3,
-            "pad_token_id": 0,
-        }
-        return BertForSequenceClassification(BertConfig(**{**settings, **changes}))
-
-    return make
+    return tiny_bert
 
 
 @pytest.fixture(scope="session")
 def labelled_task() -> Task:
-    """Twelve training, six held-out and six evaluation sentences of three classes, some with a context."""
-    colours = ("red", "green", "blue")
-
-    def row(i: int) -> Question:
-        text = f"what is {colours[i % 3]} and {'red ' * (i // 3)}{WORDS.split()[i % 9]}?"
-        return Question(f"s{i}", text, colours, i % 3, "the sky" if i % 2 else "")
-
-    rows = tuple(row(i) for i in range(24))
-    return Task("labelled", rows[:12], rows[18:], rows[12:18])
+    return labelled_sentences()
 
 
 @pytest.fixture(scope="session")
 def tiny_task() -> Task:
-    """Twelve training and six evaluation questions with three or four options."""
-    colours = ("red", "green", "blue", "the sky")
-
-    def row(i: int) -> Question:
-        options = colours if i % 3 else colours[:3]
-        return Question(f"q{i}", f"what is {colours[i % 4]} and {colours[(i + 1) % 4]}?", options, i % len(options))
-
-    rows = tuple(row(i) for i in range(18))
-    held_out = tuple(replace(row(i), id=f"h{i}", question=f"and what is {colours[i % 4]}?") for i in range(4))
-    return Task("tiny", rows[:12], rows[12:], held_out, prompt=CHOICES)
+    return coloured_questions()
