@@ -19,14 +19,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bayestune.adaptive import Adaptive, AdaptivePrediction, in_rounds, predict_adaptively
-from bayestune.artefact import load_posterior
-from bayestune.evaluation import draw_logits
+from bayestune.data import load_task
+from bayestune.evaluation import Adaptive, predict_adaptively
+from bayestune.evaluation.adaptive import AdaptivePrediction, in_rounds
+from bayestune.forward import Draws
 from bayestune.metrics import accuracy, ece, nll
-from bayestune.posterior import Draws, Posterior
-from bayestune.runs import open_folder, scorer_of
-from bayestune.scoring import Scorer
-from bayestune.tasks import load_task
+from bayestune.posteriors import Posterior, load_posterior
+from bayestune.scoring import Scorer, row_logits
+from bayestune.session import open_folder, scorer_of
 from harness import Case, Spread, device_of, environment, interleave, parser_of, report, timed_case
 
 Amounts = dict[str, float]
@@ -44,18 +44,32 @@ class Opened:
         """What the options name."""
         details, loaded = open_folder(options.posterior, options.model)
         loaded.model.to(device)
-        task = load_task(options.task, options.data_root).subset(evaluation=options.rows, seed=options.seed)
+        task = load_task(options.task, options.data_root).subset(
+            evaluation=options.rows, seed=options.seed
+        )
         scorer = scorer_of(details, loaded, task)
         return cls(load_posterior(loaded.model, options.posterior, scorer), scorer)
 
     def draws(self, options: Namespace) -> dict[str, Tensor]:
         """Logits (S, N, C) of all draws, and labels (N,)."""
-        questions, which = self.scorer.task.evaluation, Draws(options.draws, shared_prefix=options.shared_prefix)
-        rows = self.scorer.encode(questions)
-        logits = draw_logits(
-            self.posterior, self.scorer, rows, which, batch_size=options.batch_size, bf16=options.bf16, progress="draw"
+        questions, which = (
+            self.scorer.task.evaluation,
+            Draws(options.draws, shared_prefix=options.shared_prefix),
         )
-        return {"logits": logits.contiguous(), "labels": torch.tensor([row.answer for row in questions])}
+        rows = self.scorer.encode(questions)
+        logits = row_logits(
+            self.posterior,
+            self.scorer,
+            rows,
+            which,
+            batch_size=options.batch_size,
+            bf16=options.bf16,
+            progress="draw",
+        )
+        return {
+            "logits": logits.contiguous(),
+            "labels": torch.tensor([row.answer for row in questions]),
+        }
 
     def action(self, rule: Adaptive, options: Namespace) -> Callable[[int], object]:
         """Predicts all rows under a rule."""
@@ -71,11 +85,15 @@ def rules_of(options: Namespace, most: int) -> dict[str, Adaptive]:
     for error in options.standard_errors:
         found[f"standard error {error:g}"] = Adaptive(**sizes, standard_error=error)
     for error in options.standard_errors:
-        found[f"standard error {error:g} or decided"] = Adaptive(**sizes, standard_error=error, decided=True)
+        found[f"standard error {error:g} or decided"] = Adaptive(
+            **sizes, standard_error=error, decided=True
+        )
     return found
 
 
-def amounts_of(prediction: AdaptivePrediction, labels: Tensor, whole: AdaptivePrediction) -> Amounts:
+def amounts_of(
+    prediction: AdaptivePrediction, labels: Tensor, whole: AdaptivePrediction
+) -> Amounts:
     """Draws a row, metrics, and the share of decisions that are not those of all draws."""
     probabilities = prediction.probabilities
     return {
@@ -94,7 +112,10 @@ def replay(logits: Tensor, labels: Tensor, rules: Mapping[str, Adaptive]) -> dic
     def saved(rows: list[int], draws: range) -> Tensor:
         return logits[draws.start : draws.stop, rows]
 
-    found = {f"{count} draws": AdaptivePrediction.of(logits[:count]) for count in range(1, len(logits) + 1)}
+    found = {
+        f"{count} draws": AdaptivePrediction.of(logits[:count])
+        for count in range(1, len(logits) + 1)
+    }
     found |= {name: in_rounds(saved, len(labels), rule) for name, rule in rules.items()}
     return {name: amounts_of(prediction, labels, whole) for name, prediction in found.items()}
 
@@ -123,7 +144,9 @@ def same_nll(curve: Sequence[float], value: float) -> float:
     return float(len(curve))
 
 
-def replayed(logits: Tensor, labels: Tensor, rules: Mapping[str, Adaptive], options: Namespace) -> list[Case]:
+def replayed(
+    logits: Tensor, labels: Tensor, rules: Mapping[str, Adaptive], options: Namespace
+) -> list[Case]:
     """A case for some fixed numbers of draws and for each rule."""
     generator, most = torch.Generator().manual_seed(options.seed), len(logits)
     orders = [torch.randperm(most, generator=generator) for _ in range(options.orders)]
@@ -144,7 +167,9 @@ def replayed(logits: Tensor, labels: Tensor, rules: Mapping[str, Adaptive], opti
     ]
 
 
-def timed(opened: Opened, rules: Mapping[str, Adaptive], options: Namespace, device: torch.device) -> list[Case]:
+def timed(
+    opened: Opened, rules: Mapping[str, Adaptive], options: Namespace, device: torch.device
+) -> list[Case]:
     """Seconds of each rule on the model over those of all draws in one round."""
     plain = f"{options.draws} draws"
     every = {plain: Adaptive(most=options.draws, least=max(2, options.draws)), **rules}
@@ -159,19 +184,42 @@ def parser() -> ArgumentParser:
     made.add_argument("--posterior", type=Path, default=None, help="a folder of `bayestune fit`")
     made.add_argument("--model", default=None, help="its base model, where it has moved")
     made.add_argument("--task", default="arc_easy", help="whose evaluation rows")
-    made.add_argument("--data_root", type=Path, default=None, help="folder of the data sets; left out: the Hub")
+    made.add_argument(
+        "--data_root", type=Path, default=None, help="folder of the data sets; left out: the Hub"
+    )
     made.add_argument("--rows", type=int, default=300, help="of the task, seeded")
     made.add_argument("--batch_size", type=int, default=8, help="rows of a batch")
     made.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
-    made.add_argument("--shared_prefix", type=int, default=None, help="draw only the last tokens of a prompt")
-    made.add_argument("--logits_file", type=Path, default=None, help="saved logits (S, N, C) and labels (N,) instead")
+    made.add_argument(
+        "--shared_prefix", type=int, default=None, help="draw only the last tokens of a prompt"
+    )
+    made.add_argument(
+        "--logits_file",
+        type=Path,
+        default=None,
+        help="saved logits (S, N, C) and labels (N,) instead",
+    )
     made.add_argument("--save_logits", type=Path, default=None, help="keep them in this file")
     made.add_argument("--draws", type=int, default=10, help="S, the most a row can have")
     made.add_argument("--least", type=int, default=4, help="draws of the first round")
     made.add_argument("--round_size", type=int, default=2, help="draws of a later round")
-    made.add_argument("--standard_errors", type=float, nargs="*", default=[0.1, 0.05, 0.03, 0.02, 0.01], help="tried")
-    made.add_argument("--fixed", type=int, nargs="*", default=[1, 2, 3, 5, 7], help="fixed numbers of draws to show")
-    made.add_argument("--orders", type=int, default=20, help="orders of the draws that are replayed")
+    made.add_argument(
+        "--standard_errors",
+        type=float,
+        nargs="*",
+        default=[0.1, 0.05, 0.03, 0.02, 0.01],
+        help="tried",
+    )
+    made.add_argument(
+        "--fixed",
+        type=int,
+        nargs="*",
+        default=[1, 2, 3, 5, 7],
+        help="fixed numbers of draws to show",
+    )
+    made.add_argument(
+        "--orders", type=int, default=20, help="orders of the draws that are replayed"
+    )
     made.add_argument("--timed", action="store_true", help="time the rules on the model too")
     return made
 
@@ -198,7 +246,9 @@ def draws_of(opened: Opened | None, options: Namespace) -> tuple[Tensor, Tensor]
         save_file(saved, options.save_logits)
     logits, labels = saved["logits"], saved["labels"]
     if len(logits) < options.draws:
-        raise ValueError(f"too few draws: got {len(logits)}, expected --draws {options.draws}; ask for fewer")
+        raise ValueError(
+            f"too few draws: got {len(logits)}, expected --draws {options.draws}; ask for fewer"
+        )
     return logits[: options.draws], labels
 
 
@@ -213,7 +263,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cases = replayed(logits, labels, rules, options)
     if opened is not None and options.timed:
         cases += timed(opened, rules, options, device)
-    source = options.logits_file.name if opened is None else f"{options.posterior.name}, {options.task}"
+    source = (
+        options.logits_file.name if opened is None else f"{options.posterior.name}, {options.task}"
+    )
     rounds = f"rounds of {options.least} and then {options.round_size}"
     title = f"Draws used / {options.draws} draws: {source}, {len(labels)} rows, {rounds}"
     report("adaptive", title, cases, options, where)

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
-from bayestune.allocator import keep_freed_memory
-from bayestune.posterior import Draws
+from bayestune.forward import Draws
+from bayestune.runtime import keep_freed_memory
 from draws import as_if_trained
 from harness import Action, Case, device_of, environment, interleave, parser_of, report, timed_case
 from subjects import (
@@ -36,7 +36,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_model_options(parser, required=True)
     add_prompt_options(parser, rows=8)
     parser.add_argument("--draws", type=int, default=10, help="how many")
-    parser.add_argument("--precisions", choices=PRECISIONS, nargs="+", default=list(PRECISIONS), help="each measured")
+    parser.add_argument(
+        "--precisions",
+        choices=PRECISIONS,
+        nargs="+",
+        default=list(PRECISIONS),
+        help="each measured",
+    )
     options = parser.parse_args(arguments)
     device = device_of(options)
     if not keep_freed_memory():

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from bayestune.attention import eager_attention
+from bayestune.training.cpu_attention import eager_attention
 from harness import Action, Case, device_of, environment, interleave, parser_of, report, timed_case
 from subjects import (
     PRECISIONS,
@@ -33,14 +33,20 @@ def under(model: nn.Module, active: bool, step: TrainingStep) -> Action:
     return act
 
 
-def cases_of(model: nn.Module, loss: Loss, length: int, options: Namespace, device: torch.device) -> list[Case]:
+def cases_of(
+    model: nn.Module, loss: Loss, length: int, options: Namespace, device: torch.device
+) -> list[Case]:
     """A line for each precision."""
     cases = []
     for precision in options.precisions:
         step = training_step(model, "row", loss, precision)
         actions = {EAGER: under(model, True, step), FUSED: under(model, False, step)}
         seconds = interleave(actions, options.repeats, warmup=options.warmup, device=device)
-        cases.append(timed_case(f"{options.rows}×{length} tokens, {precision}", seconds, (EAGER, FUSED), None))
+        cases.append(
+            timed_case(
+                f"{options.rows}×{length} tokens, {precision}", seconds, (EAGER, FUSED), None
+            )
+        )
     return cases
 
 
@@ -49,8 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = parser_of(__doc__, repeats=8)
     add_model_options(parser)
     parser.add_argument("--rows", type=int, default=4, help="of the batch")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[64, 128, 192, 300], help="tokens of a row")
-    parser.add_argument("--precisions", choices=PRECISIONS, nargs="+", default=list(PRECISIONS), help="each a line")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[64, 128, 192, 300], help="tokens of a row"
+    )
+    parser.add_argument(
+        "--precisions", choices=PRECISIONS, nargs="+", default=list(PRECISIONS), help="each a line"
+    )
     options = parser.parse_args(arguments)
     device = device_of(options)
     where, base = environment(device), base_model(options, device)

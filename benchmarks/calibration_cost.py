@@ -21,15 +21,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import pad
 
-from bayestune.artefact import load_posterior
-from bayestune.evaluation import draw_logits
-from bayestune.forms import Gaussian
-from bayestune.layers import GaussianLinear
-from bayestune.lora import gaussian_layers
-from bayestune.posterior import Draws
-from bayestune.runs import open_folder, scorer_of
-from bayestune.scoring import Encoded, Scorer
-from bayestune.tasks import load_task
+from bayestune.adapters import GaussianLinear, gaussian_layers
+from bayestune.data import load_task
+from bayestune.forward import Draws
+from bayestune.posteriors import Gaussian, load_posterior
+from bayestune.scoring import Scorer, row_logits
+from bayestune.scoring.tokens import Encoded
+from bayestune.session import open_folder, scorer_of
 from calibration_page import render
 from calibration_table import EXACT, MEAN, QUESTION, Setting, chosen, counts_of, score, settings_of
 from harness import environment, interleave, quantile
@@ -45,7 +43,11 @@ class LastBlocks(Gaussian):
     def draw(self, index: int, seed: int = 0) -> dict[str, Tensor]:
         """The draw's slots in the last blocks."""
         first = max(0, self.model.config.num_hidden_layers - self.blocks)  # type: ignore[union-attr, operator]
-        return {name: w for name, w in Gaussian.draw(self, index, seed).items() if block_of(name) >= first}
+        return {
+            name: w
+            for name, w in Gaussian.draw(self, index, seed).items()
+            if block_of(name) >= first
+        }
 
 
 def block_of(slot: str) -> int:
@@ -100,7 +102,11 @@ class Subject:
         """
         key = setting.blocks, setting.draws
         if key not in self.drawn:
-            model, score, adapter = self.posterior.model, self.posterior.score, self.posterior.adapter
+            model, score, adapter = (
+                self.posterior.model,
+                self.posterior.score,
+                self.posterior.adapter,
+            )
             whole = Gaussian(model, score, adapter=adapter)
             part = LastBlocks(model, score, adapter=adapter, blocks=setting.blocks)
             self.drawn[key] = part if setting.blocks else whole
@@ -116,10 +122,13 @@ class Subject:
                 places = order[start : start + size]
                 batch = [rows[i] for i in places]
                 draws = Draws(setting.draws, shared_prefix=self.prefix(setting, batch))
-                logits = draw_logits(posterior, self.scorer, batch, draws, batch_size=size)
+                logits = row_logits(posterior, self.scorer, batch, draws, batch_size=size)
                 parts.update(zip(places, logits.unbind(1), strict=True))
         width = max(part.shape[-1] for part in parts.values())
-        padded = [pad(parts[i], (0, width - parts[i].shape[-1]), value=-torch.inf) for i in range(len(rows))]
+        padded = [
+            pad(parts[i], (0, width - parts[i].shape[-1]), value=-torch.inf)
+            for i in range(len(rows))
+        ]
         return torch.stack(padded, 1)
 
     def prefix(self, setting: Setting, batch: Sequence[Encoded]) -> int | None:
@@ -136,15 +145,23 @@ def subject(options: Namespace) -> Subject:
         ValueError: if the posterior is not Gaussian, no rows are held out, or the weights are of another type.
     """
     details, loaded = open_folder(options.posterior, options.model)
-    task = load_task(options.task, options.data_root).subset(options.train_rows, options.rows, options.holdout)
+    task = load_task(options.task, options.data_root).subset(
+        options.train_rows, options.rows, options.holdout
+    )
     scorer = scorer_of(details, loaded, task)
     posterior = load_posterior(loaded.model, options.posterior, scorer)
     if not isinstance(posterior, Gaussian):
-        raise ValueError(f"got a {type(posterior).__name__}, expected a Gaussian posterior: fit BLoB")
+        raise ValueError(
+            f"got a {type(posterior).__name__}, expected a Gaussian posterior: fit BLoB"
+        )
     if not task.held_out:
-        raise ValueError(f"no held-out rows: got holdout={options.holdout}, expected a part of train; set --holdout")
+        raise ValueError(
+            f"no held-out rows: got holdout={options.holdout}, expected a part of train; set --holdout"
+        )
     if options.dtype not in (None, dtype := dtype_of(posterior)):
-        raise ValueError(f"got --dtype {options.dtype}, expected {dtype}, the posterior's: leave --dtype out")
+        raise ValueError(
+            f"got --dtype {options.dtype}, expected {dtype}, the posterior's: leave --dtype out"
+        )
     parts = {"held_out": task.held_out[: options.held_out_rows], "evaluation": task.evaluation}
     rows = {name: scorer.encode(part) for name, part in parts.items()}
     labels = {name: torch.tensor([row.answer for row in part]) for name, part in parts.items()}
@@ -158,7 +175,9 @@ def keep(one: Subject, setting: Setting, part: str, options: Namespace) -> None:
         return
     begin = time.perf_counter()
     logits = one.logits(setting, one.rows[part], options.batch)
-    save_file({"logits": logits.contiguous(), "labels": one.labels[part]}, path.with_suffix(".partial"))
+    save_file(
+        {"logits": logits.contiguous(), "labels": one.labels[part]}, path.with_suffix(".partial")
+    )
     path.with_suffix(".partial").replace(path)
     print(f"{options.task} {part} {setting.name}: {time.perf_counter() - begin:.1f} s", flush=True)
 
@@ -181,12 +200,27 @@ def cost(options: Namespace) -> None:
     """
     options.output.mkdir(parents=True, exist_ok=True)
     one, settings = subject(options), [s for s in settings_of(options) if s.factor == 1.0]
-    where = {**environment(one.device), "precision": one.precision, "dtype": dtype_of(one.posterior)}
-    fewer = [replace(s, draws=count) for s in settings if s.kind == EXACT for count in counts_of(s) if count < s.draws]
+    where = {
+        **environment(one.device),
+        "precision": one.precision,
+        "dtype": dtype_of(one.posterior),
+    }
+    fewer = [
+        replace(s, draws=count)
+        for s in settings
+        if s.kind == EXACT
+        for count in counts_of(s)
+        if count < s.draws
+    ]
     order = sorted(one.rows["evaluation"], key=lambda row: row["length"])
     if len(order) < options.batch:
-        raise ValueError(f"no batch: got {len(order)} evaluation rows, expected {options.batch} or more; lower --batch")
-    starts = [int(quantile(range(len(order) - options.batch + 1), part)) for part in (0.1, 0.3, 0.5, 0.7, 0.9)]
+        raise ValueError(
+            f"no batch: got {len(order)} evaluation rows, expected {options.batch} or more; lower --batch"
+        )
+    starts = [
+        int(quantile(range(len(order) - options.batch + 1), part))
+        for part in (0.1, 0.3, 0.5, 0.7, 0.9)
+    ]
     batches = [order[start : start + options.batch] for start in starts]
 
     def act(setting: Setting, turn: int) -> None:
@@ -197,7 +231,11 @@ def cost(options: Namespace) -> None:
     lengths = [max(row["length"] for row in batch) for batch in batches]
     facts = {**where, "batch": options.batch, "tokens": lengths}
     tensors = {name: torch.tensor(values, dtype=torch.float64) for name, values in seconds.items()}
-    save_file(tensors, options.output / "cost.safetensors", {name: str(value) for name, value in facts.items()})
+    save_file(
+        tensors,
+        options.output / "cost.safetensors",
+        {name: str(value) for name, value in facts.items()},
+    )
 
 
 def dtype_of(posterior: Gaussian) -> str:
@@ -213,41 +251,73 @@ def read_cost(folder: Path) -> tuple[dict[str, float], dict[str, str]]:
     with safe_open(path, "pt") as file:
         seconds = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata = dict(file.metadata())
-    return {name: (values / seconds[MEAN]).median().item() for name, values in seconds.items()}, metadata
+    return {
+        name: (values / seconds[MEAN]).median().item() for name, values in seconds.items()
+    }, metadata
 
 
 def table(options: Namespace) -> None:
     """The record of one task, then the page and the picture of all tasks."""
     costs, where = read_cost(options.output)
-    facts: dict[str, Any] = {"benchmark": "calibration_cost", "task": options.task, "model": Path(options.model).name}
+    facts: dict[str, Any] = {
+        "benchmark": "calibration_cost",
+        "task": options.task,
+        "model": Path(options.model).name,
+    }
     record = score(options.output, settings_of(options), costs, options.resamples)
-    render({**facts, "cost_measured_on": where, **record}, options.json, options.page, options.picture)
+    render(
+        {**facts, "cost_measured_on": where, **record}, options.json, options.page, options.picture
+    )
 
 
 def parser() -> ArgumentParser:
     """The command's options."""
     made = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
     made.add_argument("step", choices=("collect", "cost", "table"), help="what to do")
-    made.add_argument("--posterior", type=Path, required=True, help="a folder of `bayestune fit --method blob`")
+    made.add_argument(
+        "--posterior", type=Path, required=True, help="a folder of `bayestune fit --method blob`"
+    )
     made.add_argument("--model", required=True, help="its base model")
     made.add_argument("--task", required=True, help="its name in the table")
-    made.add_argument("--data_root", type=Path, default=None, help="folder of the data sets; left out: the Hub")
+    made.add_argument(
+        "--data_root", type=Path, default=None, help="folder of the data sets; left out: the Hub"
+    )
     made.add_argument("--train_rows", type=int, default=None, help="as in the fit")
     made.add_argument("--holdout", type=float, default=0.0, help="as in the fit")
-    made.add_argument("--output", type=Path, required=True, help="where logits and seconds are kept")
+    made.add_argument(
+        "--output", type=Path, required=True, help="where logits and seconds are kept"
+    )
     made.add_argument("--rows", type=int, default=300, help="evaluation rows")
     made.add_argument("--held_out_rows", type=int, default=120, help="held-out rows, at most")
     made.add_argument("--batch", type=int, default=8, help="rows of a batch")
     made.add_argument("--draws", type=int, default=10, help="S")
-    made.add_argument("--prefixes", nargs="+", default=["1", "4", "16", "32", QUESTION], help="m of shared prefixes")
-    made.add_argument("--blocks", type=int, nargs="+", default=[1, 4, 8], help="last blocks, drawn alone")
-    made.add_argument("--factors", type=float, nargs="+", default=[1.5, 2.0, 3.0], help="on Ω, beside 1")
-    made.add_argument("--factors_for", nargs="+", default=["1", "4", "16"], help="m that get a factor; one block does")
+    made.add_argument(
+        "--prefixes",
+        nargs="+",
+        default=["1", "4", "16", "32", QUESTION],
+        help="m of shared prefixes",
+    )
+    made.add_argument(
+        "--blocks", type=int, nargs="+", default=[1, 4, 8], help="last blocks, drawn alone"
+    )
+    made.add_argument(
+        "--factors", type=float, nargs="+", default=[1.5, 2.0, 3.0], help="on Ω, beside 1"
+    )
+    made.add_argument(
+        "--factors_for",
+        nargs="+",
+        default=["1", "4", "16"],
+        help="m that get a factor; one block does",
+    )
     made.add_argument("--turns", type=int, default=10, help="of the measurement of cost")
     made.add_argument("--resamples", type=int, default=2000, help="of the bootstrap")
-    made.add_argument("--dtype", choices=DTYPES, default=None, help="of the weights; left out: as fitted")
+    made.add_argument(
+        "--dtype", choices=DTYPES, default=None, help="of the weights; left out: as fitted"
+    )
     made.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
-    made.add_argument("--json", type=Path, default=None, help="file of the tasks' records, one a line")
+    made.add_argument(
+        "--json", type=Path, default=None, help="file of the tasks' records, one a line"
+    )
     made.add_argument("--page", type=Path, default=None, help="page to render from it")
     made.add_argument("--picture", type=Path, default=None, help="picture to draw from it")
     return made

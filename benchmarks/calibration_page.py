@@ -26,10 +26,14 @@ def append(record: Record, file: Path) -> list[dict[str, Any]]:
     """The file's records with this one in place of its task's older one."""
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     records = [json.loads(line) for line in lines]
-    others = [one for one in records if (one["task"], one["model"]) != (record["task"], record["model"])]
+    others = [
+        one for one in records if (one["task"], one["model"]) != (record["task"], record["model"])
+    ]
     records = [*others, dict(record)]
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(one, allow_nan=False) + "\n" for one in records), encoding="utf-8")
+    file.write_text(
+        "".join(json.dumps(one, allow_nan=False) + "\n" for one in records), encoding="utf-8"
+    )
     return records
 
 
@@ -55,8 +59,20 @@ def section(record: Record) -> str:
     where = record["cost_measured_on"]
     shown = ("device", "threads", "load", "dtype", "precision", "batch", "tokens", "revision")
     said = " · ".join(f"{name} {where[name]}" for name in shown if where.get(name))
-    heads = ("setting", "cost", "NLL", "gain kept, %", "ECE %", "ACC %", "T", "NLL at T", "ECE % at T")
-    lines = sorted(record["lines"], key=lambda line: (list(KINDS).index(line["kind"]), line["cost"] or 0))
+    heads = (
+        "setting",
+        "cost",
+        "NLL",
+        "gain kept, %",
+        "ECE %",
+        "ACC %",
+        "T",
+        "NLL at T",
+        "ECE % at T",
+    )
+    lines = sorted(
+        record["lines"], key=lambda line: (list(KINDS).index(line["kind"]), line["cost"] or 0)
+    )
     return "\n".join(
         [
             f"## {record['task']}, {record['model']}",
@@ -75,7 +91,11 @@ def section(record: Record) -> str:
 
 def _panel(axes: Axes, record: Record, metric: str) -> None:
     for kind, (marker, colour, label) in KINDS.items():
-        lines = [line for line in record["lines"] if line["kind"] == kind and line["cost"] and line["factor"] == 1]
+        lines = [
+            line
+            for line in record["lines"]
+            if line["kind"] == kind and line["cost"] and line["factor"] == 1
+        ]
         lines.sort(key=lambda line: line["cost"])
         axes.plot(
             [line["cost"] for line in lines],
@@ -96,7 +116,13 @@ def _panel(axes: Axes, record: Record, metric: str) -> None:
         label="with a factor on Ω",
     )
     mean = next(line for line in record["lines"] if line["kind"] == "mean")
-    axes.axhline(mean["tempered"][metric], color=VERMILLION, linewidth=0.9, linestyle=":", label="mean, temperature")
+    axes.axhline(
+        mean["tempered"][metric],
+        color=VERMILLION,
+        linewidth=0.9,
+        linestyle=":",
+        label="mean, temperature",
+    )
     axes.set_xscale("log")
     axes.set_xticks([1, 2, 3, 5, 10], ["1", "2", "3", "5", "10"])
     axes.minorticks_off()
@@ -127,9 +153,18 @@ def render(record: Record, file: Path | None, page: Path | None, picture: Path |
         return
     records = append(record, file)
     if page is not None:
-        note = NOTE.read_text(encoding="utf-8").strip() if NOTE.is_file() else "# Calibration against cost"
+        note = (
+            NOTE.read_text(encoding="utf-8").strip()
+            if NOTE.is_file()
+            else "# Calibration against cost"
+        )
         text = "\n\n".join([note, *(section(one).strip() for one in records)])
         page.parent.mkdir(parents=True, exist_ok=True)
         page.write_text(text + "\n", encoding="utf-8")
     if picture is not None:
-        save(figure_of([one for one in records if any(line["cost"] for line in one["lines"])] or records), picture)
+        save(
+            figure_of(
+                [one for one in records if any(line["cost"] for line in one["lines"])] or records
+            ),
+            picture,
+        )

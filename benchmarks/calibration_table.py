@@ -30,7 +30,12 @@ class Setting:
     @property
     def name(self) -> str:
         """Its name in files and tables."""
-        detail = {MEAN: "", EXACT: f" {self.draws}", PREFIX: f" {self.prefix}", BLOCKS: f" {self.blocks}"}[self.kind]
+        detail = {
+            MEAN: "",
+            EXACT: f" {self.draws}",
+            PREFIX: f" {self.prefix}",
+            BLOCKS: f" {self.blocks}",
+        }[self.kind]
         return f"{self.kind}{detail}" + (f" ×{self.factor:g}" if self.factor != 1 else "")
 
     def file(self, folder: Path, part: str) -> Path:
@@ -70,7 +75,9 @@ def chosen(folder: Path, settings: Sequence[Setting]) -> list[Setting]:
     best = []
     for setting in plain:
         family = [other for other in settings if replace(other, factor=1.0) == setting]
-        losses = {other: row_nll(*kept(folder, other, "held_out")).mean().item() for other in family}
+        losses = {
+            other: row_nll(*kept(folder, other, "held_out")).mean().item() for other in family
+        }
         if len(family) > 1 and (winner := min(losses, key=losses.__getitem__)) != setting:
             best.append(winner)
     return plain + best
@@ -82,7 +89,9 @@ def scores(logits: Tensor, labels: Tensor) -> dict[str, float]:
     return {m.__name__: m(probabilities, labels) for m in (nll, ece, accuracy)}
 
 
-def share_kept(mean: Tensor, exact: Tensor, other: Tensor, resamples: int) -> tuple[float, float, float]:
+def share_kept(
+    mean: Tensor, exact: Tensor, other: Tensor, resamples: int
+) -> tuple[float, float, float]:
     """(L_mean − L)/(L_mean − L_exact) of the rows' NLL (N,), with a bootstrap interval of 95 %."""
     generator = torch.Generator().manual_seed(0)
     picks = torch.randint(len(mean), (resamples, len(mean)), generator=generator)
@@ -108,18 +117,32 @@ def lines_of(folder: Path, settings: Sequence[Setting]) -> Iterator[tuple[Settin
             yield replace(setting, draws=count), logits[:count], held_out[:count]
 
 
-def score(folder: Path, settings: Sequence[Setting], costs: dict[str, float], resamples: int) -> dict[str, Any]:
+def score(
+    folder: Path, settings: Sequence[Setting], costs: dict[str, float], resamples: int
+) -> dict[str, Any]:
     """The task's lines: cost in passes of the mean, scores with and without temperature, and the share kept."""
     by_kind = {setting.kind: setting for setting in settings[:2]}
-    labels, held_labels = kept(folder, by_kind[MEAN], "evaluation")[1], kept(folder, by_kind[MEAN], "held_out")[1]
+    labels, held_labels = (
+        kept(folder, by_kind[MEAN], "evaluation")[1],
+        kept(folder, by_kind[MEAN], "held_out")[1],
+    )
     mean, exact = (row_nll(*kept(folder, by_kind[kind], "evaluation")) for kind in (MEAN, EXACT))
     lines = []
     for setting, logits, held_out in lines_of(folder, settings):
         temperature = best_temperature(held_out, held_labels)
         share, low, high = share_kept(mean, exact, row_nll(logits, labels), resamples)
-        line: dict[str, Any] = {"name": setting.name, "kind": setting.kind, "factor": setting.factor}
+        line: dict[str, Any] = {
+            "name": setting.name,
+            "kind": setting.kind,
+            "factor": setting.factor,
+        }
         line |= {"cost": costs.get(replace(setting, factor=1.0).name), **scores(logits, labels)}
         line |= {"share": share, "share_low": low, "share_high": high}
         line["tempered"] = {"temperature": temperature, **scores(logits / temperature, labels)}
         lines.append(line)
-    return {"n": len(labels), "held_out": len(held_labels), "draws": settings[1].draws, "lines": lines}
+    return {
+        "n": len(labels),
+        "held_out": len(held_labels),
+        "draws": settings[1].draws,
+        "lines": lines,
+    }

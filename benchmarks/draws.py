@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bayestune.common import without_common_prefix
-from bayestune.forms import Gaussian
-from bayestune.lora import gaussian_layers
-from bayestune.posterior import Batch, Draws
+from bayestune.adapters import gaussian_layers
+from bayestune.forward import Batch, Draws
+from bayestune.forward.common_prefix import without_common_prefix
+from bayestune.posteriors import Gaussian
 from harness import Case, device_of, environment, interleave, parser_of, report, timed_case
 from subjects import (
     PRECISIONS,
@@ -46,7 +46,11 @@ class Subject:
 
 def first_four(model: nn.Module, batch: Batch) -> Tensor:
     """Logits of four tokens at the last position: a scorer for random tokens."""
-    return model(input_ids=batch["input_ids"], use_cache=False, logits_to_keep=1).logits[:, -1, :4].float()
+    return (
+        model(input_ids=batch["input_ids"], use_cache=False, logits_to_keep=1)
+        .logits[:, -1, :4]
+        .float()
+    )
 
 
 def gaussian(model: nn.Module, score: Callable[[nn.Module, Batch], Tensor], rank: int) -> Gaussian:
@@ -72,7 +76,10 @@ def subject(options: Namespace, device: torch.device) -> Subject:
         text = f"{options.model}, {options.task}, {options.rows} prompts of {prompts.mean_length:.0f} tokens on average"
         return Subject(gaussian(prompts.model, prompts.scorer, options.rank), prompts.batches, text)
     model = random_llama(options).to(device)
-    batches = [random_tokens(options.vocab, options.rows, options.length, device) for _ in range(options.batches)]
+    batches = [
+        random_tokens(options.vocab, options.rows, options.length, device)
+        for _ in range(options.batches)
+    ]
     for ids in batches[1:]:
         ids[:, : options.common] = batches[0][0, : options.common]
     batches[0][:, : options.common] = batches[0][0, : options.common].clone()
@@ -89,13 +96,17 @@ def check(one: Tensor, other: Tensor, precision: str) -> float:
     one, other = one.nan_to_num(neginf=0.0), other.nan_to_num(neginf=0.0)
     difference, scale = (one - other).abs().max().item(), max(1.0, other.abs().max().item())
     if difference > scale * (1e-3 if precision == "fp32" else 0.1):
-        raise AssertionError(f"two ways to the same logits disagree: got a difference of {difference:.3g}")
+        raise AssertionError(
+            f"two ways to the same logits disagree: got a difference of {difference:.3g}"
+        )
     if len(one) > 1 and not one.std(0).any():
         raise AssertionError("the draws are all alike: no noise reached the adapters")
     return difference
 
 
-def measure(one: Subject, options: Namespace, device: torch.device, precision: str) -> tuple[list[Case], float]:
+def measure(
+    one: Subject, options: Namespace, device: torch.device, precision: str
+) -> tuple[list[Case], float]:
     """The cases of a precision, and the largest difference of the ways' logits."""
 
     def kept(draws: Draws, turn: int) -> Tensor:
@@ -106,12 +117,18 @@ def measure(one: Subject, options: Namespace, device: torch.device, precision: s
         with without_common_prefix():
             return kept(draws, turn)
 
-    together, alone, mean = Draws(options.draws), Draws(options.draws, max_rows=options.rows), Draws(0)
+    together, alone, mean = (
+        Draws(options.draws),
+        Draws(options.draws, max_rows=options.rows),
+        Draws(0),
+    )
     plain = logits(together, 0)  # also generates the draws
     for turn in range(len(one.batches)):  # reads what the rows begin with
         kept(mean, turn)
         kept(together, turn)
-    difference = max(check(plain, logits(alone, 0), precision), check(plain, kept(together, 0), precision))
+    difference = max(
+        check(plain, logits(alone, 0), precision), check(plain, kept(together, 0), precision)
+    )
     actions = {
         ONE: lambda turn: logits(together, turn),
         SEPARATE: lambda turn: logits(alone, turn),
@@ -127,12 +144,29 @@ def cases_of(seconds: Mapping[str, Sequence[float]], count: int, precision: str)
     """The lines of the table."""
     begun = "what rows begin with kept / read by each row"
     return [
-        timed_case(f"{count} draws in one pass / in {count} passes, {precision}", seconds, (ONE, SEPARATE), PASSES_BAR),
-        timed_case(f"{count} draws in one pass / mean's pass, {precision}", seconds, (ONE, MEAN), MEAN_BAR),
-        timed_case(f"{count} draws in {count} passes / mean's pass, {precision}", seconds, (SEPARATE, MEAN), None),
+        timed_case(
+            f"{count} draws in one pass / in {count} passes, {precision}",
+            seconds,
+            (ONE, SEPARATE),
+            PASSES_BAR,
+        ),
+        timed_case(
+            f"{count} draws in one pass / mean's pass, {precision}", seconds, (ONE, MEAN), MEAN_BAR
+        ),
+        timed_case(
+            f"{count} draws in {count} passes / mean's pass, {precision}",
+            seconds,
+            (SEPARATE, MEAN),
+            None,
+        ),
         timed_case(f"{count} draws, {begun}, {precision}", seconds, (KEPT, ONE), None),
         timed_case(f"mean, {begun}, {precision}", seconds, (KEPT_MEAN, MEAN), None),
-        timed_case(f"{count} draws / mean's pass, it kept in both, {precision}", seconds, (KEPT, KEPT_MEAN), MEAN_BAR),
+        timed_case(
+            f"{count} draws / mean's pass, it kept in both, {precision}",
+            seconds,
+            (KEPT, KEPT_MEAN),
+            MEAN_BAR,
+        ),
     ]
 
 
@@ -142,12 +176,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_model_options(parser)
     add_prompt_options(parser, rows=8)
     parser.add_argument(
-        "--synthetic", action="store_true", help=f"a random Llama ({SIZES}) and random tokens; no files"
+        "--synthetic",
+        action="store_true",
+        help=f"a random Llama ({SIZES}) and random tokens; no files",
     )
     parser.add_argument("--length", type=int, default=64, help="tokens of a synthetic row")
-    parser.add_argument("--common", type=int, default=16, help="tokens that all synthetic rows begin with")
+    parser.add_argument(
+        "--common", type=int, default=16, help="tokens that all synthetic rows begin with"
+    )
     parser.add_argument("--draws", type=int, default=10, help="how many")
-    parser.add_argument("--precisions", choices=PRECISIONS, nargs="+", default=list(PRECISIONS), help="each measured")
+    parser.add_argument(
+        "--precisions",
+        choices=PRECISIONS,
+        nargs="+",
+        default=list(PRECISIONS),
+        help="each measured",
+    )
     options = parser.parse_args(arguments)
     if not options.synthetic and options.model is None:
         parser.error("nothing to measure: give --model (and --data_root), or --synthetic")

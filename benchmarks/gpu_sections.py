@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from bayestune.lora import gaussian_layers
-from bayestune.posterior import Draws
+from bayestune.adapters import gaussian_layers
+from bayestune.forward import Draws
 from draws import MEAN, ONE, SEPARATE
 from gpu_budget import Pace, UnfitError
 from gpu_subject import OURS, Subject, checkpointed
@@ -34,7 +34,9 @@ def train(subject: Subject, pace: Pace, rows: int, checkpointing: bool = False) 
     how = f"{subject.size(rows)}{', gradient checkpointing' if checkpointing else ''}"
     cases = [timed_case(f"BLoB step / stock LoRA step, {how}", seconds, (OURS, STOCK), STEP_BAR)]
     if subject.options.control:
-        cases.append(timed_case(f"stock LoRA again / stock LoRA, {how}", seconds, (CONTROL, STOCK), None))
+        cases.append(
+            timed_case(f"stock LoRA again / stock LoRA, {how}", seconds, (CONTROL, STOCK), None)
+        )
     return cases
 
 
@@ -46,10 +48,17 @@ def memory(subject: Subject, pace: Pace, rows: int) -> list[Case]:
             for _ in range(max(1, pace.warmup)):  # the optimiser's state is made in the first step
                 for step in steps.values():
                     step(0)
-            peaks = {name: (persistent_bytes(step) + step_peak(step)) / MIB for name, step in steps.items()}
+            peaks = {
+                name: (persistent_bytes(step) + step_peak(step)) / MIB
+                for name, step in steps.items()
+            }
         how = f"{subject.size(rows)}{', gradient checkpointing' if checkpointing else ''}"
         ratio = Spread.of([peaks[OURS] / peaks[STOCK]])
-        cases.append(Case(f"BLoB peak memory / stock LoRA peak memory, {how}", ratio, MEMORY_BAR, peaks, "MiB"))
+        cases.append(
+            Case(
+                f"BLoB peak memory / stock LoRA peak memory, {how}", ratio, MEMORY_BAR, peaks, "MiB"
+            )
+        )
     return cases
 
 
@@ -74,7 +83,9 @@ def launch_counts(subject: Subject, pace: Pace, rows: int) -> list[Case]:
     launches(steps[STOCK])  # a process's first profile also records its own set-up
     counts = {name: float(launches(step)) for name, step in steps.items()}
     if not counts[STOCK]:
-        raise UnfitError("the profiler recorded no launches: it may not be permitted on this machine")
+        raise UnfitError(
+            "the profiler recorded no launches: it may not be permitted on this machine"
+        )
     layers = len(gaussian_layers(subject.model(OURS)))
     more = (counts[OURS] - counts[STOCK]) / layers
     what = "kernel launches" if subject.device.type == "cuda" else "operator calls"
@@ -89,7 +100,10 @@ def check(one: Tensor, other: Tensor) -> None:
     Raises:
         AssertionError: if either is so.
     """
-    spread, gap = one.std(0).square().mean().sqrt().item(), (one - other).square().mean().sqrt().item()
+    spread, gap = (
+        one.std(0).square().mean().sqrt().item(),
+        (one - other).square().mean().sqrt().item(),
+    )
     if not spread > 0:
         raise AssertionError("the draws are all alike: no noise reached the adapters")
     if not gap <= ALIKE * spread:
@@ -106,12 +120,18 @@ def task(subject: Subject, pace: Pace, rows: int) -> list[Case]:
         raise UnfitError(f"the published form is not there: {error}") from error
     prompts, model = subject.prompts(rows), subject.adapted(PUBLISHED)
     noisy, loss = published.publish(model), task_loss(prompts)
-    steps: dict[str, Any] = {name: training_step(subject.model(name), name, loss, "bf16") for name in (OURS, STOCK)}
-    steps[PUBLISHED] = published.published_step(model, noisy, published.answer_loss(prompts), "bf16")
+    steps: dict[str, Any] = {
+        name: training_step(subject.model(name), name, loss, "bf16") for name in (OURS, STOCK)
+    }
+    steps[PUBLISHED] = published.published_step(
+        model, noisy, published.answer_loss(prompts), "bf16"
+    )
     seconds, size = pace.interleave(steps), subject.size(rows)
     return [
         timed_case(f"BLoB task step / published form, {size}", seconds, (OURS, PUBLISHED), None),
-        timed_case(f"BLoB task step / stock LoRA, last logits, {size}", seconds, (OURS, STOCK), None),
+        timed_case(
+            f"BLoB task step / stock LoRA, last logits, {size}", seconds, (OURS, STOCK), None
+        ),
     ]
 
 
@@ -120,16 +140,25 @@ def exact_draws(subject: Subject, pace: Pace, rows: int) -> list[Case]:
     score = subject.scored(rows)
     ways = {ONE: Draws(DRAWS), SEPARATE: Draws(DRAWS, max_rows=rows), MEAN: Draws(0)}
     check(score(ways[ONE]), score(ways[SEPARATE]))  # also makes the draws, before the clock runs
-    seconds = pace.interleave({name: lambda _, draws=draws: score(draws) for name, draws in ways.items()})
+    seconds = pace.interleave(
+        {name: lambda _, draws=draws: score(draws) for name, draws in ways.items()}
+    )
     size, bar = subject.size(rows), DRAWS_BAR if rows <= BARRED_ROWS else None
     return [
         timed_case(f"{DRAWS} exact draws / mean's pass, {size}", seconds, (ONE, MEAN), bar),
-        timed_case(f"{DRAWS} exact draws in one pass / in {DRAWS} passes, {size}", seconds, (ONE, SEPARATE), None),
+        timed_case(
+            f"{DRAWS} exact draws in one pass / in {DRAWS} passes, {size}",
+            seconds,
+            (ONE, SEPARATE),
+            None,
+        ),
         timed_case(f"{DRAWS} passes / mean's pass, {size}", seconds, (SEPARATE, MEAN), None),
     ]
 
 
-def shared_draws(subject: Subject, pace: Pace, rows: int, lasts: tuple[int, ...] = (1, 16)) -> list[Case]:
+def shared_draws(
+    subject: Subject, pace: Pace, rows: int, lasts: tuple[int, ...] = (1, 16)
+) -> list[Case]:
     """Ten draws of the last m tokens only, over the mean's pass and over ten exact draws."""
     if "shared_prefix" not in {field.name for field in fields(Draws)}:
         raise UnfitError("this version of bayestune has no shared-prefix draws")
@@ -138,9 +167,16 @@ def shared_draws(subject: Subject, pace: Pace, rows: int, lasts: tuple[int, ...]
     ways = {**made, ONE: Draws(DRAWS), MEAN: Draws(0)}
     for draws in ways.values():
         score(draws)  # makes the draws
-    seconds = pace.interleave({name: lambda _, draws=draws: score(draws) for name, draws in ways.items()})
+    seconds = pace.interleave(
+        {name: lambda _, draws=draws: score(draws) for name, draws in ways.items()}
+    )
     return [
-        timed_case(f"{DRAWS} shared-prefix draws, {name} / {text}, {subject.size(rows)}", seconds, (name, base), None)
+        timed_case(
+            f"{DRAWS} shared-prefix draws, {name} / {text}, {subject.size(rows)}",
+            seconds,
+            (name, base),
+            None,
+        )
         for name in made
         for base, text in ((MEAN, "mean's pass"), (ONE, f"{DRAWS} exact draws"))
     ]

@@ -11,13 +11,23 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from bayestune.common import without_common_prefix
-from bayestune.forms import Gaussian
-from bayestune.lora import Lora, attach, bayesify
-from bayestune.posterior import Draws
+from bayestune.adapters import Lora, attach, bayesify
+from bayestune.forward import Draws
+from bayestune.forward.common_prefix import without_common_prefix
+from bayestune.posteriors import Gaussian
 from bayestune.scoring import LetterScorer
 from draws import as_if_trained
-from subjects import STOCK, Prompts, TrainingStep, autocast, on, random_tokens, token_loss, training_step, twin
+from subjects import (
+    STOCK,
+    Prompts,
+    TrainingStep,
+    autocast,
+    on,
+    random_tokens,
+    token_loss,
+    training_step,
+    twin,
+)
 
 OURS = "row"
 GEOMETRIES: dict[str, dict[str, Any]] = {
@@ -93,7 +103,9 @@ class Subject:
 
     def tokens(self, rows: int) -> Tensor:
         """A batch of random tokens."""
-        return random_tokens(GEOMETRIES[self.geometry]["vocab_size"], rows, self.options.length, self.device)
+        return random_tokens(
+            GEOMETRIES[self.geometry]["vocab_size"], rows, self.options.length, self.device
+        )
 
     def steps(self, rows: int, names: Iterable[str] = (OURS, STOCK)) -> dict[str, TrainingStep]:
         """Training steps on one batch, in autocast, with the last position's logits only."""
@@ -103,7 +115,9 @@ class Subject:
     def prompts(self, rows: int) -> Prompts:
         """A batch of random prompts of four options, as letter scoring collates them."""
         scorer, ids = RandomLetters(), self.tokens(rows).tolist()
-        batch = scorer.collate([{"ids": ids[i], "options": 4, "answer": i % 4} for i in range(rows)])
+        batch = scorer.collate(
+            [{"ids": ids[i], "options": 4, "answer": i % 4} for i in range(rows)]
+        )
         return Prompts(self.base, scorer, [on(self.device, batch)])
 
     @cached_property
@@ -116,7 +130,10 @@ class Subject:
         (batch,) = self.prompts(rows).batches
 
         def logits(draws: Draws) -> Tensor:
-            with without_common_prefix(), autocast(self.device, "bf16"):  # one batch again and again is all prefix
+            with (
+                without_common_prefix(),
+                autocast(self.device, "bf16"),
+            ):  # one batch again and again is all prefix
                 return self.posterior.logits(batch, draws)
 
         return logits

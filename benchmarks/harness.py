@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from bayestune.allocator import keep_freed_memory
+from bayestune.runtime import keep_freed_memory
 
 Action = Callable[[int], object]  # does the work of one turn, whose number it is given
 PACKAGES = ("torch", "transformers", "peft", "bayestune")
@@ -133,12 +133,12 @@ class Case:
         amounts = ", ".join(f"{name} {value:.4g}" for name, value in self.amounts.items())
         quartiles = f"[{self.ratio.lower_quartile:.3f}, {self.ratio.upper_quartile:.3f}]"
         interval = f"[{self.ratio.low:.3f}, {self.ratio.high:.3f}]"
-        return (
-            f"{self.ratio.median:7.3f}  {quartiles:<18} {interval:<18} {bar:>5}  {self.name}  ({amounts} {self.unit})"
-        )
+        return f"{self.ratio.median:7.3f}  {quartiles:<18} {interval:<18} {bar:>5}  {self.name}  ({amounts} {self.unit})"
 
 
-def timed_case(name: str, seconds: Mapping[str, Sequence[float]], ratio_of: tuple[str, str], bar: float | None) -> Case:
+def timed_case(
+    name: str, seconds: Mapping[str, Sequence[float]], ratio_of: tuple[str, str], bar: float | None
+) -> Case:
     """The case of one action over another, from the seconds of `interleave`."""
     amounts = {action: quantile(seconds[action], 0.5) for action in ratio_of}
     return Case(name, Spread.of(paired_ratios(seconds, *ratio_of)), bar, amounts)
@@ -148,13 +148,19 @@ def parser_of(description: str | None, repeats: int) -> ArgumentParser:
     """A parser with the options that all benchmarks have."""
     parser = ArgumentParser(description=description, formatter_class=ArgumentDefaultsHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, …")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch on the CPU")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="of torch on the CPU"
+    )
     text = "whether the C library keeps freed memory, as in bayestune's commands, or has its own defaults"
     parser.add_argument("--allocator", choices=("kept", "stock"), default="kept", help=text)
     parser.add_argument("--repeats", type=int, default=repeats, help="turns that count")
     parser.add_argument("--warmup", type=int, default=3, help="turns before them, thrown away")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, tokens and the choice of rows")
-    parser.add_argument("--json", type=Path, default=None, help="file to append the run to, as one JSON line")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of weights, tokens and the choice of rows"
+    )
+    parser.add_argument(
+        "--json", type=Path, default=None, help="file to append the run to, as one JSON line"
+    )
     return parser
 
 
@@ -208,7 +214,9 @@ def named(value: object) -> object:
     return Path(value).name if is_path else value  # type: ignore[arg-type]
 
 
-def report(benchmark: str, title: str, cases: Sequence[Case], options: Namespace, where: Mapping[str, Any]) -> None:
+def report(
+    benchmark: str, title: str, cases: Sequence[Case], options: Namespace, where: Mapping[str, Any]
+) -> None:
     """Prints the table and appends the JSON line.
 
     Args:
@@ -226,7 +234,9 @@ def report(benchmark: str, title: str, cases: Sequence[Case], options: Namespace
     if options.json is not None:
         settings = {name: named(value) for name, value in vars(options).items() if name != "json"}
         for value in vars(options).values():
-            title = title.replace(str(value), str(named(value))) if named(value) is not value else title
+            title = (
+                title.replace(str(value), str(named(value))) if named(value) is not value else title
+            )
         record = {"benchmark": benchmark, "title": title, "environment": where, "options": settings}
         record["cases"] = [asdict(case) for case in cases]
         with options.json.open("a", encoding="utf-8") as file:

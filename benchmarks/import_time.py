@@ -41,7 +41,9 @@ print(json.dumps(laps))
 
 def laps_of(base: str) -> list[float]:
     """Seconds of the base's imports, of `import bayestune`, and of its public names, in a fresh process."""
-    settings = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    settings = {
+        name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"
+    }
     command = [sys.executable, "-c", PROGRAM, BASES[base], "import bayestune", NAMES]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=settings)
     return json.loads(done.stdout.splitlines()[-1])
@@ -64,9 +66,14 @@ def cases_of(base: str, samples: Sequence[Sequence[float]]) -> list[Case]:
     for name, laps in {"import bayestune": 1, "and its public names": 2}.items():
         added = [sum(sample[1 : 1 + laps]) for sample in samples]
         ratios = [1 + more / sample[0] for more, sample in zip(added, samples, strict=True)]
-        amounts = {"base": quantile([sample[0] for sample in samples], 0.5), "added": quantile(added, 0.5)}
+        amounts = {
+            "base": quantile([sample[0] for sample in samples], 0.5),
+            "added": quantile(added, 0.5),
+        }
         amounts |= {"added_q1": quantile(added, 0.25), "added_q3": quantile(added, 0.75)}
-        cases.append(Case(f"{name}, {base}; bar: added ≤ {BAR_SECONDS} s", Spread.of(ratios), None, amounts))
+        cases.append(
+            Case(f"{name}, {base}; bar: added ≤ {BAR_SECONDS} s", Spread.of(ratios), None, amounts)
+        )
     return cases
 
 

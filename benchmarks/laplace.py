@@ -18,16 +18,20 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
-from bayestune.forms import Point
-from bayestune.lora import Lora
-from bayestune.methods.laplace import Laplace
-from bayestune.methods.mle import MLE
+from bayestune.adapters import Lora
+from bayestune.data import load_task
+from bayestune.forward import Draws
+from bayestune.methods import MLE, Laplace
 from bayestune.models import load_model
-from bayestune.posterior import Draws
+from bayestune.posteriors import Point
 from bayestune.scoring import Scorer, make_scorer
-from bayestune.tasks import load_task
 from bayestune.training import Training
 from harness import environment
 
@@ -86,12 +90,21 @@ def tiny() -> tuple[nn.Module, PreTrainedTokenizerBase]:
     return LlamaForCausalLM(config), fast
 
 
-def measure(model: nn.Module, scorer: Scorer, options: Namespace, device: torch.device) -> dict[str, Any]:
+def measure(
+    model: nn.Module, scorer: Scorer, options: Namespace, device: torch.device
+) -> dict[str, Any]:
     """Seconds and peaks of an epoch, of the Laplace fit, and of predicting some rows."""
     training = Training(
-        Lora(rank=options.rank), epochs=1, batch_size=options.batch_size, bf16=options.bf16, progress=False
+        Lora(rank=options.rank),
+        epochs=1,
+        batch_size=options.batch_size,
+        bf16=options.bf16,
+        progress=False,
     )
-    method, peaks = Laplace(structure=options.structure, batch_size=options.batch_size), dict[str, float]()
+    method, peaks = (
+        Laplace(structure=options.structure, batch_size=options.batch_size),
+        dict[str, float](),
+    )
     with peak_of(device, peaks, "train"):
         point: Point = MLE().fit(model, scorer, training)
     with peak_of(device, peaks, "laplace"):
@@ -126,18 +139,30 @@ def options_of(arguments: Sequence[str] | None) -> Namespace:
     """The command's options."""
     parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", default=None, help="directory or name of a real model")
-    parser.add_argument("--tiny", action="store_true", help="a random tiny Llama on the embedded questions instead")
+    parser.add_argument(
+        "--tiny", action="store_true", help="a random tiny Llama on the embedded questions instead"
+    )
     parser.add_argument("--task", default="arc_easy", help="whose questions")
-    parser.add_argument("--data_root", type=Path, default=None, help="folder of the data sets; left out: the Hub")
-    parser.add_argument("--scoring", choices=("letter", "text"), default="letter", help="of the options")
+    parser.add_argument(
+        "--data_root", type=Path, default=None, help="folder of the data sets; left out: the Hub"
+    )
+    parser.add_argument(
+        "--scoring", choices=("letter", "text"), default="letter", help="of the options"
+    )
     parser.add_argument("--rows", type=int, default=240, help="to train on")
     parser.add_argument("--predicted", type=int, default=8, help="rows to predict")
     parser.add_argument("--rank", type=int, default=8, help="of the adapters on q_proj and v_proj")
-    parser.add_argument("--batch_size", type=int, default=4, help="rows of a pass, in training and in the fit")
-    parser.add_argument("--structure", choices=("kfac", "diagonal"), default="kfac", help="of the curvature")
+    parser.add_argument(
+        "--batch_size", type=int, default=4, help="rows of a pass, in training and in the fit"
+    )
+    parser.add_argument(
+        "--structure", choices=("kfac", "diagonal"), default="kfac", help="of the curvature"
+    )
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, …")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch on the CPU")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="of torch on the CPU"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the choice of rows")
     options = parser.parse_args(arguments)
     if (options.model is None) != options.tiny:
@@ -155,12 +180,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         (model, tokenizer), task = tiny(), load_task("everyday")
     else:
         loaded = load_model(options.model)
-        model, tokenizer, task = loaded.model, loaded.tokenizer, load_task(options.task, options.data_root)
+        model, tokenizer, task = (
+            loaded.model,
+            loaded.tokenizer,
+            load_task(options.task, options.data_root),
+        )
     task = task.subset(train=options.rows, evaluation=options.predicted, seed=options.seed)
     scorer = make_scorer(model, tokenizer, task, options.scoring)
     where = environment(device)
     result = measure(model.to(device), scorer, options, device)
-    print(json.dumps({"benchmark": "laplace", "environment": where, "options": vars(options), **result}, default=str))
+    print(
+        json.dumps(
+            {"benchmark": "laplace", "environment": where, "options": vars(options), **result},
+            default=str,
+        )
+    )
 
 
 if __name__ == "__main__":

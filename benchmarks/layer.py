@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from bayestune.gaussian import row_weights
-from bayestune.layers import GaussianLinear, compute_dtype
+from bayestune.adapters import GaussianLinear
+from bayestune.adapters.drawn_linear import compute_dtype
+from bayestune.adapters.noise import row_weights
 from harness import Action, device_of, environment, interleave, parser_of, report, timed_case
 from subjects import PRECISIONS, autocast
 
@@ -41,27 +42,44 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--length", type=int, default=96, help="tokens of a row")
     parser.add_argument("--hidden", type=int, default=896, help="k")
     parser.add_argument("--rank", type=int, default=8, help="r")
-    parser.add_argument("--compile", action="store_true", help="a line for torch.compile, too; needs a compiler")
-    parser.add_argument("--precisions", choices=PRECISIONS, nargs="+", default=list(PRECISIONS), help="each measured")
+    parser.add_argument(
+        "--compile", action="store_true", help="a line for torch.compile, too; needs a compiler"
+    )
+    parser.add_argument(
+        "--precisions",
+        choices=PRECISIONS,
+        nargs="+",
+        default=list(PRECISIONS),
+        help="each measured",
+    )
     options = parser.parse_args(arguments)
     device = device_of(options)
     where = environment(device)
     linear = nn.Linear(options.hidden, options.rank, bias=False, device=device)
-    ours = GaussianLinear(nn.Linear(options.hidden, options.rank, bias=False, device=device)).train()
+    ours = GaussianLinear(
+        nn.Linear(options.hidden, options.rank, bias=False, device=device)
+    ).train()
     compiled = torch.compile(plain)
-    input = torch.randn(options.rows, options.length, options.hidden, device=device, requires_grad=True)
+    input = torch.randn(
+        options.rows, options.length, options.hidden, device=device, requires_grad=True
+    )
     runs: dict[str, Callable[[Tensor], Tensor]] = {
         LINEAR: linear,
         OURS: ours,
         PLAIN: lambda x: plain(x, ours.weight, ours.root_std),
-        **({COMPILED: lambda x: compiled(x, ours.weight, ours.root_std)} if options.compile else {}),
+        **(
+            {COMPILED: lambda x: compiled(x, ours.weight, ours.root_std)} if options.compile else {}
+        ),
     }
     cases = []
     for precision in options.precisions:
         actions = {name: action(run, input, precision) for name, run in runs.items()}
         seconds = interleave(actions, options.repeats, warmup=options.warmup, device=device)
         pairs = [(OURS, LINEAR), (OURS, PLAIN), *([(COMPILED, PLAIN)] if options.compile else [])]
-        cases += [timed_case(f"{one} / {other}, {precision}", seconds, (one, other), None) for one, other in pairs]
+        cases += [
+            timed_case(f"{one} / {other}, {precision}", seconds, (one, other), None)
+            for one, other in pairs
+        ]
     title = f"{CALLS} calls of A ({options.rank}, {options.hidden}) on {options.rows}×{options.length} tokens"
     report("layer", title, cases, options, where)
 

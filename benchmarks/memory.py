@@ -40,19 +40,30 @@ MIB = 2**20
 
 def unique_bytes(tensors: Iterator[Tensor]) -> int:
     """Bytes of the storages under the tensors, each counted once."""
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    return sum(
+        {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()
+    )
 
 
 def persistent_bytes(step: TrainingStep) -> int:
     """Bytes that lie there between steps."""
-    state = (value for slots in step.optimizer.state.values() for value in slots.values() if torch.is_tensor(value))
+    state = (
+        value
+        for slots in step.optimizer.state.values()
+        for value in slots.values()
+        if torch.is_tensor(value)
+    )
     return unique_bytes(chain(step.model.parameters(), step.model.buffers(), state))
 
 
 def allocations(trace: Path) -> list[int]:
     """Bytes allocated (positive) and released (negative) on the CPU, in order, from a profiler's trace."""
     events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
-    found = [event for event in events if event.get("name") == "[memory]" and event["args"]["Device Type"] == 0]
+    found = [
+        event
+        for event in events
+        if event.get("name") == "[memory]" and event["args"]["Device Type"] == 0
+    ]
     return [event["args"]["Bytes"] for event in sorted(found, key=lambda event: event["ts"])]
 
 
@@ -81,14 +92,21 @@ def saved_bytes(step: TrainingStep) -> int:
             kept.append(tensor)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast(step.device, step.precision):
-        loss = step.loss(step.model, 0)  # keeps the graph, and so every kept storage, to the end of the count
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        autocast(step.device, step.precision),
+    ):
+        loss = step.loss(
+            step.model, 0
+        )  # keeps the graph, and so every kept storage, to the end of the count
     total = unique_bytes(iter(kept))
     del loss
     return total
 
 
-def cases_of(name: str, precision: str, step: TrainingStep, stock: TrainingStep, options: Namespace) -> list[Case]:
+def cases_of(
+    name: str, precision: str, step: TrainingStep, stock: TrainingStep, options: Namespace
+) -> list[Case]:
     """Peak of all memory, of the step's own, and bytes saved for the backward pass."""
     for _ in range(options.warmup):
         step(0)
@@ -118,9 +136,26 @@ def options_of(arguments: Sequence[str] | None) -> Namespace:
     add_model_options(parser)
     parser.add_argument("--rows", type=int, default=4, help="of the batch")
     parser.add_argument("--length", type=int, default=128, help="tokens of a row")
-    parser.add_argument("--logits", choices=("last", "full"), default="last", help="which are computed, in both steps")
-    parser.add_argument("--noise", choices=("row", "independent", "token"), nargs="+", default=["row"], help="BLoB's")
-    parser.add_argument("--precisions", choices=PRECISIONS, nargs="+", default=list(PRECISIONS), help="each measured")
+    parser.add_argument(
+        "--logits",
+        choices=("last", "full"),
+        default="last",
+        help="which are computed, in both steps",
+    )
+    parser.add_argument(
+        "--noise",
+        choices=("row", "independent", "token"),
+        nargs="+",
+        default=["row"],
+        help="BLoB's",
+    )
+    parser.add_argument(
+        "--precisions",
+        choices=PRECISIONS,
+        nargs="+",
+        default=list(PRECISIONS),
+        help="each measured",
+    )
     return parser.parse_args(arguments)
 
 
@@ -128,10 +163,14 @@ def measure(base: nn.Module, options: Namespace, device: torch.device) -> list[C
     """The cases of every precision and noise."""
     models = adapt_all(base, [STOCK, *options.noise], options.rank)
     vocabulary = base.config.vocab_size  # type: ignore[union-attr]
-    loss = token_loss(random_tokens(vocabulary, options.rows, options.length, device), options.logits)
+    loss = token_loss(
+        random_tokens(vocabulary, options.rows, options.length, device), options.logits
+    )
     cases = []
     for precision in options.precisions:
-        steps = {name: training_step(model, name, loss, precision) for name, model in models.items()}
+        steps = {
+            name: training_step(model, name, loss, precision) for name, model in models.items()
+        }
         for name in options.noise:
             cases += cases_of(name, precision, steps[name], steps[STOCK], options)
     return cases

@@ -24,7 +24,11 @@ from subjects import MANY_STEPS, Prompts, autocast
 
 REPOSITORY = "https://github.com/Wang-ML-Lab/bayesian-peft"
 FILE, CLASS = Path("modelwrappers/blob.py"), "BLoB"
-ROOMS = ("modelwrappers", "run", "utils")  # its top-level packages: too common names to leave behind
+ROOMS = (
+    "modelwrappers",
+    "run",
+    "utils",
+)  # its top-level packages: too common names to leave behind
 # What its imports ask for and a training step does without: a debugger, evaluation's metrics, layers over 8-bit bases.
 ABSENT = {
     "ipdb": (),
@@ -58,9 +62,13 @@ def _importing(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        for name in [name for name in sys.modules if name.split(".")[0] in ROOMS or name in stand_ins]:
+        for name in [
+            name for name in sys.modules if name.split(".")[0] in ROOMS or name in stand_ins
+        ]:
             del sys.modules[name]
-        sys.modules.update({name: module for name, module in before.items() if name not in sys.modules})
+        sys.modules.update(
+            {name: module for name, module in before.items() if name not in sys.modules}
+        )
         sys.path[:], sys.dont_write_bytecode = path, written
 
 
@@ -76,7 +84,9 @@ def official_class(folder: Path) -> type:
     """
     remedy = f"clone {REPOSITORY} and give its folder"
     if not (folder / FILE).is_file():
-        raise ValueError(f"--official: got {folder}, which has no {FILE}, expected a checkout; {remedy}")
+        raise ValueError(
+            f"--official: got {folder}, which has no {FILE}, expected a checkout; {remedy}"
+        )
     with _importing(folder):
         try:
             module = importlib.import_module(".".join(FILE.with_suffix("").parts))
@@ -87,7 +97,9 @@ def official_class(folder: Path) -> type:
             ) from error
     found: Any = getattr(module, CLASS, None)
     if not all(callable(getattr(found, name, None)) for name in ("fit", "forward_logits")):
-        raise ValueError(f"--official: {folder / FILE} has no class {CLASS} that fits, expected one; {remedy}")
+        raise ValueError(
+            f"--official: {folder / FILE} has no class {CLASS} that fits, expected one; {remedy}"
+        )
     module.tqdm = partial(tqdm, disable=True)  # type: ignore[attr-defined]
     return found
 
@@ -152,7 +164,9 @@ class OfficialStep:
         return logits.float()
 
 
-def official_step(cls: type, base: nn.Module, prompts: Prompts, rank: int, precision: str) -> OfficialStep:
+def official_step(
+    cls: type, base: nn.Module, prompts: Prompts, rank: int, precision: str
+) -> OfficialStep:
     """The authors' step over a base model on the batches of `prompts`.
 
     Args:
@@ -162,14 +176,24 @@ def official_step(cls: type, base: nn.Module, prompts: Prompts, rank: int, preci
         rank: of the adapters on q_proj and v_proj.
         precision: see `autocast`.
     """
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
+    )
     device, tokens = next(base.parameters()).device, prompts.scorer.tokens
     rows = len(prompts.batches[0]["labels"])
     wrapper = cls(base, config, settings(rows, len(tokens)), one_process(device)).train()
-    wrapper.target_ids, wrapper.M, wrapper.wandb_logger = torch.tensor(tokens, device=device), 100, None
+    wrapper.target_ids, wrapper.M, wrapper.wandb_logger = (
+        torch.tensor(tokens, device=device),
+        100,
+        None,
+    )
     names = ("input_ids", "attention_mask", "position_ids")
     batches = [
-        ({**{name: batch[name] for name in names}, "use_cache": False}, batch["labels"], batch["labels"])
+        (
+            {**{name: batch[name] for name in names}, "use_cache": False},
+            batch["labels"],
+            batch["labels"],
+        )
         for batch in prompts.batches
     ]
     return OfficialStep(wrapper, batches, device, precision)

@@ -14,9 +14,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bayestune.gaussian import kl_divergence, random_signs
-from bayestune.kl import kl_weights, warmup_decay
-from bayestune.lora import ADAPTER, adapted_layers
+from bayestune.adapters import ADAPTER, adapted_layers
+from bayestune.adapters.noise import random_signs
+from bayestune.kl import kl_divergence, kl_weights, warmup_decay
 from subjects import MANY_STEPS, Loss, Prompts, adamw, autocast
 
 
@@ -50,7 +50,9 @@ def publish(model: nn.Module, init_root_std: float = 0.05) -> list[LoraLayer]:
     """
     layers = list(adapted_layers(model).values())
     for layer in layers:
-        start = torch.empty_like(layer.lora_A[ADAPTER].weight).uniform_(init_root_std / math.sqrt(2), init_root_std)
+        start = torch.empty_like(layer.lora_A[ADAPTER].weight).uniform_(
+            init_root_std / math.sqrt(2), init_root_std
+        )
         layer.root_std = nn.Parameter(start)
         layer.register_forward_hook(add_noise)
     return layers
@@ -60,7 +62,8 @@ def divergence(layers: Iterable[Any], prior_std: float) -> Tensor:
     """The KL in float64, summed over the layers, each with a graph of its own."""
     pairs = ((layer.lora_A[ADAPTER].weight, layer.root_std) for layer in layers)
     return sum(
-        (kl_divergence(mean.double(), root.square().double(), prior_std) for mean, root in pairs), torch.zeros(())
+        (kl_divergence(mean.double(), root.square().double(), prior_std) for mean, root in pairs),
+        torch.zeros(()),
     )
 
 

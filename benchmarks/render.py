@@ -33,8 +33,14 @@ AROUND = ("intro", "closing")
 
 def read(folder: Path) -> list[Record]:
     """All records under the folder, the oldest first; those without a date come before the others."""
-    lines = [line for path in sorted(folder.glob("*.jsonl")) for line in path.read_text(encoding="utf-8").splitlines()]
-    records = [{"environment": {}, "options": {}, **json.loads(line)} for line in lines if line.strip()]
+    lines = [
+        line
+        for path in sorted(folder.glob("*.jsonl"))
+        for line in path.read_text(encoding="utf-8").splitlines()
+    ]
+    records = [
+        {"environment": {}, "options": {}, **json.loads(line)} for line in lines if line.strip()
+    ]
     return sorted(records, key=lambda record: record["environment"].get("date", ""))
 
 
@@ -45,7 +51,9 @@ def machine_of(record: Record) -> str:
 
 def subject(record: Record) -> tuple[str, ...]:
     """What was measured and where: equal for two runs of which only the newer one counts."""
-    options = {name: value for name, value in distinct(record).items() if name not in EFFORT | CHOICES}
+    options = {
+        name: value for name, value in distinct(record).items() if name not in EFFORT | CHOICES
+    }
     named = {name: Path(value).name if name in PATHS else value for name, value in options.items()}
     return record["benchmark"], machine_of(record), json.dumps(named, sort_keys=True)
 
@@ -55,12 +63,20 @@ def replaces(newer: Record, older: Record) -> bool:
     if subject(newer) != subject(older):
         return False
     pairs = [(newer["options"].get(name), older["options"].get(name)) for name in CHOICES]
-    return all(set(new) >= set(old) for new, old in pairs if isinstance(new, list) and isinstance(old, list))
+    return all(
+        set(new) >= set(old)
+        for new, old in pairs
+        if isinstance(new, list) and isinstance(old, list)
+    )
 
 
 def newest(records: Sequence[Record]) -> list[Record]:
     """The records that no later one replaces."""
-    return [one for i, one in enumerate(records) if not any(replaces(later, one) for later in records[i + 1 :])]
+    return [
+        one
+        for i, one in enumerate(records)
+        if not any(replaces(later, one) for later in records[i + 1 :])
+    ]
 
 
 def merged(records: Sequence[Record]) -> list[Record]:
@@ -68,7 +84,10 @@ def merged(records: Sequence[Record]) -> list[Record]:
     found: dict[str, Record] = {}
     for record in records:
         options = {name: value for name, value in record["options"].items() if name != "sections"}
-        key = json.dumps([record["benchmark"], record.get("title"), record["environment"], options], sort_keys=True)
+        key = json.dumps(
+            [record["benchmark"], record.get("title"), record["environment"], options],
+            sort_keys=True,
+        )
         if key in found:
             found[key]["options"]["sections"] += record["options"]["sections"]
             found[key]["cases"] += record["cases"]
@@ -80,7 +99,9 @@ def merged(records: Sequence[Record]) -> list[Record]:
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
 
 
 def summary(records: Sequence[Record]) -> str:
@@ -97,7 +118,12 @@ def summary(records: Sequence[Record]) -> str:
 def entry(record: Record) -> str:
     """A run: its title, its command, where it ran, and its table."""
     head, rows = measured(record)
-    parts = [f"### {title_of(record)}", f"```sh\n{command(record)}\n```", environment_line(record), table(head, rows)]
+    parts = [
+        f"### {title_of(record)}",
+        f"```sh\n{command(record)}\n```",
+        environment_line(record),
+        table(head, rows),
+    ]
     return "\n\n".join(parts)
 
 
@@ -112,7 +138,9 @@ def page(records: Sequence[Record], notes: Mapping[str, str]) -> str:
     """The whole page."""
     shown = merged(newest([record for record in records if record["benchmark"] not in OWN_PAGE]))
     names = {record["benchmark"] for record in shown} | (set(notes) - set(AROUND))
-    ordered = sorted(names, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
+    ordered = sorted(
+        names, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name)
+    )
     shown.sort(key=lambda record: ordered.index(record["benchmark"]))
     parts = ["# Performance", notes.get("intro", ""), "## Bars", summary(shown)]
     parts += [*(section(name, shown, notes) for name in ordered), notes.get("closing", "")]
@@ -123,17 +151,28 @@ def options_of(arguments: Sequence[str] | None) -> Namespace:
     """The command's options."""
     parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
     root = FOLDER.parent
-    parser.add_argument("--results", type=Path, default=root / "results/benchmarks", help="folder of JSON lines")
-    parser.add_argument("--notes", type=Path, default=FOLDER / "performance_notes", help="folder of the words")
-    parser.add_argument("--output", type=Path, default=root / "docs/performance.md", help="the page")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the page is stale")
+    parser.add_argument(
+        "--results", type=Path, default=root / "results/benchmarks", help="folder of JSON lines"
+    )
+    parser.add_argument(
+        "--notes", type=Path, default=FOLDER / "performance_notes", help="folder of the words"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=root / "docs/performance.md", help="the page"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit with 1 if the page is stale"
+    )
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Writes the page, or checks it."""
     options = options_of(arguments)
-    notes = {path.stem: path.read_text(encoding="utf-8").strip() for path in sorted(options.notes.glob("*.md"))}
+    notes = {
+        path.stem: path.read_text(encoding="utf-8").strip()
+        for path in sorted(options.notes.glob("*.md"))
+    }
     text = page(read(options.results), notes)
     if not options.check:
         options.output.write_text(text, encoding="utf-8")

@@ -20,7 +20,9 @@ PATHS = {
     "logits_file": "LOGITS",
     "save_logits": "LOGITS",
 }
-ADDED = re.compile(r"bar: added ≤ ([\d.]+) s")  # import_time's bar is on an amount, not on the ratio
+ADDED = re.compile(
+    r"bar: added ≤ ([\d.]+) s"
+)  # import_time's bar is on an amount, not on the ratio
 MET, MISSED = "met", "**missed**"
 
 
@@ -74,8 +76,12 @@ def distinct(record: Record) -> dict[str, Any]:
     The threads are always there on a CPU, for their default is the machine's.
     """
     options, parser = record["options"], parser_of(record["benchmark"])
-    default = {name: None if parser is None else _plain(parser.get_default(name)) for name in options}
-    found = {name: value for name, value in options.items() if value not in (default[name], None, False)}
+    default = {
+        name: None if parser is None else _plain(parser.get_default(name)) for name in options
+    }
+    found = {
+        name: value for name, value in options.items() if value not in (default[name], None, False)
+    }
     found.pop("threads", None)
     on_cpu = str(options.get("device", "cpu")).startswith("cpu")
     return {**found, "threads": options["threads"]} if on_cpu and "threads" in options else found
@@ -104,8 +110,12 @@ def title_of(record: Record) -> str:
 
 def environment_line(record: Record) -> str:
     """Where the run was made, and what stands for the placeholders."""
-    where = " · ".join(f"{name} {value}" for name, value in record["environment"].items() if value is not None)
-    names = [f"`{sign}` {Path(v).name}" for o, sign in PATHS.items() if (v := record["options"].get(o))]
+    where = " · ".join(
+        f"{name} {value}" for name, value in record["environment"].items() if value is not None
+    )
+    names = [
+        f"`{sign}` {Path(v).name}" for o, sign in PATHS.items() if (v := record["options"].get(o))
+    ]
     return " · ".join([where, *names])
 
 
@@ -132,7 +142,9 @@ def _interval(ratio: Record, low: str = "low", high: str = "high") -> str:
 
 def _case_row(case: Record) -> list[str]:
     ratio, held = case["ratio"], _bar_of(case)
-    bar, verdict = ("", "") if held is None else (f"≤ {held[1]:g}{held[2]}", _verdict(held[0], held[1]))
+    bar, verdict = (
+        ("", "") if held is None else (f"≤ {held[1]:g}{held[2]}", _verdict(held[0], held[1]))
+    )
     amounts = ", ".join(f"{name} {_amount(value)}" for name, value in case["amounts"].items())
     quartiles = _interval(ratio, "lower_quartile", "upper_quartile")
     spread = [quartiles, _interval(ratio)] if ratio["count"] > 1 else ["", ""]
@@ -149,7 +161,11 @@ def _case_row(case: Record) -> list[str]:
 
 def _facts(record: Record) -> dict[str, Any]:
     aside = {"benchmark", "title", "environment", "options", "cases"}
-    return {name: value for name, value in record.items() if name not in aside and not name.endswith("_bar")}
+    return {
+        name: value
+        for name, value in record.items()
+        if name not in aside and not name.endswith("_bar")
+    }
 
 
 def measured(record: Record) -> tuple[Sequence[str], list[list[str]]]:
@@ -159,9 +175,17 @@ def measured(record: Record) -> tuple[Sequence[str], list[list[str]]]:
         return head, [_case_row(case) for case in record["cases"]]
     rows = []
     for name, value in _facts(record).items():
-        text = _amount(value) if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
+        text = (
+            _amount(value)
+            if isinstance(value, float)
+            else value
+            if isinstance(value, str)
+            else json.dumps(value)
+        )
         bar = record.get(f"{name}_bar")
-        rows.append([name, text, *(("", "") if bar is None else (f"≤ {bar:g}", _verdict(value, bar)))])
+        rows.append(
+            [name, text, *(("", "") if bar is None else (f"≤ {bar:g}", _verdict(value, bar)))]
+        )
     return ["", "value", "bar", ""], rows
 
 
@@ -171,12 +195,18 @@ def bar_rows(record: Record) -> list[list[str]]:
     for case in record.get("cases", []):
         if (held := _bar_of(case)) is not None:
             value, bar, unit = held
-            interval = _interval(case["ratio"]) if case["bar"] is not None and case["ratio"]["count"] > 1 else ""
+            interval = (
+                _interval(case["ratio"])
+                if case["bar"] is not None and case["ratio"]["count"] > 1
+                else ""
+            )
             name = f"{title_of(record)}: {case['name']}"
             text = f"{_amount(value)}{unit}" if unit else f"{value:.3f}"
             rows.append([name, text, interval, f"≤ {bar:g}{unit}", _verdict(value, bar)])
     for name in _facts(record):
         if (bar := record.get(f"{name}_bar")) is not None:
             what = f"{title_of(record)}: {name}"
-            rows.append([what, _amount(record[name]), "", f"≤ {bar:g}", _verdict(record[name], bar)])
+            rows.append(
+                [what, _amount(record[name]), "", f"≤ {bar:g}", _verdict(record[name], bar)]
+            )
     return rows

@@ -16,24 +16,32 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from bayestune.adapters import bayesify
+from bayestune.data import Question, Task, load_task
 from bayestune.kl import KLStep
-from bayestune.lora import bayesify
 from bayestune.models import LoadedModel, load_model
-from bayestune.questions import Question
 from bayestune.scoring import LetterScorer, Scorer
-from bayestune.tasks import Task, load_task
 
 STOCK = "lora"  # every other name of an adapter is a kind of BLoB's noise
 PRECISIONS = ("fp32", "bf16")
 DTYPES = ("float32", "bfloat16")
 MANY_STEPS = 100_000  # of the KL's plan: more than any benchmark takes, or the KL step would stop
-SIZES = {"layers": 10, "hidden": 576, "intermediate": 1536, "heads": 9, "kv_heads": 3, "vocab": 49152}
+SIZES = {
+    "layers": 10,
+    "hidden": 576,
+    "intermediate": 1536,
+    "heads": 9,
+    "kv_heads": 3,
+    "vocab": 49152,
+}
 Loss = Callable[[nn.Module, int], Tensor]
 
 
 def add_model_options(parser: ArgumentParser, *, required: bool = False) -> None:
     """Options of the model: a real one by name, or a random Llama's sizes."""
-    text = "directory or name of a real model" + ("" if required else "; left out: a Llama with random weights")
+    text = "directory or name of a real model" + (
+        "" if required else "; left out: a Llama with random weights"
+    )
     parser.add_argument("--model", default=None, required=required, help=text)
     parser.add_argument("--rank", type=int, default=8, help="of the adapters on q_proj and v_proj")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the base weights")
@@ -64,12 +72,16 @@ def base_model(options: Namespace, device: torch.device) -> nn.Module:
 
 def twin(model: nn.Module) -> nn.Module:
     """A copy of the modules over the very same parameters and buffers."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})
+    return copy.deepcopy(
+        model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    )
 
 
 def adapt(model: nn.Module, adapter: str, rank: int) -> PeftModel:
     """A stock PEFT model in training mode; with a kind of noise for `adapter` its A is Gaussian."""
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
+    )
     adapted = get_peft_model(model, config)  # type: ignore[arg-type]
     if not adapter.startswith(STOCK):
         bayesify(adapted, noise=adapter)  # type: ignore[arg-type]
@@ -79,7 +91,9 @@ def adapt(model: nn.Module, adapter: str, rank: int) -> PeftModel:
 def adapt_all(model: nn.Module, adapters: Sequence[str], rank: int) -> dict[str, PeftModel]:
     """An adapted model for each name, all over the weights of `model`."""
     bases = [model, *(twin(model) for _ in adapters[1:])]
-    return {adapter: adapt(base, adapter, rank) for adapter, base in zip(adapters, bases, strict=True)}
+    return {
+        adapter: adapt(base, adapter, rank) for adapter, base in zip(adapters, bases, strict=True)
+    }
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
@@ -157,7 +171,9 @@ class Prompts:
 def add_prompt_options(parser: ArgumentParser, rows: int) -> None:
     """Options of the task and its batches."""
     parser.add_argument("--task", default="arc_easy", help="whose prompts")
-    parser.add_argument("--data_root", type=Path, default=None, help="folder of the data sets; left out: the Hub")
+    parser.add_argument(
+        "--data_root", type=Path, default=None, help="folder of the data sets; left out: the Hub"
+    )
     parser.add_argument("--rows", type=int, default=rows, help="of a batch")
     parser.add_argument("--batches", type=int, default=12, help="different ones, used in turn")
 
@@ -169,13 +185,20 @@ def real_task(options: Namespace, device: torch.device) -> tuple[LoadedModel, Ta
     return loaded, task.subset(evaluation=options.rows * options.batches, seed=options.seed)
 
 
-def batches_of(scorer: Scorer, part: str, options: Namespace, device: torch.device) -> list[dict[str, Tensor]]:
+def batches_of(
+    scorer: Scorer, part: str, options: Namespace, device: torch.device
+) -> list[dict[str, Tensor]]:
     """Batches of the first rows of a task's part."""
     rows: Sequence[Question] = getattr(scorer.task, part)[: options.rows * options.batches]
     encoded = scorer.encode(rows)
-    groups = [encoded[i : i + options.rows] for i in range(0, len(encoded) - options.rows + 1, options.rows)]
+    groups = [
+        encoded[i : i + options.rows]
+        for i in range(0, len(encoded) - options.rows + 1, options.rows)
+    ]
     if not groups:
-        raise ValueError(f"no batch: got {len(rows)} {part} rows of {options.task}, expected {options.rows} or more")
+        raise ValueError(
+            f"no batch: got {len(rows)} {part} rows of {options.task}, expected {options.rows} or more"
+        )
     return [on(device, scorer.collate(group)) for group in groups]
 
 

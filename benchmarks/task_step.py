@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attention import under
-from bayestune.attention import eager_attention, trains_faster_eagerly
-from bayestune.order import by_length
+from bayestune.training.cpu_attention import eager_attention, trains_faster_eagerly
+from bayestune.training.length_groups import by_length
 from harness import (
     Action,
     Case,
@@ -67,10 +67,22 @@ def options_of(arguments: Sequence[str] | None) -> Namespace:
     parser = parser_of(__doc__, repeats=36)
     add_model_options(parser, required=True)
     add_prompt_options(parser, rows=4)
-    parser.add_argument("--precisions", choices=PRECISIONS, nargs="+", default=list(PRECISIONS), help="each measured")
-    parser.add_argument("--official", type=Path, default=None, help="a checkout of the authors' code, measured too")
-    parser.add_argument("--epoch_rows", type=int, default=96, help="rows of an epoch by length; 0 for no such lines")
-    parser.add_argument("--epochs", type=int, default=6, help="epochs by length and in random order")
+    parser.add_argument(
+        "--precisions",
+        choices=PRECISIONS,
+        nargs="+",
+        default=list(PRECISIONS),
+        help="each measured",
+    )
+    parser.add_argument(
+        "--official", type=Path, default=None, help="a checkout of the authors' code, measured too"
+    )
+    parser.add_argument(
+        "--epoch_rows", type=int, default=96, help="rows of an epoch by length; 0 for no such lines"
+    )
+    parser.add_argument(
+        "--epochs", type=int, default=6, help="epochs by length and in random order"
+    )
     return parser.parse_args(arguments)
 
 
@@ -96,25 +108,32 @@ def subjects_of(prompts: Prompts, options: Namespace) -> Callable[[str], dict[st
     models = adapt_all(prompts.model, [STOCK, STOCK_LAST, PUBLISHED, OURS], options.rank)
     noisy = publish(models[PUBLISHED])
     if options.official is not None:
-        authors = official_step(official_class(options.official), base, prompts, options.rank, "fp32")
+        authors = official_step(
+            official_class(options.official), base, prompts, options.rank, "fp32"
+        )
     losses = {STOCK: full_loss(prompts), STOCK_LAST: task_loss(prompts), OURS: task_loss(prompts)}
 
     def steps(precision: str) -> dict[str, Action]:
         made: dict[str, Action] = {
-            name: training_step(models[name], name, loss, precision) for name, loss in losses.items()
+            name: training_step(models[name], name, loss, precision)
+            for name, loss in losses.items()
         }
         longest = max(batch["input_ids"].shape[1] for batch in prompts.batches)
         eagerly = trains_faster_eagerly(models[OURS], longest, bf16=precision == "bf16")
         made[OWN] = under(models[OURS], eagerly, made[OURS])
         made[PUBLISHED] = published_step(models[PUBLISHED], noisy, answer_loss(prompts), precision)
-        return made if authors is None else {**made, OFFICIAL: replace(authors, precision=precision)}
+        return (
+            made if authors is None else {**made, OFFICIAL: replace(authors, precision=precision)}
+        )
 
     return steps
 
 
 def shuffled(rows: int, seed: int, epoch: int) -> list[int]:
     """A random order of the rows, new for each epoch."""
-    return torch.randperm(rows, generator=torch.Generator().manual_seed((seed << 32) + epoch)).tolist()
+    return torch.randperm(
+        rows, generator=torch.Generator().manual_seed((seed << 32) + epoch)
+    ).tolist()
 
 
 def in_batches(order: Sequence[int], rows: Encoded, size: int) -> list[list[dict]]:
@@ -134,7 +153,9 @@ class Epoch:
 
     def __call__(self, turn: int) -> None:
         """Takes the steps of one turn's epoch."""
-        collated = [on(self.step.device, self.prompts.scorer.collate(rows)) for rows in self.batches(turn)]
+        collated = [
+            on(self.step.device, self.prompts.scorer.collate(rows)) for rows in self.batches(turn)
+        ]
         one = replace(self.step, loss=self.loss(replace(self.prompts, batches=collated)))
         with eager_attention(one.model, self.eagerly):
             for number in range(len(collated)):
@@ -147,7 +168,9 @@ def padded(batches: Sequence[Encoded]) -> float:
     return tokens / sum(map(len, batches))
 
 
-def epoch_cases(steps: Mapping[str, Any], prompts: Prompts, options: Namespace, precision: str) -> list[Case]:
+def epoch_cases(
+    steps: Mapping[str, Any], prompts: Prompts, options: Namespace, precision: str
+) -> list[Case]:
     """Whole epochs of the same rows: batches by length over random order, in seconds and tokens a row; and all that
     training has to offer (batches by length, the attention it trains with) over the published form in random order."""
     rows = prompts.scorer.encode(prompts.scorer.task.train[: options.epoch_rows])
@@ -158,7 +181,8 @@ def epoch_cases(steps: Mapping[str, Any], prompts: Prompts, options: Namespace, 
         RANDOM: partial(shuffled, len(rows), options.seed),
     }
     batches = {
-        name: lambda epoch, order=order: in_batches(order(epoch), rows, options.rows) for name, order in orders.items()
+        name: lambda epoch, order=order: in_batches(order(epoch), rows, options.rows)
+        for name, order in orders.items()
     }
     actions: dict[str, Action] = {
         GROUPED: Epoch(steps[OURS], task_loss, prompts, batches[GROUPED], eagerly),
@@ -167,11 +191,21 @@ def epoch_cases(steps: Mapping[str, Any], prompts: Prompts, options: Namespace, 
     }
     laps = interleave(actions, options.epochs, warmup=1, device=steps[OURS].device)
     seconds = {name: [lap / len(rows) for lap in values] for name, values in laps.items()}
-    tokens = {name: [padded(given(epoch)) for epoch in range(1, options.epochs + 1)] for name, given in batches.items()}
-    title, counts = f"a row of an epoch of {len(rows)}, {precision}", {n: sum(v) / len(v) for n, v in tokens.items()}
+    tokens = {
+        name: [padded(given(epoch)) for epoch in range(1, options.epochs + 1)]
+        for name, given in batches.items()
+    }
+    title, counts = (
+        f"a row of an epoch of {len(rows)}, {precision}",
+        {n: sum(v) / len(v) for n, v in tokens.items()},
+    )
     return [
-        timed_case(f"BLoB, batches {GROUPED} / {THEIRS}, {title}", seconds, (GROUPED, THEIRS), 0.60),
-        timed_case(f"BLoB, batches {GROUPED} / in {RANDOM}, {title}", seconds, (GROUPED, RANDOM), None),
+        timed_case(
+            f"BLoB, batches {GROUPED} / {THEIRS}, {title}", seconds, (GROUPED, THEIRS), 0.60
+        ),
+        timed_case(
+            f"BLoB, batches {GROUPED} / in {RANDOM}, {title}", seconds, (GROUPED, RANDOM), None
+        ),
         Case(
             f"tokens, batches {GROUPED} / in {RANDOM}, {title}",
             Spread.of(paired_ratios(tokens, GROUPED, RANDOM)),

@@ -29,10 +29,14 @@ PACKED, EXPANDED = LAYOUTS = ("packed", "expanded")
 def prompts_of(options: Namespace, device: torch.device) -> dict[str, Prompts]:
     """The same rows in both layouts, for one adapted model."""
     loaded, task = real_task(options, device)
-    scorers = {name: make_scorer(loaded.model, loaded.tokenizer, task, "text", layout=name) for name in LAYOUTS}
+    scorers = {
+        name: make_scorer(loaded.model, loaded.tokenizer, task, "text", layout=name)
+        for name in LAYOUTS
+    }
     model = adapt(loaded.model, NOISE, options.rank)
     return {
-        name: Prompts(model, scorer, batches_of(scorer, "train", options, device)) for name, scorer in scorers.items()
+        name: Prompts(model, scorer, batches_of(scorer, "train", options, device))
+        for name, scorer in scorers.items()
     }
 
 
@@ -63,7 +67,10 @@ def measure(
 ) -> tuple[list[Case], float]:
     """The cases of a precision, and how near the two layouts' logits are after the steps that were timed."""
     model = prompts[PACKED].model
-    steps = {name: training_step(model.train(), NOISE, task_loss(one), precision) for name, one in prompts.items()}
+    steps = {
+        name: training_step(model.train(), NOISE, task_loss(one), precision)
+        for name, one in prompts.items()
+    }
     trained = interleave(steps, options.repeats, warmup=options.warmup, device=device)
     model.eval()
     passes = {name: Prediction(one, device, precision) for name, one in prompts.items()}
@@ -80,7 +87,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = parser_of(__doc__, repeats=24)
     add_model_options(parser, required=True)
     add_prompt_options(parser, rows=4)
-    parser.add_argument("--precisions", choices=PRECISIONS, nargs="+", default=list(PRECISIONS), help="each measured")
+    parser.add_argument(
+        "--precisions",
+        choices=PRECISIONS,
+        nargs="+",
+        default=list(PRECISIONS),
+        help="each measured",
+    )
     options = parser.parse_args(arguments)
     device = device_of(options)
     where, prompts = environment(device), prompts_of(options, device)

@@ -29,10 +29,21 @@ def options_of(arguments: Sequence[str] | None) -> Namespace:
     add_model_options(parser)
     parser.add_argument("--rows", type=int, default=4, help="of the batch")
     parser.add_argument("--length", type=int, default=128, help="tokens of a row")
-    parser.add_argument("--logits", choices=("last", "full"), default="last", help="which are computed, in both steps")
-    parser.add_argument("--noise", choices=NOISES, nargs="+", default=["row"], help="BLoB's, each a line")
-    parser.add_argument("--precisions", choices=PRECISIONS, nargs="+", default=list(PRECISIONS), help="each a line")
-    parser.add_argument("--control", action="store_true", help="a second stock LoRA too: how far from 1 chance goes")
+    parser.add_argument(
+        "--logits",
+        choices=("last", "full"),
+        default="last",
+        help="which are computed, in both steps",
+    )
+    parser.add_argument(
+        "--noise", choices=NOISES, nargs="+", default=["row"], help="BLoB's, each a line"
+    )
+    parser.add_argument(
+        "--precisions", choices=PRECISIONS, nargs="+", default=list(PRECISIONS), help="each a line"
+    )
+    parser.add_argument(
+        "--control", action="store_true", help="a second stock LoRA too: how far from 1 chance goes"
+    )
     return parser.parse_args(arguments)
 
 
@@ -41,10 +52,14 @@ def measure(base: nn.Module, options: Namespace, device: torch.device) -> list[C
     names = [STOCK, *options.noise, *([CONTROL] if options.control else [])]
     models = adapt_all(base, names, options.rank)
     vocabulary = base.config.vocab_size  # type: ignore[union-attr]
-    loss = token_loss(random_tokens(vocabulary, options.rows, options.length, device), options.logits)
+    loss = token_loss(
+        random_tokens(vocabulary, options.rows, options.length, device), options.logits
+    )
     cases = []
     for precision in options.precisions:
-        steps = {name: training_step(model, name, loss, precision) for name, model in models.items()}
+        steps = {
+            name: training_step(model, name, loss, precision) for name, model in models.items()
+        }
         seconds = interleave(steps, options.repeats, warmup=options.warmup, device=device)
         for name in names[1:]:
             bar = BAR if name == "row" else None

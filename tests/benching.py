@@ -10,21 +10,26 @@ from pathlib import Path
 
 import torch
 
-from bayestune.benchmark import Grid, TaskSettings, run_bench
-from bayestune.evaluation import Predicting
-from bayestune.lora import Lora
-from bayestune.runs import Questions
+from bayestune.adapters import Lora
+from bayestune.bench import Grid, TaskSettings, run_bench
+from bayestune.evaluation import EvaluationOptions
+from bayestune.session import TaskOptions
 from bayestune.training import Training
 
 
 def grid(place: Path, **changes: object) -> Grid:
     """Two tasks with rows of their own; the second one is evaluated on the first too."""
-    data = {name: {"data": place / f"{name}.jsonl", "evaluation_data": place / "test.jsonl"} for name in ("one", "two")}
+    data = {
+        name: {"data": place / f"{name}.jsonl", "evaluation_data": place / "test.jsonl"}
+        for name in ("one", "two")
+    }
     settings = {
         "models": (str(place / "model"),),
         "tasks": {
             "one": TaskSettings(questions=data["one"]),
-            "two": TaskSettings(questions=data["two"], training={"steps": 3}, evaluate_on=("two", "one")),
+            "two": TaskSettings(
+                questions=data["two"], training={"steps": 3}, evaluate_on=("two", "one")
+            ),
         },
         "methods": {
             "mle": None,
@@ -32,9 +37,9 @@ def grid(place: Path, **changes: object) -> Grid:
             "BLoB, small": {"method": "blob", "final_std": 0.05, "schedule": "constant"},
         },
         "seeds": (1, 2),
-        "questions": Questions(holdout=0.25),
+        "questions": TaskOptions(holdout=0.25),
         "training": Training(Lora(rank=2), steps=4, batch_size=2, save_steps=1),
-        "predicting": Predicting(draws=(0, 2), resamples=10),
+        "predicting": EvaluationOptions(draws=(0, 2), resamples=10),
     }
     return Grid(**{**settings, **changes})
 

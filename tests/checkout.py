@@ -30,7 +30,10 @@ class BLoB(PeftModel):
 
 def write_checkout(folder: Path) -> Path:
     """Writes it, with a class whose `fit` notes what it is given."""
-    for room, files in {"modelwrappers": {"blob": BLOB}, "utils": {"extra": "FACTOR = 3.0"}}.items():
+    for room, files in {
+        "modelwrappers": {"blob": BLOB},
+        "utils": {"extra": "FACTOR = 3.0"},
+    }.items():
         (folder / room).mkdir(parents=True)
         for name, text in {**files, "__init__": ""}.items():
             (folder / room / f"{name}.py").write_text(text, encoding="utf-8")

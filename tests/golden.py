@@ -21,20 +21,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bayestune import METHODS, Draws, Lora, Training, make_scorer, save_posterior
+from bayestune.adapters import held_noise
+from bayestune.bench import Grid, TaskSettings, cells
 from bayestune.cli import main
+from bayestune.evaluation import EvaluationOptions
+from bayestune.session import TaskOptions
 from tiny import byte_level_tokenizer, coloured_questions, labelled_sentences, tiny_bert, tiny_llama
-
-try:
-    from bayestune.adapters import held_noise
-    from bayestune.bench import Grid, TaskSettings, cells
-    from bayestune.session import TaskOptions
-
-    from bayestune.evaluation import EvaluationOptions
-except ImportError:
-    from bayestune.benchmark import Grid, TaskSettings, cells
-    from bayestune.evaluation import Predicting as EvaluationOptions
-    from bayestune.gaussian import held_noise
-    from bayestune.runs import Questions as TaskOptions
 
 SCORINGS, SEEDS = ("letter", "text", "head"), (1, 2)
 BLOB = {
@@ -57,7 +49,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "bbb": BLOB,
     "laplace": {},
     "blob": BLOB,
-    "blob_authors": {**BLOB, "noise": "token", "final_std": None, "kl_lr": 0.01, "schedule": "bursts"},
+    "blob_authors": {
+        **BLOB,
+        "noise": "token",
+        "final_std": None,
+        "kl_lr": 0.01,
+        "schedule": "bursts",
+    },
     "tfb": {"base": MLE, "anchors": 6, "draws": 2, "evaluations": 3},
     "temperature": {"base": MLE},
     "posterior_scale": {"base": {"method": "blob", **BLOB}, "factors": (0.5, 1.0)},
@@ -112,7 +110,11 @@ def training(seed: int) -> Training:
 
 def fitted(name: str, scoring: str, seed: int) -> dict[str, Tensor]:
     """Draws' logits, one draw, and all saved tensors of a fit, by name."""
-    base, task = (tiny_bert, labelled_sentences()) if scoring == "head" else (tiny_llama, coloured_questions())
+    base, task = (
+        (tiny_bert, labelled_sentences())
+        if scoring == "head"
+        else (tiny_llama, coloured_questions())
+    )
     scorer = make_scorer(base(), byte_level_tokenizer(), task, scoring)
     posterior = make_method(name, SETTINGS[name]).fit(base(), scorer, training(seed))
     batch = scorer.collate(scorer.encode(task.evaluation))
@@ -127,12 +129,20 @@ def fitted(name: str, scoring: str, seed: int) -> dict[str, Tensor]:
         for path in sorted(folder.rglob("*.safetensors")):
             place = path.relative_to(folder).as_posix().removesuffix(".safetensors")
             found |= {f"{place}/{key}": value for key, value in load_file(path).items()}
-    return {f"{name}/{scoring}/{seed}/{key}": value.detach().contiguous().clone() for key, value in found.items()}
+    return {
+        f"{name}/{scoring}/{seed}/{key}": value.detach().contiguous().clone()
+        for key, value in found.items()
+    }
 
 
 def addresses() -> dict[str, Tensor]:
     """Held noise at some addresses."""
-    places = ("laplace", "low rank", "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.q_proj.lora_B")
+    places = (
+        "laplace",
+        "low rank",
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.0.self_attn.q_proj.lora_B",
+    )
     return {
         f"noise/{place}/{seed}/{index}": held_noise((2, 3), seed, index, place)
         for place in places
@@ -154,7 +164,9 @@ def grid_keys() -> list[str]:
     """The keys of a grid over embedded questions, whose settings differ by task and method."""
     grid = Grid(
         models=("tiny",),
-        tasks={"everyday": TaskSettings(training={"steps": 3}, methods={"blob": {"prior_std": 0.3}})},
+        tasks={
+            "everyday": TaskSettings(training={"steps": 3}, methods={"blob": {"prior_std": 0.3}})
+        },
         methods={
             "mle": None,
             "blob": {"final_std": 0.1, "schedule": "constant"},
@@ -164,7 +176,9 @@ def grid_keys() -> list[str]:
         },
         seeds=(1, 2),
         questions=TaskOptions(train_rows=8, evaluation_rows=6, holdout=0.1, scoring="text"),
-        training=Training(lora=Lora(rank=2, alpha=4, dropout=0.0, targets=("q_proj",)), seed=1, **TRAINING),
+        training=Training(
+            lora=Lora(rank=2, alpha=4, dropout=0.0, targets=("q_proj",)), seed=1, **TRAINING
+        ),
         predicting=EvaluationOptions(draws=(0, 2)),
     )
     return [cell.key for cell in cells(grid, grid.load_all())]
@@ -174,7 +188,9 @@ def write_rows(folder: Path) -> None:
     """The tiny task as the user's own files."""
     task = coloured_questions()
     for name, rows in {"train": task.train, "test": task.evaluation}.items():
-        lines = [json.dumps({**asdict(row), "answer": row.options[row.answer]}) + "\n" for row in rows]
+        lines = [
+            json.dumps({**asdict(row), "answer": row.options[row.answer]}) + "\n" for row in rows
+        ]
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
@@ -187,9 +203,34 @@ def records() -> list[dict[str, Any]]:
         byte_level_tokenizer().save_pretrained(folder / "model")
         methods = "[mle,blob,ensemble,mc_dropout]"
         arguments = ["--model", folder / "model", "--data", folder / "train.jsonl"]
-        arguments += ["--evaluation_data", folder / "test.jsonl", "--methods", methods, "--output", folder / "out"]
-        arguments += ["--steps", 4, "--learning_rate", 1e-3, "--lora.rank", 2, "--lora.targets", "[q_proj,v_proj]"]
-        arguments += ["--draws", "[0,2]", "--resamples", 50, "--blob.final_std", 0.1, "--blob.schedule", "constant"]
+        arguments += [
+            "--evaluation_data",
+            folder / "test.jsonl",
+            "--methods",
+            methods,
+            "--output",
+            folder / "out",
+        ]
+        arguments += [
+            "--steps",
+            4,
+            "--learning_rate",
+            1e-3,
+            "--lora.rank",
+            2,
+            "--lora.targets",
+            "[q_proj,v_proj]",
+        ]
+        arguments += [
+            "--draws",
+            "[0,2]",
+            "--resamples",
+            50,
+            "--blob.final_std",
+            0.1,
+            "--blob.schedule",
+            "constant",
+        ]
         arguments += ["--progress", "false"]
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             assert main(["compare", *map(str, arguments)]) == 0
@@ -220,8 +261,15 @@ def compare(folder: Path) -> list[str]:
     """What is not bit for bit as in the folder."""
     expected, tensors = load_file(folder / "tensors.safetensors"), all_tensors()
     wrong = sorted(set(expected) ^ set(tensors))
-    wrong += [name for name in set(expected) & set(tensors) if not torch.equal(expected[name], tensors[name])]
-    known, found = json.loads((folder / "texts.json").read_text(encoding="utf-8")), json.loads(json.dumps(texts()))
+    wrong += [
+        name
+        for name in set(expected) & set(tensors)
+        if not torch.equal(expected[name], tensors[name])
+    ]
+    known, found = (
+        json.loads((folder / "texts.json").read_text(encoding="utf-8")),
+        json.loads(json.dumps(texts())),
+    )
     return wrong + [f"{key}: {found[key]}" for key in known if known[key] != found[key]]
 
 
@@ -231,7 +279,9 @@ if __name__ == "__main__":
     if sys.argv[1] == "write":
         place.mkdir(parents=True, exist_ok=True)
         save_file(all_tensors(), place / "tensors.safetensors")
-        (place / "texts.json").write_text(json.dumps(texts(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (place / "texts.json").write_text(
+            json.dumps(texts(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
     else:
         differences = compare(place)
         print("\n".join(differences) or "all golden values are the same, bit for bit")

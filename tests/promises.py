@@ -5,11 +5,12 @@ from dataclasses import replace
 
 import torch
 
-from bayestune.artefact import load_posterior, save_posterior
-from bayestune.lora import head_modules
-from bayestune.posterior import Draws, predict
+from bayestune.adapters import head_modules
+from bayestune.forward import Draws
+from bayestune.posteriors import load_posterior, predict, save_posterior
 from bayestune.scoring import make_scorer
-from bayestune.training import Training, newest_checkpoint
+from bayestune.training import Training
+from bayestune.training.training import newest_checkpoint
 
 TRAINING = Training(steps=8, learning_rate=1e-2, progress=False, logging_steps=1)
 
@@ -29,7 +30,9 @@ def keeps_its_promises(method, make, scorer, batch, folder, steps=8):
     posterior = method.fit(base, scorer, training)
     logits = posterior.logits(batch, Draws(3))
     assert torch.equal(logits, method.fit(make(), scorer, training).logits(batch, Draws(3)))
-    assert not torch.equal(logits, method.fit(make(), scorer, replace(training, seed=5)).logits(batch, Draws(3)))
+    assert not torch.equal(
+        logits, method.fit(make(), scorer, replace(training, seed=5)).logits(batch, Draws(3))
+    )
     assert logits.nan_to_num(neginf=0).var(0).max() > 0
     assert predict(posterior, batch, 0).probabilities.isfinite().all()
     loaded = load_posterior(make(), save_posterior(posterior, folder), scorer)
@@ -39,14 +42,18 @@ def keeps_its_promises(method, make, scorer, batch, folder, steps=8):
     heads = tuple(head_modules(posterior.model))  # trained whole
     after = posterior.model.unload().state_dict()
     assert all(
-        torch.equal(value, after[name]) for name, value in before.items() if not name.startswith(heads or "none")
+        torch.equal(value, after[name])
+        for name, value in before.items()
+        if not name.startswith(heads or "none")
     )
     return loaded
 
 
 def learns(method, make, scorer, task, steps=60, learning_rate=3e-2):
     """The mean's loss on the training rows, over that of guessing."""
-    posterior = method.fit(make(), scorer, replace(TRAINING, steps=steps, learning_rate=learning_rate))
+    posterior = method.fit(
+        make(), scorer, replace(TRAINING, steps=steps, learning_rate=learning_rate)
+    )
     batch = scorer.collate(scorer.encode(task.train))
     labels = batch.pop("labels")
     loss = -predict(posterior, batch, 0).probabilities[range(len(labels)), labels].log().mean()

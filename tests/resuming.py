@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
+from bayestune.adapters import Lora, bayesify
 from bayestune.kl import KLStep
-from bayestune.lora import Lora, bayesify
 from bayestune.training import Training, start_adapter, train
 
 
@@ -21,7 +21,10 @@ class Colours:
         train = tuple(type("Row", (), {"answer": i % 3})() for i in range(24))
 
     def encode(self, rows):
-        return [{"ids": [3 + (7 * i + j) % 90 for j in range(9)], "answer": row.answer} for i, row in enumerate(rows)]
+        return [
+            {"ids": [3 + (7 * i + j) % 90 for j in range(9)], "answer": row.answer}
+            for i, row in enumerate(rows)
+        ]
 
     def collate(self, rows):
         return {
@@ -41,7 +44,12 @@ class Slow(TrainerCallback):
 def run(folder: Path, resume: bool, slow: bool) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    settings = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    settings = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     base = LlamaForCausalLM(LlamaConfig(vocab_size=100, **settings))
     training = Training(
         lora=Lora(targets=("q_proj", "v_proj"), dropout=0.1),
@@ -57,6 +65,10 @@ def run(folder: Path, resume: bool, slow: bool) -> None:
     bayesify(model)
     callbacks = [KLStep(final_std=0.1), *([Slow()] if slow else [])]
     fitted = train(model, Colours(), training, callbacks)
-    state = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-    (folder / "log.json").write_text(json.dumps([entry for entry in fitted.history if "loss" in entry]))
+    state = {
+        name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad
+    }
+    (folder / "log.json").write_text(
+        json.dumps([entry for entry in fitted.history if "loss" in entry])
+    )
     save_file(state, folder / "final.safetensors")

@@ -68,10 +68,14 @@ def test_every_room_has_its_place_in_the_order():
     assert {room(path) for path in MODULES} - {"__init__"} == set(ORDER)
 
 
-@pytest.mark.parametrize("path", [p for p in MODULES if room(p) != "__init__"], ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", [p for p in MODULES if room(p) != "__init__"], ids=lambda p: p.stem
+)
 def test_imports_only_go_down(path):
     own = ORDER.index(room(path))
-    used = {name.split(".")[1] for name in imports(path) if name.startswith("bayestune.")} - {"__version__"}
+    used = {name.split(".")[1] for name in imports(path) if name.startswith("bayestune.")} - {
+        "__version__"
+    }
     above = {name for name in used & set(ORDER) if ORDER.index(name) > own}
     assert not above, f"{path.name} imports {above}, which come after it"
 
@@ -98,7 +102,9 @@ def test_importing_the_package_imports_nothing_heavy():
 
 
 def test_the_commands_load_neither_plots_nor_gguf_before_they_are_needed():
-    code = "import sys, bayestune.cli; print([m for m in ('matplotlib', 'gguf') if m in sys.modules])"
+    code = (
+        "import sys, bayestune.cli; print([m for m in ('matplotlib', 'gguf') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

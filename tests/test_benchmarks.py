@@ -9,11 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from bayestune.allocator import keep_freed_memory
+from bayestune.runtime import keep_freed_memory
 from checkout import write_checkout
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-SIZES = {"layers": 2, "hidden": 32, "intermediate": 64, "heads": 4, "kv_heads": 2, "vocab": 128, "rows": 2, "length": 8}
+SIZES = {
+    "layers": 2,
+    "hidden": 32,
+    "intermediate": 64,
+    "heads": 4,
+    "kv_heads": 2,
+    "vocab": 128,
+    "rows": 2,
+    "length": 8,
+}
 TINY = [part for name, size in SIZES.items() for part in (f"--{name}", size)]
 QUICK = ["--threads", "1", "--repeats", "2", "--warmup", "1", "--allocator", "stock"]
 
@@ -57,11 +66,27 @@ def real(llama, byte_level, tmp_path):
     choices = {"text": ["red", "green", "blue", "sky"], "label": list("ABCD")}
     for split in ("train", "validation"):
         rows = [
-            {"id": f"{i}", "question": f"what is {i}?", "choices": choices, "answerKey": "ABCD"[i % 4]}
+            {
+                "id": f"{i}",
+                "question": f"what is {i}?",
+                "choices": choices,
+                "answerKey": "ABCD"[i % 4],
+            }
             for i in range(9)
         ]
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return "--model", tmp_path / "model", "--data_root", tmp_path / "data", "--rows", 4, "--precisions", "fp32"
+        (folder / f"{split}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+        )
+    return (
+        "--model",
+        tmp_path / "model",
+        "--data_root",
+        tmp_path / "data",
+        "--rows",
+        4,
+        "--precisions",
+        "fp32",
+    )
 
 
 def names_of(record):
@@ -70,9 +95,21 @@ def names_of(record):
 
 @pytest.mark.parametrize("logits", ["last", "full"])
 def test_train_step(run, logits):
-    record = run("train_step", *TINY, "--logits", logits, "--noise", "row", "independent", "token", "--control")
+    record = run(
+        "train_step",
+        *TINY,
+        "--logits",
+        logits,
+        "--noise",
+        "row",
+        "independent",
+        "token",
+        "--control",
+    )
     kinds = ("row", "independent", "token", "lora again")
-    assert names_of(record) == [f"{kind}, {precision}" for precision in ("fp32", "bf16") for kind in kinds]
+    assert names_of(record) == [
+        f"{kind}, {precision}" for precision in ("fp32", "bf16") for kind in kinds
+    ]
     assert [case["bar"] for case in record["cases"]] == [1.02, None, None, None] * 2
 
 
@@ -114,10 +151,17 @@ def test_draws_with_what_rows_begin_with_kept_and_not(run, load, monkeypatch):
     sizes = ("--length", 40, "--common", 30, "--rows", 4, "--precisions", "fp32")
     record = run("draws", *TINY, "--synthetic", "--draws", 8, *sizes)
     kept, read = "what rows begin with kept", "read by each row"
-    assert names_of(record)[3:5] == [f"{what}, {kept} / {read}, fp32" for what in ("8 draws", "mean")]
+    assert names_of(record)[3:5] == [
+        f"{what}, {kept} / {read}, fp32" for what in ("8 draws", "mean")
+    ]
     turns = passes[-2 * (8 + 4) :]  # of the two turns that count
     assert sorted(set(turns)) == [(4, 10), (4, 40), (32, 10), (32, 40)]
-    assert [turns.count((rows, tokens)) for rows in (4, 32) for tokens in (10, 40)] == [2, 2 * (8 + 1), 2, 2]
+    assert [turns.count((rows, tokens)) for rows in (4, 32) for tokens in (10, 40)] == [
+        2,
+        2 * (8 + 1),
+        2,
+        2,
+    ]
 
 
 def recorded(make, passes):
@@ -125,7 +169,9 @@ def recorded(make, passes):
 
     def made(options):
         model = make(options)
-        model.model.layers[0].register_forward_pre_hook(lambda _, args: passes.append(tuple(args[0].shape[:2])))
+        model.model.layers[0].register_forward_pre_hook(
+            lambda _, args: passes.append(tuple(args[0].shape[:2]))
+        )
         return model
 
     return made
@@ -164,7 +210,9 @@ def test_task_step(run, real):
 
 def test_task_step_over_a_checkout_of_the_authors_code(run, real, tmp_path):
     real = (*real[:-1], "fp32", "bf16")
-    record = run("task_step", *real, "--epoch_rows", 0, "--official", write_checkout(tmp_path / "checkout"))
+    record = run(
+        "task_step", *real, "--epoch_rows", 0, "--official", write_checkout(tmp_path / "checkout")
+    )
     bars = {case["name"].removeprefix("BLoB task step / "): case["bar"] for case in record["cases"]}
     assert list(bars)[1:3] == ["published form, fp32", "the authors' code, fp32"]
     assert len(bars) == 10
@@ -185,7 +233,9 @@ def test_too_few_rows_for_a_batch(load, real):
 
 def test_import_time(run, load, monkeypatch):
     module = load("import_time")
-    monkeypatch.setattr(module, "BASES", {module.PLAIN: "import bisect", module.AFTER_TRAINER: "import bisect, csv"})
+    monkeypatch.setattr(
+        module, "BASES", {module.PLAIN: "import bisect", module.AFTER_TRAINER: "import bisect, csv"}
+    )
     monkeypatch.setattr(module, "NAMES", "bayestune.__version__")
     record = run("import_time")
     assert len(record["cases"]) == 4
@@ -212,7 +262,9 @@ def test_turns_are_interleaved_in_changing_order_and_warm_up_is_dropped(load):
 
         return act
 
-    seconds = harness.interleave({"a": action("a", 3.0), "b": action("b", 2.0)}, repeats=4, warmup=2, clock=clock)
+    seconds = harness.interleave(
+        {"a": action("a", 3.0), "b": action("b", 2.0)}, repeats=4, warmup=2, clock=clock
+    )
     assert seconds == {"a": [3.0] * 4, "b": [2.0] * 4}
     assert [name for _, name in calls] == list("abbabaababba")
     assert [turn for turn, _ in calls] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
@@ -270,9 +322,14 @@ def test_collection_is_switched_on_again(load):
 def test_twin_shares_weights_and_takes_adapters_of_its_own(load, llama):
     subjects, base = load("subjects"), llama()
     models = subjects.adapt_all(base, ["lora", "row"], 4)
-    frozen = [{n: p for n, p in model.named_parameters() if not p.requires_grad} for model in models.values()]
+    frozen = [
+        {n: p for n, p in model.named_parameters() if not p.requires_grad}
+        for model in models.values()
+    ]
     assert all(frozen[1][name] is parameter for name, parameter in frozen[0].items())
-    trained = [{n for n, p in model.named_parameters() if p.requires_grad} for model in models.values()]
+    trained = [
+        {n for n, p in model.named_parameters() if p.requires_grad} for model in models.values()
+    ]
     assert {name for name in trained[1] if "root_std" not in name} == trained[0]
     assert any("root_std" in name for name in trained[1])
 

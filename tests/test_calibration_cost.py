@@ -11,12 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bayestune.adapters import Lora, attach, bayesify, gaussian_layers
 from bayestune.cli import main as bayestune
-from bayestune.evaluation import draw_logits
-from bayestune.forms import Gaussian
-from bayestune.lora import Lora, attach, bayesify, gaussian_layers
-from bayestune.posterior import Draws
-from bayestune.scoring import LetterScorer, TextScorer
+from bayestune.forward import Draws
+from bayestune.posteriors import Gaussian
+from bayestune.scoring import LetterScorer, TextScorer, row_logits
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -41,18 +40,28 @@ def page(cost):
 
 
 def test_share_of_known_rows(table):
-    mean, exact, other = (torch.tensor(rows).double() for rows in ([2.0, 4.0], [1.0, 1.0], [1.5, 3.5]))
-    assert table.share_kept(mean, exact, other, 50)[0] == pytest.approx(0.5 / 2)  # not the mean of 1/2 and 1/6
+    mean, exact, other = (
+        torch.tensor(rows).double() for rows in ([2.0, 4.0], [1.0, 1.0], [1.5, 3.5])
+    )
+    assert table.share_kept(mean, exact, other, 50)[0] == pytest.approx(
+        0.5 / 2
+    )  # not the mean of 1/2 and 1/6
     assert table.share_kept(mean, exact, mean, 50) == (0, 0, 0)
     assert table.share_kept(mean, exact, exact, 50) == (1, 1, 1)
-    assert table.share_kept(mean, exact, mean + 0.5, 50)[0] == pytest.approx(-0.25)  # worse than the mean
+    assert table.share_kept(mean, exact, mean + 0.5, 50)[0] == pytest.approx(
+        -0.25
+    )  # worse than the mean
 
 
 def made_up_rows(count):
     torch.manual_seed(0)
     exact = torch.rand(count, dtype=torch.float64)
     gain = torch.rand(count, dtype=torch.float64)
-    return exact + gain, exact, exact + gain - 0.6 * gain + 0.1 * torch.randn(count, dtype=torch.float64)
+    return (
+        exact + gain,
+        exact,
+        exact + gain - 0.6 * gain + 0.1 * torch.randn(count, dtype=torch.float64),
+    )
 
 
 def test_interval_of_the_share(table):
@@ -61,7 +70,9 @@ def test_interval_of_the_share(table):
         mean, exact, other = made_up_rows(count)
         share, low, high = table.share_kept(mean, exact, other, 2000)
         residual = (mean - other) - share * (mean - exact)
-        expected = 2 * 1.96 * residual.std() / (mean - exact).mean() / math.sqrt(count)  # of a ratio of means
+        expected = (
+            2 * 1.96 * residual.std() / (mean - exact).mean() / math.sqrt(count)
+        )  # of a ratio of means
         assert low < share < high
         assert share == pytest.approx(0.6, abs=0.06)
         assert high - low == pytest.approx(expected.item(), rel=0.1)
@@ -85,7 +96,13 @@ def test_row_nll_averages_probabilities(table):
 
 
 def options_of(**changes):
-    settings = {"draws": 10, "prefixes": ["1", "4"], "blocks": [2, 1], "factors": [2.0, 3.0], "factors_for": ["4"]}
+    settings = {
+        "draws": 10,
+        "prefixes": ["1", "4"],
+        "blocks": [2, 1],
+        "factors": [2.0, 3.0],
+        "factors_for": ["4"],
+    }
     return Namespace(**{**settings, **changes})
 
 
@@ -139,7 +156,9 @@ def test_lines_of_fewer_draws_are_the_first_draws(table, tmp_path):
     settings, labels = settings_by_name(table, factors=[]), torch.arange(40) % 3
     lines = scored(table, tmp_path, settings, labels, labels)
     logits = load_file(settings["exact 10"].file(tmp_path, "evaluation"))["logits"].double()
-    assert [name for name in lines if name.startswith("exact")] == [f"exact {count}" for count in (1, 2, 3, 5, 10)]
+    assert [name for name in lines if name.startswith("exact")] == [
+        f"exact {count}" for count in (1, 2, 3, 5, 10)
+    ]
     for count in (1, 2, 3, 5, 10):
         probabilities = sum(logits[i].softmax(-1) for i in range(count)) / count
         expected = -probabilities[torch.arange(40), labels].log().mean().item()
@@ -147,21 +166,31 @@ def test_lines_of_fewer_draws_are_the_first_draws(table, tmp_path):
     assert lines["mean"]["share"] == lines["mean"]["share_low"] == lines["mean"]["share_high"] == 0
     assert lines["exact 10"]["share"] == lines["exact 10"]["share_low"] == 1
     full = lines["mean"]["nll"] - lines["exact 10"]["nll"]
-    assert lines["prefix 1"]["share"] == pytest.approx((lines["mean"]["nll"] - lines["prefix 1"]["nll"]) / full)
+    assert lines["prefix 1"]["share"] == pytest.approx(
+        (lines["mean"]["nll"] - lines["prefix 1"]["nll"]) / full
+    )
 
 
 @pytest.mark.parametrize(("draws", "counts"), [(1, [1]), (3, [1, 2, 3]), (4, [1, 2, 3, 4])])
 def test_no_line_has_more_draws_than_there_are(table, tmp_path, draws, counts):
     settings, labels = settings_by_name(table, factors=[], draws=draws), torch.arange(9) % 3
     lines = scored(table, tmp_path, settings, labels, labels)
-    assert [name for name in lines if name.startswith("exact")] == [f"exact {count}" for count in counts]
+    assert [name for name in lines if name.startswith("exact")] == [
+        f"exact {count}" for count in counts
+    ]
 
 
 def test_temperature_is_of_held_out_rows(table, tmp_path):
-    settings, labels, held = settings_by_name(table, factors=[]), torch.arange(40) % 3, torch.arange(30) % 3
+    settings, labels, held = (
+        settings_by_name(table, factors=[]),
+        torch.arange(40) % 3,
+        torch.arange(30) % 3,
+    )
     first = scored(table, tmp_path, settings, labels, held)
     other_rows = scored(table, tmp_path, settings, (labels + 1) % 3, held)
-    other_held = scored(table, tmp_path, settings, labels, torch.cat([held[:25], (held[25:] + 1) % 3]))
+    other_held = scored(
+        table, tmp_path, settings, labels, torch.cat([held[:25], (held[25:] + 1) % 3])
+    )
     for name, line in first.items():
         temperature = line["tempered"]["temperature"]
         assert other_rows[name]["tempered"]["temperature"] == temperature
@@ -170,13 +199,21 @@ def test_temperature_is_of_held_out_rows(table, tmp_path):
 
 
 def test_temperature_is_the_best_and_used_on_evaluation_rows(table, tmp_path):
-    settings, labels, held = settings_by_name(table, factors=[]), torch.arange(40) % 3, torch.arange(30) % 3
+    settings, labels, held = (
+        settings_by_name(table, factors=[]),
+        torch.arange(40) % 3,
+        torch.arange(30) % 3,
+    )
     line = scored(table, tmp_path, settings, labels, held)["prefix 1"]
-    logits, held_out = (table.kept(tmp_path, settings["prefix 1"], part)[0] for part in ("evaluation", "held_out"))
+    logits, held_out = (
+        table.kept(tmp_path, settings["prefix 1"], part)[0] for part in ("evaluation", "held_out")
+    )
     temperature = line["tempered"]["temperature"]
     assert abs(math.log(temperature)) > 0.2
     least = table.row_nll(held_out / temperature, held).mean()
-    assert all(table.row_nll(held_out / (temperature * by), held).mean() > least for by in (0.97, 1.03))
+    assert all(
+        table.row_nll(held_out / (temperature * by), held).mean() > least for by in (0.97, 1.03)
+    )
     expected = table.row_nll(logits / temperature, labels).mean().item()
     assert line["tempered"]["nll"] == pytest.approx(expected)
     assert line["nll"] == pytest.approx(table.row_nll(logits, labels).mean().item())
@@ -186,7 +223,9 @@ def test_lines_with_a_factor_cost_as_much_as_without(table, tmp_path):
     settings, labels = settings_by_name(table), torch.tensor([0, 1, 2] * 4)
     costs = {"mean": 1.0, "exact 10": 10.0, "exact 2": 2.5, "prefix 4": 1.5}
     lines = scored(table, tmp_path, settings, labels, labels, costs)
-    assert {name: line["cost"] for name, line in lines.items() if "×" not in name and line["cost"]} == costs
+    assert {
+        name: line["cost"] for name, line in lines.items() if "×" not in name and line["cost"]
+    } == costs
     assert lines["prefix 1"]["cost"] is None
     for name, line in lines.items():
         assert line["cost"] == costs.get(name.partition(" ×")[0])
@@ -224,7 +263,10 @@ def subject(cost, posterior, tiny_task):
 
 def test_scaled_multiplies_the_standard_deviation_and_restores_it(cost, posterior):
     layers, drawn = gaussian_layers(posterior.model), posterior.draw(3)
-    before = {name: (layer.root_std.detach().clone(), layer.std.detach()) for name, layer in layers.items()}
+    before = {
+        name: (layer.root_std.detach().clone(), layer.std.detach())
+        for name, layer in layers.items()
+    }
     with cost.scaled(posterior, 3.0):
         for name, layer in layers.items():
             assert torch.allclose(layer.std, 3 * before[name][1])
@@ -239,10 +281,14 @@ def test_scaled_restores_after_an_error(cost, posterior):
     before = [layer.root_std.detach().clone() for layer in layers]
     with pytest.raises(RuntimeError, match="broken"), cost.scaled(posterior, 2.0):
         raise RuntimeError("broken")
-    assert all(torch.equal(layer.root_std, root) for layer, root in zip(layers, before, strict=True))
+    assert all(
+        torch.equal(layer.root_std, root) for layer, root in zip(layers, before, strict=True)
+    )
 
 
-@pytest.mark.parametrize(("blocks", "drawn"), [(1, {2}), (2, {1, 2}), (3, {0, 1, 2}), (5, {0, 1, 2})])
+@pytest.mark.parametrize(
+    ("blocks", "drawn"), [(1, {2}), (2, {1, 2}), (3, {0, 1, 2}), (5, {0, 1, 2})]
+)
 def test_only_the_last_blocks_are_drawn(cost, posterior, blocks, drawn):
     last = cost.LastBlocks(posterior.model, posterior.score, blocks=blocks)
     expected = {f"model.layers.{i}.self_attn.{name}_proj.lora_A" for i in drawn for name in "qv"}
@@ -254,7 +300,9 @@ def test_only_the_last_blocks_are_drawn(cost, posterior, blocks, drawn):
 
 def test_logits_of_the_last_blocks_are_those_without_noise_elsewhere(table, subject, posterior):
     rows, setting = subject.rows["evaluation"], table.Setting(table.BLOCKS, 3, blocks=2)
-    logits, exact = (subject.logits(one, rows, 4) for one in (setting, table.Setting(table.EXACT, 3)))
+    logits, exact = (
+        subject.logits(one, rows, 4) for one in (setting, table.Setting(table.EXACT, 3))
+    )
     with torch.no_grad():
         for name, layer in gaussian_layers(posterior.model).items():
             layer.root_std.mul_("layers.1." in name or "layers.2." in name)
@@ -272,7 +320,7 @@ def test_logits_are_those_of_the_setting_in_the_order_of_the_rows(table, subject
         (table.Setting(table.PREFIX, 3, prefix="4"), Draws(3, shared_prefix=4)),
     ):
         logits = subject.logits(setting, rows, 2)
-        alone = [draw_logits(posterior, posterior.score, [row], draws) for row in rows]
+        alone = [row_logits(posterior, posterior.score, [row], draws) for row in rows]
         assert logits.shape == (max(1, setting.draws), 6, 4)
         for i, (row, own) in enumerate(zip(rows, alone, strict=True)):
             assert torch.allclose(logits[:, i, : row["options"]], own[:, 0], atol=1e-3)
@@ -282,7 +330,9 @@ def test_logits_are_those_of_the_setting_in_the_order_of_the_rows(table, subject
 def test_a_factor_makes_the_draws_differ_more(table, subject):
     rows = subject.rows["evaluation"]
     spread = [
-        subject.logits(table.Setting(table.PREFIX, 4, prefix="4", factor=factor), rows, 3)[..., :3].std(0).mean()
+        subject.logits(table.Setting(table.PREFIX, 4, prefix="4", factor=factor), rows, 3)[..., :3]
+        .std(0)
+        .mean()
         for factor in (0.01, 0.5, 1.0)
     ]
     assert 20 * spread[0] < spread[1] < spread[2]
@@ -290,7 +340,10 @@ def test_a_factor_makes_the_draws_differ_more(table, subject):
 
 def test_draws_of_one_setting_are_not_forgotten_for_another(table, subject):
     """In turns, or a line's cost would hold the making of its draws because others were made between."""
-    rows, settings = subject.rows["evaluation"], [table.Setting(table.EXACT, count) for count in (3, 1)]
+    rows, settings = (
+        subject.rows["evaluation"],
+        [table.Setting(table.EXACT, count) for count in (3, 1)],
+    )
     drawn = [subject.drawn_as(setting) for setting in settings]
     stacks = []
     for _ in range(2):
@@ -302,7 +355,9 @@ def test_draws_of_one_setting_are_not_forgotten_for_another(table, subject):
 
 
 @pytest.mark.parametrize("scoring", [LetterScorer, TextScorer])
-def test_the_questions_prefix_is_all_but_the_instruction(cost, table, posterior, byte_level, tiny_task, scoring):
+def test_the_questions_prefix_is_all_but_the_instruction(
+    cost, table, posterior, byte_level, tiny_task, scoring
+):
     scorer = scoring(byte_level, tiny_task)
     rows = {part: scorer.encode(getattr(tiny_task, part)) for part in ("held_out", "evaluation")}
     one = cost.Subject(posterior, scorer, rows, {}, "fp32")
@@ -332,8 +387,17 @@ def write_rows(folder):
             size = 3 + i % 2
             choices = {"text": texts[:size], "label": list("ABCD")[:size]}
             question = f"what {split} is {'red and ' * (i % 3)}{i}?"
-            rows.append({"id": f"{i}", "question": question, "choices": choices, "answerKey": "ABCD"[i % size]})
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            rows.append(
+                {
+                    "id": f"{i}",
+                    "question": question,
+                    "choices": choices,
+                    "answerKey": "ABCD"[i % size],
+                }
+            )
+        (folder / f"{split}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+        )
 
 
 @pytest.fixture
@@ -344,9 +408,25 @@ def fitted(llama, byte_level, tmp_path):
     write_rows(tmp_path / "data" / "allenai" / "ai2_arc" / "ARC-Easy")
 
     def fit(method, *more):
-        same = ["--model", tmp_path / "model", "--task", "arc_easy", "--data_root", tmp_path / "data"]
+        same = [
+            "--model",
+            tmp_path / "model",
+            "--task",
+            "arc_easy",
+            "--data_root",
+            tmp_path / "data",
+        ]
         same = [*map(str, same), "--train_rows", "8", "--holdout", "0.25"]
-        own = ["--output", str(tmp_path / method), "--steps", "2", "--batch_size", "2", "--lora.rank", "2"]
+        own = [
+            "--output",
+            str(tmp_path / method),
+            "--steps",
+            "2",
+            "--batch_size",
+            "2",
+            "--lora.rank",
+            "2",
+        ]
         own += ["--learning_rate", "0.1", "--progress", "false"]
         assert bayestune(["fit", "--method", method, *same, *own, *more]) == 0
         return [*same, "--posterior", str(tmp_path / method), "--output", str(tmp_path / "kept")]
@@ -390,8 +470,12 @@ def check_page(record, text):
         assert float(cost) == pytest.approx(line["cost"], abs=0.0051)
         assert float(loss) == pytest.approx(line["nll"], abs=0.00051)
         assert float(kept.split()[0]) == pytest.approx(100 * line["share"], abs=0.51)
-        assert (low, high) == pytest.approx((100 * line["share_low"], 100 * line["share_high"]), abs=0.51)
-        assert (float(ece), float(accuracy)) == pytest.approx((100 * line["ece"], 100 * line["accuracy"]), abs=0.051)
+        assert (low, high) == pytest.approx(
+            (100 * line["share_low"], 100 * line["share_high"]), abs=0.51
+        )
+        assert (float(ece), float(accuracy)) == pytest.approx(
+            (100 * line["ece"], 100 * line["accuracy"]), abs=0.051
+        )
         found, expected = (float(temperature), float(tempered)), line["tempered"]
         assert found == pytest.approx((expected["temperature"], expected["nll"]), abs=0.0051)
         assert float(tempered_ece) == pytest.approx(100 * expected["ece"], abs=0.051)
@@ -406,12 +490,21 @@ def test_collect_cost_and_table(cost, table, fitted, tmp_path, capsys):
     assert sorted(seconds) == sorted([*PLAIN, "exact 1", "exact 2"])
     assert all(len(values) == 2 and values.min() > 0 for values in seconds.values())
 
-    file, shown, picture = tmp_path / "runs.jsonl", tmp_path / "docs" / "page.md", tmp_path / "docs" / "picture.png"
+    file, shown, picture = (
+        tmp_path / "runs.jsonl",
+        tmp_path / "docs" / "page.md",
+        tmp_path / "docs" / "picture.png",
+    )
     showing = ["table", *options, "--resamples", "20", "--json", str(file), "--page", str(shown)]
     capsys.readouterr()
     cost.main([*showing, "--picture", str(picture)])
     record, text = json.loads(file.read_text(encoding="utf-8")), shown.read_text(encoding="utf-8")
-    assert (record["task"], record["model"], record["n"], record["held_out"]) == ("arc_easy", "model", 5, 4)
+    assert (record["task"], record["model"], record["n"], record["held_out"]) == (
+        "arc_easy",
+        "model",
+        5,
+        4,
+    )
     names = [line["name"] for line in record["lines"]]
     assert [name for name in names if "×" not in name] == ["mean", "exact 1", "exact 2", *PLAIN[1:]]
     assert "dtype float32 · precision fp32 · batch 2" in text
@@ -454,11 +547,15 @@ def test_a_posterior_that_is_not_gaussian_is_refused(cost, fitted):
 
 def test_what_cannot_be_measured_is_refused(cost, fitted, capsys):
     options = [*fitted("blob"), *TINY.split()]
-    with pytest.raises(ValueError, match=r"no held-out rows: got holdout=0\.0, expected a part of train"):
+    with pytest.raises(
+        ValueError, match=r"no held-out rows: got holdout=0\.0, expected a part of train"
+    ):
         cost.main(["collect", *options, "--holdout", "0.0"])
     with pytest.raises(ValueError, match="got --dtype bfloat16, expected float32"):
         cost.main(["collect", *options, "--dtype", "bfloat16"])
-    with pytest.raises(ValueError, match="got 5 evaluation rows, expected 6 or more; lower --batch"):
+    with pytest.raises(
+        ValueError, match="got 5 evaluation rows, expected 6 or more; lower --batch"
+    ):
         cost.main(["cost", *options, "--batch", "6"])
     with pytest.raises(SystemExit):
         cost.main(["table", *options, "--page", "page.md"])
@@ -471,15 +568,32 @@ def test_what_cannot_be_measured_is_refused(cost, fitted, capsys):
 def made_up_record(task, nll, cost=1.0):
     scores = {"nll": nll, "ece": 0.1, "accuracy": 0.5}
     line = {"name": "mean", "kind": "mean", "factor": 1.0, "cost": cost, **scores}
-    line |= {"share": 0.0, "share_low": 0.0, "share_high": 0.0, "tempered": {"temperature": 1.5, **scores}}
-    facts = {"task": task, "model": "small", "n": 5, "held_out": 4, "draws": 3, "cost_measured_on": {}}
+    line |= {
+        "share": 0.0,
+        "share_low": 0.0,
+        "share_high": 0.0,
+        "tempered": {"temperature": 1.5, **scores},
+    }
+    facts = {
+        "task": task,
+        "model": "small",
+        "n": 5,
+        "held_out": 4,
+        "draws": 3,
+        "cost_measured_on": {},
+    }
     return {**facts, "lines": [line]}
 
 
 def test_one_record_a_task_and_model(page, tmp_path):
     file, shown = tmp_path / "runs.jsonl", tmp_path / "page.md"
     others = {**made_up_record("one", 0.7), "model": "large"}
-    for record in (made_up_record("one", 0.5), made_up_record("two", 0.6), others, made_up_record("one", 0.4)):
+    for record in (
+        made_up_record("one", 0.5),
+        made_up_record("two", 0.6),
+        others,
+        made_up_record("one", 0.4),
+    ):
         page.render(record, file, shown, tmp_path / "picture.png")
     records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     assert [(one["task"], one["model"], one["lines"][0]["nll"]) for one in records] == [
@@ -487,17 +601,34 @@ def test_one_record_a_task_and_model(page, tmp_path):
         ("one", "large", 0.7),
         ("one", "small", 0.4),
     ]
-    heads = [line for line in shown.read_text(encoding="utf-8").splitlines() if line.startswith("## ") and ", " in line]
+    heads = [
+        line
+        for line in shown.read_text(encoding="utf-8").splitlines()
+        if line.startswith("## ") and ", " in line
+    ]
     assert heads == ["## two, small", "## one, large", "## one, small"]
 
 
 def test_points_of_the_picture_are_the_lines(page):
     record = made_up_record("one", 0.5)
     more = [
-        {**record["lines"][0], "name": f"exact {n}", "kind": "exact", "cost": float(n), "nll": 0.5 - n / 100}
+        {
+            **record["lines"][0],
+            "name": f"exact {n}",
+            "kind": "exact",
+            "cost": float(n),
+            "nll": 0.5 - n / 100,
+        }
         for n in (10, 2)
     ]
-    scaled = {**more[0], "name": "prefix 2 ×2", "kind": "prefix", "factor": 2.0, "cost": 1.5, "nll": 0.3}
+    scaled = {
+        **more[0],
+        "name": "prefix 2 ×2",
+        "kind": "prefix",
+        "factor": 2.0,
+        "cost": 1.5,
+        "nll": 0.3,
+    }
     figure = page.figure_of([{**record, "lines": [*record["lines"], *more, scaled]}])
     upper, lower = figure.axes
     drawn = {line.get_label(): line.get_xydata().tolist() for line in upper.get_lines()}

@@ -8,7 +8,17 @@ import torch
 from safetensors.torch import load_file
 
 from bayestune import METHODS
-from golden import COMMANDS, SCORINGS, SEEDS, SETTINGS, addresses, configurations, fitted, grid_keys, records
+from golden import (
+    COMMANDS,
+    SCORINGS,
+    SEEDS,
+    SETTINGS,
+    addresses,
+    configurations,
+    fitted,
+    grid_keys,
+    records,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 TENSORS = load_file(GOLDEN / "tensors.safetensors")

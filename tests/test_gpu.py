@@ -15,7 +15,18 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "benchmarks"
-TINY = ["--device", "cpu", "--threads", "1", "--geometry", "tiny", "--length", "8", "--repeats", "2"]
+TINY = [
+    "--device",
+    "cpu",
+    "--threads",
+    "1",
+    "--geometry",
+    "tiny",
+    "--length",
+    "8",
+    "--repeats",
+    "2",
+]
 
 
 @pytest.fixture
@@ -37,13 +48,20 @@ def lines(load, tmp_path):
 
 
 def cases_of(records, section):
-    return [case for record in records if record["options"]["sections"] == [section] for case in record["cases"]]
+    return [
+        case
+        for record in records
+        if record["options"]["sections"] == [section]
+        for case in record["cases"]
+    ]
 
 
 def test_every_section_is_measured_or_says_why_not(load, lines, capsys):
     records, printed = lines("--control"), capsys.readouterr().out
     done = [record["options"]["sections"][0] for record in records]
-    left_out = [name for name in load("gpu_sections").SECTIONS if f"tiny {name} left out: " in printed]
+    left_out = [
+        name for name in load("gpu_sections").SECTIONS if f"tiny {name} left out: " in printed
+    ]
     assert sorted(done + left_out) == sorted(load("gpu_sections").SECTIONS)
     assert set(left_out) <= {"shared-1", "shared-4", "task-4"}  # what may not be there
     assert all(r["options"]["geometry"] == ["tiny"] and r["environment"]["torch"] for r in records)
@@ -162,10 +180,14 @@ def test_the_published_form_has_all_logits_and_noise_of_its_own(load, subject):
         step.model.get_base_model().lm_head.register_forward_hook(note)
         step(0)
     assert positions == {"row": 1, "lora": 1, "lora, published form": 8}
-    layers = load("bayestune.lora").adapted_layers(watching.actions["lora, published form"].model).values()
-    assert [(hasattr(layer, "root_std"), len(layer._forward_hooks)) for layer in layers] == [(True, 1)] * 4 + [
-        (True, 2)
-    ]  # the head is watched
+    layers = (
+        load("bayestune.lora")
+        .adapted_layers(watching.actions["lora, published form"].model)
+        .values()
+    )
+    assert [(hasattr(layer, "root_std"), len(layer._forward_hooks)) for layer in layers] == [
+        (True, 1)
+    ] * 4 + [(True, 2)]  # the head is watched
 
 
 def test_without_the_published_form_its_line_is_left_out(load, subject, monkeypatch):
@@ -176,17 +198,27 @@ def test_without_the_published_form_its_line_is_left_out(load, subject, monkeypa
 
 def test_models_share_the_base_in_bf16_and_only_blob_has_noise(load, subject):
     stock, ours = subject.model("lora"), subject.model("row")
-    weights = [dict(m.named_parameters())["base_model.model.lm_head.base_layer.weight"] for m in (stock, ours)]
+    weights = [
+        dict(m.named_parameters())["base_model.model.lm_head.base_layer.weight"]
+        for m in (stock, ours)
+    ]
     assert weights[0] is weights[1]
     assert weights[0].dtype == torch.bfloat16
     assert weights[0] is not ours.get_input_embeddings().weight
-    assert [sum("root_std" in name for name, _ in model.named_parameters()) for model in (stock, ours)] == [0, 5]
+    assert [
+        sum("root_std" in name for name, _ in model.named_parameters()) for model in (stock, ours)
+    ] == [0, 5]
     assert not any("lora" in name for name, _ in subject.base.named_parameters())
 
 
 def test_the_geometries_are_the_published_ones(load):
     shapes = {
-        name: (sum(p.numel() for p in load("gpu_subject").random_model(name, torch.device("meta")).parameters()))
+        name: (
+            sum(
+                p.numel()
+                for p in load("gpu_subject").random_model(name, torch.device("meta")).parameters()
+            )
+        )
         for name in ("llama2-7b", "llama31-8b")
     }
     assert shapes == {"llama2-7b": 6_738_415_616, "llama31-8b": 8_030_261_248}
@@ -244,7 +276,11 @@ def test_on_cuda_the_environment_names_the_gpu(load, monkeypatch):
     properties = types.SimpleNamespace(total_memory=80 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     where = load("gpu").surroundings(torch.device("cuda"))
-    assert (where["device"], where["gpu_memory_gib"], where["cuda"]) == ("a GPU", 80.0, torch.version.cuda)
+    assert (where["device"], where["gpu_memory_gib"], where["cuda"]) == (
+        "a GPU",
+        80.0,
+        torch.version.cuda,
+    )
 
 
 def test_no_cuda_is_said(load, capsys, monkeypatch):
@@ -252,17 +288,21 @@ def test_no_cuda_is_said(load, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         load("gpu").main([])
     assert (
-        "no CUDA device: got --device cuda, expected a machine with one; give --device cpu" in capsys.readouterr().err
+        "no CUDA device: got --device cuda, expected a machine with one; give --device cpu"
+        in capsys.readouterr().err
     )
 
 
 def test_it_runs_from_the_repository_with_torch_transformers_and_peft_alone(tmp_path):
     absent = "datasets", "matplotlib", "jsonargparse", "gguf", "ray", "scipy", "torchmetrics"
     program = "import runpy, sys; [sys.modules.__setitem__(name, None) for name in sys.argv.pop(1).split(',')]"
-    program += (
-        f"; sys.argv.pop(0); sys.path.insert(0, {str(FOLDER)!r}); runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
+    program += f"; sys.argv.pop(0); sys.path.insert(0, {str(FOLDER)!r}); runpy.run_path(sys.argv[0], run_name='__main__')"
     arguments = [*TINY, "--sections", "train-1", "--json", str(tmp_path / "gpu.jsonl")]
     command = [sys.executable, "-c", program, ",".join(absent), str(FOLDER / "gpu.py"), *arguments]
-    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT / "src")}, capture_output=True)
+    subprocess.run(
+        command,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        capture_output=True,
+    )
     assert json.loads((tmp_path / "gpu.jsonl").read_text())["cases"][0]["ratio"]["count"] == 2

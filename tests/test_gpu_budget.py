@@ -8,7 +8,18 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-TINY = ["--device", "cpu", "--threads", "1", "--geometry", "tiny", "--length", "8", "--repeats", "50"]
+TINY = [
+    "--device",
+    "cpu",
+    "--threads",
+    "1",
+    "--geometry",
+    "tiny",
+    "--length",
+    "8",
+    "--repeats",
+    "50",
+]
 
 
 @pytest.fixture
@@ -40,7 +51,9 @@ def test_what_a_section_saves_the_later_ones_have(load):
     clock.now = 2.0
     assert budget.deadline([1, 2]) == 32.0
     clock.now = 92.0
-    with pytest.raises(load("gpu_budget").UnfitError, match="no time is left; give it more --seconds"):
+    with pytest.raises(
+        load("gpu_budget").UnfitError, match="no time is left; give it more --seconds"
+    ):
         budget.deadline([2])
 
 
@@ -51,14 +64,20 @@ def pace_of(load, clock, deadline, most=400):
 @pytest.mark.parametrize(("deadline", "turns"), [(60.0, 15), (33.0, 6), (10_000.0, 400)])
 def test_as_many_turns_as_fit(load, deadline, turns):
     clock = Clock()
-    seconds = pace_of(load, clock, deadline).interleave({"a": clock.lasting(2.0), "b": clock.lasting(1.0)})
+    seconds = pace_of(load, clock, deadline).interleave(
+        {"a": clock.lasting(2.0), "b": clock.lasting(1.0)}
+    )
     assert seconds == {"a": [2.0] * turns, "b": [1.0] * turns}
-    assert clock.now == 3.0 * (3 + 2 + turns) <= deadline  # three to see how long they take, two to warm up
+    assert (
+        clock.now == 3.0 * (3 + 2 + turns) <= deadline
+    )  # three to see how long they take, two to warm up
 
 
 def test_too_few_turns_are_not_measured(load):
     clock = Clock()
-    with pytest.raises(load("gpu_budget").UnfitError, match=r"a turn takes 3 s, and 23 s are left for it"):
+    with pytest.raises(
+        load("gpu_budget").UnfitError, match=r"a turn takes 3 s, and 23 s are left for it"
+    ):
         pace_of(load, clock, 32.0).interleave({"a": clock.lasting(2.0), "b": clock.lasting(1.0)})
     assert clock.now == 9.0
 
@@ -85,7 +104,9 @@ def planned(load, monkeypatch, tmp_path):
             def measure(_, pace):
                 if isinstance(lap, Exception):
                     raise lap
-                seconds = pace.interleave({"ours": clock.lasting(1.1 * lap), "base": clock.lasting(lap)})
+                seconds = pace.interleave(
+                    {"ours": clock.lasting(1.1 * lap), "base": clock.lasting(lap)}
+                )
                 return [load("harness").timed_case("made up", seconds, ("ours", "base"), None)]
 
             return sections.Section(weight, measure)
@@ -119,7 +140,9 @@ def test_when_the_time_is_up_the_rest_is_left_out(planned, capsys):
     assert "tiny late left out: no time is left" in printed
 
 
-def test_a_failure_loses_its_own_section_only_and_shows_in_the_exit_code(planned, capsys, load, monkeypatch):
+def test_a_failure_loses_its_own_section_only_and_shows_in_the_exit_code(
+    planned, capsys, load, monkeypatch
+):
     actions = {"one": (1, 0.1), "broken": (1, RuntimeError("out of memory")), "two": (1, 0.1)}
     printed, records, failed, _ = planned(actions, 100, capsys)
     assert [record["options"]["sections"] for record in records] == [["one"], ["two"]]

@@ -22,7 +22,9 @@ def record(label, seed, task="arc_easy", n=10, **metrics):
         "n": n,
         "bins": 15,
         "binning": "torchmetrics",
-        "metrics": {key: {"value": value, "low": 0.0, "high": 1.0} for key, value in metrics.items()},
+        "metrics": {
+            key: {"value": value, "low": 0.0, "high": 1.0} for key, value in metrics.items()
+        },
     }
 
 
@@ -50,7 +52,11 @@ def test_mean_and_standard_deviation_over_seeds():
         "tiny_model · scored by letter · ECE in 15 bins (torchmetrics) · mean ± standard deviation over 2 seeds"
     )
     # standard deviations with n − 1: 10/√2, 0.4/√2, 0.2/√2
-    assert block("ACC % ↑")["MLE"] == (Value("55.0", "7.1", "", "best"), Value("30.0", "", "1"), Value())
+    assert block("ACC % ↑")["MLE"] == (
+        Value("55.0", "7.1", "", "best"),
+        Value("30.0", "", "1"),
+        Value(),
+    )
     assert block("NLL ↓")["MLE"][0] == Value("1.200", "0.283", "", "")
     assert block("NLL ↓")["BLoB N=0"][0] == Value("0.800", "0.141", "", "second")
     assert block("NLL ↓")["BLoB N=10"][0] == Value("0.600", "", "1", "best")
@@ -82,7 +88,10 @@ def test_of_two_records_of_a_seed_the_later_one_counts():
 
 def test_models_have_tables_of_their_own():
     other = {**record("MLE", 1, nll=1.0), "model": "other"}
-    assert [table.caption.split(" · ")[0] for table in grid_tables([*RECORDS, other])] == ["tiny_model", "other"]
+    assert [table.caption.split(" · ")[0] for table in grid_tables([*RECORDS, other])] == [
+        "tiny_model",
+        "other",
+    ]
 
 
 def test_text():
@@ -130,7 +139,10 @@ def test_every_special_character_is_escaped():
 
 
 def test_an_unknown_style_is_refused():
-    with pytest.raises(ValueError, match="got the style 'html'; expected one of .'latex', 'markdown', 'text'.; choose"):
+    with pytest.raises(
+        ValueError,
+        match="got the style 'html'; expected one of .'latex', 'markdown', 'text'.; choose",
+    ):
         render_grid(grid_tables(RECORDS), "html")
 
 

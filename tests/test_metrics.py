@@ -13,7 +13,14 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 from bayestune import metrics
 
 KEYS = ["accuracy", "nll", "brier", "ece", "ece_debiased", "aurc"]
-FUNCTIONS = [metrics.accuracy, metrics.nll, metrics.brier, metrics.ece, metrics.ece_debiased, metrics.aurc]
+FUNCTIONS = [
+    metrics.accuracy,
+    metrics.nll,
+    metrics.brier,
+    metrics.ece,
+    metrics.ece_debiased,
+    metrics.aurc,
+]
 
 
 def generator(seed=0):
@@ -41,7 +48,9 @@ def test_scores_by_hand():
     y = torch.tensor([0, 1, 1])
     assert metrics.accuracy(p, y) == pytest.approx(2 / 3)
     assert metrics.nll(p, y) == pytest.approx(-(math.log(0.5) + math.log(0.1) + math.log(0.75)) / 3)
-    assert metrics.brier(p, y) == pytest.approx((0.25 + 0.09 + 0.04 + 0.01 + 0.81 + 0.64 + 0.0625 + 0.0625) / 3)
+    assert metrics.brier(p, y) == pytest.approx(
+        (0.25 + 0.09 + 0.04 + 0.01 + 0.81 + 0.64 + 0.0625 + 0.0625) / 3
+    )
     assert metrics.ece(p, y) == pytest.approx((0.5 + 0.8 + 0.25) / 3)
     assert metrics.aurc(p, y) == pytest.approx((1 / 1 + 1 / 2 + 1 / 3) / 3)
 
@@ -49,7 +58,9 @@ def test_scores_by_hand():
 def test_padding_changes_nothing():
     p, y = calibrated(50)
     padded = torch.nn.functional.pad(p, (0, 3))
-    assert [f(padded, y) for f in FUNCTIONS] == pytest.approx([f(p, y) for f in FUNCTIONS], abs=1e-15)
+    assert [f(padded, y) for f in FUNCTIONS] == pytest.approx(
+        [f(p, y) for f in FUNCTIONS], abs=1e-15
+    )
 
 
 def test_nll_of_probability_zero_is_the_documented_clip():
@@ -72,7 +83,9 @@ def test_one_row():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_low_precision_is_computed_in_double(dtype):
     p = torch.tensor([[0.25, 0.75], [0.5, 0.5]], dtype=dtype)
-    assert metrics.nll(p, torch.tensor([1, 0])) == pytest.approx(-(math.log(0.75) + math.log(0.5)) / 2, rel=1e-12)
+    assert metrics.nll(p, torch.tensor([1, 0])) == pytest.approx(
+        -(math.log(0.75) + math.log(0.5)) / 2, rel=1e-12
+    )
 
 
 # Calibration
@@ -106,9 +119,13 @@ def test_textbook_bins_are_closed_above(k, dtype):
     # At the edge k/15 and just below: one bin, the gaps cancel. At the edge and just above: two bins.
     edge = k / 15
     p, y = two_class([edge, edge - 0.01], [True, False])
-    assert metrics.ece(p.to(dtype), y, binning="textbook") == pytest.approx(abs(1 - 2 * edge + 0.01) / 2, abs=1e-6)
+    assert metrics.ece(p.to(dtype), y, binning="textbook") == pytest.approx(
+        abs(1 - 2 * edge + 0.01) / 2, abs=1e-6
+    )
     p, y = two_class([edge, edge + 0.01], [True, False])
-    assert metrics.ece(p.to(dtype), y, binning="textbook") == pytest.approx((1 - edge + edge + 0.01) / 2, abs=1e-6)
+    assert metrics.ece(p.to(dtype), y, binning="textbook") == pytest.approx(
+        (1 - edge + edge + 0.01) / 2, abs=1e-6
+    )
 
 
 def test_bins_pool_rows():
@@ -133,7 +150,9 @@ def test_debiased_is_the_folded_normal():
 
 
 def test_debiased_weighs_the_bins():
-    p, y = two_class([0.95] * 10 + [0.72] * 30, [True] * 7 + [False] * 3 + [True] * 10 + [False] * 20)
+    p, y = two_class(
+        [0.95] * 10 + [0.72] * 30, [True] * 7 + [False] * 3 + [True] * 10 + [False] * 20
+    )
     parts = [(0.25, math.sqrt(0.021), 10), (0.72 - 1 / 3, math.sqrt(2 / 9 / 30), 30)]
     expected = sum((2 * g - foldnorm(c=g / s, scale=s).mean()) * n / 40 for g, s, n in parts)
     assert metrics.ece_debiased(p, y) == pytest.approx(expected, abs=1e-12)
@@ -170,7 +189,9 @@ def test_reliability_adds_up_to_the_textbook_ece():
     assert ((diagram.confidence - centre)[used].abs() <= 0.5 / 15 + 1e-12).all()
     gap = ((diagram.accuracy - diagram.confidence).abs() * diagram.counts)[used].sum() / 400
     assert gap.item() == pytest.approx(metrics.ece(p, y, binning="textbook"), abs=1e-12)
-    assert (diagram.accuracy * diagram.counts)[used].sum() / 400 == pytest.approx(metrics.accuracy(p, y))
+    assert (diagram.accuracy * diagram.counts)[used].sum() / 400 == pytest.approx(
+        metrics.accuracy(p, y)
+    )
 
 
 # Ranking
@@ -195,7 +216,10 @@ def test_aurc_of_constant_confidence_is_the_error_rate():
 
 
 def test_aurc_of_ties_is_the_mean_over_orders():
-    confidences, right = [0.9, 0.8, 0.8, 0.8, 0.8, 0.7, 0.6, 0.6], [True, False, True, False, True, True, True, False]
+    confidences, right = (
+        [0.9, 0.8, 0.8, 0.8, 0.8, 0.7, 0.6, 0.6],
+        [True, False, True, False, True, True, True, False],
+    )
     total, g = 0.0, generator(7)
     for _ in range(1000):
         order = torch.randperm(8, generator=g)
@@ -224,7 +248,9 @@ def test_summarise_gives_the_values():
     p, y = calibrated(100)
     summary = metrics.summarise(p, y, resamples=50)
     assert list(summary) == KEYS
-    assert [summary[key].value for key in KEYS] == pytest.approx([f(p, y) for f in FUNCTIONS], abs=1e-12)
+    assert [summary[key].value for key in KEYS] == pytest.approx(
+        [f(p, y) for f in FUNCTIONS], abs=1e-12
+    )
     assert {i.n for i in summary.values()} == {100}
     assert all(i.low < i.high for i in summary.values())
 
@@ -232,7 +258,9 @@ def test_summarise_gives_the_values():
 def test_summarise_passes_the_binning():
     p, y = two_class([1.0, 0.95] * 10, [False, True] * 10)
     assert metrics.summarise(p, y, resamples=10)["ece"].value == pytest.approx(0.525)
-    assert metrics.summarise(p, y, resamples=10, binning="textbook")["ece"].value == pytest.approx(0.475)
+    assert metrics.summarise(p, y, resamples=10, binning="textbook")["ece"].value == pytest.approx(
+        0.475
+    )
     assert metrics.summarise(p, y, resamples=10, bins=1000)["ece"].value == pytest.approx(0.525)
 
 
@@ -249,7 +277,9 @@ def test_intervals_of_means_are_the_normal_ones():
 
 def test_level_narrows_the_interval():
     p, y = calibrated(1000, seed=5)
-    wide, narrow = (metrics.summarise(p, y, resamples=4000, level=level)["nll"] for level in (0.95, 0.6827))
+    wide, narrow = (
+        metrics.summarise(p, y, resamples=4000, level=level)["nll"] for level in (0.95, 0.6827)
+    )
     assert (wide.high - wide.low) / (narrow.high - narrow.low) == pytest.approx(1.96, rel=0.08)
 
 
@@ -283,9 +313,13 @@ def test_paired_sign_and_symmetry(key):
     p, y = calibrated(200)
     q = (p.log() * 3).softmax(1).flip(0)
     one, two = metrics.paired_bootstrap(p, q, y, key), metrics.paired_bootstrap(q, p, y, key)
-    assert one.difference == pytest.approx(getattr(metrics, key)(p, y) - getattr(metrics, key)(q, y), abs=1e-12)
+    assert one.difference == pytest.approx(
+        getattr(metrics, key)(p, y) - getattr(metrics, key)(q, y), abs=1e-12
+    )
     assert (one.difference > 0) == (key == "accuracy")
-    assert (two.difference, two.low, two.high) == pytest.approx((-one.difference, -one.high, -one.low), abs=1e-12)
+    assert (two.difference, two.low, two.high) == pytest.approx(
+        (-one.difference, -one.high, -one.low), abs=1e-12
+    )
     assert one.p_value == two.p_value
     assert one.low < one.difference < one.high
 
@@ -311,7 +345,9 @@ def test_paired_p_value_is_the_normal_one():
     expected = math.erfc(z / math.sqrt(2))
     got = metrics.paired_bootstrap(p, q, y, resamples=4000)
     assert 0.001 < expected < 0.5
-    assert got.p_value == pytest.approx(expected, abs=4 * math.sqrt(expected / 4000) + 0.1 * expected)
+    assert got.p_value == pytest.approx(
+        expected, abs=4 * math.sqrt(expected / 4000) + 0.1 * expected
+    )
 
 
 def test_pairing_narrows_the_interval():
@@ -346,7 +382,12 @@ LABELS = torch.tensor([0, 1])
 )
 @pytest.mark.parametrize(
     "function",
-    [*FUNCTIONS, metrics.reliability, metrics.summarise, lambda p, y: metrics.paired_bootstrap(GOOD, p, y)],
+    [
+        *FUNCTIONS,
+        metrics.reliability,
+        metrics.summarise,
+        lambda p, y: metrics.paired_bootstrap(GOOD, p, y),
+    ],
 )
 def test_bad_rows_are_refused(function, p, y, match):
     with pytest.raises(ValueError, match=match):
@@ -361,7 +402,11 @@ def test_sums_within_the_tolerance_pass():
     ("function", "options", "match"),
     [
         (metrics.ece, {"bins": 0}, "got bins=0; expected 1 or more"),
-        (metrics.ece_debiased, {"binning": "equal"}, "got binning 'equal'; expected one of .*textbook"),
+        (
+            metrics.ece_debiased,
+            {"binning": "equal"},
+            "got binning 'equal'; expected one of .*textbook",
+        ),
         (metrics.reliability, {"bins": -1}, "got bins=-1"),
         (metrics.summarise, {"resamples": 0}, "got resamples=0; expected 1 or more"),
         (metrics.summarise, {"level": 1.0}, "got level=1.0; expected a number between 0 and 1"),
@@ -398,5 +443,7 @@ def test_runs_are_averaged_and_share_the_resampled_rows():
     assert metrics.paired_bootstrap(first[:1], second[:1], labels) == metrics.paired_bootstrap(
         first[0], second[0], labels
     )
-    with pytest.raises(ValueError, match="got 3 and 2 runs; expected as many of both; compare the runs"):
+    with pytest.raises(
+        ValueError, match="got 3 and 2 runs; expected as many of both; compare the runs"
+    ):
         metrics.paired_bootstrap(first, second[:2], labels)

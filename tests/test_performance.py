@@ -17,7 +17,13 @@ def load(monkeypatch):
     return importlib.import_module
 
 
-def made(benchmark="train_step", device="a chip", cases=(("row, fp32", 1.01, 1.02),), environment=(), **options):
+def made(
+    benchmark="train_step",
+    device="a chip",
+    cases=(("row, fp32", 1.01, 1.02),),
+    environment=(),
+    **options,
+):
     """A record as `harness.report` writes it."""
     spread = {"lower_quartile": 0.98, "upper_quartile": 1.03, "low": 0.97, "high": 1.04, "count": 8}
     return {
@@ -26,7 +32,13 @@ def made(benchmark="train_step", device="a chip", cases=(("row, fp32", 1.01, 1.0
         "environment": {"device": device, "threads": 2, **dict(environment)},
         "options": {"device": "cpu", "threads": 2, **options},
         "cases": [
-            {"name": n, "ratio": {"median": m, **spread}, "bar": b, "amounts": {"row": 2.0}, "unit": "s"}
+            {
+                "name": n,
+                "ratio": {"median": m, **spread},
+                "bar": b,
+                "amounts": {"row": 2.0},
+                "unit": "s",
+            }
             for n, m, b in cases
         ],
     }
@@ -39,11 +51,20 @@ def render(load, tmp_path):
     def run(records, notes=None, check=False):
         for name in ("results", "notes"):
             (tmp_path / name).mkdir(exist_ok=True)
-        (tmp_path / "results/x.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        (tmp_path / "results/x.jsonl").write_text(
+            "".join(json.dumps(record) + "\n" for record in records)
+        )
         for name, text in (notes or {}).items():
             (tmp_path / f"notes/{name}.md").write_text(text)
         page = tmp_path / "page.md"
-        folders = ["--results", str(tmp_path / "results"), "--notes", str(tmp_path / "notes"), "--output", str(page)]
+        folders = [
+            "--results",
+            str(tmp_path / "results"),
+            "--notes",
+            str(tmp_path / "notes"),
+            "--output",
+            str(page),
+        ]
         load("render").main([*folders, *(["--check"] if check else [])])
         return page.read_text(encoding="utf-8")
 
@@ -66,13 +87,28 @@ def test_a_stale_page_is_found(render, tmp_path):
 
 
 def test_a_run_is_shown_with_command_environment_and_table(render):
-    page = render([made(rows=2, logits="full", repeats=40, noise=["row"], control=True, model="/own/place/tiny-7b")])
+    page = render(
+        [
+            made(
+                rows=2,
+                logits="full",
+                repeats=40,
+                noise=["row"],
+                control=True,
+                model="/own/place/tiny-7b",
+            )
+        ]
+    )
     assert "## train_step\n\nA BLoB training step over a stock PEFT LoRA step:" in page
     assert "### Steps: tiny-7b\n" in page
-    command = "python benchmarks/train_step.py --rows 2 --logits full --control --model MODEL --threads 2"
+    command = (
+        "python benchmarks/train_step.py --rows 2 --logits full --control --model MODEL --threads 2"
+    )
     assert f"```sh\n{command}\n```" in page
     assert "device a chip · threads 2 · `MODEL` tiny-7b" in page
-    assert "| row, fp32 | 1.010 | 0.980 – 1.030 | 0.970 – 1.040 | ≤ 1.02 | met | row 2 s | 8 |" in page
+    assert (
+        "| row, fp32 | 1.010 | 0.980 – 1.030 | 0.970 – 1.040 | ≤ 1.02 | met | row 2 s | 8 |" in page
+    )
     assert "/own/place" not in page
 
 
@@ -92,7 +128,12 @@ def test_bars_on_amounts_and_on_single_values(render):
     late = made("import_time", cases=[("import, after x; bar: added ≤ 0.3 s", 1.1, None)])
     late["cases"][0]["amounts"] = {"base": 4.0, "added": 0.4}
     values = {"laplace_over_epoch": 2.0, "laplace_over_epoch_bar": 3.0, "peak": 9.5, "peak_bar": 9}
-    laplace = {"benchmark": "laplace", "environment": {"device": "b"}, "options": {"model": "m/n"}, **values}
+    laplace = {
+        "benchmark": "laplace",
+        "environment": {"device": "b"},
+        "options": {"model": "m/n"},
+        **values,
+    }
     page = render([late, laplace])
     assert "| Import" not in page
     assert "bar: added ≤ 0.3 s | 0.4 s |  | ≤ 0.3 s | **missed** | a chip |" in page
@@ -139,9 +180,12 @@ def test_newest_goes_by_the_date_not_by_the_file(load, tmp_path):
 
 def test_sections_of_one_command_are_one_run(render):
     lines = [
-        made("gpu", cases=[(name, 1.0, None)], geometry=["tiny"], sections=[name]) for name in ("train-4", "memory")
+        made("gpu", cases=[(name, 1.0, None)], geometry=["tiny"], sections=[name])
+        for name in ("train-4", "memory")
     ]
-    later = made("gpu", geometry=["tiny"], sections=["draws-1"], environment={"date": "2026-01-01 00:00"})
+    later = made(
+        "gpu", geometry=["tiny"], sections=["draws-1"], environment={"date": "2026-01-01 00:00"}
+    )
     page = render([*lines, later])
     assert page.count("### ") == 2
     assert "--geometry tiny --sections train-4 memory" in page
@@ -149,10 +193,22 @@ def test_sections_of_one_command_are_one_run(render):
 
 
 def test_notes_are_put_where_they_belong(render):
-    notes = {"intro": "To begin.", "closing": "To end.", "memory": "What was found.", "calibration_cost": "Of draws."}
+    notes = {
+        "intro": "To begin.",
+        "closing": "To end.",
+        "memory": "What was found.",
+        "calibration_cost": "Of draws.",
+    }
     strange = {"benchmark": "calibration_cost", "cells": [1, 2, 3]}
     page = render([made(), made("memory"), strange], notes)
-    words = ["# Performance\n\nTo begin.", "## Bars", "## train_step", "## memory", "What was found.", "### Steps"]
+    words = [
+        "# Performance\n\nTo begin.",
+        "## Bars",
+        "## train_step",
+        "## memory",
+        "What was found.",
+        "### Steps",
+    ]
     places = [page.index(word) for word in words[:-1]]
     assert places == sorted(places)
     assert page.index("What was found.") < page.rindex("### Steps")
@@ -162,7 +218,12 @@ def test_notes_are_put_where_they_belong(render):
 
 
 def test_any_other_benchmark_is_shown_as_it_is(render):
-    record = {"benchmark": "unheard_of", "options": {"depth": 3, "kind": "a b"}, "score": 0.123456, "parts": {"a|b": 1}}
+    record = {
+        "benchmark": "unheard_of",
+        "options": {"depth": 3, "kind": "a b"},
+        "score": 0.123456,
+        "parts": {"a|b": 1},
+    }
     page = render([record])
     assert "python benchmarks/unheard_of.py --depth 3 --kind 'a b'" in page
     assert '| score | 0.1235 |  |  |\n| parts | {"a\\|b": 1} |  |  |' in page
@@ -175,6 +236,10 @@ def test_a_command_on_the_page_gives_the_options_of_its_record(load):
     for record in tried:
         words = shlex.split(parts.command(record))
         assert words[:2] == ["python", f"benchmarks/{record['benchmark']}.py"]
-        parsed = json.loads(json.dumps(vars(parts.parser_of(record["benchmark"]).parse_args(words[2:])), default=str))
+        parsed = json.loads(
+            json.dumps(
+                vars(parts.parser_of(record["benchmark"]).parse_args(words[2:])), default=str
+            )
+        )
         for name, value in record["options"].items():
             assert parsed[name] == (parts.PATHS.get(name, value) if value else value)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bayestune.gaussian import kl_step_
+from bayestune.adapters import gaussian_layers
 from bayestune.kl import KLStep
-from bayestune.lora import gaussian_layers
+from bayestune.kl.closed_form import kl_step_
 from checkout import write_checkout
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -29,7 +29,9 @@ def loss():
     ids = torch.randint(3, 400, (ROWS, LENGTH))
 
     def loss(model, turn):
-        return F.cross_entropy(model(input_ids=ids, use_cache=False).logits[:, -1, 10:14], torch.tensor([0, 3, 1]))
+        return F.cross_entropy(
+            model(input_ids=ids, use_cache=False).logits[:, -1, 10:14], torch.tensor([0, 3, 1])
+        )
 
     return loss
 
@@ -49,7 +51,9 @@ def published(load, llama, loss):
     module = load("published")
     model = randomised(load("subjects").adapt(llama(), "lora", 4))
     layers = module.publish(model, init_root_std=0.5)
-    step = module.published_step(model, layers, loss, "fp32", kl_lr=0.02, period=PERIOD, total_steps=STEPS)
+    step = module.published_step(
+        model, layers, loss, "fp32", kl_lr=0.02, period=PERIOD, total_steps=STEPS
+    )
     return step, layers
 
 
@@ -68,18 +72,28 @@ def test_the_published_step_takes_the_updates_of_ours(load, llama, loss, publish
         for one in (step, mine):
             torch.manual_seed(turn)
             one(turn)
-    theirs = {name.replace("root_std", "lora_A.default.root_std"): p for name, p in step.model.named_parameters()}
+    theirs = {
+        name.replace("root_std", "lora_A.default.root_std"): p
+        for name, p in step.model.named_parameters()
+    }
     for name, parameter in ours.named_parameters():
         if parameter.requires_grad:
             torch.testing.assert_close(theirs[name], parameter, atol=2e-6, rtol=1e-5)
-    assert min((slot.root_std - before).abs().mean() for slot, before in zip(slots, start, strict=True)) > 1e-3
+    assert (
+        min(
+            (slot.root_std - before).abs().mean() for slot, before in zip(slots, start, strict=True)
+        )
+        > 1e-3
+    )
 
 
 def test_without_noise_the_published_kl_is_our_kl_step(load, published, monkeypatch):
     step, layers = published
     monkeypatch.setattr(load("published").torch, "randn_like", torch.zeros_like)
     step.likelihood.param_groups[0]["lr"] = 0.0
-    means, stds = ([p.detach().clone() for p in part] for part in zip(*map(slot_of, layers), strict=True))
+    means, stds = (
+        [p.detach().clone() for p in part] for part in zip(*map(slot_of, layers), strict=True)
+    )
     step.step = 4  # warm, and in the middle of a period
     step(0)
     kl_step_(means, stds, float(step.rates[4] * step.weights[4]), step.prior_std)
@@ -92,7 +106,9 @@ def slot_of(layer):
     return layer.lora_A["default"].weight.detach(), layer.root_std.detach()
 
 
-def test_the_published_noise_carries_the_likelihood_s_gradient_and_differs_from_token_to_token(load, llama, published):
+def test_the_published_noise_carries_the_likelihood_s_gradient_and_differs_from_token_to_token(
+    load, llama, published
+):
     step, layers = published
     torch.manual_seed(0)
     step.loss(step.model, 0).backward()
@@ -102,7 +118,9 @@ def test_the_published_noise_carries_the_likelihood_s_gradient_and_differs_from_
         layer.lora_A["default"].weight.zero_()
         noise = (layer(seen) - layer.base_layer(seen))[0]
         expected = (
-            layer.scaling["default"] ** 2 * layer.lora_B["default"].weight.square() @ (layer.root_std.pow(4).sum(1))
+            layer.scaling["default"] ** 2
+            * layer.lora_B["default"].weight.square()
+            @ (layer.root_std.pow(4).sum(1))
         )
     # over tokens alone, E held: its r·k entries leave a spread of the variance of about sqrt(2/(r·k))
     assert noise.var(0).sum() == pytest.approx(expected.sum().item(), rel=0.5)
@@ -110,12 +128,16 @@ def test_the_published_noise_carries_the_likelihood_s_gradient_and_differs_from_
     assert correlation < 0.1
 
 
-def test_the_published_step_computes_all_logits_and_uses_the_answers(load, llama, byte_level, tiny_task):
+def test_the_published_step_computes_all_logits_and_uses_the_answers(
+    load, llama, byte_level, tiny_task
+):
     published, subjects = load("published"), load("subjects")
     scorer = subjects.LetterScorer(byte_level, tiny_task)
     batch, model, shapes = scorer.collate(scorer.encode(tiny_task.train[:4])), llama(), []
     prompts = subjects.Prompts(model, scorer, [batch])
-    model.get_output_embeddings().register_forward_hook(lambda _, inputs, out: shapes.append(out.shape))
+    model.get_output_embeddings().register_forward_hook(
+        lambda _, inputs, out: shapes.append(out.shape)
+    )
     full, last = published.answer_loss(prompts)(model, 0), subjects.task_loss(prompts)(model, 0)
     torch.testing.assert_close(full, last, atol=1e-6, rtol=1e-6)
     assert [shape[1] for shape in shapes] == [batch["input_ids"].shape[1], 1]
@@ -151,8 +173,12 @@ def test_nothing_of_the_authors_code_stays_behind(load, checkout, monkeypatch):
     before, path = set(sys.modules), list(sys.path)
     official.official_class(checkout)
     assert sys.modules["utils"] is mine
-    assert {name for name in set(sys.modules) - before if name.split(".")[0] in official.ROOMS} == set()
-    assert all(sys.modules[name].__spec__ is not None for name in official.ABSENT if name in sys.modules)
+    assert {
+        name for name in set(sys.modules) - before if name.split(".")[0] in official.ROOMS
+    } == set()
+    assert all(
+        sys.modules[name].__spec__ is not None for name in official.ABSENT if name in sys.modules
+    )
     assert sys.path == path
     assert not list(checkout.rglob("__pycache__"))
 
@@ -160,15 +186,19 @@ def test_nothing_of_the_authors_code_stays_behind(load, checkout, monkeypatch):
 def test_a_folder_that_is_no_checkout_is_refused(load, tmp_path, checkout):
     official = load("official")
     with pytest.raises(
-        ValueError, match="got .*, which has no modelwrappers/blob.py, expected a checkout; clone https"
+        ValueError,
+        match="got .*, which has no modelwrappers/blob.py, expected a checkout; clone https",
     ):
         official.official_class(tmp_path)
     (checkout / "modelwrappers/blob.py").write_text("class BLoB:\n    pass\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="blob.py has no class BLoB that fits, expected one; clone https"):
+    with pytest.raises(
+        ValueError, match="blob.py has no class BLoB that fits, expected one; clone https"
+    ):
         official.official_class(checkout)
     (checkout / "modelwrappers/blob.py").write_text("import not_there_at_all\n", encoding="utf-8")
     with pytest.raises(
-        ImportError, match="cannot be imported: got .*not_there_at_all.*expected what it needs.*install"
+        ImportError,
+        match="cannot be imported: got .*not_there_at_all.*expected what it needs.*install",
     ):
         official.official_class(checkout)
     assert not any(name.split(".")[0] in official.ROOMS for name in sys.modules)

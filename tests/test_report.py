@@ -67,7 +67,9 @@ def evaluate(folder, label, sharpness=1.0, noise=0.0, seed=0, n=120, **fields):
 
 def plain(label, **values):
     """A record without rows; an interval of ±0.01 about each value."""
-    cells = {key: {"value": v, "low": v - 0.01, "high": v + 0.01, "n": 300} for key, v in values.items()}
+    cells = {
+        key: {"value": v, "low": v - 0.01, "high": v + 0.01, "n": 300} for key, v in values.items()
+    }
     shared = {"task": "t", "model": "m", "n": 300, "bins": 15, "binning": "textbook"}
     return {"label": label, "metrics": cells, **shared}
 
@@ -110,7 +112,9 @@ class Balanced(HTMLParser):
 def test_table_has_a_line_per_record_and_marks_the_best():
     records = [
         plain("MLE", accuracy=0.80, nll=0.9, brier=0.5, ece=0.12, ece_debiased=0.10, aurc=0.2),
-        plain("BLoB N=10", accuracy=0.79, nll=0.4, brier=0.3, ece=0.04, ece_debiased=0.02, aurc=0.2),
+        plain(
+            "BLoB N=10", accuracy=0.79, nll=0.4, brier=0.3, ece=0.04, ece_debiased=0.02, aurc=0.2
+        ),
     ]
     lines = render_table(records).splitlines()
     assert lines[0] == "t · m · 300 rows · ECE in 15 bins (textbook)"
@@ -152,7 +156,12 @@ def test_what_is_printed_alike_is_as_good():
 
 
 def test_tables_are_split_where_values_do_not_compare():
-    records = [plain("a", nll=1.0), plain("b", nll=2.0) | {"task": "u"}, plain("c", nll=3.0), plain("d", nll=4.0)]
+    records = [
+        plain("a", nll=1.0),
+        plain("b", nll=2.0) | {"task": "u"},
+        plain("c", nll=3.0),
+        plain("d", nll=4.0),
+    ]
     records[3]["bins"] = 10
     assert [[r["label"] for r in group] for group in grouped(records)] == [["a", "c"], ["b"], ["d"]]
     text = render_table(records)
@@ -171,9 +180,9 @@ def test_names_tell_records_apart():
 
 def test_heading_says_what_is_known():
     assert heading({"task": "t"}) == "t · ECE in ? bins (binning unknown)"
-    assert heading({"task": "t", "model": "m", "scoring": "text", "n": 3, "bins": 15, "binning": "textbook"}) == (
-        "t · m · scored by text · 3 rows · ECE in 15 bins (textbook)"
-    )
+    assert heading(
+        {"task": "t", "model": "m", "scoring": "text", "n": 3, "bins": 15, "binning": "textbook"}
+    ) == ("t · m · scored by text · 3 rows · ECE in 15 bins (textbook)")
 
 
 def test_nan_is_a_dash_and_never_the_best():
@@ -201,9 +210,13 @@ def diagram(sharpness=1.0):
 
 @pytest.mark.parametrize("panels", [1, 2, 5, 8])
 def test_reliability_figure_draws_each_method(panels):
-    figure = plots.reliability_figure([f"m{i}" for i in range(panels)], [diagram()] * panels, ["ECE"] * panels)
+    figure = plots.reliability_figure(
+        [f"m{i}" for i in range(panels)], [diagram()] * panels, ["ECE"] * panels
+    )
     assert len(figure.axes) == 2 * panels
-    assert [axes.get_title(loc="left") for axes in figure.axes[::2]] == [f"m{i}" for i in range(panels)]
+    assert [axes.get_title(loc="left") for axes in figure.axes[::2]] == [
+        f"m{i}" for i in range(panels)
+    ]
     assert len({axes.get_ylim() for axes in figure.axes[1::2]}) == 1
 
 
@@ -219,15 +232,24 @@ def test_reliability_bars_are_the_numbers():
     assert [bar.get_height() for bar in over] == pytest.approx(gap[gap > 0].tolist())
     assert [bar.get_height() for bar in under] == pytest.approx((-gap[gap < 0]).tolist())
     assert len(over) > len(under)  # sharpened: overconfident
-    assert [bar.get_height() for bar in lower.containers[0]] == pytest.approx((one.counts / 200).tolist())
+    assert [bar.get_height() for bar in lower.containers[0]] == pytest.approx(
+        (one.counts / 200).tolist()
+    )
     accuracy, confidence = (line.get_xdata()[0] for line in lower.lines)
     assert accuracy < confidence
     assert confidence - accuracy == pytest.approx((gap * one.counts[used]).sum().item() / 200)
 
 
 def test_summary_figure_draws_the_intervals():
-    figure = plots.summary_figure([plain("a", accuracy=0.8, nll=0.5), plain("b", accuracy=0.7, nll=0.4)])
-    assert [axes.get_title(loc="left") for axes in figure.axes] == ["ACC %", "ECE %", "NLL", "Brier"]
+    figure = plots.summary_figure(
+        [plain("a", accuracy=0.8, nll=0.5), plain("b", accuracy=0.7, nll=0.4)]
+    )
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
+        "ACC %",
+        "ECE %",
+        "NLL",
+        "Brier",
+    ]
     lines = [tuple(line.get_xdata()) for line in figure.axes[0].lines]
     assert lines[0] == pytest.approx((79, 81))
     assert lines[1] == pytest.approx((80,))
@@ -238,7 +260,10 @@ def test_summary_figure_draws_the_intervals():
 
 def test_save(tmp_path):
     figure = plots.summary_figure([plain("a", accuracy=0.8)])
-    png, svg = plots.save(figure, tmp_path / "new" / "a.png"), plots.save(figure, tmp_path / "a.svg")
+    png, svg = (
+        plots.save(figure, tmp_path / "new" / "a.png"),
+        plots.save(figure, tmp_path / "a.svg"),
+    )
     assert png.read_bytes().startswith(b"\x89PNG")
     first = svg.read_bytes()
     assert b"<svg" in first
@@ -287,7 +312,11 @@ def test_page_is_whole_and_loads_nothing(tmp_path, count):
     parsed = Balanced(page)
     assert not re.search(r"https?://|<script|url\((?!#)|@import|\bsrc=", page)
     assert {"link", "img", "iframe", "object", "embed"}.isdisjoint(parsed.tags)
-    assert not [value for name, value in parsed.attributes if name.endswith("href") and not value.startswith("#")]
+    assert not [
+        value
+        for name, value in parsed.attributes
+        if name.endswith("href") and not value.startswith("#")
+    ]
     assert not [name for name, _ in parsed.attributes if name.startswith("on")]
     assert parsed.tags.count("svg") == 2
     ids = [value for name, value in parsed.attributes if name == "id"]
@@ -298,9 +327,14 @@ def test_page_is_whole_and_loads_nothing(tmp_path, count):
 
 def test_page_escapes_questions_options_and_names(tmp_path):
     record = evaluate(tmp_path, "BLoB <script>x</script>", task="t<script>")
-    rows = [json.loads(line) for line in (tmp_path / record["predictions"]).read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / record["predictions"]).read_text().splitlines()
+    ]
     for row in rows:
-        row |= {"question": "<script>alert('q')</script>", "options": ["<script>o", "</div>", "&amp;"]}
+        row |= {
+            "question": "<script>alert('q')</script>",
+            "options": ["<script>o", "</div>", "&amp;"],
+        }
     (tmp_path / record["predictions"]).write_text("\n".join(map(json.dumps, rows)))
     record["config"] = {"note": "</pre><script>c"}
     page = write_page([record], tmp_path, "t").read_text(encoding="utf-8")
@@ -315,11 +349,21 @@ def test_page_escapes_questions_options_and_names(tmp_path):
 def test_page_tells_of_configuration_and_numbers(tmp_path):
     records = [evaluate(tmp_path, "MLE", 3.0), evaluate(tmp_path, "BLoB")]
     text = Balanced(write_page(records, tmp_path, "t").read_text(encoding="utf-8")).text
-    for part in ("0.21", "9.8.7", "fit 12.3, predict 5.7", "torchmetrics", "96", "1234", "not settled by these rows"):
+    for part in (
+        "0.21",
+        "9.8.7",
+        "fit 12.3, predict 5.7",
+        "torchmetrics",
+        "96",
+        "1234",
+        "not settled by these rows",
+    ):
         assert part in text, part
     nll = records[0]["metrics"]["nll"]
     assert f"NLL of {nll['value']:.3f} [{nll['low']:.3f}, {nll['high']:.3f}]" in text
-    rows = [json.loads(line) for line in (tmp_path / records[0]["predictions"]).read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / records[0]["predictions"]).read_text().splitlines()
+    ]
     gap = sum(row["confidence"] for row in rows) / 120 - records[0]["metrics"]["accuracy"]["value"]
     assert gap > 0.02  # sharpened threefold: overconfident
     assert f"on average {100 * gap:.1f} points above its accuracy" in text
@@ -327,19 +371,30 @@ def test_page_tells_of_configuration_and_numbers(tmp_path):
 
 def test_most_uncertain_and_most_confidently_wrong(tmp_path):
     record = evaluate(tmp_path, "MLE", 3.0)
-    rows = [json.loads(line) for line in (tmp_path / record["predictions"]).read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / record["predictions"]).read_text().splitlines()
+    ]
     for i, row in enumerate(rows):
         row["question"] = f"[{i}]"
     (tmp_path / record["predictions"]).write_text("\n".join(map(json.dumps, rows)))
     page = write_page([record], tmp_path, "t").read_text(encoding="utf-8")
-    uncertain, wrong = page.split("<h2>Most uncertain questions</h2>")[1].split("<h2>Most confidently wrong</h2>")
+    uncertain, wrong = page.split("<h2>Most uncertain questions</h2>")[1].split(
+        "<h2>Most confidently wrong</h2>"
+    )
     by_entropy = sorted(range(120), key=lambda i: -rows[i]["total_entropy"])[:10]
     assert re.findall(r'question">\[(\d+)\]', uncertain) == [str(i) for i in by_entropy]
-    bad = [i for i in range(120) if rows[i]["probabilities"][rows[i]["answer"]] != rows[i]["confidence"]]
+    bad = [
+        i
+        for i in range(120)
+        if rows[i]["probabilities"][rows[i]["answer"]] != rows[i]["confidence"]
+    ]
     by_confidence = sorted(bad, key=lambda i: -rows[i]["confidence"])[:10]
     assert re.findall(r'question">\[(\d+)\]', wrong) == [str(i) for i in by_confidence]
     total = rows[by_entropy[0]]["total_entropy"]
-    assert f"total {total:.3f} = expected {0.75 * total:.3f} + mutual information {0.25 * total:.3f} nats" in uncertain
+    assert (
+        f"total {total:.3f} = expected {0.75 * total:.3f} + mutual information {0.25 * total:.3f} nats"
+        in uncertain
+    )
     assert 'style="width:75.0%"></i><i style="width:25.0%"' in uncertain
 
 
@@ -384,7 +439,9 @@ def test_claims_follow_the_intervals(tmp_path):
         "not settled by these rows: accuracy."
     )
     turned = _sentence(other, first, _compare(other, first))
-    assert turned.startswith("bad against good on the same 400 questions: worse in calibration error (ECE) (by ")
+    assert turned.startswith(
+        "bad against good on the same 400 questions: worse in calibration error (ECE) (by "
+    )
     assert "better" not in turned
 
 
@@ -423,7 +480,9 @@ def test_only_shared_rows_of_one_task_are_compared(tmp_path):
     assert {paired.n for paired in compared.values()} == {50}
     answers = [row["probabilities"][row["answer"]] for row in map(json.loads, lines[:50])]
     mine = [row["probabilities"][row["answer"]] for row in whole.rows[:50]]
-    expected = (torch.tensor(mine).double().log() - torch.tensor(answers).double().log()).mean().item()
+    expected = (
+        (torch.tensor(mine).double().log() - torch.tensor(answers).double().log()).mean().item()
+    )
     assert compared["nll"].difference == pytest.approx(expected, abs=1e-6)
     assert "different tasks" in _compare(whole, read(tmp_path, part | {"task": "other"}))
     renamed = [json.dumps(json.loads(line) | {"id": f"z{i}"}) for i, line in enumerate(lines)]
@@ -433,7 +492,9 @@ def test_only_shared_rows_of_one_task_are_compared(tmp_path):
 
 def test_rows_of_unequal_length_are_padded(tmp_path):
     record = evaluate(tmp_path, "MLE")
-    rows = [json.loads(line) for line in (tmp_path / record["predictions"]).read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / record["predictions"]).read_text().splitlines()
+    ]
     for row in rows[::2]:
         row |= {"options": ["a", "b", "c", "d"], "probabilities": [*row["probabilities"], 0.0]}
     (tmp_path / record["predictions"]).write_text("\n".join(map(json.dumps, rows)))

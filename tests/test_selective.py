@@ -7,9 +7,9 @@ import torch
 from scipy.stats import mannwhitneyu
 
 from bayestune import metrics
+from bayestune.data import Question
 from bayestune.evaluation import prediction_rows
-from bayestune.posterior import Prediction
-from bayestune.questions import Question
+from bayestune.posteriors import Prediction
 from bayestune.selective import (
     SCORES,
     RiskCoverage,
@@ -40,7 +40,13 @@ def answered(probabilities, answer, **fields):
     p = torch.tensor(probabilities, dtype=torch.float64)
     total = torch.special.entr(p).sum().item()
     parts = {"total_entropy": total, "expected_entropy": total, "mutual_information": 0.0}
-    return {"probabilities": list(probabilities), "answer": answer, "confidence": p.max().item(), **parts, **fields}
+    return {
+        "probabilities": list(probabilities),
+        "answer": answer,
+        "confidence": p.max().item(),
+        **parts,
+        **fields,
+    }
 
 
 # AUROC
@@ -50,7 +56,9 @@ def answered(probabilities, answer, **fields):
 def test_auroc_is_the_share_of_pairs_in_order(levels):
     scores, positive = scored(60, levels)
     a, b = scores[positive][:, None], scores[~positive][None]
-    assert auroc(scores, positive) == pytest.approx(((a > b).double() + 0.5 * (a == b)).mean().item(), abs=1e-15)
+    assert auroc(scores, positive) == pytest.approx(
+        ((a > b).double() + 0.5 * (a == b)).mean().item(), abs=1e-15
+    )
 
 
 @pytest.mark.parametrize("levels", [None, 3])
@@ -58,7 +66,9 @@ def test_auroc_is_the_share_of_pairs_in_order(levels):
 def test_auroc_is_the_u_statistic_of_scipy(levels, seed):
     scores, positive = scored(500, levels, seed)
     a, b = scores[positive].numpy(), scores[~positive].numpy()
-    assert auroc(scores, positive) == pytest.approx(mannwhitneyu(a, b).statistic / (len(a) * len(b)), abs=1e-14)
+    assert auroc(scores, positive) == pytest.approx(
+        mannwhitneyu(a, b).statistic / (len(a) * len(b)), abs=1e-14
+    )
 
 
 def test_perfect_reversed_and_equal_scores_are_exact():
@@ -132,7 +142,9 @@ def test_auroc_refuses(scores, positive, message):
 
 
 def test_the_interval_refuses():
-    with pytest.raises(ValueError, match="got 1 positives and 2 negatives; expected 2 or more of each"):
+    with pytest.raises(
+        ValueError, match="got 1 positives and 2 negatives; expected 2 or more of each"
+    ):
         auroc_interval(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1, 0, 0]))
     with pytest.raises(ValueError, match="got level=95; expected a number between 0 and 1"):
         auroc_interval(torch.arange(4.0), torch.tensor([1, 0, 1, 0]), level=95)
@@ -144,7 +156,9 @@ def test_the_interval_refuses():
 def test_the_scores_are_those_of_the_rows_that_are_written():
     logits = torch.randn(5, 6, 4, generator=generator())
     logits[:, 3, 3:] = -torch.inf
-    questions = [Question(f"q{i}", "?", tuple("abcd"[: 3 if i == 3 else 4]), i % 3) for i in range(6)]
+    questions = [
+        Question(f"q{i}", "?", tuple("abcd"[: 3 if i == 3 else 4]), i % 3) for i in range(6)
+    ]
     prediction = Prediction.of(logits)
     rows = prediction_rows(questions, prediction)
     assert torch.equal(uncertainty(rows, "one_minus_confidence"), 1 - prediction.confidence)
@@ -152,7 +166,9 @@ def test_the_scores_are_those_of_the_rows_that_are_written():
         assert torch.equal(uncertainty(rows, name), getattr(prediction, name))
     assert is_right(rows).tolist() == [row["choice"] == row["answer"] for row in rows]
     most = torch.tensor([4.0, 4, 4, 3, 4, 4], dtype=torch.float64)
-    assert torch.allclose(uncertainty(rows, "mutual_information", normalised=True), rows_of(rows) / most.log())
+    assert torch.allclose(
+        uncertainty(rows, "mutual_information", normalised=True), rows_of(rows) / most.log()
+    )
 
 
 def rows_of(rows):
@@ -175,14 +191,21 @@ def test_right_is_as_in_the_metrics():
 
 
 def test_errors_by_hand():
-    rows = [answered([0.9, 0.1], 0), answered([0.8, 0.2], 1), answered([0.3, 0.7], 1), answered([0.6, 0.4], 1)]
+    rows = [
+        answered([0.9, 0.1], 0),
+        answered([0.8, 0.2], 1),
+        answered([0.3, 0.7], 1),
+        answered([0.6, 0.4], 1),
+    ]
     # Wrong: 0.2 and 0.4, right: 0.1 and 0.3. Of four pairs, three in order.
     assert [error_auroc(rows, score) for score in SCORES] == [0.75, 0.75, 0.75, 0.5]
 
 
 def test_normalising_changes_the_order_only_between_unlike_numbers_of_options():
     two, four = [answered([0.6, 0.4], 0)], [answered([0.7, 0.1, 0.1, 0.1], 0)]
-    assert shift_auroc(four, two, "total_entropy", normalised=False) == 1.0  # 0.940 nats against 0.673
+    assert (
+        shift_auroc(four, two, "total_entropy", normalised=False) == 1.0
+    )  # 0.940 nats against 0.673
     assert shift_auroc(four, two, "total_entropy") == 0.0  # 0.678 of log 4 against 0.971 of log 2
     wrong = [answered([0.6, 0.4], 1), *four]
     assert error_auroc(wrong, "total_entropy") == 0.0
@@ -211,10 +234,13 @@ def test_calibrated_doubt_finds_errors_and_overwhelming_shift_is_found():
 def test_rows_are_refused():
     rows = [answered([0.9, 0.1], 0), answered([0.8, 0.2], 0)]
     with pytest.raises(
-        ValueError, match=r"got score 'luck'; expected one of \('one_minus_confidence', 'total_entropy'"
+        ValueError,
+        match=r"got score 'luck'; expected one of \('one_minus_confidence', 'total_entropy'",
     ):
         uncertainty(rows, "luck")
-    with pytest.raises(ValueError, match="got a row without 'total_entropy'; expected what `evaluate` writes"):
+    with pytest.raises(
+        ValueError, match="got a row without 'total_entropy'; expected what `evaluate` writes"
+    ):
         uncertainty([{"probabilities": [1.0], "answer": 0}], "total_entropy")
     with pytest.raises(ValueError, match="got a row of one option; expected two or more"):
         uncertainty([answered([1.0], 0)], "total_entropy", normalised=True)
@@ -245,9 +271,14 @@ def test_ties_are_the_mean_over_all_their_orders():
     confidence, right = torch.tensor([0.9, 0.7, 0.7, 0.7, 0.2]), torch.tensor([0, 1, 0, 1, 1])
     orders = [torch.tensor([0, *middle, 4]) for middle in permutations((1, 2, 3))]
     curves = [(1 - right[order]).double().cumsum(0) / torch.arange(1, 6) for order in orders]
-    assert torch.allclose(risk_coverage(confidence, right).risk, torch.stack(curves).mean(0), atol=1e-15)
+    assert torch.allclose(
+        risk_coverage(confidence, right).risk, torch.stack(curves).mean(0), atol=1e-15
+    )
     shuffled = torch.tensor([3, 4, 0, 2, 1])
-    assert torch.equal(risk_coverage(confidence[shuffled], right[shuffled]).risk, risk_coverage(confidence, right).risk)
+    assert torch.equal(
+        risk_coverage(confidence[shuffled], right[shuffled]).risk,
+        risk_coverage(confidence, right).risk,
+    )
 
 
 def test_excess_is_nothing_for_the_best_order_and_by_hand_for_the_worst():
@@ -255,7 +286,9 @@ def test_excess_is_nothing_for_the_best_order_and_by_hand_for_the_worst():
     assert risk_coverage(right.double(), right).excess_aurc == pytest.approx(0, abs=1e-15)
     worst = risk_coverage(1 - right.double(), right)
     best = (1 / 5 + 2 / 6 + 3 / 7) / 7
-    assert worst.excess_aurc == pytest.approx((1 + 1 + 1 + 3 / 4 + 3 / 5 + 3 / 6 + 3 / 7) / 7 - best)
+    assert worst.excess_aurc == pytest.approx(
+        (1 + 1 + 1 + 3 / 4 + 3 / 5 + 3 / 6 + 3 / 7) / 7 - best
+    )
     for flags in (torch.ones(6), torch.zeros(6)):
         assert risk_coverage(torch.arange(6.0), flags).excess_aurc == pytest.approx(0, abs=1e-15)
 
@@ -263,7 +296,9 @@ def test_excess_is_nothing_for_the_best_order_and_by_hand_for_the_worst():
 def test_the_excess_tends_to_the_closed_form_of_the_literature():
     n, rate = 200_000, 0.3
     curve = risk_coverage(torch.ones(n), torch.arange(n) >= rate * n)
-    assert curve.excess_aurc == pytest.approx(rate - (rate + (1 - rate) * math.log(1 - rate)), abs=1e-4)
+    assert curve.excess_aurc == pytest.approx(
+        rate - (rate + (1 - rate) * math.log(1 - rate)), abs=1e-4
+    )
 
 
 def test_accuracy_at_a_coverage():
@@ -281,7 +316,11 @@ def test_no_such_coverage(coverage):
 
 
 def test_risk_coverage_refuses():
-    with pytest.raises(ValueError, match=r"got confidences and correctness of shapes \(2,\) and \(3,\)"):
+    with pytest.raises(
+        ValueError, match=r"got confidences and correctness of shapes \(2,\) and \(3,\)"
+    ):
         risk_coverage(torch.ones(2), torch.ones(3))
-    with pytest.raises(ValueError, match="got confidences and correctness from 0.5 to 0.5; expected flags"):
+    with pytest.raises(
+        ValueError, match="got confidences and correctness from 0.5 to 0.5; expected flags"
+    ):
         risk_coverage(torch.ones(1), torch.tensor([0.5]))

@@ -18,7 +18,11 @@ from bayestune.selective import is_right, risk_coverage
 def row(i, p, answer, mutual=0.0):
     """A row of which a number stands for the entropy: its order is all that counts."""
     doubt = 1 - max(p)
-    entropies = {"total_entropy": doubt + mutual, "expected_entropy": doubt, "mutual_information": mutual}
+    entropies = {
+        "total_entropy": doubt + mutual,
+        "expected_entropy": doubt,
+        "mutual_information": mutual,
+    }
     return {"id": f"q{i}", "probabilities": p, "answer": answer, "confidence": max(p), **entropies}
 
 
@@ -29,7 +33,9 @@ SHIFTED = [row(0, [0.75, 0.25], 1, 0.3), row(1, [0.85, 0.15], 0, 0.0)]
 def record(folder, label, task, seed, rows, accuracy=0.5, **fields):
     name = f"rows-{label}-{task}-{seed}.jsonl".replace(" ", "")
     if rows is not None:
-        (folder / name).write_text("".join(json.dumps(one) + "\n" for one in rows), encoding="utf-8")
+        (folder / name).write_text(
+            "".join(json.dumps(one) + "\n" for one in rows), encoding="utf-8"
+        )
     values = {"accuracy": accuracy, "ece": accuracy / 10, "nll": 2 * accuracy}
     return {
         "task": task,
@@ -63,7 +69,9 @@ def records(tmp_path):
 
 
 def write(folder, records):
-    (folder / "records.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records), encoding="utf-8")
+    (folder / "records.jsonl").write_text(
+        "".join(json.dumps(one) + "\n" for one in records), encoding="utf-8"
+    )
 
 
 def cells(text):
@@ -98,7 +106,10 @@ def test_the_tables_by_hand(records, tmp_path):
 def test_markdown_says_the_same(records, tmp_path):
     records[4]["label"] = records[5]["label"] = "BLoB | N=10"
     text = shift_table(records, tmp_path, "markdown")
-    assert "| Metric | Method | OBQA (in domain) | ARC-C (small shift) |\n| --- | --- | ---: | ---: |" in text
+    assert (
+        "| Metric | Method | OBQA (in domain) | ARC-C (small shift) |\n| --- | --- | ---: | ---: |"
+        in text
+    )
     assert "| ACC % ↑ | MLE | 65.0 ± 7.1 | **40.0** ± 0.0 |" in text
     assert r"| ACC % ↑ | BLoB \| N=10 | **66.0** (1) | 30.0 (1) |" in text
 
@@ -152,18 +163,26 @@ def test_a_later_record_takes_the_place_of_an_earlier_one(records, tmp_path):
 
 def test_methods_of_one_label_are_told_apart_and_models_have_their_own_tables(records, tmp_path):
     other = {**records[4], "method": "blob-small"}
-    assert ("ACC % ↑", "BLoB N=10 (blob-small, 10 draws)", 2) in cells(shift_table([*records, other], tmp_path))
+    assert ("ACC % ↑", "BLoB N=10 (blob-small, 10 draws)", 2) in cells(
+        shift_table([*records, other], tmp_path)
+    )
     text = shift_table([*records, {**records[0], "model": "large"}], tmp_path)
     assert text.count("trained on OBQA") == 2
     assert "trained on OBQA · large · scored by letter · OBQA 3 rows" in text
 
 
 def test_tables_refuse(records, tmp_path):
-    with pytest.raises(ValueError, match=r"got style 'html'; expected one of \('text', 'markdown'\)"):
+    with pytest.raises(
+        ValueError, match=r"got style 'html'; expected one of \('text', 'markdown'\)"
+    ):
         shift_table(records, tmp_path, "html")
-    with pytest.raises(ValueError, match="got no records of methods trained on 'boolq' among 6; expected some with"):
+    with pytest.raises(
+        ValueError, match="got no records of methods trained on 'boolq' among 6; expected some with"
+    ):
         shift_table(records, tmp_path, source="boolq")
-    with pytest.raises(ValueError, match="got no records of methods trained on 'openbookqa' among 0"):
+    with pytest.raises(
+        ValueError, match="got no records of methods trained on 'openbookqa' among 0"
+    ):
         write_shift(tmp_path)
 
 
@@ -177,7 +196,9 @@ def test_whether_there_is_a_shift_to_tell_of(records):
 def test_files_are_written_and_the_picture_only_with_rows(records, tmp_path):
     write(tmp_path, records)
     assert [path.name for path in write_shift(tmp_path)] == ["shift.md", "risk_coverage.png"]
-    assert (tmp_path / "shift.md").read_text(encoding="utf-8") == shift_table(records, tmp_path, "markdown") + "\n"
+    assert (tmp_path / "shift.md").read_text(encoding="utf-8") == shift_table(
+        records, tmp_path, "markdown"
+    ) + "\n"
     assert (tmp_path / "risk_coverage.png").read_bytes()[:4] == b"\x89PNG"
     bare = tmp_path / "bare"
     bare.mkdir()
@@ -190,7 +211,9 @@ def test_two_models_share_the_picture_and_not_a_panel(records, tmp_path, monkeyp
     from bayestune.report import curves
 
     seen, figure = {}, risk_coverage_figure({"MLE": FAMILIAR})
-    monkeypatch.setattr(curves, "risk_coverage_panels", lambda panels: seen.update(panels) or figure)
+    monkeypatch.setattr(
+        curves, "risk_coverage_panels", lambda panels: seen.update(panels) or figure
+    )
     write(tmp_path, [*records, {**records[0], "model": "large"}])
     write_shift(tmp_path)
     shared = "letter · 15 · textbook"
@@ -199,7 +222,10 @@ def test_two_models_share_the_picture_and_not_a_panel(records, tmp_path, monkeyp
         f"tiny · {shared} · ARC-C (small shift)",
         f"large · {shared} · OBQA (in domain)",
     ]
-    assert {name: len(runs) for name, runs in next(iter(seen.values())).items()} == {"MLE": 2, "BLoB N=10": 1}
+    assert {name: len(runs) for name, runs in next(iter(seen.values())).items()} == {
+        "MLE": 2,
+        "BLoB N=10": 1,
+    }
 
 
 def test_rows_are_read_as_written(records, tmp_path):
@@ -214,11 +240,15 @@ def many(n, seed, ties=False):
     g = torch.Generator().manual_seed(seed)
     p = torch.randn(n, 3, generator=g, dtype=torch.float64).mul(2).softmax(1)
     answers = torch.multinomial(p, 1, generator=g)[:, 0].tolist()
-    return [row(i, [round(x, 1 if ties else 9) for x in p[i].tolist()], answers[i]) for i in range(n)]
+    return [
+        row(i, [round(x, 1 if ties else 9) for x in p[i].tolist()], answers[i]) for i in range(n)
+    ]
 
 
 def curve(rows):
-    return risk_coverage(torch.tensor([one["confidence"] for one in rows], dtype=torch.float64), is_right(rows))
+    return risk_coverage(
+        torch.tensor([one["confidence"] for one in rows], dtype=torch.float64), is_right(rows)
+    )
 
 
 def test_a_line_is_the_curve_from_twenty_rows_on():
@@ -238,7 +268,9 @@ def test_a_line_is_the_mean_over_seeds():
     assert axes.lines[0].get_ydata().tolist() == pytest.approx(mean.tolist())
     (axes,) = risk_coverage_panels({"": {"MLE": [runs[0], runs[1][:50]]}}).axes
     halves = curve(runs[1][:50]).risk.repeat_interleave(2)
-    assert axes.lines[0].get_ydata().tolist() == pytest.approx(((curve(runs[0]).risk + halves) / 2)[19:].tolist())
+    assert axes.lines[0].get_ydata().tolist() == pytest.approx(
+        ((curve(runs[0]).risk + halves) / 2)[19:].tolist()
+    )
 
 
 def test_a_method_is_drawn_alike_in_all_panels_and_no_two_alike():
@@ -246,7 +278,8 @@ def test_a_method_is_drawn_alike_in_all_panels_and_no_two_alike():
     fewer = {name: methods[name] for name in list(methods)[5:9]}
     figure = risk_coverage_panels({"a": methods, "b": fewer, "c": methods, "d": fewer})
     looks = [
-        [(line.get_color(), str(line.get_linestyle()), line._dash_pattern) for line in a.lines] for a in figure.axes
+        [(line.get_color(), str(line.get_linestyle()), line._dash_pattern) for line in a.lines]
+        for a in figure.axes
     ]
     assert len({str(look) for look in looks[0]}) == 16
     assert looks[1] == looks[0][5:9]
@@ -254,7 +287,9 @@ def test_a_method_is_drawn_alike_in_all_panels_and_no_two_alike():
 
 
 def test_the_legend_covers_no_curve():
-    figure = risk_coverage_figure({f"a rather long name of a method {i}": many(40, i) for i in range(8)})
+    figure = risk_coverage_figure(
+        {f"a rather long name of a method {i}": many(40, i) for i in range(8)}
+    )
     figure.draw_without_rendering()
     box = figure.legends[0].get_window_extent()
     assert not any(box.overlaps(axes.get_window_extent()) for axes in figure.axes)
@@ -262,7 +297,9 @@ def test_the_legend_covers_no_curve():
 
 
 def test_the_figure_refuses():
-    with pytest.raises(ValueError, match="got 0 panels, 0 methods without rows; expected a panel at least"):
+    with pytest.raises(
+        ValueError, match="got 0 panels, 0 methods without rows; expected a panel at least"
+    ):
         risk_coverage_panels({})
     with pytest.raises(ValueError, match="got 1 panels, 1 methods without rows"):
         risk_coverage_figure({"MLE": many(20, 0), "BLoB": []})
@@ -272,6 +309,11 @@ def test_the_figure_refuses():
 
 def test_the_tables_do_without_matplotlib():
     tree = ast.parse(Path(shift.__file__).read_text(encoding="utf-8"))
-    names = [alias.name for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names]
+    names = [
+        alias.name
+        for node in tree.body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    ]
     assert "read_rows" in names
     assert not {"curves", "plots", "matplotlib"} & set(names)

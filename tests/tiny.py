@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from bayestune import Question, Task
-from bayestune.questions import CHOICES
+from bayestune.data.prompts import CHOICES
 
 WORDS = "Question Answer Choices Passage Return the label of correct answer for question below red green blue A B C D E"
 SIZES = {
@@ -29,7 +29,11 @@ SIZES = {
 def corpus() -> list[str]:
     """Text that holds all words of the tiny tasks."""
     letters = [f"Choices:\n{x}) red\nAnswer: {x}" for x in "ABCDE"]
-    words = [f"{WORDS} what is {a} and {b}? True False" for a in ("red", "green", "blue") for b in ("sky", "grass")]
+    words = [
+        f"{WORDS} what is {a} and {b}? True False"
+        for a in ("red", "green", "blue")
+        for b in ("sky", "grass")
+    ]
     return (letters + words) * 20
 
 
@@ -40,10 +44,15 @@ def byte_level_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     special, alphabet = ["<pad>", "<s>", "</s>"], pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
-        corpus(), trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
+        corpus(),
+        trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet),
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=512
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        model_max_length=512,
     )
 
 
@@ -53,16 +62,27 @@ def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
     special = ["<unk>", "<pad>", "<s>", "</s>"]
-    tokenizer.train_from_iterator(corpus(), trainers.BpeTrainer(vocab_size=400, special_tokens=special))
+    tokenizer.train_from_iterator(
+        corpus(), trainers.BpeTrainer(vocab_size=400, special_tokens=special)
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
     )
 
 
 def tiny_llama(**changes: object) -> LlamaForCausalLM:
     """A decoder of two layers."""
     torch.manual_seed(0)
-    own = {"max_position_embeddings": 512, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2}
+    own = {
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     return LlamaForCausalLM(LlamaConfig(**{**SIZES, **own, **changes}))
 
 
@@ -90,8 +110,15 @@ def coloured_questions() -> Task:
 
     def row(i: int) -> Question:
         options = colours if i % 3 else colours[:3]
-        return Question(f"q{i}", f"what is {colours[i % 4]} and {colours[(i + 1) % 4]}?", options, i % len(options))
+        return Question(
+            f"q{i}",
+            f"what is {colours[i % 4]} and {colours[(i + 1) % 4]}?",
+            options,
+            i % len(options),
+        )
 
     rows = tuple(row(i) for i in range(18))
-    held_out = tuple(replace(row(i), id=f"h{i}", question=f"and what is {colours[i % 4]}?") for i in range(4))
+    held_out = tuple(
+        replace(row(i), id=f"h{i}", question=f"and what is {colours[i % 4]}?") for i in range(4)
+    )
     return Task("tiny", rows[:12], rows[12:], held_out, prompt=CHOICES)

@@ -4,73 +4,78 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bayestune.adaptive import Adaptive, predict_adaptively
-    from bayestune.allocator import keep_freed_memory
-    from bayestune.artefact import export_draw, load_posterior, save_posterior
-    from bayestune.forms import Gaussian, Mixture, Point
-    from bayestune.kl import KLStep
-    from bayestune.lora import Lora, bayesify, drawn
-    from bayestune.methods import METHODS, MLE, BLoB, Method
-    from bayestune.models import load_model
-    from bayestune.posterior import Draws, Posterior, Prediction, predict
-    from bayestune.questions import Question, load_rows
-    from bayestune.scoring import make_scorer
-    from bayestune.tasks import Task, load_task
-    from bayestune.training import Training
+    from bayestune.adapters import Lora as Lora
+    from bayestune.adapters import bayesify as bayesify
+    from bayestune.adapters import drawn as drawn
+    from bayestune.data import Question as Question
+    from bayestune.data import Task as Task
+    from bayestune.data import load_rows as load_rows
+    from bayestune.data import load_task as load_task
+    from bayestune.evaluation import Adaptive as Adaptive
+    from bayestune.evaluation import predict_adaptively as predict_adaptively
+    from bayestune.forward import Draws as Draws
+    from bayestune.kl import KLStep as KLStep
+    from bayestune.methods import METHODS as METHODS
+    from bayestune.methods import MLE as MLE
+    from bayestune.methods import BLoB as BLoB
+    from bayestune.methods import Method as Method
+    from bayestune.models import load_model as load_model
+    from bayestune.posteriors import Gaussian as Gaussian
+    from bayestune.posteriors import Mixture as Mixture
+    from bayestune.posteriors import Point as Point
+    from bayestune.posteriors import Posterior as Posterior
+    from bayestune.posteriors import Prediction as Prediction
+    from bayestune.posteriors import export_draw as export_draw
+    from bayestune.posteriors import load_posterior as load_posterior
+    from bayestune.posteriors import predict as predict
+    from bayestune.posteriors import save_posterior as save_posterior
+    from bayestune.runtime import keep_freed_memory as keep_freed_memory
+    from bayestune.scoring import make_scorer as make_scorer
+    from bayestune.training import Training as Training
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "adaptive": ("Adaptive", "predict_adaptively"),
-    "allocator": ("keep_freed_memory",),
-    "artefact": ("export_draw", "load_posterior", "save_posterior"),
-    "kl": ("KLStep",),
-    "lora": ("Lora", "bayesify", "drawn"),
-    "methods": ("METHODS", "MLE", "BLoB", "Method"),
-    "models": ("load_model",),
-    "forms": ("Gaussian", "Mixture", "Point"),
-    "posterior": ("Draws", "Posterior", "Prediction", "predict"),
-    "scoring": ("make_scorer",),
-    "questions": ("Question", "load_rows"),
-    "tasks": ("Task", "load_task"),
-    "training": ("Training",),
+    "Adaptive": "evaluation",
+    "BLoB": "methods",
+    "Draws": "forward",
+    "Gaussian": "posteriors",
+    "KLStep": "kl",
+    "Lora": "adapters",
+    "METHODS": "methods",
+    "MLE": "methods",
+    "Method": "methods",
+    "Mixture": "posteriors",
+    "Point": "posteriors",
+    "Posterior": "posteriors",
+    "Prediction": "posteriors",
+    "Question": "data",
+    "Task": "data",
+    "Training": "training",
+    "bayesify": "adapters",
+    "drawn": "adapters",
+    "export_draw": "posteriors",
+    "keep_freed_memory": "runtime",
+    "load_model": "models",
+    "load_posterior": "posteriors",
+    "load_rows": "data",
+    "load_task": "data",
+    "make_scorer": "scoring",
+    "predict": "posteriors",
+    "predict_adaptively": "evaluation",
+    "save_posterior": "posteriors",
 }
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = [
-    "METHODS",
-    "MLE",
-    "Adaptive",
-    "BLoB",
-    "Draws",
-    "Gaussian",
-    "KLStep",
-    "Lora",
-    "Method",
-    "Mixture",
-    "Point",
-    "Posterior",
-    "Prediction",
-    "Question",
-    "Task",
-    "Training",
-    "bayesify",
-    "drawn",
-    "export_draw",
-    "keep_freed_memory",
-    "load_model",
-    "load_posterior",
-    "load_rows",
-    "load_task",
-    "make_scorer",
-    "predict",
-    "predict_adaptively",
-    "save_posterior",
-]
+__all__ = list(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
     """Imports a public name where it is first used, so that `import bayestune` costs nothing."""
-    if name not in _HOME_OF:
+    if name not in _HOMES:
         raise AttributeError(f"module 'bayestune' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"bayestune.{_HOME_OF[name]}"), name)
+    return getattr(importlib.import_module(f"bayestune.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """The public names, for completion."""
+    return [*__all__, "__version__"]

@@ -68,21 +68,33 @@ def _error(got: str, expected: str, remedy: str) -> ValueError:
 def _check(p: Tensor, y: Tensor) -> None:
     if p.ndim != 2 or y.shape != p.shape[:1] or p.numel() == 0:
         got = f"probabilities of shape {tuple(p.shape)} and labels of shape {tuple(y.shape)}"
-        raise _error(got, "(N, C) and (N,), not empty", "average the draws first: logits.softmax(-1).mean(0)")
+        raise _error(
+            got, "(N, C) and (N,), not empty", "average the draws first: logits.softmax(-1).mean(0)"
+        )
     if y.is_floating_point() or y.min() < 0 or y.max() >= p.shape[1]:
-        raise _error(f"labels from {y.min()} to {y.max()}", f"integers in 0…{p.shape[1] - 1}", "give class indices")
+        raise _error(
+            f"labels from {y.min()} to {y.max()}",
+            f"integers in 0…{p.shape[1] - 1}",
+            "give class indices",
+        )
     off = (p.double().sum(1) - 1).abs().max().item()
     if not off <= 1e-3 or p.min() < 0:  # NaN compares false
         got = f"rows that are no distributions (a sum is off 1 by {off:.3g}, the least entry is {p.min():.3g})"
-        raise _error(got, "finite entries >= 0 with sums of 1 within 0.001", "apply softmax to finite logits")
+        raise _error(
+            got, "finite entries >= 0 with sums of 1 within 0.001", "apply softmax to finite logits"
+        )
 
 
 def _bin_index(confidence: Tensor, bins: int, binning: str) -> Tensor:
     if bins < 1:
         raise _error(f"bins={bins}", "1 or more", "15 is customary")
     if binning not in BINNINGS:
-        raise _error(f"binning {binning!r}", f"one of {BINNINGS}", "choose 'textbook' for bins (l, u]")
-    single = confidence.float()  # as torchmetrics does; also puts a float32 0.2 and a float64 0.2 in the same bin
+        raise _error(
+            f"binning {binning!r}", f"one of {BINNINGS}", "choose 'textbook' for bins (l, u]"
+        )
+    single = (
+        confidence.float()
+    )  # as torchmetrics does; also puts a float32 0.2 and a float64 0.2 in the same bin
     if binning == "torchmetrics":
         edges = torch.linspace(0, 1, bins + 1, dtype=torch.float32)
         return torch.bucketize(single, edges, right=True) - 1
@@ -90,14 +102,18 @@ def _bin_index(confidence: Tensor, bins: int, binning: str) -> Tensor:
     return (torch.bucketize(single, edges) - 1).clamp(0, bins - 1)
 
 
-def _rows(probabilities: Tensor, labels: Tensor, bins: int = 15, binning: str = "torchmetrics") -> _Rows:
+def _rows(
+    probabilities: Tensor, labels: Tensor, bins: int = 15, binning: str = "torchmetrics"
+) -> _Rows:
     _check(probabilities, labels)
     p, y = probabilities.detach().cpu().double(), labels.detach().cpu().long()
     confidence, choice = p.max(1)
     nll = -p.gather(1, y[:, None])[:, 0].clamp(min=TINY).log()
     brier = (p - one_hot(y, p.shape[1])).square().sum(1)
     rank = torch.unique(-confidence, return_inverse=True)[1]
-    return _Rows(confidence, (choice == y).double(), nll, brier, rank, _bin_index(confidence, bins, binning))
+    return _Rows(
+        confidence, (choice == y).double(), nll, brier, rank, _bin_index(confidence, bins, binning)
+    )
 
 
 def _binned(rows: _Rows, weights: Tensor, bins: int = -1) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,7 +130,9 @@ def _ece(rows: _Rows, weights: Tensor, debias: bool = False) -> Tensor:
     rate, gap = correct / size, (correct - confidence).abs() / size
     if debias:
         std = (rate * (1 - rate) / size).clamp(min=TINY).sqrt()
-        folded = std * (2 / torch.pi) ** 0.5 * torch.exp(-((gap / std) ** 2) / 2) + gap * torch.erf(gap / std / 2**0.5)
+        folded = std * (2 / torch.pi) ** 0.5 * torch.exp(-((gap / std) ** 2) / 2) + gap * torch.erf(
+            gap / std / 2**0.5
+        )
         gap = 2 * gap - folded
     return (counts * gap).sum(1).clamp(min=0) / counts.sum(1)
 
@@ -126,7 +144,9 @@ def _aurc(rows: _Rows, weights: Tensor) -> Tensor:
     size = groups.index_add(1, rows.rank, weights)
     errors = groups.index_add(1, rows.rank, weights * (1 - rows.correct))
     after, before, missed = size.cumsum(1), size.cumsum(1) - size, errors.cumsum(1) - errors
-    harmonic = torch.cat([weights.new_zeros(1), (1 / torch.arange(1, len(rows.rank) + 1).double()).cumsum(0)])
+    harmonic = torch.cat(
+        [weights.new_zeros(1), (1 / torch.arange(1, len(rows.rank) + 1).double()).cumsum(0)]
+    )
     span = harmonic[after.long()] - harmonic[before.long()]
     return ((missed - before * errors / size.clamp(min=1)) * span + errors).sum(1) / len(rows.rank)
 
@@ -155,10 +175,18 @@ def _bootstrap(
         raise _error(f"level={level}", "a number between 0 and 1", "0.95 is customary")
     generator, blocks = torch.Generator().manual_seed(seed), []
     for start in range(0, resamples, block := max(1, _CHUNK // num_rows)):
-        drawn = torch.randint(num_rows, (min(block, resamples - start), num_rows), generator=generator)
-        blocks.append(statistic(torch.zeros_like(drawn).scatter_add_(1, drawn, torch.ones_like(drawn)).double()))
+        drawn = torch.randint(
+            num_rows, (min(block, resamples - start), num_rows), generator=generator
+        )
+        blocks.append(
+            statistic(
+                torch.zeros_like(drawn).scatter_add_(1, drawn, torch.ones_like(drawn)).double()
+            )
+        )
     values = torch.cat(blocks, 1)
-    return values, torch.quantile(values, values.new_tensor([(1 - level) / 2, (1 + level) / 2]), dim=1).tolist()
+    return values, torch.quantile(
+        values, values.new_tensor([(1 - level) / 2, (1 + level) / 2]), dim=1
+    ).tolist()
 
 
 def accuracy(probabilities: Tensor, labels: Tensor) -> float:
@@ -193,7 +221,9 @@ def brier(probabilities: Tensor, labels: Tensor) -> float:
     return _value("brier", _rows(probabilities, labels))
 
 
-def ece(probabilities: Tensor, labels: Tensor, bins: int = 15, binning: str = "torchmetrics") -> float:
+def ece(
+    probabilities: Tensor, labels: Tensor, bins: int = 15, binning: str = "torchmetrics"
+) -> float:
     """Expected calibration error of the top-1 confidence, in bins of equal width: Σ_b n_b/N · |acc_b − conf_b|.
 
     Args: probabilities (N, C); labels (N,); bins, their number; binning, "textbook" for bins (l, u] with 0 in the
@@ -207,7 +237,9 @@ def ece(probabilities: Tensor, labels: Tensor, bins: int = 15, binning: str = "t
     return _value("ece", _rows(probabilities, labels, bins, binning))
 
 
-def ece_debiased(probabilities: Tensor, labels: Tensor, bins: int = 15, binning: str = "torchmetrics") -> float:
+def ece_debiased(
+    probabilities: Tensor, labels: Tensor, bins: int = 15, binning: str = "torchmetrics"
+) -> float:
     """ECE less the bias from the noise in each bin's accuracy: max(0, Σ_b n_b/N · (2 |g_b| − E|X_b|)).
 
     Here g_b = acc_b − conf_b and X_b ~ Normal(g_b, acc_b (1 − acc_b)/n_b), so that the bias is E|X_b| − |g_b|.
@@ -241,7 +273,9 @@ def reliability(probabilities: Tensor, labels: Tensor, bins: int = 15) -> Reliab
     tensor([   nan, 0.5000], dtype=torch.float64)
     """
     rows = _rows(probabilities, labels, bins, "textbook")
-    counts, confidence, correct = (sums[0] for sums in _binned(rows, rows.nll.new_ones(1, len(labels)), bins))
+    counts, confidence, correct = (
+        sums[0] for sums in _binned(rows, rows.nll.new_ones(1, len(labels)), bins)
+    )
     return Reliability(counts.long(), confidence / counts, correct / counts)
 
 
@@ -265,7 +299,9 @@ def summarise(
     Interval(value=1.0, low=1.0, high=1.0, n=2)
     """
     rows, n = _rows(probabilities, labels, bins, binning), len(labels)
-    low, high = _bootstrap(lambda w: torch.stack([m(rows, w) for m in _METRICS.values()]), n, resamples, seed, level)[1]
+    low, high = _bootstrap(
+        lambda w: torch.stack([m(rows, w) for m in _METRICS.values()]), n, resamples, seed, level
+    )[1]
     return {key: Interval(_value(key, rows), low[i], high[i], n) for i, key in enumerate(_METRICS)}
 
 
@@ -298,11 +334,16 @@ def paired_bootstrap(
     if stacked and len(first) != len(second):
         got = f"{len(first)} and {len(second)} runs"
         raise _error(got, "as many of both", "compare the runs that both methods have")
-    ones, twos = ([_rows(p, labels, bins, binning) for p in (x if stacked else x[None])] for x in (first, second))
+    ones, twos = (
+        [_rows(p, labels, bins, binning) for p in (x if stacked else x[None])]
+        for x in (first, second)
+    )
     weigh, n = _METRICS[metric], len(labels)
 
     def difference(weights: Tensor) -> Tensor:
-        return torch.stack([weigh(a, weights) - weigh(b, weights) for a, b in zip(ones, twos, strict=True)]).mean(0)
+        return torch.stack(
+            [weigh(a, weights) - weigh(b, weights) for a, b in zip(ones, twos, strict=True)]
+        ).mean(0)
 
     d = difference(ones[0].nll.new_ones(1, n)).item()
     drawn, (low, high) = _bootstrap(lambda w: difference(w)[None], n, resamples, seed, level)

@@ -58,7 +58,9 @@ class RiskCoverage:
         [1.0, 0.6667, 0.75]
         """
         if not 0 < coverage <= 1:
-            raise ValueError(f"got coverage {coverage}; expected a share in (0, 1]; 0.8 leaves a fifth of the rows out")
+            raise ValueError(
+                f"got coverage {coverage}; expected a share in (0, 1]; 0.8 leaves a fifth of the rows out"
+            )
         kept = math.ceil(coverage * len(self.risk) - 1e-9)  # 0.07·100 is a little above 7
         return 1 - self.risk[max(kept, 1) - 1].item()
 
@@ -66,11 +68,17 @@ class RiskCoverage:
 def _checked(values: Tensor, flags: Tensor, named: str) -> tuple[Tensor, Tensor]:
     if values.ndim != 1 or flags.shape != values.shape or values.numel() == 0:
         got = f"{named} of shapes {tuple(values.shape)} and {tuple(flags.shape)}"
-        raise ValueError(f"got {got}; expected (N,) and (N,), not empty; give one of each for every row")
+        raise ValueError(
+            f"got {got}; expected (N,) and (N,), not empty; give one of each for every row"
+        )
     if values.isnan().any():
-        raise ValueError(f"got {named} with NaN; expected numbers that have an order; look for NaN in the predictions")
+        raise ValueError(
+            f"got {named} with NaN; expected numbers that have an order; look for NaN in the predictions"
+        )
     if not ((flags == 0) | (flags == 1)).all():
-        raise ValueError(f"got {named} from {flags.min()} to {flags.max()}; expected flags 0 or 1; compare first")
+        raise ValueError(
+            f"got {named} from {flags.min()} to {flags.max()}; expected flags 0 or 1; compare first"
+        )
     return values.detach().cpu().double(), flags.detach().cpu().bool()
 
 
@@ -85,7 +93,9 @@ def _classes(scores: Tensor, positive: Tensor, least: int) -> tuple[Tensor, Tens
     above, below = values[flags], values[~flags]
     if min(len(above), len(below)) < least:
         got = f"{len(above)} positives and {len(below)} negatives"
-        raise ValueError(f"got {got}; expected {least} or more of each; a ranking needs both classes, take more rows")
+        raise ValueError(
+            f"got {got}; expected {least} or more of each; a ranking needs both classes, take more rows"
+        )
     return above, below
 
 
@@ -119,10 +129,17 @@ def auroc_interval(scores: Tensor, positive: Tensor, level: float = 0.95) -> Int
     value, n = auroc(scores, positive), len(above) + len(below)
     if value in (0.0, 1.0):
         return Interval(value, value, value, n)
-    placed = (_wins(above, below).double() / (2 * len(below)), _wins(below, above).double() / (2 * len(above)))
+    placed = (
+        _wins(above, below).double() / (2 * len(below)),
+        _wins(below, above).double() / (2 * len(above)),
+    )
     std = sum(v.var().item() / len(v) for v in placed) ** 0.5
     half = NormalDist().inv_cdf((1 + level) / 2) * std / (value * (1 - value))
-    low, high = (torch.tensor([-1.0, 1.0]).double() * half + math.log(value / (1 - value))).sigmoid().tolist()
+    low, high = (
+        (torch.tensor([-1.0, 1.0]).double() * half + math.log(value / (1 - value)))
+        .sigmoid()
+        .tolist()
+    )
     return Interval(value, low, high, n)
 
 
@@ -132,7 +149,9 @@ def is_right(rows: Sequence[Row]) -> Tensor:
     >>> is_right([{"probabilities": [0.5, 0.5], "answer": 0}, {"probabilities": [0.9, 0.1], "answer": 1}])
     tensor([ True, False])
     """
-    return torch.tensor([row["probabilities"].index(max(row["probabilities"])) == row["answer"] for row in rows])
+    return torch.tensor(
+        [row["probabilities"].index(max(row["probabilities"])) == row["answer"] for row in rows]
+    )
 
 
 def uncertainty(rows: Sequence[Row], score: str, *, normalised: bool = False) -> Tensor:
@@ -147,16 +166,22 @@ def uncertainty(rows: Sequence[Row], score: str, *, normalised: bool = False) ->
     tensor([1., 1.], dtype=torch.float64)
     """
     if score not in SCORES:
-        raise ValueError(f"got score {score!r}; expected one of {tuple(SCORES)}; choose one of them")
+        raise ValueError(
+            f"got score {score!r}; expected one of {tuple(SCORES)}; choose one of them"
+        )
     try:
         values = torch.tensor([SCORES[score](row) for row in rows], dtype=torch.float64)
     except KeyError as missing:
-        raise ValueError(f"got a row without {missing}; expected what `evaluate` writes; evaluate again") from missing
+        raise ValueError(
+            f"got a row without {missing}; expected what `evaluate` writes; evaluate again"
+        ) from missing
     if not normalised:
         return values
     options = torch.tensor([len(row["probabilities"]) for row in rows], dtype=torch.float64)
     if (options < 2).any():
-        raise ValueError("got a row of one option; expected two or more; there is no uncertainty in it, leave it out")
+        raise ValueError(
+            "got a row of one option; expected two or more; there is no uncertainty in it, leave it out"
+        )
     return values / (1 - 1 / options if score == "one_minus_confidence" else options.log())
 
 
@@ -170,7 +195,9 @@ def error_auroc(rows: Sequence[Row], score: str, *, normalised: bool = False) ->
     return auroc(uncertainty(rows, score, normalised=normalised), ~is_right(rows))
 
 
-def shift_auroc(shifted: Sequence[Row], familiar: Sequence[Row], score: str, *, normalised: bool = True) -> float:
+def shift_auroc(
+    shifted: Sequence[Row], familiar: Sequence[Row], score: str, *, normalised: bool = True
+) -> float:
     """In-domain or not: the probability that an out-of-distribution row has more uncertainty than an in-domain one.
 
     Normalised by default, as the two sets may ask questions with unlike numbers of options. It is below one half where
@@ -198,6 +225,9 @@ def risk_coverage(confidence: Tensor, correct: Tensor) -> RiskCoverage:
     wrong = torch.zeros(len(size), dtype=torch.float64).index_add_(0, group, (~right).double())
     # All errors up to the end of a row's group of m tied rows, less e/m for each of them that comes after it.
     ends, total = size.cumsum(0), wrong.cumsum(0)
-    place, of = torch.arange(1, len(values) + 1), torch.repeat_interleave(torch.arange(len(size)), size)
+    place, of = (
+        torch.arange(1, len(values) + 1),
+        torch.repeat_interleave(torch.arange(len(size)), size),
+    )
     errors = total[of] - (ends[of] - place) * wrong[of] / size[of]
     return RiskCoverage(place.double() / len(values), errors / place)

@@ -1,15 +1,14 @@
-"""BLoB: Bayesian low-rank adaptation by backpropagation."""
+"""BLoB: Bayesian low-rank adaptation by backpropagation; its symmetric form, and its authors' own noise."""
 
 from dataclasses import asdict, dataclass
 from typing import ClassVar, Literal
 
 from torch import nn
 
-from bayestune.forms import Gaussian
+from bayestune.adapters import SIDES, Noise, bayesify, slot_names
 from bayestune.kl import KLStep, Schedule, StdOptimizer
-from bayestune.layers import Noise
-from bayestune.lora import bayesify, slot_names
-from bayestune.methods.protocol import head_slots
+from bayestune.methods.held_out import head_slots
+from bayestune.posteriors import Gaussian, TokenNoise
 from bayestune.scoring import Scorer
 from bayestune.training import Training, start_adapter, train
 
@@ -65,6 +64,46 @@ class BLoB:
         )
         adapted = start_adapter(model, training)
         choose = head_slots if self.layers == "last" else slot_names
-        bayesify(adapted, init_root_std=self.init_root_std, noise=self.noise, slots=choose(adapted, self.sides))
+        bayesify(
+            adapted,
+            init_root_std=self.init_root_std,
+            noise=self.noise,
+            slots=choose(adapted, self.sides),
+        )
         fitted = train(adapted, scorer, training, callbacks=[step])
         return Gaussian(adapted, scorer, asdict(fitted))
+
+
+@dataclass(frozen=True)
+class BBB(BLoB):
+    """q(A, B) = N(M_A, Ω_A²) N(M_B, Ω_B²): BLoB's Gaussian, noise and KL step in both slots of each layer.
+
+    The paper's argument for the asymmetric form is what this symmetric one shows: B starts at 0 with noise, so early
+    gradients of A are noise too, and the product of two noises is no Gaussian.
+
+    Reference:
+        Blundell, Cornebise, Kavukcuoglu, Wierstra: Weight uncertainty in neural networks, ICML 2015,
+        https://arxiv.org/abs/1505.05424; as a baseline in Wang et al., https://arxiv.org/abs/2406.11675, table 1.
+    """
+
+    sides: ClassVar[tuple[str, ...]] = SIDES
+
+
+@dataclass(frozen=True)
+class AuthorsBLoB(BLoB):
+    """BLoB whose noise is new for every token, not only in training (`noise="token"`) but in every drawn pass too.
+
+    The other fields are BLoB's; their defaults are the authors' already (bursts, `kl_lr` 0.01, G by SGD). A draw is no
+    function of the row, so it cannot be exported. docs/fidelity.md has what that changes.
+
+    Reference:
+        Wang, Shi, Han, Metaxas, Wang: BLoB, NeurIPS 2024, https://arxiv.org/abs/2406.11675, and its public code,
+        https://github.com/Wang-ML-Lab/bayesian-peft.
+    """
+
+    noise: Noise = "token"
+
+    def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> TokenNoise:  # type: ignore[override]
+        """Trains as BLoB; draws are noisy passes, see `TokenNoise`."""
+        gaussian = super().fit(model, scorer, training)
+        return TokenNoise(gaussian.model, scorer, gaussian.fitted, gaussian.adapter)

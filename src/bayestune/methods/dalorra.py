@@ -9,11 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import TrainerCallback
 
-from bayestune.forms import Scaled
-from bayestune.layers import RowGroups
-from bayestune.methods.ranks import RankLinear, adamw, make_ranks_random, put_means
+from bayestune.adapters import RankLinear, RowGroups, make_ranks_random, put_means
+from bayestune.posteriors import Scaled
 from bayestune.scoring import Scorer
-from bayestune.training import Training, start_adapter, train
+from bayestune.training import Training, adamw, start_adapter, train
 
 
 class GatedLinear(RankLinear):
@@ -29,11 +28,17 @@ class GatedLinear(RankLinear):
     """
 
     def __init__(
-        self, linear: nn.Linear, init_kept: float = 0.5, temperature: float = 0.5, groups: RowGroups | None = None
+        self,
+        linear: nn.Linear,
+        init_kept: float = 0.5,
+        temperature: float = 0.5,
+        groups: RowGroups | None = None,
     ) -> None:
         super().__init__(linear, groups)
         kept = torch.full_like(linear.weight[:, :1], init_kept)
-        self.gate_logit = nn.Parameter(kept.logit().detach(), requires_grad=linear.weight.requires_grad)
+        self.gate_logit = nn.Parameter(
+            kept.logit().detach(), requires_grad=linear.weight.requires_grad
+        )
         self.temperature = temperature
 
     @property
@@ -43,7 +48,9 @@ class GatedLinear(RankLinear):
 
     def factors(self, num_rows: int) -> Tensor:
         """A relaxed z for each row, (N, r)."""
-        uniform = torch.rand(num_rows, self.out_features, dtype=self.gate_logit.dtype, device=self.gate_logit.device)
+        uniform = torch.rand(
+            num_rows, self.out_features, dtype=self.gate_logit.dtype, device=self.gate_logit.device
+        )
         noise = uniform.clamp_(1e-6, 1 - 1e-6).logit()
         return ((self.gate_logit[:, 0] + noise) / self.temperature).sigmoid()
 
@@ -52,7 +59,10 @@ def kl_divergence(logit: Tensor, prior_kept: float) -> Tensor:
     """KL[Bernoulli(π) ‖ Bernoulli(p)] = Σ [π log(π/p) + (1 − π) log((1 − π)/(1 − p))] in nats, of π's logits."""
     prior = torch.tensor(prior_kept, dtype=logit.dtype, device=logit.device)
     kept = logit.sigmoid()
-    return (kept * (F.logsigmoid(logit) - prior.log()) + (1 - kept) * (F.logsigmoid(-logit) - (-prior).log1p())).sum()
+    return (
+        kept * (F.logsigmoid(logit) - prior.log())
+        + (1 - kept) * (F.logsigmoid(-logit) - (-prior).log1p())
+    ).sum()
 
 
 @torch.no_grad()
@@ -77,7 +87,9 @@ class _AddKL(TrainerCallback):
     @torch.no_grad()
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if "loss" in logs:
-            kl = sum(float(kl_divergence(layer.gate_logit, self.prior_kept)) for layer in self.layers)
+            kl = sum(
+                float(kl_divergence(layer.gate_logit, self.prior_kept)) for layer in self.layers
+            )
             kept = torch.cat([layer.mean_factors for layer in self.layers]).mean().item()
             values = {"kl": kl, "mean_kept": kept}
             logs.update(values)
@@ -131,12 +143,16 @@ class DALorRA:
         """
         adapted = start_adapter(model, training)
         layers = make_ranks_random(
-            adapted, lambda slot, groups: GatedLinear(slot, self.init_kept, self.temperature, groups)
+            adapted,
+            lambda slot, groups: GatedLinear(slot, self.init_kept, self.temperature, groups),
         )
         weight = 1 / len(scorer.task.train) if self.kl_weight is None else self.kl_weight
         add_kl = _AddKL(list(layers.values()), self.prior_kept, weight)
         optimizer = adamw(training, [layer.gate_logit for layer in layers.values()], self.gate_lr)
         fitted = train(adapted, scorer, training, [add_kl], optimizer=optimizer)
         put_means(adapted, layers)
-        kept = {name: layer.mean_factors.detach()[:, None].clamp_min(1e-6) for name, layer in layers.items()}
+        kept = {
+            name: layer.mean_factors.detach()[:, None].clamp_min(1e-6)
+            for name, layer in layers.items()
+        }
         return Scaled(adapted, scorer, kept, "bernoulli", fitted=asdict(fitted))

@@ -6,11 +6,10 @@ from pathlib import Path
 
 from torch import nn
 
-from bayestune.artefact import DETAILS, load_members, read_details, save_posterior
-from bayestune.forms import Mixture
-from bayestune.lora import detach
+from bayestune.adapters import detach
+from bayestune.methods.method import Method
 from bayestune.methods.mle import MLE
-from bayestune.methods.protocol import Method
+from bayestune.posteriors import DETAILS, Mixture, load_members, read_details, save_posterior
 from bayestune.scoring import Scorer
 from bayestune.training import Training
 
@@ -39,7 +38,9 @@ class Ensemble:
 
     def __post_init__(self) -> None:
         if self.size < 1:
-            raise ValueError(f"an ensemble needs members: got size={self.size}, expected 1 or more; the paper uses 3")
+            raise ValueError(
+                f"an ensemble needs members: got size={self.size}, expected 1 or more; the paper uses 3"
+            )
 
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Mixture:
         """Fits the members one after another; with `training.resume` those that are finished are kept."""
@@ -48,7 +49,9 @@ class Ensemble:
             for k, folder in enumerate(folders):
                 if training.resume and (folder / DETAILS).is_file():
                     continue
-                own = replace(training, seed=training.seed + k * self.seed_step, output=folder / "checkpoints")
+                own = replace(
+                    training, seed=training.seed + k * self.seed_step, output=folder / "checkpoints"
+                )
                 posterior = self.base.fit(model, scorer, own)
                 save_posterior(posterior, folder, {"fitted": dict(posterior.fitted)})
                 detach(posterior.model)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from bayestune.forms import Gaussian
-from bayestune.lora import SIDES, bayesify, gaussian_layers, slot_names, slots
+from bayestune.adapters import SIDES, bayesify, gaussian_layers, slot_names, slots
+from bayestune.posteriors import Gaussian
 from bayestune.scoring import Scorer
 from bayestune.training import Training, start_adapter, train
 
@@ -53,17 +53,31 @@ class IVONOptimizer(torch.optim.Optimizer):
         clip_radius: float = math.inf,
         seed: int = 0,
     ) -> None:
-        wrong = {n: v for n, v in (("lr", lr), ("ess", ess), ("clip_radius", clip_radius)) if v <= 0}
-        wrong |= {n: v for n, v in (("delta", delta), ("hess_init", hess_init)) if v < 0 or delta + hess_init == 0}
+        wrong = {
+            n: v for n, v in (("lr", lr), ("ess", ess), ("clip_radius", clip_radius)) if v <= 0
+        }
+        wrong |= {
+            n: v
+            for n, v in (("delta", delta), ("hess_init", hess_init))
+            if v < 0 or delta + hess_init == 0
+        }
         wrong |= {} if all(0 <= beta < 1 for beta in betas) else {"betas": betas}
         if wrong:
             raise ValueError(
                 f"out of range: got {wrong}, expected lr, ess, clip_radius > 0, delta, hess_init ≥ 0 and not both 0, "
                 "betas in [0, 1); correct it"
             )
-        names = {"ess": ess, "hess_init": hess_init, "delta": delta, "betas": betas, "clip_radius": clip_radius}
+        names = {
+            "ess": ess,
+            "hess_init": hess_init,
+            "delta": delta,
+            "betas": betas,
+            "clip_radius": clip_radius,
+        }
         super().__init__(params, {"lr": lr, "steps": 0, "seed": seed, **names})
-        self._pending: dict[Tensor, tuple[Tensor, Tensor]] = {}  # parameter: its m and ε while it is a draw
+        self._pending: dict[
+            Tensor, tuple[Tensor, Tensor]
+        ] = {}  # parameter: its m and ε while it is a draw
 
     @torch.no_grad()
     def std(self, parameter: Tensor) -> Tensor:
@@ -85,10 +99,14 @@ class IVONOptimizer(torch.optim.Optimizer):
         generators: dict[torch.device, torch.Generator] = {}
         for group in self.param_groups:
             for p in group["params"]:
-                generator = generators.setdefault(p.device, _generator(p.device, group["seed"], group["steps"]))
+                generator = generators.setdefault(
+                    p.device, _generator(p.device, group["seed"], group["steps"])
+                )
                 noise = torch.randn(p.shape, generator=generator, device=p.device, dtype=p.dtype)
                 self._pending[p] = p.detach().clone(), noise
-                p.addcmul_((group["ess"] * (self._hessian(p, group) + group["delta"])).rsqrt(), noise)
+                p.addcmul_(
+                    (group["ess"] * (self._hessian(p, group) + group["delta"])).rsqrt(), noise
+                )
 
     def _put_means_back(self) -> dict[Tensor, Tensor]:
         noises = {parameter: noise for parameter, (_, noise) in self._pending.items()}
@@ -105,7 +123,9 @@ class IVONOptimizer(torch.optim.Optimizer):
             RuntimeError: if there was no draw.
         """
         if not self._pending:
-            raise RuntimeError("a step of IVON without a draw: got no noise, expected draw() before the forward pass")
+            raise RuntimeError(
+                "a step of IVON without a draw: got no noise, expected draw() before the forward pass"
+            )
         with torch.enable_grad():
             loss = closure() if closure else None
         noises = self._put_means_back()
@@ -117,7 +137,11 @@ class IVONOptimizer(torch.optim.Optimizer):
         return loss
 
     def _update(self, mean: Tensor, gradient: Tensor, noise: Tensor, group: dict[str, Any]) -> None:
-        h, momentum, delta = self._hessian(mean, group), self.state[mean]["momentum"], group["delta"]
+        h, momentum, delta = (
+            self._hessian(mean, group),
+            self.state[mean]["momentum"],
+            group["delta"],
+        )
         beta1, beta2 = group["betas"]
         change = (gradient * noise * (group["ess"] * (h + delta)).sqrt() - h).mul_(1 - beta2)
         h.add_(change + change.square() / (2 * (h + delta)))
@@ -128,7 +152,9 @@ class IVONOptimizer(torch.optim.Optimizer):
 
 def _generator(device: torch.device, seed: int, step: int) -> torch.Generator:
     digest = hashlib.sha256(f"{seed}/{step}".encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:4], "little"))  # the CPU's reads 32 bits only
+    return torch.Generator(device).manual_seed(
+        int.from_bytes(digest[:4], "little")
+    )  # the CPU's reads 32 bits only
 
 
 class _Draw(TrainerCallback):
@@ -183,12 +209,21 @@ class IVON:
 
         def optimizer(parameters: list[nn.Parameter]) -> IVONOptimizer:
             ess = float(len(scorer.task.train)) if self.ess is None else self.ess
-            values = ess, self.hess_init, self.delta, (self.beta1, self.beta2), self.clip_radius, training.seed
+            values = (
+                ess,
+                self.hess_init,
+                self.delta,
+                (self.beta1, self.beta2),
+                self.clip_radius,
+                training.seed,
+            )
             made.append(IVONOptimizer(parameters, self.learning_rate, *values))
             return made[0]
 
         fitted = train(adapted, scorer, training, [_Draw()], optimizer=optimizer)
-        stds = {name: made[0].std(slot.get_parameter("weight")) for name, slot in slots(adapted).items()}
+        stds = {
+            name: made[0].std(slot.get_parameter("weight")) for name, slot in slots(adapted).items()
+        }
         bayesify(adapted, slots=slot_names(adapted, SIDES))
         with torch.no_grad():
             for name, layer in gaussian_layers(adapted).items():

@@ -9,19 +9,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from bayestune.forms.curvature import Structure
-from bayestune.forms.linearised import Linearised, Sampled, gaussian_logits
-from bayestune.forms.point import Point
-from bayestune.kfac import Curvature, best_precision, curvature, log_evidence
-from bayestune.lora import SIDES, adapter_weights, slot_names
+from bayestune.adapters import SIDES, adapter_weights, slot_names
+from bayestune.curvature import Curvature, Structure, best_precision, curvature, log_evidence
+from bayestune.data import Question
+from bayestune.forward import Draws
+from bayestune.methods.held_out import check_point, held_out_rows, predictive_nll
 from bayestune.methods.map import MAP
-from bayestune.methods.protocol import Method, check_point, held_out_rows, predictive_nll
-from bayestune.posterior import Draws
-from bayestune.questions import Question
+from bayestune.methods.method import Method
+from bayestune.posteriors import Linearised, Point, Sampled, gaussian_logits
+from bayestune.runtime import peak_memory_mb
 from bayestune.scoring import Scorer
-from bayestune.training import Training, peak_memory_mb
+from bayestune.training import Training
 
-GRID = tuple(10.0 ** (power / 2) for power in range(-6, 11))  # values of λ to choose among on held-out rows
+GRID = tuple(
+    10.0 ** (power / 2) for power in range(-6, 11)
+)  # values of λ to choose among on held-out rows
 _DRAWS = Draws(1000)  # for the predictive in that choice
 
 
@@ -59,7 +61,9 @@ class Laplace:
 
     def __post_init__(self) -> None:
         if self.prior_precision is not None and not self.prior_precision > 0:
-            raise ValueError(f"prior_precision must be positive: got {self.prior_precision}; None chooses it")
+            raise ValueError(
+                f"prior_precision must be positive: got {self.prior_precision}; None chooses it"
+            )
 
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Linearised:
         """Fits the base on `model`, then the curvature around it.
@@ -89,14 +93,22 @@ class Laplace:
         begin, adapter = time.perf_counter(), point.adapter
         names = slot_names(point.model, SIDES, adapter=adapter)
         names = last_slots(names) if self.layers == "last" else names
-        options: dict[str, Any] = {"structure": self.structure, "rank": self.rank_kfac, "adapter": adapter}
+        options: dict[str, Any] = {
+            "structure": self.structure,
+            "rank": self.rank_kfac,
+            "adapter": adapter,
+        }
         weights = adapter_weights(point.model, adapter)
         norm = sum(weights[name].double().square().sum().item() for name in names)
         form = Sampled if self.predictive == "sampled" else Linearised
-        with torch.autocast(next(point.model.parameters()).device.type, torch.bfloat16, enabled=bf16):
+        with torch.autocast(
+            next(point.model.parameters()).device.type, torch.bfloat16, enabled=bf16
+        ):
             rows = batches(scorer, scorer.task.train, self.batch_size)
             found = curvature(point.model, scorer, rows, names=names, **options)
-            posterior = form(point.model, scorer, found.blocks, 1.0, {}, adapter, max_rows=self.batch_size)
+            posterior = form(
+                point.model, scorer, found.blocks, 1.0, {}, adapter, max_rows=self.batch_size
+            )
             posterior.prior_precision = self._precision(posterior, found, norm)
         seconds = time.perf_counter() - begin
         posterior.fitted = {
@@ -112,7 +124,11 @@ class Laplace:
     def _precision(self, posterior: Linearised, found: Curvature, norm: float) -> float:
         if self.prior_precision is not None:
             return self.prior_precision
-        return best_precision(found, norm) if self.choose == "evidence" else best_on_held_out(posterior)
+        return (
+            best_precision(found, norm)
+            if self.choose == "evidence"
+            else best_on_held_out(posterior)
+        )
 
 
 def last_slots(names: Sequence[str]) -> list[str]:
@@ -122,7 +138,9 @@ def last_slots(names: Sequence[str]) -> list[str]:
     return [name for name in names if name.startswith(prefix)]
 
 
-def batches(scorer: Scorer, questions: Sequence[Question], size: int) -> Iterator[dict[str, Tensor]]:
+def batches(
+    scorer: Scorer, questions: Sequence[Question], size: int
+) -> Iterator[dict[str, Tensor]]:
     """Batches of rows of like length."""
     rows = sorted(scorer.encode(questions), key=lambda row: row["length"])
     for start in range(0, len(rows), size):

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from bayestune.forms import Point
-from bayestune.lora import slots
+from bayestune.adapters import slots
+from bayestune.posteriors import Point
 from bayestune.scoring import Scorer
 from bayestune.training import Training, start_adapter, train
 

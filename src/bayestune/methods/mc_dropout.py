@@ -6,10 +6,11 @@ from typing import Literal
 import torch
 from torch import nn
 
-from bayestune.forms import Dropout, Point, Scaled
-from bayestune.lora import slots
+from bayestune.adapters import slots
+from bayestune.methods.held_out import check_point
+from bayestune.methods.method import Method
 from bayestune.methods.mle import MLE
-from bayestune.methods.protocol import Method, check_point
+from bayestune.posteriors import Dropout, Point, Scaled
 from bayestune.scoring import Scorer
 from bayestune.training import Training
 
@@ -57,4 +58,6 @@ class MCDropout:
             for name, slot in slots(point.model, point.adapter).items()
             if name.endswith(".lora_A")
         }
-        return Scaled(point.model, point.score, kept, "bernoulli", fitted=point.fitted, adapter=point.adapter)
+        return Scaled(
+            point.model, point.score, kept, "bernoulli", fitted=point.fitted, adapter=point.adapter
+        )

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 
 from torch import nn
 
-from bayestune.forms import Point
+from bayestune.posteriors import Point
 from bayestune.scoring import Scorer
 from bayestune.training import Training, start_adapter, train
 

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from bayestune.forms import Scaled
+from bayestune.adapters import RankLinear, RowGroups, make_ranks_random, put_means
 from bayestune.kl import Schedule, burst_period, kl_weights, warmup_decay
-from bayestune.layers import RowGroups
-from bayestune.methods.ranks import RankLinear, adamw, make_ranks_random, put_means
+from bayestune.posteriors import Scaled
 from bayestune.scoring import Scorer
-from bayestune.training import Training, start_adapter, train
+from bayestune.training import Training, adamw, start_adapter, train
 
 
 class SingularLinear(RankLinear):
@@ -29,9 +28,13 @@ class SingularLinear(RankLinear):
         ValueError: if `init_std` is not positive, or A has more ranks than inputs.
     """
 
-    def __init__(self, linear: nn.Linear, init_std: float = 0.05, groups: RowGroups | None = None) -> None:
+    def __init__(
+        self, linear: nn.Linear, init_std: float = 0.05, groups: RowGroups | None = None
+    ) -> None:
         if init_std <= 0:
-            raise ValueError(f"init_std must be positive: got {init_std}; the published value is 0.05")
+            raise ValueError(
+                f"init_std must be positive: got {init_std}; the published value is 0.05"
+            )
         if linear.out_features > linear.in_features:
             raise ValueError(
                 f"A has more ranks than inputs: got ({linear.out_features}, {linear.in_features}), expected at most "
@@ -53,7 +56,9 @@ class SingularLinear(RankLinear):
 
     def factors(self, num_rows: int) -> Tensor:
         """s = μ + σ∘ε for each row, (N, r)."""
-        noise = torch.randn(num_rows, self.out_features, dtype=self.log_std.dtype, device=self.log_std.device)
+        noise = torch.randn(
+            num_rows, self.out_features, dtype=self.log_std.dtype, device=self.log_std.device
+        )
         return torch.addcmul(self.mean_factors, self.log_std.exp()[:, 0], noise)
 
 
@@ -72,7 +77,9 @@ def kl_step_(log_mean: Tensor, log_std: Tensor, step: float) -> None:
 class _KLDescent(TrainerCallback):
     """A step of η_t = kl_lr·schedule_t·π_t on the KL after each of the optimiser's, as BLoB takes it."""
 
-    def __init__(self, method: "ScalaBL", layers: Sequence[SingularLinear], num_rows: int, warmup: float) -> None:
+    def __init__(
+        self, method: "ScalaBL", layers: Sequence[SingularLinear], num_rows: int, warmup: float
+    ) -> None:
         self.method, self.layers, self.num_rows, self.warmup = method, layers, num_rows, warmup
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -120,7 +127,9 @@ class ScalaBL:
 
     def __post_init__(self) -> None:
         if self.init_std <= 0 or self.kl_lr < 0:
-            raise ValueError(f"out of range: got {self}, expected init_std > 0 and kl_lr ≥ 0; correct it")
+            raise ValueError(
+                f"out of range: got {self}, expected init_std > 0 and kl_lr ≥ 0; correct it"
+            )
 
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Scaled:
         """Trains a fresh adapter on `model`.
@@ -131,9 +140,13 @@ class ScalaBL:
             training: the adapter and how it is trained.
         """
         adapted = start_adapter(model, training)
-        layers = make_ranks_random(adapted, lambda slot, groups: SingularLinear(slot, self.init_std, groups))
+        layers = make_ranks_random(
+            adapted, lambda slot, groups: SingularLinear(slot, self.init_std, groups)
+        )
         own = [p for layer in layers.values() for p in (layer.log_mean, layer.log_std)]
-        descent = _KLDescent(self, list(layers.values()), len(scorer.task.train), training.warmup_ratio)
+        descent = _KLDescent(
+            self, list(layers.values()), len(scorer.task.train), training.warmup_ratio
+        )
         optimizer = adamw(training, own, training.learning_rate)
         fitted = train(adapted, scorer, training, [descent], optimizer=optimizer)
         put_means(adapted, layers)

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from bayestune.forms import LowRank
-from bayestune.lora import ADAPTER, PREFIX, slots
+from bayestune.adapters import ADAPTER, PREFIX, slots
+from bayestune.posteriors import LowRank
 from bayestune.scoring import Scorer
 from bayestune.training import Training, start_adapter, train
 
@@ -35,7 +35,9 @@ class Collector(TrainerCallback):
         self.start, self.every, self.rank, self.rate = start, every, rank, rate
         self.count = 0
         self.means: dict[str, Tensor] = {}
-        self.squares: dict[str, Tensor] = {}  # Σ (θ_i − θ̄)², summed as Welford does: E[θ²] − E[θ]² would cancel
+        self.squares: dict[
+            str, Tensor
+        ] = {}  # Σ (θ_i − θ̄)², summed as Welford does: E[θ²] − E[θ]² would cancel
         self.deviations: dict[str, list[Tensor]] = {}
 
     @torch.no_grad()
@@ -48,7 +50,9 @@ class Collector(TrainerCallback):
                 mean = self.means.setdefault(name, torch.zeros_like(value))
                 before = value - mean
                 mean.add_(before, alpha=1 / self.count)
-                self.squares.setdefault(name, torch.zeros_like(value)).addcmul_(before, value - mean)
+                self.squares.setdefault(name, torch.zeros_like(value)).addcmul_(
+                    before, value - mean
+                )
                 kept = self.deviations.setdefault(name, [])
                 kept.append(value - mean)
                 del kept[: -self.rank]
@@ -60,12 +64,17 @@ class Collector(TrainerCallback):
             ValueError: if the checkpoint does not hold it.
         """
         scheduler = kwargs["lr_scheduler"]
-        scheduler = getattr(scheduler, "scheduler", scheduler)  # accelerate wraps the torch scheduler
+        scheduler = getattr(
+            scheduler, "scheduler", scheduler
+        )  # accelerate wraps the torch scheduler
         scheduler.lr_lambdas = [
-            lambda step, own=own: own(step) if step < self.start else self.rate for own in scheduler.lr_lambdas
+            lambda step, own=own: own(step) if step < self.start else self.rate
+            for own in scheduler.lr_lambdas
         ]
         if state.global_step >= self.start + self.every:
-            self._load(Path(args.output_dir) / f"checkpoint-{state.global_step}" / FILE, kwargs["model"])
+            self._load(
+                Path(args.output_dir) / f"checkpoint-{state.global_step}" / FILE, kwargs["model"]
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Collects, if it is time."""
@@ -78,7 +87,9 @@ class Collector(TrainerCallback):
         tensors = {"count": torch.tensor(self.count)}
         tensors |= {f"mean/{name}": value for name, value in self.means.items()}
         tensors |= {f"squares/{name}": value for name, value in self.squares.items()}
-        tensors |= {f"deviations/{name}": torch.stack(values) for name, values in self.deviations.items()}
+        tensors |= {
+            f"deviations/{name}": torch.stack(values) for name, values in self.deviations.items()
+        }
         if state.is_world_process_zero:
             save_file(tensors, Path(args.output_dir) / f"checkpoint-{state.global_step}" / FILE)
 
@@ -127,7 +138,12 @@ class SWAG:
     every: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.start < 1 or self.rate <= 0 or self.rank < 2 or (self.every is not None and self.every < 1):
+        if (
+            not 0 <= self.start < 1
+            or self.rate <= 0
+            or self.rank < 2
+            or (self.every is not None and self.every < 1)
+        ):
             raise ValueError(
                 f"out of range: got {self}, expected start in [0, 1), rate > 0, rank ≥ 2 and every ≥ 1; correct it"
             )
@@ -150,9 +166,13 @@ class SWAG:
             for name, mean in collector.means.items():
                 adapted.get_parameter(name).copy_(mean)
         names = {f"{PREFIX}{slot}.{ADAPTER}.weight": slot for slot in slots(adapted)}
-        variances = {slot: collector.squares[name] / collector.count for name, slot in names.items()}
+        variances = {
+            slot: collector.squares[name] / collector.count for name, slot in names.items()
+        }
         deviations = {slot: torch.stack(collector.deviations[name]) for name, slot in names.items()}
-        return LowRank(adapted, scorer, variances, deviations, {**asdict(fitted), "iterates": collector.count})
+        return LowRank(
+            adapted, scorer, variances, deviations, {**asdict(fitted), "iterates": collector.count}
+        )
 
     def _collector(self, training: Training, num_rows: int) -> Collector:
         steps = training.total_steps(num_rows)

@@ -6,14 +6,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from bayestune.evaluation import draw_logits
-from bayestune.forms import Gaussian, Tempered
-from bayestune.lora import gaussian_layers
+from bayestune.adapters import gaussian_layers
 from bayestune.methods.blob import BLoB
+from bayestune.methods.held_out import held_out_logits, held_out_rows, predictive_nll
+from bayestune.methods.method import Method
 from bayestune.methods.mle import MLE
-from bayestune.methods.protocol import Method, held_out_rows, predictive_nll
-from bayestune.posterior import Draws, Posterior, count_for
-from bayestune.questions import Question
+from bayestune.posteriors import Gaussian, Tempered
 from bayestune.scoring import Scorer
 from bayestune.training import Training
 
@@ -35,7 +33,9 @@ def best_temperature(logits: Tensor, labels: Tensor) -> float:
         https://arxiv.org/abs/1706.04599.
     """
     log_temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    logits = logits.double().nan_to_num(neginf=-1e30)  # times a gradient of 0, -inf would be no number
+    logits = logits.double().nan_to_num(
+        neginf=-1e30
+    )  # times a gradient of 0, -inf would be no number
     optimizer = torch.optim.LBFGS([log_temperature], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
@@ -46,7 +46,9 @@ def best_temperature(logits: Tensor, labels: Tensor) -> float:
         return loss
 
     optimizer.step(closure)  # type: ignore[arg-type]
-    return math.exp(min(max(log_temperature.item(), -5.0), 5.0))  # separable rows have no finite optimum
+    return math.exp(
+        min(max(log_temperature.item(), -5.0), 5.0)
+    )  # separable rows have no finite optimum
 
 
 @dataclass(frozen=True)
@@ -76,21 +78,6 @@ class Temperature:
         logits, labels = held_out_logits(posterior, scorer, rows, self.draws, bf16=training.bf16)
         temperature = best_temperature(logits, labels)
         return Tempered(posterior, temperature, {**posterior.fitted, "temperature": temperature})
-
-
-def held_out_logits(
-    posterior: Posterior,
-    scorer: Scorer,
-    rows: tuple[Question, ...],
-    draws: int,
-    *,
-    bf16: bool,
-    shared_prefix: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Logits (S, N, C) and labels (N,) of rows; S is the posterior's own number of atoms where it has one."""
-    labels = torch.tensor([row.answer for row in rows])
-    which = Draws(count_for(posterior, draws), shared_prefix=shared_prefix)
-    return draw_logits(posterior, scorer, scorer.encode(rows), which, bf16=bf16), labels
 
 
 @dataclass(frozen=True)
@@ -128,12 +115,19 @@ class PosteriorScale:
         for factor in self.factors:
             _scale(posterior, roots, factor)
             logits, labels = held_out_logits(
-                posterior, scorer, rows, self.draws, bf16=training.bf16, shared_prefix=self.shared_prefix
+                posterior,
+                scorer,
+                rows,
+                self.draws,
+                bf16=training.bf16,
+                shared_prefix=self.shared_prefix,
             )
             losses[factor] = predictive_nll(logits.double(), labels).item()
         best = min(losses, key=lambda factor: losses[factor])
         _scale(posterior, roots, best)
-        return replace(posterior, fitted={**posterior.fitted, "scale": best, "nll_by_scale": losses})
+        return replace(
+            posterior, fitted={**posterior.fitted, "scale": best, "nll_by_scale": losses}
+        )
 
 
 def _slots(posterior: Gaussian) -> dict:

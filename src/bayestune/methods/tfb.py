@@ -9,14 +9,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from bayestune.evaluation import draw_logits
-from bayestune.forms import Gaussian, Point
-from bayestune.lora import ADAPTER, bayesify, gaussian_layers, put, slot_names, slots
+from bayestune.adapters import ADAPTER, bayesify, gaussian_layers, put, slot_names, slots
+from bayestune.data import Question
+from bayestune.forward import Draws
+from bayestune.methods.held_out import head_slots, predictive_nll
+from bayestune.methods.method import Method
 from bayestune.methods.mle import MLE
-from bayestune.methods.protocol import Method, head_slots, predictive_nll
-from bayestune.posterior import Draws, Posterior
-from bayestune.questions import Question
-from bayestune.scoring import Scorer
+from bayestune.posteriors import Gaussian, Point, Posterior
+from bayestune.scoring import Scorer, row_logits
 from bayestune.training import Training
 
 
@@ -50,7 +50,9 @@ def as_point(posterior: Posterior) -> Point:
         ValueError: if it has no mean.
     """
     if not posterior.has_mean:
-        raise ValueError(f"TFB starts from one adapter: got a {type(posterior).__name__} without a mean; use its base")
+        raise ValueError(
+            f"TFB starts from one adapter: got a {type(posterior).__name__} without a mean; use its base"
+        )
     plain = {}
     for name, slot in slots(posterior.model, posterior.adapter).items():
         if type(slot) is not nn.Linear:
@@ -99,9 +101,13 @@ class TFB:
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Gaussian:
         """Fits the base, then the standard deviation."""
         point = as_point(self.base.fit(model, scorer, training))
-        return self.bayesianise(point, scorer, scorer.task.train[: self.anchors], bf16=training.bf16)
+        return self.bayesianise(
+            point, scorer, scorer.task.train[: self.anchors], bf16=training.bf16
+        )
 
-    def bayesianise(self, point: Point, scorer: Scorer, rows: Sequence[Question], *, bf16: bool = False) -> Gaussian:
+    def bayesianise(
+        self, point: Point, scorer: Scorer, rows: Sequence[Question], *, bf16: bool = False
+    ) -> Gaussian:
         """Gives an adapter, trained by whatever means, its standard deviation.
 
         Args:
@@ -114,7 +120,9 @@ class TFB:
             ValueError: if a row has no answer, or there are none.
         """
         if not rows or any(row.answer is None for row in rows):
-            raise ValueError(f"TFB needs anchor rows with answers: got {len(rows)} rows, not all with one")
+            raise ValueError(
+                f"TFB needs anchor rows with answers: got {len(rows)} rows, not all with one"
+            )
         begin, model = time.perf_counter(), point.model
         values = rotate_(model, point.adapter)
         names = head_slots(model, adapter=point.adapter) if self.layers == "last" else list(values)
@@ -124,7 +132,9 @@ class TFB:
 
         def loss(std: float) -> float:
             set_isotropic_(posterior, values, std)
-            logits = draw_logits(posterior, scorer, encoded, Draws(self.draws if std else 0), bf16=bf16).double()
+            logits = row_logits(
+                posterior, scorer, encoded, Draws(self.draws if std else 0), bf16=bf16
+            ).double()
             if self.metric == "nll":
                 return predictive_nll(logits, labels).item()
             return (logits.softmax(-1).mean(0).argmax(-1) == labels).double().mean().item()
@@ -132,7 +142,11 @@ class TFB:
         best, tried = self._search(loss)
         set_isotropic_(posterior, values, best)
         taken = time.perf_counter() - begin
-        report = {"isotropic_std": best, "search": tried, "base_seconds": point.fitted.get("seconds", 0.0)}
+        report = {
+            "isotropic_std": best,
+            "search": tried,
+            "base_seconds": point.fitted.get("seconds", 0.0),
+        }
         fitted = {"steps": 0, "history": [], **point.fitted, **report}
         posterior.fitted = {**fitted, "seconds": report["base_seconds"] + taken}
         return posterior

@@ -33,7 +33,10 @@ def _mean_curve(runs: Runs) -> RiskCoverage:
     n = len(longest.risk)
     # The k-th of n points takes the place ⌈k·m/n⌉ of m: itself where all have as many rows, as they should.
     places = [(torch.arange(1, n + 1) * len(c.risk) + n - 1) // n - 1 for c in curves]
-    return RiskCoverage(longest.coverage, torch.stack([c.risk[p] for c, p in zip(curves, places, strict=True)]).mean(0))
+    return RiskCoverage(
+        longest.coverage,
+        torch.stack([c.risk[p] for c, p in zip(curves, places, strict=True)]).mean(0),
+    )
 
 
 def _style(index: int) -> dict[str, Any]:
@@ -45,9 +48,16 @@ def _draw(axes: Axes, title: str, methods: Mapping[str, Runs], order: Sequence[s
     for name, runs in methods.items():
         curve = _mean_curve(runs)
         start = max(1, min(_NOISY, len(curve.risk) // 5)) - 1
-        axes.plot(curve.coverage[start:].numpy(), curve.risk[start:].numpy(), **_style(order.index(name)))
+        axes.plot(
+            curve.coverage[start:].numpy(), curve.risk[start:].numpy(), **_style(order.index(name))
+        )
     axes.set_title("\n".join(textwrap.wrap(title, 40)), loc="left")
-    axes.set(xlim=(0, 1), ylim=(0, None), xticks=[0, 0.25, 0.5, 0.75, 1], xlabel="coverage: share of rows answered")
+    axes.set(
+        xlim=(0, 1),
+        ylim=(0, None),
+        xticks=[0, 0.25, 0.5, 0.75, 1],
+        xlabel="coverage: share of rows answered",
+    )
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
@@ -69,14 +79,20 @@ def risk_coverage_panels(panels: Mapping[str, Mapping[str, Runs]]) -> Figure:
 
     Reference: El-Yaniv, Wiener (2010), https://jmlr.org/papers/v11/el-yaniv10a.html
     """
-    filled = [all(runs) and len(runs) > 0 for methods in panels.values() for runs in methods.values()]
+    filled = [
+        all(runs) and len(runs) > 0 for methods in panels.values() for runs in methods.values()
+    ]
     if not filled or not all(filled) or not all(panels.values()):
         got = f"{len(panels)} panels, {filled.count(False)} methods without rows"
-        raise ValueError(f"got {got}; expected a panel at least, and rows in each; leave out what has no rows")
+        raise ValueError(
+            f"got {got}; expected a panel at least, and rows in each; leave out what has no rows"
+        )
     order = list(dict.fromkeys(name for methods in panels.values() for name in methods))
     columns = min(len(panels), _PER_ROW)
     bands = -(-len(panels) // columns)
-    keys = max(1, min(len(order), 2 * columns, int(15 * columns / max(map(len, order)) + columns)))  # in a line
+    keys = max(
+        1, min(len(order), 2 * columns, int(15 * columns / max(map(len, order)) + columns))
+    )  # in a line
     with matplotlib.rc_context(STYLE):
         height = 2.75 * bands + 0.2 * -(-len(order) // keys) + 0.1  # inches
         figure = Figure(figsize=(3.0 * columns + 0.4, height), layout="constrained")

@@ -51,7 +51,10 @@ class GridTable:
 
 
 def grid_tables(
-    records: Sequence[Record], folder: str | Path | None = None, resamples: int = 1000, against: str | None = None
+    records: Sequence[Record],
+    folder: str | Path | None = None,
+    resamples: int = 1000,
+    against: str | None = None,
 ) -> list[GridTable]:
     """One table for each model and way of scoring.
 
@@ -65,20 +68,29 @@ def grid_tables(
         ValueError: if there are no records, or none of `against`.
     """
     if against is not None and against not in (labels := list(by_seed(records))):
-        raise ValueError(f"no record of the method to compare with: got {against!r}, expected one of {labels}")
-    return [_table(group, folder if resamples else None, resamples, against) for group in grouped(records, _SHARED)]
+        raise ValueError(
+            f"no record of the method to compare with: got {against!r}, expected one of {labels}"
+        )
+    return [
+        _table(group, folder if resamples else None, resamples, against)
+        for group in grouped(records, _SHARED)
+    ]
 
 
 def _table(
     records: Sequence[Record], folder: str | Path | None, resamples: int, against: str | None = None
 ) -> GridTable:
-    columns = {_column(record): [r for r in records if _column(r) == _column(record)] for record in records}
+    columns = {
+        _column(record): [r for r in records if _column(r) == _column(record)] for record in records
+    }
     labels = tuple(by_seed(records))
     runs = {column: by_seed(group) for column, group in columns.items()}
     most = max(len(seeds) for methods in runs.values() for seeds in methods.values())
     shown = [column for key in _BLOCKS for column in COLUMNS if column.key == key]
     blocks = [_block(metric, labels, list(runs.values()), most) for metric in shown]
-    notes = [f"Best and runner-up of a column are marked; in brackets how many seeds where it is not {most}."]
+    notes = [
+        f"Best and runner-up of a column are marked; in brackets how many seeds where it is not {most}."
+    ]
     if folder is not None:
         blocks += _p_blocks(labels, list(columns.values()), folder, resamples, against)
         notes.append(_ABOUT_P.format(against or "the method of least mean NLL", resamples))
@@ -94,12 +106,19 @@ def _column(record: Record) -> str:
 def _caption(record: Record, seeds: int) -> str:
     parts = [str(record["model"])] if record.get("model") else []
     parts += [f"scored by {record['scoring']}"] if record.get("scoring") else []
-    parts.append(f"ECE in {record.get('bins', '?')} bins ({record.get('binning', 'binning unknown')})")
-    return " · ".join([*parts, f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"])
+    parts.append(
+        f"ECE in {record.get('bins', '?')} bins ({record.get('binning', 'binning unknown')})"
+    )
+    return " · ".join(
+        [*parts, f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"]
+    )
 
 
 def _block(
-    metric: Column, labels: Sequence[str], runs: Sequence[Mapping[str, Mapping[Any, Record]]], most: int
+    metric: Column,
+    labels: Sequence[str],
+    runs: Sequence[Mapping[str, Mapping[Any, Record]]],
+    most: int,
 ) -> Block:
     columns = []
     for methods in runs:
@@ -108,7 +127,9 @@ def _block(
     return Block(metric.heading, _transposed(labels, columns))
 
 
-def _transposed(labels: Sequence[str], columns: Sequence[Sequence[Value]]) -> tuple[tuple[str, tuple[Value, ...]], ...]:
+def _transposed(
+    labels: Sequence[str], columns: Sequence[Sequence[Value]]
+) -> tuple[tuple[str, tuple[Value, ...]], ...]:
     return tuple((label, tuple(column[i] for column in columns)) for i, label in enumerate(labels))
 
 
@@ -123,9 +144,15 @@ def _value(metric: Column, records: Sequence[Record], most: int) -> Value:
 
 def _marked(values: Sequence[Value], sign: int) -> list[Value]:
     """Marks the best and the second best; what is printed the same is as good."""
-    ranked = sorted({float(value.number) for value in values if value.number != DASH}, key=lambda x: -sign * x)
-    marks: dict[float, Mark] = dict(zip(ranked, ("best", "second"), strict=False)) if len(ranked) > 1 else {}
-    return [v if v.number == DASH else replace(v, mark=marks.get(float(v.number), "")) for v in values]
+    ranked = sorted(
+        {float(value.number) for value in values if value.number != DASH}, key=lambda x: -sign * x
+    )
+    marks: dict[float, Mark] = (
+        dict(zip(ranked, ("best", "second"), strict=False)) if len(ranked) > 1 else {}
+    )
+    return [
+        v if v.number == DASH else replace(v, mark=marks.get(float(v.number), "")) for v in values
+    ]
 
 
 def _p_blocks(
@@ -136,7 +163,8 @@ def _p_blocks(
     against: str | None,
 ) -> list[Block]:
     found = [
-        {c["label"]: c for c in significance(group, folder, resamples=resamples, against=against)} for group in columns
+        {c["label"]: c for c in significance(group, folder, resamples=resamples, against=against)}
+        for group in columns
     ]
     other = [next(iter(column.values()))["against"] if column else None for column in found]
     shown = {column.key: column for column in COLUMNS}
@@ -148,14 +176,20 @@ def _p_blocks(
             return Value()
         difference, p = (found[column][label][metric][key] for key in ("difference", "p_value"))
         sign = "+" if difference > 0 else "−"
-        return Value(f"{sign}{shown[metric].number(abs(difference))}, p {p:.3f}" if against else f"{p:.3f}")
+        return Value(
+            f"{sign}{shown[metric].number(abs(difference))}, p {p:.3f}" if against else f"{p:.3f}"
+        )
 
     blocks = []
     for metric in METRICS:
         title = (
-            f"{shown[metric].title} less {against}'s" if against else f"p ({shown[metric].title.removesuffix(' %')})"
+            f"{shown[metric].title} less {against}'s"
+            if against
+            else f"p ({shown[metric].title.removesuffix(' %')})"
         )
-        rows = _transposed(labels, [[value(metric, i, label) for label in labels] for i in range(len(columns))])
+        rows = _transposed(
+            labels, [[value(metric, i, label) for label in labels] for i in range(len(columns))]
+        )
         blocks.append(Block(title, rows))
     return blocks
 
@@ -166,7 +200,10 @@ def _p_blocks(
 def _lines(table: GridTable, cell: Callable[[Value], str]) -> list[list[list[str]]]:
     """The blocks' lines: metric (on a block's first line), method, cells."""
     return [
-        [[block.title if i == 0 else "", label, *map(cell, values)] for i, (label, values) in enumerate(block.rows)]
+        [
+            [block.title if i == 0 else "", label, *map(cell, values)]
+            for i, (label, values) in enumerate(block.rows)
+        ]
         for block in table.blocks
     ]
 
@@ -183,10 +220,15 @@ def _text(table: GridTable) -> str:
     widths = [max(len(line[i]) for line in [head, *chain(*blocks)]) for i in range(len(head))]
     rule = "  ".join("-" * width for width in widths)
     parts = [
-        "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in block)
+        "\n".join(
+            "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
+            for line in block
+        )
         for block in [[head], *blocks]
     ]
-    return "\n".join([table.caption, "", f"\n{rule}\n".join(parts), rule, *table.notes, "* best, + runner-up"])
+    return "\n".join(
+        [table.caption, "", f"\n{rule}\n".join(parts), rule, *table.notes, "* best, + runner-up"]
+    )
 
 
 def _markdown(table: GridTable) -> str:
@@ -196,7 +238,10 @@ def _markdown(table: GridTable) -> str:
 
     lines = [["Metric", "Method", *table.columns], ["---", "---", *("---:" for _ in table.columns)]]
     lines += chain(*_lines(table, cell))
-    body = [f"| {' | '.join(' '.join(c.replace('|', chr(92) + '|').split()) for c in line)} |" for line in lines]
+    body = [
+        f"| {' | '.join(' '.join(c.replace('|', chr(92) + '|').split()) for c in line)} |"
+        for line in lines
+    ]
     return "\n".join([table.caption, "", *body, "", *table.notes])
 
 
@@ -259,7 +304,13 @@ def render_grid(tables: Sequence[GridTable], style: Style = "text") -> str:
     Raises:
         ValueError: if the style is unknown.
     """
-    styles: dict[str, Callable[[GridTable], str]] = {"text": _text, "markdown": _markdown, "latex": _latex}
+    styles: dict[str, Callable[[GridTable], str]] = {
+        "text": _text,
+        "markdown": _markdown,
+        "latex": _latex,
+    }
     if style not in styles:
-        raise ValueError(f"got the style {style!r}; expected one of {sorted(styles)}; choose one of them")
+        raise ValueError(
+            f"got the style {style!r}; expected one of {sorted(styles)}; choose one of them"
+        )
     return "\n\n".join(styles[style](table) for table in tables)

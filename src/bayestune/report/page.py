@@ -16,7 +16,12 @@ from bayestune.report.table import COLUMNS, Column, Record, names, render_table
 
 _LEVEL, _RESAMPLES, _SHOWN = 0.95, 1000, 10
 _COMPARED = tuple(column for column in COLUMNS if column.key in ("accuracy", "ece", "nll", "brier"))
-_WORDS = {"accuracy": "accuracy", "ece": "calibration error (ECE)", "nll": "NLL", "brier": "Brier score"}
+_WORDS = {
+    "accuracy": "accuracy",
+    "ece": "calibration error (ECE)",
+    "nll": "NLL",
+    "brier": "Brier score",
+}
 _CSS = """
 :root { color-scheme: light dark; --paper: #ffffff; --ink: #1f2328; --soft: #59636e; --faint: #8c959f;
   --rule: #d8dee4; --shade: #f6f8fa; --blue: #0072b2; --vermillion: #d55e00; --green: #007a56; }
@@ -81,9 +86,18 @@ def _compare(first: _Evaluation, other: _Evaluation) -> dict[str, metrics.Paired
     shared = [key for key in mine if key in theirs and mine[key]["answer"] == theirs[key]["answer"]]
     if not shared:
         return "they have no row in common"
-    (p, y), (q, _) = _tensors([theirs[key] for key in shared]), _tensors([mine[key] for key in shared])
-    kind = {"bins": first.record.get("bins", 15), "binning": first.record.get("binning", "torchmetrics")}
-    return {c.key: metrics.paired_bootstrap(p, q, y, c.key, _RESAMPLES, level=_LEVEL, **kind) for c in _COMPARED}
+    (p, y), (q, _) = (
+        _tensors([theirs[key] for key in shared]),
+        _tensors([mine[key] for key in shared]),
+    )
+    kind = {
+        "bins": first.record.get("bins", 15),
+        "binning": first.record.get("binning", "torchmetrics"),
+    }
+    return {
+        c.key: metrics.paired_bootstrap(p, q, y, c.key, _RESAMPLES, level=_LEVEL, **kind)
+        for c in _COMPARED
+    }
 
 
 def _verdict(column: Column, paired: metrics.PairedDifference) -> int:
@@ -96,7 +110,9 @@ def _listing(words: Sequence[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
-def _sentence(first: _Evaluation, other: _Evaluation, compared: Mapping[str, metrics.PairedDifference] | str) -> str:
+def _sentence(
+    first: _Evaluation, other: _Evaluation, compared: Mapping[str, metrics.PairedDifference] | str
+) -> str:
     """What the paired intervals support about other against first, and no more."""
     if isinstance(compared, str):
         return f"{other.name} cannot be compared with {first.name} here: {compared}."
@@ -129,7 +145,10 @@ def _interval(one: _Evaluation, column: Column) -> str:
 
 def _summary(evaluations: Sequence[_Evaluation], comparisons: Sequence[Any]) -> str:
     first, *others = evaluations
-    sentences = [_opening(first), *(_sentence(first, o, c) for o, c in zip(others, comparisons, strict=True))]
+    sentences = [
+        _opening(first),
+        *(_sentence(first, o, c) for o, c in zip(others, comparisons, strict=True)),
+    ]
     return "".join(f'<p class="lead">{escape(sentence)}</p>\n' for sentence in sentences)
 
 
@@ -154,7 +173,9 @@ def _paired(evaluations: Sequence[_Evaluation], comparisons: Sequence[Any]) -> s
         if isinstance(compared, str):
             cells = f'<td colspan="{len(_COMPARED) + 1}">Not compared: {escape(compared)}.</td>'
         else:
-            cells = f"<td>{compared['nll'].n}</td>" + "".join(_difference(c, compared[c.key]) for c in _COMPARED)
+            cells = f"<td>{compared['nll'].n}</td>" + "".join(
+                _difference(c, compared[c.key]) for c in _COMPARED
+            )
         body += f'<tr><th scope="row">{escape(other.name)}</th>{cells}</tr>\n'
     note = (
         f"Each method minus {first.name}, on the rows that both answered: difference, {_LEVEL:.0%} interval and "
@@ -168,16 +189,20 @@ def _paired(evaluations: Sequence[_Evaluation], comparisons: Sequence[Any]) -> s
 
 def _missing(evaluations: Sequence[_Evaluation]) -> str:
     lacking = [one.name for one in evaluations if not one.rows]
-    return f"<p>The predictions file of {escape(_listing(lacking))} is missing.</p>" if lacking else ""
+    return (
+        f"<p>The predictions file of {escape(_listing(lacking))} is missing.</p>" if lacking else ""
+    )
 
 
 def _diagrams(evaluations: Sequence[_Evaluation]) -> str:
-    from bayestune.report import plots  # matplotlib takes a second to import
+    from bayestune.report import plots
 
     present = [one for one in evaluations if one.rows]
     if not present:
         return _missing(evaluations)
-    diagrams = [metrics.reliability(*_tensors(one.rows), bins=one.record.get("bins", 15)) for one in present]
+    diagrams = [
+        metrics.reliability(*_tensors(one.rows), bins=one.record.get("bins", 15)) for one in present
+    ]
     captions = [f"ECE {_interval(one, COLUMNS[1])}" for one in present]
     figure = plots.reliability_figure([one.name for one in present], diagrams, captions)
     label = f"Reliability diagrams and confidence histograms of {_listing([one.name for one in present])}"
@@ -197,8 +222,13 @@ def _question(row: Mapping[str, Any], extra: str) -> str:
 
 
 def _entropy(row: Mapping[str, Any], most: float) -> str:
-    total, expected, mutual = (row[k] for k in ("total_entropy", "expected_entropy", "mutual_information"))
-    parts = "".join(f'<i style="width:{100 * part / most if most else 0:.1f}%"></i>' for part in (expected, mutual))
+    total, expected, mutual = (
+        row[k] for k in ("total_entropy", "expected_entropy", "mutual_information")
+    )
+    parts = "".join(
+        f'<i style="width:{100 * part / most if most else 0:.1f}%"></i>'
+        for part in (expected, mutual)
+    )
     text = f"total {total:.3f} = expected {expected:.3f} + mutual information {mutual:.3f} nats"
     return f'<div class="bar">{parts}</div><span class="note">{text}</span>'
 
@@ -214,21 +244,44 @@ def _uncertain(last: _Evaluation) -> str:
 
 
 def _wrong(one: _Evaluation) -> str:
-    wrong = [row for row in one.rows if row["probabilities"][row["answer"]] < max(row["probabilities"])]
+    wrong = [
+        row for row in one.rows if row["probabilities"][row["answer"]] < max(row["probabilities"])
+    ]
     rows = sorted(wrong, key=lambda row: -row["confidence"])[:_SHOWN]
-    text = "".join(_question(row, "") for row in rows) or _missing([one]) or "<p>No answer is wrong.</p>"
+    text = (
+        "".join(_question(row, "") for row in rows)
+        or _missing([one])
+        or "<p>No answer is wrong.</p>"
+    )
     return f"<div><h3>{escape(one.name)}</h3>{text}</div>"
 
 
 def _footer(evaluations: Sequence[_Evaluation]) -> str:
-    keys = ("model", "method", "draws", "seed", "train_rows", "n", "bins", "binning", "scoring", "peak_memory_mb")
-    head = "".join(f'<th scope="col">{key.replace("_", " ")}</th>' for key in ("name", *keys, "seconds"))
+    keys = (
+        "model",
+        "method",
+        "draws",
+        "seed",
+        "train_rows",
+        "n",
+        "bins",
+        "binning",
+        "scoring",
+        "peak_memory_mb",
+    )
+    head = "".join(
+        f'<th scope="col">{key.replace("_", " ")}</th>' for key in ("name", *keys, "seconds")
+    )
     body, details = "", ""
     for one in evaluations:
-        seconds = ", ".join(f"{key} {value:.1f}" for key, value in (one.record.get("seconds") or {}).items())
+        seconds = ", ".join(
+            f"{key} {value:.1f}" for key, value in (one.record.get("seconds") or {}).items()
+        )
         cells = [one.name, *(_plain(one.record.get(key)) for key in keys), seconds]
         body += f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>\n"
-        settings = json.dumps({k: one.record.get(k) for k in ("config", "versions")}, indent=2, ensure_ascii=False)
+        settings = json.dumps(
+            {k: one.record.get(k) for k in ("config", "versions")}, indent=2, ensure_ascii=False
+        )
         details += f"<details><summary>{escape(one.name)}: configuration and versions</summary>"
         details += f"<pre>{escape(settings)}</pre></details>\n"
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>{details}'
@@ -254,14 +307,18 @@ def write_page(records: Sequence[Record], folder: str | Path, title: str) -> Pat
     Raises:
         ValueError: if there are no records.
     """
-    from bayestune.report import plots  # matplotlib takes a second to import
+    from bayestune.report import plots
 
     folder = Path(folder)
     table = render_table(records, "html")
-    evaluations = [_read(name, record, folder) for name, record in zip(names(records), records, strict=True)]
+    evaluations = [
+        _read(name, record, folder) for name, record in zip(names(records), records, strict=True)
+    ]
     comparisons = [_compare(evaluations[0], other) for other in evaluations[1:]]
     ends = [evaluations[0], evaluations[-1]] if len(evaluations) > 1 else evaluations
-    picture = plots.inline_svg(plots.summary_figure(records), "Metrics of each method with bootstrap intervals")
+    picture = plots.inline_svg(
+        plots.summary_figure(records), "Metrics of each method with bootstrap intervals"
+    )
     sections = {
         "": _summary(evaluations, comparisons),
         "Metrics": f"<figure>{picture}</figure>{table}",
@@ -270,7 +327,9 @@ def write_page(records: Sequence[Record], folder: str | Path, title: str) -> Pat
         "Most uncertain questions": _uncertain(evaluations[-1]),
         "Most confidently wrong": f'<div class="pair">{"".join(_wrong(one) for one in ends)}</div>',
     }
-    body = "".join((f"<h2>{head}</h2>\n" if head else "") + text + "\n" for head, text in sections.items())
+    body = "".join(
+        (f"<h2>{head}</h2>\n" if head else "") + text + "\n" for head, text in sections.items()
+    )
     page = (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_CSS}</style></head>\n'

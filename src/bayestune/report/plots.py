@@ -72,7 +72,15 @@ def _draw_histogram(axes: Axes, diagram: Reliability) -> None:
     """Share of rows per bin; the overall accuracy and mean confidence as lines."""
     bins, rows = len(diagram.counts), int(diagram.counts.sum())
     share = diagram.counts.numpy() / rows
-    axes.bar(np.arange(bins) / bins, share, 1 / bins, align="edge", color=FAINT, edgecolor=PAPER, linewidth=0.6)
+    axes.bar(
+        np.arange(bins) / bins,
+        share,
+        1 / bins,
+        align="edge",
+        color=FAINT,
+        edgecolor=PAPER,
+        linewidth=0.6,
+    )
     means = ((diagram.accuracy, BLUE, "-"), (diagram.confidence, VERMILLION, (0, (3, 2))))
     for values, colour, dash in means:
         mean = float((values.nan_to_num() * diagram.counts).sum()) / rows
@@ -106,7 +114,9 @@ def reliability_figure(
     captions = [""] * len(titles) if captions is None else captions
     if not titles or not len(titles) == len(diagrams) == len(captions):
         got = f"{len(titles)} titles, {len(diagrams)} diagrams, {len(captions)} captions"
-        raise ValueError(f"got {got}; expected one of each for every panel, and a panel at least; match their lengths")
+        raise ValueError(
+            f"got {got}; expected one of each for every panel, and a panel at least; match their lengths"
+        )
     columns = min(len(titles), _PER_ROW)
     bands = math.ceil(len(titles) / columns)
     with matplotlib.rc_context(STYLE):
@@ -122,7 +132,9 @@ def reliability_figure(
             upper.set_ylabel("accuracy" if column == 0 else "")
             lower.set_ylabel("rows" if column == 0 else "")
         _share_height(figure.axes[1::2])
-        figure.legend(handles=_legend(), loc="outside lower left", ncols=min(4, columns), handlelength=1.6)
+        figure.legend(
+            handles=_legend(), loc="outside lower left", ncols=min(4, columns), handlelength=1.6
+        )
     return figure
 
 
@@ -139,7 +151,14 @@ def _title(axes: Axes, title: str, caption: str) -> None:
     lines = textwrap.wrap(title, 26)
     axes.set_title("\n".join(lines), loc="left", pad=18 if caption else 6)
     if caption:
-        axes.annotate(caption, (0, 1), (0, 6), xycoords="axes fraction", textcoords="offset points", fontsize=8)
+        axes.annotate(
+            caption,
+            (0, 1),
+            (0, 6),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            fontsize=8,
+        )
 
 
 def _share_height(panels: Sequence[Axes]) -> None:
@@ -159,7 +178,11 @@ def _draw_intervals(axes: Axes, column: Column, records: Sequence[Record]) -> No
         axes.plot([low, high], [y, y], color=colour, linewidth=1.6, solid_capstyle="butt")
         axes.plot([value], [y], marker="o", markersize=5, color=colour, linestyle="none")
         number = axes.annotate(
-            column.number(metric["value"]), (value, y), (0, 6), textcoords="offset points", ha="center"
+            column.number(metric["value"]),
+            (value, y),
+            (0, 6),
+            textcoords="offset points",
+            ha="center",
         )
         number.set_bbox({"facecolor": PAPER, "edgecolor": "none", "pad": 0.6})
         if y == 0 and len(records) > 1:
@@ -188,12 +211,16 @@ def summary_figure(records: Sequence[Record]) -> Figure:
     same = len(grouped(records)) == 1
     shown = [column for column in COLUMNS if column.key in ("accuracy", "ece", "nll", "brier")]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9.2, 1.25 + 0.42 * len(records)), layout=ConstrainedLayoutEngine(wspace=0.06))
+        figure = Figure(
+            figsize=(9.2, 1.25 + 0.42 * len(records)), layout=ConstrainedLayoutEngine(wspace=0.06)
+        )
         panels = figure.subplots(1, len(shown), sharey=True)
         for axes, column in zip(panels, shown, strict=True):
             _draw_intervals(axes, column, records)
         panels[0].set_yticklabels([textwrap.fill(name, 24) for name in names(records)])
-        figure.suptitle(heading(records[0]) if same else "", x=0.01, ha="left", fontsize=8.5, color=INK)
+        figure.suptitle(
+            heading(records[0]) if same else "", x=0.01, ha="left", fontsize=8.5, color=INK
+        )
     return figure
 
 
@@ -221,7 +248,10 @@ def inline_svg(figure: Figure, label: str) -> str:
     svg = _svg(figure, f"f{zlib.crc32(label.encode())}", "none", transparent=True)
     svg = svg[svg.index("<svg") :].strip()
     svg = re.sub(
-        r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>|(?<=<g) id=\"[^\"]*\"", "", svg, flags=re.DOTALL
+        r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>|(?<=<g) id=\"[^\"]*\"",
+        "",
+        svg,
+        flags=re.DOTALL,
     )
     opening, rest = svg.split(">", 1)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", opening) + ">" + rest
@@ -245,7 +275,9 @@ def save(figure: Figure, path: str | Path) -> Path:
     """
     path = Path(path)
     if path.suffix not in (".png", ".svg"):
-        raise ValueError(f"got the ending {path.suffix!r}; expected .png or .svg; rename {path.name}")
+        raise ValueError(
+            f"got the ending {path.suffix!r}; expected .png or .svg; rename {path.name}"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".svg":
         path.write_text(_svg(figure, "bayestune", "path", facecolor=PAPER), encoding="utf-8")

@@ -62,7 +62,9 @@ class _Grid:
         return [value for value in found if value is not None and math.isfinite(value)]
 
 
-_Measure = Callable[[_Run, _Run | None], float | None]  # of a run and, if there is one, its in-domain run
+_Measure = Callable[
+    [_Run, _Run | None], float | None
+]  # of a run and, if there is one, its in-domain run
 
 
 def _origin(record: Record) -> str:
@@ -86,22 +88,39 @@ def _selected(records: Sequence[Record], source: str) -> list[list[Record]]:
             groups.setdefault(tuple(str(record.get(key)) for key in _SHARED), []).append(record)
     if not groups:
         got = f"no records of methods trained on {source!r} among {len(records)}"
-        raise ValueError(f"got {got}; expected some with trained_on={source!r}; run the benchmark on it first")
+        raise ValueError(
+            f"got {got}; expected some with trained_on={source!r}; run the benchmark on it first"
+        )
     return list(groups.values())
 
 
 def _grid(group: Sequence[Record], folder: Path, source: str) -> _Grid:
     """Later records of the same method, task and seed take the place of earlier ones."""
-    keys = [(str(r.get("label", r.get("method"))), str(r.get("method")), str(r.get("draws"))) for r in group]
+    keys = [
+        (str(r.get("label", r.get("method"))), str(r.get("method")), str(r.get("draws")))
+        for r in group
+    ]
     same = {label: len({key for key in keys if key[0] == label}) > 1 for label, _, _ in keys}
     found: dict[str, dict[tuple[str, str], Record]] = {}
     for (label, method, draws), record in zip(keys, group, strict=True):
         name = f"{label} ({method}, {draws} draws)" if same[label] else label
         found.setdefault(name, {})[str(record.get("task")), str(record.get("seed"))] = record
     present = dict.fromkeys(str(record.get("task")) for record in group)
-    tasks = [source, *(t for t in TASKS if t in present and t != source), *(t for t in present if t not in TASKS)]
-    runs = {name: {k: _Run(r, read_rows(r, folder)) for k, r in some.items()} for name, some in found.items()}
-    return _Grid(source, list(dict.fromkeys(tasks)), list(dict.fromkeys(str(r.get("seed")) for r in group)), runs)
+    tasks = [
+        source,
+        *(t for t in TASKS if t in present and t != source),
+        *(t for t in present if t not in TASKS),
+    ]
+    runs = {
+        name: {k: _Run(r, read_rows(r, folder)) for k, r in some.items()}
+        for name, some in found.items()
+    }
+    return _Grid(
+        source,
+        list(dict.fromkeys(tasks)),
+        list(dict.fromkeys(str(r.get("seed")) for r in group)),
+        runs,
+    )
 
 
 def _metric(key: str) -> _Measure:
@@ -122,7 +141,12 @@ def _error(score: str) -> _Measure:
 
 def _shift(score: str) -> _Measure:
     def measure(run: _Run, familiar: _Run | None) -> float | None:
-        if familiar is None or not run.rows or not familiar.rows or not _varies([*run.rows, *familiar.rows], score):
+        if (
+            familiar is None
+            or not run.rows
+            or not familiar.rows
+            or not _varies([*run.rows, *familiar.rows], score)
+        ):
             return None
         return shift_auroc(run.rows, familiar.rows, score)
 
@@ -138,7 +162,10 @@ def _cell(column: Column, values: Sequence[float], seeds: int) -> str:
 
 def _best(column: Column, cells: Sequence[str]) -> list[bool]:
     """Which cells have the best mean as printed, if there are several."""
-    means = [column.sign * float(cell.split(" ")[0]) if cell != column.number(None) else -math.inf for cell in cells]
+    means = [
+        column.sign * float(cell.split(" ")[0]) if cell != column.number(None) else -math.inf
+        for cell in cells
+    ]
     return [len(cells) > 1 and math.isfinite(mean) and mean == max(means) for mean in means]
 
 
@@ -148,10 +175,17 @@ def _block(
     """A line per method: heading, method, and a cell per task."""
     columns = []
     for task in tasks:
-        cells = [_cell(column, grid.values(measure, method, task), len(grid.seeds)) for method in grid.runs]
+        cells = [
+            _cell(column, grid.values(measure, method, task), len(grid.seeds))
+            for method in grid.runs
+        ]
         marks = _best(column, cells)
-        columns.append([_mark(cell, style) if best else cell for cell, best in zip(cells, marks, strict=True)])
-    return [[heading, method, *(cells[i] for cells in columns)] for i, method in enumerate(grid.runs)]
+        columns.append(
+            [_mark(cell, style) if best else cell for cell, best in zip(cells, marks, strict=True)]
+        )
+    return [
+        [heading, method, *(cells[i] for cells in columns)] for i, method in enumerate(grid.runs)
+    ]
 
 
 def _mark(cell: str, style: str) -> str:
@@ -172,19 +206,28 @@ def _task_heading(task: str, source: str) -> str:
 
 def _layout(head: Sequence[str], lines: Sequence[Sequence[str]], style: str) -> str:
     if style == "markdown":
-        rows = [[" ".join(cell.replace("|", r"\|").split()) for cell in row] for row in (head, *lines)]
+        rows = [
+            [" ".join(cell.replace("|", r"\|").split()) for cell in row] for row in (head, *lines)
+        ]
         rows.insert(1, ["---", "---", *("---:" for _ in head[2:])])
         return "\n".join(f"| {' | '.join(row)} |" for row in rows)
     widths = [max(len(row[i]) for row in (head, *lines)) for i in range(len(head))]
     rows = [head, ["-" * width for width in widths], *lines]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def _counts(grid: _Grid) -> str:
     """How many rows each task has, with all numbers where they differ."""
     parts = []
     for task in grid.tasks:
-        records = [run.record for runs in grid.runs.values() for (name, _), run in runs.items() if name == task]
+        records = [
+            run.record
+            for runs in grid.runs.values()
+            for (name, _), run in runs.items()
+            if name == task
+        ]
         numbers = dict.fromkeys(str(record.get("n", "?")) for record in records)
         parts += [f"{_short(task)} {' or '.join(numbers)}"] if numbers else []
     return ", ".join(parts)
@@ -199,15 +242,28 @@ def _title(grid: _Grid) -> str:
     parts = [f"trained on {_short(grid.source)}", *([str(first["model"])] * ("model" in first))]
     parts += [f"scored by {first['scoring']}"] if first.get("scoring") else []
     parts += [f"{_counts(grid)} rows"]
-    return " · ".join([*parts, f"ECE in {first.get('bins', '?')} bins ({first.get('binning', 'binning unknown')})"])
+    return " · ".join(
+        [
+            *parts,
+            f"ECE in {first.get('bins', '?')} bins ({first.get('binning', 'binning unknown')})",
+        ]
+    )
 
 
 def _render(grid: _Grid, style: str) -> str:
-    shown = [(column.heading, column, _metric(column.key)) for column in COLUMNS if column.key in _METRICS]
+    shown = [
+        (column.heading, column, _metric(column.key))
+        for column in COLUMNS
+        if column.key in _METRICS
+    ]
     others = [task for task in grid.tasks if task != grid.source]
     parts = {
         _NOTE.format(seeds=_seeds(len(grid.seeds))): ("Metric", grid.tasks, shown),
-        _RIGHT: ("Score", grid.tasks, [(word, _AUROC, _error(score)) for score, word in _WORDS.items()]),
+        _RIGHT: (
+            "Score",
+            grid.tasks,
+            [(word, _AUROC, _error(score)) for score, word in _WORDS.items()],
+        ),
         _DOMAIN.format(source=_short(grid.source)): (
             "Score",
             others,
@@ -217,16 +273,31 @@ def _render(grid: _Grid, style: str) -> str:
     text = [_title(grid)]
     for note, (first, tasks, blocks) in parts.items():
         if tasks:
-            lines = [line for name, c, measure in blocks for line in _block(grid, name, c, measure, tasks, style)]
-            text += [note, _layout([first, "Method", *(_task_heading(t, grid.source) for t in tasks)], lines, style)]
+            lines = [
+                line
+                for name, c, measure in blocks
+                for line in _block(grid, name, c, measure, tasks, style)
+            ]
+            text += [
+                note,
+                _layout(
+                    [first, "Method", *(_task_heading(t, grid.source) for t in tasks)], lines, style
+                ),
+            ]
     return "\n\n".join(text)
 
 
 def _seeds(number: int) -> str:
-    return f"Mean ± standard deviation over {number} seeds; (k): of k seeds only" if number > 1 else "One seed"
+    return (
+        f"Mean ± standard deviation over {number} seeds; (k): of k seeds only"
+        if number > 1
+        else "One seed"
+    )
 
 
-def shift_table(records: Sequence[Record], folder: str | Path, style: str = "text", source: str = SOURCE) -> str:
+def shift_table(
+    records: Sequence[Record], folder: str | Path, style: str = "text", source: str = SOURCE
+) -> str:
     """Methods trained on one task and evaluated on others: accuracy, ECE and NLL, and what their uncertainty tells.
 
     Three tables of a line per method and a column per task: the metrics; AUROC of each uncertainty score for errors;
@@ -281,12 +352,14 @@ def write_shift(folder: str | Path, source: str = SOURCE) -> list[Path]:
     folder = Path(folder)
     grids = [_grid(group, folder, source) for group in _selected(read_records(folder), source)]
     path, panels = folder / "shift.md", {}
-    path.write_text("\n\n".join(_render(grid, "markdown") for grid in grids) + "\n", encoding="utf-8")
+    path.write_text(
+        "\n\n".join(_render(grid, "markdown") for grid in grids) + "\n", encoding="utf-8"
+    )
     for grid in grids:
         told = [str(_first(grid)[key]) for key in _SHARED if len(grids) > 1 and key in _first(grid)]
         panels |= _panels(grid, " · ".join([*told, ""]))
     if not panels:
         return [path]
-    from bayestune.report import curves, plots  # matplotlib takes a second to import
+    from bayestune.report import curves, plots
 
     return [path, plots.save(curves.risk_coverage_panels(panels), folder / "risk_coverage.png")]

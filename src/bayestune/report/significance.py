@@ -48,18 +48,27 @@ def significance(
         Davison, Hinkley (1997), ch. 4, https://doi.org/10.1017/CBO9780511802843
     """
     runs = by_seed(records)
-    means = {label: mean for label, seeds in runs.items() if (mean := _mean_nll(seeds.values())) is not None}
+    means = {
+        label: mean
+        for label, seeds in runs.items()
+        if (mean := _mean_nll(seeds.values())) is not None
+    }
     best = min(means, key=means.__getitem__, default=None) if against is None else against
     compared = []
     for label in runs:
         if best not in runs or label == best:
             continue
         shared = [seed for seed in runs[best] if seed in runs[label]]
-        pairs = {seed: tuple(read_rows(runs[name][seed], folder) for name in (label, best)) for seed in shared}
+        pairs = {
+            seed: tuple(read_rows(runs[name][seed], folder) for name in (label, best))
+            for seed in shared
+        }
         pairs = {seed: pair for seed, pair in pairs.items() if all(pair)}
         tensors = _paired(list(pairs.values()))
         if tensors is not None:
-            differences = {metric: asdict(paired_bootstrap(*tensors, metric, resamples)) for metric in metrics}
+            differences = {
+                metric: asdict(paired_bootstrap(*tensors, metric, resamples)) for metric in metrics
+            }
             compared.append({"label": label, "against": best, "seeds": list(pairs), **differences})
     return compared
 
@@ -68,7 +77,9 @@ def by_seed(records: Iterable[Record]) -> dict[str, dict[Any, Record]]:
     """The records of each method by seed; of two of the same seed the later one."""
     runs: dict[str, dict[Any, Record]] = {}
     for record in records:
-        runs.setdefault(str(record.get("label", record.get("method"))), {})[record.get("seed")] = record
+        runs.setdefault(str(record.get("label", record.get("method"))), {})[record.get("seed")] = (
+            record
+        )
     return runs
 
 
@@ -85,11 +96,16 @@ def _mean_nll(records: Iterable[Record]) -> float | None:
 def _paired(runs: Sequence[tuple[Sequence[Row], ...]]) -> tuple[Tensor, Tensor, Tensor] | None:
     """Probabilities (K, N, C) of both methods in K runs on the questions that all of them have, and labels (N,)."""
     keyed = [[{row["id"]: row for row in rows} for rows in pair] for pair in runs]
-    everywhere = [key for key in (keyed[0][0] if keyed else {}) if all(key in rows for pair in keyed for rows in pair)]
+    everywhere = [
+        key
+        for key in (keyed[0][0] if keyed else {})
+        if all(key in rows for pair in keyed for rows in pair)
+    ]
     if not everywhere:
         return None
     first, second = (
-        torch.stack([_probabilities([pair[i][key] for key in everywhere]) for pair in keyed]) for i in (0, 1)
+        torch.stack([_probabilities([pair[i][key] for key in everywhere]) for pair in keyed])
+        for i in (0, 1)
     )
     return first, second, torch.tensor([keyed[0][0][key]["answer"] for key in everywhere])
 
@@ -98,7 +114,10 @@ def _probabilities(rows: Sequence[Row]) -> Tensor:
     width = max(len(row["probabilities"]) for row in rows)
     return torch.stack(
         [
-            pad(torch.tensor(row["probabilities"], dtype=torch.float64), (0, width - len(row["probabilities"])))
+            pad(
+                torch.tensor(row["probabilities"], dtype=torch.float64),
+                (0, width - len(row["probabilities"])),
+            )
             for row in rows
         ]
     )

@@ -8,7 +8,14 @@ from typing import Any
 
 Record = Mapping[str, Any]
 STYLES = ("text", "markdown", "html")
-_SHARED = ("task", "model", "scoring", "n", "bins", "binning")  # equal within one table: only then can values compare
+_SHARED = (
+    "task",
+    "model",
+    "scoring",
+    "n",
+    "bins",
+    "binning",
+)  # equal within one table: only then can values compare
 
 
 @dataclass(frozen=True)
@@ -62,10 +69,19 @@ def names(records: Sequence[Record]) -> list[str]:
     >>> names([{"label": "MLE", "seed": 1}, {"label": "MLE", "seed": 2}])
     ['MLE, seed 1', 'MLE, seed 2']
     """
-    differing = [key for key in ("task", "model", "scoring", "seed") if len({str(r.get(key)) for r in records}) > 1]
+    differing = [
+        key
+        for key in ("task", "model", "scoring", "seed")
+        if len({str(r.get(key)) for r in records}) > 1
+    ]
     parts = {"seed": "seed {}", "scoring": "by {}"}
     return [
-        ", ".join([str(r.get("label", r.get("method"))), *(parts.get(k, "{}").format(r.get(k)) for k in differing)])
+        ", ".join(
+            [
+                str(r.get("label", r.get("method"))),
+                *(parts.get(k, "{}").format(r.get(k)) for k in differing),
+            ]
+        )
         for r in records
     ]
 
@@ -87,7 +103,9 @@ def grouped(records: Sequence[Record], keys: Sequence[str] = _SHARED) -> list[li
     [2, 1]
     """
     if not records:
-        raise ValueError("got no records; expected one per evaluated method; run `bayestune benchmark` first")
+        raise ValueError(
+            "got no records; expected one per evaluated method; run `bayestune benchmark` first"
+        )
     groups: dict[tuple[str, ...], list[Record]] = {}
     for record in records:
         groups.setdefault(tuple(str(record.get(key)) for key in keys), []).append(record)
@@ -103,7 +121,12 @@ def heading(record: Record) -> str:
     parts = [str(record[key]) for key in ("task", "model") if record.get(key)]
     parts += [f"scored by {record['scoring']}"] if record.get("scoring") else []
     parts += [f"{record['n']} rows"] if "n" in record else []
-    return " · ".join([*parts, f"ECE in {record.get('bins', '?')} bins ({record.get('binning', 'binning unknown')})"])
+    return " · ".join(
+        [
+            *parts,
+            f"ECE in {record.get('bins', '?')} bins ({record.get('binning', 'binning unknown')})",
+        ]
+    )
 
 
 def _cells(column: Column, group: Sequence[Record]) -> list[_Cell]:
@@ -113,7 +136,11 @@ def _cells(column: Column, group: Sequence[Record]) -> list[_Cell]:
     finite = [column.sign * float(text) for text in shown if text != "–"]
     cells = []
     for metric, text in zip(metrics, shown, strict=True):
-        interval = f"[{column.number(metric.get('low'))}, {column.number(metric.get('high'))}]" if metric else ""
+        interval = (
+            f"[{column.number(metric.get('low'))}, {column.number(metric.get('high'))}]"
+            if metric
+            else ""
+        )
         best = len(group) > 1 and text != "–" and column.sign * float(text) == max(finite)
         cells.append(_Cell(text, interval, best))
     return cells
@@ -127,16 +154,31 @@ def _lines(group: Sequence[Record]) -> list[tuple[str, list[_Cell]]]:
 def _text(group: Sequence[Record]) -> str:
     rows = [["Method", *(column.heading for column in COLUMNS)]]
     for name, cells in _lines(group):
-        rows.append([name, *(f"{c.value}{'*' if c.best else ''} {c.interval}".strip() for c in cells)])
+        rows.append(
+            [name, *(f"{c.value}{'*' if c.best else ''} {c.interval}".strip() for c in cells)]
+        )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([heading(group[0]), "", lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    return "\n".join(
+        [heading(group[0]), "", lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
+    )
 
 
 def _markdown(group: Sequence[Record]) -> str:
-    rows = [["Method", *(column.heading for column in COLUMNS)], ["---", *("---:" for _ in COLUMNS)]]
+    rows = [
+        ["Method", *(column.heading for column in COLUMNS)],
+        ["---", *("---:" for _ in COLUMNS)],
+    ]
     for name, cells in _lines(group):
-        rows.append([" ".join(name.replace("|", r"\|").split()), *(f"{_bold(c)} {c.interval}".strip() for c in cells)])
+        rows.append(
+            [
+                " ".join(name.replace("|", r"\|").split()),
+                *(f"{_bold(c)} {c.interval}".strip() for c in cells),
+            ]
+        )
     return "\n".join([heading(group[0]), "", *(f"| {' | '.join(row)} |" for row in rows)])
 
 
@@ -149,7 +191,8 @@ def _html(group: Sequence[Record]) -> str:
     body = ""
     for name, cells in _lines(group):
         data = "".join(
-            f"<td{' class=best' if c.best else ''}><b>{c.value}</b> <span>{c.interval}</span></td>" for c in cells
+            f"<td{' class=best' if c.best else ''}><b>{c.value}</b> <span>{c.interval}</span></td>"
+            for c in cells
         )
         body += f'<tr><th scope="row">{escape(name)}</th>{data}</tr>\n'
     head = f'<thead><tr><th scope="col">Method</th>{head}</tr></thead>'

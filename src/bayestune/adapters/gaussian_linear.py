@@ -1,0 +1,195 @@
+"""A Gaussian over A in LoRA's slot: the layer, and `bayesify`, which puts it there."""
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bayestune.adapters.drawn_linear import compute_dtype
+from bayestune.adapters.fused_input import SharedInput, _RowNoise, _RowProduct, share_inputs
+from bayestune.adapters.noise import independent_weights, random_signs
+from bayestune.adapters.slots import ADAPTER, adapted_layers, put, replaceable_slots, slots
+
+Noise = Literal["row", "independent", "token"]
+
+
+@dataclass
+class RowGroups:
+    """How many sequences of the batch make one row; shared by all Gaussian layers of a model.
+
+    A question whose options are scored as separate sequences is one row: all of them must see the same draw.
+    """
+
+    size: int = 1
+
+    def rows(self, sequences: int) -> int:
+        """How many rows a batch of so many sequences has.
+
+        Raises:
+            ValueError: if the sequences do not divide into rows.
+        """
+        count, rest = divmod(sequences, self.size)
+        if rest:
+            raise ValueError(
+                f"the batch does not divide into rows: got {sequences} sequences, expected a multiple of "
+                f"{self.size} (sequences a row); use group_rows(model, 1) for a plain batch"
+            )
+        return count
+
+
+class GaussianLinear(nn.Linear):
+    """A linear map whose weight is A ~ N(M, Ω²), Ω = G∘G: M is `weight`, G is `root_std`, both (r, k).
+
+    In training mode each row of the batch sees one coherent draw; in evaluation mode the map is the mean's.
+
+    Args:
+        linear: the plain layer whose weight becomes the mean (the same Parameter, not a copy).
+        init_root_std: ε; G starts uniform on (ε/√2, ε), so σ starts in (ε²/2, ε²).
+        noise: "row", flipout signs per row; "independent", a fresh E per row; "token", flipout signs per token, as
+            in the authors' code. All three have the same marginal variance; only "token" works on activations.
+        groups: shared by a model's layers, see `RowGroups`.
+
+    Raises:
+        ValueError: if `noise` is unknown or `init_root_std` is not positive.
+
+    Example:
+        >>> layer = GaussianLinear(nn.Linear(16, 4, bias=False)).eval()
+        >>> layer(torch.ones(2, 3, 16)).shape
+        torch.Size([2, 3, 4])
+
+    Reference:
+        Wang, Shi, Han, Metaxas, Wang: BLoB, NeurIPS 2024, https://arxiv.org/abs/2406.11675.
+    """
+
+    root_std: nn.Parameter
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        init_root_std: float = 0.05,
+        noise: Noise = "row",
+        groups: RowGroups | None = None,
+    ) -> None:
+        if noise not in get_args(Noise):
+            raise ValueError(f"unknown noise: got {noise!r}, expected one of {get_args(Noise)}")
+        if init_root_std <= 0:
+            raise ValueError(
+                f"init_root_std must be positive: got {init_root_std}; the paper uses 0.05"
+            )
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        self.weight = linear.weight
+        self.root_std = nn.Parameter(
+            torch.empty_like(linear.weight).uniform_(init_root_std / math.sqrt(2), init_root_std),
+            requires_grad=linear.weight.requires_grad,
+        )
+        self.init_root_std = init_root_std
+        self.noise: Noise = noise
+        self.groups = groups if groups is not None else RowGroups()
+        self.shared: SharedInput | None = None
+        self.train(linear.training)
+
+    @property
+    def std(self) -> Tensor:
+        """Ω = G∘G (r, k), differentiable."""
+        return self.root_std.square()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Maps (rows, …, k) to (rows, …, r)."""
+        if not self.training:
+            return F.linear(input, self.weight)
+        if self.noise == "token":
+            return self._token_forward(input)
+        if self.noise == "row":
+            output = self.shared.output(self, input) if self.shared else None
+            return self.noisy(input, self.weight, self.root_std) if output is None else output
+        rows = self._rows(input)
+        weights = independent_weights(self.weight, self.std, len(rows))
+        output = _RowProduct.apply(rows, weights.to(rows.dtype))
+        return output.view(*input.shape[:-1], self.out_features)  # type: ignore[union-attr]
+
+    def noisy(self, input: Tensor, mean: Tensor, root_std: Tensor) -> Tensor:
+        """Maps (rows, …, k) to (rows, …, r), each row under its own draw of N(mean, (root_std∘root_std)²), (r, k)."""
+        output = _RowNoise.apply(self._rows(input), mean, root_std)
+        return output.view(*input.shape[:-1], len(mean))  # type: ignore[union-attr]
+
+    def _rows(self, input: Tensor) -> Tensor:
+        """The input as (N, tokens of a row, k), in the type that the product is computed in."""
+        rows = input.reshape(self.groups.rows(input.shape[0]), -1, self.in_features)
+        return rows.to(compute_dtype(self.weight))
+
+    def _token_forward(self, input: Tensor) -> Tensor:
+        sign_in = random_signs(*input.shape, like=input)
+        sign_out = random_signs(*input.shape[:-1], self.out_features, like=input)
+        noise = F.linear(input * sign_in, self.std * torch.randn_like(self.weight))
+        return F.linear(input, self.weight) + noise * sign_out
+
+    def extra_repr(self) -> str:
+        """The line that `print(model)` shows."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, noise={self.noise}"
+        )
+
+
+def gaussian_layers(model: nn.Module, adapter: str = ADAPTER) -> dict[str, GaussianLinear]:
+    """The Gaussian layers of a model that `bayesify` has converted, by slot name."""
+    return {
+        name: slot
+        for name, slot in slots(model, adapter).items()
+        if isinstance(slot, GaussianLinear)
+    }
+
+
+def bayesify(
+    model: nn.Module,
+    *,
+    init_root_std: float = 0.05,
+    noise: Noise = "row",
+    adapter: str = ADAPTER,
+    slots: Collection[str] | None = None,
+) -> int:
+    """Makes A of every LoRA layer Gaussian, in place, on a stock PEFT model: q(A) = N(M, Ω²), with M the present A.
+
+    Afterwards training mode draws one A for each row of the batch and evaluation mode uses the mean. All layers are
+    checked before any is converted.
+
+    Args:
+        model: the model that `peft.get_peft_model` returned.
+        init_root_std: ε; G = √Ω starts uniform on (ε/√2, ε).
+        noise: "row", "independent" or "token", see `GaussianLinear`.
+        adapter: which adapter of the model.
+        slots: which slots, as `slot_names` gives them; None for A of every layer.
+
+    Returns:
+        How many slots were converted.
+
+    Raises:
+        ValueError: if the model has no layer with this adapter, or one of them cannot be made stochastic (DoRA and
+            other variants, embeddings, `target_parameters`, a slot that is no plain Linear, a second conversion);
+            each is named with its reason.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        ...                      num_attention_heads=2)
+        >>> model = get_peft_model(LlamaForCausalLM(config), LoraConfig(target_modules=["q_proj", "v_proj"]))
+        >>> bayesify(model)
+        4
+    """
+    plain, groups = replaceable_slots(model, slots, adapter), RowGroups()
+    gaussian = {
+        name: GaussianLinear(slot, init_root_std, noise, groups) for name, slot in plain.items()
+    }
+    put(model, share_inputs(gaussian, adapted_layers(model, adapter), adapter), adapter)
+    return len(plain)
+
+
+def group_rows(model: nn.Module, size: int) -> None:
+    """Says that `size` consecutive sequences make one row and share their draw in training; kept until set again."""
+    for module in model.modules():
+        if isinstance(groups := getattr(module, "groups", None), RowGroups):
+            groups.size = size
+            return

@@ -1,0 +1,93 @@
+"""Noise on weights: random signs, one draw for each row, and noise with an address."""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def random_signs(*shape: int, like: Tensor) -> Tensor:
+    """Independent signs ±1 with equal probability from torch's global generator, in `like`'s type and device."""
+    bits = torch.randint(0, 2, shape, dtype=like.dtype, device=like.device)
+    return torch.rsub(bits, 1, alpha=2)  # 1 - 2 bits, in one kernel
+
+
+def row_weights(mean: Tensor, std: Tensor, num_rows: int) -> Tensor:
+    """One draw of A for each row, by flipout: A_n = M + (s_n t_nᵀ) ∘ (Ω∘E).
+
+    E ~ N(0, 1) is shared by the rows; the signs s_n ∈ {±1}^r, t_n ∈ {±1}^k are each row's own. Every A_n has the
+    posterior as its marginal law, and two rows' noises are uncorrelated. Work and memory are of the weights' size.
+
+    Args:
+        mean: M (r, k).
+        std: Ω (r, k).
+        num_rows: N.
+
+    Returns:
+        The draws (N, r, k); differentiable in both arguments.
+
+    Reference:
+        Wen, Vicol, Ba, Tran, Grosse: Flipout, ICLR 2018, https://arxiv.org/abs/1803.04386.
+    """
+    rank, width = mean.shape
+    signs = random_signs(num_rows, rank + width, like=mean)
+    outer = signs[:, :rank, None] * signs[:, None, rank:]
+    return torch.addcmul(mean, outer, std * torch.randn_like(mean))
+
+
+def independent_weights(mean: Tensor, std: Tensor, num_rows: int) -> Tensor:
+    """One draw of A for each row with noise of its own: A_n = M + Ω∘E_n.
+
+    Args:
+        mean: M (r, k).
+        std: Ω (r, k).
+        num_rows: N.
+
+    Returns:
+        The draws (N, r, k); differentiable in both arguments.
+    """
+    noise = torch.randn(num_rows, *mean.shape, dtype=mean.dtype, device=mean.device)
+    return torch.addcmul(mean, std, noise)
+
+
+def held_noise(shape: Sequence[int], seed: int, index: int, path: str) -> Tensor:
+    """Standard normal noise with an address: the same bits for the same (seed, index, path), wherever it is drawn.
+
+    A counter-based generator (Philox) is keyed by a hash of the address, so a draw depends neither on the other
+    draws nor on the order of the layers, the batch, the device or the process.
+
+    Args:
+        shape: of the noise, (r, k).
+        seed: of the set of draws.
+        index: which draw, from 0.
+        path: the layer's path in the model.
+
+    Returns:
+        E on the CPU in float32.
+
+    Example:
+        >>> torch.equal(held_noise((2, 3), 0, 7, "layer"), held_noise((2, 3), 0, 7, "layer"))
+        True
+    """
+    digest = hashlib.sha256(f"{seed}/{index}/{path}".encode()).digest()
+    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+    return torch.from_numpy(generator.standard_normal(tuple(shape), dtype=np.float32))
+
+
+def held_weights(mean: Tensor, std: Tensor, seed: int, index: int, path: str) -> Tensor:
+    """The held draw M + Ω∘E of one layer, computed on the CPU in float32 so that its bits do not depend on the device.
+
+    Args:
+        mean: M (r, k).
+        std: Ω (r, k).
+        seed: of the set of draws.
+        index: which draw, from 0.
+        path: the layer's path in the model.
+
+    Returns:
+        The draw (r, k), float32, on the CPU.
+    """
+    noise = held_noise(mean.shape, seed, index, path)
+    return mean.detach().float().cpu() + std.detach().float().cpu() * noise

@@ -1,0 +1,71 @@
+"""Random factors on the ranks of LoRA's A: the layer that ScalaBL and DALorRA share, and how it is put in and out."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bayestune.adapters.gaussian_linear import RowGroups
+from bayestune.adapters.slots import put, replaceable_slots
+
+
+class RankLinear(nn.Linear, ABC):
+    """x ↦ z ∘ (W x), W (r, k) the `weight`, z (r,) a random factor for each rank.
+
+    In training mode each row of the batch has a z of its own, from torch's global generator; in evaluation mode z is
+    its mean.
+
+    Args:
+        linear: the plain layer whose weight is taken, the same Parameter.
+        groups: shared by a model's layers, see `RowGroups`.
+    """
+
+    def __init__(self, linear: nn.Linear, groups: RowGroups | None = None) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        self.weight = linear.weight
+        self.groups = groups if groups is not None else RowGroups()
+        self.train(linear.training)
+
+    @property
+    @abstractmethod
+    def mean_factors(self) -> Tensor:
+        """E[z] (r,)."""
+
+    @abstractmethod
+    def factors(self, num_rows: int) -> Tensor:
+        """One z for each row, (N, r), differentiable."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Maps (rows, …, k) to (rows, …, r)."""
+        output = F.linear(input, self.weight)
+        if not self.training:
+            return output * self.mean_factors.to(output.dtype)
+        rows = self.groups.rows(input.shape[0])
+        factors = self.factors(rows).to(output.dtype)
+        return (output.reshape(rows, -1, self.out_features) * factors[:, None]).view_as(output)
+
+
+Layer = TypeVar("Layer", bound=RankLinear)
+
+
+def make_ranks_random(
+    model: nn.Module, make: Callable[[nn.Linear, RowGroups], Layer]
+) -> dict[str, Layer]:
+    """Puts what `make` makes of each A in its slot, after all were found to be replaceable; by slot name."""
+    plain, groups = replaceable_slots(model), RowGroups()
+    layers = {name: make(slot, groups) for name, slot in plain.items()}
+    put(model, layers)
+    return layers
+
+
+def put_means(model: nn.Module, layers: Mapping[str, RankLinear]) -> None:
+    """Puts a plain layer of the weight E[z] ∘ W in the slot of each layer."""
+    plain = {}
+    for name, layer in layers.items():
+        weight = (layer.mean_factors[:, None] * layer.weight).detach().clone()
+        plain[name] = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        plain[name].weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+        plain[name].train(layer.training)
+    put(model, plain)

@@ -1,0 +1,28 @@
+"""A posterior and rows → probabilities, metrics, and the record of both.
+
+Records are made and read here and nowhere else.
+"""
+
+from bayestune.evaluation.adaptive import Adaptive, predict_adaptively
+from bayestune.evaluation.evaluate import EvaluationOptions, evaluate_posterior
+from bayestune.evaluation.records import (
+    RECORDS,
+    append_record,
+    label_of,
+    make_record,
+    prediction_rows,
+    read_records,
+)
+
+__all__ = [
+    "RECORDS",
+    "Adaptive",
+    "EvaluationOptions",
+    "append_record",
+    "evaluate_posterior",
+    "label_of",
+    "make_record",
+    "predict_adaptively",
+    "prediction_rows",
+    "read_records",
+]

@@ -1,0 +1,18 @@
+"""The KL divergence of q(A) = N(M, Ω²) from its prior: closed forms, schedules, and the decoupled step.
+
+`KLStep` is all that a Trainer or a bare loop needs of it.
+"""
+
+from bayestune.kl.closed_form import kl_divergence
+from bayestune.kl.schedule import Schedule, burst_period, kl_weights, warmup_decay
+from bayestune.kl.step import KLStep, StdOptimizer
+
+__all__ = [
+    "KLStep",
+    "Schedule",
+    "StdOptimizer",
+    "burst_period",
+    "kl_divergence",
+    "kl_weights",
+    "warmup_decay",
+]

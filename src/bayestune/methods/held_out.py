@@ -1,0 +1,99 @@
+"""What methods that build on another ask of it: held-out rows, their logits and NLL, a point, the head's slots."""
+
+import math
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bayestune.adapters import ADAPTER, adapted_layers, slot_names
+from bayestune.data import Question
+from bayestune.forward import Draws
+from bayestune.posteriors import Point, Posterior, count_for
+from bayestune.scoring import Scorer, row_logits
+
+
+def check_point(posterior: Posterior, method: str) -> Point:
+    """The posterior, if it is a point.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if not isinstance(posterior, Point):
+        raise ValueError(
+            f"{method} builds on a point: got a {type(posterior).__name__} from its base, expected a Point; "
+            "use MLE or MAP as its base"
+        )
+    return posterior
+
+
+def held_out_rows(scorer: Scorer, method: str) -> tuple[Question, ...]:
+    """The task's held-out rows, on which a method may choose: labelled, and none of them seen in training.
+
+    Raises:
+        ValueError: if there are none, one has no answer, or the training rows hold one of them too.
+    """
+    rows = scorer.task.held_out
+    if not rows:
+        raise ValueError(
+            f"{method} chooses on held-out rows: got none, expected some; set holdout (--holdout 0.1)"
+        )
+    if any(row.answer is None for row in rows):
+        raise ValueError(
+            f"{method} chooses on held-out rows with answers: got a row without one; label it or drop it"
+        )
+    seen = {row.content for row in scorer.task.train}
+    both = [row.id for row in rows if row.content in seen]
+    if both:
+        raise ValueError(
+            f"{method} must not choose on rows seen in training: got {len(both)} of {len(rows)}, such as {both[0]}; "
+            "take them out of one part"
+        )
+    return rows
+
+
+def head_slots(
+    model: nn.Module, sides: Collection[str] = ("lora_A",), adapter: str = ADAPTER
+) -> list[str]:
+    """Names of the output head's slots.
+
+    Raises:
+        ValueError: if the head is not adapted.
+    """
+    base: Any = model.get_base_model()  # type: ignore[operator]
+    head = base.get_output_embeddings()
+    path = next(
+        (path for path, layer in adapted_layers(model, adapter).items() if layer is head), None
+    )
+    if path is None:
+        raise ValueError(
+            'layers="last" puts noise on the output head\'s adapter: got a model whose head has none, expected one; '
+            'add "lm_head" to the targets'
+        )
+    return [
+        name
+        for name in slot_names(model, sides, adapter=adapter)
+        if name.rpartition(".")[0] == path
+    ]
+
+
+def predictive_nll(logits: Tensor, labels: Tensor) -> Tensor:
+    """−mean_n log 1/S Σ_s softmax(f_s)_{n, y_n} of logits (S, N, C) and labels (N,), in nats; differentiable."""
+    own = logits.log_softmax(-1).gather(-1, labels.expand(len(logits), -1)[..., None])[..., 0]
+    return -(own.logsumexp(0) - math.log(len(logits))).mean()
+
+
+def held_out_logits(
+    posterior: Posterior,
+    scorer: Scorer,
+    rows: tuple[Question, ...],
+    draws: int,
+    *,
+    bf16: bool,
+    shared_prefix: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Logits (S, N, C) and labels (N,) of rows; S is the posterior's own number of atoms where it has one."""
+    labels = torch.tensor([row.answer for row in rows])
+    which = Draws(count_for(posterior, draws), shared_prefix=shared_prefix)
+    return row_logits(posterior, scorer, scorer.encode(rows), which, bf16=bf16), labels

@@ -1,0 +1,53 @@
+"""Distributions over adapters, one file a family, and what they predict.
+
+Every family gives its draws' logits (S, N, C); those whose draws are adapters can export them.
+"""
+
+from bayestune.posteriors.gaussian import Gaussian
+from bayestune.posteriors.kinds import KINDS
+from bayestune.posteriors.linearised import Linearised, Sampled, gaussian_logits
+from bayestune.posteriors.low_rank import LowRank
+from bayestune.posteriors.mixture import Mixture
+from bayestune.posteriors.noisy_passes import Dropout, TokenNoise
+from bayestune.posteriors.point import Point
+from bayestune.posteriors.posterior import Posterior
+from bayestune.posteriors.prediction import Prediction, count_for, predict
+from bayestune.posteriors.scaled import Scaled
+from bayestune.posteriors.storage import (
+    DETAILS,
+    base_name,
+    export_draw,
+    load_adapter,
+    load_members,
+    load_posterior,
+    read_details,
+    save_posterior,
+)
+from bayestune.posteriors.tempered import Tempered
+
+__all__ = [
+    "DETAILS",
+    "KINDS",
+    "Dropout",
+    "Gaussian",
+    "Linearised",
+    "LowRank",
+    "Mixture",
+    "Point",
+    "Posterior",
+    "Prediction",
+    "Sampled",
+    "Scaled",
+    "Tempered",
+    "TokenNoise",
+    "base_name",
+    "count_for",
+    "export_draw",
+    "gaussian_logits",
+    "load_adapter",
+    "load_members",
+    "load_posterior",
+    "predict",
+    "read_details",
+    "save_posterior",
+]

@@ -1,0 +1,101 @@
+"""The predictive: probabilities averaged over draws, and the uncertainty of each row."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bayestune.forward import Batch, Draws
+from bayestune.posteriors.posterior import Posterior
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Averaged probabilities and the uncertainty of each row; entropies in nats.
+
+    Args:
+        probabilities: mean over draws of softmax(logits), (N, C).
+        total_entropy: entropy of the averaged probabilities, (N,).
+        expected_entropy: mean entropy of the draws' probabilities (aleatoric), (N,).
+        mutual_information: their difference (epistemic), (N,); 0 for a single draw.
+    """
+
+    probabilities: Tensor
+    total_entropy: Tensor
+    expected_entropy: Tensor
+    mutual_information: Tensor
+
+    @property
+    def confidence(self) -> Tensor:
+        """The largest probability of each row, (N,)."""
+        return self.probabilities.amax(-1)
+
+    @property
+    def choice(self) -> Tensor:
+        """The index of the largest probability of each row, (N,)."""
+        return self.probabilities.argmax(-1)
+
+    @classmethod
+    def of(cls, logits: Tensor) -> "Prediction":
+        """The predictive of the draws' logits (S, N, C), in float64; -inf marks an option that a row has not.
+
+        Example:
+            >>> two_sure_draws_that_disagree = torch.tensor([[[30.0, 0.0]], [[0.0, 30.0]]])
+            >>> prediction = Prediction.of(two_sure_draws_that_disagree)
+            >>> prediction.probabilities.tolist(), round(prediction.mutual_information.item(), 4)
+            ([[0.5, 0.5]], 0.6931)
+        """
+        draws = logits.double().softmax(-1)
+        probabilities = draws.mean(0)
+        total, expected = _entropy(probabilities), _entropy(draws).mean(0)
+        return cls(probabilities, total, expected, (total - expected).clamp_min(0))
+
+
+def _entropy(probabilities: Tensor) -> Tensor:
+    return torch.special.entr(probabilities).sum(-1)
+
+
+def count_for(posterior: Posterior, draws: int) -> int:
+    """How many draws to take where so many are asked for: the posterior's `atoms` if it has some; 0 is the mean.
+
+    Raises:
+        ValueError: if the mean is asked for and there is none.
+    """
+    if draws == 0 and not posterior.has_mean:
+        raise ValueError(
+            f"draws=0 means the mean, but {type(posterior).__name__} has none: ask for draws=1 or more"
+        )
+    return draws if posterior.atoms is None or draws == 0 else posterior.atoms
+
+
+def predict(
+    posterior: Posterior,
+    inputs: Batch,
+    draws: int = 10,
+    *,
+    seed: int = 0,
+    max_rows: int | None = None,
+    max_tokens: int = 16384,
+    shared_prefix: int | None = None,
+) -> Prediction:
+    """Averages the probabilities of held draws: p(y | x) ≈ 1/S Σ_s softmax(f(x; A_s)).
+
+    Args:
+        posterior: what a method's `fit` returned, or a loaded one.
+        inputs: a batch of N rows, as its scorer collates them.
+        draws: S; 0 for the mean adapter. A posterior with `atoms` is averaged over those instead.
+        seed: of the set of draws; the same seed gives the same S functions for every batch.
+        max_rows: bound on the rows of one forward pass.
+        max_tokens: bound on the tokens of one forward pass.
+        shared_prefix: m; an approximation, off by default: the mean adapter reads all but the last m tokens of the
+            prompt, once for all draws. It draws less noise; docs/calibration_cost.md shows what is lost and saved.
+
+    Returns:
+        Probabilities (N, C), and total, expected and mutual-information entropy (N,) in nats.
+
+    Raises:
+        ValueError: if `draws` is negative, or 0 for a posterior without a mean, or a prefix cannot be shared.
+    """
+    count = count_for(posterior, draws)
+    which = Draws(count, seed, max_rows, max_tokens, shared_prefix=shared_prefix)
+    return Prediction.of(posterior.logits(inputs, which))
