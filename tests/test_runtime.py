@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from bayestune import allocator
+from bayestune import runtime
 
 FAULTS = """
 import resource, sys, torch
@@ -45,11 +45,11 @@ def test_freed_blocks_are_used_again_until_the_defaults_come_back():
 
 
 def test_another_system_is_left_alone(monkeypatch):
-    monkeypatch.setattr(allocator.sys, "platform", "darwin")
-    assert allocator.keep_freed_memory() is False
+    monkeypatch.setattr(runtime.sys, "platform", "darwin")
+    assert runtime.keep_freed_memory() is False
 
 
 def test_another_c_library_is_left_alone(monkeypatch):
-    monkeypatch.setattr(allocator.sys, "platform", "linux")
-    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda _: object())
-    assert allocator.keep_freed_memory() is False
+    monkeypatch.setattr(runtime.sys, "platform", "linux")
+    monkeypatch.setattr(runtime.ctypes, "CDLL", lambda _: object())
+    assert runtime.keep_freed_memory() is False

@@ -10,8 +10,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.testing import assert_close
 
-from bayestune import layers as module
 from bayestune.adapters import GaussianLinear, RowGroups, bayesify, gaussian_layers
+from bayestune.adapters import fused_input as module
 from bayestune.adapters.fused_input import share_inputs
 from bayestune.adapters.noise import row_weights
 

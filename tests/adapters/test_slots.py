@@ -19,7 +19,7 @@ from bayestune.adapters import (
     evaluating,
     gaussian_layers,
 )
-from bayestune.adapters.attach import head_is_tied
+from bayestune.adapters.lora import head_is_tied
 
 IDS = torch.arange(3, 27).reshape(2, 12)
 

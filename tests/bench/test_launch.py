@@ -10,16 +10,17 @@ from pathlib import Path
 
 import pytest
 import yaml
-from bayestune.benchmark import fits, running
 
-from bayestune import cli
-from bayestune.bench import Grid, TaskSettings, cells, collect, run_bench
+from bayestune.bench import Grid, TaskSettings, cells, collect, launch, run_bench, store, worker
 from bayestune.bench.grid import digest, lasting
+from bayestune.cli import parser as cli
 from bayestune.evaluation import EvaluationOptions, read_records
 from bayestune.methods import METHODS, MLE, BLoB, changed, make_method
+from bayestune.posteriors import Prediction
 from bayestune.report.grid import grid_tables, render_grid
 from bayestune.training import Training
 from bayestune.training.callbacks import NotFiniteError
+from bayestune.training.trainer import ClassTrainer
 from benching import grid
 
 ROOT = Path(__file__).parents[2]
@@ -284,11 +285,11 @@ def test_a_cell_that_fails_is_told_and_tried_again(place, monkeypatch, caplog):
 def test_what_another_process_computes_is_passed_over_and_looked_at_again(place, monkeypatch):
     out, one = place / "out", small(place)
     cell, *_ = cells(one, one.load_all())
-    lock = fits.claimed(out / "locks", f"cell-{cell.key}")
+    lock = store.claimed(out / "locks", f"cell-{cell.key}")
     lock.__enter__()
-    monkeypatch.setattr(running, "PAUSE", 0.0)
+    monkeypatch.setattr(launch, "PAUSE", 0.0)
     seen = []
-    attempt = running.Worker.attempt
+    attempt = worker.Worker.attempt
 
     def watched(self, cell, starts):
         seen.append((cell.name, state := attempt(self, cell, starts)))
@@ -296,7 +297,7 @@ def test_what_another_process_computes_is_passed_over_and_looked_at_again(place,
             lock.__exit__(None, None, None)
         return state
 
-    monkeypatch.setattr(running.Worker, "attempt", watched)
+    monkeypatch.setattr(worker.Worker, "attempt", watched)
     assert run_bench(one, out) == 0
     names = [("TFB on MLE", "computed"), ("BLoB, small", "computed")]
     assert seen == [("mle", "busy"), *names, ("mle", "busy"), ("mle", "computed")]
@@ -304,12 +305,12 @@ def test_what_another_process_computes_is_passed_over_and_looked_at_again(place,
 
 def test_a_fit_of_another_process_is_waited_for(place):
     one = small(place, methods={"mle": None})
-    shop = running.Worker(one, place / "out")
+    shop = worker.Worker(one, place / "out")
     (cell,) = shop.cells
     assert shop.attempt(cell) == "computed"
     (place / "out/cells" / f"{cell.key}.jsonl").unlink()
     (lock,) = (place / "out/locks").glob("fit-*")
-    with fits.claimed(place / "out/locks", lock.stem):
+    with store.claimed(place / "out/locks", lock.stem):
         assert shop.attempt(cell) == "busy"
     assert shop.attempt(cell) == "computed"
     assert shop.attempt(cell) == "finished"
@@ -321,18 +322,16 @@ def test_time_left_is_by_like_cells(place, monkeypatch):
     taken = {("mle", "one"): 60.0, ("mle", "two"): 120.0, ("TFB on MLE", "one"): 600.0}
     known = {c.key: taken[c.name, c.task] for c in made[:4] if (c.name, c.task) in taken}
     monkeypatch.setattr(
-        running,
+        launch,
         "read_cell",
         lambda _, key: [{"seconds": {"cell": known[key]}}] if key in known else [],
     )
-    progress = running.Progress(place, made)
+    progress = launch.Progress(place, made)
     mle, tfb, blob = 2 * (60 + 120), 5 * 600, 6 * (60 + 120 + 600) / 3
     assert (
-        progress.left()
-        == f"about {running._span(mle + tfb + blob)} left"
-        == "about 1 h 22 min left"
+        progress.left() == f"about {launch._span(mle + tfb + blob)} left" == "about 1 h 22 min left"
     )
-    assert [running._span(seconds) for seconds in (7, 119, 4000)] == ["7 s", "2 min", "1 h 7 min"]
+    assert [launch._span(seconds) for seconds in (7, 119, 4000)] == ["7 s", "2 min", "1 h 7 min"]
 
 
 # Ray
@@ -387,9 +386,9 @@ def test_ray_gets_each_cell_once(place, monkeypatch):
 def test_ray_hands_out_again_what_was_busy(place, monkeypatch):
     ray = fake_ray()
     monkeypatch.setitem(sys.modules, "ray", ray)
-    monkeypatch.setattr("bayestune.benchmark.ray.PAUSE", 0.0)
+    monkeypatch.setattr("bayestune.bench.launch.PAUSE", 0.0)
     states = iter(["busy", "computed", "busy", "computed", "computed"])
-    monkeypatch.setattr(running.Worker, "attempt", lambda *_: next(states))
+    monkeypatch.setattr(worker.Worker, "attempt", lambda *_: next(states))
     one = small(place)
     first, second, third = (cell.key for cell in cells(one, one.load_all()))
     assert run_bench(one, place / "out", launcher="ray") == 0
@@ -430,9 +429,9 @@ def killer(monkeypatch):
         (Path, "replace"),
         (Path, "write_text"),
         (os, "replace"),
-        (sys.modules["bayestune.benchmark.cells"], "make_record"),
-        (sys.modules["bayestune.training"].ClassTrainer, "compute_loss"),
-        (sys.modules["bayestune.evaluation"].Prediction, "of"),
+        (worker, "make_record"),
+        (ClassTrainer, "compute_loss"),
+        (Prediction, "of"),
     ]:
         monkeypatch.setattr(owner, name, deadly(getattr(owner, name)))
     return left

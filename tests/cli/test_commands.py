@@ -11,8 +11,8 @@ import pytest
 import yaml
 from safetensors import safe_open
 
-from bayestune import cli
-from bayestune.cli import main
+from bayestune.cli import commands, main
+from bayestune.cli import parser as cli
 from bayestune.cli.parser import make_parser
 from bayestune.evaluation import read_records
 from bayestune.training import Interrupted
@@ -499,7 +499,7 @@ def test_a_missing_library_is_told_in_a_line(place, capsys, monkeypatch):
     def missing(*_):
         raise ImportError("got a GGUF model, expected gguf to be installed")
 
-    monkeypatch.setattr(cli.commands, "open_model", missing)
+    monkeypatch.setattr(commands, "open_model", missing)
     assert (
         failed(fitting(place), capsys)
         == "bayestune: error: got a GGUF model, expected gguf to be installed"
@@ -534,7 +534,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_resume_goes_on_from(place):
     command = fitting(place, method="blob", steps=100_000, progress="true", logging_steps=1)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with subprocess.Popen(
-        [sys.executable, "-m", "bayestune.cli", *command],
+        [sys.executable, "-m", "bayestune", *command],
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=environment,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from bayestune import evaluation
+from bayestune import runtime
 from bayestune.adapters import Lora, adapted_layers, attach, bayesify
 from bayestune.data import Question
 from bayestune.evaluation import (
@@ -278,5 +278,5 @@ def test_the_revision_is_of_the_checkout_or_none(monkeypatch):
         raise subprocess.CalledProcessError(128, "git")
 
     for failure in (absent, outside):
-        monkeypatch.setattr(evaluation.subprocess, "run", failure)
+        monkeypatch.setattr(runtime.subprocess, "run", failure)
         assert git_revision() is None

@@ -23,11 +23,11 @@ from transformers import (
     Qwen2Config,
 )
 
-from bayestune import common
 from bayestune.adapters import adapter_weights, bayesify, slot_names, slots
 from bayestune.curvature import Diagonal
 from bayestune.data import Prompt, Question, Task
 from bayestune.forward import Draws
+from bayestune.forward import common_prefix as common
 from bayestune.forward.common_prefix import CommonPrefix, without_common_prefix
 from bayestune.posteriors import Gaussian, LowRank, Mixture, Point, Sampled, Scaled, Tempered
 from bayestune.scoring import LetterScorer, TextScorer

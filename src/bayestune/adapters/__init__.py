@@ -3,15 +3,6 @@
 Only this package and `posteriors.storage` import peft.
 """
 
-from bayestune.adapters.attach import (
-    Lora,
-    active,
-    attach,
-    base_of,
-    detach,
-    evaluating,
-    is_classifier,
-)
 from bayestune.adapters.gaussian_linear import (
     GaussianLinear,
     Noise,
@@ -19,6 +10,15 @@ from bayestune.adapters.gaussian_linear import (
     bayesify,
     gaussian_layers,
     group_rows,
+)
+from bayestune.adapters.lora import (
+    Lora,
+    active,
+    attach,
+    base_of,
+    detach,
+    evaluating,
+    is_classifier,
 )
 from bayestune.adapters.noise import held_noise, held_weights
 from bayestune.adapters.rank_linear import RankLinear, make_ranks_random, put_means
