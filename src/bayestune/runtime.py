@@ -1,8 +1,7 @@
-"""The process: how it keeps freed memory, its peak memory, the versions and the revision that run."""
+"""The process: the memory it keeps, its peak memory, the versions and the revision that run."""
 
 import ctypes
 import platform
-import resource
 import subprocess
 import sys
 from importlib.metadata import version
@@ -10,18 +9,24 @@ from pathlib import Path
 
 import torch
 
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # glibc's malloc.h
+# of glibc's malloc.h
+_TRIM_THRESHOLD = -1
+_TOP_PAD = -2
+_MMAP_MAX = -4
 _KEPT = {_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: 2**26}
 _STOCK = {_MMAP_MAX: 65536, _TRIM_THRESHOLD: 2**17, _TOP_PAD: 0}
 
+_PROCESS = Path("/proc/self")
+_RESET_PEAK = "5"  # what to write to clear_refs, see proc_pid_clear_refs(5)
+
 
 def keep_freed_memory(keep: bool = True) -> bool:
-    """Lets glibc keep large blocks that were freed, for the next tensor, instead of giving each back to the system.
+    """Lets glibc keep large blocks that were freed for the next tensor, instead of returning them.
 
-    By default every tensor of more than some MiB is new memory, whose pages the system clears and maps one by one
-    when it is first written; on the CPU that takes a third of a pass over many rows (benchmarks/allocator.py). The
-    price: the process keeps the most memory it has used until it ends. The commands do this; in your own script call
-    it once at the start.
+    By default every tensor of more than some MiB is new memory, whose pages the system clears and
+    maps one by one when it is first written; on the CPU that takes a third of a pass over many rows
+    (studies/allocator.py). The price: the process keeps the most memory it has used until it ends.
+    The commands do this; in your own script call it once at the start.
 
     Args:
         keep: False for the C library's own defaults; what was kept is given back.
@@ -36,20 +41,50 @@ def keep_freed_memory(keep: bool = True) -> bool:
         return False
     try:
         library = ctypes.CDLL(None)
-        mallopt, trim = library.mallopt, library.malloc_trim
+        mallopt = library.mallopt
+        trim = library.malloc_trim
     except (OSError, AttributeError):
         return False
-    took = [mallopt(name, value) == 1 for name, value in (_KEPT if keep else _STOCK).items()]
+    settings = _KEPT if keep else _STOCK
+    took = [mallopt(name, value) == 1 for name, value in settings.items()]
     if not keep:
         trim(0)
     return all(took)
 
 
+def reset_peak_memory() -> None:
+    """Begins a new measurement for `peak_memory_mb`, where the system can."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    try:
+        (_PROCESS / "clear_refs").write_text(_RESET_PEAK, encoding="ascii")
+    except OSError:
+        return  # another system than Linux, or not allowed: the peak is that of the process so far
+
+
 def peak_memory_mb() -> float:
-    """Peak memory of the process so far in MB: the accelerator's where there is one, else the resident set."""
+    """Peak memory in MB since the last reset: the accelerator's if there is one, else resident.
+
+    NaN where the system does not tell.
+    """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    try:
+        status = (_PROCESS / "status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return _peak_of_the_process_mb()
+    lines = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
+    return int(lines["VmHWM"].split()[0]) / 2**10
+
+
+def _peak_of_the_process_mb() -> float:
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return float("nan")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes on macOS, else KiB
 
 
 def versions() -> dict[str, str]:
@@ -58,11 +93,22 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
-def git_revision() -> str | None:
-    """The revision of the source checkout that is running, if it is one."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+def revision() -> str | None:
+    """The revision of bayestune's own checkout, with "-dirty" after changes; None if installed.
+
+    A package in a virtual environment inside somebody's repository is not of that repository.
+    """
+    root = Path(__file__).parents[2]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        top = _git(root, "rev-parse", "--show-toplevel")
+        ours = Path(top) == root.resolve() and _git(root, "ls-files", "src/bayestune/runtime.py")
+        return _git(root, "describe", "--always", "--dirty", "--exclude=*") if ours else None
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _git(folder: Path, *command: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(folder), *command], capture_output=True, text=True, check=True
+    )
     return done.stdout.strip()

@@ -13,7 +13,14 @@ import torch
 from bayestune.data import Prompt, Scoring, Task, load_rows, load_task, own_task
 from bayestune.methods import Method, described
 from bayestune.models import LoadedModel, load_default, load_model
-from bayestune.posteriors import DETAILS, Posterior, load_posterior, read_details, save_posterior
+from bayestune.posteriors import (
+    DETAILS,
+    FitReport,
+    Posterior,
+    load_posterior,
+    read_details,
+    save_posterior,
+)
 from bayestune.scoring import Scorer, make_scorer
 from bayestune.training import Training
 
@@ -150,7 +157,7 @@ def save_fit(
     }
     output.mkdir(parents=True, exist_ok=True)
     (output / TRAINING).write_text(
-        json.dumps(dict(posterior.fitted), indent=1) + "\n", encoding="utf-8"
+        json.dumps(posterior.report.as_dict(), indent=1) + "\n", encoding="utf-8"
     )
     save_posterior(
         posterior, output, details
@@ -159,8 +166,9 @@ def save_fit(
 
 def _saved(loaded: LoadedModel, scorer: Scorer, folder: Path) -> Posterior:
     posterior = load_posterior(loaded.model, folder, scorer)
-    fitted = json.loads((folder / TRAINING).read_text(encoding="utf-8"))
-    return replace(posterior, fitted=fitted)  # type: ignore[type-var]
+    report = json.loads((folder / TRAINING).read_text(encoding="utf-8"))
+    posterior.report = FitReport.of_dict(report)
+    return posterior
 
 
 def open_folder(folder: Path, model: str | None = None) -> tuple[dict[str, Any], LoadedModel]:

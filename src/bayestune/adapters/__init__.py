@@ -1,16 +1,10 @@
-"""The seam to PEFT: finds LoRA's slots, puts stochastic layers in them, and refuses what cannot be one.
+"""The seam to PEFT: finds LoRA's slots, fills them, and refuses what cannot be made stochastic.
 
 Only this package and `posteriors.storage` import peft.
 """
 
-from bayestune.adapters.gaussian_linear import (
-    GaussianLinear,
-    Noise,
-    RowGroups,
-    bayesify,
-    gaussian_layers,
-    group_rows,
-)
+from bayestune.adapters.drawn_linear import DrawnLinear
+from bayestune.adapters.gaussian_linear import GaussianLinear, Noise, bayesify
 from bayestune.adapters.lora import (
     Lora,
     active,
@@ -19,51 +13,37 @@ from bayestune.adapters.lora import (
     detach,
     evaluating,
     is_classifier,
+    output_head,
 )
 from bayestune.adapters.noise import held_noise, held_weights
 from bayestune.adapters.rank_linear import RankLinear, make_ranks_random, put_means
-from bayestune.adapters.slots import (
-    ADAPTER,
-    PREFIX,
-    SIDES,
-    adapted_layers,
-    adapter_weights,
-    drawn,
-    head_modules,
-    put,
-    replaceable_slots,
-    slot_names,
-    slots,
-)
+from bayestune.adapters.row_groups import RowGroups, group_rows
+from bayestune.adapters.slots import ADAPTER, PREFIX, SIDES, Slots, drawn, split_name
 
 __all__ = [
     "ADAPTER",
     "PREFIX",
     "SIDES",
+    "DrawnLinear",
     "GaussianLinear",
     "Lora",
     "Noise",
     "RankLinear",
     "RowGroups",
+    "Slots",
     "active",
-    "adapted_layers",
-    "adapter_weights",
     "attach",
     "base_of",
     "bayesify",
     "detach",
     "drawn",
     "evaluating",
-    "gaussian_layers",
     "group_rows",
-    "head_modules",
     "held_noise",
     "held_weights",
     "is_classifier",
     "make_ranks_random",
-    "put",
+    "output_head",
     "put_means",
-    "replaceable_slots",
-    "slot_names",
-    "slots",
+    "split_name",
 ]

@@ -7,13 +7,15 @@ from torch import Tensor, nn
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
-    """The type a product with this weight is computed in: autocast's where it is on, else the weight's."""
+    """The type of a product with this weight: autocast's where it is on, else the weight's."""
     device = weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
 
 
 class DrawnLinear(nn.Module):
-    """S fixed weights applied to S·N rows in one batched product; the rows come draw by draw.
+    """S fixed weights in a slot of LoRA; the rows come draw by draw.
 
     Args:
         weights: the stack of draws (S, r, k).
@@ -39,17 +41,17 @@ class DrawnLinear(nn.Module):
         draws, rank, width = self.weight.shape
         if input.shape[0] % draws:
             raise ValueError(
-                f"the rows do not divide into draws: got {input.shape[0]} rows, expected a multiple of {draws}; "
-                "repeat the batch once for each draw"
+                f"the rows do not divide into draws: got {input.shape[0]} rows, expected a multiple "
+                f"of {draws}; repeat the batch once for each draw"
             )
         output = torch.bmm(input.reshape(draws, -1, width), self.weight.transpose(1, 2))
         return output.view(*input.shape[:-1], rank)
 
     @classmethod
     def of(cls, weights: Tensor, like: Tensor) -> Self:
-        """The stack on the device of the weight it stands in for, in the type that its product is computed in.
+        """The stack on the device of the weight it stands in for, in the type of its product.
 
-        PEFT gives a slot its input in the type of the slot's weight: under autocast a float32 stack would have the
-        activations copied to float32 and back.
+        PEFT gives a slot its input in the type of the slot's weight: under autocast a float32 stack
+        would have the activations copied to float32 and back.
         """
         return cls(weights.to(like.device, compute_dtype(like)))

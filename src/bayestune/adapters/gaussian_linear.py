@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -10,47 +9,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bayestune.adapters.drawn_linear import compute_dtype
-from bayestune.adapters.fused_input import SharedInput, _RowNoise, _RowProduct, share_inputs
+from bayestune.adapters.fused_input import FusedInput, RowNoise, RowProduct, fuse_inputs
 from bayestune.adapters.noise import independent_weights, random_signs
-from bayestune.adapters.slots import ADAPTER, adapted_layers, put, replaceable_slots, slots
+from bayestune.adapters.row_groups import RowGroups, row_groups_of
+from bayestune.adapters.slots import Slots
 
 Noise = Literal["row", "independent", "token"]
 
 
-@dataclass
-class RowGroups:
-    """How many sequences of the batch make one row; shared by all Gaussian layers of a model.
-
-    A question whose options are scored as separate sequences is one row: all of them must see the same draw.
-    """
-
-    size: int = 1
-
-    def rows(self, sequences: int) -> int:
-        """How many rows a batch of so many sequences has.
-
-        Raises:
-            ValueError: if the sequences do not divide into rows.
-        """
-        count, rest = divmod(sequences, self.size)
-        if rest:
-            raise ValueError(
-                f"the batch does not divide into rows: got {sequences} sequences, expected a multiple of "
-                f"{self.size} (sequences a row); use group_rows(model, 1) for a plain batch"
-            )
-        return count
-
-
 class GaussianLinear(nn.Linear):
-    """A linear map whose weight is A ~ N(M, Ω²), Ω = G∘G: M is `weight`, G is `root_std`, both (r, k).
+    """A linear map whose weight is A ~ N(M, Ω²), Ω = G∘G: M is `weight`, G is `root_std`, (r, k).
 
-    In training mode each row of the batch sees one coherent draw; in evaluation mode the map is the mean's.
+    In training mode each row of the batch sees one coherent draw; in evaluation mode the map is the
+    mean's.
 
     Args:
         linear: the plain layer whose weight becomes the mean (the same Parameter, not a copy).
         init_root_std: ε; G starts uniform on (ε/√2, ε), so σ starts in (ε²/2, ε²).
-        noise: "row", flipout signs per row; "independent", a fresh E per row; "token", flipout signs per token, as
-            in the authors' code. All three have the same marginal variance; only "token" works on activations.
+        noise: "row", flipout signs per row; "independent", a fresh E per row; "token", flipout signs
+            per token, as in the authors' code. All three have the same marginal variance; only
+            "token" works on activations.
         groups: shared by a model's layers, see `RowGroups`.
 
     Raises:
@@ -75,21 +53,23 @@ class GaussianLinear(nn.Linear):
         groups: RowGroups | None = None,
     ) -> None:
         if noise not in get_args(Noise):
-            raise ValueError(f"unknown noise: got {noise!r}, expected one of {get_args(Noise)}")
+            raise ValueError(
+                f'unknown noise: got {noise!r}, expected one of {get_args(Noise)}; "row" is usual'
+            )
         if init_root_std <= 0:
             raise ValueError(
                 f"init_root_std must be positive: got {init_root_std}; the paper uses 0.05"
             )
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight = linear.weight
-        self.root_std = nn.Parameter(
-            torch.empty_like(linear.weight).uniform_(init_root_std / math.sqrt(2), init_root_std),
-            requires_grad=linear.weight.requires_grad,
+        start = torch.empty_like(linear.weight).uniform_(
+            init_root_std / math.sqrt(2), init_root_std
         )
+        self.root_std = nn.Parameter(start, requires_grad=linear.weight.requires_grad)
         self.init_root_std = init_root_std
         self.noise: Noise = noise
         self.groups = groups if groups is not None else RowGroups()
-        self.shared: SharedInput | None = None
+        self.fused: FusedInput | None = None
         self.train(linear.training)
 
     @property
@@ -104,16 +84,22 @@ class GaussianLinear(nn.Linear):
         if self.noise == "token":
             return self._token_forward(input)
         if self.noise == "row":
-            output = self.shared.output(self, input) if self.shared else None
+            output = self.fused.output(self, input) if self.fused else None
             return self.noisy(input, self.weight, self.root_std) if output is None else output
         rows = self._rows(input)
         weights = independent_weights(self.weight, self.std, len(rows))
-        output = _RowProduct.apply(rows, weights.to(rows.dtype))
+        output = RowProduct.apply(rows, weights.to(rows.dtype))
         return output.view(*input.shape[:-1], self.out_features)  # type: ignore[union-attr]
 
     def noisy(self, input: Tensor, mean: Tensor, root_std: Tensor) -> Tensor:
-        """Maps (rows, …, k) to (rows, …, r), each row under its own draw of N(mean, (root_std∘root_std)²), (r, k)."""
-        output = _RowNoise.apply(self._rows(input), mean, root_std)
+        """Maps (rows, …, k) to (rows, …, r), each row under its own draw of a Gaussian.
+
+        Args:
+            input: (rows, …, k).
+            mean: M (r, k).
+            root_std: G (r, k).
+        """
+        output = RowNoise.apply(self._rows(input), mean, root_std)
         return output.view(*input.shape[:-1], len(mean))  # type: ignore[union-attr]
 
     def _rows(self, input: Tensor) -> Tensor:
@@ -134,62 +120,50 @@ class GaussianLinear(nn.Linear):
         )
 
 
-def gaussian_layers(model: nn.Module, adapter: str = ADAPTER) -> dict[str, GaussianLinear]:
-    """The Gaussian layers of a model that `bayesify` has converted, by slot name."""
-    return {
-        name: slot
-        for name, slot in slots(model, adapter).items()
-        if isinstance(slot, GaussianLinear)
-    }
-
-
 def bayesify(
     model: nn.Module,
     *,
     init_root_std: float = 0.05,
     noise: Noise = "row",
-    adapter: str = ADAPTER,
+    adapter: str | None = None,
     slots: Collection[str] | None = None,
 ) -> int:
-    """Makes A of every LoRA layer Gaussian, in place, on a stock PEFT model: q(A) = N(M, Ω²), with M the present A.
+    """Makes A of every LoRA layer Gaussian, in place: q(A) = N(M, Ω²), with M the present A.
 
-    Afterwards training mode draws one A for each row of the batch and evaluation mode uses the mean. All layers are
-    checked before any is converted.
+    Afterwards training mode draws one A for each row of the batch and evaluation mode uses the mean.
+    All layers are checked before any is converted.
 
     Args:
         model: the model that `peft.get_peft_model` returned.
         init_root_std: ε; G = √Ω starts uniform on (ε/√2, ε).
         noise: "row", "independent" or "token", see `GaussianLinear`.
-        adapter: which adapter of the model.
-        slots: which slots, as `slot_names` gives them; None for A of every layer.
+        adapter: which adapter of the model; None for the active one.
+        slots: which slots, as `Slots.names` gives them; None for A of every layer.
 
     Returns:
         How many slots were converted.
 
     Raises:
-        ValueError: if the model has no layer with this adapter, or one of them cannot be made stochastic (DoRA and
-            other variants, embeddings, `target_parameters`, a slot that is no plain Linear, a second conversion);
-            each is named with its reason.
+        ValueError: if the model has no layer with this adapter, or one of them cannot be made
+            stochastic (DoRA and other variants, embeddings, `target_parameters`, a slot that is no
+            plain Linear, a second conversion); each is named with its reason.
 
     Example:
+        >>> from peft import LoraConfig, get_peft_model
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        ...                      num_attention_heads=2)
-        >>> model = get_peft_model(LlamaForCausalLM(config), LoraConfig(target_modules=["q_proj", "v_proj"]))
-        >>> bayesify(model)
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+        ...                      num_hidden_layers=2, num_attention_heads=2)
+        >>> lora = LoraConfig(target_modules=["q_proj", "v_proj"])
+        >>> bayesify(get_peft_model(LlamaForCausalLM(config), lora))
         4
     """
-    plain, groups = replaceable_slots(model, slots, adapter), RowGroups()
+    found = Slots(model, adapter)
+    plain = found.replaceable(slots)
+    groups = row_groups_of(model)
     gaussian = {
         name: GaussianLinear(slot, init_root_std, noise, groups) for name, slot in plain.items()
     }
-    put(model, share_inputs(gaussian, adapted_layers(model, adapter), adapter), adapter)
+    found.put(gaussian)
+    if noise == "row":
+        fuse_inputs(found, gaussian)
     return len(plain)
-
-
-def group_rows(model: nn.Module, size: int) -> None:
-    """Says that `size` consecutive sequences make one row and share their draw in training; kept until set again."""
-    for module in model.modules():
-        if isinstance(groups := getattr(module, "groups", None), RowGroups):
-            groups.size = size
-            return

@@ -14,11 +14,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 
 from bayestune.adapters.slots import PREFIX
 
-_TARGETS = (
-    ("q_proj", "v_proj"),
-    ("query", "value"),
-    ("q_lin", "v_lin"),
-)  # Llama and most others; BERT; DistilBERT
+# Llama and most others; BERT; DistilBERT
+_TARGETS = (("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"))
 
 
 @dataclass(frozen=True)
@@ -29,8 +26,8 @@ class Lora:
         rank: r.
         alpha: the adapter's output is scaled by alpha/rank.
         dropout: LoRA dropout on the adapter's input, a probability.
-        targets: names of the adapted modules; None means the paper's, q_proj and v_proj (query and value in encoders),
-            and lm_head where there is one that is not tied to the embedding.
+        targets: names of the adapted modules; None means the paper's: q_proj and v_proj (query and
+            value in encoders), and lm_head where it is not tied to the embedding.
     """
 
     rank: int = 8
@@ -39,9 +36,16 @@ class Lora:
     targets: tuple[str, ...] | None = None
 
 
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The layer that gives a language model's logits; None for models without one."""
+    base = base_of(model)
+    return base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+
+
 def head_is_tied(model: nn.Module) -> bool:
     """Whether the output head and the embedding are one matrix."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
+    head = output_head(model)
+    embedding = base_of(model).get_input_embeddings()
     return head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", None)
 
 
@@ -52,37 +56,40 @@ def is_classifier(model: nn.Module) -> bool:
 
 def _default_targets(model: nn.Module, leaves: set[str]) -> tuple[str, ...]:
     query_value = next((names for names in _TARGETS if leaves >= set(names)), _TARGETS[0])
-    return query_value if is_classifier(model) or head_is_tied(model) else (*query_value, "lm_head")
+    if is_classifier(model) or head_is_tied(model):
+        return query_value
+    return (*query_value, "lm_head")
 
 
 def attach(model: nn.Module, lora: Lora) -> PeftModel:
-    """A stock PEFT model with a fresh LoRA adapter on `model`, whose own weights are frozen.
+    """Puts a fresh LoRA adapter on a model, whose own weights are frozen.
 
     Args:
-        model: a transformers model without adapters; a classification head is trained with the adapter, as PEFT does.
+        model: a transformers model without adapters; PEFT trains a classification head, if there
+            is one, beside LoRA.
         lora: rank, scale, dropout and targets.
 
     Returns:
-        The model of `peft.get_peft_model`.
+        The stock model of `peft.get_peft_model`.
 
     Raises:
         ValueError: if no module has a target's name, or the model has an adapter already.
     """
-    if isinstance(model, PeftModel) or any(
-        isinstance(module, LoraLayer) for module in model.modules()
-    ):
+    adapted = isinstance(model, PeftModel) or any(isinstance(m, LoraLayer) for m in model.modules())
+    if adapted:
         raise ValueError(
-            "the model has an adapter already: got a PEFT model, expected a plain one; call unload() on it"
+            "the model has an adapter already: got a PEFT model, expected a plain one; "
+            "call unload() on it"
         )
-    leaves = {
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if not list(module.children())
-    }
+    leaves = set()
+    for name, module in model.named_modules():
+        if not list(module.children()):
+            leaves.add(name.rpartition(".")[2])
     targets = lora.targets or _default_targets(model, leaves)
     if not any(target.rpartition(".")[2] in leaves for target in targets):
         raise ValueError(
-            f"no module to adapt: got targets {list(targets)}, expected names among {sorted(leaves)}; set the targets"
+            f"no module to adapt: got targets {list(targets)}, expected names among "
+            f"{sorted(leaves)}; set the targets"
         )
     config = LoraConfig(
         r=lora.rank,
@@ -94,27 +101,29 @@ def attach(model: nn.Module, lora: Lora) -> PeftModel:
     return get_peft_model(model, config)  # type: ignore[arg-type]
 
 
-def base_of(model: nn.Module) -> Any:
-    """The transformers model, with or without PEFT's wrapper around it."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-
-
 def detach(model: nn.Module) -> nn.Module:
-    """Takes the adapters off and gives back the base as it was: PEFT's `unload` would leave a trained head in it."""
-    heads = {
-        n: m.original_module
-        for n, m in model.named_modules()
-        if isinstance(m, ModulesToSaveWrapper)
-    }
+    """Takes the adapters off and returns the base as it was.
+
+    PEFT's `unload` alone would leave a trained head in it.
+    """
+    heads = {}
+    for name, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            heads[name.removeprefix(PREFIX)] = module.original_module
     base = model.unload()  # type: ignore[operator]
     for name, module in heads.items():
-        base.set_submodule(name.removeprefix(PREFIX), module)
+        base.set_submodule(name, module)
     return base
+
+
+def base_of(model: nn.Module) -> Any:
+    """The model inside PEFT's wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
 @contextmanager
 def active(model: nn.Module, adapter: str) -> Iterator[None]:
-    """Makes an adapter the active one; the one before is active again afterwards, and what is trainable is kept."""
+    """Makes an adapter the active one; restores the one before, and what is trainable."""
     before: Any = model.active_adapter
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.set_adapter(adapter)  # type: ignore[operator]
@@ -131,7 +140,8 @@ def active(model: nn.Module, adapter: str) -> Iterator[None]:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; every module's mode is restored afterwards."""
     modes = {module: module.training for module in model.modules()}
-    model.eval()
+    if any(modes.values()):
+        model.eval()
     try:
         with torch.no_grad():
             yield

@@ -9,32 +9,9 @@ from torch import Tensor
 
 
 def random_signs(*shape: int, like: Tensor) -> Tensor:
-    """Independent signs ±1 with equal probability from torch's global generator, in `like`'s type and device."""
+    """Independent fair signs ±1 from torch's global generator, in `like`'s type and device."""
     bits = torch.randint(0, 2, shape, dtype=like.dtype, device=like.device)
     return torch.rsub(bits, 1, alpha=2)  # 1 - 2 bits, in one kernel
-
-
-def row_weights(mean: Tensor, std: Tensor, num_rows: int) -> Tensor:
-    """One draw of A for each row, by flipout: A_n = M + (s_n t_nᵀ) ∘ (Ω∘E).
-
-    E ~ N(0, 1) is shared by the rows; the signs s_n ∈ {±1}^r, t_n ∈ {±1}^k are each row's own. Every A_n has the
-    posterior as its marginal law, and two rows' noises are uncorrelated. Work and memory are of the weights' size.
-
-    Args:
-        mean: M (r, k).
-        std: Ω (r, k).
-        num_rows: N.
-
-    Returns:
-        The draws (N, r, k); differentiable in both arguments.
-
-    Reference:
-        Wen, Vicol, Ba, Tran, Grosse: Flipout, ICLR 2018, https://arxiv.org/abs/1803.04386.
-    """
-    rank, width = mean.shape
-    signs = random_signs(num_rows, rank + width, like=mean)
-    outer = signs[:, :rank, None] * signs[:, None, rank:]
-    return torch.addcmul(mean, outer, std * torch.randn_like(mean))
 
 
 def independent_weights(mean: Tensor, std: Tensor, num_rows: int) -> Tensor:
@@ -53,10 +30,10 @@ def independent_weights(mean: Tensor, std: Tensor, num_rows: int) -> Tensor:
 
 
 def held_noise(shape: Sequence[int], seed: int, index: int, path: str) -> Tensor:
-    """Standard normal noise with an address: the same bits for the same (seed, index, path), wherever it is drawn.
+    """Standard normal noise with an address: the same bits for the same (seed, index, path).
 
-    A counter-based generator (Philox) is keyed by a hash of the address, so a draw depends neither on the other
-    draws nor on the order of the layers, the batch, the device or the process.
+    A counter-based generator (Philox) is keyed by a hash of the address, so a draw depends neither on
+    the other draws nor on the order of the layers, the batch, the device or the process.
 
     Args:
         shape: of the noise, (r, k).
@@ -77,7 +54,7 @@ def held_noise(shape: Sequence[int], seed: int, index: int, path: str) -> Tensor
 
 
 def held_weights(mean: Tensor, std: Tensor, seed: int, index: int, path: str) -> Tensor:
-    """The held draw M + Ω∘E of one layer, computed on the CPU in float32 so that its bits do not depend on the device.
+    """The held draw M + Ω∘E, on the CPU in float32 so that its bits do not depend on the device.
 
     Args:
         mean: M (r, k).

@@ -1,4 +1,4 @@
-"""Random factors on the ranks of LoRA's A: the layer that ScalaBL and DALorRA share, and how it is put in and out."""
+"""Random factors on the ranks of LoRA's A: the layer that ScalaBL and DALorRA share."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -7,15 +7,15 @@ from typing import TypeVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bayestune.adapters.gaussian_linear import RowGroups
-from bayestune.adapters.slots import put, replaceable_slots
+from bayestune.adapters.row_groups import RowGroups, row_groups_of
+from bayestune.adapters.slots import Slots
 
 
 class RankLinear(nn.Linear, ABC):
     """x ↦ z ∘ (W x), W (r, k) the `weight`, z (r,) a random factor for each rank.
 
-    In training mode each row of the batch has a z of its own, from torch's global generator; in evaluation mode z is
-    its mean.
+    In training mode each row of the batch has a z of its own, from torch's global generator; in
+    evaluation mode z is its mean.
 
     Args:
         linear: the plain layer whose weight is taken, the same Parameter.
@@ -53,10 +53,20 @@ Layer = TypeVar("Layer", bound=RankLinear)
 def make_ranks_random(
     model: nn.Module, make: Callable[[nn.Linear, RowGroups], Layer]
 ) -> dict[str, Layer]:
-    """Puts what `make` makes of each A in its slot, after all were found to be replaceable; by slot name."""
-    plain, groups = replaceable_slots(model), RowGroups()
+    """Makes a layer of each A and puts it in A's slot, after all were found to be replaceable.
+
+    Args:
+        model: a PEFT model.
+        make: the layer of a plain slot and the model's row groups.
+
+    Returns:
+        The layers by slot name.
+    """
+    slots = Slots(model)
+    plain = slots.replaceable()
+    groups = row_groups_of(model)
     layers = {name: make(slot, groups) for name, slot in plain.items()}
-    put(model, layers)
+    slots.put(layers)
     return layers
 
 
@@ -68,4 +78,4 @@ def put_means(model: nn.Module, layers: Mapping[str, RankLinear]) -> None:
         plain[name] = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         plain[name].weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
         plain[name].train(layer.training)
-    put(model, plain)
+    Slots(model).put(plain)

@@ -1,7 +1,8 @@
-"""LoRA's slots A and B in a PEFT model: finds them, puts modules in them, refuses what cannot be replaced."""
+"""LoRA's slots in a PEFT model: finds them, fills them, refuses what cannot be replaced."""
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 from peft.tuners.lora import Embedding, LoraLayer
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
@@ -13,155 +14,196 @@ from bayestune.adapters.drawn_linear import DrawnLinear
 ADAPTER = "default"
 PREFIX = "base_model.model."
 SIDES = ("lora_A", "lora_B")
+Kind = TypeVar("Kind", bound=nn.Module)
 
 
-def adapted_layers(model: nn.Module, adapter: str = ADAPTER) -> dict[str, LoraLayer]:
-    """The modules that hold the adapter, by their path in the base model (the same with or without PEFT's wrapper)."""
-    return {
-        name.removeprefix(PREFIX): module
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer)
-        and (adapter in module.lora_A or adapter in module.lora_embedding_A)
-    }
+class Slots:
+    """The slots A and B of one adapter, found once: whatever module stands in a slot, PEFT calls it.
 
-
-def slots(model: nn.Module, adapter: str = ADAPTER) -> dict[str, nn.Module]:
-    """The modules in the adapter's slots A and B, by slot name: a layer's path and ".lora_A" or ".lora_B"."""
-    return {
-        f"{path}.{side}": getattr(layer, side)[adapter]
-        for path, layer in adapted_layers(model, adapter).items()
-        for side in SIDES
-        if adapter in getattr(layer, side)
-    }
-
-
-def slot_names(
-    model: nn.Module,
-    sides: Collection[str] = ("lora_A",),
-    modules: Collection[str] = (),
-    adapter: str = ADAPTER,
-) -> list[str]:
-    """Names of the adapter's slots, of some sides and, if `modules` is not empty, of layers with these names only."""
-    names = [name.rpartition(".") for name in slots(model, adapter)]
-    return [
-        f"{path}.{side}"
-        for path, _, side in names
-        if side in sides and (not modules or path.rpartition(".")[2] in modules)
-    ]
-
-
-def adapter_weights(model: nn.Module, adapter: str = ADAPTER) -> dict[str, Tensor]:
-    """The adapter's matrices, A (r, k) and B (d, r), by slot name: the mean where a slot is Gaussian."""
-    return {
-        name: slot.get_parameter("weight").detach() for name, slot in slots(model, adapter).items()
-    }
-
-
-def head_modules(model: nn.Module, adapter: str = ADAPTER) -> dict[str, nn.Module]:
-    """The modules that PEFT trains and saves whole beside the adapter (`modules_to_save`), by path."""
-    return {
-        name.removeprefix(PREFIX): module.modules_to_save[adapter]
-        for name, module in model.named_modules()
-        if isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save
-    }
-
-
-def _reason_to_refuse(layer: LoraLayer, side: str, adapter: str) -> str | None:
-    if isinstance(layer, Embedding) or adapter in layer.lora_embedding_A:
-        return "it adapts an embedding, which looks A up instead of applying it"
-    if isinstance(layer, ParamWrapper):
-        return "it adapts a bare parameter (target_parameters), which merges A into the weight"
-    if isinstance(layer, MultiheadAttention):
-        return "nn.MultiheadAttention merges A into the weight in its forward pass"
-    if adapter in getattr(layer, "lora_variant", {}):
-        return f"its variant {type(layer.lora_variant[adapter]).__name__} does not apply A once as a plain map"
-    slot = getattr(layer, side)[adapter]
-    if hasattr(slot, "root_std"):
-        return "it has been converted already"
-    if type(slot) is not nn.Linear:
-        return f"its {side} is a {type(slot).__name__}, not a plain Linear"
-    return None
-
-
-def replaceable_slots(
-    model: nn.Module, names: Collection[str] | None = None, adapter: str = ADAPTER
-) -> dict[str, nn.Linear]:
-    """The plain Linear modules in some slots, each checked to be applied once as a plain map.
+    A slot's name is its layer's path in the base model and ".lora_A" or ".lora_B"; it is the same
+    with and without PEFT's wrapper, and for every adapter. `layers` holds the LoRA layers by path,
+    `heads` what PEFT trains and saves whole beside the adapter (`modules_to_save`).
 
     Args:
-        model: a PEFT model.
-        names: slot names; None for every A.
-        adapter: which adapter.
+        model: a model with LoRA layers.
+        adapter: the adapter's name; None for the active one.
 
     Raises:
-        ValueError: if there is no such slot, or one cannot be replaced; each is named with its reason.
+        ValueError: if `adapter` is None and several adapters are active.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> base = nn.Sequential(nn.Linear(4, 3))
+        >>> Slots(get_peft_model(base, LoraConfig(r=2, target_modules=["0"]))).names()
+        ['0.lora_A']
     """
-    layers = adapted_layers(model, adapter)
-    if not layers or (names is not None and not names):
-        raise ValueError(
-            f"no LoRA layer holds the adapter {adapter!r}: got a {type(model).__name__}, expected a model from "
-            "peft.get_peft_model with LoraConfig; check target_modules and the adapter's name"
-        )
-    places = [(p, "lora_A") for p in layers] if names is None else [_place(name) for name in names]
-    if unknown := [path for path, _ in places if path not in layers]:
-        raise ValueError(
-            f"no such LoRA layer: got {unknown[:3]}, expected paths among {list(layers)[:3]} …"
-        )
-    refused = {
-        path: reason
-        for path, side in places
-        if (reason := _reason_to_refuse(layers[path], side, adapter))
-    }
-    if refused:
-        lines = "\n".join(f"  {path}: {reason}" for path, reason in refused.items())
-        raise ValueError(
-            f"{len(refused)} of {len(places)} LoRA layers cannot be made stochastic, none was converted; "
-            f"leave them out of target_modules or use plain LoRA there:\n{lines}"
-        )
-    return {f"{path}.{side}": getattr(layers[path], side)[adapter] for path, side in places}
+
+    def __init__(self, model: nn.Module, adapter: str | None = None) -> None:
+        modules = {name.removeprefix(PREFIX): module for name, module in model.named_modules()}
+        layers = {path: layer for path, layer in modules.items() if isinstance(layer, LoraLayer)}
+        wrappers = {p: m for p, m in modules.items() if isinstance(m, ModulesToSaveWrapper)}
+        self.adapter = _active(layers) if adapter is None else adapter
+        self.model = model
+        self.layers = {path: layer for path, layer in layers.items() if self._holds(layer)}
+        self.heads = {
+            path: wrapper.modules_to_save[self.adapter]
+            for path, wrapper in wrappers.items()
+            if self.adapter in wrapper.modules_to_save
+        }
+
+    def _holds(self, layer: LoraLayer) -> bool:
+        return self.adapter in layer.lora_A or self.adapter in layer.lora_embedding_A
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The module in each slot, by slot name."""
+        found: dict[str, nn.Module] = {}
+        for path, layer in self.layers.items():
+            for side in SIDES:
+                if self.adapter in getattr(layer, side):
+                    found[f"{path}.{side}"] = getattr(layer, side)[self.adapter]
+        return found
+
+    def of_kind(self, kind: type[Kind]) -> dict[str, Kind]:
+        """The slots that hold a module of some class, by slot name."""
+        return {name: slot for name, slot in self.modules().items() if isinstance(slot, kind)}
+
+    def names(
+        self, sides: Collection[str] = ("lora_A",), layers: Collection[str] = ()
+    ) -> list[str]:
+        """Names of the slots of some sides; of layers with some names only, if they are given."""
+        chosen = []
+        for name in self.modules():
+            path, side = split_name(name)
+            if side in sides and (not layers or path.rpartition(".")[2] in layers):
+                chosen.append(name)
+        return chosen
+
+    def weights(self) -> dict[str, Tensor]:
+        """A (r, k) and B (d, r) by slot name: the mean where a slot is stochastic."""
+        return {
+            name: slot.get_parameter("weight").detach() for name, slot in self.modules().items()
+        }
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of A and B by slot name."""
+        return {name: tuple(weight.shape) for name, weight in self.weights().items()}
+
+    def put(self, modules: Mapping[str, nn.Module]) -> None:
+        """Puts modules in slots, by slot name."""
+        for name, module in modules.items():
+            path, side = split_name(name)
+            getattr(self.layers[path], side)[self.adapter] = module
+
+    @contextmanager
+    def holding(self, stacks: Mapping[str, Tensor]) -> Iterator[None]:
+        """Puts S fixed weights in slots for the time of the context.
+
+        Args:
+            stacks: for each slot name (S, r, k) or (S, d, r); other slots keep their module. A batch
+                must hold S·N rows, draw by draw.
+
+        Raises:
+            ValueError: if a name is not a slot of the adapter.
+        """
+        present = self.modules()
+        if unknown := sorted(set(stacks) - set(present)):
+            raise ValueError(
+                f"draws for slots the model does not have: got {unknown[:3]}, expected slots of the "
+                f"adapter {self.adapter!r}; take draws of a posterior on this model"
+            )
+        kept = {name: present[name] for name in stacks}
+        drawn: dict[str, nn.Module] = {}
+        for name, stack in stacks.items():
+            layer = DrawnLinear.of(stack, like=kept[name].get_parameter("weight"))
+            drawn[name] = layer.train(kept[name].training)
+        try:
+            self.put(drawn)
+            yield
+        finally:
+            self.put(kept)
+
+    def replaceable(self, names: Collection[str] | None = None) -> dict[str, nn.Linear]:
+        """The plain Linear modules in slots, each checked to be applied once as a plain map.
+
+        Args:
+            names: slot names; None for every A.
+
+        Raises:
+            ValueError: if there is no such slot, or one cannot be replaced; each is named with its
+                reason.
+        """
+        if not self.layers or (names is not None and not names):
+            kind = type(self.model).__name__
+            raise ValueError(
+                f"no LoRA layer holds the adapter {self.adapter!r}: got a {kind}, expected a model "
+                "from peft.get_peft_model with LoraConfig; check target_modules and the adapter's name"
+            )
+        names = [f"{path}.lora_A" for path in self.layers] if names is None else names
+        places = [split_name(name) for name in names]
+        if unknown := [path for path, _ in places if path not in self.layers]:
+            raise ValueError(
+                f"no such LoRA layer: got {unknown[:3]}, expected paths among "
+                f"{list(self.layers)[:3]} …; take names from Slots(model).names()"
+            )
+        refused = {path: self._reason_to_refuse(path, side) for path, side in places}
+        lines = "\n".join(f"  {path}: {reason}" for path, reason in refused.items() if reason)
+        if lines:
+            count = lines.count("\n") + 1
+            raise ValueError(
+                f"{count} of {len(places)} LoRA layers cannot be made stochastic, none was converted; "
+                f"leave them out of target_modules or use plain LoRA there:\n{lines}"
+            )
+        return {
+            f"{path}.{side}": getattr(self.layers[path], side)[self.adapter]
+            for path, side in places
+        }
+
+    def _reason_to_refuse(self, path: str, side: str) -> str | None:
+        layer: Any = self.layers[path]
+        if isinstance(layer, Embedding) or self.adapter in layer.lora_embedding_A:
+            return "it adapts an embedding, which looks A up instead of applying it"
+        if isinstance(layer, ParamWrapper):
+            return "it adapts a bare parameter (target_parameters), which merges A into the weight"
+        if isinstance(layer, MultiheadAttention):
+            return "nn.MultiheadAttention merges A into the weight in its forward pass"
+        if self.adapter in getattr(layer, "lora_variant", {}):
+            variant = type(layer.lora_variant[self.adapter]).__name__
+            return f"its variant {variant} does not apply A once as a plain map"
+        slot = getattr(layer, side)[self.adapter]
+        if hasattr(slot, "root_std"):
+            return "it has been converted already"
+        if type(slot) is not nn.Linear:
+            return f"its {side} is a {type(slot).__name__}, not a plain Linear"
+        return None
 
 
-def _place(name: str) -> tuple[str, str]:
+def _active(layers: Mapping[str, LoraLayer]) -> str:
+    """The name of the active adapter; PEFT's default name where no layer is adapted."""
+    first = next(iter(layers.values()), None)
+    active = [ADAPTER] if first is None else list(first.active_adapters)
+    if len(active) != 1:
+        raise ValueError(
+            f"which adapter is meant is not clear: got the active adapters {active}, expected one; "
+            "name it with adapter=…"
+        )
+    return active[0]
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """A slot's name as its layer's path and the side.
+
+    Example:
+        >>> split_name("layers.0.q_proj.lora_A")
+        ('layers.0.q_proj', 'lora_A')
+    """
     path, _, side = name.rpartition(".")
     return path, side
 
 
-def put(model: nn.Module, modules: Mapping[str, nn.Module], adapter: str = ADAPTER) -> None:
-    """Puts modules in the adapter's slots, by slot name; PEFT calls whatever is there."""
-    layers = adapted_layers(model, adapter)
-    for name, module in modules.items():
-        path, side = _place(name)
-        getattr(layers[path], side)[adapter] = module
-
-
 @contextmanager
 def drawn(
-    model: nn.Module, weights: Mapping[str, Tensor], adapter: str = ADAPTER
+    model: nn.Module, weights: Mapping[str, Tensor], adapter: str | None = None
 ) -> Iterator[None]:
-    """Puts S fixed weights in the adapter's slots for the time of the context.
-
-    Args:
-        model: a PEFT model; its batches must hold S·N rows, draw by draw.
-        weights: for each slot name the stack, (S, r, k) for A and (S, d, r) for B; slots left out keep their module.
-        adapter: which adapter.
-
-    Raises:
-        ValueError: if a name is not a slot of the model.
-    """
-    present = slots(model, adapter)
-    if unknown := sorted(set(weights) - set(present)):
-        raise ValueError(
-            f"draws for slots that the model has not: got {unknown[:3]}, expected slots of its adapter"
-        )
-    kept = {name: present[name] for name in weights}
-    stacks = {
-        name: DrawnLinear.of(stack, like=kept[name].get_parameter("weight")).train(
-            kept[name].training
-        )
-        for name, stack in weights.items()
-    }
-    try:
-        put(model, stacks, adapter)
+    """Puts S fixed weights in an adapter's slots for the time of the context: `Slots.holding`."""
+    with Slots(model, adapter).holding(weights):
         yield
-    finally:
-        put(model, kept, adapter)

@@ -5,11 +5,11 @@ import logging
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from bayestune.adapters import adapted_layers, detach
+from bayestune.adapters import Slots, detach
 from bayestune.bench.grid import Cell, Grid, cells, lasting
 from bayestune.bench.store import CELLS, LOCKS, ROWS, Busy, Cached, cell_file, claimed
 from bayestune.data import Task
@@ -47,7 +47,7 @@ def compute_cell(
     for name in cell.evaluate_on:
         other = _scorer(cell, loaded, tasks[name])
         records += _evaluated(
-            cell, folder, loaded, rescored(posterior, other), other, len(task.train), begin
+            cell, folder, loaded, posterior.on(other), other, len(task.train), begin
         )
     (folder / CELLS).mkdir(parents=True, exist_ok=True)
     write_json_lines(
@@ -89,24 +89,13 @@ def _evaluated(
             "draws": draws,
             "label": label_of(label(cell), draws, posterior, cell.predicting.shared_prefix),
             "seconds": {
-                "fit": round(posterior.fitted.get("seconds", 0.0), 1),
+                "fit": round(posterior.report.seconds, 1),
                 "predict": round(seconds, 1),
                 "cell": round(time.perf_counter() - begin, 1),
             },
         }
         records.append(make_record(facts, rows, prediction, cell.predicting, predictions))
     return records
-
-
-def rescored(posterior: Any, scorer: Scorer) -> Any:
-    """The same posterior on the questions of another scorer, with whatever it is made of."""
-    if hasattr(posterior, "members"):
-        return replace(
-            posterior, members=[rescored(member, scorer) for member in posterior.members]
-        )
-    if hasattr(posterior, "base"):
-        return replace(posterior, base=rescored(posterior.base, scorer))
-    return replace(posterior, score=scorer)
 
 
 def label(cell: Cell) -> str:
@@ -173,9 +162,7 @@ class Worker:
                     starts(cell)
                 compute_cell(cell, self.folder, self._model(cell), self.tasks)
         except Busy:
-            if self._held and adapted_layers(
-                self._held[1].model
-            ):  # left by a fit that was given up
+            if self._held and Slots(self._held[1].model).layers:  # left by a fit that was given up
                 self._held = None
             return "busy"
         except Exception as error:  # one cell must not stop the others

@@ -229,7 +229,7 @@ def run_compare(
         base = _facts(name, method, loaded.name, task, questions, training, settings, dtype) | {
             "rows": on
         }
-        seconds = round(posterior.fitted["seconds"], 1)
+        seconds = round(posterior.report.seconds, 1)
         _record_all(
             posterior,
             scorer,
@@ -303,7 +303,7 @@ def run_bayesianise(
     )
     prepare_output(output, overwrite=overwrite)
     save_fit(posterior, method, loaded, scorer, Training(bf16=bf16), questions, output)
-    report = posterior.fitted
+    report = posterior.report.extra
     print(
         f"posterior in {output}: sigma_q {report['isotropic_std']:.4g}, {len(report['search'])} tried"
     )

@@ -12,13 +12,13 @@ tokens that no logit depends on leave no trace.
 """
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from bayestune.adapters import ADAPTER, SIDES, replaceable_slots, slot_names
+from bayestune.adapters import SIDES, Slots
 from bayestune.curvature.blocks import Block, Diagonal, Kronecker, Structure
 from bayestune.curvature.jacobian import Calls, traced
 from bayestune.forward import Batch, ClassLogits
@@ -104,19 +104,19 @@ class _LowRankSum:
         return vectors[:, : self.rank].contiguous(), values[: self.rank].square()
 
 
-def _side(size: int, rank: int, full_up_to: int) -> _FullSum | _LowRankSum:
-    return _FullSum(size) if size <= max(full_up_to, rank) else _LowRankSum(size, rank)
+def _side(size: int, rank: int) -> _FullSum | _LowRankSum:
+    return _FullSum(size) if size <= max(FULL_UP_TO, rank) else _LowRankSum(size, rank)
 
 
 class _KroneckerSum:
     """Both factors of one matrix; a batch is added column of R by column, then closed."""
 
-    def __init__(self, weight: Tensor, rank: int, full_up_to: int) -> None:
+    def __init__(self, weight: Tensor, rank: int) -> None:
         self.like = weight.detach().new_empty(
             0, dtype=torch.promote_types(weight.dtype, torch.float32)
         )
-        self.gradients = _side(weight.shape[0], rank, full_up_to)
-        self.inputs = _side(weight.shape[1], rank, full_up_to)
+        self.gradients = _side(weight.shape[0], rank)
+        self.inputs = _side(weight.shape[1], rank)
         self.num_tokens = 0
         self.batch: list[tuple[Tensor, Tensor]] = []
 
@@ -179,56 +179,49 @@ class Curvature:
 
 
 def curvature(
-    model: nn.Module,
-    score: ClassLogits,
+    slots: Slots,
+    scorer: ClassLogits,
     batches: Iterable[Batch],
     *,
     structure: Structure = "kfac",
     rank: int = 10,
     names: Collection[str] | None = None,
-    adapter: str = ADAPTER,
-    full_up_to: int = FULL_UP_TO,
-    root: Callable[[Tensor], Tensor] = softmax_root,
 ) -> Curvature:
-    """GGN blocks of LoRA's matrices, from one forward and C − 1 backward passes over the rows, in evaluation mode.
+    """GGN blocks of LoRA's matrices, from one forward and C − 1 backward passes over the rows.
 
     Args:
-        model: a PEFT model.
-        score: maps (model, batch) to class logits (N, C).
+        slots: of the fitted adapter; the passes run in evaluation mode.
+        scorer: maps (model, batch) to class logits (N, C).
         batches: the training rows.
         structure: "kfac" or "diagonal".
         rank: eigenpairs kept of a Kronecker factor's large side.
         names: slots to take; None for A and B of every layer.
-        adapter: which adapter.
-        full_up_to: a side of a Kronecker factor up to this size is kept whole.
-        root: maps logits (N, C) to R (N, C, m) with R·Rᵀ the Hessian of the negative log-likelihood in the logits.
 
     Raises:
-        ValueError: if a slot cannot be watched, as `replaceable_slots`, or one was never called.
+        ValueError: if a slot cannot be watched, as `Slots.replaceable`, or one was never called.
     """
     if rank < 1:
         raise ValueError(
             f"the rank of the large factors must be 1 or more: got {rank}; the paper's is 10"
         )
-    slots = replaceable_slots(
-        model, slot_names(model, SIDES, adapter=adapter) if names is None else names, adapter
-    )
-    sums = {name: _SUMS[structure](slot.weight, rank, full_up_to) for name, slot in slots.items()}
-    called, total = set[str](), 0.0
+    watched = slots.replaceable(slots.names(SIDES) if names is None else names)
+    sums = {name: _SUMS[structure](slot.weight, rank) for name, slot in watched.items()}
+    called: set[str] = set()
+    total = 0.0
     for batch in batches:
-        trace = traced(model, score, batch, slots)
+        trace = traced(slots.model, scorer, batch, watched)
         called |= set(trace.calls)
         with torch.autocast(trace.logits.device.type, enabled=False):
-            columns = root(trace.logits)
+            columns = softmax_root(trace.logits)
             for j in range(columns.shape[-1]):
                 _add(sums, trace.gradients(columns[..., j], keep=j < columns.shape[-1] - 1))
             for part in sums.values():
                 part.close()
             if "labels" in batch:
                 total += _log_likelihood(trace.logits, batch["labels"])
-    if silent := sorted(set(slots) - called):
+    if silent := sorted(set(watched) - called):
         raise ValueError(
-            f"{len(silent)} of {len(slots)} slots were not called by any row, such as {silent[0]}; leave their layers "
+            f"{len(silent)} of {len(watched)} slots were not called by any row, such as {silent[0]}; leave their layers "
             "out of target_modules"
         )
     return Curvature({name: part.block() for name, part in sums.items()}, total)

@@ -238,12 +238,15 @@ def predict_adaptively(
 
     def source(rows: list[int], draws: range) -> Tensor:
         which = Draws(
-            len(draws), seed, max_tokens=max_tokens, first=draws.start, shared_prefix=shared_prefix
+            len(draws),
+            seed,
+            max_tokens=max_tokens,
+            first=draws.start,
+            shared_prefix=shared_prefix,
+            bf16=bf16,
         )
         title = f"predict, draws {draws.start + 1} to {draws.stop}" if progress else None
         chosen = [encoded[row] for row in rows]
-        return row_logits(
-            posterior, scorer, chosen, which, batch_size=batch_size, bf16=bf16, progress=title
-        )
+        return row_logits(posterior, scorer, chosen, which, batch_size=batch_size, progress=title)
 
     return in_rounds(source, len(encoded), adaptive)

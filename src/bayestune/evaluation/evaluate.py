@@ -71,7 +71,11 @@ def evaluate_posterior(
     def logits(count: int) -> tuple[Tensor, float]:
         prefix = settings.shared_prefix if count and exact is None else None
         draws = Draws(
-            count, settings.draw_seed, max_tokens=settings.max_tokens, shared_prefix=prefix
+            count,
+            settings.draw_seed,
+            max_tokens=settings.max_tokens,
+            shared_prefix=prefix,
+            bf16=bf16,
         )
         begin = time.perf_counter()
         title = (f"predict, {count} draws" if count else "predict, mean") if progress else None
@@ -81,7 +85,6 @@ def evaluate_posterior(
             rows,
             draws,
             batch_size=settings.prediction_batch,
-            bf16=bf16,
             progress=title,
         )
         return values, time.perf_counter() - begin

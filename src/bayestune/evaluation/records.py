@@ -13,7 +13,7 @@ from bayestune.evaluation.evaluate import EvaluationOptions
 from bayestune.jsonl import write_json_lines
 from bayestune.metrics import summarise
 from bayestune.posteriors import Posterior, Prediction
-from bayestune.runtime import git_revision, peak_memory_mb, versions
+from bayestune.runtime import peak_memory_mb, revision, versions
 
 RECORDS = "records.jsonl"
 
@@ -84,7 +84,7 @@ def make_record(
         "predictions": predictions,
         "peak_memory_mb": round(peak_memory_mb()),
         "versions": versions(),
-        "revision": git_revision(),
+        "revision": revision(),
     }
 
 

@@ -1,19 +1,30 @@
 """S draws through a model in as few passes as possible.
 
-`Draws` says which draws; the other modules compute once what the draws share, exactly or, asked for, approximately.
+`Draws` says which draws; `passes` runs them, and the other modules compute once what they share.
 """
 
-from bayestune.forward.draws import Batch, ClassLogits, Draws, on_device, seeded
-from bayestune.forward.passes import DrawCache, drawn_logits, mean_logits, repeat_rows
+from bayestune.forward.common_prefix import without_common_prefix
+from bayestune.forward.draws import (
+    Batch,
+    ClassLogits,
+    Draws,
+    device_of,
+    on_device,
+    repeat_rows,
+    seeded,
+)
+from bayestune.forward.passes import Plan, drawn_logits, mean_logits
 
 __all__ = [
     "Batch",
     "ClassLogits",
-    "DrawCache",
     "Draws",
+    "Plan",
+    "device_of",
     "drawn_logits",
     "mean_logits",
     "on_device",
     "repeat_rows",
     "seeded",
+    "without_common_prefix",
 ]

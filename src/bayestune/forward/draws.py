@@ -1,4 +1,4 @@
-"""Which draws of a posterior to take, and how many rows may go through the model at once."""
+"""Which draws of a posterior to take, how many at once, and in which precision."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 Batch = Mapping[str, Tensor]
 ClassLogits = Callable[[nn.Module, Batch], Tensor]
+"""Maps a model and a batch of N rows to class logits (N, C): what a scorer does when called."""
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,13 @@ class Draws:
     Args:
         count: S; 0 means the mean.
         seed: of the set; draw i of one seed is always the same function.
-        max_rows: at most so many rows (draws times rows) in one forward pass; None for no such bound.
-        max_tokens: at most so many tokens (draws times rows times length) in one forward pass: the memory bound.
-            A single draw of the batch always runs, whatever the bounds.
-        first: the index of the first of the draws: `Draws(5, first=5)` goes on where `Draws(5)` ended.
-        shared_prefix: m; an approximation where the mean adapter reads all but the last m tokens of the prompt, once
-            for all draws, see `prefix.SharedPrefix`. None for exact draws.
+        max_rows: at most so many rows (draws times rows) in one pass; None for no such bound.
+        max_tokens: at most so many tokens (draws times rows times length) in one pass: the memory
+            bound. A single draw of the batch always runs, whatever the bounds.
+        first: the index of the first draw: `Draws(5, first=5)` goes on where `Draws(5)` ended.
+        shared_prefix: m; an approximation in which the mean adapter reads all but the last m tokens
+            of the prompt, once for all draws, see `SharedPrefix`. None for exact draws.
+        bf16: whether passes run under bfloat16 autocast; False leaves the caller's setting.
     """
 
     count: int = 10
@@ -33,12 +35,13 @@ class Draws:
     max_tokens: int = 16384
     first: int = 0
     shared_prefix: int | None = None
+    bf16: bool = False
 
     def __post_init__(self) -> None:
         if self.count < 0 or self.first < 0:
             raise ValueError(
-                f"draws are counted from 0: got count={self.count}, first={self.first}, expected neither to be "
-                "negative; count=0 means the mean"
+                f"draws are counted from 0: got count={self.count}, first={self.first}, expected "
+                "neither to be negative; count=0 means the mean"
             )
 
     @property
@@ -46,27 +49,42 @@ class Draws:
         """Which draws of the set."""
         return range(self.first, self.first + self.count)
 
-    def refuse_prefix(self, posterior: object) -> None:
-        """For posteriors whose draws are no adapters.
-
-        Raises:
-            ValueError: if a shared prefix is asked for.
-        """
-        if self.shared_prefix is not None:
-            raise ValueError(
-                f"draws of {type(posterior).__name__} are no adapters and cannot share a prefix: got "
-                f"shared_prefix={self.shared_prefix}, expected None"
-            )
-
     def at_once(self, inputs: Batch) -> int:
         """How many draws of this batch run in one pass, at least 1."""
-        rows, tokens = inputs["input_ids"].shape[0], inputs["input_ids"].numel()
-        bound = min(self.count, self.max_tokens // tokens)
-        return max(1, bound if self.max_rows is None else min(bound, self.max_rows // rows))
+        bound = min(self.count, self.max_tokens // max(1, num_tokens(inputs)))
+        if self.max_rows is not None:
+            bound = min(bound, self.max_rows // num_rows(inputs))
+        return max(1, bound)
+
+    @contextmanager
+    def precision(self, model: nn.Module) -> Iterator[None]:
+        """bfloat16 autocast on the model's device, if asked for."""
+        if not self.bf16:
+            yield
+            return
+        with torch.autocast(device_of(model).type, torch.bfloat16):
+            yield
+
+
+def _main_input(inputs: Batch) -> Tensor:
+    """Token ids (N, T) or what stands for them: embeddings (N, T, width), or the first tensor."""
+    names = (name for name in ("input_ids", "inputs_embeds") if name in inputs)
+    return inputs[next(names, next(iter(inputs)))]
+
+
+def num_rows(inputs: Batch) -> int:
+    """N of a batch, whether or not it has `input_ids`."""
+    return len(_main_input(inputs))
+
+
+def num_tokens(inputs: Batch) -> int:
+    """N·T of a batch; N where its rows are not sequences."""
+    main = _main_input(inputs)
+    return main.numel() if "input_ids" in inputs else main[..., 0].numel()
 
 
 class Drawable(Protocol):
-    """What a pass over drawn adapters needs: a posterior whose draws are adapters."""
+    """What a pass over drawn adapters needs to know of a posterior."""
 
     @property
     def model(self) -> nn.Module:
@@ -74,35 +92,51 @@ class Drawable(Protocol):
         ...
 
     @property
-    def score(self) -> ClassLogits:
+    def scorer(self) -> ClassLogits:
         """Maps (model, batch) to class logits (N, C)."""
         ...
 
     @property
     def adapter(self) -> str:
-        """The name of its PEFT adapter."""
+        """The adapter in whose slots draws are put."""
         ...
 
     @property
     def has_mean(self) -> bool:
-        """Whether the model's adapter is the posterior's mean."""
+        """Whether that adapter is the posterior's mean."""
         ...
 
     def draw(self, index: int, seed: int = 0) -> dict[str, Tensor]:
-        """One held draw by slot name, what differs from the mean: A (r, k), B (d, r)."""
+        """One held draw by slot name, what differs from the adapter: A (r, k), B (d, r)."""
         ...
 
 
 @contextmanager
 def seeded(model: nn.Module, seed: int, index: int) -> Iterator[None]:
-    """Seeds torch's generators by (seed, index) for the time of the context; the caller's random state is kept."""
-    device = next(model.parameters()).device
-    with torch.random.fork_rng([device] if device.type != "cpu" else [], device_type=device.type):
+    """Seeds torch's generators by (seed, index) for the time of the context."""
+    device = device_of(model)
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type=device.type):
         torch.manual_seed(1_000_003 * seed + index)
         yield
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the model's first parameter."""
+    return next(model.parameters()).device
+
+
 def on_device(inputs: Batch, model: nn.Module) -> dict[str, Tensor]:
     """The batch on the model's device."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     return {name: value.to(device) for name, value in inputs.items()}
+
+
+def repeat_rows(inputs: Batch, times: int) -> dict[str, Tensor]:
+    """The batch `times` over along the leading axis: (N, …) to (times·N, …), copy by copy."""
+    return {name: repeated(value, times) for name, value in inputs.items()}
+
+
+def repeated(value: Tensor, times: int) -> Tensor:
+    """A tensor `times` over along its leading axis."""
+    return value.repeat(times, *[1] * (value.dim() - 1))

@@ -1,7 +1,6 @@
-"""Detects whether a model's weights or adapters changed, so that cached results can be reused safely."""
+"""Detects whether a model's weights or adapters changed, so that cached results can be reused."""
 
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,17 +12,17 @@ _OF_PEFT = ("merged_adapters", "active_adapters", "disable_adapters", "scaling")
 class Fingerprint:
     """A model's weights and the state of its adapters, to compare with later.
 
-    Parameters that an optimiser may change, the adapters' and all that are trainable, are compared by value: fused
-    optimisers and writes to `.data` leave no trace in a tensor's version. The frozen ones, by far the most, are
-    compared by identity, version and address.
+    Parameters that an optimiser may change, the adapters' and all that are trainable, are compared by
+    value: fused optimisers and writes to `.data` leave no trace in a tensor's version. The frozen
+    ones, by far the most, are compared by identity, version and address.
 
     Args:
         model: a PEFT model, or a plain one.
 
     Example:
         >>> model = nn.Linear(2, 2)
-        >>> before = Snapshot(model)
-        >>> before.still_of(model), model.weight.data.add_(1)[0, 0] is None, before.still_of(model)
+        >>> before = Fingerprint(model)
+        >>> before.matches(model), model.weight.data.add_(1)[0, 0] is None, before.matches(model)
         (True, False, False)
     """
 
@@ -35,43 +34,41 @@ class Fingerprint:
     def matches(self, model: nn.Module) -> bool:
         """Whether nothing has changed since."""
         facts, _, values = _taken(model)
-        if facts != self._facts or any(
-            frozen() is None for frozen in self._frozen
-        ):  # an id may be used again
+        dead = any(frozen() is None for frozen in self._frozen)  # its id may be used again
+        if facts != self._facts or dead:
             return False
         return not values or torch.equal(torch.cat(values), self._values)
 
 
 def _taken(model: nn.Module) -> tuple[list[Any], list[Tensor], list[Tensor]]:
-    """What is compared at once, the tensors that must still be alive, and the values that must be the same."""
+    """Facts to compare, frozen tensors that must still be alive, and values that must be the same.
+
+    Walks the module tree once.
+    """
     facts: list[Any] = []
-    frozen, changing = [], []
-    for module in model.modules():
+    frozen: list[Tensor] = []
+    changing: list[Tensor] = []
+    for path, module in model.named_modules():
         if "merged_adapters" in vars(module):
             facts.append(str([getattr(module, name) for name in _OF_PEFT]))
-    for name, tensor in _tensors(model):
-        facts.append((name, tensor.dtype, tensor.device, tensor.shape))
-        if tensor.requires_grad or "lora_" in name or "modules_to_save" in name:
-            changing.append(tensor)
-        else:
-            frozen.append(tensor)
-            facts.append((id(tensor), _version(tensor), _address(tensor)))
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is None:
+                continue
+            facts.append((path, name, tensor.dtype, tensor.device, tensor.shape))
+            if tensor.requires_grad or "lora_" in path or "modules_to_save" in path:
+                changing.append(tensor)
+            else:
+                frozen.append(tensor)
+                facts.append((id(tensor), _version(tensor), _address(tensor)))
     first = changing[0].device if changing else None
     return facts, frozen, [tensor.detach().flatten().to(first) for tensor in changing]
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
-
-
 def _version(tensor: Tensor) -> object:
-    return (
-        object() if tensor.is_inference() else tensor._version
-    )  # those of inference mode count no versions
+    """Its version; for tensors of inference mode, which have none, a value equal to no other."""
+    return object() if tensor.is_inference() else tensor._version
 
 
 def _address(tensor: Tensor) -> int:
-    return (
-        tensor.data_ptr() if type(tensor) in (Tensor, nn.Parameter) else 0
-    )  # a subclass need not have one
+    """Its address; 0 for subclasses, which need not have one."""
+    return tensor.data_ptr() if type(tensor) in (Tensor, nn.Parameter) else 0

@@ -1,113 +1,109 @@
 """The logits of the mean and of S drawn adapters, S·N rows in one pass where memory allows."""
 
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from bayestune.adapters import drawn, evaluating
-from bayestune.forward.before_first_draw import BeforeFirstDraw, repeated
+from bayestune.adapters import Slots, evaluating
+from bayestune.forward.before_first_draw import BeforeFirstDraw
 from bayestune.forward.common_prefix import CommonPrefix
-from bayestune.forward.draws import Batch, Drawable, Draws, on_device
+from bayestune.forward.draws import Batch, ClassLogits, Drawable, Draws, on_device, repeat_rows
 from bayestune.forward.fingerprint import Fingerprint
 from bayestune.forward.shared_prefix import SharedPrefix
-
-Stacks = dict[str, Tensor]
-
-
-@dataclass
-class DrawCache:
-    """Held draws, kept until the adapter or the seed changes, and what they have read of the rows' beginning."""
-
-    seed: int = 0
-    snapshot: Fingerprint | None = None
-    draws: dict[int, Stacks] = field(default_factory=dict)
-    last: tuple[range, Stacks] = (range(0), {})
-    common: CommonPrefix = field(default_factory=CommonPrefix)
-
-    def of(self, posterior: Drawable, draws: Draws) -> Stacks:
-        """The draws as one stack (S, …) for each slot name."""
-        same = self.snapshot is not None and self.snapshot.matches(posterior.model)
-        if self.snapshot is None or not same or self.seed != draws.seed:
-            self.snapshot = Fingerprint(posterior.model)
-            self.seed, self.draws, self.last = draws.seed, {}, (range(0), {})
-        if self.last[0] != draws.indices:
-            for index in draws.indices:
-                if index not in self.draws:
-                    self.draws[index] = posterior.draw(index, draws.seed)
-            chosen = [self.draws[index] for index in draws.indices]
-            self.last = (
-                draws.indices,
-                {name: torch.stack([draw[name] for draw in chosen]) for name in chosen[0]},
-            )
-        return self.last[1]
+from bayestune.forward.sharing import Chunk, Sharing, Stacks
 
 
-def drawn_logits(posterior: Drawable, inputs: Batch, draws: Draws, held: DrawCache) -> Tensor:
-    """The draws' logits (S, N, C), S·N rows in one pass within the bounds of `draws`; (1, N, C) for the mean.
+def mean_logits(model: nn.Module, scorer: ClassLogits, inputs: Batch) -> Tensor:
+    """The logits (1, N, C) of the adapter as it stands, in evaluation mode."""
+    inputs = on_device(inputs, model)
+    with evaluating(model), CommonPrefix.of_mean(model).sharing(model):
+        return scorer(model, inputs)[None]
 
-    What no draw changes is computed once: all blocks before the first one with a drawn slot, or everything before the
-    output head where its adapter alone is drawn. Otherwise the tokens that all rows begin with are read once for each
-    draw, see `common.CommonPrefix`.
+
+def drawn_logits(posterior: Drawable, inputs: Batch, draws: Draws, plan: "Plan") -> Tensor:
+    """The draws' logits (S, N, C), S·N rows in one pass within the bounds of `draws`.
+
+    What no draw changes is computed once, see `BeforeFirstDraw`. Otherwise the tokens that all rows
+    begin with are read once for each draw, see `CommonPrefix`.
+
+    Args:
+        posterior: whose draws.
+        inputs: a batch of N rows.
+        draws: which draws; at least one.
+        plan: what is kept between the batches of this posterior.
 
     Raises:
-        ValueError: if a shared prefix is asked for and the posterior has no mean or the model cannot share one.
+        ValueError: if a shared prefix is asked for and the posterior has no mean or the model cannot
+            share one.
     """
-    model, adapter = posterior.model, posterior.adapter
-    if draws.count == 0:
-        return mean_logits(posterior, inputs)
-    stacks, inputs = held.of(posterior, draws), on_device(inputs, model)
-    once, prefix = BeforeFirstDraw.of(model, stacks, adapter), _prefix(posterior, draws)
-    step = draws.count if once.head else draws.at_once(inputs)
-    chunks, common = [], held.common.under(model, draws.count, stacks)
-    with evaluating(model):
-        for start in range(0, draws.count, step):
-            part = {name: weights[start : start + step] for name, weights in stacks.items()}
-            size = min(step, draws.count - start)
-            sharing = once.computing(model, size) if once else common.sharing(model, start, size)
-            chunks.append(_pass(posterior, repeat_rows(inputs, size), part, size, sharing, prefix))
-    return torch.cat(chunks)
+    plan.renew(posterior, draws)
+    sharing = plan.sharing(posterior, draws)
+    inputs = on_device(inputs, posterior.model)
+    size = draws.count if plan.only_head else draws.at_once(inputs)
+    parts = []
+    with evaluating(posterior.model):
+        for start in range(0, draws.count, size):
+            chunk = plan.chunk(start, size)
+            with sharing.computing(chunk) as model:
+                logits = posterior.scorer(model, repeat_rows(inputs, chunk.size))
+            parts.append(logits.unflatten(0, (chunk.size, -1)))
+    return torch.cat(parts)
 
 
-def _pass(
-    posterior: Drawable,
-    inputs: Batch,
-    part: Stacks,
-    size: int,
-    sharing: AbstractContextManager[None],
-    prefix: SharedPrefix | None,
-) -> Tensor:
-    """The logits (size, N, C) of some of the draws, from one pass over their rows."""
-    if prefix is not None:
-        with prefix.drawing(part, size):
-            logits = posterior.score(prefix, inputs)
-    else:
-        with drawn(posterior.model, part, posterior.adapter), sharing:
-            logits = posterior.score(posterior.model, inputs)
-    return logits.unflatten(0, (size, -1))
+class Plan:
+    """What a posterior keeps between batches: its draws, their slots, and what they share.
 
+    All of it is renewed when the model or the seed changes.
+    """
 
-def _prefix(posterior: Drawable, draws: Draws) -> SharedPrefix | None:
-    if draws.shared_prefix is None:
-        return None
-    if not posterior.has_mean:
-        raise ValueError(
-            f"draws cannot share a prefix: got a {type(posterior).__name__} without a mean adapter to read it with; "
-            "leave shared_prefix out"
-        )
-    return SharedPrefix(posterior.model, draws.shared_prefix, posterior.adapter)
+    def __init__(self) -> None:
+        self._fingerprint: Fingerprint | None = None
+        self._seed = 0
+        self._indices = range(0)
+        self._draws: dict[int, Stacks] = {}
+        self._stacks: Stacks = {}
+        self.common = CommonPrefix()
 
+    def renew(self, posterior: Drawable, draws: Draws) -> None:
+        """Takes the draws that are asked for; those of before are kept while the model is the same."""
+        model = posterior.model
+        same = self._fingerprint is not None and self._fingerprint.matches(model)
+        if not same or self._seed != draws.seed:
+            self._fingerprint = Fingerprint(model)
+            self._seed = draws.seed
+            self._slots = Slots(model, posterior.adapter)
+            self._draws = {}
+            self._indices = range(0)
+        if self._indices != draws.indices:
+            self._take(posterior, draws)
 
-def repeat_rows(inputs: Batch, times: int) -> dict[str, Tensor]:
-    """The batch `times` over along the leading axis: (N, …) to (times·N, …), copy by copy."""
-    return {name: repeated(value, times) for name, value in inputs.items()}
+    def _take(self, posterior: Drawable, draws: Draws) -> None:
+        for index in draws.indices:
+            if index not in self._draws:
+                self._draws[index] = posterior.draw(index, draws.seed)
+        chosen = [self._draws[index] for index in draws.indices]
+        self._stacks = {name: torch.stack([draw[name] for draw in chosen]) for name in chosen[0]}
+        self._indices = draws.indices
+        self._before = BeforeFirstDraw.of(self._slots, self._stacks)
 
+    @property
+    def only_head(self) -> bool:
+        """Whether any number of draws costs one pass, because only the output head is drawn."""
+        return self._before.head is not None
 
-def mean_logits(posterior: Drawable, inputs: Batch) -> Tensor:
-    """The logits (1, N, C) of the adapter as it stands, in evaluation mode."""
-    with (
-        evaluating(posterior.model),
-        CommonPrefix.of_mean(posterior.model).sharing(posterior.model),
-    ):
-        return posterior.score(posterior.model, on_device(inputs, posterior.model))[None]
+    def chunk(self, start: int, size: int) -> Chunk:
+        """Some of the draws, which run in one pass."""
+        part = slice(start, start + size)
+        return Chunk(start, {name: stack[part] for name, stack in self._stacks.items()})
+
+    def sharing(self, posterior: Drawable, draws: Draws) -> Sharing:
+        """How the draws share work."""
+        if draws.shared_prefix is not None:
+            if not posterior.has_mean:
+                raise ValueError(
+                    f"draws cannot share a prefix: got a {type(posterior).__name__} without a mean "
+                    "adapter to read it with; leave shared_prefix out"
+                )
+            return SharedPrefix(self._slots, draws.shared_prefix)
+        if self._before:
+            return self._before
+        return self.common.under(self._slots, draws.count, self._stacks)

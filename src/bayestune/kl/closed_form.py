@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def kl_divergence(mean: Tensor, std: Tensor, prior_std: float) -> Tensor:
-    """KL divergence of a diagonal Gaussian from its zero-mean isotropic prior, a sum over all entries.
+    """KL divergence of a diagonal Gaussian from its zero-mean prior, a sum over all entries.
 
     KL[N(M, Ω²) ‖ N(0, σ_p²)] = Σ [ log(σ_p/Ω) + (Ω² + M²)/(2σ_p²) − ½ ].
 
@@ -25,11 +25,11 @@ def kl_divergence(mean: Tensor, std: Tensor, prior_std: float) -> Tensor:
         0.0
 
     Reference:
-        Wang, Shi, Han, Metaxas, Wang: BLoB, NeurIPS 2024, https://arxiv.org/abs/2406.11675, equation 10.
+        Wang, Shi, Han, Metaxas, Wang: BLoB, NeurIPS 2024, https://arxiv.org/abs/2406.11675,
+        equation 10.
     """
-    return (
-        (std.square() + mean.square()) / (2 * prior_std**2) - std.log() + math.log(prior_std) - 0.5
-    ).sum()
+    moments = (std.square() + mean.square()) / (2 * prior_std**2)
+    return (moments - std.log() + math.log(prior_std) - 0.5).sum()
 
 
 def kl_step_(
@@ -37,7 +37,8 @@ def kl_step_(
 ) -> None:
     """One gradient step on the KL, in place and fused over all layers.
 
-    M ← M·(1 − η/σ_p²),  G ← G + η·(2/G − 2G³/σ_p²): the gradients are ∂KL/∂M = M/σ_p² and ∂KL/∂G = −2/G + 2G³/σ_p².
+    M ← M·(1 − η/σ_p²),  G ← G + η·(2/G − 2G³/σ_p²): the gradients are ∂KL/∂M = M/σ_p² and
+    ∂KL/∂G = −2/G + 2G³/σ_p².
 
     Args:
         means: M of each layer, each (r, k).
@@ -51,9 +52,10 @@ def kl_step_(
         >>> round(m.item(), 4), round(g.item(), 4)
         (0.99, 0.5375)
     """
-    means, root_stds = list(means), list(root_stds)
     if not means:
         return
+    means = list(means)
+    root_stds = list(root_stds)
     precision = prior_std**-2
     with torch.no_grad():
         torch._foreach_mul_(means, 1.0 - step * precision)
@@ -64,25 +66,10 @@ def kl_step_(
         torch._foreach_add_(root_stds, cubed, alpha=-2 * step * precision)
 
 
-def std_after(kl_time: float, prior_std: float, initial_std: float = 0.0) -> float:
-    """Standard deviation that the KL alone reaches after the time τ: the tanh law.
-
-    dσ/dτ = 4·(1 − σ²/σ_p²), so σ(τ) = σ_p·tanh(4τ/σ_p + artanh(σ_0/σ_p)).
-
-    Args:
-        kl_time: τ, the sum of the KL steps η.
-        prior_std: σ_p.
-        initial_std: σ_0 < σ_p.
-
-    Example:
-        >>> round(std_after(0.0275, prior_std=0.2), 3)
-        0.1
-    """
-    return prior_std * math.tanh(4 * kl_time / prior_std + math.atanh(initial_std / prior_std))
-
-
 def kl_time_to(final_std: float, prior_std: float, initial_std: float = 0.0) -> float:
-    """KL time τ after which the tanh law reaches `final_std`: the inverse of `std_after`.
+    """KL time τ, the sum of the steps η, after which the KL alone takes σ to `final_std`.
+
+    dσ/dτ = 4·(1 − σ²/σ_p²), so σ(τ) = σ_p·tanh(4τ/σ_p + artanh(σ_0/σ_p)): the tanh law.
 
     Args:
         final_std: the standard deviation to end at, with initial_std < final_std < prior_std.
@@ -90,7 +77,7 @@ def kl_time_to(final_std: float, prior_std: float, initial_std: float = 0.0) -> 
         initial_std: σ_0.
 
     Raises:
-        ValueError: if the order σ_0 < σ < σ_p does not hold; the KL alone takes σ from σ_0 towards σ_p, never beyond.
+        ValueError: if the order σ_0 < σ < σ_p does not hold: the KL takes σ from σ_0 towards σ_p.
 
     Example:
         >>> round(kl_time_to(0.1, prior_std=0.2), 5)
@@ -98,14 +85,15 @@ def kl_time_to(final_std: float, prior_std: float, initial_std: float = 0.0) -> 
     """
     if not 0 <= initial_std < final_std < prior_std:
         raise ValueError(
-            f"final_std must lie between the initial standard deviation and prior_std: got final_std={final_std}, "
-            f"expected {initial_std:.4g} < final_std < {prior_std}; choose a smaller final_std or a larger prior_std"
+            "final_std must lie between the initial standard deviation and prior_std: got "
+            f"final_std={final_std}, expected {initial_std:.4g} < final_std < {prior_std}; choose a "
+            "smaller final_std or a larger prior_std"
         )
     return prior_std / 4 * (math.atanh(final_std / prior_std) - math.atanh(initial_std / prior_std))
 
 
 def std_after_steps(steps: Sequence[float], prior_std: float, init_root_std: float) -> float:
-    """Mean standard deviation after a run's KL steps, one by one: what `std_after` is the limit of for small steps.
+    """Mean standard deviation after a run's KL steps, one by one; for small steps the tanh law.
 
     Args:
         steps: η_1 … η_T.
@@ -116,7 +104,8 @@ def std_after_steps(steps: Sequence[float], prior_std: float, init_root_std: flo
         >>> round(std_after_steps([0.0275 / 1000] * 1000, prior_std=0.2, init_root_std=0.05), 3)
         0.102
     """
-    low, points = math.sqrt(0.5), 4
+    low = math.sqrt(0.5)
+    points = 4
     roots = [init_root_std * (low + (1 - low) * (i + 0.5) / points) for i in range(points)]
     precision = prior_std**-2
     for step in steps:
@@ -127,7 +116,7 @@ def std_after_steps(steps: Sequence[float], prior_std: float, init_root_std: flo
 def rate_to(
     final_std: float, shape: Sequence[float], prior_std: float, init_root_std: float
 ) -> float:
-    """The learning rate λ with which the KL steps λ·shape end at `final_std`, found by bisection from the tanh law.
+    """The learning rate λ with which the KL steps λ·shape end at `final_std`, by bisection.
 
     Args:
         final_std: the mean standard deviation to end at, below `prior_std`.
@@ -139,15 +128,18 @@ def rate_to(
         ValueError: if the KL cannot take the standard deviation there.
     """
     start = std_after_steps([], prior_std, init_root_std)
-    low, high = (
-        0.0,
-        kl_time_to(final_std, prior_std, start) / sum(shape),
-    )  # single steps overshoot the law, from below
-    while std_after_steps([high * s for s in shape], prior_std, init_root_std) < final_std:
+
+    def falls_short(rate: float) -> bool:
+        steps = [rate * part for part in shape]
+        return std_after_steps(steps, prior_std, init_root_std) < final_std
+
+    low = 0.0
+    high = kl_time_to(final_std, prior_std, start) / sum(shape)
+    while falls_short(high):  # single steps may lag behind the law
         high *= 1.5
     for _ in range(30):
         middle = (low + high) / 2
-        if std_after_steps([middle * s for s in shape], prior_std, init_root_std) < final_std:
+        if falls_short(middle):
             low = middle
         else:
             high = middle

@@ -41,7 +41,7 @@ def kl_weights(total_steps: int, period: int, schedule: Schedule = "bursts") -> 
     """
     if schedule not in get_args(Schedule):
         raise ValueError(
-            f"unknown schedule: got {schedule!r}, expected one of {get_args(Schedule)}"
+            f"unknown schedule: got {schedule!r}, expected one of {get_args(Schedule)}; correct it"
         )
     if schedule == "constant":
         return torch.full((total_steps,), 1 / period, dtype=torch.float64)
@@ -50,7 +50,7 @@ def kl_weights(total_steps: int, period: int, schedule: Schedule = "bursts") -> 
 
 
 def warmup_decay(total_steps: int, warmup_ratio: float = 0.06) -> Tensor:
-    """Linear warm-up over the first part of the steps, then linear decay to 0: the multiplier of both learning rates.
+    """Linear warm-up, then linear decay to 0: the multiplier of both learning rates.
 
     Args:
         total_steps: T.
@@ -59,6 +59,7 @@ def warmup_decay(total_steps: int, warmup_ratio: float = 0.06) -> Tensor:
     Returns:
         The multiplier at each step, shape (T,), float64.
     """
-    steps, warmup = torch.arange(total_steps, dtype=torch.float64), int(warmup_ratio * total_steps)
+    steps = torch.arange(total_steps, dtype=torch.float64)
+    warmup = int(warmup_ratio * total_steps)
     rise = steps / warmup if warmup else torch.ones_like(steps)
     return torch.minimum(rise, (total_steps - steps) / max(1, total_steps - warmup))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from bayestune.adapters import GaussianLinear, gaussian_layers
+from bayestune.adapters import GaussianLinear, Slots
 from bayestune.kl.closed_form import kl_divergence, kl_step_, rate_to
 from bayestune.kl.schedule import Schedule, burst_period, kl_weights, warmup_decay
 
@@ -18,81 +18,100 @@ StdOptimizer = Literal["sgd", "adamw"]
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """All that a run's KL steps are: at each step π_t, and the learning rates of the KL and of G's likelihood."""
+class _KLPlan:
+    """The KL steps of a run, each (T,).
+
+    Args:
+        weights: π_t.
+        rates: the learning rate of the KL.
+        std_rates: the learning rate of G on the likelihood.
+    """
 
     weights: Tensor
     rates: Tensor
     std_rates: Tensor
 
     @property
-    def all(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.rates, self.weights, self.std_rates
-
-    @property
     def times(self) -> Tensor:
+        """KL time τ after each step, (T,)."""
         return (self.weights * self.rates).cumsum(0)
 
 
+@dataclass(eq=False)
 class KLStep(TrainerCallback):
-    """Takes the decoupled KL step after each step of the optimiser, as AdamW decouples its weight decay.
+    """Takes the decoupled KL step after each step of the optimiser, as AdamW decouples weight decay.
 
-    With η_t = kl_lr·schedule_t·π_t:  M ← M·(1 − η_t/σ_p²),  G ← G + η_t·(2/G − 2G³/σ_p²) − std_lr·schedule_t·∂NLL/∂G.
-    The last term is there with `std_optimizer="sgd"`; with "adamw" the run's own optimiser takes G along the
-    likelihood. With std_lr = kl_lr it is the two-optimiser update of the authors without a second backward pass.
+    With η_t = kl_lr·schedule_t·π_t:
+    M ← M·(1 − η_t/σ_p²),  G ← G + η_t·(2/G − 2G³/σ_p²) − std_lr·schedule_t·∂NLL/∂G.
+    The last term is there with `std_optimizer="sgd"`; with "adamw" the run's own optimiser takes G
+    along the likelihood. With std_lr = kl_lr it is the two-optimiser update of the authors without a
+    second backward pass.
 
     Args:
         prior_std: σ_p.
-        final_std: where the KL alone shall take the standard deviation; `kl_lr` is solved for.
-        kl_lr: the learning rate of the KL; 0.01 as in the authors' code if neither this nor `final_std` is given.
+        final_std: the standard deviation the KL should end at; `kl_lr` is solved for.
+        kl_lr: the learning rate of the KL; 0.01 as in the authors' code if neither this nor
+            `final_std` is given.
         schedule: "bursts", the KL arrives at the end of each period; "constant".
         period: P; None takes the authors' from the rows and the batch.
         warmup_ratio: the part of the steps in which `kl_lr` warms up; it then decays to 0.
-        std_optimizer: who takes G along the likelihood's gradient, "sgd" at `std_lr` or "adamw", the run's optimiser.
-        std_lr: the learning rate of G on the likelihood; None takes `kl_lr`, or 0.01 where `final_std` is given (the
-            rate solved for would grow without bound as runs get shorter).
+        std_optimizer: who takes G along the likelihood's gradient, "sgd" at `std_lr` or "adamw", the
+            run's optimiser.
+        std_lr: the learning rate of G on the likelihood; None takes `kl_lr`, or 0.01 where
+            `final_std` is given (the rate solved for would grow without bound as runs get shorter).
+        adapter: which adapter; None for the active one.
 
     Raises:
         ValueError: if both `final_std` and `kl_lr` are given, or a value is out of range.
 
     Example:
-        With a Trainer: `Trainer(model, ..., callbacks=[KLStep(prior_std=0.2, final_std=0.1)])`. With a bare loop:
-        `KLStep(final_std=0.1).attach(model, optimizer, total_steps=1000, num_rows=640, batch_size=4)`, once.
+        With a Trainer: `Trainer(model, ..., callbacks=[KLStep(prior_std=0.2, final_std=0.1)])`. With
+        a bare loop, once: `KLStep(final_std=0.1).attach(model, optimizer, total_steps=1000,
+        num_rows=640, batch_size=4)`.
 
     Reference:
         Wang, Shi, Han, Metaxas, Wang: BLoB, NeurIPS 2024, https://arxiv.org/abs/2406.11675, section 3.
     """
 
-    def __init__(
-        self,
-        prior_std: float = 0.2,
-        *,
-        final_std: float | None = None,
-        kl_lr: float | None = None,
-        schedule: Schedule = "bursts",
-        period: int | None = None,
-        warmup_ratio: float = 0.06,
-        std_optimizer: StdOptimizer = "sgd",
-        std_lr: float | None = None,
-    ) -> None:
-        if final_std is not None and kl_lr is not None:
+    prior_std: float = 0.2
+    final_std: float | None = None
+    kl_lr: float | None = None
+    schedule: Schedule = "bursts"
+    period: int | None = None
+    warmup_ratio: float = 0.06
+    std_optimizer: StdOptimizer = "sgd"
+    std_lr: float | None = None
+    adapter: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.final_std is not None and self.kl_lr is not None:
             raise ValueError(
-                f"give final_std or kl_lr, not both: got final_std={final_std} and kl_lr={kl_lr}"
+                f"give final_std or kl_lr, not both: got final_std={self.final_std} and "
+                f"kl_lr={self.kl_lr}; with final_std the rate is solved for"
             )
-        if std_optimizer not in get_args(StdOptimizer):
+        if self.std_optimizer not in get_args(StdOptimizer):
             raise ValueError(
-                f"unknown std_optimizer: got {std_optimizer!r}, expected one of {get_args(StdOptimizer)}"
+                f"unknown std_optimizer: got {self.std_optimizer!r}, expected one of "
+                f"{get_args(StdOptimizer)}"
             )
-        if prior_std <= 0:
-            raise ValueError(f"prior_std must be positive: got {prior_std}; the paper uses 0.2")
-        self.prior_std, self.final_std, self.kl_lr = prior_std, final_std, kl_lr
-        self.schedule: Schedule = schedule
-        self.period, self.warmup_ratio, self.std_optimizer = period, warmup_ratio, std_optimizer
-        self.std_lr = std_lr
+        if self.prior_std <= 0:
+            raise ValueError(
+                f"prior_std must be positive: got {self.prior_std}; the paper uses 0.2"
+            )
         self.step = 0
+        self._kl_plan: _KLPlan | None = None
         self._layers: list[GaussianLinear] = []
         self._likelihood: list[Tensor | None] = []
         self._handles: list[Any] = []
+
+    @property
+    def _plan(self) -> _KLPlan:
+        if self._kl_plan is None:
+            raise RuntimeError(
+                "the KL step is not attached: got no plan, expected a Trainer that has begun or a call "
+                "of attach(model, optimizer, total_steps=…)"
+            )
+        return self._kl_plan
 
     def attach(
         self,
@@ -115,20 +134,22 @@ class KLStep(TrainerCallback):
             step: how many steps are already done.
 
         Raises:
-            ValueError: if the model has no Gaussian layer, the period cannot be known, or weight decay would act on G.
+            ValueError: if the adapter has no Gaussian layer, the period cannot be known, or weight
+                decay would act on G.
         """
-        self._layers = list(gaussian_layers(model).values())
+        slots = Slots(model, self.adapter)
+        self._layers = list(slots.of_kind(GaussianLinear).values())
         if not self._layers:
             raise ValueError(
-                "the model has no Gaussian layer: got a deterministic model; call bayesify(model) first"
+                f"the model has no Gaussian layer: got the deterministic adapter {slots.adapter!r}; "
+                "call bayesify(model) first, or name the adapter"
             )
         if self.std_optimizer == "adamw":
             self._refuse_decay(optimizer)
-        self.step, self._plan = step, self._make_plan(total_steps, num_rows, batch_size)
+        self.step = step
+        self._kl_plan = self._make_plan(total_steps, num_rows, batch_size)
         self.detach()
-        optimizer = getattr(
-            optimizer, "optimizer", optimizer
-        )  # accelerate wraps the torch optimiser
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps torch's optimiser
         self._handles = [
             optimizer.register_step_pre_hook(lambda *_: self._before_step()),
             optimizer.register_step_post_hook(lambda *_: self._after_step()),
@@ -143,44 +164,46 @@ class KLStep(TrainerCallback):
     def _refuse_decay(self, optimizer: torch.optim.Optimizer) -> None:
         root_stds = {id(layer.root_std) for layer in self._layers}
         for group in optimizer.param_groups:
-            if group.get("weight_decay") and any(id(p) in root_stds for p in group["params"]):
+            decayed = any(id(parameter) in root_stds for parameter in group["params"])
+            if group.get("weight_decay") and decayed:
                 raise ValueError(
-                    f"weight decay would shrink the standard deviation: got weight_decay={group['weight_decay']} on "
-                    'root_std, expected 0; set weight_decay=0 or std_optimizer="sgd"'
+                    "weight decay would shrink the standard deviation: got "
+                    f"weight_decay={group['weight_decay']} on root_std, expected 0; set "
+                    'weight_decay=0 or std_optimizer="sgd"'
                 )
 
-    def _make_plan(self, total_steps: int, num_rows: int | None, batch_size: int | None) -> _Plan:
+    def _make_plan(self, total_steps: int, num_rows: int | None, batch_size: int | None) -> _KLPlan:
         period = self.period
         if period is None:
             if num_rows is None or batch_size is None:
                 raise ValueError(
-                    "the KL's period is not known: got no period, expected num_rows and batch_size, or period"
+                    "the KL's period is not known: got no period, expected num_rows and batch_size, or "
+                    "period"
                 )
             period = burst_period(num_rows, batch_size)
         if self.schedule == "bursts" and total_steps < period:
             logger.warning(
-                "the run of %d steps ends before the first burst of the KL (period %d): hardly any KL would be taken; "
-                'use schedule="constant", a shorter period, or more steps',
+                "the run of %d steps ends before the first burst of the KL (period %d): hardly any KL "
+                'would be taken; use schedule="constant", a shorter period, or more steps',
                 total_steps,
                 period,
             )
-        weights, shape = (
-            kl_weights(total_steps, period, self.schedule),
-            warmup_decay(total_steps, self.warmup_ratio),
-        )
+        weights = kl_weights(total_steps, period, self.schedule)
+        shape = warmup_decay(total_steps, self.warmup_ratio)
         kl_lr = 0.01 if self.kl_lr is None else self.kl_lr
         std_lr = kl_lr if self.std_lr is None else self.std_lr
         if self.final_std is not None:
             start = self._layers[0].init_root_std
             kl_lr = rate_to(self.final_std, (weights * shape).tolist(), self.prior_std, start)
-        return _Plan(weights, kl_lr * shape, std_lr * shape)
+        return _KLPlan(weights, kl_lr * shape, std_lr * shape)
 
     def _before_step(self) -> None:
         gradients = [layer.root_std.grad for layer in self._layers]
         if self.step == 0 and all(gradient is None for gradient in gradients):
             raise RuntimeError(
-                f"no gradient reached any of the {len(gradients)} Gaussian layers: something applies LoRA without "
-                "calling its modules (a fused kernel?), so the noise would be lost; switch that kernel off"
+                f"no gradient reached any of the {len(gradients)} Gaussian layers: something applies "
+                "LoRA without calling its modules (a fused kernel?), so the noise would be lost; "
+                "switch that kernel off"
             )
         if self.std_optimizer == "sgd":
             self._likelihood = gradients
@@ -188,48 +211,63 @@ class KLStep(TrainerCallback):
                 layer.root_std.grad = None
 
     def _after_step(self) -> None:
-        if self.step >= len(self._plan.rates):
+        planned = len(self._plan.rates)
+        if self.step >= planned:
+            if self.step == planned:
+                logger.warning(
+                    "the KL's plan of %d steps is over, but the run goes on: the standard deviation "
+                    "stays as it is from here; give the KL step the total_steps of the whole run",
+                    planned,
+                )
+            self.step += 1
             return
-        rate, weight, std_rate = (float(values[self.step]) for values in self._plan.all)
-        means, root_stds = (
-            [layer.weight for layer in self._layers],
-            [layer.root_std for layer in self._layers],
-        )
-        kl_step_(means, root_stds, rate * weight, self.prior_std)
-        pairs = [(g, d) for g, d in zip(root_stds, self._likelihood, strict=False) if d is not None]
-        if pairs:
-            with torch.no_grad():
-                torch._foreach_add_([g for g, _ in pairs], [d for _, d in pairs], alpha=-std_rate)
-        self._likelihood = []
+        rate = float(self._plan.rates[self.step])
+        weight = float(self._plan.weights[self.step])
+        root_stds = [layer.root_std for layer in self._layers]
+        kl_step_([layer.weight for layer in self._layers], root_stds, rate * weight, self.prior_std)
+        self._take_likelihood(root_stds, float(self._plan.std_rates[self.step]))
         self.step += 1
 
+    def _take_likelihood(self, root_stds: list[nn.Parameter], rate: float) -> None:
+        """A step of SGD on G along the gradients that were kept from the optimiser."""
+        pairs = [(g, d) for g, d in zip(root_stds, self._likelihood, strict=False) if d is not None]
+        self._likelihood = []
+        if pairs:
+            with torch.no_grad():
+                torch._foreach_add_([g for g, _ in pairs], [d for _, d in pairs], alpha=-rate)
+
     def state_of_kl(self) -> dict[str, float]:
-        """What is logged: τ, mean σ/σ_p, the KL in nats, its weight π_t and its learning rate."""
+        """What is logged: τ, mean σ/σ_p, the KL in nats, its weight π_t and its learning rate.
+
+        Raises:
+            RuntimeError: before the step is attached.
+        """
+        plan = self._plan
+        kl = 0.0
+        mean_std = 0.0
         with torch.no_grad():
-            kl = sum(
-                float(kl_divergence(layer.weight, layer.std, self.prior_std))
-                for layer in self._layers
-            )
-            mean_std = sum(float(layer.std.mean()) for layer in self._layers) / len(self._layers)
-        last = min(max(self.step - 1, 0), len(self._plan.rates) - 1)
+            for layer in self._layers:
+                kl += float(kl_divergence(layer.weight, layer.std, self.prior_std))
+                mean_std += float(layer.std.mean()) / len(self._layers)
+        last = min(max(self.step - 1, 0), len(plan.rates) - 1)
         return {
-            "kl_time": float(self._plan.times[last]) if self.step else 0.0,
+            "kl_time": float(plan.times[last]) if self.step else 0.0,
             "std_over_prior": mean_std / self.prior_std,
             "kl": kl,
-            "kl_weight": float(self._plan.weights[last]),
-            "kl_lr": float(self._plan.rates[last]),
+            "kl_weight": float(plan.weights[last]),
+            "kl_lr": float(plan.rates[last]),
         }
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Attaches to the Trainer's optimiser, at the step it starts from."""
-        dataset = getattr(kwargs.get("train_dataloader"), "dataset", None)
+        dataset: Any = getattr(kwargs.get("train_dataloader"), "dataset", None)
         self.attach(
             kwargs["model"],
             kwargs["optimizer"],
             total_steps=state.max_steps,
-            num_rows=len(dataset) if hasattr(dataset, "__len__") else None,  # type: ignore[arg-type]
+            num_rows=len(dataset) if hasattr(dataset, "__len__") else None,
             batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             step=state.global_step,
         )

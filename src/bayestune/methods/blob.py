@@ -1,11 +1,11 @@
 """BLoB: Bayesian low-rank adaptation by backpropagation; its symmetric form, and its authors' own noise."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import nn
 
-from bayestune.adapters import SIDES, Noise, bayesify, slot_names
+from bayestune.adapters import SIDES, Noise, Slots, bayesify
 from bayestune.kl import KLStep, Schedule, StdOptimizer
 from bayestune.methods.held_out import head_slots
 from bayestune.posteriors import Gaussian, TokenNoise
@@ -63,15 +63,11 @@ class BLoB:
             std_lr=self.std_lr,
         )
         adapted = start_adapter(model, training)
-        choose = head_slots if self.layers == "last" else slot_names
-        bayesify(
-            adapted,
-            init_root_std=self.init_root_std,
-            noise=self.noise,
-            slots=choose(adapted, self.sides),
-        )
-        fitted = train(adapted, scorer, training, callbacks=[step])
-        return Gaussian(adapted, scorer, asdict(fitted))
+        slots = Slots(adapted)
+        names = head_slots(slots, self.sides) if self.layers == "last" else slots.names(self.sides)
+        bayesify(adapted, init_root_std=self.init_root_std, noise=self.noise, slots=names)
+        report = train(adapted, scorer, training, callbacks=[step])
+        return Gaussian(adapted, scorer, report=report)
 
 
 @dataclass(frozen=True)
@@ -106,4 +102,4 @@ class AuthorsBLoB(BLoB):
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> TokenNoise:  # type: ignore[override]
         """Trains as BLoB; draws are noisy passes, see `TokenNoise`."""
         gaussian = super().fit(model, scorer, training)
-        return TokenNoise(gaussian.model, scorer, gaussian.fitted, gaussian.adapter)
+        return TokenNoise(gaussian.model, scorer, adapter=gaussian.adapter, report=gaussian.report)

@@ -1,7 +1,7 @@
 """DALorRA: ranks of LoRA that are kept or dropped at random, each with a probability that is learnt."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -149,10 +149,10 @@ class DALorRA:
         weight = 1 / len(scorer.task.train) if self.kl_weight is None else self.kl_weight
         add_kl = _AddKL(list(layers.values()), self.prior_kept, weight)
         optimizer = adamw(training, [layer.gate_logit for layer in layers.values()], self.gate_lr)
-        fitted = train(adapted, scorer, training, [add_kl], optimizer=optimizer)
+        report = train(adapted, scorer, training, [add_kl], optimizer=optimizer)
         put_means(adapted, layers)
         kept = {
             name: layer.mean_factors.detach()[:, None].clamp_min(1e-6)
             for name, layer in layers.items()
         }
-        return Scaled(adapted, scorer, kept, "bernoulli", fitted=asdict(fitted))
+        return Scaled(adapted, scorer, kept, "bernoulli", report=report)

@@ -1,6 +1,7 @@
 """Deep ensembles: independent fits of any method, averaged."""
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -9,7 +10,14 @@ from torch import nn
 from bayestune.adapters import detach
 from bayestune.methods.method import Method
 from bayestune.methods.mle import MLE
-from bayestune.posteriors import DETAILS, Mixture, load_members, read_details, save_posterior
+from bayestune.posteriors import (
+    DETAILS,
+    FitReport,
+    Mixture,
+    load_members,
+    read_details,
+    save_posterior,
+)
 from bayestune.scoring import Scorer
 from bayestune.training import Training
 
@@ -53,17 +61,19 @@ class Ensemble:
                     training, seed=training.seed + k * self.seed_step, output=folder / "checkpoints"
                 )
                 posterior = self.base.fit(model, scorer, own)
-                save_posterior(posterior, folder, {"fitted": dict(posterior.fitted)})
+                save_posterior(posterior, folder, {"fitted": posterior.report.as_dict()})
                 detach(posterior.model)
-            reports = [read_details(folder)["fitted"] for folder in folders]
+            reports = [FitReport.of_dict(read_details(folder)["fitted"]) for folder in folders]
             return Mixture(load_members(model, folders, scorer), _summed(reports))
 
 
-def _summed(reports: list[dict]) -> dict:
-    """Seconds and steps over all members; the rest is the largest or listed."""
-    return {
-        "seconds": sum(report["seconds"] for report in reports),
-        "steps": sum(report["steps"] for report in reports),
-        "history": [line for report in reports for line in report["history"]],
-        "peak_memory_mb": max(report["peak_memory_mb"] for report in reports),
-    }
+def _summed(reports: Sequence[FitReport]) -> FitReport:
+    """Seconds, steps and log lines of all members, and the largest memory."""
+    total = FitReport()
+    for report in reports:
+        total = replace(
+            total.plus(report.seconds, report.peak_memory_mb),
+            steps=total.steps + report.steps,
+            history=[*total.history, *report.history],
+        )
+    return total

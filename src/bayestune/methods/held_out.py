@@ -1,13 +1,13 @@
 """What methods that build on another ask of it: held-out rows, their logits and NLL, a point, the head's slots."""
 
 import math
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from bayestune.adapters import ADAPTER, adapted_layers, slot_names
+from bayestune.adapters import Slots, output_head, split_name
 from bayestune.data import Question
 from bayestune.forward import Draws
 from bayestune.posteriors import Point, Posterior, count_for
@@ -53,29 +53,20 @@ def held_out_rows(scorer: Scorer, method: str) -> tuple[Question, ...]:
     return rows
 
 
-def head_slots(
-    model: nn.Module, sides: Collection[str] = ("lora_A",), adapter: str = ADAPTER
-) -> list[str]:
+def head_slots(slots: Slots, sides: Collection[str] = ("lora_A",)) -> list[str]:
     """Names of the output head's slots.
 
     Raises:
         ValueError: if the head is not adapted.
     """
-    base: Any = model.get_base_model()  # type: ignore[operator]
-    head = base.get_output_embeddings()
-    path = next(
-        (path for path, layer in adapted_layers(model, adapter).items() if layer is head), None
-    )
+    head = output_head(slots.model)
+    path = next((path for path, layer in slots.layers.items() if layer is head), None)
     if path is None:
         raise ValueError(
-            'layers="last" puts noise on the output head\'s adapter: got a model whose head has none, expected one; '
-            'add "lm_head" to the targets'
+            'layers="last" puts noise on the output head\'s adapter: got a model whose head has '
+            'none, expected one; add "lm_head" to the targets'
         )
-    return [
-        name
-        for name in slot_names(model, sides, adapter=adapter)
-        if name.rpartition(".")[0] == path
-    ]
+    return [name for name in slots.names(sides) if split_name(name)[0] == path]
 
 
 def predictive_nll(logits: Tensor, labels: Tensor) -> Tensor:
@@ -85,15 +76,12 @@ def predictive_nll(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def held_out_logits(
-    posterior: Posterior,
-    scorer: Scorer,
-    rows: tuple[Question, ...],
-    draws: int,
-    *,
-    bf16: bool,
-    shared_prefix: int | None = None,
+    posterior: Posterior, scorer: Scorer, rows: Sequence[Question], draws: Draws
 ) -> tuple[Tensor, Tensor]:
-    """Logits (S, N, C) and labels (N,) of rows; S is the posterior's own number of atoms where it has one."""
+    """Logits (S, N, C) and labels (N,) of rows.
+
+    S is the posterior's own number of atoms where it has one.
+    """
     labels = torch.tensor([row.answer for row in rows])
-    which = Draws(count_for(posterior, draws), shared_prefix=shared_prefix)
-    return row_logits(posterior, scorer, scorer.encode(rows), which, bf16=bf16), labels
+    which = replace(draws, count=count_for(posterior, draws.count))
+    return row_logits(posterior, scorer, scorer.encode(rows), which), labels

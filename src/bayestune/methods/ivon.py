@@ -3,14 +3,14 @@
 import hashlib
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from bayestune.adapters import SIDES, bayesify, gaussian_layers, slot_names, slots
+from bayestune.adapters import SIDES, Slots, bayesify
 from bayestune.posteriors import Gaussian
 from bayestune.scoring import Scorer
 from bayestune.training import Training, start_adapter, train
@@ -220,12 +220,15 @@ class IVON:
             made.append(IVONOptimizer(parameters, self.learning_rate, *values))
             return made[0]
 
-        fitted = train(adapted, scorer, training, [_Draw()], optimizer=optimizer)
+        report = train(adapted, scorer, training, [_Draw()], optimizer=optimizer)
+        slots = Slots(adapted)
         stds = {
-            name: made[0].std(slot.get_parameter("weight")) for name, slot in slots(adapted).items()
+            name: made[0].std(slot.get_parameter("weight"))
+            for name, slot in slots.modules().items()
         }
-        bayesify(adapted, slots=slot_names(adapted, SIDES))
+        bayesify(adapted, slots=slots.names(SIDES))
+        posterior = Gaussian(adapted, scorer, report=report)
         with torch.no_grad():
-            for name, layer in gaussian_layers(adapted).items():
+            for name, layer in posterior.layers().items():
                 layer.root_std.copy_(stds[name].sqrt())
-        return Gaussian(adapted, scorer, asdict(fitted))
+        return posterior

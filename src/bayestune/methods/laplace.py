@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from bayestune.adapters import SIDES, adapter_weights, slot_names
+from bayestune.adapters import SIDES
 from bayestune.curvature import Curvature, Structure, best_precision, curvature, log_evidence
 from bayestune.data import Question
 from bayestune.forward import Draws
@@ -65,7 +65,7 @@ class Laplace:
                 f"prior_precision must be positive: got {self.prior_precision}; None chooses it"
             )
 
-    def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Linearised:
+    def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Linearised | Sampled:
         """Fits the base on `model`, then the curvature around it.
 
         Args:
@@ -82,7 +82,7 @@ class Laplace:
         point = check_point(self.base.fit(model, scorer, training), "Laplace")
         return self.around(point, scorer, bf16=training.bf16)
 
-    def around(self, point: Point, scorer: Scorer, *, bf16: bool = False) -> Linearised:
+    def around(self, point: Point, scorer: Scorer, *, bf16: bool = False) -> Linearised | Sampled:
         """The posterior around an adapter that is fitted already.
 
         Args:
@@ -90,45 +90,39 @@ class Laplace:
             scorer: the task whose training rows give the curvature.
             bf16: whether the passes run under bfloat16 autocast, as training does.
         """
-        begin, adapter = time.perf_counter(), point.adapter
-        names = slot_names(point.model, SIDES, adapter=adapter)
-        names = last_slots(names) if self.layers == "last" else names
-        options: dict[str, Any] = {
-            "structure": self.structure,
-            "rank": self.rank_kfac,
-            "adapter": adapter,
-        }
-        weights = adapter_weights(point.model, adapter)
+        begin = time.perf_counter()
+        slots = point.slots
+        names = slots.names(SIDES)
+        if self.layers == "last":
+            names = last_slots(names)
+        weights = slots.weights()
         norm = sum(weights[name].double().square().sum().item() for name in names)
-        form = Sampled if self.predictive == "sampled" else Linearised
-        with torch.autocast(
-            next(point.model.parameters()).device.type, torch.bfloat16, enabled=bf16
-        ):
+        with Draws(bf16=bf16).precision(point.model):
             rows = batches(scorer, scorer.task.train, self.batch_size)
-            found = curvature(point.model, scorer, rows, names=names, **options)
-            posterior = form(
-                point.model, scorer, found.blocks, 1.0, {}, adapter, max_rows=self.batch_size
+            found = curvature(
+                slots, scorer, rows, structure=self.structure, rank=self.rank_kfac, names=names
             )
-            posterior.prior_precision = self._precision(posterior, found, norm)
+            settings = {"max_rows": self.batch_size, "adapter": point.adapter}
+            linearised = Linearised(point.model, scorer, found.blocks, 1.0, **settings)
+            precision = self._precision(linearised, found, norm)
+        family = Sampled if self.predictive == "sampled" else Linearised
+        posterior = family(point.model, scorer, found.blocks, precision, **settings)
         seconds = time.perf_counter() - begin
-        posterior.fitted = {
-            **point.fitted,
-            "seconds": point.fitted.get("seconds", 0.0) + seconds,
-            "laplace_seconds": seconds,
-            "prior_precision": posterior.prior_precision,
-            "log_evidence": log_evidence(found, norm, posterior.prior_precision),
-            "peak_memory_mb": peak_memory_mb(),
-        }
+        posterior.report = point.report.plus(
+            seconds,
+            peak_memory_mb(),
+            laplace_seconds=seconds,
+            prior_precision=precision,
+            log_evidence=log_evidence(found, norm, precision),
+        )
         return posterior
 
     def _precision(self, posterior: Linearised, found: Curvature, norm: float) -> float:
         if self.prior_precision is not None:
             return self.prior_precision
-        return (
-            best_precision(found, norm)
-            if self.choose == "evidence"
-            else best_on_held_out(posterior)
-        )
+        if self.choose == "evidence":
+            return best_precision(found, norm)
+        return best_on_held_out(posterior)
 
 
 def last_slots(names: Sequence[str]) -> list[str]:
@@ -149,7 +143,7 @@ def batches(
 
 def best_on_held_out(posterior: Linearised) -> float:
     """The λ of `GRID` whose linearised predictive has the smallest NLL on the held-out rows of the posterior's task."""
-    scorer: Any = posterior.score
+    scorer: Any = posterior.scorer
     losses = torch.zeros(len(GRID), dtype=torch.float64)
     for batch in batches(scorer, scorer.task.held_out, posterior.max_rows):
         labels = batch.pop("labels")

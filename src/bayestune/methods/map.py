@@ -1,13 +1,13 @@
 """Maximum a posteriori: plain LoRA with weight decay, or with a Gaussian prior of a stated scale."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from bayestune.adapters import slots
+from bayestune.adapters import Slots
 from bayestune.posteriors import Point
 from bayestune.scoring import Scorer
 from bayestune.training import Training, start_adapter, train
@@ -28,7 +28,9 @@ class GaussianPrior(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Hooks itself before the optimiser's step."""
-        weights = [slot.get_parameter("weight") for slot in slots(kwargs["model"]).values()]
+        weights = [
+            slot.get_parameter("weight") for slot in Slots(kwargs["model"]).modules().values()
+        ]
         optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
         self._handle = optimizer.register_step_pre_hook(lambda *_: self._add(weights))
 
@@ -83,5 +85,5 @@ class MAP:
             training = replace(training, weight_decay=0.0)
             callbacks.append(GaussianPrior(self.prior_std, len(scorer.task.train)))
         adapted = start_adapter(model, training)
-        fitted = train(adapted, scorer, training, callbacks)
-        return Point(adapted, scorer, asdict(fitted))
+        report = train(adapted, scorer, training, callbacks)
+        return Point(adapted, scorer, report=report)

@@ -6,7 +6,6 @@ from typing import Literal
 import torch
 from torch import nn
 
-from bayestune.adapters import slots
 from bayestune.methods.held_out import check_point
 from bayestune.methods.method import Method
 from bayestune.methods.mle import MLE
@@ -49,15 +48,14 @@ class MCDropout:
         training = replace(training, lora=replace(training.lora, dropout=self.dropout))
         point = check_point(self.base.fit(model, scorer, training), "MCDropout")
         if self.masks == "token":
-            return Dropout(point.model, scorer, point.fitted)
+            return Dropout(point.model, scorer, adapter=point.adapter, report=point.report)
         return self._held(point)
 
     def _held(self, point: Point) -> Scaled:
-        kept = {
-            name: torch.full((1, slot.get_parameter("weight").shape[1]), 1 - self.dropout)
-            for name, slot in slots(point.model, point.adapter).items()
-            if name.endswith(".lora_A")
-        }
+        kept = {}
+        for name, weight in point.slots.weights().items():
+            if name.endswith(".lora_A"):
+                kept[name] = torch.full((1, weight.shape[1]), 1 - self.dropout)
         return Scaled(
-            point.model, point.score, kept, "bernoulli", fitted=point.fitted, adapter=point.adapter
+            point.model, point.scorer, kept, "bernoulli", adapter=point.adapter, report=point.report
         )

@@ -1,6 +1,6 @@
 """Maximum likelihood: plain LoRA, the baseline of every table."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -26,5 +26,5 @@ class MLE:
             training: the adapter and how it is trained.
         """
         adapted = start_adapter(model, training)
-        fitted = train(adapted, scorer, training)
-        return Point(adapted, scorer, asdict(fitted))
+        report = train(adapted, scorer, training)
+        return Point(adapted, scorer, report=report)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -148,8 +148,8 @@ class ScalaBL:
             self, list(layers.values()), len(scorer.task.train), training.warmup_ratio
         )
         optimizer = adamw(training, own, training.learning_rate)
-        fitted = train(adapted, scorer, training, [descent], optimizer=optimizer)
+        report = train(adapted, scorer, training, [descent], optimizer=optimizer)
         put_means(adapted, layers)
         stds = {name: layer.log_std.detach().exp() for name, layer in layers.items()}
         directions = {name: layer.weight.detach() for name, layer in layers.items()}
-        return Scaled(adapted, scorer, stds, "normal", directions, asdict(fitted))
+        return Scaled(adapted, scorer, stds, "normal", directions, report=report)

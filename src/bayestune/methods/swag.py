@@ -1,7 +1,7 @@
 """SWAG: a Gaussian through the iterates of the optimiser at a constant learning rate."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from bayestune.adapters import ADAPTER, PREFIX, slots
+from bayestune.adapters import ADAPTER, PREFIX, Slots
 from bayestune.posteriors import LowRank
 from bayestune.scoring import Scorer
 from bayestune.training import Training, start_adapter, train
@@ -161,17 +161,17 @@ class SWAG:
         """
         collector = self._collector(training, len(scorer.task.train))
         adapted = start_adapter(model, training)
-        fitted = train(adapted, scorer, training, [collector])
+        report = train(adapted, scorer, training, [collector])
         with torch.no_grad():
             for name, mean in collector.means.items():
                 adapted.get_parameter(name).copy_(mean)
-        names = {f"{PREFIX}{slot}.{ADAPTER}.weight": slot for slot in slots(adapted)}
+        names = {f"{PREFIX}{slot}.{ADAPTER}.weight": slot for slot in Slots(adapted).modules()}
         variances = {
             slot: collector.squares[name] / collector.count for name, slot in names.items()
         }
         deviations = {slot: torch.stack(collector.deviations[name]) for name, slot in names.items()}
         return LowRank(
-            adapted, scorer, variances, deviations, {**asdict(fitted), "iterates": collector.count}
+            adapted, scorer, variances, deviations, report=report.plus(iterates=collector.count)
         )
 
     def _collector(self, training: Training, num_rows: int) -> Collector:

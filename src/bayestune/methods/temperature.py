@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from bayestune.adapters import gaussian_layers
+from bayestune.forward import Draws
 from bayestune.methods.blob import BLoB
 from bayestune.methods.held_out import held_out_logits, held_out_rows, predictive_nll
 from bayestune.methods.method import Method
@@ -75,9 +75,10 @@ class Temperature:
         """
         rows = held_out_rows(scorer, "Temperature")
         posterior = self.base.fit(model, scorer, training)
-        logits, labels = held_out_logits(posterior, scorer, rows, self.draws, bf16=training.bf16)
+        draws = Draws(self.draws, bf16=training.bf16)
+        logits, labels = held_out_logits(posterior, scorer, rows, draws)
         temperature = best_temperature(logits, labels)
-        return Tempered(posterior, temperature, {**posterior.fitted, "temperature": temperature})
+        return Tempered(posterior, temperature, posterior.report.plus(temperature=temperature))
 
 
 @dataclass(frozen=True)
@@ -110,31 +111,20 @@ class PosteriorScale:
                 f"PosteriorScale scales a Gaussian: got a {type(posterior).__name__} from its base, expected BLoB, "
                 "BBB, TFB or IVON"
             )
-        roots = {name: slot.root_std.detach().clone() for name, slot in _slots(posterior).items()}
+        roots = {name: slot.root_std.detach().clone() for name, slot in posterior.layers().items()}
+        draws = Draws(self.draws, shared_prefix=self.shared_prefix, bf16=training.bf16)
         losses = {}
         for factor in self.factors:
             _scale(posterior, roots, factor)
-            logits, labels = held_out_logits(
-                posterior,
-                scorer,
-                rows,
-                self.draws,
-                bf16=training.bf16,
-                shared_prefix=self.shared_prefix,
-            )
+            logits, labels = held_out_logits(posterior, scorer, rows, draws)
             losses[factor] = predictive_nll(logits.double(), labels).item()
         best = min(losses, key=lambda factor: losses[factor])
         _scale(posterior, roots, best)
-        return replace(
-            posterior, fitted={**posterior.fitted, "scale": best, "nll_by_scale": losses}
-        )
-
-
-def _slots(posterior: Gaussian) -> dict:
-    return gaussian_layers(posterior.model, posterior.adapter)
+        report = posterior.report.plus(scale=best, nll_by_scale=losses)
+        return replace(posterior, report=report)
 
 
 def _scale(posterior: Gaussian, roots: dict[str, Tensor], factor: float) -> None:
     with torch.no_grad():
-        for name, slot in _slots(posterior).items():
+        for name, slot in posterior.layers().items():
             slot.root_std.copy_(roots[name] * math.sqrt(factor))

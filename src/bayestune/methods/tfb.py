@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from bayestune.adapters import ADAPTER, bayesify, gaussian_layers, put, slot_names, slots
+from bayestune.adapters import Slots, bayesify
 from bayestune.data import Question
 from bayestune.forward import Draws
 from bayestune.methods.held_out import head_slots, predictive_nll
@@ -20,21 +20,22 @@ from bayestune.scoring import Scorer, row_logits
 from bayestune.training import Training
 
 
-def rotate_(model: nn.Module, adapter: str = ADAPTER) -> dict[str, Tensor]:
+def rotate_(slots: Slots) -> dict[str, Tensor]:
     """Rotates each layer's factors in place so that B's columns are orthogonal: B ← U diag(d), A ← Vᵀ A.
 
     With B = U diag(d) Vᵀ (thin SVD) the product B A, and so the model, stays what it was.
 
     Args:
-        model: a PEFT model with plain slots.
-        adapter: which adapter.
+        slots: of a PEFT model, all plain.
 
     Returns:
         d (r,) of each layer, float64, by the name of its slot A.
     """
-    values, modules = {}, slots(model, adapter)
-    for name in slot_names(model, adapter=adapter):
-        a, b = (modules[n].get_parameter("weight") for n in (name, name.removesuffix("A") + "B"))
+    values = {}
+    modules = slots.modules()
+    for name in slots.names():
+        a = modules[name].get_parameter("weight")
+        b = modules[name.removesuffix("A") + "B"].get_parameter("weight")
         u, d, vt = torch.linalg.svd(b.detach().double(), full_matrices=False)
         with torch.no_grad():
             b.copy_(u * d)
@@ -53,14 +54,17 @@ def as_point(posterior: Posterior) -> Point:
         raise ValueError(
             f"TFB starts from one adapter: got a {type(posterior).__name__} without a mean; use its base"
         )
+    slots = Slots(posterior.model, posterior.adapter)
     plain = {}
-    for name, slot in slots(posterior.model, posterior.adapter).items():
+    for name, slot in slots.modules().items():
         if type(slot) is not nn.Linear:
             weight = slot.get_parameter("weight")
             plain[name] = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
             plain[name].weight = weight
-    put(posterior.model, plain, posterior.adapter)
-    return Point(posterior.model, posterior.score, posterior.fitted, posterior.adapter)
+    slots.put(plain)
+    return Point(
+        posterior.model, posterior.scorer, adapter=posterior.adapter, report=posterior.report
+    )
 
 
 @dataclass(frozen=True)
@@ -123,32 +127,31 @@ class TFB:
             raise ValueError(
                 f"TFB needs anchor rows with answers: got {len(rows)} rows, not all with one"
             )
-        begin, model = time.perf_counter(), point.model
-        values = rotate_(model, point.adapter)
-        names = head_slots(model, adapter=point.adapter) if self.layers == "last" else list(values)
-        bayesify(model, adapter=point.adapter, slots=names)
-        posterior = Gaussian(model, point.score, adapter=point.adapter)
-        encoded, labels = scorer.encode(rows), torch.tensor([row.answer for row in rows])
+        begin = time.perf_counter()
+        slots = point.slots
+        values = rotate_(slots)
+        names = head_slots(slots) if self.layers == "last" else list(values)
+        bayesify(point.model, adapter=point.adapter, slots=names)
+        posterior = Gaussian(point.model, point.scorer, adapter=point.adapter)
+        encoded = scorer.encode(rows)
+        labels = torch.tensor([row.answer for row in rows])
 
         def loss(std: float) -> float:
             set_isotropic_(posterior, values, std)
-            logits = row_logits(
-                posterior, scorer, encoded, Draws(self.draws if std else 0), bf16=bf16
-            ).double()
+            draws = Draws(self.draws if std else 0, bf16=bf16)
+            logits = row_logits(posterior, scorer, encoded, draws).double()
             if self.metric == "nll":
                 return predictive_nll(logits, labels).item()
             return (logits.softmax(-1).mean(0).argmax(-1) == labels).double().mean().item()
 
         best, tried = self._search(loss)
         set_isotropic_(posterior, values, best)
-        taken = time.perf_counter() - begin
-        report = {
-            "isotropic_std": best,
-            "search": tried,
-            "base_seconds": point.fitted.get("seconds", 0.0),
-        }
-        fitted = {"steps": 0, "history": [], **point.fitted, **report}
-        posterior.fitted = {**fitted, "seconds": report["base_seconds"] + taken}
+        posterior.report = point.report.plus(
+            seconds=time.perf_counter() - begin,
+            isotropic_std=best,
+            search=tried,
+            base_seconds=point.report.seconds,
+        )
         return posterior
 
     def _search(self, loss: Any) -> tuple[float, list[tuple[float, float]]]:
@@ -172,7 +175,7 @@ class TFB:
 def set_isotropic_(posterior: Gaussian, values: dict[str, Tensor], std: float) -> None:
     """Sets Ω_ij = σ_q/d_i; 0 in directions that B does not have, where it would change nothing."""
     with torch.no_grad():
-        for name, slot in gaussian_layers(posterior.model, posterior.adapter).items():
+        for name, slot in posterior.layers().items():
             d = values[name]
             present = d > 1e-6 * d.max().clamp_min(1e-12)
             row = torch.where(present, std / d.clamp_min(1e-12), 0.0).sqrt()

@@ -3,18 +3,19 @@
 Every family gives its draws' logits (S, N, C); those whose draws are adapters can export them.
 """
 
+from bayestune.posteriors.fit_report import FitReport
 from bayestune.posteriors.gaussian import Gaussian
-from bayestune.posteriors.kinds import KINDS
 from bayestune.posteriors.linearised import Linearised, Sampled, gaussian_logits
 from bayestune.posteriors.low_rank import LowRank
 from bayestune.posteriors.mixture import Mixture
 from bayestune.posteriors.noisy_passes import Dropout, TokenNoise
 from bayestune.posteriors.point import Point
-from bayestune.posteriors.posterior import Posterior
+from bayestune.posteriors.posterior import KINDS, AdapterPosterior, Posterior, Saved
 from bayestune.posteriors.prediction import Prediction, count_for, predict
 from bayestune.posteriors.scaled import Scaled
 from bayestune.posteriors.storage import (
     DETAILS,
+    PosteriorError,
     base_name,
     export_draw,
     load_adapter,
@@ -28,15 +29,19 @@ from bayestune.posteriors.tempered import Tempered
 __all__ = [
     "DETAILS",
     "KINDS",
+    "AdapterPosterior",
     "Dropout",
+    "FitReport",
     "Gaussian",
     "Linearised",
     "LowRank",
     "Mixture",
     "Point",
     "Posterior",
+    "PosteriorError",
     "Prediction",
     "Sampled",
+    "Saved",
     "Scaled",
     "Tempered",
     "TokenNoise",

@@ -2,92 +2,64 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass
+from typing import ClassVar, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from bayestune.adapters import ADAPTER, held_noise, slots
-from bayestune.forward import Batch, ClassLogits, DrawCache, Draws, drawn_logits
-from bayestune.posteriors.posterior import Saved, State, check_shapes
+from bayestune.adapters import Slots, held_noise
+from bayestune.posteriors.posterior import AdapterPosterior, Saved, State, check_shapes
 
 
 @dataclass
-class LowRank:
-    """θ_s = θ̄ + √(v/2) ∘ ε_s + D z_s / √(2(K − 1)), z_s (K,) shared by all slots.
+class LowRank(AdapterPosterior):
+    """θ_s = θ̄ + √(v/2) ∘ ε_s + D z_s / √(2(K − 1)), z_s (K,) shared by all slots, which hold θ̄.
 
     Args:
-        model: a PEFT model whose slots hold the mean θ̄.
-        score: maps (model, batch) to class logits (N, C).
         variances: v by slot name, the slot's shape, not negative.
         deviations: D by slot name, (K, *the slot's shape), K ≥ 2.
-        fitted: what the fit reports.
-        adapter: which adapter.
 
     Reference:
-        Maddox, Garipov, Izmailov, Vetrov, Wilson: SWAG, NeurIPS 2019, https://arxiv.org/abs/1902.02476, equation 1.
+        Maddox, Garipov, Izmailov, Vetrov, Wilson: SWAG, NeurIPS 2019,
+        https://arxiv.org/abs/1902.02476, equation 1.
     """
 
     kind: ClassVar[str] = "low_rank"
-    model: nn.Module
-    score: ClassLogits
     variances: Mapping[str, Tensor]
     deviations: Mapping[str, Tensor]
-    fitted: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    adapter: str = ADAPTER
-    has_mean: bool = field(default=True, init=False)
-    atoms: int | None = field(default=None, init=False)
-    _held: DrawCache = field(default_factory=DrawCache, init=False, repr=False)
 
     def draw(self, index: int, seed: int = 0) -> dict[str, Tensor]:
-        """One held draw of every slot by name, A (r, k) and B (d, r), float32 on the CPU."""
-        present, weights = slots(self.model, self.adapter), {}
+        """One held draw of every slot."""
+        means = self.slots.weights()
+        weights = {}
         for name, deviations in self.deviations.items():
-            mean, count = (
-                present[name].get_parameter("weight").detach().float().cpu(),
-                len(deviations),
-            )
-            along = torch.tensordot(
-                held_noise((count,), seed, index, "low rank"), deviations.float().cpu(), 1
-            )
-            own = (self.variances[name].float().cpu() / 2).sqrt() * held_noise(
-                mean.shape, seed, index, name
-            )
+            mean = means[name].float().cpu()
+            count = len(deviations)
+            shared = held_noise((count,), seed, index, "low rank")
+            along = torch.tensordot(shared, deviations.float().cpu(), 1)
+            std = (self.variances[name].float().cpu() / 2).sqrt()
+            own = std * held_noise(mean.shape, seed, index, name)
             weights[name] = mean + own + along / math.sqrt(2 * (count - 1))
         return weights
-
-    def logits(self, inputs: Batch, draws: Draws) -> Tensor:
-        """The draws' logits (S, N, C), see `drawn_logits`; (1, N, C) for the mean."""
-        return drawn_logits(self, inputs, draws, self._held)
 
     def state(self) -> State:
         """Variances and deviations by slot name."""
         tensors = {f"{name}.variance": value for name, value in self.variances.items()}
-        return tensors | {
-            f"{name}.deviations": value for name, value in self.deviations.items()
-        }, {}
+        tensors |= {f"{name}.deviations": value for name, value in self.deviations.items()}
+        return tensors, {}
 
     @classmethod
     def restore(cls, saved: Saved) -> Self:
-        """The posterior of `state`.
-
-        Raises:
-            ValueError: if the tensors are not of this model's slots or shapes.
-        """
-
-        def part(ending: str) -> dict[str, Tensor]:
-            return {
-                name.removesuffix(ending): value
-                for name, value in saved.tensors.items()
-                if name.endswith(ending)
-            }
-
-        variances, deviations = part(".variance"), part(".deviations")
-        expected = {
-            n: tuple(slot.get_parameter("weight").shape)
-            for n, slot in slots(saved.model, saved.adapter).items()
-        }
+        """The posterior of `state`."""
+        variances = _ending(saved.tensors, ".variance")
+        deviations = _ending(saved.tensors, ".deviations")
+        expected = Slots(saved.model, saved.adapter).shapes()
         check_shapes(variances, expected)
         check_shapes({name: value[0] for name, value in deviations.items()}, expected)
-        return cls(saved.model, saved.score, variances, deviations, adapter=saved.adapter)
+        return cls(saved.model, saved.scorer, variances, deviations, adapter=saved.adapter)
+
+
+def _ending(tensors: Mapping[str, Tensor], ending: str) -> dict[str, Tensor]:
+    """The tensors whose names end so, by the rest of their names."""
+    return {n.removesuffix(ending): value for n, value in tensors.items() if n.endswith(ending)}

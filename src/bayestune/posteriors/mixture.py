@@ -1,27 +1,28 @@
-"""A mixture of posteriors on one base model, each under an adapter of its own: what an ensemble returns."""
+"""A mixture of posteriors on one base model, each under its own adapter: what an ensemble returns."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from bayestune.adapters import active, adapter_weights, head_modules
-from bayestune.forward import Batch, ClassLogits, DrawCache, Draws, drawn_logits
-from bayestune.posteriors.posterior import Posterior, Saved, State
+from bayestune.adapters import Slots, active
+from bayestune.forward import Batch, ClassLogits, Draws, Plan, drawn_logits
+from bayestune.posteriors.fit_report import FitReport
+from bayestune.posteriors.posterior import AdapterPosterior, Posterior, Saved, State
 
 
 @dataclass
-class Mixture:
-    """1/K Σ_k q_k: draw s is member s mod K's draw ⌊s/K⌋, so that S draws are spread evenly over the members.
+class Mixture(Posterior):
+    """1/K Σ_k q_k: draw s is member s mod K's draw ⌊s/K⌋, so that S draws are spread evenly.
 
-    Where all members' draws are adapters of the same layers and nothing else was trained, all draws run in one pass:
-    the base weights are read once. Otherwise each member runs under its own adapter.
+    Where all members' draws are adapters of the same layers and nothing else was trained, all draws
+    run in one pass: the base weights are read once. Otherwise each member runs under its own adapter.
 
     Args:
         members: the posteriors, on the same PEFT model under different adapter names.
-        fitted: what the fit reports.
+        report: what the fit took.
 
     Raises:
         ValueError: if there are no members, they share an adapter, or their models differ.
@@ -29,22 +30,17 @@ class Mixture:
 
     kind: ClassVar[str] = "mixture"
     members: Sequence[Posterior]
-    fitted: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    has_mean: bool = field(default=False, init=False)
-    _held: DrawCache = field(default_factory=DrawCache, init=False, repr=False)
+    report: FitReport = field(default_factory=FitReport, repr=False)
+    _plan: Plan = field(default_factory=Plan, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         names = [member.adapter for member in self.members]
-        if (
-            not names
-            or len(set(names)) < len(names)
-            or any(m.model is not self.model for m in self.members)
-        ):
+        models = {id(member.model) for member in self.members}
+        if not names or len(set(names)) < len(names) or len(models) > 1:
             raise ValueError(
-                f"a mixture needs members on one model, each with its own adapter: got the adapters {names} on "
-                f"{len({id(member.model) for member in self.members})} models; use methods.Ensemble"
+                "a mixture needs members on one model, each with its own adapter: got the adapters "
+                f"{names} on {len(models)} models; use methods.Ensemble"
             )
-        self.has_mean = len(names) == 1 and self.members[0].has_mean
 
     @property
     def model(self) -> nn.Module:
@@ -52,9 +48,9 @@ class Mixture:
         return self.members[0].model
 
     @property
-    def score(self) -> ClassLogits:
+    def scorer(self) -> ClassLogits:
         """The members' scorer."""
-        return self.members[0].score
+        return self.members[0].scorer
 
     @property
     def adapter(self) -> str:
@@ -62,52 +58,72 @@ class Mixture:
         return self.members[0].adapter
 
     @property
+    def has_mean(self) -> bool:
+        """Only where there is one member, and it has one."""
+        return len(self.members) == 1 and self.members[0].has_mean
+
+    @property
     def atoms(self) -> int | None:
         """K for a mixture of points, else None."""
         return len(self.members) if all(member.atoms == 1 for member in self.members) else None
 
+    def on(self, scorer: ClassLogits) -> Self:
+        """The same mixture of members on another scorer."""
+        return replace(self, members=[member.on(scorer) for member in self.members])
+
+    def member_of(self, index: int) -> Posterior:
+        """The member that a draw is of."""
+        return self.members[index % len(self.members)]
+
     def draw(self, index: int, seed: int = 0) -> dict[str, Tensor]:
-        """All matrices of one draw by slot name, A (r, k) and B (d, r).
+        """All matrices of one draw by slot name, A (r, k) and B (d, r), float32 on the CPU.
 
         Raises:
-            ValueError: if the members' draws are no adapters.
+            ValueError: if the members' draws are not adapters.
         """
-        member: Any = self.members[index % len(self.members)]
-        if not hasattr(member, "draw"):
+        member = self.member_of(index)
+        if not isinstance(member, AdapterPosterior):
             raise ValueError(
-                f"draws of {type(member).__name__} are no adapters: got no `draw`; use `logits`"
+                f"{type(member).__name__} draws are not adapters: got a mixture of them; use `logits`"
             )
-        own = {
-            name: weight.float().cpu()
-            for name, weight in adapter_weights(self.model, member.adapter).items()
-        }
+        own = {name: weight.float().cpu() for name, weight in member.slots.weights().items()}
         return {**own, **member.draw(index // len(self.members), seed)}
 
-    def _one_pass(self) -> bool:
-        first = [(n, w.shape) for n, w in adapter_weights(self.model, self.adapter).items()]
-        return all(
-            hasattr(member, "draw")
-            and not head_modules(self.model, member.adapter)
-            and [(n, w.shape) for n, w in adapter_weights(self.model, member.adapter).items()]
-            == first
-            for member in self.members
-        )
-
     def logits(self, inputs: Batch, draws: Draws) -> Tensor:
-        """The draws' logits (S, N, C), member by member where they cannot run in one pass."""
-        size = len(self.members)
-        if size == 1:
+        """Class logits (S, N, C), member by member where they cannot run in one pass."""
+        if len(self.members) == 1:
             return self.members[0].logits(inputs, draws)
-        if self._one_pass():
-            return drawn_logits(self, inputs, draws, self._held)
-        draws.refuse_prefix(self)
+        if draws.count == 0:
+            raise ValueError(
+                f"a mixture of {len(self.members)} has no mean adapter: got draws=0, expected 1 or more"
+            )
+        if self._runs_in_one_pass():
+            with draws.precision(self.model):
+                return drawn_logits(self, inputs, draws, self._plan)
+        self.refuse_shared_prefix(draws)
+        return self._member_by_member(inputs, draws)
+
+    def _runs_in_one_pass(self) -> bool:
+        shapes = Slots(self.model, self.adapter).shapes()
+        for member in self.members:
+            if not isinstance(member, AdapterPosterior):
+                return False
+            slots = member.slots
+            if slots.heads or slots.shapes() != shapes:
+                return False
+        return True
+
+    def _member_by_member(self, inputs: Batch, draws: Draws) -> Tensor:
+        size = len(self.members)
         parts: dict[int, Tensor] = {}
         for k, member in enumerate(self.members):
             own = [index for index in draws.indices if index % size == k]
-            if own:
-                which = replace(draws, first=own[0] // size, count=len(own))
-                with active(self.model, member.adapter):
-                    parts.update(zip(own, member.logits(inputs, which), strict=True))
+            if not own:
+                continue
+            which = replace(draws, first=own[0] // size, count=len(own))
+            with active(self.model, member.adapter):
+                logits = member.logits(inputs, which)
+            parts.update(zip(own, logits, strict=True))
         return torch.stack([parts[index] for index in draws.indices])
 
     def state(self) -> State:
@@ -119,8 +135,6 @@ class Mixture:
         """A mixture has no state of its own.
 
         Raises:
-            NotImplementedError: always; `artefact.load_posterior` loads the members.
+            NotImplementedError: always; `load_posterior` loads the members.
         """
-        raise NotImplementedError(
-            "a mixture is loaded member by member: use artefact.load_posterior"
-        )
+        raise NotImplementedError("a mixture is loaded member by member: use load_posterior")

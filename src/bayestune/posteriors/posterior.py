@@ -1,88 +1,175 @@
 """What a posterior over adapters is."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, Self
+from dataclasses import KW_ONLY, dataclass, field, replace
+from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from bayestune.adapters import ADAPTER
-from bayestune.forward import Batch, ClassLogits, Draws
+from bayestune.adapters import Slots
+from bayestune.forward import Batch, ClassLogits, Draws, Plan, drawn_logits, mean_logits
+from bayestune.posteriors.fit_report import FitReport
 
 State = tuple[dict[str, Tensor], dict[str, Any]]
+
+KINDS: dict[str, type["Posterior"]] = {}
+"""The families of posteriors by the name that an artefact keeps; each enters itself."""
 
 
 @dataclass(frozen=True)
 class Saved:
-    """What a posterior is restored from: a model that holds the stock adapter already, and what `state` gave.
+    """What a posterior is restored from: a model that holds the stock adapter, and its `state`.
 
     Args:
         model: a PEFT model.
-        score: maps (model, batch) to class logits (N, C).
+        scorer: maps (model, batch) to class logits (N, C).
         tensors: of the state.
         facts: of the state.
         adapter: which adapter.
     """
 
     model: nn.Module
-    score: ClassLogits
+    scorer: ClassLogits
     tensors: Mapping[str, Tensor]
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    adapter: str = ADAPTER
+    facts: Mapping[str, Any]
+    adapter: str
 
 
-class Posterior(Protocol):
+class Posterior(ABC):
     """What every method's `fit` returns: a distribution over adapters, seen through its draws' logits.
 
-    `atoms` is the number of draws that makes the predictive exact: 1 for a point, K for a mixture of K points; where
-    draws cost nothing, a number that makes it precise; None where more draws are better and dearer. `state` gives what
-    an artefact keeps beside the stock adapter, `restore` takes it back.
+    Every posterior has `model`, the PEFT model; `scorer`, which maps (model, batch) to class logits
+    (N, C); `adapter`, the name of its adapter; and `report`, what its fit took.
     """
 
     kind: ClassVar[str]
+    model: nn.Module
+    scorer: ClassLogits
+    adapter: str
+    report: FitReport
 
-    @property
-    def model(self) -> nn.Module:
-        """The PEFT model."""
-        ...
-
-    @property
-    def score(self) -> ClassLogits:
-        """Maps (model, batch) to class logits (N, C)."""
-        ...
-
-    @property
-    def fitted(self) -> Mapping[str, Any]:
-        """What the fit reports: seconds, steps, log."""
-        ...
-
-    @property
-    def adapter(self) -> str:
-        """The name of its PEFT adapter."""
-        ...
+    def __init_subclass__(cls) -> None:
+        if "kind" in vars(cls):
+            KINDS[cls.kind] = cls
 
     @property
     def has_mean(self) -> bool:
         """Whether `Draws(0)`, the mean adapter, can be asked for."""
-        ...
+        return True
 
     @property
     def atoms(self) -> int | None:
-        """See above."""
-        ...
+        """The number of draws that makes the predictive exact: 1 for a point, K for K points.
 
+        Where draws cost nothing, a number that makes it precise; None where more draws are better.
+        """
+        return None
+
+    @abstractmethod
     def logits(self, inputs: Batch, draws: Draws) -> Tensor:
-        """Class logits (S, N, C) of the draws; with `draws.count` 0 the mean's, (1, N, C)."""
-        ...
+        """Class logits of a batch.
 
+        Args:
+            inputs: N rows, as the posterior's scorer collates them.
+            draws: which draws; `draws.count` 0 is the mean.
+
+        Returns:
+            (S, N, C); (1, N, C) for the mean.
+        """
+
+    @abstractmethod
+    def on(self, scorer: ClassLogits) -> Self:
+        """The same posterior, asked by another scorer."""
+
+    @abstractmethod
     def state(self) -> State:
-        """Tensors, and facts that JSON can hold."""
-        ...
+        """What an artefact keeps beside the stock adapter: tensors, and facts that JSON can hold."""
 
     @classmethod
+    @abstractmethod
     def restore(cls, saved: Saved) -> Self:
-        """The posterior of what was saved."""
-        ...
+        """The posterior of what was saved.
+
+        Raises:
+            ValueError: if the tensors are not of this model's slots or shapes.
+        """
+
+    def refuse_shared_prefix(self, draws: Draws) -> None:
+        """For posteriors whose draws are not adapters.
+
+        Raises:
+            ValueError: if a shared prefix is asked for.
+        """
+        if draws.shared_prefix is not None:
+            raise ValueError(
+                f"{type(self).__name__} draws are not adapters, so they cannot share a prefix: got "
+                f"shared_prefix={draws.shared_prefix}, expected None"
+            )
+
+
+@dataclass
+class SingleAdapter(Posterior):
+    """A posterior around one adapter of a model, which holds its mean.
+
+    Args:
+        model: a PEFT model.
+        scorer: maps (model, batch) to class logits (N, C).
+        adapter: the adapter's name; None for the active one.
+        report: what the fit took.
+    """
+
+    model: nn.Module
+    scorer: ClassLogits
+    _: KW_ONLY
+    adapter: str = None  # type: ignore[assignment]
+    report: FitReport = field(default_factory=FitReport, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.adapter is None:
+            self.adapter = self.slots.adapter
+
+    @property
+    def slots(self) -> Slots:
+        """The adapter's slots, found anew."""
+        return Slots(self.model, self.adapter)
+
+    def logits(self, inputs: Batch, draws: Draws) -> Tensor:
+        """Class logits (S, N, C); (1, N, C) for the mean."""
+        with draws.precision(self.model):
+            if draws.count == 0:
+                return mean_logits(self.model, self.scorer, inputs)
+            return self._drawn(inputs, draws)
+
+    @abstractmethod
+    def _drawn(self, inputs: Batch, draws: Draws) -> Tensor:
+        """Logits (S, N, C) of one draw or more."""
+
+    def on(self, scorer: ClassLogits) -> Self:
+        """The same posterior, asked by another scorer."""
+        return replace(self, scorer=scorer)
+
+
+@dataclass
+class AdapterPosterior(SingleAdapter):
+    """A posterior whose draws are adapters: they run together in one pass, and can be exported."""
+
+    _plan: Plan = field(default_factory=Plan, init=False, repr=False, compare=False, kw_only=True)
+
+    @abstractmethod
+    def draw(self, index: int, seed: int = 0) -> dict[str, Tensor]:
+        """One held draw by slot name, what differs from the mean, float32 on the CPU.
+
+        Args:
+            index: which draw, from 0.
+            seed: of the set of draws.
+
+        Returns:
+            A (r, k) and B (d, r).
+        """
+
+    def _drawn(self, inputs: Batch, draws: Draws) -> Tensor:
+        return drawn_logits(self, inputs, draws, self._plan)
 
 
 def check_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
@@ -92,10 +179,10 @@ def check_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int
         ValueError: if there are none, a name is not expected or a shape is another.
     """
     got = {name: tuple(value.shape) for name, value in tensors.items()}
-    wrong = {name: shape for name, shape in got.items() if expected.get(name) != shape}
+    wrong = [name for name, shape in got.items() if expected.get(name) != shape]
     if wrong or not got:
-        name = next(iter(wrong), None)
+        name = next(iter(wrong), "")
         raise ValueError(
-            f"of another model or rank: got {len(got)} tensors such as {name, got.get(name or '')}, "
-            f"expected shapes such as {name, expected.get(name or '', 'no such slot')}"
+            f"of another model or rank: got {len(got)} tensors such as {name, got.get(name)}, "
+            f"expected shapes such as {name, expected.get(name, 'no such slot')}"
         )

@@ -1,6 +1,7 @@
 """The predictive: probabilities averaged over draws, and the uncertainty of each row."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -36,8 +37,10 @@ class Prediction:
         return self.probabilities.argmax(-1)
 
     @classmethod
-    def of(cls, logits: Tensor) -> "Prediction":
-        """The predictive of the draws' logits (S, N, C), in float64; -inf marks an option that a row has not.
+    def of(cls, logits: Tensor) -> Self:
+        """The predictive of the draws' logits (S, N, C), in float64.
+
+        -inf marks options a row does not have.
 
         Example:
             >>> two_sure_draws_that_disagree = torch.tensor([[[30.0, 0.0]], [[0.0, 30.0]]])
@@ -47,7 +50,8 @@ class Prediction:
         """
         draws = logits.double().softmax(-1)
         probabilities = draws.mean(0)
-        total, expected = _entropy(probabilities), _entropy(draws).mean(0)
+        total = _entropy(probabilities)
+        expected = _entropy(draws).mean(0)
         return cls(probabilities, total, expected, (total - expected).clamp_min(0))
 
 
@@ -56,14 +60,14 @@ def _entropy(probabilities: Tensor) -> Tensor:
 
 
 def count_for(posterior: Posterior, draws: int) -> int:
-    """How many draws to take where so many are asked for: the posterior's `atoms` if it has some; 0 is the mean.
+    """How many draws to take where so many are asked for: the posterior's `atoms` if it has some.
 
     Raises:
-        ValueError: if the mean is asked for and there is none.
+        ValueError: if the mean is asked for (0) and there is none.
     """
     if draws == 0 and not posterior.has_mean:
         raise ValueError(
-            f"draws=0 means the mean, but {type(posterior).__name__} has none: ask for draws=1 or more"
+            f"{type(posterior).__name__} has no mean: got draws=0, which asks for it, expected 1 or more"
         )
     return draws if posterior.atoms is None or draws == 0 else posterior.atoms
 
@@ -71,10 +75,9 @@ def count_for(posterior: Posterior, draws: int) -> int:
 def predict(
     posterior: Posterior,
     inputs: Batch,
-    draws: int = 10,
+    draws: int | Draws = 10,
     *,
     seed: int = 0,
-    max_rows: int | None = None,
     max_tokens: int = 16384,
     shared_prefix: int | None = None,
 ) -> Prediction:
@@ -83,19 +86,21 @@ def predict(
     Args:
         posterior: what a method's `fit` returned, or a loaded one.
         inputs: a batch of N rows, as its scorer collates them.
-        draws: S; 0 for the mean adapter. A posterior with `atoms` is averaged over those instead.
+        draws: S; 0 for the mean adapter. A posterior with `atoms` is averaged over those instead. A
+            `Draws` says all of what follows too.
         seed: of the set of draws; the same seed gives the same S functions for every batch.
-        max_rows: bound on the rows of one forward pass.
         max_tokens: bound on the tokens of one forward pass.
-        shared_prefix: m; an approximation, off by default: the mean adapter reads all but the last m tokens of the
-            prompt, once for all draws. It draws less noise; docs/calibration_cost.md shows what is lost and saved.
+        shared_prefix: m; an approximation, off by default: the mean adapter reads all but the last m
+            tokens of the prompt, once for all draws. docs/calibration_cost.md shows what is lost.
 
     Returns:
         Probabilities (N, C), and total, expected and mutual-information entropy (N,) in nats.
 
     Raises:
-        ValueError: if `draws` is negative, or 0 for a posterior without a mean, or a prefix cannot be shared.
+        ValueError: if `draws` is negative, or 0 for a posterior without a mean, or a prefix cannot be
+            shared.
     """
-    count = count_for(posterior, draws)
-    which = Draws(count, seed, max_rows, max_tokens, shared_prefix=shared_prefix)
-    return Prediction.of(posterior.logits(inputs, which))
+    if not isinstance(draws, Draws):
+        draws = Draws(draws, seed, max_tokens=max_tokens, shared_prefix=shared_prefix)
+    draws = replace(draws, count=count_for(posterior, draws.count))
+    return Prediction.of(posterior.logits(inputs, draws))

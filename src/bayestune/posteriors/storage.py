@@ -1,4 +1,4 @@
-"""Saves and loads a posterior as a stock PEFT adapter (the mean) with two files beside it, and exports draws."""
+"""Saves a posterior as a stock PEFT adapter (the mean) with two files beside it; exports draws."""
 
 import hashlib
 import json
@@ -13,27 +13,28 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import bayestune
-from bayestune.adapters import ADAPTER, PREFIX, adapter_weights, gaussian_layers, slots
+from bayestune.adapters import ADAPTER, PREFIX, GaussianLinear, Slots
 from bayestune.forward import ClassLogits
 from bayestune.posteriors.gaussian import Gaussian
-from bayestune.posteriors.kinds import KINDS
 from bayestune.posteriors.mixture import Mixture
 from bayestune.posteriors.point import Point
-from bayestune.posteriors.posterior import Posterior, Saved
+from bayestune.posteriors.posterior import KINDS, AdapterPosterior, Posterior, Saved
 
 FORMAT = 1
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-TENSORS, DETAILS = "posterior.safetensors", "posterior.json"
+CONFIG = "adapter_config.json"
+ADAPTER_FILES = (CONFIG, "adapter_model.safetensors")
+TENSORS = "posterior.safetensors"
+DETAILS = "posterior.json"
 
 
 class PosteriorError(ValueError):
     """A folder is not a posterior that can be loaded on this model."""
 
 
-def mean_digest(model: nn.Module, adapter: str = ADAPTER) -> str:
-    """A hash of the adapter's A and B, so that a standard deviation is never put beside another mean."""
+def _mean_digest(slots: Slots) -> str:
+    """A hash of A and B, so that a standard deviation is never put beside another mean."""
     digest = hashlib.sha256()
-    for name, weight in sorted(adapter_weights(model, adapter).items()):
+    for name, weight in sorted(slots.weights().items()):
         digest.update(name.encode())
         digest.update(weight.float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
@@ -42,13 +43,14 @@ def mean_digest(model: nn.Module, adapter: str = ADAPTER) -> str:
 def save_posterior(
     posterior: Posterior | nn.Module, folder: Path, details: Mapping[str, Any] | None = None
 ) -> Path:
-    """Writes a posterior: a stock LoRA folder of the mean, `posterior.safetensors` and `posterior.json`.
+    """Writes a posterior: a stock LoRA folder of the mean, `posterior.safetensors`, `posterior.json`.
 
-    Each file is written elsewhere and moved into place, `posterior.json` last, so a folder that has it is whole. A
-    mixture has no mean: its members are such folders, `member-0` and so on, beside its `posterior.json`.
+    Each file is written elsewhere and moved into place, `posterior.json` last, so a folder that has
+    it is whole. A mixture has no mean: its members are such folders beside its `posterior.json`.
 
     Args:
-        posterior: what `fit` returned, or a PEFT model, converted by `bayesify` or not.
+        posterior: what `fit` returned, or a PEFT model, converted by `bayesify` or not, whose active
+            adapter is saved.
         folder: made if it is not there.
         details: what else to keep in `posterior.json`: method, task, base model.
 
@@ -56,7 +58,8 @@ def save_posterior(
         The folder.
     """
     if isinstance(posterior, nn.Module):
-        posterior = (Gaussian if gaussian_layers(posterior) else Point)(posterior, unbound)
+        stochastic = Slots(posterior).of_kind(GaussianLinear)
+        posterior = (Gaussian if stochastic else Point)(posterior, unbound)
     folder.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {
         "format": FORMAT,
@@ -70,68 +73,101 @@ def save_posterior(
             for member, own in zip(posterior.members, record["members"], strict=True):
                 save_posterior(member, folder / own, details)
         else:
-            tensors, facts = posterior.state()
-            _save_adapter(posterior.model, scratch, {}, posterior.adapter)
-            save_file(
-                {n: v.detach().cpu().contiguous() for n, v in tensors.items()}, scratch / TENSORS
-            )
-            record |= {
-                "facts": facts,
-                "mean_digest": mean_digest(posterior.model, posterior.adapter),
-            }
+            record |= _write(posterior, scratch)
         text = json.dumps({**record, **(details or {})}, indent=2, default=str) + "\n"
         (scratch / DETAILS).write_text(text, encoding="utf-8")
-        for file in (*ADAPTER_FILES, TENSORS, DETAILS):
-            if (scratch / file).exists():
-                (scratch / file).replace(folder / file)
+        _move(scratch, folder, (*ADAPTER_FILES, TENSORS, DETAILS))
     return folder
 
 
-def export_draw(model: nn.Module, weights: Mapping[str, Tensor], folder: Path) -> Path:
+def _write(posterior: Posterior, scratch: Path) -> dict[str, Any]:
+    """Writes the adapter and the tensors; returns what `posterior.json` says of them."""
+    slots = Slots(posterior.model, posterior.adapter)
+    tensors, facts = posterior.state()
+    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    _save_adapter(slots, scratch)
+    save_file(plain, scratch / TENSORS)
+    return {"facts": facts, "mean_digest": _mean_digest(slots)}
+
+
+def _move(scratch: Path, folder: Path, names: Sequence[str]) -> None:
+    for name in names:
+        if (scratch / name).exists():
+            (scratch / name).replace(folder / name)
+
+
+def export_draw(
+    posterior: Posterior | nn.Module, draw: int | Mapping[str, Tensor], folder: Path, seed: int = 0
+) -> Path:
     """Writes one draw as a plain LoRA adapter folder, which any LoRA server can load.
 
     Args:
-        model: the PEFT model of the posterior.
-        weights: the draw by slot name, as a posterior's `draw` gives it: A (r, k), B (d, r); the rest is the mean's.
+        posterior: whose draw; or its PEFT model, if it has no other adapter.
+        draw: which draw, from 0; or its weights by slot name, as `posterior.draw` returns them: A
+            (r, k), B (d, r); the rest is the mean's.
         folder: made if it is not there.
+        seed: of the set of draws.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: if a name is not a slot of the model.
+        ValueError: if the posterior's draws are not adapters, a name is not a slot of the adapter, or
+            it is not clear which adapter's configuration, mean and head belong to the weights.
     """
-    if unknown := sorted(set(weights) - set(slots(model))):
+    slots, weights = _chosen(posterior, draw, seed)
+    if unknown := sorted(set(weights) - set(slots.modules())):
         raise ValueError(
-            f"a draw of another model: got the slots {unknown[:3]}, expected slots of this adapter"
+            f"a draw of another model: got the slots {unknown[:3]}, expected slots of the adapter "
+            f"{slots.adapter!r}; export it with the posterior it is of"
         )
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as scratch:
-        _save_adapter(model, Path(scratch), weights)
-        for name in ADAPTER_FILES:
-            (Path(scratch) / name).replace(folder / name)
+        _save_adapter(slots, Path(scratch), weights)
+        _move(Path(scratch), folder, ADAPTER_FILES)
     return folder
 
 
-def _save_adapter(
-    model: nn.Module, folder: Path, weights: Mapping[str, Tensor], adapter: str = ADAPTER
-) -> None:
-    own = {
-        f"{PREFIX}{name}.{adapter}." for name in slots(model, adapter)
-    }  # what else is in a slot is no stock LoRA
-    state = {
-        name: value
-        for name, value in model.state_dict().items()
-        if name.endswith(".weight") or not any(name.startswith(slot) for slot in own)
-    }
-    for slot, weight in weights.items():
-        name = f"{PREFIX}{slot}.{adapter}.weight"
+def _chosen(
+    posterior: Posterior | nn.Module, draw: int | Mapping[str, Tensor], seed: int
+) -> tuple[Slots, Mapping[str, Tensor]]:
+    """The adapter that a draw belongs to, and its weights."""
+    if isinstance(draw, int):
+        if not isinstance(posterior, AdapterPosterior | Mixture):
+            raise ValueError(
+                f"{type(posterior).__name__} draws are not adapters: got draw {draw}, expected a "
+                "posterior whose draws can be exported, such as Gaussian"
+            )
+        owner = posterior.member_of(draw) if isinstance(posterior, Mixture) else posterior
+        return Slots(posterior.model, owner.adapter), posterior.draw(draw, seed)
+    if isinstance(posterior, Posterior) and not isinstance(posterior, Mixture):
+        return Slots(posterior.model, posterior.adapter), draw
+    model = posterior.model if isinstance(posterior, Mixture) else posterior
+    slots = Slots(model, posterior.adapter if isinstance(posterior, Mixture) else None)
+    names: Any = getattr(model, "peft_config", [slots.adapter])
+    complete = set(draw) >= set(slots.modules()) and not slots.heads
+    if len(names) > 1 and not complete:
+        raise ValueError(
+            f"which adapter the draw belongs to is not clear: got a model with the adapters "
+            f"{list(names)}, expected one; give the posterior and the draw's number instead"
+        )
+    return slots, draw
+
+
+def _save_adapter(slots: Slots, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+    """Writes the adapter as PEFT does, with nothing in its slots but weights, some of them others."""
+    own = tuple(f"{PREFIX}{name}.{slots.adapter}." for name in slots.modules())
+    state = {}
+    for name, value in slots.model.state_dict().items():
+        if name.endswith(".weight") or not name.startswith(own):
+            state[name] = value
+    for slot, weight in (weights or {}).items():
+        name = f"{PREFIX}{slot}.{slots.adapter}.weight"
         state[name] = weight.to(state[name].dtype)
-    save: Any = model.save_pretrained
-    save(folder, state_dict=state, save_embedding_layers=False, selected_adapters=[adapter])
-    if adapter != ADAPTER:  # PEFT writes it one folder deeper
-        for file in ADAPTER_FILES:
-            (folder / adapter / file).replace(folder / file)
+    save: Any = slots.model.save_pretrained
+    save(folder, state_dict=state, save_embedding_layers=False, selected_adapters=[slots.adapter])
+    if slots.adapter != ADAPTER:  # PEFT writes it one folder deeper
+        _move(folder / slots.adapter, folder, ADAPTER_FILES)
 
 
 def read_details(folder: Path) -> dict[str, Any]:
@@ -142,9 +178,9 @@ def read_details(folder: Path) -> dict[str, Any]:
     """
     path = folder / DETAILS
     if not path.is_file():
-        what = "a plain LoRA adapter" if (folder / ADAPTER_FILES[0]).is_file() else "no adapter"
+        what = "a plain LoRA adapter" if (folder / CONFIG).is_file() else "no adapter"
         raise PosteriorError(
-            f"{folder} is no posterior: got {what} without {DETAILS}, expected a folder of `fit`"
+            f"{folder} is not a posterior: got {what} without {DETAILS}, expected a folder of `fit`"
         )
     try:
         details = json.loads(path.read_text(encoding="utf-8"))
@@ -154,8 +190,8 @@ def read_details(folder: Path) -> dict[str, Any]:
         ) from None
     if details.get("format") != FORMAT:
         raise PosteriorError(
-            f"{path} has format {details.get('format')}, expected {FORMAT}: it was written by bayestune "
-            f"{details.get('bayestune')}; upgrade bayestune"
+            f"{path} has format {details.get('format')}, expected {FORMAT}: it was written by "
+            f"bayestune {details.get('bayestune')}; upgrade bayestune"
         )
     return details
 
@@ -168,93 +204,95 @@ def unbound(*_: Any) -> Tensor:
 
 
 def load_posterior(
-    base: nn.Module, folder: Path, score: ClassLogits = unbound, *, trainable: bool = False
+    base: nn.Module, folder: Path, scorer: ClassLogits = unbound, *, trainable: bool = False
 ) -> Posterior:
     """Loads a posterior on its base model; its draws are the saved one's, bit for bit.
 
     Args:
         base: the base model, without adapters.
         folder: what `save_posterior` wrote.
-        score: maps (model, batch) to class logits (N, C); without one the posterior's `logits` cannot be asked for.
+        scorer: maps (model, batch) to class logits (N, C); without one the posterior's `logits`
+            cannot be asked for.
         trainable: whether training shall go on.
 
     Returns:
         The posterior; its `model` is the PEFT model. `read_details(folder)` says what else was kept.
 
     Raises:
-        PosteriorError: if the folder is no posterior, a file is cut off, or it is of another model, rank or mean.
+        PosteriorError: if the folder is no posterior, a file is cut off, or it is of another model,
+            rank or mean.
     """
     members = read_details(folder).get("members")
     if members is None:
-        return _load(base, folder, score, ADAPTER, trainable)
-    return Mixture(
-        load_members(base, [folder / member for member in members], score, trainable=trainable)
-    )
+        return _load(base, folder, scorer, ADAPTER, trainable)
+    folders = [folder / member for member in members]
+    return Mixture(load_members(base, folders, scorer, trainable=trainable))
 
 
-def load_adapter(base: nn.Module, folder: Path, score: ClassLogits = unbound) -> Point:
-    """Any LoRA adapter folder as a point, whoever trained it.
+def load_adapter(base: nn.Module, folder: Path, scorer: ClassLogits = unbound) -> Point:
+    """Loads any LoRA adapter folder as a point, whoever trained it.
 
     Args:
         base: the base model, without adapters.
         folder: with `adapter_config.json` and the weights.
-        score: as for `load_posterior`.
+        scorer: as for `load_posterior`.
 
     Raises:
         PosteriorError: if the folder holds no adapter, or it does not fit the model.
     """
-    if not (folder / ADAPTER_FILES[0]).is_file():
+    if not (folder / CONFIG).is_file():
         raise PosteriorError(
-            f"{folder} is no LoRA adapter: got no {ADAPTER_FILES[0]}, expected PEFT's folder"
+            f"{folder} is not a LoRA adapter: got no {CONFIG}, expected PEFT's folder"
         )
-    return Point(_load_adapter(base, folder, {}, ADAPTER, trainable=False).eval(), score)
+    return Point(_load_adapter(base, folder, {}, ADAPTER, trainable=False).eval(), scorer)
 
 
 def base_name(folder: Path) -> str | None:
-    """The name of the base model that an adapter's configuration gives."""
-    path = folder / ADAPTER_FILES[0]
-    return (
-        json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
-        if path.is_file()
-        else None
-    )
+    """The name of the base model in an adapter's configuration."""
+    path = folder / CONFIG
+    if not path.is_file():
+        return None
+    return json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
 
 
 def load_members(
     base: nn.Module,
     folders: Sequence[Path],
-    score: ClassLogits = unbound,
+    scorer: ClassLogits = unbound,
     *,
     trainable: bool = False,
 ) -> list[Posterior]:
-    """Loads several posteriors on one base model, each under an adapter name of its own; the first one is active.
+    """Loads several posteriors on one base model, each under its own adapter; the first is active.
 
     Args:
         base: the base model, without adapters.
         folders: what `save_posterior` wrote, one for each.
-        score: as for `load_posterior`.
+        scorer: as for `load_posterior`.
         trainable: whether training shall go on.
 
     Raises:
         PosteriorError: as `load_posterior`.
     """
-    model, loaded = base, []
+    model = base
+    loaded: list[Posterior] = []
     for i, folder in enumerate(folders):
-        loaded.append(_load(model, folder, score, f"member{i}" if i else ADAPTER, trainable))
+        name = f"member{i}" if i else ADAPTER
+        loaded.append(_load(model, folder, scorer, name, trainable))
         model = loaded[0].model
     return loaded
 
 
 def _load(
-    base: nn.Module, folder: Path, score: ClassLogits, adapter: str, trainable: bool
+    base: nn.Module, folder: Path, scorer: ClassLogits, adapter: str, trainable: bool
 ) -> Posterior:
     details = read_details(folder)
-    if details["posterior"] not in KINDS:
+    kind = details["posterior"]
+    if kind not in KINDS:
         raise PosteriorError(
-            f"{folder} has the form {details['posterior']!r}, expected one of {sorted(KINDS)}"
+            f"{folder} is of the family {kind!r}, expected one of {sorted(KINDS)}; upgrade bayestune"
         )
     model = _load_adapter(base, folder, details, adapter, trainable).eval()
-    if mean_digest(model, adapter) != details["mean_digest"]:
+    if _mean_digest(Slots(model, adapter)) != details["mean_digest"]:
         raise PosteriorError(
             f"the adapter in {folder} is not the one its {DETAILS} was written for, or of another model"
         )
@@ -265,9 +303,7 @@ def _load(
             f"{folder / TENSORS} is missing, damaged or cut off ({error}); fit again"
         ) from error
     try:
-        posterior = KINDS[details["posterior"]].restore(
-            Saved(model, score, tensors, details["facts"], adapter)
-        )
+        posterior = KINDS[kind].restore(Saved(model, scorer, tensors, details["facts"], adapter))
     except ValueError as error:
         raise PosteriorError(f"{folder / TENSORS} does not fit: it is {error}") from error
     model.eval()
@@ -280,8 +316,11 @@ def _load_adapter(
     try:
         if not isinstance(base, PeftModel):
             return PeftModel.from_pretrained(
-                base, folder, adapter_name=adapter, is_trainable=trainable
-            )  # type: ignore[arg-type]
+                base,  # type: ignore[arg-type]
+                folder,
+                adapter_name=adapter,
+                is_trainable=trainable,
+            )
         base.load_adapter(str(folder), adapter, is_trainable=trainable)
     except (RuntimeError, ValueError, SafetensorError) as error:
         raise PosteriorError(

@@ -1,7 +1,6 @@
 """Rows → batches of similar length → the logits of all rows."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -20,7 +19,6 @@ def row_logits(
     draws: Draws,
     *,
     batch_size: int = 8,
-    bf16: bool = False,
     progress: str | None = None,
 ) -> Tensor:
     """The logits of every row under the same held draws; batches hold rows of like length.
@@ -29,21 +27,16 @@ def row_logits(
         posterior: whose draws.
         scorer: made the rows.
         rows: N encoded rows.
-        draws: which draws, and the bounds of a pass.
+        draws: which draws, the bounds of a pass, and its precision.
         batch_size: rows of a batch.
-        bf16: bfloat16 autocast.
         progress: title of a progress bar; None for none.
 
     Returns:
         Logits (S, N, C) in the order of the rows, C the largest number of options, -inf where a row has fewer.
     """
     order = sorted(range(len(rows)), key=lambda i: rows[i]["length"])
-    device = next(posterior.model.parameters()).device
     parts: dict[int, Tensor] = {}
-    with (
-        torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext(),
-        tqdm(total=len(rows), desc=progress, unit="row", disable=progress is None) as bar,
-    ):
+    with tqdm(total=len(rows), desc=progress, unit="row", disable=progress is None) as bar:
         for start in range(0, len(order), batch_size):
             places = order[start : start + batch_size]
             batch = scorer.collate([rows[i] for i in places])

@@ -15,7 +15,8 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from bayestune.adapters import Lora, attach
 from bayestune.data import check_trainable
-from bayestune.runtime import peak_memory_mb
+from bayestune.posteriors import FitReport
+from bayestune.runtime import peak_memory_mb, reset_peak_memory
 from bayestune.scoring import Scorer, TextScorer
 from bayestune.training.callbacks import Interrupted, StopOnSignal
 from bayestune.training.cpu_attention import eager_attention, trains_faster_eagerly
@@ -77,16 +78,6 @@ class Training:
         )
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """What a run of training reports: seconds, steps, the log and the peak memory in MB."""
-
-    seconds: float
-    steps: int
-    history: list[dict[str, float]]
-    peak_memory_mb: float
-
-
 def start_adapter(model: nn.Module, training: Training) -> nn.Module:
     """The PEFT model with a fresh adapter, the same for the same seed."""
     set_seed(training.seed)
@@ -108,7 +99,7 @@ def train(
     callbacks: Sequence[TrainerCallback] = (),
     *,
     optimizer: Optimizer | None = None,
-) -> Fitted:
+) -> FitReport:
     """Trains the adapters of a PEFT model on the scorer's training rows.
 
     Args:
@@ -126,6 +117,7 @@ def train(
         NotFiniteError: if the loss is NaN or infinite.
         Interrupted: at ctrl-C, after a checkpoint.
     """
+    reset_peak_memory()
     check_trainable(scorer.task)
     rows = scorer.encode(scorer.task.train)
     stop = StopOnSignal()
@@ -149,7 +141,7 @@ def train(
         seconds = time.perf_counter() - begin
         if stop.stopped:
             raise Interrupted(f"stopped at step {trainer.state.global_step}; go on with --resume")
-    return Fitted(
+    return FitReport(
         seconds, trainer.state.global_step, list(trainer.state.log_history), peak_memory_mb()
     )
 

@@ -1,0 +1,70 @@
+"""How many sequences of a batch make one row, so that they share their draw in training."""
+
+from typing import Any
+
+from torch import nn
+
+
+class RowGroups:
+    """How many consecutive sequences of the batch make one row; shared by a model's random layers.
+
+    A question whose options are scored as separate sequences is one row: all of them must see the
+    same draw. A size is asked for before a pass and holds from its beginning to the next pass's, so
+    that a checkpoint's recomputation, which comes after the pass, still finds it.
+
+    Args:
+        size: sequences of a row, until a pass of the model begins.
+    """
+
+    def __init__(self, size: int = 1) -> None:
+        self.size = size
+        self._next = 1
+
+    def ask(self, size: int) -> None:
+        """Sets the size of the next pass of the model."""
+        self._next = size
+
+    def begin(self, model: nn.Module, _: Any) -> None:
+        """A forward pre-hook: takes the size that was asked for, one sequence a row if none was."""
+        if model.training:
+            self.size = self._next
+            self._next = 1
+
+    def rows(self, sequences: int) -> int:
+        """How many rows a batch of so many sequences has.
+
+        Raises:
+            ValueError: if the sequences do not divide into rows.
+        """
+        count, rest = divmod(sequences, self.size)
+        if rest:
+            raise ValueError(
+                f"the batch does not divide into rows: got {sequences} sequences, expected a "
+                f"multiple of {self.size} (sequences a row); call group_rows with the batch's own size"
+            )
+        return count
+
+
+def row_groups_of(model: nn.Module) -> RowGroups:
+    """The model's row groups, one for all its adapters; made and bound to its passes if need be."""
+    for module in model.modules():
+        if isinstance(groups := getattr(module, "groups", None), RowGroups):
+            return groups
+    groups = RowGroups()
+    model.register_forward_pre_hook(groups.begin)
+    return groups
+
+
+def group_rows(model: nn.Module, size: int) -> None:
+    """Says that in the next training pass `size` consecutive sequences are one row and share a draw.
+
+    Args:
+        model: a model with random layers, whatever wraps it; of any adapters.
+        size: sequences of a row.
+    """
+    if not model.training:
+        return  # the mean and held draws do not ask
+    for module in model.modules():
+        if isinstance(groups := getattr(module, "groups", None), RowGroups):
+            groups.ask(size)
+            return

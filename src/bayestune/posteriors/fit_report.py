@@ -1,0 +1,46 @@
+"""What a fit reports beside its posterior."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Self
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """What a fit took, and what a method chose on the way.
+
+    Args:
+        seconds: of the whole fit.
+        steps: of the optimiser.
+        history: the log lines of the training.
+        peak_memory_mb: the largest amount of memory in use during the fit, in MB.
+        extra: what a method adds, such as a temperature; values that JSON can hold.
+    """
+
+    seconds: float = 0.0
+    steps: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+    peak_memory_mb: float = 0.0
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def plus(self, seconds: float = 0.0, peak_memory_mb: float = 0.0, **extra: Any) -> Self:
+        """The report of a fit that goes on from this one."""
+        return replace(
+            self,
+            seconds=self.seconds + seconds,
+            peak_memory_mb=max(self.peak_memory_mb, peak_memory_mb),
+            extra={**self.extra, **extra},
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """One flat dict, as the posterior's folder keeps it."""
+        values = asdict(self)
+        return {**values.pop("extra"), **values}
+
+    @classmethod
+    def of_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The report of such a dict."""
+        own = {f.name for f in fields(cls)} - {"extra"}
+        known = {name: value for name, value in values.items() if name in own}
+        extra = {name: value for name, value in values.items() if name not in own}
+        return cls(**known, extra=extra)
