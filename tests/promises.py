@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from bayestune.adapters import head_modules
+from bayestune.adapters import Slots
 from bayestune.forward import Draws
 from bayestune.posteriors import load_posterior, predict, save_posterior
 from bayestune.scoring import make_scorer
@@ -39,7 +39,7 @@ def keeps_its_promises(method, make, scorer, batch, folder, steps=8):
     assert type(loaded) is type(posterior)
     assert torch.equal(loaded.logits(batch, Draws(3)), logits)
     assert torch.equal(loaded.logits(batch, Draws(0)), posterior.logits(batch, Draws(0)))
-    heads = tuple(head_modules(posterior.model))  # trained whole
+    heads = tuple(Slots(posterior.model).heads)  # trained whole
     after = posterior.model.unload().state_dict()
     assert all(
         torch.equal(value, after[name])

@@ -13,6 +13,7 @@ from transformers import (
 )
 
 from bayestune import Question, Task
+from bayestune.adapters.noise import random_signs
 from bayestune.data.prompts import CHOICES
 
 WORDS = "Question Answer Choices Passage Return the label of correct answer for question below red green blue A B C D E"
@@ -122,3 +123,11 @@ def coloured_questions() -> Task:
         replace(row(i), id=f"h{i}", question=f"and what is {colours[i % 4]}?") for i in range(4)
     )
     return Task("tiny", rows[:12], rows[12:], held_out, prompt=CHOICES)
+
+
+def row_weights(mean: torch.Tensor, std: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """The law of training noise, plainly: A_n = M + (s_n t_nᵀ) ∘ (Ω∘E), E shared by the rows, (N, r, k)."""
+    rank, width = mean.shape
+    signs = random_signs(num_rows, rank + width, like=mean)
+    outer = signs[:, :rank, None] * signs[:, None, rank:]
+    return torch.addcmul(mean, outer, std * torch.randn_like(mean))

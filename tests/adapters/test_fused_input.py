@@ -10,10 +10,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.testing import assert_close
 
-from bayestune.adapters import GaussianLinear, RowGroups, bayesify, gaussian_layers
+from bayestune.adapters import GaussianLinear, RowGroups, Slots, bayesify
 from bayestune.adapters import fused_input as module
-from bayestune.adapters.fused_input import share_inputs
-from bayestune.adapters.noise import row_weights
+from bayestune.adapters.fused_input import fuse_inputs
+from tiny import row_weights
 
 NAMES = ("block.q_proj.lora_A", "block.v_proj.lora_A")
 
@@ -28,16 +28,18 @@ def pair(ranks=(3, 2), width=6, groups=None, names=NAMES, noise="row"):
     owner = SimpleNamespace(
         get_base_layer=lambda: nn.Linear(2, 2), lora_dropout={"default": nn.Identity()}
     )
-    share_inputs(made, {name.removesuffix(".lora_A"): owner for name in made}, "default")
+    layers = {name.removesuffix(".lora_A"): owner for name in made}
+    if noise == "row":  # `bayesify` fuses no others
+        fuse_inputs(SimpleNamespace(layers=layers, adapter="default"), made)
     return list(made.values())
 
 
 @pytest.fixture
 def applied(monkeypatch):
     """The ranks of each row product that is made."""
-    ranks, apply = [], module._RowNoise.apply
+    ranks, apply = [], module.RowNoise.apply
     monkeypatch.setattr(
-        module._RowNoise, "apply", lambda x, m, g: ranks.append(len(m)) or apply(x, m, g)
+        module.RowNoise, "apply", lambda x, m, g: ranks.append(len(m)) or apply(x, m, g)
     )
     return ranks
 
@@ -100,8 +102,8 @@ def test_every_pass_draws_anew_and_nothing_is_kept_behind_one():
     x = torch.randn(2, 3, 6)
     one, other = [first(x), second(x)], [first(x), second(x)]
     assert not any(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-    assert first.shared is second.shared is not None
-    assert (first.shared._input, first.shared._ready) == (None, {})
+    assert first.fused is second.fused is not None
+    assert (first.fused._input, first.fused._ready) == (None, {})
 
 
 def test_a_layer_that_is_given_another_tensor_or_is_called_first_is_computed_alone_every_time(
@@ -154,7 +156,7 @@ def test_a_layer_at_its_mean_or_a_replica_is_computed_alone(applied):
     ],
 )
 def test_only_layers_of_one_block_that_take_one_tensor_are_put_together(names, noise):
-    assert all(layer.shared is None for layer in pair(names=names, noise=noise))
+    assert all(layer.fused is None for layer in pair(names=names, noise=noise))
 
 
 def model_of(llama, dropout=0.0):
@@ -173,7 +175,9 @@ def test_in_a_model_queries_and_values_are_one_product_unless_dropout_gives_each
         model(input_ids=ids).logits.sum().backward()
     alone, together = [8] * 3, [16, 8]
     assert applied == (alone * 4 if dropout else together * 4)
-    assert all(layer.root_std.grad is not None for layer in gaussian_layers(model).values())
+    assert all(
+        layer.root_std.grad is not None for layer in Slots(model).of_kind(GaussianLinear).values()
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -191,7 +195,9 @@ def test_a_checkpoint_that_recomputes_a_block_gets_the_same_draws_from_the_first
         torch.manual_seed(4)
         logits = model(inputs_embeds=torch.ones(2, 5, 32, dtype=dtype, requires_grad=True)).logits
         (logits.float() * torch.linspace(-1, 1, logits.shape[-1])).sum().backward()
-        found.append([layer.root_std.grad for layer in gaussian_layers(model).values()])
+        found.append(
+            [layer.root_std.grad for layer in Slots(model).of_kind(GaussianLinear).values()]
+        )
     for ours, theirs in zip(*found, strict=True):
         assert_close(ours, theirs)
 
@@ -199,8 +205,8 @@ def test_a_checkpoint_that_recomputes_a_block_gets_the_same_draws_from_the_first
 def test_a_copy_of_the_model_has_groups_of_its_own(llama):
     model = model_of(llama)
     twin = copy.deepcopy(model)
-    ours, theirs = (list(gaussian_layers(one).values()) for one in (model, twin))
-    assert all(layer.shared is None or set(layer.shared.layers) <= set(theirs) for layer in theirs)
-    assert not {id(layer.shared) for layer in ours if layer.shared} & {
-        id(layer.shared) for layer in theirs
+    ours, theirs = (list(Slots(one).of_kind(GaussianLinear).values()) for one in (model, twin))
+    assert all(layer.fused is None or set(layer.fused.layers) <= set(theirs) for layer in theirs)
+    assert not {id(layer.fused) for layer in ours if layer.fused} & {
+        id(layer.fused) for layer in theirs
     }

@@ -8,7 +8,7 @@ from torch import nn
 
 from bayestune.adapters import GaussianLinear, RowGroups
 from bayestune.adapters.drawn_linear import DrawnLinear
-from bayestune.adapters.noise import row_weights
+from tiny import row_weights
 
 NOISES = ["row", "independent", "token"]
 

@@ -9,16 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from bayestune.adapters import (
-    GaussianLinear,
-    Lora,
-    adapted_layers,
-    attach,
-    bayesify,
-    drawn,
-    evaluating,
-    gaussian_layers,
-)
+from bayestune.adapters import GaussianLinear, Lora, Slots, attach, bayesify, drawn, evaluating
 from bayestune.adapters.lora import head_is_tied
 
 IDS = torch.arange(3, 27).reshape(2, 12)
@@ -44,7 +35,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 def test_every_layer_is_converted_counted_and_named_by_its_path_in_the_base(llama):
     model = adapted(llama())
     assert bayesify(model) == 4
-    assert list(gaussian_layers(model)) == [
+    assert list(Slots(model).of_kind(GaussianLinear)) == [
         f"model.layers.{i}.self_attn.{p}_proj.lora_A" for i in (0, 1) for p in "qv"
     ]
 
@@ -117,7 +108,10 @@ def test_a_bfloat16_base_under_autocast_trains(llama):
     model.train()
     with torch.autocast("cpu", torch.bfloat16):
         model(input_ids=IDS, labels=IDS).loss.backward()
-    assert all(layer.root_std.grad.isfinite().all() for layer in gaussian_layers(model).values())
+    assert all(
+        layer.root_std.grad.isfinite().all()
+        for layer in Slots(model).of_kind(GaussianLinear).values()
+    )
 
 
 def test_a_second_adapter_and_a_deep_copy_are_their_own(llama):
@@ -126,31 +120,35 @@ def test_a_second_adapter_and_a_deep_copy_are_their_own(llama):
     assert bayesify(model) == 4
     assert bayesify(model, adapter="other") == 2
     twin = copy.deepcopy(model)
-    first, second = (next(iter(gaussian_layers(m).values())) for m in (model, twin))
+    first, second = (next(iter(Slots(m).of_kind(GaussianLinear).values())) for m in (model, twin))
     assert first.groups is not second.groups
-    assert all(layer.groups is second.groups for layer in gaussian_layers(twin).values())
+    assert all(
+        layer.groups is second.groups for layer in Slots(twin).of_kind(GaussianLinear).values()
+    )
 
 
 def test_drawn_puts_the_slots_back_also_after_an_error(llama):
     model = adapted(llama())
     bayesify(model)
-    before = dict(gaussian_layers(model))
+    before = dict(Slots(model).of_kind(GaussianLinear))
     stack = {path: torch.zeros(2, *layer.weight.shape) for path, layer in before.items()}
 
     def fail() -> None:
         with drawn(model, stack):
-            assert not gaussian_layers(model)
+            assert not Slots(model).of_kind(GaussianLinear)
             raise KeyError("inside")
 
     with pytest.raises(KeyError, match="inside"):
         fail()
-    assert gaussian_layers(model) == before
+    assert Slots(model).of_kind(GaussianLinear) == before
 
 
 def test_drawn_refuses_layers_the_model_has_not(llama):
     model = adapted(llama())
     with (
-        pytest.raises(ValueError, match=r"got \['nowhere'\], expected slots of its adapter"),
+        pytest.raises(
+            ValueError, match=r"got \['nowhere'\], expected slots of the adapter 'default'"
+        ),
         drawn(model, {"nowhere": torch.zeros(1, 8, 32)}),
     ):
         pass
@@ -214,7 +212,7 @@ def test_a_slot_that_is_no_plain_linear(llama):
     class Other(nn.Linear):
         pass
 
-    next(iter(adapted_layers(model).values())).lora_A["default"] = Other(32, 8, bias=False)
+    next(iter(Slots(model).layers.values())).lora_A["default"] = Other(32, 8, bias=False)
     with pytest.raises(ValueError, match="its lora_A is a Other, not a plain Linear"):
         bayesify(model)
 
@@ -245,10 +243,10 @@ def test_multihead_attention():
 
 
 def test_the_papers_targets_include_the_head_only_where_it_is_not_tied(llama):
-    assert "lm_head" in adapted_layers(attach(llama(), Lora()))
+    assert "lm_head" in Slots(attach(llama(), Lora())).layers
     tied = llama(tie_word_embeddings=True)
     assert head_is_tied(tied)
-    assert "lm_head" not in adapted_layers(attach(tied, Lora()))
+    assert "lm_head" not in Slots(attach(tied, Lora())).layers
 
 
 def test_an_adapter_on_a_tied_head_works_and_leaves_the_embedding_alone(llama):
@@ -281,4 +279,6 @@ def test_other_architectures_convert_too():
     )
     assert bayesify(model, init_root_std=0.5) == 2
     model.train()(input_ids=IDS, labels=IDS).loss.backward()
-    assert all(layer.root_std.grad is not None for layer in gaussian_layers(model).values())
+    assert all(
+        layer.root_std.grad is not None for layer in Slots(model).of_kind(GaussianLinear).values()
+    )

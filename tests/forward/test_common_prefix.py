@@ -23,7 +23,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from bayestune.adapters import adapter_weights, bayesify, slot_names, slots
+from bayestune.adapters import Slots, bayesify
 from bayestune.curvature import Diagonal
 from bayestune.data import Prompt, Question, Task
 from bayestune.forward import Draws
@@ -228,8 +228,8 @@ def test_packed_texts_and_blocks_read_once_are_left_as_they_are(make, byte_level
     posterior, batches = make()
     model = posterior.model.unload()
     model = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
-    bayesify(model, slots=slot_names(model)[-1:])
-    later, seen = Gaussian(model, posterior.score), passes(model)
+    bayesify(model, slots=Slots(model).names()[-1:])
+    later, seen = Gaussian(model, posterior.scorer), passes(model)
     later.logits(batches[0], Draws(12))
     assert [tuple(shape) for shape in seen] == [(3, batches[0]["input_ids"].shape[1])]
 
@@ -296,7 +296,7 @@ def test_a_single_call_reads_only_if_that_saves_more_than_a_pass(make):
 
 def test_single_rows_share_with_those_before(make):
     posterior, _ = make()
-    scorer, seen, counts = posterior.score, passes(posterior.model), []
+    scorer, seen, counts = posterior.scorer, passes(posterior.model), []
     for row in (*ROWS, *ROWS):
         batch = scorer.collate(scorer.encode([row]))
         batch.pop("labels")
@@ -369,7 +369,7 @@ def fused_step(model):
 
 
 def through_data(model):
-    adapter_weights(model)[slot_names(model, ("lora_B",))[0]].data.mul_(-1)
+    Slots(model).weights()[Slots(model).names(("lora_B",))[0]].data.mul_(-1)
 
 
 def base_weight(model):
@@ -422,7 +422,7 @@ def test_a_model_that_changes_between_batches_is_read_anew(make, change, count):
     assert seen[-1][1] < batch["input_ids"].shape[1] - 20
     change(posterior.model)
     found = posterior.logits(batch, Draws(count))
-    anew = Gaussian(posterior.model, posterior.score)  # whose draws cannot be held ones
+    anew = Gaussian(posterior.model, posterior.scorer)  # whose draws cannot be held ones
     same(found, plain(anew, batch, Draws(count)))
     if not (change is merged and count == 0):  # merged, the mean is the same function
         assert not torch.allclose(
@@ -441,7 +441,7 @@ def test_what_was_read_serves_as_long_as_nothing_changes(make):
 def test_autocast_is_within_rounding_and_read_for_itself(make):
     posterior, batches = make()
     draws, seen, reads = Draws(12), passes(posterior.model), []
-    apart = Gaussian(posterior.model, posterior.score)
+    apart = Gaussian(posterior.model, posterior.scorer)
     for bf16 in (False, True, True, False):
         seen.clear()
         with torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext():
@@ -467,7 +467,7 @@ def test_only_as_much_is_kept_as_the_bound_allows(make, monkeypatch):
     seen = passes(posterior.model)
     for tokens in (20, common.LEAST - 1, 0):
         monkeypatch.setattr(common, "MAX_BYTES", of_token * tokens + 17)
-        posterior._held.common = kept = CommonPrefix()
+        posterior._plan.common = kept = CommonPrefix()
         for i, batch in enumerate(batches):
             seen.clear()
             found, shapes = posterior.logits(batch, Draws(12)), list(seen)
@@ -476,17 +476,17 @@ def test_only_as_much_is_kept_as_the_bound_allows(make, monkeypatch):
             assert shapes[-1][1] == rest
             assert len(shapes) == (2 if i == 0 else 1)
         assert (
-            sum(value.nbytes for layer in kept._read.layers for value in layer) <= common.MAX_BYTES
+            sum(value.nbytes for layer in kept._kept.layers for value in layer) <= common.MAX_BYTES
         )
 
 
 def forms(posterior):
-    model, score = posterior.model, posterior.score
-    weights = adapter_weights(model)
+    model, score = posterior.model, posterior.scorer
+    weights = Slots(model).weights()
     torch.manual_seed(3)
     ones = {name: torch.full_like(w, 0.02) for name, w in weights.items()}
     deviations = {name: 0.2 * torch.randn(3, *w.shape) for name, w in weights.items()}
-    ranks = {name: torch.full((len(weights[name]), 1), 0.5) for name in slot_names(model)}
+    ranks = {name: torch.full((len(weights[name]), 1), 0.5) for name in Slots(model).names()}
     blocks = {name: Diagonal(torch.full_like(w, 20.0)) for name, w in weights.items()}
     yield Scaled(model, score, ranks)
     yield LowRank(model, score, ones, deviations)
@@ -494,7 +494,7 @@ def forms(posterior):
     yield Tempered(posterior, 2.0)
     yield Point(model, score)
     model.add_adapter("other", LoraConfig(target_modules=["q_proj", "v_proj"]))
-    for name, slot in slots(model, "other").items():
+    for name, slot in Slots(model, "other").modules().items():
         nn.init.normal_(slot.weight, std=0.2 if name.endswith("A") else 0.3)
     yield Mixture([posterior, Point(model, score, adapter="other")])
 
@@ -583,17 +583,17 @@ def test_passes_with_gradients_are_left_as_they_are(make):
     model = make()[0].model
     batch = batch_of(*random_rows(11, 4, 7, 8, begin=random_rows(300)[0]))
     seen = passes(model)
-    with CommonPrefix().under(model, 1, None).sharing(model):
+    with CommonPrefix.of_mean(model).sharing(model):
         last(model, batch).sum().backward()
     assert [tuple(shape) for shape in seen] == [(4, 311)]
-    assert all(slot.weight.grad is not None for slot in slots(model).values())
+    assert all(slot.weight.grad is not None for slot in Slots(model).modules().values())
 
 
 def test_what_was_read_goes_with_the_model(make):
     posterior, batches = make()
     for batch in batches * 3:
         posterior.logits(batch, Draws(0))
-    kept = weakref.ref(common._OF_MEANS[posterior.model]._read)
+    kept = weakref.ref(common._OF_MEANS[posterior.model]._kept)
     assert kept() is not None
     model = weakref.ref(posterior.model)
     del posterior

@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from bayestune.adapters import bayesify, slots
+from bayestune.adapters import Slots, bayesify
 from bayestune.forward import Draws
 from bayestune.forward.fingerprint import Fingerprint
 from bayestune.posteriors import Gaussian
@@ -14,14 +14,14 @@ from bayestune.posteriors import Gaussian
 @pytest.fixture
 def model(llama):
     model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj", "v_proj"]))
-    for slot in slots(model).values():
+    for slot in Slots(model).modules().values():
         nn.init.normal_(slot.weight, std=0.3)
     bayesify(model, init_root_std=0.5)
     return model
 
 
 def first(model, side="lora_B"):
-    return next(slot for name, slot in slots(model).items() if name.endswith(side))
+    return next(slot for name, slot in Slots(model).modules().items() if name.endswith(side))
 
 
 def fused_step(model):
@@ -97,4 +97,4 @@ def test_a_fused_optimiser_that_leaves_versions_alone_renews_held_draws(model):
     assert fused_step(model)
     after = posterior.logits(batch, Draws(3))
     assert not torch.allclose(after, before, atol=1e-3)
-    torch.testing.assert_close(after, Gaussian(model, posterior.score).logits(batch, Draws(3)))
+    torch.testing.assert_close(after, Gaussian(model, posterior.scorer).logits(batch, Draws(3)))

@@ -10,7 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import Lfm2Config, Lfm2ForCausalLM
 
-from bayestune.adapters import bayesify, gaussian_layers, put, slot_names, slots
+from bayestune.adapters import GaussianLinear, Slots, bayesify
 from bayestune.data import Question, Task
 from bayestune.forward import Draws
 from bayestune.forward.shared_prefix import SharedPrefix
@@ -36,7 +36,7 @@ def converted(
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.3)
-    names = slot_names(model)
+    names = Slots(model).names()
     chosen = [name for name in names if layers is None or int(name.split(".")[2]) in layers]
     bayesify(model, init_root_std=root_std, slots=chosen)
     return model
@@ -68,13 +68,14 @@ def one_by_one(posterior, batch, draws):
     for index in draws.indices:
         with torch.no_grad():
             kept = {
-                name: slot.weight.clone() for name, slot in gaussian_layers(posterior.model).items()
+                name: slot.weight.clone()
+                for name, slot in Slots(posterior.model).of_kind(GaussianLinear).items()
             }
             for name, weight in posterior.draw(index, draws.seed).items():
-                slots(posterior.model)[name].weight.copy_(weight)
+                Slots(posterior.model).modules()[name].weight.copy_(weight)
             passes.append(posterior.logits(batch, Draws(0))[0])
             for name, weight in kept.items():
-                slots(posterior.model)[name].weight.copy_(weight)
+                Slots(posterior.model).modules()[name].weight.copy_(weight)
     return torch.stack(passes)
 
 
@@ -147,19 +148,19 @@ def by_hand(posterior, batch, draws):
                 attention_mask=mask[:, :split],
                 position_ids=places[:, :split],
             )
-            kept = dict(gaussian_layers(model))
+            kept = dict(Slots(model).of_kind(GaussianLinear))
             drawn = {name: copy.deepcopy(slot) for name, slot in kept.items()}
             for name, weight in posterior.draw(index, draws.seed).items():
                 drawn[name].weight.copy_(weight)
-            put(model, drawn)
+            Slots(model).put(drawn)
             end = model(
                 input_ids=ids[:, split:],
                 attention_mask=mask,
                 position_ids=places[:, split:],
                 **{cache: getattr(start, cache)},
             )
-            put(model, kept)
-            logits = end.logits[:, -1, posterior.score.tokens]
+            Slots(model).put(kept)
+            logits = end.logits[:, -1, posterior.scorer.tokens]
             passes.append(logits.masked_fill(~batch["option_mask"], -torch.inf))
     return torch.stack(passes)
 
@@ -221,11 +222,11 @@ def test_the_batch_after_reads_its_own_prefix(make):
 
 def test_models_that_keep_no_keys_and_values_are_refused(bert, llama):
     with pytest.raises(ValueError, match="got 0; 16 is usual"):
-        SharedPrefix(llama(), 0)
+        SharedPrefix(Slots(llama()), 0)
     with pytest.raises(
         ValueError, match="got a BertForSequenceClassification, expected a causal language model"
     ):
-        SharedPrefix(bert(), 4)
+        SharedPrefix(Slots(bert()), 4)
 
 
 def test_a_model_that_remembers_in_another_way_is_refused():
@@ -253,18 +254,18 @@ def test_a_model_that_remembers_in_another_way_is_refused():
 def test_posteriors_whose_draws_cannot_share_one_are_refused(make, llama):
     posterior, batch = make()
     with pytest.raises(
-        ValueError, match="draws of TokenNoise are no adapters and cannot share a prefix: got"
+        ValueError, match="TokenNoise draws are not adapters, so they cannot share a prefix: got"
     ):
-        TokenNoise(posterior.model, posterior.score).logits(batch, Draws(2, shared_prefix=2))
+        TokenNoise(posterior.model, posterior.scorer).logits(batch, Draws(2, shared_prefix=2))
     dropping = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"], lora_dropout=0.1))
-    with pytest.raises(ValueError, match="draws of Dropout are no adapters"):
-        Dropout(dropping, posterior.score).logits(batch, Draws(2, shared_prefix=2))
+    with pytest.raises(ValueError, match="Dropout draws are not adapters"):
+        Dropout(dropping, posterior.scorer).logits(batch, Draws(2, shared_prefix=2))
 
 
 def test_a_mixture_that_runs_in_one_pass_has_no_mean_to_read_with(make):
     posterior, batch = make()
     posterior.model.add_adapter("other", LoraConfig(target_modules=["q_proj", "v_proj"]))
-    both = Mixture([posterior, Point(posterior.model, posterior.score, adapter="other")])
+    both = Mixture([posterior, Point(posterior.model, posterior.scorer, adapter="other")])
     assert both.logits(batch, Draws(2)).shape[0] == 2
     with pytest.raises(ValueError, match="got a Mixture without a mean adapter to read it with"):
         both.logits(batch, Draws(2, shared_prefix=2))

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from bayestune.adapters import bayesify, gaussian_layers
+from bayestune.adapters import GaussianLinear, Slots, bayesify
 from bayestune.kl import KLStep, burst_period, kl_divergence, kl_weights, warmup_decay
 
 STEPS, KL_LR, LR, PRIOR = 30, 0.02, 1e-3, 0.2
@@ -41,7 +41,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def authors_update(model: nn.Module, micros, period: int) -> None:
     """AdamW on M and B with the likelihood; then SGD on M and G with π·KL, G's likelihood gradient left in place."""
-    layers = list(gaussian_layers(model).values())
+    layers = list(Slots(model).of_kind(GaussianLinear).values())
     roots = {id(layer.root_std) for layer in layers}
     adamw = torch.optim.AdamW(
         [p for p in trainable(model).values() if id(p) not in roots], LR, eps=1e-6, weight_decay=0
@@ -90,7 +90,7 @@ def test_the_decoupled_step_is_the_authors_two_optimiser_update(model, accumulat
     expected = trainable(twin)
     for name, parameter in trainable(model).items():
         torch.testing.assert_close(parameter, expected[name], atol=1e-6, rtol=0, msg=name)
-    moved = next(iter(gaussian_layers(model).values())).std.mean().item()
+    moved = next(iter(Slots(model).of_kind(GaussianLinear).values())).std.mean().item()
     assert moved > 0.01  # from 0.0018: the comparison is of something
 
 
@@ -128,13 +128,15 @@ def test_it_runs_in_anyones_trainer_and_ends_where_it_was_told(model, tmp_path):
     step = KLStep(PRIOR, final_std=0.05, schedule="constant", std_lr=0.0)
     run = trainer(model.float(), tmp_path, step)
     run.train()
-    stds = torch.cat([layer.std.flatten() for layer in gaussian_layers(model).values()])
+    stds = torch.cat(
+        [layer.std.flatten() for layer in Slots(model).of_kind(GaussianLinear).values()]
+    )
     assert stds.mean().item() == pytest.approx(0.05, rel=0.02)
     logged = [entry for entry in run.state.log_history if "loss" in entry]
     assert len(logged) == 3
     kl = sum(
         kl_divergence(layer.weight, layer.std, PRIOR).item()
-        for layer in gaussian_layers(model).values()
+        for layer in Slots(model).of_kind(GaussianLinear).values()
     )
     assert logged[-1]["kl"] == pytest.approx(kl, rel=1e-4)
     assert logged[-1]["std_over_prior"] == pytest.approx(stds.mean().item() / PRIOR, rel=1e-4)
@@ -151,7 +153,8 @@ def test_the_optimiser_takes_the_standard_deviation_only_if_told(model, tmp_path
         run.train()
         state = run.optimizer.optimizer.state
         assert all(
-            (layer.root_std in state) is has_state for layer in gaussian_layers(twin).values()
+            (layer.root_std in state) is has_state
+            for layer in Slots(twin).of_kind(GaussianLinear).values()
         )
 
 
@@ -160,7 +163,7 @@ def test_weight_decay_never_reaches_the_standard_deviation(model, tmp_path):
         ValueError, match="got weight_decay=0.1 on root_std, expected 0; set weight_decay=0 or"
     ):
         trainer(model.float(), tmp_path, KLStep(std_optimizer="adamw"), weight_decay=0.1).train()
-    layer = next(iter(gaussian_layers(model).values()))
+    layer = next(iter(Slots(model).of_kind(GaussianLinear).values()))
     before = layer.root_std.detach().clone()
     optimizer = torch.optim.AdamW(trainable(model).values(), LR, weight_decay=10.0)
     KLStep(kl_lr=0.0, period=3).attach(model, optimizer, total_steps=3)
@@ -251,3 +254,19 @@ def test_bad_settings_are_refused(model):
         KLStep(final_std=0.3, period=3).attach(model, optimizer, total_steps=3)
     with pytest.raises(ValueError, match="the model has no Gaussian layer"):
         KLStep(period=3).attach(model.unload(), optimizer, total_steps=3)
+
+
+def test_a_run_longer_than_its_plan_is_warned_of_once(model, caplog):
+    optimizer = torch.optim.SGD(trainable(model).values(), 0.0)
+    step = KLStep(period=1, kl_lr=1e-4)
+    step.attach(model, optimizer, total_steps=2)
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(input_ids=torch.arange(3, 17)[None], labels=torch.arange(3, 17)[None]).loss.backward()
+        optimizer.step()
+    assert caplog.text.count("the KL's plan of 2 steps is over, but the run goes on") == 1
+
+
+def test_the_state_of_a_step_that_is_not_attached_is_refused():
+    with pytest.raises(RuntimeError, match="the KL step is not attached: got no plan, expected"):
+        KLStep().state_of_kl()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from bayestune.adapters import adapter_weights, bayesify, detach, slot_names, slots
+from bayestune.adapters import Slots, bayesify, detach
 from bayestune.forward import Draws
 from bayestune.posteriors import (
     KINDS,
@@ -37,13 +37,13 @@ def model(llama):
     adapted = get_peft_model(
         llama(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     )
-    for slot in slots(adapted).values():
+    for slot in Slots(adapted).modules().values():
         torch.nn.init.normal_(slot.weight, std=0.3)
     return adapted.eval()
 
 
 def first(model, side="A"):
-    return next(name for name in slots(model) if name.endswith(side))
+    return next(name for name in Slots(model).modules() if name.endswith(side))
 
 
 def draws_of(posterior, name):
@@ -56,7 +56,7 @@ def assert_mean(draws, expected, variance):
 
 def test_normal_factors_shift_whole_rows_along_their_direction(model):
     name = first(model)
-    mean = slots(model)[name].weight.detach().double()
+    mean = Slots(model).modules()[name].weight.detach().double()
     std, direction = torch.tensor([[0.1], [0.2], [0.3], [0.4]]), torch.randn(mean.shape)
     draws = draws_of(Scaled(model, score, {name: std}, "normal", {name: direction}), name)
     variance = (std * direction).double().square()
@@ -70,7 +70,7 @@ def test_normal_factors_shift_whole_rows_along_their_direction(model):
 
 def test_bernoulli_factors_keep_ranks_as_often_as_they_say(model):
     name = first(model)
-    mean = slots(model)[name].weight.detach().double()
+    mean = Slots(model).modules()[name].weight.detach().double()
     kept = torch.tensor([[0.2], [0.5], [0.8], [1.0]])
     draws = draws_of(Scaled(model, score, {name: kept}), name)
     assert_mean(draws[:, :3], mean[:3], (mean.square() * (1 / kept.double() - 1))[:3])
@@ -84,7 +84,7 @@ def test_bernoulli_factors_keep_ranks_as_often_as_they_say(model):
 def test_low_rank_draws_have_the_stated_covariance_across_slots(model):
     torch.manual_seed(2)
     names = [first(model), first(model, "B")]
-    shapes = {name: slots(model)[name].weight.shape for name in names}
+    shapes = {name: Slots(model).modules()[name].weight.shape for name in names}
     variances = {name: torch.rand(shape) / 50 for name, shape in shapes.items()}
     deviations = {name: torch.randn(3, *shape) / 10 for name, shape in shapes.items()}
     posterior = LowRank(model, score, variances, deviations)
@@ -92,7 +92,9 @@ def test_low_rank_draws_have_the_stated_covariance_across_slots(model):
     draws = torch.stack(
         [torch.cat([d[name].flatten()[:6] for name in names]) for d in drawn]
     ).double()
-    mean = torch.cat([slots(model)[name].weight.detach().flatten()[:6] for name in names]).double()
+    mean = torch.cat(
+        [Slots(model).modules()[name].weight.detach().flatten()[:6] for name in names]
+    ).double()
     d = torch.cat([deviations[name].flatten(1)[:, :6] for name in names], 1).double()
     covariance = (
         d.T @ d / (2 * (3 - 1))
@@ -105,7 +107,7 @@ def test_low_rank_draws_have_the_stated_covariance_across_slots(model):
 
 def make(kind, model):
     name = first(model)
-    shape = slots(model)[name].weight.shape
+    shape = Slots(model).modules()[name].weight.shape
     if kind == "scaled":
         return Scaled(model, score, {name: torch.full((1, shape[1]), 0.7)})
     return LowRank(model, score, {name: torch.rand(shape)}, {name: torch.randn(2, *shape)})
@@ -134,7 +136,7 @@ def test_tensors_of_another_rank_or_model_are_refused(kind, model):
 def test_a_mixture_is_kept_member_by_member(model, llama, tmp_path):
     for k in range(2):
         with torch.no_grad():
-            slots(model)[first(model)].weight.add_(0.1 * k)
+            Slots(model).modules()[first(model)].weight.add_(0.1 * k)
         save_posterior(Point(model, score), tmp_path / f"{k}")
     from bayestune.posteriors import load_members
 
@@ -158,12 +160,12 @@ def test_a_form_that_is_not_known_is_refused(model, llama, tmp_path):
     path.write_text(
         path.read_text(encoding="utf-8").replace('"point"', '"cloud"'), encoding="utf-8"
     )
-    with pytest.raises(PosteriorError, match="has the form 'cloud', expected one of"):
+    with pytest.raises(PosteriorError, match="is of the family 'cloud', expected one of"):
         load_posterior(llama(), folder)
 
 
 def test_a_folder_without_an_adapter_is_refused(llama, tmp_path):
-    with pytest.raises(PosteriorError, match="is no LoRA adapter: got no adapter_config.json"):
+    with pytest.raises(PosteriorError, match="is not a LoRA adapter: got no adapter_config.json"):
         load_adapter(llama(), tmp_path)
 
 
@@ -172,8 +174,8 @@ def test_slots_that_a_model_has_not_are_refused(model):
         bayesify(model, slots=["nowhere.lora_A"])
     with pytest.raises(ValueError, match="no LoRA layer holds the adapter 'default'"):
         bayesify(model, slots=[])
-    assert bayesify(model, slots=slot_names(model, ("lora_B",), ("v_proj",))) == 2
-    assert all("v_proj.lora_B" in name for name in slot_names(model, ("lora_B",), ("v_proj",)))
+    assert bayesify(model, slots=Slots(model).names(("lora_B",), ("v_proj",))) == 2
+    assert all("v_proj.lora_B" in name for name in Slots(model).names(("lora_B",), ("v_proj",)))
 
 
 def test_detaching_gives_back_the_base_with_its_own_head(bert):
@@ -184,7 +186,7 @@ def test_detaching_gives_back_the_base_with_its_own_head(bert):
         for parameter in adapted.parameters():
             if parameter.requires_grad:
                 parameter.add_(1.0)
-    assert adapter_weights(adapted)
+    assert Slots(adapted).weights()
     after = detach(adapted).state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], value) for name, value in before.items())

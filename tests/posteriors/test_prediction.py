@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from bayestune.adapters import bayesify, gaussian_layers
+from bayestune.adapters import GaussianLinear, Slots, bayesify
 from bayestune.forward import Draws, repeat_rows
 from bayestune.posteriors import Gaussian, Point, Prediction, predict
 
@@ -37,7 +37,7 @@ def batch() -> dict[str, torch.Tensor]:
 def test_ten_draws_in_one_pass_are_ten_passes(posterior, batch):
     together = posterior.logits(batch, Draws(10, seed=3))
     assert together.shape == (10, 4, 3)
-    layers = gaussian_layers(posterior.model)
+    layers = Slots(posterior.model).of_kind(GaussianLinear)
     for index in range(10):
         weights = posterior.draw(index, seed=3)
         kept = {path: layer.weight.detach().clone() for path, layer in layers.items()}
@@ -64,7 +64,7 @@ def test_chunks_change_nothing(posterior, batch, bounds):
 
 def test_bounds_bound_the_rows_of_a_pass(posterior, batch):
     rows = []
-    posterior.score = lambda model, b: rows.append(b["input_ids"].shape[0]) or score(model, b)
+    posterior.scorer = lambda model, b: rows.append(b["input_ids"].shape[0]) or score(model, b)
     posterior.logits(batch, Draws(10, max_rows=13))
     assert rows == [12, 12, 12, 4]
     rows.clear()
@@ -83,12 +83,12 @@ def test_a_draw_does_not_depend_on_the_batch_nor_on_the_other_draws(posterior, b
 def test_draws_follow_the_posterior_when_it_changes(posterior, batch):
     before = posterior.logits(batch, Draws(2))
     with torch.no_grad():
-        next(iter(gaussian_layers(posterior.model).values())).root_std.mul_(2)
+        next(iter(Slots(posterior.model).of_kind(GaussianLinear).values())).root_std.mul_(2)
     assert not torch.allclose(posterior.logits(batch, Draws(2)), before)
 
 
 def test_draws_have_the_posteriors_moments(posterior):
-    path, layer = next(iter(gaussian_layers(posterior.model).items()))
+    path, layer = next(iter(Slots(posterior.model).of_kind(GaussianLinear).items()))
     draws = torch.stack([posterior.draw(i)[path] for i in range(2000)])
     assert ((draws.mean(0) - layer.weight) / (layer.std / math.sqrt(2000))).abs().max() < 4.5
     assert (draws.var(0) / layer.std.square() - 1).abs().max() < 4.5 * math.sqrt(2 / 2000)
@@ -153,13 +153,12 @@ def test_repeating_rows_goes_copy_by_copy():
 
 def test_bad_requests_are_refused(posterior, batch, llama):
     class Meanless(Point):
-        has_mean = False
-
-        def __post_init__(self) -> None:
-            self.has_mean = False
+        @property
+        def has_mean(self) -> bool:
+            return False
 
     with pytest.raises(
-        ValueError, match="draws=0 means the mean, but Meanless has none: ask for draws=1 or more"
+        ValueError, match="Meanless has no mean: got draws=0, .* expected 1 or more"
     ):
         predict(Meanless(posterior.model, score), batch, 0)
     with pytest.raises(ValueError, match="got count=-1, first=0, expected neither to be negative"):

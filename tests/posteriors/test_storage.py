@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from bayestune.adapters import bayesify, gaussian_layers
+from bayestune.adapters import GaussianLinear, Slots, bayesify
 from bayestune.forward import Draws
 from bayestune.posteriors import (
     DETAILS,
@@ -60,7 +60,7 @@ def test_the_adapter_is_stock_lora_and_loads_in_plain_peft_without_a_warning(sav
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", category=FutureWarning)
         plain = PeftModel.from_pretrained(base, folder).eval()
-    assert not gaussian_layers(plain)
+    assert not Slots(plain).of_kind(GaussianLinear)
     mean = Gaussian(model, score).logits(BATCH, Draws(0))[0]
     with torch.no_grad():
         assert torch.equal(score(plain, BATCH), mean)
@@ -90,7 +90,7 @@ def test_noise_and_its_start_come_back(llama, tmp_path):
     model = fitted(llama(), gaussian=False)
     bayesify(model, init_root_std=0.07, noise="token")
     loaded = load_posterior(llama(), save_posterior(model, tmp_path), trainable=True)
-    layer = next(iter(gaussian_layers(loaded.model).values()))
+    layer = next(iter(Slots(loaded.model).of_kind(GaussianLinear).values()))
     assert (layer.noise, layer.init_root_std) == ("token", 0.07)
     assert layer.weight.requires_grad
     assert layer.root_std.requires_grad
@@ -136,7 +136,7 @@ def test_saving_again_replaces_and_leaves_nothing_behind(saved):
 def test_a_foreign_adapter_folder(llama, tmp_path):
     fitted(llama(), gaussian=False).save_pretrained(tmp_path)
     with pytest.raises(
-        PosteriorError, match="is no posterior: got a plain LoRA adapter without posterior.json"
+        PosteriorError, match="is not a posterior: got a plain LoRA adapter without posterior.json"
     ):
         load_posterior(llama(), tmp_path)
     with pytest.raises(PosteriorError, match="got no adapter without posterior.json"):

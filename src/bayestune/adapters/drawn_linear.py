@@ -41,8 +41,8 @@ class DrawnLinear(nn.Module):
         draws, rank, width = self.weight.shape
         if input.shape[0] % draws:
             raise ValueError(
-                f"the rows do not divide into draws: got {input.shape[0]} rows, expected a multiple "
-                f"of {draws}; repeat the batch once for each draw"
+                f"the rows do not divide into draws: got {input.shape[0]} rows, expected a "
+                f"multiple of {draws}; repeat the batch once for each draw"
             )
         output = torch.bmm(input.reshape(draws, -1, width), self.weight.transpose(1, 2))
         return output.view(*input.shape[:-1], rank)

@@ -1,4 +1,4 @@
-"""Gaussian layers that receive the same tensor, such as q_proj and v_proj, computed as one product."""
+"""Gaussian layers that receive the same tensor, such as q_proj and v_proj, computed as one."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from bayestune.adapters.noise import random_signs
 from bayestune.adapters.slots import Slots, split_name
 
-# Modules that receive one tensor from attention or a gated MLP: Llama and most others, BERT, DistilBERT.
+# Modules that receive one tensor: in Llama and most others, BERT, DistilBERT.
 _ONE_INPUT = (
     ("q_proj", "k_proj", "v_proj"),
     ("gate_proj", "up_proj"),
@@ -26,12 +26,12 @@ class RowProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weights: Tensor) -> Tensor:
+    def forward(ctx: Any, input: Tensor, weights: Tensor) -> Tensor:  # noqa: D102
         ctx.save_for_backward(input, weights)
         return torch.bmm(input, weights.transpose(1, 2))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor]:  # noqa: D102
         (gradient,) = gradients
         input, weights = ctx.saved_tensors
         of_input = torch.bmm(gradient, weights) if ctx.needs_input_grad[0] else None
@@ -43,18 +43,18 @@ class RowNoise(torch.autograd.Function):
 
     E ~ N(0, 1) is shared by the rows; the signs s_n ∈ {±1}^r and t_n ∈ {±1}^k are each row's own.
     Every A_n has the posterior N(M, (G∘G)²) as its marginal law, and two rows' noises are
-    uncorrelated. The backward pass is written out: ∂M = Σ_n ∂A_n and ∂G = 2 G∘E∘Σ_n (s_n t_nᵀ)∘∂A_n.
-    Autograd would take the same steps one by one and keep three float32 tensors of the draws' size
-    (N, r, k) for them; this keeps G∘E, the signs, and the draws in the type of the product. The noise
-    is drawn inside, so a checkpoint that restores the generator before it recomputes the pass gets
-    the same draws.
+    uncorrelated. The backward pass is written out: ∂M = Σ_n ∂A_n and ∂G = 2 G∘E∘Σ_n (s_n
+    t_nᵀ)∘∂A_n. Autograd would take the same steps one by one and keep three float32 tensors of the
+    draws' size (N, r, k) for them; this keeps G∘E, the signs, and the draws in the type of the
+    product. The noise is drawn inside, so a checkpoint that restores the generator before it
+    recomputes the pass gets the same draws.
 
     Reference:
         Wen, Vicol, Ba, Tran, Grosse: Flipout, ICLR 2018, https://arxiv.org/abs/1803.04386.
     """
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, mean: Tensor, root_std: Tensor) -> Tensor:
+    def forward(ctx: Any, input: Tensor, mean: Tensor, root_std: Tensor) -> Tensor:  # noqa: D102
         signs = random_signs(input.shape[0], sum(mean.shape), like=mean)
         sign_out, sign_in = _split(signs, len(mean))
         half = root_std * torch.randn_like(mean)  # G∘E: half of ∂(G∘G∘E)/∂G
@@ -64,7 +64,9 @@ class RowNoise(torch.autograd.Function):
         return torch.bmm(input, weights.transpose(1, 2))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+    def backward(  # noqa: D102
+        ctx: Any, *gradients: Tensor
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
         (gradient,) = gradients
         input, weights, signs, half = ctx.saved_tensors
         of_input = torch.bmm(gradient, weights) if ctx.needs_input_grad[0] else None
@@ -85,8 +87,8 @@ class FusedInput:
 
     One product reads the input once, and all small steps are taken once for all of them. The first
     layer computes all; the others take their part if they receive the same tensor. Each has the law
-    it has alone, and the layers' noises are independent in every row. What happens depends on nothing
-    but the calls of one pass, so that a checkpoint's recomputation does the same again.
+    it has alone, and the layers' noises are independent in every row. What happens depends on
+    nothing but the calls of one pass, so that a checkpoint's recomputation does the same again.
 
     Args:
         layers: with noise "row", the same width, type and device; the one that is called first in

@@ -26,9 +26,9 @@ class GaussianLinear(nn.Linear):
     Args:
         linear: the plain layer whose weight becomes the mean (the same Parameter, not a copy).
         init_root_std: ε; G starts uniform on (ε/√2, ε), so σ starts in (ε²/2, ε²).
-        noise: "row", flipout signs per row; "independent", a fresh E per row; "token", flipout signs
-            per token, as in the authors' code. All three have the same marginal variance; only
-            "token" works on activations.
+        noise: "row", flipout signs per row; "independent", a fresh E per row; "token", flipout
+            signs per token, as in the authors' code. All three have the same marginal variance;
+            only "token" works on activations.
         groups: shared by a model's layers, see `RowGroups`.
 
     Raises:
@@ -130,8 +130,8 @@ def bayesify(
 ) -> int:
     """Makes A of every LoRA layer Gaussian, in place: q(A) = N(M, Ω²), with M the present A.
 
-    Afterwards training mode draws one A for each row of the batch and evaluation mode uses the mean.
-    All layers are checked before any is converted.
+    Afterwards training mode draws one A for each row of the batch and evaluation mode uses the
+    mean. All layers are checked before any is converted.
 
     Args:
         model: the model that `peft.get_peft_model` returned.

@@ -32,8 +32,8 @@ def independent_weights(mean: Tensor, std: Tensor, num_rows: int) -> Tensor:
 def held_noise(shape: Sequence[int], seed: int, index: int, path: str) -> Tensor:
     """Standard normal noise with an address: the same bits for the same (seed, index, path).
 
-    A counter-based generator (Philox) is keyed by a hash of the address, so a draw depends neither on
-    the other draws nor on the order of the layers, the batch, the device or the process.
+    A counter-based generator (Philox) is keyed by a hash of the address, so a draw depends neither
+    on the other draws nor on the order of the layers, the batch, the device or the process.
 
     Args:
         shape: of the noise, (r, k).

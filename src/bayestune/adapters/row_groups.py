@@ -40,7 +40,8 @@ class RowGroups:
         if rest:
             raise ValueError(
                 f"the batch does not divide into rows: got {sequences} sequences, expected a "
-                f"multiple of {self.size} (sequences a row); call group_rows with the batch's own size"
+                f"multiple of {self.size} (sequences a row); call group_rows with the batch's own "
+                "size"
             )
         return count
 
@@ -56,7 +57,8 @@ def row_groups_of(model: nn.Module) -> RowGroups:
 
 
 def group_rows(model: nn.Module, size: int) -> None:
-    """Says that in the next training pass `size` consecutive sequences are one row and share a draw.
+    """Says that in the next training pass `size` consecutive sequences are one row and share a
+    draw.
 
     Args:
         model: a model with random layers, whatever wraps it; of any adapters.

@@ -18,7 +18,8 @@ Kind = TypeVar("Kind", bound=nn.Module)
 
 
 class Slots:
-    """The slots A and B of one adapter, found once: whatever module stands in a slot, PEFT calls it.
+    """The slots A and B of one adapter, found once: whatever module stands in a slot, PEFT calls
+    it.
 
     A slot's name is its layer's path in the base model and ".lora_A" or ".lora_B"; it is the same
     with and without PEFT's wrapper, and for every adapter. `layers` holds the LoRA layers by path,
@@ -99,8 +100,8 @@ class Slots:
         """Puts S fixed weights in slots for the time of the context.
 
         Args:
-            stacks: for each slot name (S, r, k) or (S, d, r); other slots keep their module. A batch
-                must hold S·N rows, draw by draw.
+            stacks: for each slot name (S, r, k) or (S, d, r); other slots keep their module. A
+                batch must hold S·N rows, draw by draw.
 
         Raises:
             ValueError: if a name is not a slot of the adapter.
@@ -108,8 +109,8 @@ class Slots:
         present = self.modules()
         if unknown := sorted(set(stacks) - set(present)):
             raise ValueError(
-                f"draws for slots the model does not have: got {unknown[:3]}, expected slots of the "
-                f"adapter {self.adapter!r}; take draws of a posterior on this model"
+                f"draws for slots the model does not have: got {unknown[:3]}, expected slots of "
+                f"the adapter {self.adapter!r}; take draws of a posterior on this model"
             )
         kept = {name: present[name] for name in stacks}
         drawn: dict[str, nn.Module] = {}
@@ -136,7 +137,8 @@ class Slots:
             kind = type(self.model).__name__
             raise ValueError(
                 f"no LoRA layer holds the adapter {self.adapter!r}: got a {kind}, expected a model "
-                "from peft.get_peft_model with LoraConfig; check target_modules and the adapter's name"
+                "from peft.get_peft_model with LoraConfig; check target_modules and the adapter's "
+                "name"
             )
         names = [f"{path}.lora_A" for path in self.layers] if names is None else names
         places = [split_name(name) for name in names]
@@ -150,8 +152,8 @@ class Slots:
         if lines:
             count = lines.count("\n") + 1
             raise ValueError(
-                f"{count} of {len(places)} LoRA layers cannot be made stochastic, none was converted; "
-                f"leave them out of target_modules or use plain LoRA there:\n{lines}"
+                f"{count} of {len(places)} LoRA layers cannot be made stochastic, none was "
+                f"converted; leave them out of target_modules or use plain LoRA there:\n{lines}"
             )
         return {
             f"{path}.{side}": getattr(self.layers[path], side)[self.adapter]

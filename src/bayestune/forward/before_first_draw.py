@@ -1,4 +1,4 @@
-"""What no draw changes is computed once: the blocks before the first drawn one, or all but the head."""
+"""Computes once what no draw changes: blocks before the first drawn one, or all but the head."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +21,8 @@ class BeforeFirstDraw:
     Args:
         slots: where the draws stand.
         head: the output head, if it alone is drawn.
-        blocks: otherwise the blocks from the first drawn one on; empty where nothing comes before it.
+        blocks: otherwise the blocks from the first drawn one on; empty where nothing comes before
+            it.
     """
 
     slots: Slots

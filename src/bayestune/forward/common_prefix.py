@@ -1,4 +1,4 @@
-"""Tokens that all rows begin with, such as a task's instruction: read once for each draw, exactly."""
+"""Tokens that all rows begin with, such as an instruction: read once for each draw, exactly."""
 
 import weakref
 from collections.abc import Iterator, Mapping
@@ -48,7 +48,7 @@ class _Rows:
 
     @classmethod
     def of(cls, inputs: Mapping[str, Any], size: int) -> Self | None:
-        """None for passes of another kind: all but left-padded rows and the logits of their ends."""
+        """None for all passes but left-padded rows and the logits of their ends."""
         keep = inputs.get("logits_to_keep")
         given = {name for name, value in inputs.items() if value is not None}
         if given - _INPUTS or inputs.get("use_cache") or not isinstance(keep, int) or keep < 1:
@@ -121,16 +121,16 @@ class CommonPrefix:
     """Has a model read the tokens that all rows begin with once for each draw.
 
     Attention is causal: under one draw, the keys and values of the first c tokens do not depend on
-    what follows, and are the same for all rows and batches that begin with them. A pass over S·N rows
-    of T tokens becomes one over their last T − c, and, once, one over S rows of c tokens. The logits
-    are the plain pass's up to rounding.
+    what follows, and are the same for all rows and batches that begin with them. A pass over S·N
+    rows of T tokens becomes one over their last T − c, and, once, one over S rows of c tokens. The
+    logits are the plain pass's up to rounding.
 
     The prefix is read once the tokens it would have saved so far, this batch included, exceed the
-    tokens it costs: S·c and a pass. So a single call gains from it or leaves it, and over a data set
-    at most as much is spent as was missed. What was read serves until the model, the draws or
+    tokens it costs: S·c and a pass. So a single call gains from it or leaves it, and over a data
+    set at most as much is spent as was missed. What was read serves until the model, the draws or
     autocast change. At most `MAX_BYTES` are kept, of the first tokens. Passes of another kind than
-    letter scoring's and expanded text scoring's (4-D masks, gradients, a cache asked for), and models
-    whose tokens go by anything but keys, values and positions, are left as they are.
+    letter scoring's and expanded text scoring's (4-D masks, gradients, a cache asked for), and
+    models whose tokens go by anything but keys, values and positions, are left as they are.
     """
 
     def __init__(self) -> None:

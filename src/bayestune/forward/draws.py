@@ -1,6 +1,6 @@
 """Which draws of a posterior to take, how many at once, and in which precision."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,8 +9,14 @@ import torch
 from torch import Tensor, nn
 
 Batch = Mapping[str, Tensor]
-ClassLogits = Callable[[nn.Module, Batch], Tensor]
-"""Maps a model and a batch of N rows to class logits (N, C): what a scorer does when called."""
+
+
+class ClassLogits(Protocol):
+    """Maps a model and a batch of N rows to class logits (N, C): a scorer, when it is called."""
+
+    def __call__(self, model: nn.Module, batch: Batch, /) -> Tensor:
+        """Class logits (N, C)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -122,8 +128,12 @@ def seeded(model: nn.Module, seed: int, index: int) -> Iterator[None]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """The device of the model's first parameter."""
-    return next(model.parameters()).device
+    """The device of the model's first parameter, found without a walk of the module tree."""
+    for parameter in model._parameters.values():
+        if parameter is not None:
+            return parameter.device
+    first = next(child for child in model.children() if next(child.parameters(), None) is not None)
+    return device_of(first)
 
 
 def on_device(inputs: Batch, model: nn.Module) -> dict[str, Tensor]:

@@ -12,7 +12,8 @@ _OF_PEFT = ("merged_adapters", "active_adapters", "disable_adapters", "scaling")
 class Fingerprint:
     """A model's weights and the state of its adapters, to compare with later.
 
-    Parameters that an optimiser may change, the adapters' and all that are trainable, are compared by
+    Parameters that an optimiser may change, the adapters' and all that are trainable, are compared
+    by
     value: fused optimisers and writes to `.data` leave no trace in a tensor's version. The frozen
     ones, by far the most, are compared by identity, version and address.
 

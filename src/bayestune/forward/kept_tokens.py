@@ -32,7 +32,7 @@ def cache_argument(base: nn.Module) -> str | None:
 
 
 def goes_by_position(base: nn.Module) -> bool:
-    """Whether a token's keys and values depend on the tokens before it and its position id alone."""
+    """Whether keys and values depend on the tokens before and the position id alone."""
     if not isinstance(base, PreTrainedModel) or getattr(base, "_is_stateful", False):
         return False
     config: Any = base.config.get_text_config()
@@ -46,9 +46,10 @@ def is_plain(read: Any, size: int, length: int) -> bool:
     if type(read) is not DynamicCache or not read.layers:
         return False
     for layer in read.layers:
+        kept: Any = layer
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             return False
-        for value in (layer.keys, layer.values):
+        for value in (kept.keys, kept.values):
             if value is None or value.dim() != 4:
                 return False
             if (value.shape[0], value.shape[2]) != (size, length):

@@ -32,8 +32,8 @@ def drawn_logits(posterior: Drawable, inputs: Batch, draws: Draws, plan: "Plan")
         plan: what is kept between the batches of this posterior.
 
     Raises:
-        ValueError: if a shared prefix is asked for and the posterior has no mean or the model cannot
-            share one.
+        ValueError: if a shared prefix is asked for and the posterior has no mean or the model
+            cannot share one.
     """
     plan.renew(posterior, draws)
     sharing = plan.sharing(posterior, draws)
@@ -64,7 +64,7 @@ class Plan:
         self.common = CommonPrefix()
 
     def renew(self, posterior: Drawable, draws: Draws) -> None:
-        """Takes the draws that are asked for; those of before are kept while the model is the same."""
+        """Takes the draws that are asked for; keeps earlier ones while the model is the same."""
         model = posterior.model
         same = self._fingerprint is not None and self._fingerprint.matches(model)
         if not same or self._seed != draws.seed:

@@ -1,4 +1,4 @@
-"""Shared-prefix draws, an approximation: the mean adapter alone reads all but the end of the prompt."""
+"""Shared-prefix draws, an approximation: the mean reads all but the end of the prompt."""
 
 import copy
 import inspect
@@ -19,10 +19,11 @@ class SharedPrefix(nn.Module):
     """Stands for a PEFT model whose draws share what they know of the first part of a prompt.
 
     A pass over S·N rows of T tokens becomes two. The mean adapter reads the prefix of the N rows
-    once; its keys and values serve all S draws. The draws then read the last m tokens of the prompt,
-    and what is scored behind it. With u tokens scored behind the prompt the cost is about
+    once; its keys and values serve all S draws. The draws then read the last m tokens of the
+    prompt, and what is scored behind it. With u tokens scored behind the prompt the cost is about
     1 + (S − 1)·(m + u)/T passes of the mean instead of S. It is not the posterior's predictive: the
-    noise of the prefix is left out. Two cases are exact: no noise at all, and m as long as the prompt.
+    noise of the prefix is left out. Two cases are exact: no noise at all, and m as long as the
+    prompt.
 
     Args:
         slots: of a causal PEFT model in evaluation mode, where the draws stand.
@@ -42,8 +43,9 @@ class SharedPrefix(nn.Module):
         cache = cache_argument(base)
         if cache is None:
             raise ValueError(
-                f"draws cannot share a prefix: got a {type(base).__name__}, expected a causal language "
-                "model, which keeps the keys and values of what it has read; leave shared_prefix out"
+                f"draws cannot share a prefix: got a {type(base).__name__}, expected a causal "
+                "language model, which keeps the keys and values of what it has read; leave "
+                "shared_prefix out"
             )
         self.model = slots.model
         self.slots = slots
@@ -75,7 +77,8 @@ class SharedPrefix(nn.Module):
         use_cache: bool = False,
         **rest: Any,
     ) -> Any:
-        """The model's output at the end of S·N rows, draw by draw: the logits of the last positions.
+        """The model's output at the end of S·N rows, draw by draw: the logits of the last
+        positions.
 
         Args:
             input_ids: (S·N, T), the same N rows S times, which end together (padded on the left).
@@ -127,8 +130,8 @@ class SharedPrefix(nn.Module):
             kinds = sorted({type(layer).__name__ for layer in layers}) or [type(read).__name__]
             raise ValueError(
                 f"draws cannot share a prefix: got a {type(self.get_base_model()).__name__} that "
-                f"remembers in {kinds}, expected keys and values of each token in every layer; leave "
-                "shared_prefix out"
+                f"remembers in {kinds}, expected keys and values of each token in every layer; "
+                "leave shared_prefix out"
             )
         return read
 

@@ -1,4 +1,5 @@
-"""The KL divergence of q(A) = N(M, Ω²) from its prior: closed forms, schedules, and the decoupled step.
+"""The KL divergence of q(A) = N(M, Ω²) from its prior: closed forms, schedules, and the decoupled
+step.
 
 `KLStep` is all that a Trainer or a bare loop needs of it.
 """

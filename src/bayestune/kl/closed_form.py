@@ -1,4 +1,4 @@
-"""The KL divergence of N(M, Ω²) from its prior, its gradient step, and the law by which it moves Ω."""
+"""The KL divergence of N(M, Ω²) from its prior, its gradient step, and how it moves Ω."""
 
 import math
 from collections.abc import Sequence
@@ -86,8 +86,8 @@ def kl_time_to(final_std: float, prior_std: float, initial_std: float = 0.0) -> 
     if not 0 <= initial_std < final_std < prior_std:
         raise ValueError(
             "final_std must lie between the initial standard deviation and prior_std: got "
-            f"final_std={final_std}, expected {initial_std:.4g} < final_std < {prior_std}; choose a "
-            "smaller final_std or a larger prior_std"
+            f"final_std={final_std}, expected {initial_std:.4g} < final_std < {prior_std}; choose "
+            "a smaller final_std or a larger prior_std"
         )
     return prior_std / 4 * (math.atanh(final_std / prior_std) - math.atanh(initial_std / prior_std))
 

@@ -1,4 +1,4 @@
-"""When the KL is taken: its weight at each step, and the warm-up and decay of the learning rates."""
+"""When the KL is taken: its weight at each step, and warm-up and decay of the learning rates."""
 
 import math
 from typing import Literal, get_args

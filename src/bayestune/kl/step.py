@@ -39,13 +39,13 @@ class _KLPlan:
 
 @dataclass(eq=False)
 class KLStep(TrainerCallback):
-    """Takes the decoupled KL step after each step of the optimiser, as AdamW decouples weight decay.
+    """Takes the KL step after the optimiser's, decoupled as AdamW decouples weight decay.
 
     With η_t = kl_lr·schedule_t·π_t:
     M ← M·(1 − η_t/σ_p²),  G ← G + η_t·(2/G − 2G³/σ_p²) − std_lr·schedule_t·∂NLL/∂G.
     The last term is there with `std_optimizer="sgd"`; with "adamw" the run's own optimiser takes G
-    along the likelihood. With std_lr = kl_lr it is the two-optimiser update of the authors without a
-    second backward pass.
+    along the likelihood. With std_lr = kl_lr it is the two-optimiser update of the authors without
+    a second backward pass.
 
     Args:
         prior_std: σ_p.
@@ -55,8 +55,8 @@ class KLStep(TrainerCallback):
         schedule: "bursts", the KL arrives at the end of each period; "constant".
         period: P; None takes the authors' from the rows and the batch.
         warmup_ratio: the part of the steps in which `kl_lr` warms up; it then decays to 0.
-        std_optimizer: who takes G along the likelihood's gradient, "sgd" at `std_lr` or "adamw", the
-            run's optimiser.
+        std_optimizer: who takes G along the likelihood's gradient, "sgd" at `std_lr` or "adamw",
+            the run's optimiser.
         std_lr: the learning rate of G on the likelihood; None takes `kl_lr`, or 0.01 where
             `final_std` is given (the rate solved for would grow without bound as runs get shorter).
         adapter: which adapter; None for the active one.
@@ -65,12 +65,13 @@ class KLStep(TrainerCallback):
         ValueError: if both `final_std` and `kl_lr` are given, or a value is out of range.
 
     Example:
-        With a Trainer: `Trainer(model, ..., callbacks=[KLStep(prior_std=0.2, final_std=0.1)])`. With
-        a bare loop, once: `KLStep(final_std=0.1).attach(model, optimizer, total_steps=1000,
+        With a Trainer: `Trainer(model, ..., callbacks=[KLStep(prior_std=0.2, final_std=0.1)])`.
+        With a bare loop, once: `KLStep(final_std=0.1).attach(model, optimizer, total_steps=1000,
         num_rows=640, batch_size=4)`.
 
     Reference:
-        Wang, Shi, Han, Metaxas, Wang: BLoB, NeurIPS 2024, https://arxiv.org/abs/2406.11675, section 3.
+        Wang, Shi, Han, Metaxas, Wang: BLoB, NeurIPS 2024, https://arxiv.org/abs/2406.11675, section
+        3.
     """
 
     prior_std: float = 0.2
@@ -108,8 +109,8 @@ class KLStep(TrainerCallback):
     def _plan(self) -> _KLPlan:
         if self._kl_plan is None:
             raise RuntimeError(
-                "the KL step is not attached: got no plan, expected a Trainer that has begun or a call "
-                "of attach(model, optimizer, total_steps=…)"
+                "the KL step is not attached: got no plan, expected a Trainer that has begun or a "
+                "call of attach(model, optimizer, total_steps=…)"
             )
         return self._kl_plan
 
@@ -141,8 +142,8 @@ class KLStep(TrainerCallback):
         self._layers = list(slots.of_kind(GaussianLinear).values())
         if not self._layers:
             raise ValueError(
-                f"the model has no Gaussian layer: got the deterministic adapter {slots.adapter!r}; "
-                "call bayesify(model) first, or name the adapter"
+                "the model has no Gaussian layer: got the deterministic adapter "
+                f"{slots.adapter!r}; call bayesify(model) first, or name the adapter"
             )
         if self.std_optimizer == "adamw":
             self._refuse_decay(optimizer)
@@ -177,14 +178,14 @@ class KLStep(TrainerCallback):
         if period is None:
             if num_rows is None or batch_size is None:
                 raise ValueError(
-                    "the KL's period is not known: got no period, expected num_rows and batch_size, or "
-                    "period"
+                    "the KL's period is not known: got no period, expected num_rows and "
+                    "batch_size, or period"
                 )
             period = burst_period(num_rows, batch_size)
         if self.schedule == "bursts" and total_steps < period:
             logger.warning(
-                "the run of %d steps ends before the first burst of the KL (period %d): hardly any KL "
-                'would be taken; use schedule="constant", a shorter period, or more steps',
+                "the run of %d steps ends before the first burst of the KL (period %d): hardly any "
+                'KL would be taken; use schedule="constant", a shorter period, or more steps',
                 total_steps,
                 period,
             )
@@ -201,9 +202,9 @@ class KLStep(TrainerCallback):
         gradients = [layer.root_std.grad for layer in self._layers]
         if self.step == 0 and all(gradient is None for gradient in gradients):
             raise RuntimeError(
-                f"no gradient reached any of the {len(gradients)} Gaussian layers: something applies "
-                "LoRA without calling its modules (a fused kernel?), so the noise would be lost; "
-                "switch that kernel off"
+                f"no gradient reached any of the {len(gradients)} Gaussian layers: something "
+                "applies LoRA without calling its modules (a fused kernel?), so the noise would be "
+                "lost; switch that kernel off"
             )
         if self.std_optimizer == "sgd":
             self._likelihood = gradients
@@ -215,8 +216,9 @@ class KLStep(TrainerCallback):
         if self.step >= planned:
             if self.step == planned:
                 logger.warning(
-                    "the KL's plan of %d steps is over, but the run goes on: the standard deviation "
-                    "stays as it is from here; give the KL step the total_steps of the whole run",
+                    "the KL's plan of %d steps is over, but the run goes on: the standard "
+                    "deviation stays as it is from here; give the KL step the total_steps of the "
+                    "whole run",
                     planned,
                 )
             self.step += 1

@@ -1,4 +1,4 @@
-"""Independent Gaussians in the adapter's slots: what BLoB, Bayes-by-backprop, TFB and IVON return."""
+"""Independent Gaussians in the adapter's slots: what BLoB, BBB, TFB and IVON return."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Self
@@ -24,7 +24,8 @@ class Gaussian(AdapterPosterior):
         super().__post_init__()
         if not self.layers():
             raise ValueError(
-                "the model has no Gaussian layer: got a deterministic model; call bayesify(model) first"
+                "the model has no Gaussian layer: got a deterministic model, expected one that "
+                "bayesify(model) has converted; call it first"
             )
 
     def layers(self) -> dict[str, GaussianLinear]:

@@ -82,11 +82,11 @@ class _Laplace(SingleAdapter):
 class Linearised(_Laplace):
     """The Laplace posterior seen through the model's linearisation in θ at θ_MAP.
 
-    The class logits of a row are then Gaussian: f ~ N(f_MAP, J·Σ·Jᵀ), J the Jacobian of its C logits
-    with respect to the LoRA matrices that have a block. Draw s of row n is f_MAP + L_n·z_s with
-    L_n·L_nᵀ = J_n·Σ·J_nᵀ, and z_s (C,) is the held noise with the address (seed, s, "laplace"). Each
-    row has its exact law; how rows vary together is not kept, since all rows share z_s. A draw is not
-    an adapter, for that see `Sampled`.
+    The class logits of a row are then Gaussian: f ~ N(f_MAP, J·Σ·Jᵀ), J the Jacobian of its C
+    logits with respect to the LoRA matrices that have a block. Draw s of row n is f_MAP + L_n·z_s
+    with L_n·L_nᵀ = J_n·Σ·J_nᵀ, and z_s (C,) is the held noise with the address (seed, s,
+    "laplace"). Each row has its exact law; how rows vary together is not kept, since all rows share
+    z_s. A draw is not an adapter, for that see `Sampled`.
 
     Reference:
         Yang, Robeyns, Wang, Aitchison: Bayesian low-rank adaptation for large language models, ICLR
@@ -216,7 +216,7 @@ def _check(blocks: Mapping[str, Block], weights: Mapping[str, Tensor]) -> None:
     wrong = {n: block.shape for n, block in blocks.items() if shapes.get(n) != block.shape}
     if wrong or not blocks:
         raise ValueError(
-            f"curvature of another model or rank: got {len(blocks)} blocks, {len(wrong)} of them do "
-            f"not fit, such as {next(iter(wrong.items()), None)}; expected the slots "
+            f"curvature of another model or rank: got {len(blocks)} blocks, {len(wrong)} of them "
+            f"do not fit, such as {next(iter(wrong.items()), None)}; expected the slots "
             f"{list(weights)[:2]} … in their shapes"
         )

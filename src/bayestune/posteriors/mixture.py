@@ -1,11 +1,11 @@
-"""A mixture of posteriors on one base model, each under its own adapter: what an ensemble returns."""
+"""A mixture of posteriors on one base model, each under its own adapter: an ensemble."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bayestune.adapters import Slots, active
 from bayestune.forward import Batch, ClassLogits, Draws, Plan, drawn_logits
@@ -18,7 +18,8 @@ class Mixture(Posterior):
     """1/K Σ_k q_k: draw s is member s mod K's draw ⌊s/K⌋, so that S draws are spread evenly.
 
     Where all members' draws are adapters of the same layers and nothing else was trained, all draws
-    run in one pass: the base weights are read once. Otherwise each member runs under its own adapter.
+    run in one pass: the base weights are read once. Otherwise each member runs under its own
+    adapter.
 
     Args:
         members: the posteriors, on the same PEFT model under different adapter names.
@@ -41,21 +42,10 @@ class Mixture(Posterior):
                 "a mixture needs members on one model, each with its own adapter: got the adapters "
                 f"{names} on {len(models)} models; use methods.Ensemble"
             )
-
-    @property
-    def model(self) -> nn.Module:
-        """The PEFT model of all members."""
-        return self.members[0].model
-
-    @property
-    def scorer(self) -> ClassLogits:
-        """The members' scorer."""
-        return self.members[0].scorer
-
-    @property
-    def adapter(self) -> str:
-        """The first member's adapter, in whose slots the draws run."""
-        return self.members[0].adapter
+        first = self.members[0]
+        self.model = first.model
+        self.scorer = first.scorer
+        self.adapter = first.adapter  # in whose slots the draws run
 
     @property
     def has_mean(self) -> bool:
@@ -84,7 +74,8 @@ class Mixture(Posterior):
         member = self.member_of(index)
         if not isinstance(member, AdapterPosterior):
             raise ValueError(
-                f"{type(member).__name__} draws are not adapters: got a mixture of them; use `logits`"
+                f"{type(member).__name__} draws are not adapters: got a mixture of them, expected "
+                "members whose draws are adapters; use `logits`"
             )
         own = {name: weight.float().cpu() for name, weight in member.slots.weights().items()}
         return {**own, **member.draw(index // len(self.members), seed)}
@@ -95,7 +86,7 @@ class Mixture(Posterior):
             return self.members[0].logits(inputs, draws)
         if draws.count == 0:
             raise ValueError(
-                f"a mixture of {len(self.members)} has no mean adapter: got draws=0, expected 1 or more"
+                f"a mixture of {len(self.members)} has no mean: got draws=0, expected 1 or more"
             )
         if self._runs_in_one_pass():
             with draws.precision(self.model):

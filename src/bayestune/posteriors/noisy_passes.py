@@ -1,4 +1,4 @@
-"""Posteriors whose draws are noisy passes, not adapters: dropout masks or Gaussian noise for each token."""
+"""Posteriors whose draws are noisy passes: dropout masks or Gaussian noise for each token."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from bayestune.adapters import GaussianLinear, Slots, evaluating
+from bayestune.adapters import GaussianLinear, Noise, Slots, evaluating
 from bayestune.forward import Batch, Draws, on_device, repeat_rows, seeded
 from bayestune.posteriors.gaussian import Gaussian
 from bayestune.posteriors.posterior import Saved, SingleAdapter, State
@@ -32,7 +32,8 @@ class Dropout(SingleAdapter):
         super().__post_init__()
         if not any(module.p > 0 for module in dropouts(self.slots)):
             raise ValueError(
-                "the adapter has no dropout: got lora_dropout=0, expected more; set Lora(dropout=0.1)"
+                "the adapter has no dropout: got lora_dropout=0, expected a probability above 0; "
+                "set Lora(dropout=0.1)"
             )
 
     def _drawn(self, inputs: Batch, draws: Draws) -> Tensor:
@@ -78,8 +79,9 @@ class TokenNoise(SingleAdapter):
     Token t of row n sees A_nt = M + (s_nt r_ntᵀ)∘(Ω∘E), with one E for each layer and pass, so two
     tokens' noises are uncorrelated, and a draw is not an adapter. The marginal law of each A_nt is
     that of `Gaussian`; the logits' law is another, for attention averages over tokens. E and the
-    signs come from torch's generator, seeded by (seed, draw): the same batches give the same logits,
-    another batching other noise. It is there to compare with; draws of `Gaussian` are functions.
+    signs come from torch's generator, seeded by (seed, draw): the same batches give the same
+    logits, another batching other noise. It is there to compare with; draws of `Gaussian` are
+    functions.
 
     Raises:
         ValueError: if the model has no Gaussian layer.
@@ -109,7 +111,7 @@ class TokenNoise(SingleAdapter):
     def _noisy(self, seed: int, index: int) -> Iterator[None]:
         """Switches the layers' noise on, nothing else, and restores its kind."""
         layers = list(self.slots.of_kind(GaussianLinear).values())
-        kinds = [layer.noise for layer in layers]
+        kinds: list[Noise] = [layer.noise for layer in layers]
         with seeded(self.model, seed, index):
             try:
                 for layer in layers:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from bayestune.adapters import Slots
+from bayestune.adapters import ADAPTER, Slots
 from bayestune.forward import Batch, ClassLogits, Draws, Plan, drawn_logits, mean_logits
 from bayestune.posteriors.fit_report import FitReport
 
@@ -33,11 +33,12 @@ class Saved:
     scorer: ClassLogits
     tensors: Mapping[str, Tensor]
     facts: Mapping[str, Any]
-    adapter: str
+    adapter: str = ADAPTER
 
 
 class Posterior(ABC):
-    """What every method's `fit` returns: a distribution over adapters, seen through its draws' logits.
+    """What every method's `fit` returns: a distribution over adapters, seen through its draws'
+    logits.
 
     Every posterior has `model`, the PEFT model; `scorer`, which maps (model, batch) to class logits
     (N, C); `adapter`, the name of its adapter; and `report`, what its fit took.
@@ -62,7 +63,7 @@ class Posterior(ABC):
     def atoms(self) -> int | None:
         """The number of draws that makes the predictive exact: 1 for a point, K for K points.
 
-        Where draws cost nothing, a number that makes it precise; None where more draws are better.
+        Where draws cost nothing, a number that makes it precise; None where more are better.
         """
         return None
 
@@ -84,7 +85,7 @@ class Posterior(ABC):
 
     @abstractmethod
     def state(self) -> State:
-        """What an artefact keeps beside the stock adapter: tensors, and facts that JSON can hold."""
+        """What an artefact keeps beside the stock adapter: tensors, and facts for JSON."""
 
     @classmethod
     @abstractmethod

@@ -67,7 +67,8 @@ def count_for(posterior: Posterior, draws: int) -> int:
     """
     if draws == 0 and not posterior.has_mean:
         raise ValueError(
-            f"{type(posterior).__name__} has no mean: got draws=0, which asks for it, expected 1 or more"
+            f"{type(posterior).__name__} has no mean: got draws=0, which asks for it, "
+            "expected 1 or more"
         )
     return draws if posterior.atoms is None or draws == 0 else posterior.atoms
 
@@ -90,15 +91,15 @@ def predict(
             `Draws` says all of what follows too.
         seed: of the set of draws; the same seed gives the same S functions for every batch.
         max_tokens: bound on the tokens of one forward pass.
-        shared_prefix: m; an approximation, off by default: the mean adapter reads all but the last m
-            tokens of the prompt, once for all draws. docs/calibration_cost.md shows what is lost.
+        shared_prefix: m; an approximation, off by default: the mean adapter reads all but the last
+            m tokens of the prompt, once for all draws. docs/calibration_cost.md shows what is lost.
 
     Returns:
         Probabilities (N, C), and total, expected and mutual-information entropy (N,) in nats.
 
     Raises:
-        ValueError: if `draws` is negative, or 0 for a posterior without a mean, or a prefix cannot be
-            shared.
+        ValueError: if `draws` is negative, or 0 for a posterior without a mean, or a prefix cannot
+            be shared.
     """
     if not isinstance(draws, Draws):
         draws = Draws(draws, seed, max_tokens=max_tokens, shared_prefix=shared_prefix)

@@ -1,4 +1,4 @@
-"""A multiplied by random factors: dropped columns (MC dropout), dropped ranks (DALorRA), Gaussian ranks (ScalaBL)."""
+"""A multiplied by random factors: of its columns (MC dropout) or ranks (DALorRA, ScalaBL)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,10 +15,12 @@ Law = Literal["bernoulli", "normal"]
 
 @dataclass
 class Scaled(AdapterPosterior):
-    """Noise shared along a row or a column of A: factors (1, k) for its columns or (r, 1) for its ranks.
+    """Noise shared along a row or a column of A: factors (1, k) for its columns or (r, 1) for its
+    ranks.
 
-    "bernoulli": A_s = M ∘ 1[u_s < p]/p, whose mean is M: a column or a rank is kept with probability p.
-    "normal": A_s = M + D ∘ (σ ε_s), D the direction that the noise scales, M itself unless given.
+    "bernoulli": A_s = M ∘ 1[u_s < p]/p, whose mean is M: a column or a rank is kept with
+    probability p. "normal": A_s = M + D ∘ (σ ε_s), D the direction that the noise scales, M itself
+    unless given.
 
     Args:
         factors: p or σ for each slot name, (1, k) or (r, 1).

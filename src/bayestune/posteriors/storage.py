@@ -43,14 +43,15 @@ def _mean_digest(slots: Slots) -> str:
 def save_posterior(
     posterior: Posterior | nn.Module, folder: Path, details: Mapping[str, Any] | None = None
 ) -> Path:
-    """Writes a posterior: a stock LoRA folder of the mean, `posterior.safetensors`, `posterior.json`.
+    """Writes a posterior: a stock LoRA folder of the mean, `posterior.safetensors`,
+    `posterior.json`.
 
     Each file is written elsewhere and moved into place, `posterior.json` last, so a folder that has
     it is whole. A mixture has no mean: its members are such folders beside its `posterior.json`.
 
     Args:
-        posterior: what `fit` returned, or a PEFT model, converted by `bayesify` or not, whose active
-            adapter is saved.
+        posterior: what `fit` returned, or a PEFT model, converted by `bayesify` or not, whose
+            active adapter is saved.
         folder: made if it is not there.
         details: what else to keep in `posterior.json`: method, task, base model.
 
@@ -112,8 +113,8 @@ def export_draw(
         The folder.
 
     Raises:
-        ValueError: if the posterior's draws are not adapters, a name is not a slot of the adapter, or
-            it is not clear which adapter's configuration, mean and head belong to the weights.
+        ValueError: if the posterior's draws are not adapters, a name is not a slot of the adapter,
+            or it is not clear which adapter's configuration, mean and head belong to the weights.
     """
     slots, weights = _chosen(posterior, draw, seed)
     if unknown := sorted(set(weights) - set(slots.modules())):
@@ -155,7 +156,7 @@ def _chosen(
 
 
 def _save_adapter(slots: Slots, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
-    """Writes the adapter as PEFT does, with nothing in its slots but weights, some of them others."""
+    """Writes the adapter as PEFT does, its slots' weights alone, some of them replaced."""
     own = tuple(f"{PREFIX}{name}.{slots.adapter}." for name in slots.modules())
     state = {}
     for name, value in slots.model.state_dict().items():
@@ -174,7 +175,8 @@ def read_details(folder: Path) -> dict[str, Any]:
     """What `posterior.json` says.
 
     Raises:
-        PosteriorError: if the folder is no posterior, its file is cut off, or it is of a later format.
+        PosteriorError: if the folder is no posterior, its file is cut off, or it is of a later
+            format.
     """
     path = folder / DETAILS
     if not path.is_file():
@@ -216,7 +218,8 @@ def load_posterior(
         trainable: whether training shall go on.
 
     Returns:
-        The posterior; its `model` is the PEFT model. `read_details(folder)` says what else was kept.
+        The posterior; its `model` is the PEFT model. `read_details(folder)` says what else was
+        kept.
 
     Raises:
         PosteriorError: if the folder is no posterior, a file is cut off, or it is of another model,
@@ -289,12 +292,14 @@ def _load(
     kind = details["posterior"]
     if kind not in KINDS:
         raise PosteriorError(
-            f"{folder} is of the family {kind!r}, expected one of {sorted(KINDS)}; upgrade bayestune"
+            f"{folder} is of the family {kind!r}, expected one of {sorted(KINDS)}; upgrade "
+            "bayestune"
         )
     model = _load_adapter(base, folder, details, adapter, trainable).eval()
     if _mean_digest(Slots(model, adapter)) != details["mean_digest"]:
         raise PosteriorError(
-            f"the adapter in {folder} is not the one its {DETAILS} was written for, or of another model"
+            f"the adapter in {folder} is not the one its {DETAILS} was written for, or it is of "
+            "another model; restore the folder or fit again"
         )
     try:
         tensors = load_file(folder / TENSORS)

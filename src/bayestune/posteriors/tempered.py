@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from bayestune.forward import Batch, ClassLogits, Draws
 from bayestune.posteriors.fit_report import FitReport
@@ -20,20 +20,10 @@ class Wrapper(Posterior):
 
     base: Posterior
 
-    @property
-    def model(self) -> nn.Module:
-        """The base's PEFT model."""
-        return self.base.model
-
-    @property
-    def scorer(self) -> ClassLogits:
-        """The base's scorer."""
-        return self.base.scorer
-
-    @property
-    def adapter(self) -> str:
-        """The base's adapter."""
-        return self.base.adapter
+    def __post_init__(self) -> None:
+        self.model = self.base.model
+        self.scorer = self.base.scorer
+        self.adapter = self.base.adapter
 
     @property
     def has_mean(self) -> bool:
@@ -67,6 +57,7 @@ class Tempered(Wrapper):
     report: FitReport = field(default_factory=FitReport, repr=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.temperature > 0:
             raise ValueError(
                 f"the temperature must be positive: got {self.temperature}; 1 changes nothing"
