@@ -34,4 +34,3 @@ def test_the_tree_on_the_page_is_the_source():
     gone = sorted(on_the_page() - in_the_source())
     assert not missing, "docs/architecture.md lacks these"
     assert not gone, "docs/architecture.md names these, which do not exist"
-
