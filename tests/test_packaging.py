@@ -58,6 +58,5 @@ def test_make_help_lists_every_target():
 
 def test_no_two_test_files_share_a_name():
     folders = [ROOT / "tests", ROOT / "studies"]
-    names = Counter(path.name for folder in folders for path in folder.rglob("*.py"))
-    del names["__init__.py"]
+    names = Counter(path.name for folder in folders for path in folder.rglob("test_*.py"))
     assert [name for name, count in names.items() if count > 1] == []
