@@ -8,7 +8,11 @@ BIN = $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-oldest test-slow test-real lint clean
+.DEFAULT_GOAL = help
+.PHONY: help demo test test-oldest test-slow test-real lint format dist clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -31,22 +35,30 @@ $(VENV)/installed-dev: $(VENV)/installed
 demo: $(VENV)/installed  ## environment, install, fine-tune MLE and BLoB on the embedded questions, report
 	$(BIN)/bayestune demo --output runs/demo --overwrite
 
-lint: $(VENV)/installed-dev
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/pyright
-
 test: lint  ## environment, install, lint, types, tests, doctests, README code
 	$(BIN)/python -m pytest -n auto
 
 test-oldest: .venv-oldest/installed  ## the tests on the oldest supported transformers and peft
 	.venv-oldest/bin/python -m pytest -n auto
 
-test-slow: $(VENV)/installed-dev
+test-slow: $(VENV)/installed-dev  ## tests that take more than a few seconds each
 	$(BIN)/python -m pytest -n auto -m slow
 
 test-real: $(VENV)/installed-dev  ## real pretrained models; fetches SmolLM2-135M (98 MB)
 	$(BIN)/python -m pytest -m real
 
-clean:
+lint: $(VENV)/installed-dev  ## ruff, format and pyright, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(VENV)/installed-dev  ## ruff's fixes and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+dist: $(VENV)/installed  ## sdist and wheel, in dist/
+	$(BIN)/python -m pip install -q --group release
+	$(BIN)/python -m build
+
+clean:  ## remove the environments
 	rm -rf .venv .venv-oldest

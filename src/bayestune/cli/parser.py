@@ -21,6 +21,7 @@ from bayestune.cli.commands import (
     run_predict,
     run_table,
 )
+from bayestune.cli.presets import ConfigOrPreset
 from bayestune.evaluation import Adaptive, EvaluationOptions
 from bayestune.methods import METHODS, MLE, TFB, Method
 from bayestune.report.grid import Style
@@ -34,7 +35,11 @@ MODEL_HELP = "directory, Hub id, .gguf file or pypi:<distribution>==<version>; l
 
 def _parser(name: str, description: str | None) -> ArgumentParser:
     parser = ArgumentParser(prog=f"bayestune {name}", description=description)
-    parser.add_argument("--config", action="config", help="a YAML or JSON file of these options")
+    parser.add_argument(
+        "--config",
+        action=ConfigOrPreset,
+        help="a YAML or JSON file of these options, or preset:NAME",
+    )
     return parser
 
 

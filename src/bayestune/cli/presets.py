@@ -1,0 +1,64 @@
+"""Presets: the files of `configs/` by name, so that an installed package needs no checkout.
+
+The files lie at the top of the repository; a wheel carries them as `bayestune/configs`.
+"""
+
+from argparse import ArgumentError
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ActionConfigFile
+
+PREFIX = "preset:"
+PACKAGE = Path(__file__).parents[1]
+
+
+def preset_files(package: Path = PACKAGE) -> dict[str, Path]:
+    """The file of each preset, by names such as "small/arc_easy".
+
+    Args:
+        package: the folder of the package, installed or in the `src` of a checkout.
+    """
+    in_wheel = package / "configs"
+    in_checkout = package.parents[1] / "configs"
+    folder = in_wheel if in_wheel.is_dir() else in_checkout
+    files = sorted(folder.glob("*/*.yaml"))
+    return {f"{path.parent.name}/{path.stem}": path for path in files}
+
+
+def resolve_preset(value: str) -> str:
+    """The path of the file that `preset:NAME` stands for; any other value as it is.
+
+    Args:
+        value: what the user gave for `--config`.
+
+    Raises:
+        ValueError: if there is no preset of that name.
+    """
+    if not value.startswith(PREFIX):
+        return value
+    known = preset_files()
+    name = value.removeprefix(PREFIX)
+    if name not in known:
+        raise ValueError(
+            f"unknown preset: got {name!r}, expected one of {list(known)}; or give a file's path"
+        )
+    return str(known[name])
+
+
+class ConfigOrPreset(ActionConfigFile):
+    """The action of `--config`: reads a file of options, or the preset of a name."""
+
+    def __call__(
+        self, parser: Any, cfg: Any, values: Any, option_string: str | None = None
+    ) -> None:
+        """Reads the options into `cfg`.
+
+        Raises:
+            ArgumentError: if there is no preset of that name.
+        """
+        try:
+            path = resolve_preset(values)
+        except ValueError as error:
+            raise ArgumentError(self, str(error)) from None
+        super().__call__(parser, cfg, path, option_string)
