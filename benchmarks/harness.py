@@ -1,4 +1,4 @@
-"""What every benchmark shares: interleaved timing, paired ratios, the environment, a table and a JSON line."""
+"""What every benchmark shares: interleaved timing, paired ratios, environment, table, record."""
 
 import gc
 import json
@@ -24,9 +24,13 @@ Action = Callable[[int], object]  # does the work of one turn, whose number it i
 PACKAGES = ("torch", "transformers", "peft", "bayestune")
 
 
+# Statistics
+
+
 def quantile(values: Sequence[float], part: float) -> float:
     """The quantile of `values` by linear interpolation, `part` in [0, 1]."""
-    ordered, place = sorted(values), part * (len(values) - 1)
+    ordered = sorted(values)
+    place = part * (len(values) - 1)
     low = math.floor(place)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (place - low) * (ordered[high] - ordered[low])
@@ -34,15 +38,13 @@ def quantile(values: Sequence[float], part: float) -> float:
 
 @dataclass(frozen=True)
 class Spread:
-    """A median with its quartiles and an interval that holds the true median with probability 0.95 or more.
+    """A median with an interval that holds the true median in 95 % of runs.
 
-    The interval is the sign test's, from order statistics: nothing is assumed about the distribution. With fewer
-    than six values no two of them make such an interval, and it is the whole range.
+    The interval is the sign test's, from order statistics, and assumes nothing about the
+    distribution. Fewer than six values allow no such interval: then it is the whole range.
     """
 
     median: float
-    lower_quartile: float
-    upper_quartile: float
     low: float
     high: float
     count: int
@@ -50,22 +52,27 @@ class Spread:
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
         """The spread of at least one value."""
-        ordered, count = sorted(values), len(values)
-        tail, cut = 0.0, 0
-        while cut < count // 2 and (tail := tail + math.comb(count, cut) / 2**count) <= 0.025:
+        ordered = sorted(values)
+        count = len(values)
+        tail = 0.0
+        cut = 0
+        while cut < count // 2:
+            tail += math.comb(count, cut) / 2**count
+            if tail > 0.025:
+                break
             cut += 1
         first = max(0, cut - 1)
-        quartiles = (quantile(values, part) for part in (0.5, 0.25, 0.75))
-        return cls(*quartiles, ordered[first], ordered[count - 1 - first], count)
+        return cls(quantile(values, 0.5), ordered[first], ordered[count - 1 - first], count)
 
 
-def paired_ratios(seconds: Mapping[str, Sequence[float]], name: str, base: str) -> list[float]:
-    """The ratio of two actions in each turn: what slows a whole turn down drops out."""
-    return [one / other for one, other in zip(seconds[name], seconds[base], strict=True)]
+# Timing
 
 
 def order_of(names: Sequence[str], turn: int) -> list[str]:
-    """The order of a turn: rotated every second turn, reversed every other, so that no action keeps its place."""
+    """The order of a turn: rotated every second turn, reversed in between.
+
+    Over 2n turns each of n actions stands twice in each place.
+    """
     start = turn // 2 % len(names)
     rotated = [*names[start:], *names[:start]]
     return rotated[::-1] if turn % 2 else rotated
@@ -73,7 +80,7 @@ def order_of(names: Sequence[str], turn: int) -> list[str]:
 
 @contextmanager
 def without_collection() -> Iterator[Callable[[], int]]:
-    """Switches garbage collection off; what is yielded collects on demand, quickly."""
+    """Switches garbage collection off; yields a function that collects when asked."""
     gc.collect()
     gc.freeze()
     gc.disable()
@@ -84,15 +91,6 @@ def without_collection() -> Iterator[Callable[[], int]]:
         gc.unfreeze()
 
 
-def timed(action: Action, turn: int, wait: Callable[[], None], clock: Callable[[], float]) -> float:
-    """Seconds of an action, the device's work before it and behind it waited for."""
-    wait()
-    begin = clock()
-    action(turn)
-    wait()
-    return clock() - begin
-
-
 def interleave(
     actions: Mapping[str, Action],
     repeats: int,
@@ -101,66 +99,85 @@ def interleave(
     device: torch.device | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of each action, once in each of `repeats` turns, after `warmup` turns that are thrown away.
+    """Seconds of each action, once in each of `repeats` turns, after `warmup` turns thrown away.
 
-    The actions are given the turn's number. A CUDA `device` is waited for before and after each action.
+    Each action gets the turn's number. A CUDA `device` is synchronised around each action.
     """
-    wait = torch.cuda.synchronize if device is not None and device.type == "cuda" else lambda: None
+    on_cuda = device is not None and device.type == "cuda"
+    wait = torch.cuda.synchronize if on_cuda else lambda: None
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     with without_collection() as collect:
         for turn in range(warmup + repeats):
             collect()
             for name in order_of(list(actions), turn):
-                lap = timed(actions[name], turn, wait, clock)
+                wait()
+                begin = clock()
+                actions[name](turn)
+                wait()
                 if turn >= warmup:
-                    seconds[name].append(lap)
+                    seconds[name].append(clock() - begin)
     return seconds
+
+
+# Lines of the table
 
 
 @dataclass(frozen=True)
 class Case:
-    """One line of a benchmark's table: a ratio, what it is of, and the bar it is held to (None for no bar)."""
+    """One line of a benchmark's table: a ratio and the amounts that it divides."""
 
     name: str
     ratio: Spread
-    bar: float | None
     amounts: Mapping[str, float]
     unit: str = "s"
 
     def line(self) -> str:
         """The line as text, the ratio first."""
-        bar = "" if self.bar is None else f"{self.bar:.2f}"
         amounts = ", ".join(f"{name} {value:.4g}" for name, value in self.amounts.items())
-        quartiles = f"[{self.ratio.lower_quartile:.3f}, {self.ratio.upper_quartile:.3f}]"
         interval = f"[{self.ratio.low:.3f}, {self.ratio.high:.3f}]"
-        return f"{self.ratio.median:7.3f}  {quartiles:<18} {interval:<18} {bar:>5}  {self.name}  ({amounts} {self.unit})"
+        return f"{self.ratio.median:7.3f}  {interval:<18} {self.name}  ({amounts} {self.unit})"
 
 
-def timed_case(
-    name: str, seconds: Mapping[str, Sequence[float]], ratio_of: tuple[str, str], bar: float | None
+def paired_ratios(values: Mapping[str, Sequence[float]], pair: tuple[str, str]) -> list[float]:
+    """The ratio of two actions in each turn: whatever slows a whole turn down drops out."""
+    first, second = pair
+    return [one / other for one, other in zip(values[first], values[second], strict=True)]
+
+
+def ratio_case(
+    name: str, values: Mapping[str, Sequence[float]], pair: tuple[str, str], unit: str = "s"
 ) -> Case:
-    """The case of one action over another, from the seconds of `interleave`."""
-    amounts = {action: quantile(seconds[action], 0.5) for action in ratio_of}
-    return Case(name, Spread.of(paired_ratios(seconds, *ratio_of)), bar, amounts)
+    """The case of one action over another, from their values in each turn."""
+    amounts = {action: quantile(values[action], 0.5) for action in pair}
+    return Case(name, Spread.of(paired_ratios(values, pair)), amounts, unit)
+
+
+def compare(
+    actions: Mapping[str, Action],
+    lines: Mapping[str, tuple[str, str]],
+    options: Namespace,
+    device: torch.device,
+) -> list[Case]:
+    """Times the actions in turns; a case for each line, which names the action above and below."""
+    seconds = interleave(actions, options.repeats, warmup=options.warmup, device=device)
+    return [ratio_case(name, seconds, pair) for name, pair in lines.items()]
+
+
+# The command
 
 
 def parser_of(description: str | None, repeats: int) -> ArgumentParser:
     """A parser with the options that all benchmarks have."""
     parser = ArgumentParser(description=description, formatter_class=ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, …")
-    parser.add_argument(
-        "--threads", type=int, default=torch.get_num_threads(), help="of torch on the CPU"
-    )
-    text = "whether the C library keeps freed memory, as in bayestune's commands, or has its own defaults"
-    parser.add_argument("--allocator", choices=("kept", "stock"), default="kept", help=text)
-    parser.add_argument("--repeats", type=int, default=repeats, help="turns that count")
-    parser.add_argument("--warmup", type=int, default=3, help="turns before them, thrown away")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of weights, tokens and the choice of rows"
-    )
-    parser.add_argument(
-        "--json", type=Path, default=None, help="file to append the run to, as one JSON line"
-    )
+    add = parser.add_argument
+    add("--device", default="cpu", help="cpu, cuda, cuda:1, …")
+    add("--threads", type=int, default=torch.get_num_threads(), help="of torch on the CPU")
+    text = "keep freed memory, as bayestune's commands do, or use the C library's defaults"
+    add("--allocator", choices=("kept", "stock"), default="kept", help=text)
+    add("--repeats", type=int, default=repeats, help="turns that count")
+    add("--warmup", type=int, default=3, help="turns before them, thrown away")
+    add("--seed", type=int, default=0, help="of weights, tokens and the choice of rows")
+    add("--json", type=Path, default=None, help="append the run to this file as one JSON line")
     return parser
 
 
@@ -195,8 +212,8 @@ def _revision() -> str | None:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Machine, threads, load and versions: what a figure cannot be read without."""
-    return {
+    """Machine, threads, load and versions, without which a figure means nothing."""
+    where: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
@@ -206,16 +223,24 @@ def environment(device: torch.device) -> dict[str, Any]:
         "revision": _revision(),
         "date": datetime.now(UTC).isoformat(" ", "minutes")[:16],
     }
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory / 2**30
+        where |= {"cuda": torch.version.cuda, "gpu_memory_gib": round(memory, 1)}
+    return where
 
 
-def named(value: object) -> object:
-    """An option as it is kept: of a folder or file of this machine its name only."""
+def named(value: Any) -> Any:
+    """An option as records keep it: only the name of a file or folder of this machine."""
     is_path = isinstance(value, str | Path) and Path(value).is_absolute()
-    return Path(value).name if is_path else value  # type: ignore[arg-type]
+    return Path(value).name if is_path else value
 
 
 def report(
-    benchmark: str, title: str, cases: Sequence[Case], options: Namespace, where: Mapping[str, Any]
+    benchmark: str,
+    title: str,
+    cases: Sequence[Case],
+    options: Namespace,
+    where: Mapping[str, Any],
 ) -> None:
     """Prints the table and appends the JSON line.
 
@@ -224,20 +249,28 @@ def report(
         title: what the ratios are of.
         cases: the lines.
         options: of the command.
-        where: the environment, taken before the measurement (its load is then not the benchmark's own).
+        where: the environment before the measurement, so that its load is not the benchmark's own.
     """
     print(title)
     print(" · ".join(f"{name} {value}" for name, value in where.items() if value is not None))
-    print(f"{'ratio':>7}  {'quartiles':<18} {'95 % of median':<18} {'bar':>5}  case")
+    print(f"{'ratio':>7}  {'95 % of median':<18} case")
     for case in cases:
         print(case.line())
-    if options.json is not None:
-        settings = {name: named(value) for name, value in vars(options).items() if name != "json"}
-        for value in vars(options).values():
-            title = (
-                title.replace(str(value), str(named(value))) if named(value) is not value else title
-            )
-        record = {"benchmark": benchmark, "title": title, "environment": where, "options": settings}
-        record["cases"] = [asdict(case) for case in cases]
-        with options.json.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, default=str, allow_nan=False) + "\n")
+    if options.json is None:
+        return
+    settings = {name: named(value) for name, value in vars(options).items() if name != "json"}
+    record = {"benchmark": benchmark, "title": title, "environment": where, "options": settings}
+    record["cases"] = [asdict(case) for case in cases]
+    with options.json.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record, default=str, allow_nan=False) + "\n")
+
+
+Measure = Callable[[Namespace, torch.device], tuple[str, list[Case]]]
+
+
+def run(benchmark: str, options: Namespace, measure: Measure) -> None:
+    """Measures on the device of the options and reports; `measure` returns a title and cases."""
+    device = device_of(options)
+    where = environment(device)
+    title, cases = measure(options, device)
+    report(benchmark, title, cases, options, where)

@@ -1,4 +1,4 @@
-"""What is measured: models over one set of base weights, their training steps, and batches of real prompts."""
+"""What is measured: models over one set of base weights, their training steps, real prompts."""
 
 import copy
 import math
@@ -11,57 +11,76 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bayestune.adapters import bayesify
+from bayestune.adapters import Lora, attach, bayesify
 from bayestune.data import Question, Task, load_task
 from bayestune.kl import KLStep
 from bayestune.models import LoadedModel, load_model
 from bayestune.scoring import LetterScorer, Scorer
+from harness import named
 
 STOCK = "lora"  # every other name of an adapter is a kind of BLoB's noise
+OURS = "row"
 PRECISIONS = ("fp32", "bf16")
 DTYPES = ("float32", "bfloat16")
+TARGETS = ("q_proj", "v_proj")
 MANY_STEPS = 100_000  # of the KL's plan: more than any benchmark takes, or the KL step would stop
-SIZES = {
-    "layers": 10,
-    "hidden": 576,
-    "intermediate": 1536,
-    "heads": 9,
-    "kv_heads": 3,
-    "vocab": 49152,
+SIZES = {  # of the random Llama: the config's name, the option, its default
+    "vocab_size": ("vocab", 49152),
+    "hidden_size": ("hidden", 576),
+    "intermediate_size": ("intermediate", 1536),
+    "num_hidden_layers": ("layers", 10),
+    "num_attention_heads": ("heads", 9),
+    "num_key_value_heads": ("kv_heads", 3),
 }
 Loss = Callable[[nn.Module, int], Tensor]
+Batch = dict[str, Tensor]
+
+
+# Options
 
 
 def add_model_options(parser: ArgumentParser, *, required: bool = False) -> None:
-    """Options of the model: a real one by name, or a random Llama's sizes."""
-    text = "directory or name of a real model" + (
-        "" if required else "; left out: a Llama with random weights"
-    )
-    parser.add_argument("--model", default=None, required=required, help=text)
-    parser.add_argument("--rank", type=int, default=8, help="of the adapters on q_proj and v_proj")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the base weights")
+    """Options of the model: a real one by name, or a random Llama's sizes; and its precisions."""
+    add = parser.add_argument
+    left_out = "" if required else "; left out: a Llama with random weights"
+    text = f"directory or name of a real model{left_out}"
+    add("--model", default=None, required=required, help=text)
+    add("--rank", type=int, default=8, help="of the adapters on q_proj and v_proj")
+    add("--dtype", choices=DTYPES, default="float32", help="of the base weights")
+    add("--precisions", choices=PRECISIONS, nargs="+", default=list(PRECISIONS), help="each a line")
     if not required:
-        for name, size in SIZES.items():
-            parser.add_argument(f"--{name}", type=int, default=size, help="of the random Llama")
+        for name, size in SIZES.values():
+            add(f"--{name}", type=int, default=size, help="of the random Llama")
+
+
+def add_prompt_options(parser: ArgumentParser, rows: int) -> None:
+    """Options of the task and its batches."""
+    add = parser.add_argument
+    add("--task", default="arc_easy", help="whose prompts")
+    add("--data_root", type=Path, default=None, help="folder of the data sets; left out: the Hub")
+    add("--rows", type=int, default=rows, help="of a batch")
+    add("--batches", type=int, default=12, help="different ones, used in turn")
+
+
+def model_name(options: Namespace) -> str:
+    """The model in titles."""
+    if options.model is not None:
+        return named(options.model)
+    return f"random Llama, {options.layers} layers of {options.hidden}"
+
+
+# Models
 
 
 def random_llama(options: Namespace) -> LlamaForCausalLM:
     """A Llama with random weights and an untied head."""
-    config = LlamaConfig(
-        vocab_size=options.vocab,
-        hidden_size=options.hidden,
-        intermediate_size=options.intermediate,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.heads,
-        num_key_value_heads=options.kv_heads,
-        tie_word_embeddings=False,
-    )
-    return LlamaForCausalLM(config)
+    sizes = {name: getattr(options, option) for name, (option, _) in SIZES.items()}
+    return LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=False))
 
 
 def base_model(options: Namespace, device: torch.device) -> nn.Module:
@@ -72,28 +91,25 @@ def base_model(options: Namespace, device: torch.device) -> nn.Module:
 
 def twin(model: nn.Module) -> nn.Module:
     """A copy of the modules over the very same parameters and buffers."""
-    return copy.deepcopy(
-        model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
-    )
+    shared = chain(model.parameters(), model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
-def adapt(model: nn.Module, adapter: str, rank: int) -> PeftModel:
+def adapt(model: nn.Module, adapter: str, rank: int, targets: Sequence[str] = TARGETS) -> PeftModel:
     """A stock PEFT model in training mode; with a kind of noise for `adapter` its A is Gaussian."""
-    config = LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
-    )
-    adapted = get_peft_model(model, config)  # type: ignore[arg-type]
+    adapted = attach(model, Lora(rank, 2 * rank, targets=tuple(targets)))
     if not adapter.startswith(STOCK):
         bayesify(adapted, noise=adapter)  # type: ignore[arg-type]
-    return adapted.train()  # type: ignore[return-value]
+    return adapted.train()
 
 
 def adapt_all(model: nn.Module, adapters: Sequence[str], rank: int) -> dict[str, PeftModel]:
     """An adapted model for each name, all over the weights of `model`."""
     bases = [model, *(twin(model) for _ in adapters[1:])]
-    return {
-        adapter: adapt(base, adapter, rank) for adapter, base in zip(adapters, bases, strict=True)
-    }
+    return {name: adapt(base, name, rank) for name, base in zip(adapters, bases, strict=True)}
+
+
+# Training steps
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
@@ -103,7 +119,7 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """Forward pass, backward pass, AdamW's step with the KL step hooked to it for BLoB, and gradients freed."""
+    """Forward pass, backward pass, AdamW's step (with the KL step for BLoB), gradients freed."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -126,7 +142,7 @@ def adamw(parameters: Sequence[nn.Parameter]) -> torch.optim.AdamW:
 
 
 def training_step(model: nn.Module, adapter: str, loss: Loss, precision: str) -> TrainingStep:
-    """The step of an adapted model, with the optimiser that transformers.Trainer takes by default."""
+    """The step of an adapted model."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = adamw(trainable)
     if not adapter.startswith(STOCK):
@@ -140,7 +156,12 @@ def random_tokens(vocabulary: int, rows: int, length: int, device: torch.device)
 
 
 def token_loss(ids: Tensor, logits: str) -> Loss:
-    """The loss of the next token: at all positions for "full", at the last one, all else not computed, for "last"."""
+    """The loss of the next token.
+
+    Args:
+        ids: tokens (N, T).
+        logits: "full" for all positions; "last" for the last one, the others' logits not computed.
+    """
     targets = ids.roll(-1, 1)
 
     def full(model: nn.Module, _: int) -> Tensor:
@@ -154,13 +175,20 @@ def token_loss(ids: Tensor, logits: str) -> Loss:
     return full if logits == "full" else last
 
 
+# Real prompts
+
+
 @dataclass(frozen=True)
 class Prompts:
     """Batches of a task's real prompts for a real model."""
 
     model: nn.Module
     scorer: Scorer
-    batches: list[dict[str, Tensor]]
+    batches: list[Batch]
+
+    def batch(self, turn: int) -> Batch:
+        """The batch of one turn."""
+        return self.batches[turn % len(self.batches)]
 
     @property
     def mean_length(self) -> float:
@@ -168,41 +196,31 @@ class Prompts:
         return sum(batch["input_ids"].shape[1] for batch in self.batches) / len(self.batches)
 
 
-def add_prompt_options(parser: ArgumentParser, rows: int) -> None:
-    """Options of the task and its batches."""
-    parser.add_argument("--task", default="arc_easy", help="whose prompts")
-    parser.add_argument(
-        "--data_root", type=Path, default=None, help="folder of the data sets; left out: the Hub"
-    )
-    parser.add_argument("--rows", type=int, default=rows, help="of a batch")
-    parser.add_argument("--batches", type=int, default=12, help="different ones, used in turn")
-
-
 def real_task(options: Namespace, device: torch.device) -> tuple[LoadedModel, Task]:
-    """The model and the task that the options name; of its evaluation part, seeded rows for the batches."""
+    """The model and the task that the options name, with seeded evaluation rows for the batches."""
     task = load_task(options.task, options.data_root)
     loaded = load_model(options.model, device=device, dtype=getattr(torch, options.dtype))
     return loaded, task.subset(evaluation=options.rows * options.batches, seed=options.seed)
 
 
-def batches_of(
-    scorer: Scorer, part: str, options: Namespace, device: torch.device
-) -> list[dict[str, Tensor]]:
-    """Batches of the first rows of a task's part."""
+def batches_of(scorer: Scorer, part: str, options: Namespace, device: torch.device) -> list[Batch]:
+    """Batches of the first rows of a task's part.
+
+    Raises:
+        ValueError: if there are fewer rows than one batch has.
+    """
     rows: Sequence[Question] = getattr(scorer.task, part)[: options.rows * options.batches]
     encoded = scorer.encode(rows)
-    groups = [
-        encoded[i : i + options.rows]
-        for i in range(0, len(encoded) - options.rows + 1, options.rows)
-    ]
-    if not groups:
+    starts = range(0, len(encoded) - options.rows + 1, options.rows)
+    if not starts:
         raise ValueError(
-            f"no batch: got {len(rows)} {part} rows of {options.task}, expected {options.rows} or more"
+            f"no batch: got {len(rows)} {part} rows of {options.task}, expected {options.rows} or "
+            "more; lower --rows"
         )
-    return [on(device, scorer.collate(group)) for group in groups]
+    return [on(device, scorer.collate(encoded[i : i + options.rows])) for i in starts]
 
 
-def on(device: torch.device, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def on(device: torch.device, batch: Batch) -> Batch:
     """The batch on the device."""
     return {name: value.to(device) for name, value in batch.items()}
 
@@ -218,7 +236,7 @@ def task_loss(prompts: Prompts) -> Loss:
     """What `ClassTrainer` computes: cross-entropy over the options' logits, checked for NaN."""
 
     def loss(model: nn.Module, turn: int) -> Tensor:
-        batch = prompts.batches[turn % len(prompts.batches)]
+        batch = prompts.batch(turn)
         value = F.cross_entropy(prompts.scorer(model, batch), batch["labels"])
         if not math.isfinite(value.item()):
             raise FloatingPointError(f"the loss is {value.item()} at turn {turn}")

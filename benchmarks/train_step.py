@@ -1,80 +1,83 @@
-"""A BLoB training step over a stock PEFT LoRA step: same base weights, tokens, logits and optimiser."""
+"""A BLoB training step over a stock PEFT LoRA step: same weights, tokens, logits, optimiser."""
 
-from argparse import Namespace
-from collections.abc import Sequence
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import nn
 
-from harness import Case, device_of, environment, interleave, parser_of, report, timed_case
+from harness import Case, compare, parser_of, run
 from subjects import (
-    PRECISIONS,
+    OURS,
     STOCK,
+    TrainingStep,
     adapt_all,
     add_model_options,
     base_model,
+    model_name,
     random_tokens,
     token_loss,
     training_step,
 )
 
-BAR = 1.02
 CONTROL = "lora again"
 NOISES = ("row", "independent", "token")
 
 
-def options_of(arguments: Sequence[str] | None) -> Namespace:
-    """The command's options."""
-    parser = parser_of(__doc__, repeats=40)
+def add_step_options(parser: ArgumentParser) -> None:
+    """Options of the model, the batch and the noise."""
     add_model_options(parser)
-    parser.add_argument("--rows", type=int, default=4, help="of the batch")
-    parser.add_argument("--length", type=int, default=128, help="tokens of a row")
-    parser.add_argument(
-        "--logits",
-        choices=("last", "full"),
-        default="last",
-        help="which are computed, in both steps",
-    )
-    parser.add_argument(
-        "--noise", choices=NOISES, nargs="+", default=["row"], help="BLoB's, each a line"
-    )
-    parser.add_argument(
-        "--precisions", choices=PRECISIONS, nargs="+", default=list(PRECISIONS), help="each a line"
-    )
-    parser.add_argument(
-        "--control", action="store_true", help="a second stock LoRA too: how far from 1 chance goes"
-    )
-    return parser.parse_args(arguments)
+    add = parser.add_argument
+    add("--rows", type=int, default=4, help="of the batch")
+    add("--length", type=int, default=128, help="tokens of a row")
+    text = "which are computed, in both steps"
+    add("--logits", choices=("last", "full"), default="last", help=text)
+    add("--noise", choices=NOISES, nargs="+", default=[OURS], help="BLoB's, each a line")
 
 
-def measure(base: nn.Module, options: Namespace, device: torch.device) -> list[Case]:
-    """The cases of every precision and noise."""
-    names = [STOCK, *options.noise, *([CONTROL] if options.control else [])]
+def steps_by_precision(
+    names: Sequence[str], options: Namespace, device: torch.device
+) -> Iterator[tuple[str, dict[str, TrainingStep]]]:
+    """For each precision, the step of each named adapter, all on the same tokens."""
+    base = base_model(options, device)
     models = adapt_all(base, names, options.rank)
     vocabulary = base.config.vocab_size  # type: ignore[union-attr]
-    loss = token_loss(
-        random_tokens(vocabulary, options.rows, options.length, device), options.logits
-    )
-    cases = []
+    ids = random_tokens(vocabulary, options.rows, options.length, device)
+    loss = token_loss(ids, options.logits)
     for precision in options.precisions:
-        steps = {
-            name: training_step(model, name, loss, precision) for name, model in models.items()
-        }
-        seconds = interleave(steps, options.repeats, warmup=options.warmup, device=device)
-        for name in names[1:]:
-            bar = BAR if name == "row" else None
-            cases.append(timed_case(f"{name}, {precision}", seconds, (name, STOCK), bar))
-    return cases
+        yield (
+            precision,
+            {name: training_step(model, name, loss, precision) for name, model in models.items()},
+        )
+
+
+def size_of(options: Namespace) -> str:
+    """The model and the batch in titles."""
+    batch = f"{options.rows}×{options.length} tokens"
+    return f"{model_name(options)}, {batch}, {options.logits} logits"
+
+
+def parser() -> ArgumentParser:
+    """The command's options."""
+    made = parser_of(__doc__, repeats=40)
+    add_step_options(made)
+    text = "measure a second stock LoRA too, to see how far from 1 chance goes"
+    made.add_argument("--control", action="store_true", help=text)
+    return made
+
+
+def measure(options: Namespace, device: torch.device) -> tuple[str, list[Case]]:
+    """The cases of every precision and noise."""
+    names = [STOCK, *options.noise, *([CONTROL] if options.control else [])]
+    cases = []
+    for precision, steps in steps_by_precision(names, options, device):
+        lines = {f"{name}, {precision}": (name, STOCK) for name in names[1:]}
+        cases += compare(steps, lines, options, device)
+    return f"BLoB step / stock LoRA step: {size_of(options)}", cases
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures and reports."""
-    options = options_of(arguments)
-    device = device_of(options)
-    where, cases = environment(device), measure(base_model(options, device), options, device)
-    model = options.model or f"random Llama, {options.layers} layers of {options.hidden}"
-    title = f"BLoB step / stock LoRA step: {model}, {options.rows}×{options.length} tokens, {options.logits} logits"
-    report("train_step", title, cases, options, where)
+    run("train_step", parser().parse_args(arguments), measure)
 
 
 if __name__ == "__main__":

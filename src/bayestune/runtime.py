@@ -25,7 +25,7 @@ def keep_freed_memory(keep: bool = True) -> bool:
 
     By default every tensor of more than some MiB is new memory, whose pages the system clears and
     maps one by one when it is first written; on the CPU that takes a third of a pass over many rows
-    (studies/allocator.py). The price: the process keeps the most memory it has used until it ends.
+    (studies/choices.py). The price: the process keeps the most memory it has used until it ends.
     The commands do this; in your own script call it once at the start.
 
     Args:

@@ -1,19 +1,14 @@
 """Adaptive draws on logits that are known functions of row and draw, and on a tiny model."""
 
-import importlib
-import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from bayestune import Adaptive, predict_adaptively
 from bayestune.adapters import Lora, adapted_layers, attach, bayesify
-from bayestune.cli import main
 from bayestune.data import Question
 from bayestune.evaluation.adaptive import AdaptivePrediction, in_rounds
 from bayestune.forward import Draws
@@ -354,147 +349,3 @@ def test_a_posterior_with_atoms_is_averaged_over_all_of_them(opened, llama, byte
         Point(model, make_scorer(model, byte_level, tiny_task)), scorer, ROWS[:3], easy
     )
     assert point.draws_used.tolist() == [1, 1, 1]
-
-
-# The benchmark
-
-QUICK = ["--threads", "1", "--repeats", "2", "--warmup", "1"]
-
-
-@pytest.fixture
-def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    return importlib.import_module("adaptive")
-
-
-@pytest.fixture
-def run(benchmark, tmp_path, capsys):
-    """Runs the benchmark; gives its cases by name."""
-
-    def run(*arguments):
-        file = tmp_path / "runs.jsonl"
-        file.unlink(missing_ok=True)
-        benchmark.main([*QUICK, "--json", str(file), *map(str, arguments)])
-        (record,) = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        assert record["benchmark"] == "adaptive"
-        assert "Draws used / " in capsys.readouterr().out
-        return {case["name"]: case for case in record["cases"]}
-
-    return run
-
-
-def test_settings_are_replayed_on_saved_logits(run, tmp_path):
-    logits, file = random_logits(12, 300, 3), tmp_path / "logits.safetensors"
-    logits += random_logits(1, 300, 3, scale=3, seed=1)
-    labels = Prediction.of(logits).choice
-    labels[::4] = (labels[::4] + 1) % 3
-    save_file({"logits": logits, "labels": labels}, file)
-    names = ["standard error 0.1", "standard error 0.02"]
-    cases = run(
-        "--logits_file",
-        file,
-        "--draws",
-        10,
-        "--standard_errors",
-        0.1,
-        0.02,
-        "--orders",
-        3,
-        "--fixed",
-        2,
-        5,
-    )
-    assert list(cases) == [
-        "2 draws",
-        "5 draws",
-        "10 draws",
-        "decided",
-        *names,
-        *(f"{name} or decided" for name in names),
-    ]
-    amounts = {name: case["amounts"] for name, case in cases.items()}
-    assert [amounts[f"{n} draws"]["draws"] for n in (2, 5, 10)] == [2, 5, 10]
-    assert cases["5 draws"]["ratio"]["median"] == 0.5
-    assert (
-        amounts["10 draws"]["changed"]
-        == amounts["decided"]["changed"]
-        == 0
-        < amounts["2 draws"]["changed"]
-    )
-    assert (
-        amounts["10 draws"]["accuracy"]
-        == amounts["decided"]["accuracy"]
-        == pytest.approx(0.75, abs=0.05)
-    )
-    assert amounts["10 draws"]["nll"] < amounts["2 draws"]["nll"]
-    assert 4 <= amounts[names[0]]["draws"] < amounts[names[1]]["draws"] < 10
-    assert 5 < amounts["decided"]["draws"] < 10
-    for name in names:
-        assert (
-            cases[name]["ratio"]["low"]
-            <= amounts[name]["draws"] / 10
-            <= cases[name]["ratio"]["high"]
-        )
-        assert amounts[f"{name} or decided"]["draws"] <= min(
-            amounts[name]["draws"], amounts["decided"]["draws"]
-        )
-        assert 1 <= amounts[name]["fixed"] <= 10
-
-
-def test_the_number_of_fixed_draws_of_the_same_nll(benchmark):
-    curve = [1.0, 0.6, 0.65, 0.5]
-    found = [benchmark.same_nll(curve, value) for value in (1.2, 0.8, 0.6, 0.55, 0.4)]
-    assert found == pytest.approx([1, 1.5, 2, 3 + 2 / 3, 4])
-
-
-def test_orders_are_orders_of_the_draws(benchmark):
-    """All draws together are the same whatever their order; a few of them are not."""
-    logits, labels = random_logits(6, 40, 3), torch.zeros(40, dtype=torch.long)
-    one, other = (benchmark.replay(part, labels, {}) for part in (logits, logits.flip(0)))
-    assert one["6 draws"] == pytest.approx(other["6 draws"])
-    assert one["2 draws"]["nll"] != pytest.approx(other["2 draws"]["nll"], abs=1e-4)
-
-
-def test_a_saved_posterior_is_measured_and_timed(run, llama, byte_level, tmp_path):
-    llama(initializer_range=0.2).save_pretrained(tmp_path / "model")
-    byte_level.save_pretrained(tmp_path / "model")
-    out, kept = tmp_path / "out", tmp_path / "kept.safetensors"
-    fit = [
-        "fit",
-        "--method=blob",
-        f"--model={tmp_path / 'model'}",
-        f"--output={out}",
-        "--steps=2",
-        "--train_rows=4",
-    ]
-    assert main([*fit, "--batch_size=2", "--lora.rank=2", "--progress=false"]) == 0
-    few = ["--draws", 5, "--least", 2, "--standard_errors", 0.05, "--orders", 2]
-    asked = ["--posterior", out, "--task", "everyday", "--rows", 6, "--save_logits", kept]
-    cases = run(*asked, *few, "--timed")
-    timed = [name for name in cases if name.startswith("seconds, ")]
-    assert timed == [
-        f"seconds, {name}"
-        for name in ("decided", "standard error 0.05", "standard error 0.05 or decided")
-    ]
-    assert all(cases[name]["ratio"]["median"] > 0 for name in timed)
-    assert load_file(kept)["logits"].shape == (5, 6, 4)
-    again = run("--logits_file", kept, *few)
-    assert {name: cases[name]["amounts"] for name in again} == {
-        name: case["amounts"] for name, case in again.items()
-    }
-
-
-def test_what_the_benchmark_cannot_measure_is_refused(benchmark, tmp_path, capsys):
-    file = tmp_path / "logits.safetensors"
-    save_file({"logits": random_logits(3, 2, 2), "labels": torch.tensor([0, 1])}, file)
-    with pytest.raises(
-        ValueError, match="too few draws: got 3, expected --draws 10; ask for fewer"
-    ):
-        benchmark.main(["--logits_file", str(file)])
-    for arguments, said in (
-        ([], "give either"),
-        (["--logits_file", str(file), "--timed"], "no model to time"),
-    ):
-        with pytest.raises(SystemExit):
-            benchmark.main(arguments)
-        assert said in capsys.readouterr().err

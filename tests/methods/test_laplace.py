@@ -1,10 +1,7 @@
 """Laplace-LoRA against dense algebra, the conjugate linear-Gaussian model, and its own promises."""
 
-import importlib
-import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -795,24 +792,6 @@ def test_an_evidence_without_maximum_is_refused():
     flat = Curvature({"a": Diagonal(torch.zeros(2, 3))}, 0.0)
     with pytest.raises(ValueError, match="the evidence has no maximum: got curvature of trace 0"):
         best_precision(flat, 1.0)
-
-
-# the benchmark
-
-
-def test_the_benchmark_runs_on_a_tiny_model(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    benchmark, threads = importlib.import_module("laplace"), ["--threads", "1"]
-    benchmark.main(["--tiny", "--rows", "8", "--predicted", "3", *threads])
-    record = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert record["rows"] == 8
-    assert record["laplace_over_epoch"] == pytest.approx(
-        record["laplace_seconds"] / record["epoch_seconds"]
-    )
-    assert 0 <= record["laplace_above_train_mb"] < record["laplace_above_train_mb_bar"]
-    with pytest.raises(SystemExit):
-        benchmark.main(threads)
-    assert "give either --model or --tiny" in capsys.readouterr().err
 
 
 def test_an_artefact_gives_the_same_logits(llama, letters, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from torch import nn
 
 from bayestune.adapters import base_of
 
-SHORT = 192  # tokens, about where the two take as long (benchmarks/attention.py)
+SHORT = 192  # tokens, about where the two take as long (studies/choices.py)
 
 
 def trains_faster_eagerly(model: nn.Module, longest: float, *, bf16: bool) -> bool:

@@ -1,0 +1,1 @@
+"""The studies' own tests; `make test-studies` runs them."""
