@@ -9,7 +9,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bayestune.report.plots import BLUE, FAINT, INK, STYLE, VERMILLION, save
+from bayestune.report import BLUE, FAINT, INK, STYLE, VERMILLION, save_figure
 
 Record = Mapping[str, Any]
 NOTE = Path(__file__).parent / "calibration_page.md"
@@ -132,4 +132,5 @@ def render(record: Record, file: Path | None, page: Path | None, picture: Path |
         page.parent.mkdir(parents=True, exist_ok=True)
         page.write_text(text + "\n", encoding="utf-8")
     if picture is not None:
-        save(figure_of([one for one in records if any(line["cost"] for line in one["lines"])] or records), picture)
+        costed = [one for one in records if any(line["cost"] for line in one["lines"])]
+        save_figure(figure_of(costed or records), picture)

@@ -34,7 +34,6 @@ ORDER = [
     "watch",
     "training",
     "metrics",
-    "selective",
     "evaluation",
     "adaptive",
     "methods",

@@ -17,7 +17,7 @@ from bayestune.benchmark.grid import digest, lasting
 from bayestune.evaluation import Predicting, read_records
 from bayestune.methods import METHODS, MLE, BLoB
 from bayestune.methods.settings import changed, make_method
-from bayestune.report.grid import grid_tables, render_grid
+from bayestune.report import grid_tables, render
 from bayestune.training import Training
 from bayestune.watch import NotFiniteError
 from benching import grid
@@ -56,7 +56,7 @@ def lasting_part(folder):
     records = read_records(folder)
     files = {record["predictions"]: (folder / record["predictions"]).read_text() for record in records}
     same = [{key: value for key, value in record.items() if key not in VOLATILE} for record in records]
-    return same, files, render_grid(grid_tables(records, folder, 50))
+    return same, files, render(grid_tables(records, folder, 50))
 
 
 @pytest.fixture

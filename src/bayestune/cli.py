@@ -17,7 +17,7 @@ from bayestune.allocator import keep_freed_memory
 from bayestune.benchmark import Grid, Launcher, run_bench, run_table
 from bayestune.evaluation import Predicting
 from bayestune.methods import METHODS, MLE, TFB, Method
-from bayestune.report.grid import Style
+from bayestune.report import Style
 from bayestune.training import Interrupted, Training
 
 EXIT_INTERRUPTED = 130

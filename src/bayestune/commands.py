@@ -22,6 +22,7 @@ from bayestune.methods import TFB, Method
 from bayestune.methods.settings import described
 from bayestune.posterior import Draws, Posterior, Prediction, count_for
 from bayestune.questions import Prompt, Question, load_rows
+from bayestune.report import render, save_figure, summary_figure, summary_tables, write_page
 from bayestune.runs import (
     Dtype,
     Questions,
@@ -263,19 +264,14 @@ def _prompt(questions: Questions, rows: Sequence[Question]) -> Prompt:
 
 def write_report(folder: Path) -> None:
     """Table, picture and page of a results folder, from its records alone."""
-    from bayestune.report.page import write_page
-    from bayestune.report.plots import save, summary_figure
-    from bayestune.report.table import render_table
-
     records = read_records(folder)
-    (folder / "table.md").write_text(render_table(records, style="markdown") + "\n", encoding="utf-8")
-    save(summary_figure(records), folder / "summary.png")
+    table = render(summary_tables(records), "markdown")
+    (folder / "table.md").write_text(table + "\n", encoding="utf-8")
+    save_figure(summary_figure(records), folder / "summary.png")
     page = write_page(records, folder, f"{records[0]['task']}, {records[0]['model']}")
     _show(records)
     print(f"report: {page}")  # noqa: T201
 
 
 def _show(records: Sequence[dict[str, Any]]) -> None:
-    from bayestune.report.table import render_table
-
-    print(render_table(records))  # noqa: T201
+    print(render(summary_tables(records)))  # noqa: T201

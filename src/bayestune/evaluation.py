@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bayestune.metrics import summarise
+from bayestune.metrics import Bins, summarise
 from bayestune.posterior import Draws, Posterior, Prediction
 from bayestune.questions import Question
 from bayestune.scoring import Encoded, Scorer
@@ -198,9 +198,8 @@ def make_record(
         A JSON-able dict.
     """
     labels = torch.tensor([row.answer for row in questions])
-    summary = summarise(
-        prediction.probabilities, labels, bins=settings.bins, binning=settings.binning, resamples=settings.resamples
-    )
+    bins = Bins(settings.bins, settings.binning)
+    summary = summarise(prediction.probabilities, labels, bins, settings.resamples)
     return {
         **record,
         "n": len(questions),

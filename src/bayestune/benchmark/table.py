@@ -4,8 +4,7 @@ from pathlib import Path
 
 from bayestune.benchmark.cells import PLAN, collect
 from bayestune.evaluation import read_records
-from bayestune.report.grid import Style, grid_tables, render_grid
-from bayestune.report.shift import has_shift, write_shift
+from bayestune.report import Style, grid_tables, has_shift, render, write_shift
 
 
 def run_table(
@@ -23,7 +22,7 @@ def run_table(
 
     Args:
         results: a folder of `bench`, also while it runs, or of `compare`.
-        style: "text", "markdown" or "latex".
+        style: "text", "markdown", "html" or "latex".
         output: a file; None for standard output.
         resamples: of the paired bootstrap; 0 for no p-values.
         against: the method to compare with, as "BLoB N=10"; None for that of least mean NLL.
@@ -38,8 +37,8 @@ def run_table(
     if not records:
         raise FileNotFoundError(f"no records in {results}: expected a folder of `bench` or `compare`; run one first")
     if has_shift(records):
-        write_shift(results)
-    table = render_grid(grid_tables(records, results, resamples, against), style)
+        write_shift(records, results)
+    table = render(grid_tables(records, results, resamples, against), style)
     if output is None:
         print(table)  # noqa: T201
     else:
