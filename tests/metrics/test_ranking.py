@@ -9,15 +9,7 @@ from scipy.stats import mannwhitneyu
 
 from bayestune import metrics
 from bayestune.evaluation import prediction_rows
-from bayestune.metrics import (
-    SCORES,
-    auroc,
-    error_auroc,
-    is_right,
-    risk_coverage,
-    shift_auroc,
-    uncertainty,
-)
+from bayestune.metrics import SCORES, auroc, error_auroc, risk_coverage, shift_auroc, uncertainty
 from bayestune.posterior import Prediction
 from bayestune.questions import Question
 
@@ -51,7 +43,8 @@ def answered(probabilities, answer):
 @pytest.mark.parametrize("seed", range(3))
 def test_auroc_is_the_share_of_pairs_in_order(levels, seed):
     scores, positive = scored(60, levels, seed)
-    a, b = scores[positive], scores[~positive]
+    a = scores[positive]
+    b = scores[~positive]
     wins = (a[:, None] > b).double() + 0.5 * (a[:, None] == b)
     assert auroc(scores, positive) == pytest.approx(wins.mean().item(), abs=1e-15)
     statistic = mannwhitneyu(a.numpy(), b.numpy()).statistic
@@ -75,10 +68,9 @@ def test_only_the_order_counts_and_turning_it_round_mirrors():
 
 
 def test_coin_flips_give_one_half_within_their_standard_error():
-    n, trials = 90, 300
-    values = torch.tensor([auroc(*scored(n, seed=seed, gap=0.0)) for seed in range(trials)])
-    a, b = n / 3, 2 * n / 3
-    std = math.sqrt((a + b + 1) / (12 * a * b))  # of U/(ab) without ties
+    trials = 300
+    values = torch.tensor([auroc(*scored(90, seed=seed, gap=0.0)) for seed in range(trials)])
+    std = math.sqrt((30 + 60 + 1) / (12 * 30 * 60))  # of U/(ab) without ties
     assert abs(values.mean().item() - 0.5) < 4 * std / math.sqrt(trials)
     assert values.std().item() == pytest.approx(std, rel=4 / math.sqrt(2 * trials))
 
@@ -116,7 +108,7 @@ def test_the_scores_are_those_of_the_rows_that_are_written():
         assert torch.equal(uncertainty(rows, name), value)
         normalised = uncertainty(rows, name, normalised=True)
         assert torch.allclose(normalised, value / options.double().log())
-    assert is_right(rows).tolist() == [row["choice"] == row["answer"] for row in rows]
+    assert metrics.is_right(rows).tolist() == [row["choice"] == row["answer"] for row in rows]
 
 
 @pytest.mark.parametrize("score", SCORES[:3])
@@ -132,7 +124,7 @@ def test_right_is_as_in_the_accuracy():
     p /= p.sum(1, keepdim=True)
     y = torch.randint(3, (50,), generator=g)
     rows = [answered(p[i].tolist(), int(y[i])) for i in range(50)]
-    assert is_right(rows).double().mean().item() == pytest.approx(metrics.accuracy(p, y))
+    assert metrics.is_right(rows).double().mean().item() == pytest.approx(metrics.accuracy(p, y))
 
 
 def test_errors_by_hand():

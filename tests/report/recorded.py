@@ -79,7 +79,10 @@ class Page(HTMLParser):
 
     def __init__(self, markup):
         super().__init__()
-        self.stack, self.attributes, self.tags, self.words = [], [], [], []
+        self.stack = []
+        self.attributes = []
+        self.tags = []
+        self.words = []
         self.feed(markup)
         self.close()
         assert not self.stack

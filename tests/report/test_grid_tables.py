@@ -38,8 +38,9 @@ def test_mean_and_standard_deviation_over_seeds():
         "mean ± standard deviation over 2 seeds"
     )
     # Standard deviations with n − 1: 10/√2, 0.4/√2, 0.2/√2.
-    accuracy, nll = block("ACC % ↑"), block("NLL ↓")
-    assert accuracy["MLE"] == (Cell("55.0", ("± 7.1",), "best"), Cell("30.0", ("(1)",)), Cell())
+    nll = block("NLL ↓")
+    accuracy = (Cell("55.0", ("± 7.1",), "best"), Cell("30.0", ("(1)",)), Cell())
+    assert block("ACC % ↑")["MLE"] == accuracy
     assert nll["MLE"][0] == Cell("1.200", ("± 0.283",))
     assert nll["BLoB N=0"][0] == Cell("0.800", ("± 0.141",), "second")
     assert nll["BLoB N=10"][0] == Cell("0.600", ("(1)",), "best")
@@ -105,9 +106,8 @@ def test_a_sure_difference_is_significant_and_equal_methods_are_not(tmp_path):
 
 def test_seeds_that_differ_to_either_side_cancel_within_a_question(tmp_path):
     """Averaged over seeds no question differs: p is 1, though each seed differs everywhere."""
-    low, high = [0.6] * 30, [0.8] * 30
-    records = [kept(tmp_path, "one", 1, low), kept(tmp_path, "one", 2, high)]
-    records += [kept(tmp_path, "two", 1, high), kept(tmp_path, "two", 2, low)]
+    records = [kept(tmp_path, "one", 1, [0.6] * 30), kept(tmp_path, "one", 2, [0.8] * 30)]
+    records += [kept(tmp_path, "two", 1, [0.8] * 30), kept(tmp_path, "two", 2, [0.6] * 30)]
     found = significance(records, tmp_path, "one", resamples=50)["two"]["nll"]
     assert found.difference == pytest.approx(0, abs=1e-12)
     assert found.p_value == 1.0
@@ -120,6 +120,8 @@ def test_only_shared_seeds_and_questions_are_compared(tmp_path):
     assert list(found) == ["two"]
     assert found["two"]["nll"].n == 6
     assert found["two"]["nll"].difference == pytest.approx(math.log(0.9 / 0.5))
+    half = [*records, {**records[2], "seed": 1, "predictions": "gone"}]
+    assert significance(half, tmp_path, "one", resamples=20) == found
     p = block("p (NLL)", records, tmp_path, 20)
     assert p == {"one": (Cell("best"),), "two": (Cell("0.048"),), "alone": (Cell(),)}
     assert "20 resamples" in grid_tables(records, tmp_path, 20)[0].notes[-1]

@@ -49,13 +49,14 @@ def test_nan_is_a_dash_and_never_the_best():
 
 def test_tables_are_apart_where_values_do_not_compare():
     changes = [{}, {"task": "u"}, {"rows": "evaluation"}, {"bins": 10}, {"rows": "held_out"}]
+    changes.append({"n": 7})
     records = [record(str(i), nll=float(i), **more) for i, more in enumerate(changes)]
-    groups = [[r["label"] for r in group] for group in comparable(records)]
-    assert groups == [["0", "2"], ["1"], ["3"], ["4"]]
-    across = [[r["label"] for r in group] for group in comparable(records, same_task=False)]
-    assert across == [["0", "1", "2"], ["3"], ["4"]]
+    zero, task, same, bins, held_out, fewer = records
+    assert comparable(records) == [[zero, same], [task], [bins], [held_out], [fewer]]
+    across = comparable(records, same_task=False)
+    assert across == [[zero, task, same, fewer], [bins], [held_out]]
     text = render(summary_tables(records), "markdown")
-    assert text.count("Method") == 4
+    assert text.count("Method") == 5
     assert text.count("**") == 2
     assert "**0.000**" in text
 
