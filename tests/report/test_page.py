@@ -108,6 +108,11 @@ def test_missing_predictions_are_told(tmp_path):
     assert "better in" not in text.split("Metrics")[0]
 
 
+def test_seconds_that_are_not_known_are_left_out(tmp_path):
+    record = evaluated(tmp_path, "MLE", seconds={"fit": None, "predict": 5.67})
+    assert "<td>predict 5.7</td>" in written([record], tmp_path)
+
+
 def test_page_without_records_is_refused(tmp_path):
     with pytest.raises(ValueError, match="got no records"):
         write_page([], tmp_path, "t")

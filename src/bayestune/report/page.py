@@ -78,18 +78,21 @@ def write_page(records: Sequence[Record], folder: str | Path, title: str) -> Pat
     body = ""
     for head, text in sections.items():
         body += f"<h2>{head}</h2>\n{text}\n" if head else f"{text}\n"
+    path = Path(folder) / "report.html"
+    path.write_text(_document(title, body, _footer(evaluations)), encoding="utf-8")
+    return path
+
+
+def _document(title: str, body: str, footer: str) -> str:
     css = files("bayestune.report").joinpath("page.css").read_text(encoding="utf-8")
-    page = (
+    return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f"<title>{escape(title)}</title>"
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>\n{css}</style></head>\n"
         f"<body><h1>{escape(title)}</h1>\n<main>{body}</main>\n"
-        f"<footer><h2>How this was made</h2>{_footer(evaluations)}</footer></body></html>\n"
+        f"<footer><h2>How this was made</h2>{footer}</footer></body></html>\n"
     )
-    path = Path(folder) / "report.html"
-    path.write_text(page, encoding="utf-8")
-    return path
 
 
 def _note(text: str) -> str:
@@ -160,13 +163,12 @@ def _question(row: Row, extra: str = "") -> str:
 
 def _entropy(row: Row, most: float) -> str:
     """The two parts of the total entropy, and a bar of them as shares of the most."""
-    total, *parts = (
-        row[key] for key in ("total_entropy", "expected_entropy", "mutual_information")
-    )
-    shares = [100 * part / most if most else 0 for part in parts]
+    expected = row["expected_entropy"]
+    mutual = row["mutual_information"]
+    shares = [100 * part / most if most else 0 for part in (expected, mutual)]
     bar = "".join(f'<i style="width:{share:.1f}%"></i>' for share in shares)
-    expected, mutual = parts
-    text = f"total {total:.3f} = expected {expected:.3f} + mutual information {mutual:.3f} nats"
+    text = f"total {row['total_entropy']:.3f} = expected {expected:.3f}"
+    text += f" + mutual information {mutual:.3f} nats"
     return f'<div class="bar">{bar}</div><span class="note">{text}</span>'
 
 
@@ -194,9 +196,10 @@ def _footer(evaluations: Sequence[Evaluation]) -> str:
     lines = []
     details = ""
     for one in evaluations:
-        seconds = one.record.get("seconds") or {}
         cells = [Cell(_plain(one.record.get(key))) for key in _FACTS]
-        cells.append(Cell(", ".join(f"{key} {value:.1f}" for key, value in seconds.items())))
+        seconds = one.record.get("seconds") or {}  # `evaluate` does not know those of the fit
+        taken = [f"{key} {value:.1f}" for key, value in seconds.items() if value is not None]
+        cells.append(Cell(", ".join(taken)))
         lines.append((one.name, tuple(cells)))
         settings = {key: one.record.get(key) for key in ("config", "versions")}
         details += f"<details><summary>{escape(one.name)}: configuration and versions</summary>"
