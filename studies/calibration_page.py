@@ -9,7 +9,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bayestune.report.plots import BLUE, FAINT, INK, STYLE, VERMILLION, save
+from bayestune.report import BLUE, FAINT, INK, STYLE, VERMILLION, save_figure
 
 Record = Mapping[str, Any]
 NOTE = Path(__file__).with_suffix(".md")
@@ -147,4 +147,4 @@ def render(record: Record, file: Path | None, shown: Path | None, picture: Path 
         shown.write_text(page(records), encoding="utf-8")
     if picture is not None:
         costed = [one for one in records if one["cost_measured_on"]]
-        save(figure_of(costed or records), picture)
+        save_figure(figure_of(costed or records), picture)

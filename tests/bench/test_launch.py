@@ -17,7 +17,7 @@ from bayestune.cli import parser as cli
 from bayestune.evaluation import EvaluationOptions, read_records
 from bayestune.methods import METHODS, MLE, BLoB, changed, make_method
 from bayestune.posteriors import Prediction
-from bayestune.report.grid import grid_tables, render_grid
+from bayestune.report import grid_tables, render
 from bayestune.training import Training
 from bayestune.training.callbacks import NotFiniteError
 from bayestune.training.trainer import ClassTrainer
@@ -61,7 +61,7 @@ def lasting_part(folder):
     same = [
         {key: value for key, value in record.items() if key not in VOLATILE} for record in records
     ]
-    return same, files, render_grid(grid_tables(records, folder, 50))
+    return same, files, render(grid_tables(records, folder, 50))
 
 
 @pytest.fixture

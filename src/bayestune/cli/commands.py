@@ -31,8 +31,17 @@ from bayestune.posteriors import (
     load_adapter,
     load_posterior,
 )
-from bayestune.report.grid import Style, grid_tables, render_grid
-from bayestune.report.shift import has_shift, write_shift
+from bayestune.report import (
+    Style,
+    grid_tables,
+    has_shift,
+    render,
+    save_figure,
+    summary_figure,
+    summary_tables,
+    write_page,
+    write_shift,
+)
 from bayestune.scoring import Scorer, make_scorer, row_logits
 from bayestune.session import (
     Dtype,
@@ -317,24 +326,18 @@ def _prompt(questions: TaskOptions, rows: Sequence[Question]) -> Prompt:
 
 def write_report(folder: Path) -> None:
     """Table, picture and page of a results folder, from its records alone."""
-    from bayestune.report.page import write_page
-    from bayestune.report.plots import save, summary_figure
-    from bayestune.report.table import render_table
-
     records = read_records(folder)
     (folder / "table.md").write_text(
-        render_table(records, style="markdown") + "\n", encoding="utf-8"
+        render(summary_tables(records), "markdown") + "\n", encoding="utf-8"
     )
-    save(summary_figure(records), folder / "summary.png")
+    save_figure(summary_figure(records), folder / "summary.png")
     page = write_page(records, folder, f"{records[0]['task']}, {records[0]['model']}")
     _show(records)
     print(f"report: {page}")
 
 
 def _show(records: Sequence[dict[str, Any]]) -> None:
-    from bayestune.report.table import render_table
-
-    print(render_table(records))
+    print(render(summary_tables(records)))
 
 
 def run_table(
@@ -369,8 +372,8 @@ def run_table(
             f"no records in {results}: expected a folder of `bench` or `compare`; run one first"
         )
     if has_shift(records):
-        write_shift(results)
-    table = render_grid(grid_tables(records, results, resamples, against), style)
+        write_shift(records, results)
+    table = render(grid_tables(records, results, resamples, against), style)
     if output is None:
         print(table)
     else:

@@ -24,7 +24,7 @@ from bayestune.cli.commands import (
 from bayestune.cli.presets import ConfigOrPreset
 from bayestune.evaluation import Adaptive, EvaluationOptions
 from bayestune.methods import METHODS, MLE, TFB, Method
-from bayestune.report.grid import Style
+from bayestune.report import Style
 from bayestune.runtime import keep_freed_memory
 from bayestune.session import Dtype, TaskOptions
 from bayestune.training import Interrupted, Training

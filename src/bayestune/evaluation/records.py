@@ -11,7 +11,7 @@ import torch
 from bayestune.data import Question
 from bayestune.evaluation.evaluate import EvaluationOptions
 from bayestune.jsonl import write_json_lines
-from bayestune.metrics import summarise
+from bayestune.metrics import Bins, summarise
 from bayestune.posteriors import Posterior, Prediction
 from bayestune.runtime import peak_memory_mb, revision, versions
 
@@ -69,11 +69,7 @@ def make_record(
     """
     labels = torch.tensor([row.answer for row in questions])
     summary = summarise(
-        prediction.probabilities,
-        labels,
-        bins=settings.bins,
-        binning=settings.binning,
-        resamples=settings.resamples,
+        prediction.probabilities, labels, Bins(settings.bins, settings.binning), settings.resamples
     )
     return {
         **record,

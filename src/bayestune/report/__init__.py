@@ -1,6 +1,37 @@
-"""From records to a table, figures and one self-contained page; `bayestune.report.plots` is what needs matplotlib."""
+"""From records to tables, figures and one self-contained page; nothing here runs a model.
 
+Tables are made of records first and given a style by `render`; figures import matplotlib only when
+one is drawn.
+"""
+
+from bayestune.report.figures import reliability_figure, risk_coverage_figure, summary_figure
+from bayestune.report.grid import grid_tables, significance
 from bayestune.report.page import write_page
-from bayestune.report.table import render_table
+from bayestune.report.rows import read_rows, tensors
+from bayestune.report.shift import has_shift, write_shift
+from bayestune.report.summary import summary_tables
+from bayestune.report.svg import BLUE, FAINT, INK, STYLE, VERMILLION, save_figure
+from bayestune.report.table import Style, Table, render
 
-__all__ = ["render_table", "write_page"]
+__all__ = [
+    "BLUE",
+    "FAINT",
+    "INK",
+    "STYLE",
+    "VERMILLION",
+    "Style",
+    "Table",
+    "grid_tables",
+    "has_shift",
+    "read_rows",
+    "reliability_figure",
+    "render",
+    "risk_coverage_figure",
+    "save_figure",
+    "significance",
+    "summary_figure",
+    "summary_tables",
+    "tensors",
+    "write_page",
+    "write_shift",
+]

@@ -1,53 +1,27 @@
-"""Records → the paper's table: methods × tasks in a block for each metric, mean ± standard deviation over seeds."""
+"""Records → the paper's table: methods × tasks, a block a metric, mean ± deviation over seeds."""
 
-import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import chain
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from statistics import fmean
+from typing import Any
 
-from bayestune.report.significance import METRICS, by_seed, significance, value_of
-from bayestune.report.table import COLUMNS, Column, grouped
+from bayestune.metrics import PairedDifference, paired_bootstrap
+from bayestune.report.columns import ACCURACY, BRIER, ECE, ECE_DEBIASED, NLL, Column, metric_of
+from bayestune.report.comparable import by_seed, caption, comparable
+from bayestune.report.rows import Record, paired_tensors, read_rows
+from bayestune.report.table import DASH, Block, Cell, Table, marked
 
-Record = Mapping[str, Any]
-Style = Literal["text", "markdown", "latex"]
-Mark = Literal["", "best", "second"]
-DASH = "–"
-_SHARED = ("model", "scoring", "bins", "binning", "rows")  # equal within one table
-_BLOCKS = ("accuracy", "ece", "nll", "brier", "ece_debiased")
-_ABOUT_P = (
-    "p: two-sided paired bootstrap over the same questions against {}, losses averaged over the seeds both have, {} "
-    "resamples; the seeds are held, and p is not corrected for the number of methods."
+_BLOCKS = (ACCURACY, ECE, NLL, BRIER, ECE_DEBIASED)
+_TESTED = (NLL, BRIER, ACCURACY)
+_ABOUT_MARKS = (
+    "Best and runner-up of a column are marked; in brackets how many seeds where it is not {}."
 )
-
-
-@dataclass(frozen=True)
-class Value:
-    """What stands in a cell: a number, ± its standard deviation, how many seeds where others have more, its rank."""
-
-    number: str = DASH
-    std: str = ""
-    runs: str = ""
-    mark: Mark = ""
-
-
-@dataclass(frozen=True)
-class Block:
-    """A metric's part of the table: for each method a value for each column."""
-
-    title: str
-    rows: tuple[tuple[str, tuple[Value, ...]], ...]
-
-
-@dataclass(frozen=True)
-class GridTable:
-    """All that a table says, before it has a style."""
-
-    caption: str
-    columns: tuple[str, ...]
-    blocks: tuple[Block, ...]
-    notes: tuple[str, ...]
+_ABOUT_P = (
+    "p: two-sided paired bootstrap over the same questions against {}, losses averaged over the "
+    "seeds both have, {} resamples; the seeds are held, and p is not corrected for the number of "
+    "methods."
+)
 
 
 def grid_tables(
@@ -55,262 +29,137 @@ def grid_tables(
     folder: str | Path | None = None,
     resamples: int = 1000,
     against: str | None = None,
-) -> list[GridTable]:
-    """One table for each model and way of scoring.
+) -> list[Table]:
+    """One table for each model and way of scoring; best and runner-up of a column are marked.
 
     Args:
         records: one for each method, task, seed and number of draws; what is missing is a dash.
         folder: where the rows of the records are, for p-values; None for none.
         resamples: of the paired bootstrap; 0 for no p-values.
-        against: the method to compare with, whose differences are then shown too; None for that of least mean NLL.
+        against: the label of the method to compare with, whose differences are then shown too;
+            None for the method of least mean NLL.
 
     Raises:
         ValueError: if there are no records, or none of `against`.
     """
     if against is not None and against not in (labels := list(by_seed(records))):
-        raise ValueError(
-            f"no record of the method to compare with: got {against!r}, expected one of {labels}"
-        )
-    return [
-        _table(group, folder if resamples else None, resamples, against)
-        for group in grouped(records, _SHARED)
-    ]
+        remedy = "compare with one of them"
+        raise ValueError(f"got no record of {against!r}; expected one of {labels}; {remedy}")
+    tables = []
+    for group in comparable(records, same_task=False):
+        labels = list(by_seed(group))
+        tasks: dict[str, list[Record]] = {}
+        for record in group:
+            tasks.setdefault(_task(record), []).append(record)
+        table = _table(labels, tasks)
+        if folder is not None and resamples:
+            blocks = _p_blocks(labels, tasks, folder, resamples, against)
+            note = _ABOUT_P.format(against or "the method of least mean NLL", resamples)
+            table = replace(table, blocks=(*table.blocks, *blocks), notes=(*table.notes, note))
+        tables.append(table)
+    return tables
 
 
-def _table(
-    records: Sequence[Record], folder: str | Path | None, resamples: int, against: str | None = None
-) -> GridTable:
-    columns = {
-        _column(record): [r for r in records if _column(r) == _column(record)] for record in records
-    }
-    labels = tuple(by_seed(records))
-    runs = {column: by_seed(group) for column, group in columns.items()}
-    most = max(len(seeds) for methods in runs.values() for seeds in methods.values())
-    shown = [column for key in _BLOCKS for column in COLUMNS if column.key == key]
-    blocks = [_block(metric, labels, list(runs.values()), most) for metric in shown]
-    notes = [
-        f"Best and runner-up of a column are marked; in brackets how many seeds where it is not {most}."
-    ]
-    if folder is not None:
-        blocks += _p_blocks(labels, list(columns.values()), folder, resamples, against)
-        notes.append(_ABOUT_P.format(against or "the method of least mean NLL", resamples))
-    return GridTable(_caption(records[0], most), tuple(columns), tuple(blocks), tuple(notes))
-
-
-def _column(record: Record) -> str:
-    task, source = str(record.get("task")), record.get("trained_on")
+def _task(record: Record) -> str:
+    task = str(record.get("task"))
+    source = record.get("trained_on")
     name = task if source in (None, task) else f"{source} → {task}"
     return f"{name} (n={record.get('n', '?')})"
 
 
-def _caption(record: Record, seeds: int) -> str:
-    parts = [str(record["model"])] if record.get("model") else []
-    parts += [f"scored by {record['scoring']}"] if record.get("scoring") else []
-    parts.append(
-        f"ECE in {record.get('bins', '?')} bins ({record.get('binning', 'binning unknown')})"
-    )
-    return " · ".join(
-        [*parts, f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"]
-    )
+def _table(labels: Sequence[str], tasks: Mapping[str, Sequence[Record]]) -> Table:
+    runs = [by_seed(records) for records in tasks.values()]
+    most = max(len(seeds) for methods in runs for seeds in methods.values())
+    blocks = []
+    for column in _BLOCKS:
+        columns = []
+        for methods in runs:
+            values = [_values(methods.get(label, {}), column) for label in labels]
+            cells = [column.over_seeds(some, most) for some in values]
+            columns.append(marked(cells, column.sign, ("best", "second")))
+        blocks.append(Block.of(column.heading, labels, columns))
+    seeds = f"mean ± standard deviation over {most} seeds" if most > 1 else "one seed"
+    first = next(iter(tasks.values()))[0]
+    notes = (_ABOUT_MARKS.format(most),)
+    heads = ("Metric", "Method")
+    return Table(caption(first, last=seeds), tuple(tasks), tuple(blocks), notes, heads)
 
 
-def _block(
-    metric: Column,
-    labels: Sequence[str],
-    runs: Sequence[Mapping[str, Mapping[Any, Record]]],
-    most: int,
-) -> Block:
-    columns = []
-    for methods in runs:
-        values = [_value(metric, list(methods.get(label, {}).values()), most) for label in labels]
-        columns.append(_marked(values, metric.sign))
-    return Block(metric.heading, _transposed(labels, columns))
+def _values(seeds: Mapping[Any, Record], column: Column) -> list[float]:
+    values = [metric_of(record, column.key).get("value") for record in seeds.values()]
+    return [value for value in values if value is not None]
 
 
-def _transposed(
-    labels: Sequence[str], columns: Sequence[Sequence[Value]]
-) -> tuple[tuple[str, tuple[Value, ...]], ...]:
-    return tuple((label, tuple(column[i] for column in columns)) for i, label in enumerate(labels))
-
-
-def _value(metric: Column, records: Sequence[Record], most: int) -> Value:
-    numbers = [value for record in records if (value := value_of(record, metric.key)) is not None]
-    if not numbers:
-        return Value()
-    std = metric.number(statistics.stdev(numbers)) if len(numbers) > 1 else ""
-    runs = str(len(numbers)) if len(numbers) < most else ""
-    return Value(metric.number(statistics.fmean(numbers)), std, runs)
-
-
-def _marked(values: Sequence[Value], sign: int) -> list[Value]:
-    """Marks the best and the second best; what is printed the same is as good."""
-    ranked = sorted(
-        {float(value.number) for value in values if value.number != DASH}, key=lambda x: -sign * x
-    )
-    marks: dict[float, Mark] = (
-        dict(zip(ranked, ("best", "second"), strict=False)) if len(ranked) > 1 else {}
-    )
-    return [
-        v if v.number == DASH else replace(v, mark=marks.get(float(v.number), "")) for v in values
-    ]
+# p-values
 
 
 def _p_blocks(
     labels: Sequence[str],
-    columns: Sequence[Sequence[Record]],
+    tasks: Mapping[str, Sequence[Record]],
     folder: str | Path,
     resamples: int,
     against: str | None,
 ) -> list[Block]:
-    found = [
-        {c["label"]: c for c in significance(group, folder, resamples=resamples, against=against)}
-        for group in columns
-    ]
-    other = [next(iter(column.values()))["against"] if column else None for column in found]
-    shown = {column.key: column for column in COLUMNS}
-
-    def value(metric: str, column: int, label: str) -> Value:
-        if label == other[column]:
-            return Value("–" if against else "best")
-        if label not in found[column]:
-            return Value()
-        difference, p = (found[column][label][metric][key] for key in ("difference", "p_value"))
-        sign = "+" if difference > 0 else "−"
-        return Value(
-            f"{sign}{shown[metric].number(abs(difference))}, p {p:.3f}" if against else f"{p:.3f}"
-        )
-
+    """Without `against`, the other methods' p; with it, their differences too."""
+    known = []
+    for records in tasks.values():
+        other = against or _least_nll(records)
+        known.append((other, significance(records, folder, other, resamples)))
     blocks = []
-    for metric in METRICS:
-        title = (
-            f"{shown[metric].title} less {against}'s"
-            if against
-            else f"p ({shown[metric].title.removesuffix(' %')})"
-        )
-        rows = _transposed(
-            labels, [[value(metric, i, label) for label in labels] for i in range(len(columns))]
-        )
-        blocks.append(Block(title, rows))
+    for column in _TESTED:
+        columns = []
+        for other, compared in known:
+            cells = {other: Cell(DASH if against else "best")} if compared else {}
+            for label, differences in compared.items():
+                paired = differences[column.key]
+                difference = f"{column.signed(paired.difference)}, p " if against else ""
+                cells[label] = Cell(f"{difference}{paired.p_value:.3f}")
+            columns.append([cells.get(label, Cell()) for label in labels])
+        title = f"p ({column.title.removesuffix(' %')})"
+        title = f"{column.title} less {against}'s" if against else title
+        blocks.append(Block.of(title, labels, columns))
     return blocks
 
 
-# Styles
+def _least_nll(records: Sequence[Record]) -> str | None:
+    """The method of least mean NLL over its seeds; None if no record has an NLL."""
+    values = {label: _values(seeds, NLL) for label, seeds in by_seed(records).items()}
+    means = {label: fmean(some) for label, some in values.items() if some}
+    return min(means, key=means.__getitem__, default=None)
 
 
-def _lines(table: GridTable, cell: Callable[[Value], str]) -> list[list[list[str]]]:
-    """The blocks' lines: metric (on a block's first line), method, cells."""
-    return [
-        [
-            [block.title if i == 0 else "", label, *map(cell, values)]
-            for i, (label, values) in enumerate(block.rows)
-        ]
-        for block in table.blocks
-    ]
+def significance(
+    records: Sequence[Record], folder: str | Path, against: str | None, resamples: int = 1000
+) -> dict[str, dict[str, PairedDifference]]:
+    """Each method against one of them on the same questions of one task, by NLL, Brier, accuracy.
 
+    For a seed that both methods have, d_i is the difference of a question's losses; averaged over
+    those seeds it is one number a question, and the questions are resampled. So p is the chance of
+    a difference this large among other questions if there were none, for these very fits: seeds are
+    held, and p is not corrected for the choice of the best or for the number of methods.
 
-def _plain(value: Value) -> str:
-    std, runs = f" ± {value.std}" if value.std else "", f" ({value.runs})" if value.runs else ""
-    return f"{value.number}{std}{runs}"
+    Args:
+        records: of one task, model and way of scoring.
+        folder: where their rows are.
+        against: the label of the method to compare with.
+        resamples: of the bootstrap.
 
+    Returns:
+        For each other method, by metric, that method less `against`. Methods without a seed or
+        question in common with it are left out.
 
-def _text(table: GridTable) -> str:
-    marks = {"": "", "best": "*", "second": "+"}
-    blocks = _lines(table, lambda value: _plain(value) + marks[value.mark])
-    head = ["Metric", "Method", *table.columns]
-    widths = [max(len(line[i]) for line in [head, *chain(*blocks)]) for i in range(len(head))]
-    rule = "  ".join("-" * width for width in widths)
-    parts = [
-        "\n".join(
-            "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
-            for line in block
-        )
-        for block in [[head], *blocks]
-    ]
-    return "\n".join(
-        [table.caption, "", f"\n{rule}\n".join(parts), rule, *table.notes, "* best, + runner-up"]
-    )
-
-
-def _markdown(table: GridTable) -> str:
-    def cell(value: Value) -> str:
-        form = {"": "{}", "best": "**{}**", "second": "<u>{}</u>"}[value.mark]
-        return form.format(value.number) + _plain(value).removeprefix(value.number)
-
-    lines = [["Metric", "Method", *table.columns], ["---", "---", *("---:" for _ in table.columns)]]
-    lines += chain(*_lines(table, cell))
-    body = [
-        f"| {' | '.join(' '.join(c.replace('|', chr(92) + '|').split()) for c in line)} |"
-        for line in lines
-    ]
-    return "\n".join([table.caption, "", *body, "", *table.notes])
-
-
-_ESCAPES = {
-    **{character: f"\\{character}" for character in "&%$#_{}"},
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "↑": r"$\uparrow$",
-    "↓": r"$\downarrow$",
-    "→": r"$\to$",
-    "±": r"$\pm$",
-    "·": r"$\cdot$",
-    "–": "--",
-}
-
-
-def escaped(text: str) -> str:
-    r"""Text as LaTeX.
-
-    >>> escaped("arc_easy, 100 % ↑")
-    'arc\\_easy, 100 \\% $\\uparrow$'
+    Reference: Davison, Hinkley (1997), ch. 4, https://doi.org/10.1017/CBO9780511802843
     """
-    return "".join(_ESCAPES.get(character, character) for character in text)
-
-
-def _latex(table: GridTable) -> str:
-    def cell(value: Value) -> str:
-        form = {"": "{}", "best": r"\textbf{{{}}}", "second": r"\underline{{{}}}"}[value.mark]
-        std = rf"$_{{\pm{value.std}}}$" if value.std else ""
-        return form.format(escaped(value.number)) + std + (f" ({value.runs})" if value.runs else "")
-
-    def row(cells: Sequence[str]) -> str:
-        return f"{' & '.join(cells)} \\\\"
-
-    head = row([r"Metric", "Method", *map(escaped, table.columns)])
-    blocks = [
-        "\n".join(row([escaped(title), escaped(label), *cells]) for title, label, *cells in block)
-        for block in _lines(table, cell)
-    ]
-    return "\n".join(
-        [
-            r"% needs \usepackage{booktabs}",
-            r"\begin{table}",
-            r"\centering",
-            rf"\caption{{{escaped(' '.join([table.caption + '.', *table.notes]))}}}",
-            rf"\begin{{tabular}}{{ll{'r' * len(table.columns)}}}",
-            r"\toprule",
-            "\n\\midrule\n".join([head, *blocks]),
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{table}",
-        ]
-    )
-
-
-def render_grid(tables: Sequence[GridTable], style: Style = "text") -> str:
-    """The tables in a style: "text" marks the best * and the runner-up +, the others in bold and underlined.
-
-    Raises:
-        ValueError: if the style is unknown.
-    """
-    styles: dict[str, Callable[[GridTable], str]] = {
-        "text": _text,
-        "markdown": _markdown,
-        "latex": _latex,
-    }
-    if style not in styles:
-        raise ValueError(
-            f"got the style {style!r}; expected one of {sorted(styles)}; choose one of them"
-        )
-    return "\n\n".join(styles[style](table) for table in tables)
+    runs = by_seed(records)
+    reference = runs.pop(str(against), {})
+    found: dict[str, dict[str, PairedDifference]] = {}
+    for label, seeds in runs.items():
+        both = [seed for seed in reference if seed in seeds]
+        pairs = [(read_rows(seeds[s], folder), read_rows(reference[s], folder)) for s in both]
+        paired = paired_tensors([pair for pair in pairs if all(pair)])
+        if paired is None:
+            continue
+        found[label] = {}
+        for column in _TESTED:
+            found[label][column.key] = paired_bootstrap(*paired, column.key, resamples)
+    return found

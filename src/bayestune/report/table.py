@@ -1,224 +1,229 @@
-"""Records → a table, as plain text, markdown or HTML."""
+"""One table, whatever it is of, and four ways to write it: text, markdown, HTML, LaTeX."""
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from html import escape
-from typing import Any
+from itertools import chain
+from typing import Literal
 
-Record = Mapping[str, Any]
-STYLES = ("text", "markdown", "html")
-_SHARED = (
-    "task",
-    "model",
-    "scoring",
-    "n",
-    "bins",
-    "binning",
-)  # equal within one table: only then can values compare
+Mark = Literal["", "best", "second"]
+Style = Literal["text", "markdown", "html", "latex"]
+DASH = "–"
 
 
 @dataclass(frozen=True)
-class Column:
-    """How a metric is shown: value × `scale`, with `digits` decimals; `sign` is 1 if higher is better, else −1."""
+class Cell:
+    """A number as printed, what stands behind it (an interval, a deviation), and its mark."""
 
-    key: str
+    number: str = DASH
+    behind: tuple[str, ...] = ()
+    mark: Mark = ""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Named lines of cells under a title."""
+
     title: str
-    scale: float
-    digits: int
-    sign: int
+    lines: tuple[tuple[str, tuple[Cell, ...]], ...]
+
+    @classmethod
+    def of(cls, title: str, names: Sequence[str], columns: Sequence[Sequence[Cell]]) -> "Block":
+        """A block from its columns, each with a cell for every name."""
+        return cls(title, tuple(zip(names, zip(*columns, strict=True), strict=True)))
+
+
+@dataclass(frozen=True)
+class Table:
+    """All that a table says, before it has a style.
+
+    `columns` are the headings of the cells, `heads` those of what leads a line: its name, or the
+    block's title and its name.
+    """
+
+    caption: str
+    columns: tuple[str, ...]
+    blocks: tuple[Block, ...]
+    notes: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ("Method",)
 
     @property
-    def heading(self) -> str:
-        """The title, and an arrow to the better side."""
-        return f"{self.title} {'↑' if self.sign > 0 else '↓'}"
+    def heading(self) -> list[str]:
+        """The headings of a line."""
+        return [*self.heads, *self.columns]
 
-    def number(self, value: float | None) -> str:
-        """The value in the column's unit and digits; a dash if there is none."""
-        if value is None or not math.isfinite(value):
-            return "–"
-        return f"{value * self.scale:.{self.digits}f}"
+    @property
+    def marks(self) -> set[Mark]:
+        """The marks in use."""
+        lines = chain.from_iterable(block.lines for block in self.blocks)
+        return {cell.mark for _, cells in lines for cell in cells}
 
-
-COLUMNS = (
-    Column("accuracy", "ACC %", 100, 1, 1),
-    Column("ece", "ECE %", 100, 1, -1),
-    Column("ece_debiased", "ECE debiased %", 100, 1, -1),
-    Column("nll", "NLL", 1, 3, -1),
-    Column("brier", "Brier", 1, 3, -1),
-    Column("aurc", "AURC", 1, 3, -1),
-)
-
-
-@dataclass(frozen=True)
-class _Cell:
-    value: str
-    interval: str
-    best: bool
+    def lines(
+        self, write: Callable[[Cell], str], lead: Callable[[str], str] = str
+    ) -> list[list[list[str]]]:
+        """The lines of each block as strings; a block's title is on its first line only."""
+        blocks = []
+        for block in self.blocks:
+            lines = []
+            for i, (name, cells) in enumerate(block.lines):
+                titles = ["" if i else block.title, name][-len(self.heads) :]
+                lines.append([*map(lead, titles), *map(write, cells)])
+            blocks.append(lines)
+        return blocks
 
 
-def names(records: Sequence[Record]) -> list[str]:
-    """A name for each record: its label, and of task, model, scoring and seed what tells the records apart.
+def marked(cells: Sequence[Cell], sign: int, marks: Sequence[Mark] = ("best",)) -> list[Cell]:
+    """Marks the best cells of a column; what is printed the same is as good.
+
+    A column with one number only, or the same number everywhere, has no marks.
 
     Args:
-        records: one per evaluated method.
+        cells: a column.
+        sign: 1 if higher is better, else −1.
+        marks: of the best number, and of the runner-up if that has one.
 
-    Returns:
-        As many names, distinct unless the records agree in all of these.
-
-    >>> names([{"label": "MLE", "seed": 1}, {"label": "MLE", "seed": 2}])
-    ['MLE, seed 1', 'MLE, seed 2']
+    >>> [cell.mark for cell in marked([Cell("0.5"), Cell("0.50"), Cell("0.4"), Cell()], sign=1)]
+    ['best', 'best', '', '']
     """
-    differing = [
-        key
-        for key in ("task", "model", "scoring", "seed")
-        if len({str(r.get(key)) for r in records}) > 1
-    ]
-    parts = {"seed": "seed {}", "scoring": "by {}"}
-    return [
-        ", ".join(
-            [
-                str(r.get("label", r.get("method"))),
-                *(parts.get(k, "{}").format(r.get(k)) for k in differing),
-            ]
-        )
-        for r in records
-    ]
+    numbers = {cell.number: float(cell.number) for cell in cells if cell.number != DASH}
+    ranked = sorted(set(numbers.values()), reverse=sign > 0)
+    mark_of = dict(zip(ranked, marks, strict=False)) if len(ranked) > 1 else {}
+    found = {text: mark_of.get(number, "") for text, number in numbers.items()}
+    return [replace(cell, mark=found.get(cell.number, "")) for cell in cells]
 
 
-def grouped(records: Sequence[Record], keys: Sequence[str] = _SHARED) -> list[list[Record]]:
-    """Records of the same task, model, scoring, rows and binning, in order of appearance.
+def _text(table: Table) -> str:
+    signs = {"": "", "best": "*", "second": "+"}
+    legend = {"best": "* best", "second": "+ runner-up"}
 
-    Args:
-        records: one per evaluated method.
-        keys: what must be the same within a group.
+    def write(cell: Cell) -> str:
+        return " ".join([cell.number + signs[cell.mark], *cell.behind])
 
-    Returns:
-        Groups within which values compare.
-
-    Raises:
-        ValueError: if there are no records.
-
-    >>> [len(group) for group in grouped([{"task": "a"}, {"task": "b"}, {"task": "a"}])]
-    [2, 1]
-    """
-    if not records:
-        raise ValueError(
-            "got no records; expected one per evaluated method; run `bayestune benchmark` first"
-        )
-    groups: dict[tuple[str, ...], list[Record]] = {}
-    for record in records:
-        groups.setdefault(tuple(str(record.get(key)) for key in keys), []).append(record)
-    return list(groups.values())
+    blocks = [[table.heading], *table.lines(write)]
+    widths = [max(map(len, column)) for column in zip(*chain(*blocks), strict=True)]
+    lines = [table.caption, ""]
+    for block in blocks:
+        for line in block:
+            lines.append("  ".join(map(str.ljust, line, widths)).rstrip())
+        lines.append("  ".join("-" * width for width in widths))
+    used = [meaning for mark, meaning in legend.items() if mark in table.marks]
+    return "\n".join([*lines, *table.notes, *([", ".join(used)] if used else [])])
 
 
-def heading(record: Record) -> str:
-    """What a table is of: task, model, scoring, rows, bins.
+def _markdown(table: Table) -> str:
+    forms = {"": "{}", "best": "**{}**", "second": "<u>{}</u>"}
 
-    >>> heading({"task": "arc_easy", "n": 300, "bins": 15, "binning": "textbook"})
-    'arc_easy · 300 rows · ECE in 15 bins (textbook)'
-    """
-    parts = [str(record[key]) for key in ("task", "model") if record.get(key)]
-    parts += [f"scored by {record['scoring']}"] if record.get("scoring") else []
-    parts += [f"{record['n']} rows"] if "n" in record else []
-    return " · ".join(
+    def write(cell: Cell) -> str:
+        return " ".join([forms[cell.mark].format(cell.number), *cell.behind])
+
+    def row(cells: Sequence[str]) -> str:
+        escaped = [" ".join(cell.split()).replace("|", r"\|") for cell in cells]
+        return f"| {' | '.join(escaped)} |"
+
+    ruler = ["---"] * len(table.heads) + ["---:"] * len(table.columns)
+    rows = map(row, [table.heading, ruler, *chain(*table.lines(write))])
+    notes = ["", *table.notes] if table.notes else []
+    return "\n".join([table.caption, "", *rows, *notes])
+
+
+def _html(table: Table) -> str:
+    def write(cell: Cell) -> str:
+        if not cell.behind and not cell.mark:
+            return f"<td>{escape(cell.number)}</td>"
+        mark = f" class={cell.mark}" if cell.mark else ""
+        behind = "".join(f"<span>{escape(part)}</span>" for part in cell.behind)
+        return f"<td{mark}><b>{escape(cell.number)}</b> {behind}</td>"
+
+    def lead(name: str) -> str:
+        return f'<th scope="row">{escape(name)}</th>'
+
+    lines = [f"<tr>{''.join(line)}</tr>\n" for line in chain(*table.lines(write, lead))]
+    head = "".join(f'<th scope="col">{escape(title)}</th>' for title in table.heading)
+    caption = f"<caption>{escape(table.caption)}</caption>" if table.caption else ""
+    notes = "".join(f'<p class="note">{escape(note)}</p>' for note in table.notes)
+    return (
+        f'<div class="scroll"><table>{caption}<thead><tr>{head}</tr></thead>\n'
+        f"<tbody>{''.join(lines)}</tbody></table></div>{notes}"
+    )
+
+
+_LATEX = {
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "↑": r"$\uparrow$",
+    "↓": r"$\downarrow$",
+    "→": r"$\to$",
+    "±": r"$\pm$",
+    "·": r"$\cdot$",
+    "–": "--",
+}
+
+
+def _escaped(text: str) -> str:
+    return "".join(_LATEX.get(character, character) for character in text)
+
+
+def _latex(table: Table) -> str:
+    forms = {"": "{}", "best": r"\textbf{{{}}}", "second": r"\underline{{{}}}"}
+
+    def write(cell: Cell) -> str:
+        text = forms[cell.mark].format(_escaped(cell.number))
+        for part in cell.behind:
+            deviation = part.removeprefix("± ")
+            text += f" {_escaped(part)}" if part == deviation else rf"$_{{\pm{deviation}}}$"
+        return text
+
+    def rows(lines: Sequence[Sequence[str]]) -> str:
+        return "\n".join(f"{' & '.join(line)} \\\\" for line in lines)
+
+    blocks = [[map(_escaped, table.heading)], *table.lines(write, _escaped)]
+    caption = _escaped(" ".join([f"{table.caption}.", *table.notes]))
+    return "\n".join(
         [
-            *parts,
-            f"ECE in {record.get('bins', '?')} bins ({record.get('binning', 'binning unknown')})",
+            r"% needs \usepackage{booktabs}",
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{caption}}}",
+            rf"\begin{{tabular}}{{{'l' * len(table.heads)}{'r' * len(table.columns)}}}",
+            r"\toprule",
+            "\n\\midrule\n".join(map(rows, blocks)),
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
         ]
     )
 
 
-def _cells(column: Column, group: Sequence[Record]) -> list[_Cell]:
-    metrics = [record.get("metrics", {}).get(column.key) or {} for record in group]
-    shown = [column.number(metric.get("value")) for metric in metrics]
-    # What is printed the same is as good as the best.
-    finite = [column.sign * float(text) for text in shown if text != "–"]
-    cells = []
-    for metric, text in zip(metrics, shown, strict=True):
-        interval = (
-            f"[{column.number(metric.get('low'))}, {column.number(metric.get('high'))}]"
-            if metric
-            else ""
-        )
-        best = len(group) > 1 and text != "–" and column.sign * float(text) == max(finite)
-        cells.append(_Cell(text, interval, best))
-    return cells
+_WRITERS: dict[str, Callable[[Table], str]] = {
+    "text": _text,
+    "markdown": _markdown,
+    "html": _html,
+    "latex": _latex,
+}
 
 
-def _lines(group: Sequence[Record]) -> list[tuple[str, list[_Cell]]]:
-    columns = [_cells(column, group) for column in COLUMNS]
-    return [(name, [cells[i] for cells in columns]) for i, name in enumerate(names(group))]
-
-
-def _text(group: Sequence[Record]) -> str:
-    rows = [["Method", *(column.heading for column in COLUMNS)]]
-    for name, cells in _lines(group):
-        rows.append(
-            [name, *(f"{c.value}{'*' if c.best else ''} {c.interval}".strip() for c in cells)]
-        )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-    return "\n".join(
-        [heading(group[0]), "", lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
-    )
-
-
-def _markdown(group: Sequence[Record]) -> str:
-    rows = [
-        ["Method", *(column.heading for column in COLUMNS)],
-        ["---", *("---:" for _ in COLUMNS)],
-    ]
-    for name, cells in _lines(group):
-        rows.append(
-            [
-                " ".join(name.replace("|", r"\|").split()),
-                *(f"{_bold(c)} {c.interval}".strip() for c in cells),
-            ]
-        )
-    return "\n".join([heading(group[0]), "", *(f"| {' | '.join(row)} |" for row in rows)])
-
-
-def _bold(cell: _Cell) -> str:
-    return f"**{cell.value}**" if cell.best else cell.value
-
-
-def _html(group: Sequence[Record]) -> str:
-    head = "".join(f'<th scope="col">{column.heading}</th>' for column in COLUMNS)
-    body = ""
-    for name, cells in _lines(group):
-        data = "".join(
-            f"<td{' class=best' if c.best else ''}><b>{c.value}</b> <span>{c.interval}</span></td>"
-            for c in cells
-        )
-        body += f'<tr><th scope="row">{escape(name)}</th>{data}</tr>\n'
-    head = f'<thead><tr><th scope="col">Method</th>{head}</tr></thead>'
-    caption = f"<caption>{escape(heading(group[0]))}</caption>"
-    return f'<div class="scroll"><table>{caption}{head}\n<tbody>{body}</tbody></table></div>'
-
-
-def render_table(records: Sequence[Record], style: str = "text") -> str:
-    """One line per record, every metric with its interval; one table for each task, model and number of rows.
+def render(tables: Sequence[Table], style: Style = "text") -> str:
+    """Tables one below the other.
 
     Args:
-        records: one per evaluated method, as read from JSON lines.
-        style: "text", "markdown" or "html".
-
-    Returns:
-        The table below a line that says what it is of. The best value of a column is marked if there are several:
-        with `*` in text, bold in markdown.
+        tables: any number of them.
+        style: "text" marks the best number with * and the runner-up with +; "markdown" and "latex"
+            (booktabs) make them bold and underlined; "html" gives them a class.
 
     Raises:
-        ValueError: if there are no records, or the style is unknown.
+        ValueError: if the style is unknown.
 
-    >>> metrics = {"accuracy": {"value": 0.84, "low": 0.80, "high": 0.88, "n": 300}}
-    >>> print(render_table([{"label": "MLE", "task": "arc_easy", "n": 300, "bins": 15, "metrics": metrics}])[:32])
-    arc_easy · 300 rows · ECE in 15
+    >>> print(render([Table("Ages", ("years",), (Block.of("", ["cat"], [[Cell("9")]]),))]))
+    Ages
+    <BLANKLINE>
+    Method  years
+    ------  -----
+    cat     9
+    ------  -----
     """
-    render = {"text": _text, "markdown": _markdown, "html": _html}.get(style)
-    if render is None:
-        raise ValueError(f"got style {style!r}; expected one of {STYLES}; 'text' is for terminals")
-    return "\n\n".join(render(group) for group in grouped(records))
+    if style not in _WRITERS:
+        known = tuple(_WRITERS)
+        raise ValueError(f"got style {style!r}; expected one of {known}; 'text' is for terminals")
+    return "\n\n".join(_WRITERS[style](table) for table in tables)

@@ -1,0 +1,60 @@
+"""Numbers from probabilities and labels: proper scores, calibration, rankings, bootstrap intervals.
+
+These are plain functions that know nothing of models, posteriors or files.
+"""
+
+from bayestune.metrics.intervals import (
+    LEVEL,
+    Interval,
+    PairedDifference,
+    paired_bootstrap,
+    summarise,
+)
+from bayestune.metrics.ranking import (
+    SCORES,
+    Row,
+    auroc,
+    error_auroc,
+    is_right,
+    risk_coverage,
+    shift_auroc,
+    uncertainty,
+)
+from bayestune.metrics.scores import (
+    Binning,
+    Bins,
+    Reliability,
+    accuracy,
+    aurc,
+    brier,
+    ece,
+    ece_debiased,
+    nll,
+    reliability,
+)
+
+__all__ = [
+    "LEVEL",
+    "SCORES",
+    "Binning",
+    "Bins",
+    "Interval",
+    "PairedDifference",
+    "Reliability",
+    "Row",
+    "accuracy",
+    "aurc",
+    "auroc",
+    "brier",
+    "ece",
+    "ece_debiased",
+    "error_auroc",
+    "is_right",
+    "nll",
+    "paired_bootstrap",
+    "reliability",
+    "risk_coverage",
+    "shift_auroc",
+    "summarise",
+    "uncertainty",
+]

@@ -1,0 +1,166 @@
+"""Rankings by uncertainty: who is wrong, what is out of distribution, what abstaining gains.
+
+A row is what `bayestune.evaluation.prediction_rows` writes: answer, probabilities of its own
+options, confidence, and entropies in nats. Flags are bool or 0 and 1. Everything is computed in
+float64, and ValueError is raised on what cannot be ranked.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Row = Mapping[str, Any]
+SCORES = ("one_minus_confidence", "total_entropy", "expected_entropy", "mutual_information")
+
+
+def _checked(values: Tensor, flags: Tensor, named: str) -> tuple[Tensor, Tensor]:
+    if values.ndim != 1 or flags.shape != values.shape or values.numel() == 0:
+        got = f"{named} of shapes {tuple(values.shape)} and {tuple(flags.shape)}"
+        raise ValueError(f"got {got}; expected (N,) and (N,), not empty; give one of each a row")
+    if values.isnan().any():
+        expected = "numbers that have an order"
+        raise ValueError(f"got {named} with NaN; expected {expected}; look at the predictions")
+    if not ((flags == 0) | (flags == 1)).all():
+        got = f"{named} from {flags.min()} to {flags.max()}"
+        raise ValueError(f"got {got}; expected flags 0 or 1; compare with the answers first")
+    return values.detach().cpu().double(), flags.detach().cpu().bool()
+
+
+def auroc(scores: Tensor, positive: Tensor) -> float:
+    """Probability that a positive scores higher than a negative: P(s⁺ > s⁻) + ½ P(s⁺ = s⁻).
+
+    Args:
+        scores: (N,); only their order counts.
+        positive: (N,), flags.
+
+    Returns:
+        A number in [0, 1], 0.5 for a coin flip or equal scores.
+
+    Raises:
+        ValueError: if there is one class only, a NaN, or no rows.
+
+    >>> auroc(torch.tensor([0.9, 0.5, 0.5, 0.1]), torch.tensor([1, 1, 0, 0]))
+    0.875
+
+    Reference: Mann, Whitney (1947), https://doi.org/10.1214/aoms/1177730491
+    """
+    values, flags = _checked(scores, positive, "scores and positives")
+    above = values[flags]
+    below = values[~flags].sort().values
+    pairs = len(above) * len(below)
+    if pairs == 0:
+        got = f"{len(above)} positives and {len(below)} negatives"
+        raise ValueError(f"got {got}; expected some of each, to rank them; take more rows")
+    less = torch.searchsorted(below, above)
+    less_or_equal = torch.searchsorted(below, above, right=True)
+    return (less + less_or_equal).sum().item() / (2 * pairs)
+
+
+def is_right(rows: Sequence[Row]) -> Tensor:
+    """Whether the top option of each row (the first of equals) is the answer, (N,) bool.
+
+    >>> is_right([{"probabilities": [0.5, 0.5], "answer": i} for i in (0, 1)])
+    tensor([ True, False])
+    """
+    tops = [row["probabilities"].index(max(row["probabilities"])) for row in rows]
+    return torch.tensor([top == row["answer"] for top, row in zip(tops, rows, strict=True)])
+
+
+def uncertainty(rows: Sequence[Row], score: str, *, normalised: bool = False) -> Tensor:
+    """A score of each row that is large where the model is unsure.
+
+    Args:
+        rows: N of them.
+        score: one of `SCORES`.
+        normalised: divide by the most that the score can be for the row's C options, log C or
+            1 − 1/C, so that rows of different C compare and a uniform row has 1 (but for the
+            mutual information).
+
+    Returns:
+        (N,), in nats if not normalised.
+
+    Raises:
+        ValueError: if the score is unknown, or a row lacks it or has no second option.
+
+    >>> rows = [{"probabilities": [1 / c] * c, "confidence": 1 / c} for c in (2, 4)]
+    >>> uncertainty(rows, "one_minus_confidence", normalised=True)
+    tensor([1., 1.], dtype=torch.float64)
+    """
+    if score not in SCORES:
+        raise ValueError(f"got score {score!r}; expected one of {SCORES}; choose one")
+    key = "confidence" if score == "one_minus_confidence" else score
+    try:
+        values = torch.tensor([row[key] for row in rows], dtype=torch.float64)
+    except KeyError as missing:
+        got = f"a row without {missing}"
+        raise ValueError(f"got {got}; expected what `evaluate` writes; evaluate again") from missing
+    if score == "one_minus_confidence":
+        values = 1 - values
+    if not normalised:
+        return values
+    options = torch.tensor([len(row["probabilities"]) for row in rows], dtype=torch.float64)
+    if (options < 2).any():
+        raise ValueError("got a row of one option; expected two or more; leave it out")
+    return values / (1 - 1 / options if score == "one_minus_confidence" else options.log())
+
+
+def error_auroc(rows: Sequence[Row], score: str) -> float:
+    """Right or wrong: the probability that a wrong answer is more uncertain than a right one.
+
+    Args:
+        rows: of one data set, some of them right and some wrong.
+        score: one of `SCORES`.
+
+    Reference: Hendrycks, Gimpel (2017), https://arxiv.org/abs/1610.02136
+    """
+    return auroc(uncertainty(rows, score), ~is_right(rows))
+
+
+def shift_auroc(shifted: Sequence[Row], familiar: Sequence[Row], score: str) -> float:
+    """In domain or not: the probability that an out-of-distribution row is more uncertain.
+
+    Scores are normalised, because the two sets may differ in their numbers of options. Where the
+    shifted questions are easier for the model, the result is below one half, which is no fault of
+    its uncertainty.
+
+    Args:
+        shifted: out-of-distribution rows.
+        familiar: in-domain rows of the same model.
+        score: one of `SCORES`.
+
+    Reference: Hendrycks, Gimpel (2017), https://arxiv.org/abs/1610.02136
+    """
+    scores = uncertainty([*shifted, *familiar], score, normalised=True)
+    return auroc(scores, torch.arange(len(scores)) < len(shifted))
+
+
+def risk_coverage(confidence: Tensor, correct: Tensor) -> Tensor:
+    """Error rate among the k most confident of N rows; ties in expectation over their order.
+
+    Args:
+        confidence: (N,).
+        correct: (N,), flags.
+
+    Returns:
+        (N,), whose mean is the AURC; the k-th stands for a coverage of k/N.
+
+    Raises:
+        ValueError: on unequal shapes, a NaN, or no rows.
+
+    >>> risk_coverage(torch.tensor([0.9, 0.7, 0.7]), torch.tensor([1, 0, 1]))
+    tensor([0.0000, 0.2500, 0.3333], dtype=torch.float64)
+
+    Reference: El-Yaniv, Wiener (2010), https://jmlr.org/papers/v11/el-yaniv10a.html
+    """
+    values, right = _checked(confidence, correct, "confidences and correctness")
+    _, group, size = torch.unique(-values, return_inverse=True, return_counts=True)
+    wrong = torch.zeros(len(size), dtype=torch.float64).index_add_(0, group, (~right).double())
+    ends = size.cumsum(0)
+    total = wrong.cumsum(0)
+    place = torch.arange(1, len(values) + 1)
+    own = torch.repeat_interleave(torch.arange(len(size)), size)  # the group of each place
+    # All errors up to the end of a row's group of m, less e/m for each of its rows that come later.
+    errors = total[own] - (ends[own] - place) * wrong[own] / size[own]
+    return errors / place

@@ -1,0 +1,87 @@
+"""What may be said of two methods: only what the paired interval and p < 0.05 support."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from bayestune.metrics import LEVEL, Bins, PairedDifference, Row, accuracy, paired_bootstrap
+from bayestune.report.columns import ACCURACY, BRIER, ECE, NLL, Column
+from bayestune.report.rows import Record, paired_tensors, tensors
+
+RESAMPLES = 1000
+COMPARED = (ACCURACY, ECE, NLL, BRIER)
+Compared = Mapping[Column, PairedDifference] | str  # or why there is none
+_WORDS = {ACCURACY: "accuracy", ECE: "calibration error (ECE)", NLL: "NLL", BRIER: "Brier score"}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A record, the name it goes by, and its rows; none if their file is missing."""
+
+    name: str
+    record: Record
+    rows: Sequence[Row]
+
+    def told(self, column: Column) -> str:
+        """A metric's value and interval, with its unit."""
+        cell = column.with_interval(self.record)
+        unit = "\N{NO-BREAK SPACE}%" if column.scale == 100 else ""
+        return " ".join([cell.number + unit, *cell.behind])
+
+    def opening(self) -> str:
+        """Its own numbers, and how far its confidence is from its accuracy."""
+        right, ece, nll = map(self.told, (ACCURACY, ECE, NLL))
+        text = f"On {self.record.get('n', '?')} questions of {self.record.get('task', '?')}, "
+        text += f"{self.name} has {right} right, with an NLL of {nll} and a calibration error "
+        text += f"(ECE) of {ece}."
+        if self.rows:
+            p, labels = tensors(self.rows)
+            gap = 100 * (p.max(1).values.mean().item() - accuracy(p, labels))
+            side = "above" if gap > 0 else "below"
+            text += f" Its confidence is on average {abs(gap):.1f} points {side} its accuracy"
+            text += " on these questions."
+        return text
+
+
+def compare(first: Evaluation, other: Evaluation) -> Compared:
+    """Other minus first on the rows that both have, or why they cannot be compared."""
+    for one in (first, other):
+        if not one.rows:
+            return f"the predictions of {one.name} are missing"
+    if first.record.get("task") != other.record.get("task"):
+        return "they are of different tasks"
+    paired = paired_tensors([(other.rows, first.rows)])
+    if paired is None:
+        return "they have no row in common"
+    bins = Bins(first.record.get("bins", 15), first.record.get("binning", "torchmetrics"))
+    return {column: paired_bootstrap(*paired, column.key, RESAMPLES, bins) for column in COMPARED}
+
+
+def verdict(column: Column, paired: PairedDifference) -> int:
+    """1 if better, −1 if worse, 0 unless the interval leaves out 0 and p is below 1 − level."""
+    settled = (paired.low > 0 or paired.high < 0) and paired.p_value < 1 - LEVEL
+    return column.sign * (1 if paired.difference > 0 else -1) if settled else 0
+
+
+def sentence(first: Evaluation, other: Evaluation, compared: Compared) -> str:
+    """What the paired intervals support about other against first."""
+    if isinstance(compared, str):
+        return f"{other.name} cannot be compared with {first.name} here: {compared}."
+    found: dict[int, list[str]] = {1: [], -1: [], 0: []}
+    for column, paired in compared.items():
+        side = verdict(column, paired)
+        unit = " points" if column.scale == 100 else ""
+        size = f" (by {column.number(abs(paired.difference))}{unit})" if side else ""
+        found[side].append(_WORDS[column] + size)
+    heads = {1: "better in ", -1: "worse in ", 0: "not settled by these rows: "}
+    parts = [heads[side] + listing(words) for side, words in found.items() if words]
+    on = f"on the same {compared[NLL].n} questions"
+    return f"{other.name} against {first.name} {on}: {'; '.join(parts)}."
+
+
+def listing(words: Sequence[str]) -> str:
+    """Words as in a sentence.
+
+    >>> listing(["one", "two", "three"])
+    'one, two and three'
+    """
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

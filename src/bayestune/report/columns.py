@@ -1,0 +1,67 @@
+"""How the metrics of records are shown: title, unit, digits, and which side is better."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bayestune.report.rows import Record
+from bayestune.report.table import DASH, Cell
+
+
+def metric_of(record: Record, key: str) -> Mapping[str, Any]:
+    """The value and interval of a metric in a record; empty if it has none."""
+    return record.get("metrics", {}).get(key) or {}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A metric: value × `scale`, with `digits` decimals; `sign` 1 if higher is better, else −1."""
+
+    key: str
+    title: str
+    scale: float
+    digits: int
+    sign: int
+
+    @property
+    def heading(self) -> str:
+        """The title and an arrow to the better side."""
+        return f"{self.title} {'↑' if self.sign > 0 else '↓'}"
+
+    def number(self, value: float | None) -> str:
+        """A value in the column's unit and digits; a dash if there is none."""
+        if value is None or not math.isfinite(value):
+            return DASH
+        return f"{value * self.scale:.{self.digits}f}"
+
+    def signed(self, value: float) -> str:
+        """A difference with its sign, unless it is printed as 0."""
+        text = self.number(abs(value))
+        return text if float(text) == 0 else ("+" if value > 0 else "−") + text
+
+    def with_interval(self, record: Record) -> Cell:
+        """A record's value and interval."""
+        metric = metric_of(record, self.key)
+        if not metric:
+            return Cell()
+        value, low, high = (self.number(metric.get(key)) for key in ("value", "low", "high"))
+        return Cell(value, (f"[{low}, {high}]",))
+
+    def over_seeds(self, values: Sequence[float | None], seeds: int) -> Cell:
+        """Mean ± standard deviation (of n − 1), and n where it is not the number of seeds."""
+        found = [value for value in values if value is not None and math.isfinite(value)]
+        if not found:
+            return Cell()
+        behind = [f"± {self.number(statistics.stdev(found))}"] if len(found) > 1 else []
+        behind += [f"({len(found)})"] if len(found) < seeds else []
+        return Cell(self.number(statistics.fmean(found)), tuple(behind))
+
+
+ACCURACY = Column("accuracy", "ACC %", 100, 1, 1)
+ECE = Column("ece", "ECE %", 100, 1, -1)
+ECE_DEBIASED = Column("ece_debiased", "ECE debiased %", 100, 1, -1)
+NLL = Column("nll", "NLL", 1, 3, -1)
+BRIER = Column("brier", "Brier", 1, 3, -1)
+AURC = Column("aurc", "AURC", 1, 3, -1)

@@ -1,0 +1,90 @@
+"""Which records can stand in one table, and what it says they have in common."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from bayestune.report.rows import Record
+
+SETTING = ("model", "scoring", "bins", "binning", "rows")
+
+
+def comparable(records: Sequence[Record], *, same_task: bool = True) -> list[list[Record]]:
+    """Groups of records whose metrics compare, in order of appearance.
+
+    Args:
+        records: one for each evaluated method.
+        same_task: keep apart what differs in task or number of rows too.
+
+    Returns:
+        Groups of the same model, scoring, bins, and part of the data (`rows`).
+
+    Raises:
+        ValueError: if there are no records.
+
+    >>> [len(group) for group in comparable([{"task": "a"}, {"task": "b"}, {"task": "a"}])]
+    [2, 1]
+    """
+    if not records:
+        expected = "one for each evaluated method"
+        raise ValueError(f"got no records; expected {expected}; run `bayestune bench` first")
+    keys = (*SETTING, "task", "n") if same_task else SETTING
+    groups: dict[tuple[str, ...], list[Record]] = {}
+    for record in records:
+        whole = {"rows": "evaluation", **record}  # `rows` was not always written
+        groups.setdefault(tuple(str(whole.get(key)) for key in keys), []).append(record)
+    return list(groups.values())
+
+
+def differing(records: Sequence[Record], keys: Iterable[str]) -> list[str]:
+    """The keys in which records differ."""
+    found = []
+    for key in keys:
+        if len({str(record.get(key)) for record in records}) > 1:
+            found.append(key)
+    return found
+
+
+def label_of(record: Record) -> str:
+    """What the record's method is called."""
+    return str(record.get("label", record.get("method")))
+
+
+def names(records: Sequence[Record]) -> list[str]:
+    """A name for each record: its label, and of task, model, scoring and seed what differs.
+
+    >>> names([{"label": "MLE", "seed": 1}, {"label": "MLE", "seed": 2}])
+    ['MLE, seed 1', 'MLE, seed 2']
+    """
+    keys = differing(records, ("task", "model", "scoring", "seed"))
+    forms = {"seed": "seed {}", "scoring": "by {}"}
+    found = []
+    for record in records:
+        parts = [forms.get(key, "{}").format(record.get(key)) for key in keys]
+        found.append(", ".join([label_of(record), *parts]))
+    return found
+
+
+def by_seed(records: Iterable[Record]) -> dict[str, dict[Any, Record]]:
+    """The records of each method by seed; of two of the same seed the later one."""
+    runs: dict[str, dict[Any, Record]] = {}
+    for record in records:
+        runs.setdefault(label_of(record), {})[record.get("seed")] = record
+    return runs
+
+
+def caption(record: Record, first: object = None, rows: object = None, last: str = "") -> str:
+    """What a table is of: `first`, model, scoring, number of rows, bins, `last`.
+
+    >>> caption({"model": "m", "bins": 15, "binning": "textbook"}, "arc_easy", 300)
+    'arc_easy · m · 300 rows · ECE in 15 bins (textbook)'
+    """
+    scoring = record.get("scoring")
+    parts = [
+        first,
+        record.get("model"),
+        f"scored by {scoring}" if scoring else None,
+        f"{rows} rows" if rows is not None else None,
+        f"ECE in {record.get('bins', '?')} bins ({record.get('binning', 'binning unknown')})",
+        last,
+    ]
+    return " · ".join(str(part) for part in parts if part)

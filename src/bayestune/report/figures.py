@@ -1,0 +1,236 @@
+"""Records and rows → figures: reliability diagrams, intervals of metrics, risk–coverage curves."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bayestune.metrics import Reliability, Row, is_right, risk_coverage
+from bayestune.report.columns import ACCURACY, BRIER, ECE, NLL, Column, metric_of
+from bayestune.report.comparable import names
+from bayestune.report.rows import Record
+from bayestune.report.summary import summary_tables
+from bayestune.report.svg import (
+    BLUE,
+    FAINT,
+    INK,
+    PAPER,
+    VERMILLION,
+    few_ticks,
+    percent,
+    styled_figure,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_OVER: Any = {"facecolor": "none", "edgecolor": VERMILLION, "linewidth": 0.8, "hatch": "////"}
+_UNDER: Any = {"facecolor": "none", "edgecolor": BLUE, "linewidth": 0.8, "hatch": "...."}
+_DASHED: Any = {"color": FAINT, "linestyle": (0, (4, 3))}
+# Okabe, Ito (2008) without the yellow, which is too pale for a line; a second round of them is
+# dashed, a third dotted.
+_COLOURS = (INK, BLUE, VERMILLION, "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+_DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1.2)))
+_NOISY = 20  # the error rate of fewer rows jumps, and would set the scale
+
+Runs = Sequence[Sequence[Row]]  # a method's rows, once for each seed
+
+
+def _draw_diagram(axes: Axes, diagram: Reliability) -> None:
+    """Accuracy and mean confidence a bin: solid up to the lesser, hatched from it to the other."""
+    width = 1 / len(diagram.counts)
+    used = diagram.counts > 0
+    left = used.nonzero()[:, 0].double() * width
+    accuracy = diagram.accuracy[used]
+    confidence = diagram.confidence[used]
+    lesser = torch.minimum(accuracy, confidence)
+    gap = confidence - accuracy
+    axes.plot([0, 1], [0, 1], linewidth=0.9, zorder=3, **_DASHED)
+    axes.bar(left, lesser, width, align="edge", color=BLUE, edgecolor=PAPER, linewidth=0.6)
+    for where, kind in ((gap > 0, _OVER), (gap < 0, _UNDER)):
+        axes.bar(left[where], gap.abs()[where], width, lesser[where], align="edge", **kind)
+    axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
+    axes.set_xticklabels([])
+
+
+def _draw_histogram(axes: Axes, diagram: Reliability) -> None:
+    """Share of rows per bin; the overall accuracy and mean confidence as lines."""
+    bins = len(diagram.counts)
+    share = diagram.counts.double() / diagram.counts.sum()
+    left = torch.arange(bins).double() / bins
+    axes.bar(left, share, 1 / bins, align="edge", color=FAINT, edgecolor=PAPER, linewidth=0.6)
+    means = ((diagram.accuracy, BLUE, "-"), (diagram.confidence, VERMILLION, (0, (3, 2))))
+    for values, colour, dash in means:
+        mean = (values.nan_to_num() * diagram.counts).sum() / diagram.counts.sum()
+        axes.axvline(mean.item(), color=colour, linewidth=1.4, linestyle=dash)
+    axes.set(xlim=(0, 1), xticks=[0, 0.5, 1], xlabel="confidence")
+    axes.set_xticklabels(["0", "0.5", "1"])
+    percent(axes.yaxis)
+    few_ticks(axes.yaxis, 2)
+
+
+def reliability_figure(panels: Sequence[tuple[str, str, Reliability]]) -> Figure:
+    """One panel a method: accuracy against confidence above, where the confidences lie below.
+
+    The lines in the histogram are the mean accuracy (solid) and the mean confidence (dashed).
+
+    Args:
+        panels: title, a line under it such as the ECE, and diagram; one panel at least.
+
+    Returns:
+        A figure, four panels a row.
+
+    Reference: DeGroot, Fienberg (1983), https://doi.org/10.2307/2987588
+    """
+    columns = min(len(panels), 4)
+    bands = math.ceil(len(panels) / columns)
+    legend = 0.35 if columns > 2 else 0.8  # inches
+    with styled_figure(2.35 * columns + 0.5, 3.85 * bands + legend) as figure:
+        grid = figure.add_gridspec(2 * bands, columns, height_ratios=[3.2, 1] * bands)
+        for i, (title, caption, diagram) in enumerate(panels):
+            band, column = divmod(i, columns)
+            upper = figure.add_subplot(grid[2 * band, column])
+            lower = figure.add_subplot(grid[2 * band + 1, column])
+            _draw_diagram(upper, diagram)
+            _draw_histogram(lower, diagram)
+            upper.set_title(textwrap.fill(title, 26), loc="left", pad=18)
+            place: Any = {"xycoords": "axes fraction", "textcoords": "offset points"}
+            upper.annotate(caption, (0, 1), (0, 6), fontsize=8, **place)
+            upper.set_ylabel("accuracy" if column == 0 else "")
+            lower.set_ylabel("rows" if column == 0 else "")
+        top = max(axes.get_ylim()[1] for axes in figure.axes[1::2])
+        for axes in figure.axes[1::2]:
+            axes.set_ylim(0, top)
+        keys: Any = {"loc": "outside lower left", "ncols": min(4, columns), "handlelength": 1.6}
+        figure.legend(handles=_legend(), **keys)
+    return figure
+
+
+def _legend() -> list[Artist]:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    return [
+        Patch(facecolor=BLUE, label="accuracy"),
+        Patch(**_OVER, label="confidence above accuracy"),
+        Patch(**_UNDER, label="accuracy above confidence"),
+        Line2D([], [], linewidth=0.9, label="calibrated", **_DASHED),
+    ]
+
+
+def _draw_intervals(axes: Axes, column: Column, records: Sequence[Record]) -> None:
+    """A point and its interval a record, and a thin line to read the others against the first."""
+    several = len(records) > 1
+    for y, record in enumerate(records):
+        metric = metric_of(record, column.key)
+        if not metric:
+            continue
+        value, low, high = (metric[key] * column.scale for key in ("value", "low", "high"))
+        colour = INK if several and y == 0 else BLUE
+        axes.plot([low, high], [y, y], color=colour, linewidth=1.6, solid_capstyle="butt")
+        axes.plot([value], [y], marker="o", markersize=5, color=colour, linestyle="none")
+        place: Any = {"textcoords": "offset points", "ha": "center"}
+        number = axes.annotate(column.number(metric["value"]), (value, y), (0, 6), **place)
+        number.set_bbox({"facecolor": PAPER, "edgecolor": "none", "pad": 0.6})
+        if several and y == 0:
+            axes.axvline(value, linewidth=0.8, zorder=0, **_DASHED)
+    axes.set_title(column.title, loc="left")
+    axes.set_xlabel("higher is better →" if column.sign > 0 else "← lower is better")
+    axes.set(ylim=(len(records) - 0.45, -0.65), yticks=range(len(records)))
+    axes.margins(x=0.12)
+    few_ticks(axes.xaxis, 4)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+
+
+def summary_figure(records: Sequence[Record]) -> Figure:
+    """Accuracy, ECE, NLL and Brier score of each record with bootstrap intervals, a panel each.
+
+    Args:
+        records: one for each evaluated method; the others are read against the first.
+
+    Raises:
+        ValueError: if there are no records.
+    """
+    tables = summary_tables(records)
+    shown = (ACCURACY, ECE, NLL, BRIER)
+    with styled_figure(9.2, 1.25 + 0.42 * len(records), wspace=0.06) as figure:
+        panels = figure.subplots(1, len(shown), sharey=True)
+        for axes, column in zip(panels, shown, strict=True):
+            _draw_intervals(axes, column, records)
+        panels[0].set_yticklabels([textwrap.fill(name, 24) for name in names(records)])
+        heading = tables[0].caption if len(tables) == 1 else ""
+        figure.suptitle(heading, x=0.01, ha="left", fontsize=8.5, color=INK)
+    return figure
+
+
+def _mean_risk(runs: Runs) -> Tensor:
+    """The mean risk over seeds at each coverage, or the nearest above that a seed has."""
+    curves = []
+    for rows in runs:
+        confidence = torch.tensor([row["confidence"] for row in rows], dtype=torch.float64)
+        curves.append(risk_coverage(confidence, is_right(rows)))
+    n = max(map(len, curves))
+    risks = []
+    for risk in curves:
+        # The k-th of n points takes the place ⌈k·m/n⌉ of m: itself where all have as many rows.
+        places = (torch.arange(1, n + 1) * len(risk) + n - 1) // n - 1
+        risks.append(risk[places])
+    return torch.stack(risks).mean(0)
+
+
+def _line(index: int) -> dict[str, Any]:
+    dash = _DASHES[index // len(_COLOURS) % len(_DASHES)]
+    return {"color": _COLOURS[index % len(_COLOURS)], "linestyle": dash, "linewidth": 1.5}
+
+
+def _draw_curves(axes: Axes, methods: Mapping[str, Runs], order: Sequence[str]) -> None:
+    for name, runs in methods.items():
+        risk = _mean_risk(runs)
+        coverage = torch.arange(1, len(risk) + 1).double() / len(risk)
+        start = max(1, min(_NOISY, len(risk) // 5)) - 1
+        axes.plot(coverage[start:], risk[start:], **_line(order.index(name)))
+    axes.set(xlim=(0, 1), ylim=(0, None), xticks=[0, 0.25, 0.5, 0.75, 1])
+    axes.set_xlabel("coverage: share of rows answered")
+    percent(axes.xaxis)
+    percent(axes.yaxis)
+    few_ticks(axes.yaxis, 5, [1, 2, 5, 10])
+
+
+def risk_coverage_figure(panels: Mapping[str, Mapping[str, Runs]]) -> Figure:
+    """Error rate among the most confident rows against their share, a line for each method.
+
+    A line is the mean over seeds, and starts where 20 rows (of few rows, a fifth) are answered. A
+    method has the same line in every panel; the legend is below them.
+
+    Args:
+        panels: title → name of a method → its rows, once for each seed; none of them empty.
+
+    Reference: El-Yaniv, Wiener (2010), https://jmlr.org/papers/v11/el-yaniv10a.html
+    """
+    from matplotlib.lines import Line2D
+
+    order = list(dict.fromkeys(name for methods in panels.values() for name in methods))
+    columns = min(len(panels), 3)
+    bands = math.ceil(len(panels) / columns)
+    fitting = int(15 * columns / max(map(len, order)) + columns)
+    keys = max(1, min(len(order), 2 * columns, fitting))  # in a line of the legend
+    height = 2.75 * bands + 0.2 * math.ceil(len(order) / keys) + 0.1  # inches
+    with styled_figure(3.0 * columns + 0.4, height) as figure:
+        grid = figure.subplots(bands, columns, squeeze=False).ravel()
+        for i, (title, methods) in enumerate(panels.items()):
+            _draw_curves(grid[i], methods, order)
+            grid[i].set_title(textwrap.fill(title, 40), loc="left")
+            grid[i].set_ylabel("risk: error rate among them" if i % columns == 0 else "")
+        for axes in grid[len(panels) :]:
+            axes.set_axis_off()
+        lines = [Line2D([], [], label=name, **_line(i)) for i, name in enumerate(order)]
+        figure.legend(handles=lines, loc="outside lower left", ncols=keys, handlelength=2.4)
+    return figure

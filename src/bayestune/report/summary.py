@@ -1,0 +1,43 @@
+"""Records of one task → a table with a line for each method and an interval for each metric."""
+
+from collections.abc import Sequence
+
+from bayestune.report.columns import ACCURACY, AURC, BRIER, ECE, ECE_DEBIASED, NLL, metric_of
+from bayestune.report.comparable import caption, comparable, names
+from bayestune.report.rows import Record
+from bayestune.report.table import Block, Table, marked
+
+_COLUMNS = (ACCURACY, ECE, ECE_DEBIASED, NLL, BRIER, AURC)
+_ABOUT_ECE = (
+    "In brackets: bootstrap interval over the rows. Resampling adds noise, which ECE counts as "
+    "miscalibration, so the intervals of ECE lie too high and can exclude their estimate."
+)
+
+
+def summary_tables(records: Sequence[Record]) -> list[Table]:
+    """One table for each task, model and number of rows; the best value of a column is marked.
+
+    Args:
+        records: one for each evaluated method, as read from JSON lines.
+
+    Raises:
+        ValueError: if there are no records.
+
+    >>> metrics = {"accuracy": {"value": 0.84, "low": 0.80, "high": 0.88}}
+    >>> (table,) = summary_tables([{"label": "MLE", "task": "arc_easy", "metrics": metrics}])
+    >>> table.blocks[0].lines[0][1][0]
+    Cell(number='84.0', behind=('[80.0, 88.0]',), mark='')
+    """
+    return [_table(group) for group in comparable(records)]
+
+
+def _table(group: Sequence[Record]) -> Table:
+    columns = []
+    for column in _COLUMNS:
+        columns.append(marked([column.with_interval(record) for record in group], column.sign))
+    return Table(
+        caption=caption(group[0], group[0].get("task"), group[0].get("n")),
+        columns=tuple(column.heading for column in _COLUMNS),
+        blocks=(Block.of("", names(group), columns),),
+        notes=(_ABOUT_ECE,) if any(metric_of(record, "ece") for record in group) else (),
+    )

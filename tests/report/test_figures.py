@@ -1,0 +1,149 @@
+"""Figures draw the numbers they are given."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from recorded import Page, record, sampled_rows
+
+from bayestune.metrics import is_right, reliability, risk_coverage
+from bayestune.report import (
+    reliability_figure,
+    risk_coverage_figure,
+    save_figure,
+    summary_figure,
+)
+from bayestune.report.svg import inline_svg
+
+
+def diagram(sharpness=1.0):
+    g = torch.Generator().manual_seed(0)
+    p = (torch.randn(200, 4, generator=g) * 2).softmax(1)
+    y = torch.multinomial(p, 1, generator=g)[:, 0]
+    return reliability((p.log() * sharpness).softmax(1), y)
+
+
+@pytest.mark.parametrize("panels", [1, 5])
+def test_a_reliability_diagram_for_each_method(panels):
+    figure = reliability_figure([(f"m{i}", "ECE", diagram()) for i in range(panels)])
+    titles = [axes.get_title(loc="left") for axes in figure.axes[::2]]
+    assert titles == [f"m{i}" for i in range(panels)]
+    assert len({axes.get_ylim() for axes in figure.axes[1::2]}) == 1
+
+
+def heights(bars):
+    return [bar.get_height() for bar in bars]
+
+
+def test_reliability_bars_are_the_numbers():
+    one = diagram(sharpness=2)
+    upper, lower = reliability_figure([("m", "ECE", one)]).axes
+    used = one.counts > 0
+    solid, over, under = upper.containers
+    gap = (one.confidence - one.accuracy)[used]
+    lesser = torch.minimum(one.accuracy, one.confidence)[used]
+    assert heights(solid) == pytest.approx(lesser.tolist())
+    assert heights(over) == pytest.approx(gap[gap > 0].tolist())
+    assert heights(under) == pytest.approx((-gap[gap < 0]).tolist())
+    assert len(over) > len(under)  # sharpened: overconfident
+    assert heights(lower.containers[0]) == pytest.approx((one.counts / 200).tolist())
+    accuracy, confidence = (line.get_xdata()[0] for line in lower.lines)
+    expected = (gap * one.counts[used]).sum().item() / 200
+    assert confidence - accuracy == pytest.approx(expected)
+    assert expected > 0
+
+
+def test_summary_draws_the_intervals():
+    records = [record("a", accuracy=0.8, nll=0.5), record("b", accuracy=0.7, nll=0.4)]
+    figure = summary_figure(records)
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles == ["ACC %", "ECE %", "NLL", "Brier"]
+    lines = [tuple(line.get_xdata()) for line in figure.axes[0].lines]
+    assert lines[0] == pytest.approx((79, 81))
+    assert lines[1] == pytest.approx((80,))
+    assert lines[3] == pytest.approx((69, 71))
+    assert [text.get_text() for text in figure.axes[2].texts] == ["0.500", "0.400"]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["a", "b"]
+    with pytest.raises(ValueError, match="got no records"):
+        summary_figure([])
+
+
+# Risk and coverage
+
+
+def risk_of(rows):
+    confidence = torch.tensor([one["confidence"] for one in rows], dtype=torch.float64)
+    return risk_coverage(confidence, is_right(rows))
+
+
+def test_a_line_is_the_curve_from_twenty_rows_on():
+    rows = {"MLE": sampled_rows(150, 0), "BLoB": sampled_rows(150, 1)}
+    runs = {name: [some] for name, some in rows.items()}
+    (axes,) = risk_coverage_figure({"OBQA": runs}).axes
+    assert axes.get_title(loc="left") == "OBQA"
+    for line, some in zip(axes.lines, rows.values(), strict=True):
+        assert line.get_ydata().tolist() == pytest.approx(risk_of(some)[19:].tolist())
+        assert line.get_xdata()[0] == pytest.approx(20 / 150)
+        assert line.get_xdata()[-1] == 1.0
+
+
+def test_a_line_is_the_mean_over_seeds_of_any_number_of_rows():
+    runs = [sampled_rows(100, 0), sampled_rows(50, 1)]
+    (axes,) = risk_coverage_figure({"": {"MLE": runs}}).axes
+    halves = risk_of(runs[1]).repeat_interleave(2)
+    mean = ((risk_of(runs[0]) + halves) / 2)[19:]
+    assert axes.lines[0].get_ydata().tolist() == pytest.approx(mean.tolist())
+
+
+def test_a_method_is_drawn_alike_in_all_panels_and_no_two_alike():
+    methods = {f"method {i}": [sampled_rows(30, i)] for i in range(16)}
+    fewer = {name: methods[name] for name in list(methods)[5:9]}
+    figure = risk_coverage_figure({"a": methods, "b": fewer, "c": methods, "d": fewer})
+    looks = []
+    for axes in figure.axes:
+        looks.append([f"{line.get_color()} {line._dash_pattern}" for line in axes.lines])
+    assert len(set(looks[0])) == 16
+    assert looks[1] == looks[0][5:9]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(methods)
+
+
+def test_the_legend_covers_no_curve():
+    names = [f"a rather long name of a method {i}" for i in range(8)]
+    figure = risk_coverage_figure({"": {name: [sampled_rows(40)] for name in names}})
+    figure.draw_without_rendering()
+    box = figure.legends[0].get_window_extent()
+    assert not any(box.overlaps(axes.get_window_extent()) for axes in figure.axes)
+    assert box.x1 <= figure.bbox.x1
+
+
+# Files and markup
+
+
+def test_a_figure_is_saved_into_a_new_folder(tmp_path):
+    path = tmp_path / "new" / "a.png"
+    assert save_figure(summary_figure([record("a", accuracy=0.8)]), path) == path
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_inline_svg_takes_its_colours_from_the_page():
+    records = [record('a <"&', accuracy=0.8)]
+    svg = inline_svg(summary_figure(records), 'a "label" <')
+    assert svg.startswith('<svg role="img" aria-label="a &quot;label&quot; &lt;"')
+    assert "var(--ink)" in svg
+    assert not re.search(r"#1f2328|#ffffff|https?:|<script|DOCTYPE|<!--", svg)
+    assert 'a <"&' in Page(svg).text
+    assert 'viewBox="0 0' in svg
+    assert inline_svg(summary_figure(records), 'a "label" <') == svg
+
+
+def test_matplotlib_is_imported_only_when_a_figure_is_drawn():
+    code = """if True:
+        import sys
+        from bayestune.report import summary_figure
+        assert not {"matplotlib", "transformers"} & set(sys.modules)
+        summary_figure([{}])
+        assert "matplotlib.pyplot" not in sys.modules
+    """
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

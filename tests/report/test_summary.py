@@ -1,0 +1,82 @@
+"""The table of one task: a line a record, only what compares in one table."""
+
+import math
+import re
+
+import pytest
+from recorded import record
+
+from bayestune.report import render, summary_tables
+from bayestune.report.comparable import caption, comparable, names
+
+
+def test_a_line_per_record_with_intervals_and_the_best_marked():
+    numbers = {"ece": 0.12, "ece_debiased": 0.10, "aurc": 0.2}
+    records = [
+        record("MLE", accuracy=0.80, nll=0.9, brier=0.5, **numbers),
+        record("BLoB N=10", accuracy=0.79, nll=0.4, brier=0.3, ece=0.04, aurc=0.2),
+    ]
+    lines = render(summary_tables(records)).splitlines()
+    assert lines[0] == "arc_easy · tiny · scored by letter · 10 rows · ECE in 15 bins (textbook)"
+    assert re.split(r"  +", lines[2]) == [
+        "Method",
+        *("ACC % ↑", "ECE % ↓", "ECE debiased % ↓", "NLL ↓", "Brier ↓", "AURC ↓"),
+    ]
+    assert re.split(r"  +", lines[4]) == [
+        "MLE",
+        *("80.0* [79.0, 81.0]", "12.0 [11.0, 13.0]", "10.0 [9.0, 11.0]"),
+        *("0.900 [0.890, 0.910]", "0.500 [0.490, 0.510]", "0.200 [0.190, 0.210]"),
+    ]
+    assert re.split(r"  +", lines[5])[1:] == [
+        *("79.0 [78.0, 80.0]", "4.0* [3.0, 5.0]", "–"),
+        *("0.400* [0.390, 0.410]", "0.300* [0.290, 0.310]", "0.200 [0.190, 0.210]"),
+    ]
+
+
+@pytest.mark.parametrize("style", ["text", "markdown", "html", "latex"])
+def test_a_note_says_why_an_interval_of_ece_can_exclude_its_estimate(style):
+    with_ece = render(summary_tables([record("MLE", ece=0.1)]), style)
+    assert "so the intervals of ECE lie too high and can exclude their estimate." in with_ece
+    assert "estimate" not in render(summary_tables([record("MLE", nll=0.1)]), style)
+
+
+def test_nan_is_a_dash_and_never_the_best():
+    records = [record("a", nll=math.nan), record("b", nll=2.0), record("c", nll=3.0)]
+    text = render(summary_tables(records), "markdown")
+    assert "| – [–, –] |" in text
+    assert "**2.000**" in text
+
+
+def test_tables_are_apart_where_values_do_not_compare():
+    changes = [{}, {"task": "u"}, {"rows": "evaluation"}, {"bins": 10}, {"rows": "held_out"}]
+    changes.append({"n": 7})
+    records = [record(str(i), nll=float(i), **more) for i, more in enumerate(changes)]
+    zero, task, same, bins, held_out, fewer = records
+    assert comparable(records) == [[zero, same], [task], [bins], [held_out], [fewer]]
+    across = comparable(records, same_task=False)
+    assert across == [[zero, task, same, fewer], [bins], [held_out]]
+    text = render(summary_tables(records), "markdown")
+    assert text.count("Method") == 5
+    assert text.count("**") == 2
+    assert "**0.000**" in text
+
+
+def test_names_tell_records_apart():
+    one = record("BLoB", scoring="text", task="t")
+    assert names([one]) == ["BLoB"]
+    assert names([one, one | {"seed": 2}]) == ["BLoB, seed 1", "BLoB, seed 2"]
+    assert names([one, one | {"task": "u"}]) == ["BLoB, t", "BLoB, u"]
+    assert names([one, one | {"scoring": "letter"}]) == ["BLoB, by text", "BLoB, by letter"]
+
+
+def test_a_caption_says_what_is_known():
+    assert caption({}) == "ECE in ? bins (binning unknown)"
+    assert caption(record("a"), "t", 3, "one seed") == (
+        "t · tiny · scored by letter · 3 rows · ECE in 15 bins (textbook) · one seed"
+    )
+
+
+def test_without_records_the_command_is_named():
+    remedy = "run `bayestune bench` first"
+    with pytest.raises(ValueError, match=f"got no records; expected one for each .*; {remedy}"):
+        summary_tables([])
