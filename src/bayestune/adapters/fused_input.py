@@ -41,7 +41,7 @@ class RowProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Gradients:  # noqa: D102
         input, weights = ctx.saved_tensors
-        return _products(ctx, *gradients, input, weights)
+        return _products(ctx, gradients[0], input, weights)
 
 
 class RowNoise(torch.autograd.Function):
@@ -72,7 +72,7 @@ class RowNoise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
         input, weights, signs, half = ctx.saved_tensors
-        of_input, of_draws = _products(ctx, *gradients, input, weights)
+        of_input, of_draws = _products(ctx, gradients[0], input, weights)
         of_mean = of_draws.sum(0, dtype=half.dtype)
         sign_out, sign_in = _split(signs.to(of_draws.dtype), len(half))
         of_noise = of_draws.mul_(sign_in).mul_(sign_out).sum(0, dtype=half.dtype)

@@ -37,7 +37,7 @@ class KLStep(TrainerCallback):
     Args:
         prior_std: σ_p.
         final_std: the standard deviation the KL should end at; `kl_lr` is solved for.
-        kl_lr: the learning rate of the KL; without it and `final_std` 0.01, as in the authors' code.
+        kl_lr: the learning rate of the KL; 0.01 as the authors' if `final_std` is not given either.
         schedule: "bursts", the KL arrives at the end of each period; "constant".
         period: P in steps; None takes the authors' from the rows and the batch.
         warmup_ratio: the part of the steps in which `kl_lr` warms up; it then decays to 0.
@@ -88,8 +88,8 @@ class KLStep(TrainerCallback):
         self.step = 0
         self._plan: _Plan | None = None
         self._layers: list[GaussianLinear] = []
-        self._root_stds: list[Tensor] = []  # whose gradients wait for the optimiser's step
-        self._gradients: list[Tensor] = []
+        self._root_stds: list[Any] = []  # their gradients wait for the optimiser
+        self._gradients: list[Any] = []
         self._handles: list[Any] = []
 
     def attach(
@@ -161,7 +161,7 @@ class KLStep(TrainerCallback):
             period = burst_period(num_rows, batch_size)
         if self.schedule == "bursts" and total_steps < period:
             logger.warning(
-                "the run of %d steps ends before the first burst of the KL (period %d), so it takes "
+                "the run of %d steps ends before the first burst of the KL (period %d): it takes "
                 'hardly any KL; use schedule="constant", a shorter period, or more steps',
                 total_steps,
                 period,
