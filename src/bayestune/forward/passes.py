@@ -20,11 +20,7 @@ class Drawable(Protocol):
     model: nn.Module
     scorer: ClassLogits
     adapter: str
-
-    @property
-    def has_mean(self) -> bool:
-        """Whether the adapter is the posterior's mean."""
-        ...
+    has_mean: bool
 
     def draw(self, index: int, seed: int = 0) -> dict[str, Tensor]:
         """One held draw by slot name, what differs from the adapter: A (r, k), B (d, r)."""
