@@ -60,7 +60,7 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory_mb() -> float:
-    """Peak memory in MB since the last reset, the accelerator's or else resident; NaN if unknown."""
+    """Peak memory in MB since the last reset: the accelerator's, else resident; NaN if unknown."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     try:
