@@ -25,8 +25,7 @@ from bayestune.adapters import GaussianLinear, gaussian_layers
 from bayestune.data import load_task
 from bayestune.forward import Draws
 from bayestune.posteriors import Gaussian, load_posterior
-from bayestune.scoring import Scorer, row_logits
-from bayestune.scoring.tokens import Encoded
+from bayestune.scoring import Encoded, Scorer, row_logits
 from bayestune.session import open_folder, scorer_of
 from calibration_page import render
 from calibration_table import EXACT, MEAN, QUESTION, Setting, chosen, counts_of, score, settings_of

@@ -179,8 +179,9 @@ def official_step(
     config = LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
     )
-    device, tokens = next(base.parameters()).device, prompts.scorer.tokens
-    rows = len(prompts.batches[0]["labels"])
+    device = next(base.parameters()).device
+    rows, options = prompts.batches[0]["option_mask"].shape
+    tokens = prompts.scorer.tokens[:options]
     wrapper = cls(base, config, settings(rows, len(tokens)), one_process(device)).train()
     wrapper.target_ids, wrapper.M, wrapper.wandb_logger = (
         torch.tensor(tokens, device=device),
