@@ -10,11 +10,7 @@ JsonRow = dict[str, Any]
 
 
 def read_json_lines(path: Path, *, missing_ok: bool = False) -> list[JsonRow]:
-    """Reads a whole file; blank lines are skipped.
-
-    Args:
-        path: the file.
-        missing_ok: whether a file that does not exist counts as one without rows.
+    """The rows of a whole file, without blank lines; with `missing_ok`, none if there is no file.
 
     Raises:
         ValueError: if a line is not a JSON object; the error names the file and the line.

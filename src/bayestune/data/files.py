@@ -24,24 +24,22 @@ def load_rows(
         labelled: whether every row must have an answer.
 
     Raises:
-        ValueError: if the file is empty, a column is missing, or a row's answer is not among its
-            options.
+        ValueError: if there are no rows, or one lacks a column or has an answer but no such option.
         FileNotFoundError: if there is no such file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
-    rows = _read_csv(path) if path.suffix == ".csv" else read_json_lines(path)
+    if path.suffix == ".csv":
+        with path.open(encoding="utf-8-sig", newline="") as lines:
+            rows: list[JsonRow] = list(csv.DictReader(lines))
+    else:
+        rows = read_json_lines(path)
     if not rows:
         raise ValueError(f"{path.name} is empty: expected at least one row")
     return tuple(
         own_question(row, f"{path.name}:{number}", options, labelled=labelled)
         for number, row in enumerate(rows, 1)
     )
-
-
-def _read_csv(path: Path) -> list[JsonRow]:
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        return list(csv.DictReader(lines))
 
 
 def own_question(
@@ -69,8 +67,7 @@ def own_question(
 
 
 def _is_given(cell: object) -> bool:
-    """Whether a column is there and, in CSV, not empty."""
-    return cell is not None and cell != ""
+    return cell is not None and cell != ""  # which CSV has where JSON has no column
 
 
 def _own_options(own: object, key: str) -> tuple[str, ...]:

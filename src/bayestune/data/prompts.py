@@ -10,11 +10,9 @@ class Prompt:
     """How a question becomes text.
 
     Args:
-        letter: template under letter scoring, with {context}, {question} and {choices}, which are
-            lines such as "A) text"; or with {texts_first}, lines such as "text) A". It ends where
-            the label comes.
-        text: template under text scoring, with {context} and {question}; it ends where the option's
-            text comes.
+        letter: template under letter scoring, up to the label, with {context}, {question} and
+            {choices} (lines such as "A) text") or {texts_first} (lines such as "text) A").
+        text: template under text scoring, up to the option, with {context} and {question}.
         labels: what stands for the options under letter scoring.
     """
 

@@ -16,10 +16,7 @@ class Question:
         question: its text.
         options: at least two.
         answer: index of the right option; None where it is not known.
-        context: a passage that the question is about; empty for none.
-
-    Raises:
-        ValueError: if there are fewer than two options, or the answer is not one of them.
+        context: a passage that the question is about, if any.
     """
 
     id: str

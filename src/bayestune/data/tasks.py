@@ -6,24 +6,12 @@ from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
-from bayestune.data.prompts import (
-    ACCEPTABLE,
-    AUTHORS_ARC,
-    AUTHORS_BOOLQ,
-    AUTHORS_OPENBOOK,
-    BLANK,
-    CHOICES,
-    ENTAILMENT,
-    PARAPHRASE,
-    PASSAGE_CHOICES,
-    TRUE_FALSE,
-    Prompt,
-)
+from bayestune.data import prompts
+from bayestune.data.prompts import Prompt
 from bayestune.data.questions import Question
 from bayestune.jsonl import JsonRow, read_json_lines
 
 Parse = Callable[[JsonRow, str], Question]
-_NO_OPTION = -1  # an index that `Question` refuses
 
 
 def _ai2(row: JsonRow, key: str) -> Question:
@@ -33,7 +21,7 @@ def _ai2(row: JsonRow, key: str) -> Question:
         id=row.get("id", key),
         question=row.get("question") or row["question_stem"],
         options=tuple(row["choices"]["text"]),
-        answer=labels.index(right) if right in labels else _NO_OPTION,
+        answer=labels.index(right) if right in labels else -1,  # which `Question` refuses
     )
 
 
@@ -82,32 +70,30 @@ class Source:
     hub_id: str
     config: str
     parse: Parse
-    prompt: Prompt = CHOICES
+    prompt: Prompt = prompts.CHOICES
     train: str | None = "train"
     evaluation: str = "validation"
 
 
-def _mmlu(subject: str) -> Source:
-    return Source("cais/mmlu", subject, _plain, train=None, evaluation="test")
-
-
 TASKS: dict[str, Source] = {
-    "winogrande_s": Source("allenai/winogrande", "winogrande_s", _winogrande, BLANK),
-    "winogrande_m": Source("allenai/winogrande", "winogrande_m", _winogrande, BLANK),
+    "winogrande_s": Source("allenai/winogrande", "winogrande_s", _winogrande, prompts.BLANK),
+    "winogrande_m": Source("allenai/winogrande", "winogrande_m", _winogrande, prompts.BLANK),
     "arc_challenge": Source("allenai/ai2_arc", "ARC-Challenge", _ai2),
     "arc_easy": Source("allenai/ai2_arc", "ARC-Easy", _ai2),
     "openbookqa": Source("allenai/openbookqa", "main", _ai2),
-    "boolq": Source("google/boolq", "default", _boolq, TRUE_FALSE),
-    "mmlu_chemistry": _mmlu("college_chemistry"),
-    "mmlu_physics": _mmlu("college_physics"),
-    "rte": Source("nyu-mll/glue", "rte", _pair("entailed", "not entailed"), ENTAILMENT),
-    "mrpc": Source("nyu-mll/glue", "mrpc", _pair("different", "equivalent"), PARAPHRASE),
-    "cola": Source("nyu-mll/glue", "cola", _cola, ACCEPTABLE),
+    "boolq": Source("google/boolq", "default", _boolq, prompts.TRUE_FALSE),
+    "mmlu_chemistry": Source(
+        "cais/mmlu", "college_chemistry", _plain, train=None, evaluation="test"
+    ),
+    "mmlu_physics": Source("cais/mmlu", "college_physics", _plain, train=None, evaluation="test"),
+    "rte": Source("nyu-mll/glue", "rte", _pair("entailed", "not entailed"), prompts.ENTAILMENT),
+    "mrpc": Source("nyu-mll/glue", "mrpc", _pair("different", "equivalent"), prompts.PARAPHRASE),
+    "cola": Source("nyu-mll/glue", "cola", _cola, prompts.ACCEPTABLE),
     "everyday": Source("everyday", "default", _plain, evaluation="test"),
-    "arc_challenge_authors": Source("allenai/ai2_arc", "ARC-Challenge", _ai2, AUTHORS_ARC),
-    "arc_easy_authors": Source("allenai/ai2_arc", "ARC-Easy", _ai2, AUTHORS_ARC),
-    "openbookqa_authors": Source("allenai/openbookqa", "main", _ai2, AUTHORS_OPENBOOK),
-    "boolq_authors": Source("google/boolq", "default", _boolq_authors, AUTHORS_BOOLQ),
+    "arc_challenge_authors": Source("allenai/ai2_arc", "ARC-Challenge", _ai2, prompts.AUTHORS_ARC),
+    "arc_easy_authors": Source("allenai/ai2_arc", "ARC-Easy", _ai2, prompts.AUTHORS_ARC),
+    "openbookqa_authors": Source("allenai/openbookqa", "main", _ai2, prompts.AUTHORS_OPENBOOK),
+    "boolq_authors": Source("google/boolq", "default", _boolq_authors, prompts.AUTHORS_BOOLQ),
 }
 
 
@@ -127,7 +113,7 @@ class Task:
     train: tuple[Question, ...]
     evaluation: tuple[Question, ...]
     held_out: tuple[Question, ...] = ()
-    prompt: Prompt = CHOICES
+    prompt: Prompt = prompts.CHOICES
 
     def subset(
         self,
@@ -147,8 +133,7 @@ class Task:
             seed: of the choice.
 
         Raises:
-            ValueError: if `holdout` is out of range or leaves a part empty, or a number of rows is
-                negative.
+            ValueError: if `holdout` is out of range or leaves a part empty, or a count is negative.
         """
         if not 0 <= holdout < 1:
             raise ValueError(f"holdout must lie in [0, 1): got {holdout}")
@@ -177,15 +162,12 @@ class Task:
 
 
 def load_task(name: str, data_root: Path | None = None) -> Task:
-    """Loads a task of the table, from the Hub or from a directory of the Hub's layout.
+    """Loads a task of the table, without training rows where the table names no such split.
 
     Args:
         name: a key of `TASKS`.
         data_root: a directory with `<hub id>/<config>/<split>.jsonl`; None for the Hub. The task
             "everyday" is part of the package and needs neither.
-
-    Returns:
-        The task; `train` is empty where the table names no training split.
 
     Raises:
         ValueError: if the name is not in the table, or a row cannot be read.
@@ -193,8 +175,7 @@ def load_task(name: str, data_root: Path | None = None) -> Task:
     """
     if name not in TASKS:
         raise ValueError(
-            f"unknown task: got {name!r}, expected one of {sorted(TASKS)} or a file of your own "
-            "(--data)"
+            f"unknown task: got {name!r}, expected one of {sorted(TASKS)} or your own --data"
         )
     source = TASKS[name]
     if source.hub_id == "everyday" and data_root is None:
@@ -232,7 +213,7 @@ def _rows(source: Source, split: str, data_root: Path | None) -> Iterable[JsonRo
 def own_task(name: str, train: Sequence[Question], evaluation: Sequence[Question]) -> Task:
     """A task of the user's own rows; its prompt has a passage if any row has a context."""
     has_passages = any(row.context for row in (*train, *evaluation))
-    prompt = PASSAGE_CHOICES if has_passages else CHOICES
+    prompt = prompts.PASSAGE_CHOICES if has_passages else prompts.CHOICES
     return Task(name, tuple(train), tuple(evaluation), prompt=prompt)
 
 

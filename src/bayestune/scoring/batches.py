@@ -16,16 +16,7 @@ from bayestune.scoring.scorer import Encoded, Scorer
 def batches_by_length(
     scorer: Scorer, rows: Sequence[Encoded], size: int
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    """Collates rows into batches of similar length, the shortest first.
-
-    Args:
-        scorer: encoded the rows.
-        rows: N encoded rows.
-        size: rows of a batch.
-
-    Returns:
-        The numbers of the rows in each batch, and the batch.
-    """
+    """Batches of rows of similar length, the shortest first, each with the numbers of its rows."""
     order = sorted(range(len(rows)), key=lambda number: rows[number]["length"])
     for start in range(0, len(order), size):
         numbers = order[start : start + size]

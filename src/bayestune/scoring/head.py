@@ -40,12 +40,12 @@ class HeadScorer(Scorer):
 
     def encode_row(self, row: Question) -> Encoded:
         """The tokenizer's outputs, of at most `max_length` tokens."""
-        texts = (row.context, row.question) if row.context else (row.question,)
-        inputs = dict(self.tokenizer(*texts, verbose=False))
+        first, second = (row.context, row.question) if row.context else (row.question, None)
+        inputs = dict(self.tokenizer(first, second, verbose=False))
         shortened = len(inputs["input_ids"]) > self.max_length
         if shortened:
-            cut = "only_first" if row.context else True
-            inputs = dict(self.tokenizer(*texts, truncation=cut, max_length=self.max_length))
+            limit = {"truncation": "only_first", "max_length": self.max_length}
+            inputs = dict(self.tokenizer(first, second, **limit))
         return {"inputs": inputs, "length": len(inputs["input_ids"]), "shortened": shortened}
 
     def pad_rows(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:

@@ -11,16 +11,9 @@ from bayestune.adapters import group_rows
 from bayestune.data import Question
 from bayestune.scoring.last_logits import last_logits
 from bayestune.scoring.scorer import Encoded, Scorer, option_mask
-from bayestune.scoring.tokens import (
-    answer_tokens,
-    left_mask,
-    left_padded,
-    positions,
-    prompt_ids,
-    token_ids,
-)
+from bayestune.scoring.tokens import answer_tokens, left_padded_inputs, prompt_ids, token_ids
 
-# The prompt of this row shows how labels continue prompts, so that no row at hand decides it.
+# Labels' tokens are found on the prompt of this row: they must not depend on the rows at hand.
 _ANY_ROW = Question("any", "?", ("yes", "no"), answer=None)
 
 
@@ -40,21 +33,19 @@ class LetterScorer(Scorer):
     @cached_property
     def tokens(self) -> list[int]:
         """The token of each label, up to the first label that is not a token of its own."""
-        return answer_tokens(self.tokenizer, self._any_prompt, self.task.prompt.labels)
-
-    @property
-    def _any_prompt(self) -> str:
-        return self.task.prompt.render(_ANY_ROW, "letter")
+        prompt = self.task.prompt
+        return answer_tokens(self.tokenizer, prompt.render(_ANY_ROW, "letter"), prompt.labels)
 
     def _refuse_without_token(self, row: Question) -> None:
         labels = self.task.prompt.answers(row, "letter")
         if len(labels) > len(self.tokens):
             label = labels[len(self.tokens)]
-            last = token_ids(self.tokenizer, f"{self._any_prompt} {label}")[-3:]
+            text = f"{self.task.prompt.render(_ANY_ROW, 'letter')} {label}"
+            last = self.tokenizer.convert_ids_to_tokens(token_ids(self.tokenizer, text)[-3:])
             raise ValueError(
-                f"label {label!r} is not a token of its own after the prompt: the last tokens are "
-                f"{self.tokenizer.convert_ids_to_tokens(last)}, expected one that is known and no "
-                'other label\'s; use one-token labels or scoring="text"'
+                f"label {label!r} is not a token of its own after the prompt: got {last} as the "
+                "last tokens, expected one that is known and no other label's; use one-token "
+                'labels or scoring="text"'
             )
 
     def encode_row(self, row: Question) -> Encoded:
@@ -66,14 +57,9 @@ class LetterScorer(Scorer):
 
     def pad_rows(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
         """Prompts padded on the left (N, T), and which options the rows have (N, C)."""
-        prompts = [row["ids"] for row in rows]
-        mask = left_mask(prompts)
-        return {
-            "input_ids": left_padded(prompts, self.pad),
-            "attention_mask": mask,
-            "position_ids": positions(mask),
-            "option_mask": option_mask([row["options"] for row in rows]),
-        }
+        batch = left_padded_inputs([row["ids"] for row in rows], self.pad)
+        batch["option_mask"] = option_mask([row["options"] for row in rows])
+        return batch
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Class logits (N, C), -inf for options that a row does not have."""

@@ -37,13 +37,8 @@ class Scorer(ABC):
         encoded = [{**self.encode_row(row), "answer": row.answer} for row in rows]
         shortened = sum(row["shortened"] for row in encoded)
         if shortened:
-            logger.warning(
-                "%d of %d rows were longer than %d tokens: %s",
-                shortened,
-                len(rows),
-                self.max_length,
-                self.loss,
-            )
+            what = f"{shortened} of {len(rows)} rows were longer than {self.max_length} tokens"
+            logger.warning("%s: %s", what, self.loss)
         return encoded
 
     @abstractmethod

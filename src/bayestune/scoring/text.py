@@ -13,9 +13,8 @@ from bayestune.data import Question
 from bayestune.scoring.last_logits import last_logits
 from bayestune.scoring.scorer import Encoded, Scorer, option_mask
 from bayestune.scoring.tokens import (
-    left_mask,
     left_padded,
-    positions,
+    left_padded_inputs,
     prompt_ids,
     right_padded,
     token_ids,
@@ -30,8 +29,7 @@ _PADDING = -1
 
 def can_pack(model: nn.Module) -> bool:
     """Whether a model takes the packed layout: its tokens go by mask and position ids alone."""
-    whole: Any = model
-    config = whole.config.get_text_config()
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
     kinds = getattr(config, "layer_types", None) or ["full_attention"]
     has_window = getattr(config, "sliding_window", None) is not None
     sees_all = set(kinds) == {"full_attention"} and not (
@@ -80,11 +78,10 @@ class TextScorer(Scorer):
         return token_ids(self.tokenizer, f" {text}")
 
     def pad_rows(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
-        """A batch in the scorer's layout: R sequences, of which the last W positions are options.
+        """A batch in the scorer's layout, the options' tokens in the last W positions.
 
-        Beside the model's inputs: the tokens of the options `targets` (R, W); which option each
-        belongs to, `option` (R, W); and which of the last W + 1 positions predicts it, `source`
-        (R, W).
+        Of each of these, "targets" has the token, "option" the number of the option, and "source"
+        which of the last W + 1 positions predicts it.
         """
         batch = self._packed(rows) if self.layout == "packed" else self._expanded(rows)
         batch["option_mask"] = option_mask([len(row["options"]) for row in rows])
@@ -92,7 +89,9 @@ class TextScorer(Scorer):
 
     def _packed(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
         """One sequence a row: the question, padded on the left, then all its options."""
-        tokens, numbers, places = [], [], []
+        tokens = []
+        numbers = []
+        places = []
         for row in rows:
             tokens.append([token for ids in row["options"] for token in ids])
             numbers.append([number for number, ids in enumerate(row["options"]) for _ in ids])
@@ -100,15 +99,14 @@ class TextScorer(Scorer):
         targets = right_padded(tokens, self.pad)
         option = right_padded(numbers, _PADDING)
         place = right_padded(places, 0)
-        questions = [row["ids"] for row in rows]
-        question = left_mask(questions)
-        length = question.sum(1, keepdim=True)
-        block = torch.cat([torch.where(question == 1, _QUESTION, _PADDING), option], 1)
+        question = left_padded_inputs([row["ids"] for row in rows], self.pad)
+        mask = question["attention_mask"]
+        block = torch.cat([torch.where(mask == 1, _QUESTION, _PADDING), option], 1)
+        position = mask.sum(1, keepdim=True) + place  # each option goes on where the question ends
         return {
-            "input_ids": torch.cat([left_padded(questions, self.pad), targets], 1),
+            "input_ids": torch.cat([question["input_ids"], targets], 1),
             "attention_mask": self._packed_mask(block),
-            # every option goes on where the question ended
-            "position_ids": torch.cat([positions(question), length + place], 1),
+            "position_ids": torch.cat([question["position_ids"], position], 1),
             "targets": targets,
             "option": option,
             # an option's first token is predicted by the question's last, at 0 of those kept
@@ -127,35 +125,31 @@ class TextScorer(Scorer):
     def _expanded(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
         """A sequence for each option; rows with fewer options repeat their first one."""
         width = max(len(row["options"]) for row in rows)
-        options, sequences = [], []
+        options = []
+        sequences = []
         for row in rows:
             missing = width - len(row["options"])
-            for ids in [*row["options"], *[row["options"][0]] * missing]:
+            for ids in row["options"] + row["options"][:1] * missing:
                 options.append(ids)
                 sequences.append(row["ids"] + ids)
         targets = left_padded(options, self.pad)
-        mask = left_mask(sequences)
-        return {
-            "input_ids": left_padded(sequences, self.pad),
-            "attention_mask": mask,
-            "position_ids": positions(mask),
-            "targets": targets,
-            "option": torch.where(left_mask(options) == 1, 0, _PADDING),
-            "source": torch.arange(targets.shape[1]).expand_as(targets),
-        }
+        batch = left_padded_inputs(sequences, self.pad)
+        batch["targets"] = targets
+        batch["option"] = left_padded([[0] * len(ids) for ids in options], _PADDING)
+        batch["source"] = torch.arange(targets.shape[1]).expand_as(targets)
+        return batch
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Class logits (N, C), -inf for options that a row does not have."""
         mask = batch["option_mask"]
         targets = batch["targets"]
         source = batch["source"]
-        options = mask.shape[1]
-        group_rows(model, 1 if self.layout == "packed" else options)
+        packed = self.layout == "packed"
+        group_rows(model, 1 if packed else mask.shape[1])
         logits = last_logits(model, batch, keep=targets.shape[1] + 1).float()
         sequence = torch.arange(len(targets), device=targets.device)[:, None]
-        chosen = logits[sequence, source, targets]
-        likelihood = chosen - logits.logsumexp(-1).gather(1, source)
-        in_sequence = options if self.layout == "packed" else 1
-        member = batch["option"][..., None] == torch.arange(in_sequence, device=targets.device)
+        likelihood = logits[sequence, source, targets] - logits.logsumexp(-1).gather(1, source)
+        numbers = torch.arange(mask.shape[1] if packed else 1, device=targets.device)
+        member = batch["option"][..., None] == numbers
         means = (likelihood[..., None] * member).sum(1) / member.sum(1).clamp_min(1)
         return means.reshape(mask.shape).masked_fill(~mask, -torch.inf)

@@ -66,23 +66,17 @@ def answer_tokens(
     Returns:
         A token id for each label, all different and known, up to the first label that has none.
     """
-    spaced = _continuations(tokenizer, prompt, [f" {label}" for label in labels])
-    if len(spaced) >= 2:
-        return spaced
-    bare = _continuations(tokenizer, prompt, labels)
-    return bare if len(bare) >= 2 else spaced
-
-
-def _continuations(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, texts: Sequence[str]
-) -> list[int]:
     start = token_ids(tokenizer, prompt)
     tokens: list[int] = []
-    for text in texts:
-        *before, token = token_ids(tokenizer, prompt + text)
-        if before != start or token in tokens or token == tokenizer.unk_token_id:
+    for separator in (" ", ""):
+        tokens = []
+        for label in labels:
+            *before, token = token_ids(tokenizer, prompt + separator + label)
+            if before != start or token in tokens or token == tokenizer.unk_token_id:
+                break
+            tokens.append(token)
+        if len(tokens) >= 2:
             break
-        tokens.append(token)
     return tokens
 
 
@@ -98,11 +92,13 @@ def right_padded(sequences: Sequence[Sequence[int]], value: int) -> Tensor:
     return torch.tensor([list(ids) + [value] * (width - len(ids)) for ids in sequences])
 
 
-def left_mask(sequences: Sequence[Sequence[int]]) -> Tensor:
-    """1 where `left_padded` has tokens, 0 where it has padding."""
-    return left_padded([[1] * len(ids) for ids in sequences], 0)
-
-
 def positions(mask: Tensor) -> Tensor:
     """Position ids that count from 0 at the first token of a left-padded mask."""
     return (mask.cumsum(-1) - 1).clamp_min(0)
+
+
+def left_padded_inputs(sequences: Sequence[Sequence[int]], pad: int) -> dict[str, Tensor]:
+    """Ids, mask and positions (N, T) of sequences filled up on the left."""
+    ids = left_padded(sequences, pad)
+    mask = left_padded([[1] * len(sequence) for sequence in sequences], 0)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask)}
