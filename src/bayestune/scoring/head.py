@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from bayestune.adapters import group_rows
 from bayestune.data import Question
 from bayestune.scoring.scorer import Encoded, Scorer
+from bayestune.scoring.tokens import token_ids
 
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -42,11 +43,16 @@ class HeadScorer(Scorer):
         """The tokenizer's outputs, of at most `max_length` tokens."""
         first, second = (row.context, row.question) if row.context else (row.question, None)
         inputs = dict(self.tokenizer(first, second, verbose=False))
-        shortened = len(inputs["input_ids"]) > self.max_length
-        if shortened:
+        excess = len(inputs["input_ids"]) - self.max_length
+        if excess > 0:
+            if row.context and excess >= len(token_ids(self.tokenizer, row.context)):
+                raise ValueError(
+                    f"row {row.id}: the question takes more than max_length={self.max_length} "
+                    "tokens; raise max_length"
+                )
             limit = {"truncation": "only_first", "max_length": self.max_length}
             inputs = dict(self.tokenizer(first, second, **limit))
-        return {"inputs": inputs, "length": len(inputs["input_ids"]), "shortened": shortened}
+        return {"inputs": inputs, "length": len(inputs["input_ids"]), "shortened": excess > 0}
 
     def pad_rows(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
         """A batch padded as the tokenizer does."""
