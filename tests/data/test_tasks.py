@@ -70,24 +70,7 @@ def root(tmp_path):
     return tmp_path
 
 
-def test_the_table_names_the_public_sets():
-    where = {name: (s.hub_id, s.config, s.train, s.evaluation) for name, s in TASKS.items()}
-    for name in ("arc_challenge", "arc_easy", "openbookqa", "boolq"):
-        assert where.pop(f"{name}_authors") == where[name]
-    assert where == {
-        "winogrande_s": ("allenai/winogrande", "winogrande_s", "train", "validation"),
-        "winogrande_m": ("allenai/winogrande", "winogrande_m", "train", "validation"),
-        "arc_challenge": ("allenai/ai2_arc", "ARC-Challenge", "train", "validation"),
-        "arc_easy": ("allenai/ai2_arc", "ARC-Easy", "train", "validation"),
-        "openbookqa": ("allenai/openbookqa", "main", "train", "validation"),
-        "boolq": ("google/boolq", "default", "train", "validation"),
-        "mmlu_chemistry": ("cais/mmlu", "college_chemistry", None, "test"),
-        "mmlu_physics": ("cais/mmlu", "college_physics", None, "test"),
-        "rte": ("nyu-mll/glue", "rte", "train", "validation"),
-        "mrpc": ("nyu-mll/glue", "mrpc", "train", "validation"),
-        "cola": ("nyu-mll/glue", "cola", "train", "validation"),
-        "everyday": ("everyday", "default", "train", "test"),
-    }
+GLUE_KEYS = ["train-0", "train-1", "train-2"]
 
 
 @pytest.mark.parametrize(
@@ -99,38 +82,23 @@ def test_the_table_names_the_public_sets():
             ["fire", "bird", "water", "blood"],
             ("", f"Which{LINE_SEPARATOR}is hot?", "ice", "snow", "fire", "rain"),
         ),
-        ("openbookqa", ["7"], ["plants"], ("", "Sun makes", "sleep", "plants")),
         (
             "winogrande_s",
-            ["train-0", "train-1", "train-2"],
+            GLUE_KEYS,
             ["Mary", "Ann", None],
             ("", "Mary is big because _ is.", "Ann", "Mary"),
         ),
         (
             "boolq",
-            ["train-0", "train-1"],
+            GLUE_KEYS[:2],
             ["True", "False"],
             ("The sky looks blue.", "is the sky blue?", "True", "False"),
         ),
-        (
-            "rte",
-            ["train-0", "train-1", "train-2"],
-            ["entailed", "not entailed", None],
-            ("It rains.", "It is wet.", "entailed", "not entailed"),
-        ),
-        (
-            "mrpc",
-            ["train-0", "train-1", "train-2"],
-            ["different", "equivalent", None],
-            ("It rains.", "It is wet.", "different", "equivalent"),
-        ),
-        (
-            "cola",
-            ["train-0", "train-1", "train-2"],
-            ["unacceptable", "acceptable", None],
-            ("", "It is wet.", "unacceptable", "acceptable"),
-        ),
+        ("openbookqa", ["7"], ["plants"], ("", "Sun makes", "sleep", "plants")),
         ("everyday", ["moss-1"], ["salt"], ("", "Green?", "moss", "salt")),
+        ("rte", GLUE_KEYS, ["entailed", "not entailed", None], ("It rains.", "It is wet.")),
+        ("mrpc", GLUE_KEYS, ["different", "equivalent", None], ("It rains.", "It is wet.")),
+        ("cola", GLUE_KEYS, ["unacceptable", "acceptable", None], ("", "It is wet.")),
     ],
 )
 def test_rows_are_read_the_right_way_round(root, name, keys, right, first):
@@ -138,7 +106,7 @@ def test_rows_are_read_the_right_way_round(root, name, keys, right, first):
     assert [row.id for row in task.train] == keys
     found = [None if row.answer is None else row.options[row.answer] for row in task.train]
     assert found == right
-    assert task.train[0].content == first
+    assert task.train[0].content[: len(first)] == first
     assert [row.content for row in task.evaluation] == [row.content for row in task.train[::-1]]
 
 
@@ -171,23 +139,21 @@ def test_the_hub_gives_the_same_questions(root, name, monkeypatch):
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no shared/data")
-@pytest.mark.parametrize(
-    ("name", "train", "evaluation"),
-    [
-        ("winogrande_s", 640, 1267),
-        ("arc_challenge", 1119, 299),
-        ("arc_easy", 2251, 570),
-        ("winogrande_m", 2558, 1267),
-        ("openbookqa", 4957, 500),
-        ("boolq", 9427, 3270),
-        ("mmlu_chemistry", 0, 100),
-        ("mmlu_physics", 0, 102),
-    ],
-)
-def test_no_row_of_the_public_sets_is_dropped(name, train, evaluation):
-    task = load_task(name, SHARED)
-    assert (len(task.train), len(task.evaluation)) == (train, evaluation)
-    assert all(row.answer is not None for row in (*task.train, *task.evaluation))
+def test_no_row_of_the_public_sets_is_dropped():
+    sizes = {
+        "winogrande_s": (640, 1267),
+        "arc_challenge": (1119, 299),
+        "arc_easy": (2251, 570),
+        "winogrande_m": (2558, 1267),
+        "openbookqa": (4957, 500),
+        "boolq": (9427, 3270),
+        "mmlu_chemistry": (0, 100),
+        "mmlu_physics": (0, 102),
+    }
+    for name, expected in sizes.items():
+        task = load_task(name, SHARED)
+        assert (len(task.train), len(task.evaluation)) == expected
+        assert all(row.answer is not None for row in (*task.train, *task.evaluation))
 
 
 @pytest.mark.parametrize(
@@ -224,51 +190,34 @@ def test_a_row_that_cannot_be_read(root, name, row, message):
 
 
 HEAD = "Return the label of the correct answer for the question below.\n\n"
+AB = "\nChoices:\nA) a\nB) b\nAnswer:"
 BOOLQ = (
     "Read the passage below and answer the question with the words 'true' or 'false'.\n\n"
-    "Passage: The sky looks blue.\nQuestion: is the sky blue?\nAnswer (true or false):"
+    "Passage: P {x}.\nQuestion: Q {x}?\nAnswer (true or false):"
 )
-SUN = "Question: Sun makes"
-THANKS = "Ann thanked Mary because _ was helped."
-RTE = "Passage: It rains.\nStatement: It is dry.\nDoes the passage entail the statement?"
+RTE = "Passage: P {x}.\nStatement: Q {x}?\nDoes the passage entail the statement?"
+PASSAGE = "Passage: P {x}.\nQuestion: Q {x}?"
 
 
 @pytest.mark.parametrize(
-    ("name", "place", "letter", "text"),
+    ("prompt", "letter", "text"),
     [
+        (TASKS["arc_easy"].prompt, f"{HEAD}Question: Q {{x}}?{AB}", "Question: Q {x}?\nAnswer:"),
         (
-            "openbookqa",
-            0,
-            f"{HEAD}{SUN}\nChoices:\nA) sleep\nB) plants\nAnswer:",
-            f"{SUN}\nAnswer:",
+            TASKS["winogrande_s"].prompt,
+            f"{HEAD}Question: Q {{x}}?{AB}",
+            "Fill in the blank: Q {x}?\nAnswer:",
         ),
-        (
-            "winogrande_s",
-            1,
-            f"{HEAD}Question: {THANKS}\nChoices:\nA) Ann\nB) Mary\nAnswer:",
-            f"Fill in the blank: {THANKS}\nAnswer:",
-        ),
-        (
-            "rte",
-            1,
-            f"{HEAD}{RTE}\nChoices:\nA) entailed\nB) not entailed\nAnswer:",
-            f"{RTE}\nAnswer:",
-        ),
-        ("boolq", 0, BOOLQ, BOOLQ),
+        (TASKS["rte"].prompt, f"{HEAD}{RTE}{AB}", f"{RTE}\nAnswer:"),
+        (TASKS["boolq"].prompt, BOOLQ, BOOLQ),
+        (PASSAGE_CHOICES, f"{HEAD}{PASSAGE}{AB}", f"{PASSAGE}\nAnswer:"),
+        (Prompt("{texts_first}", "", ("x", "y")), "a) x\nb) y", ""),
     ],
 )
-def test_prompts(root, name, place, letter, text):
-    task = load_task(name, root)
-    assert task.prompt.render(task.train[place], "letter") == letter
-    assert task.prompt.render(task.train[place], "text") == text
-
-
-def test_a_prompt_with_a_passage():
-    row = Question("1", "Who {x}?", ("you", "me"), 0, "A text {y}.")
-    passage = "Passage: A text {y}.\nQuestion: Who {x}?"
-    letter = f"{HEAD}{passage}\nChoices:\nA) you\nB) me\nAnswer:"
-    assert PASSAGE_CHOICES.render(row, "letter") == letter
-    assert PASSAGE_CHOICES.render(row, "text") == f"{passage}\nAnswer:"
+def test_prompts(prompt, letter, text):
+    row = Question("1", "Q {x}?", ("a", "b"), 0, "P {x}.")
+    assert prompt.render(row, "letter") == letter
+    assert prompt.render(row, "text") == text
 
 
 def test_answers_are_labels_or_texts():
@@ -277,8 +226,6 @@ def test_answers_are_labels_or_texts():
     assert TRUE_FALSE.answers(row, "text") == ("you", "me", "us")
     with pytest.raises(ValueError, match="row r7: got 3 options, expected at most 2 under letter"):
         TRUE_FALSE.answers(row, "letter")
-    own = Prompt("{choices}", "", labels=("x", "y", "z"))
-    assert own.render(row, "letter") == "x) you\ny) me\nz) us"
 
 
 # Parts
