@@ -261,6 +261,12 @@ def test_a_smaller_train_part_never_takes_held_out_rows():
     assert small.evaluation != task.subset(10, 7, 0.2, seed=2).evaluation
 
 
+@pytest.mark.parametrize("evaluation", [None, 3])
+def test_training_rows_keep_their_order_unless_some_are_chosen(evaluation):
+    task = Task("t", numbered(10), numbered(10))
+    assert task.subset(evaluation=evaluation, seed=1).train == task.train
+
+
 def test_the_chosen_rows_are_those_of_before():
     task = Task("t", numbered(10), numbered(10))
     assert ids(task.subset(100, seed=1).train) == list("6897530412")

@@ -142,7 +142,8 @@ class Task:
                 f"rows to keep must not be negative: got train={train}, evaluation={evaluation}"
             )
         rows = list(self.train)
-        random.Random(seed).shuffle(rows)
+        if holdout or train is not None:  # else all rows stay, in their order
+            random.Random(seed).shuffle(rows)
         count = round(holdout * len(rows))
         if holdout and not 0 < count < len(rows):
             raise ValueError(
