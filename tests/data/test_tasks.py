@@ -35,12 +35,12 @@ ROWS = {
         ai2("five", "Which is red?", "sky grass snow coal blood", "E"),
     ],
     "allenai/winogrande": [
-        winogrande("Mary is big because _ is.", "2"),
+        winogrande("Mary is big", "2"),
         winogrande("Ann thanked Mary because _ was helped.", "1"),
         winogrande("Not labelled _ .", ""),
     ],
     "google/boolq": [
-        {"question": "is the sky blue", "answer": True, "passage": "The sky looks blue."},
+        {"question": "is the sky blue", "answer": True, "passage": "Blue sky."},
         {"question": "is snow black?", "answer": False, "passage": "Snow is white."},
     ],
     "allenai/openbookqa": [ai2("7", "Sun makes", "sleep plants", "B", column="question_stem")],
@@ -70,43 +70,41 @@ def root(tmp_path):
     return tmp_path
 
 
-GLUE_KEYS = ["train-0", "train-1", "train-2"]
-
-
 @pytest.mark.parametrize(
-    ("name", "keys", "right", "first"),
+    ("name", "answers", "first"),
     [
         (
             "arc_easy",
-            ["four", "digits", "three", "five"],
-            ["fire", "bird", "water", "blood"],
-            ("", f"Which{LINE_SEPARATOR}is hot?", "ice", "snow", "fire", "rain"),
+            "four=fire digits=bird three=water five=blood",
+            f"|Which{LINE_SEPARATOR}is hot?|ice|snow|fire|rain",
+        ),
+        ("openbookqa", "7=plants", "|Sun makes|sleep|plants"),
+        ("winogrande_s", "train-0=Mary train-1=Ann train-2=None", "|Mary is big|Ann|Mary"),
+        ("boolq", "train-0=True train-1=False", "Blue sky.|is the sky blue?|True|False"),
+        (
+            "rte",
+            "train-0=yes train-1=no train-2=None",
+            "It rains.|It is wet.|entailed|not entailed",
         ),
         (
-            "winogrande_s",
-            GLUE_KEYS,
-            ["Mary", "Ann", None],
-            ("", "Mary is big because _ is.", "Ann", "Mary"),
+            "mrpc",
+            "train-0=no train-1=yes train-2=None",
+            "It rains.|It is wet.|different|equivalent",
         ),
-        (
-            "boolq",
-            GLUE_KEYS[:2],
-            ["True", "False"],
-            ("The sky looks blue.", "is the sky blue?", "True", "False"),
-        ),
-        ("openbookqa", ["7"], ["plants"], ("", "Sun makes", "sleep", "plants")),
-        ("everyday", ["moss-1"], ["salt"], ("", "Green?", "moss", "salt")),
-        ("rte", GLUE_KEYS, ["entailed", "not entailed", None], ("It rains.", "It is wet.")),
-        ("mrpc", GLUE_KEYS, ["different", "equivalent", None], ("It rains.", "It is wet.")),
-        ("cola", GLUE_KEYS, ["unacceptable", "acceptable", None], ("", "It is wet.")),
+        ("cola", "train-0=no train-1=yes train-2=None", "|It is wet.|unacceptable|acceptable"),
+        ("everyday", "moss-1=salt", "|Green?|moss|salt"),
     ],
 )
-def test_rows_are_read_the_right_way_round(root, name, keys, right, first):
+def test_rows_are_read_the_right_way_round(root, name, answers, first):
+    words = {"entailed": "yes", "not entailed": "no", "equivalent": "yes", "different": "no"}
+    words |= {"acceptable": "yes", "unacceptable": "no"}
     task = load_task(name, root)
-    assert [row.id for row in task.train] == keys
-    found = [None if row.answer is None else row.options[row.answer] for row in task.train]
-    assert found == right
-    assert task.train[0].content[: len(first)] == first
+    found = []
+    for row in task.train:
+        right = None if row.answer is None else row.options[row.answer]
+        found.append(f"{row.id}={words.get(right, right)}")
+    assert " ".join(found) == answers
+    assert "|".join(task.train[0].content) == first
     assert [row.content for row in task.evaluation] == [row.content for row in task.train[::-1]]
 
 

