@@ -81,43 +81,29 @@ def root(tmp_path):
         ("openbookqa", "7=plants", "|Sun makes|sleep|plants"),
         ("winogrande_s", "train-0=Mary train-1=Ann train-2=None", "|Mary is big|Ann|Mary"),
         ("boolq", "train-0=True train-1=False", "Blue sky.|is the sky blue?|True|False"),
-        (
-            "rte",
-            "train-0=yes train-1=no train-2=None",
-            "It rains.|It is wet.|entailed|not entailed",
-        ),
-        (
-            "mrpc",
-            "train-0=no train-1=yes train-2=None",
-            "It rains.|It is wet.|different|equivalent",
-        ),
-        ("cola", "train-0=no train-1=yes train-2=None", "|It is wet.|unacceptable|acceptable"),
+        ("rte", "train-0=entailed train-1=not entailed train-2=None", "It rains.|It is wet.|"),
+        ("mrpc", "train-0=different train-1=equivalent train-2=None", "It rains.|It is wet.|"),
+        ("cola", "train-0=unacceptable train-1=acceptable train-2=None", "|It is wet.|unacc"),
         ("everyday", "moss-1=salt", "|Green?|moss|salt"),
     ],
 )
 def test_rows_are_read_the_right_way_round(root, name, answers, first):
-    words = {"entailed": "yes", "not entailed": "no", "equivalent": "yes", "different": "no"}
-    words |= {"acceptable": "yes", "unacceptable": "no"}
     task = load_task(name, root)
-    found = []
-    for row in task.train:
-        right = None if row.answer is None else row.options[row.answer]
-        found.append(f"{row.id}={words.get(right, right)}")
+    right = [None if row.answer is None else row.options[row.answer] for row in task.train]
+    found = [f"{row.id}={option}" for row, option in zip(task.train, right, strict=True)]
     assert " ".join(found) == answers
-    assert "|".join(task.train[0].content) == first
+    assert "|".join(task.train[0].content).startswith(first)
     assert [row.content for row in task.evaluation] == [row.content for row in task.train[::-1]]
 
 
-def test_mmlu_has_no_training_rows(root):
-    task = load_task("mmlu_physics", root)
-    assert task.train == ()
-    found = [(row.question, row.answer) for row in task.evaluation]
-    assert found == [("What is mass?", 0), ("What is light?", 3)]
-
-
-def test_everyday_comes_with_the_package():
-    task = load_task("everyday")
-    assert (len(task.train), len(task.evaluation)) == (240, 360)
+def test_tasks_without_a_training_split_and_within_the_package(root):
+    mmlu = load_task("mmlu_physics", root)
+    assert [(row.question, row.answer) for row in mmlu.evaluation] == [
+        ("What is mass?", 0),
+        ("What is light?", 3),
+    ]
+    everyday = load_task("everyday")
+    assert (len(mmlu.train), len(everyday.train), len(everyday.evaluation)) == (0, 240, 360)
 
 
 @pytest.mark.parametrize("name", [name for name in TASKS if name != "everyday"])
