@@ -22,7 +22,9 @@ class HeadScorer(Scorer):
     (context, question) where there is a context.
     """
 
-    loss: ClassVar[str] = "the end of their passage, or of a question without one, was cut"
+    when_shortened: ClassVar[str] = (
+        "the end of their passage, or of a question without one, was cut"
+    )
 
     def encode(self, rows: Sequence[Question]) -> list[Encoded]:
         """Token ids of each row.

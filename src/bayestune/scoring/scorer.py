@@ -30,7 +30,7 @@ class Scorer(ABC):
     tokenizer: PreTrainedTokenizerBase
     task: Task
     max_length: int = 300
-    loss: ClassVar[str] = "their passage was shortened, question and options kept"
+    when_shortened: ClassVar[str] = "their passage was shortened, question and options kept"
 
     def encode(self, rows: Sequence[Question]) -> list[Encoded]:
         """The tokens, length and answer of each row."""
@@ -38,7 +38,7 @@ class Scorer(ABC):
         shortened = sum(row["shortened"] for row in encoded)
         if shortened:
             what = f"{shortened} of {len(rows)} rows were longer than {self.max_length} tokens"
-            logger.warning("%s: %s", what, self.loss)
+            logger.warning("%s: %s", what, self.when_shortened)
         return encoded
 
     @abstractmethod
