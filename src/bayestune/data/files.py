@@ -15,8 +15,7 @@ def load_rows(
     """Reads the user's own questions from a JSONL or CSV file.
 
     Columns: `question` (or `text`); `options` (or `choices`), a list, in CSV a JSON list or texts
-    joined by "|"; `answer`, an index from 0, a letter or an option's text; if there, `id` and
-    `context`.
+    joined by "|"; `answer`, an index from 0, a letter or an option's text; perhaps `id`, `context`.
 
     Args:
         path: the file, `.jsonl`, `.json` (one object a line) or `.csv`.
@@ -48,8 +47,8 @@ def own_question(
     """Makes a question of one row, as `load_rows` says; `key` is its id where it has none."""
     text = row.get("question") or row.get("text")
     if not text:
-        columns = sorted(map(str, row))
-        raise ValueError(f"row {key}: no column 'question' or 'text'; got the columns {columns}")
+        got = sorted(map(str, row))
+        raise ValueError(f"row {key}: no column 'question' or 'text'; got the columns {got}")
     own = _own_options(row.get("options") or row.get("choices") or list(options), key)
     if _is_given(row.get("answer")):
         answer = _answer_index(row["answer"], own, key)

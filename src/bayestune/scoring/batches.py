@@ -45,8 +45,7 @@ def row_logits(
         progress: title of a progress bar; None for none.
 
     Returns:
-        Logits (S, N, C) in the order of the rows, C the largest number of options, -inf where a row
-        has fewer.
+        Logits (S, N, C) in the order of the rows, -inf for options that a row does not have.
     """
     device = next(posterior.model.parameters()).device
     found: dict[int, Tensor] = {}

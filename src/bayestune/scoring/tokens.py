@@ -49,22 +49,17 @@ def _start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The special tokens that open every text in this tokenizer, such as Llama's <s>."""
     plain = token_ids(tokenizer, "a")
     whole = list(tokenizer("a")["input_ids"])  # type: ignore[arg-type]
-    for place in range(len(whole)):
-        if whole[place : place + len(plain)] == plain:
-            return whole[:place]
-    return []
+    places = (i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
+    return whole[: next(places, 0)]
 
 
 def answer_tokens(
     tokenizer: PreTrainedTokenizerBase, prompt: str, labels: Sequence[str]
 ) -> list[int]:
-    """The token by which each label continues the prompt in this tokenizer.
+    """The token by which each label continues the prompt, up to the first without one of its own.
 
     "Answer:" + " A" is one token " A" in byte-level BPE and "▁A" in SentencePiece; other tokenizers
-    want "A". Which it is, the first two labels decide: every row has these.
-
-    Returns:
-        A token id for each label, all different and known, up to the first label that has none.
+    want "A". The first two labels decide which it is, because every row has these.
     """
     start = token_ids(tokenizer, prompt)
     tokens: list[int] = []
