@@ -31,7 +31,8 @@ from bayestune.forward import common_prefix as common
 from bayestune.forward.common_prefix import CommonPrefix, without_common_prefix
 from bayestune.posteriors import Gaussian, LowRank, Mixture, Point, Sampled, Scaled, Tempered
 from bayestune.scoring import LetterScorer, TextScorer
-from bayestune.scoring.tokens import last_logits, left_padded, positions
+from bayestune.scoring.last_logits import last_logits
+from bayestune.scoring.tokens import left_padded, positions
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 ROWS = tuple(

@@ -160,8 +160,9 @@ def by_hand(posterior, batch, draws):
                 **{cache: getattr(start, cache)},
             )
             Slots(model).put(kept)
-            logits = end.logits[:, -1, posterior.scorer.tokens]
-            passes.append(logits.masked_fill(~batch["option_mask"], -torch.inf))
+            present = batch["option_mask"]
+            logits = end.logits[:, -1, posterior.scorer.tokens[: present.shape[1]]]
+            passes.append(logits.masked_fill(~present, -torch.inf))
     return torch.stack(passes)
 
 

@@ -21,7 +21,7 @@ from bayestune.curvature import (
 from bayestune.curvature.ggn import _FullSum, _LowRankSum, softmax_root
 from bayestune.forward import Draws
 from bayestune.methods import METHODS, MLE, Laplace
-from bayestune.methods.laplace import GRID, batches, last_slots
+from bayestune.methods.laplace import GRID, last_slots
 from bayestune.posteriors import (
     KINDS,
     Linearised,
@@ -32,7 +32,7 @@ from bayestune.posteriors import (
     save_posterior,
 )
 from bayestune.posteriors.posterior import Saved
-from bayestune.scoring import make_scorer
+from bayestune.scoring import batches_by_length, make_scorer
 from bayestune.training import Training
 
 TRAINING = Training(
@@ -93,6 +93,10 @@ def rows_of(scorer, count=3):
     batch = scorer.collate(scorer.encode(scorer.task.evaluation[:count]))
     batch.pop("labels")
     return batch
+
+
+def batches(scorer, questions, size):
+    return [batch for _, batch in batches_by_length(scorer, scorer.encode(questions), size)]
 
 
 def jacobians(model, scorer, batch):
@@ -622,7 +626,7 @@ def test_gradients_are_switched_on_inside_whatever_the_caller_has_set(posterior,
 
 
 def test_bfloat16_weights_and_autocast(llama, letters):
-    rows = list(batches(letters, letters.task.train, 4))
+    rows = batches(letters, letters.task.train, 4)
     plain = adapted(llama(), ["q_proj", "v_proj"])
     half = adapted(llama().bfloat16(), ["q_proj", "v_proj"])
     half.load_state_dict(

@@ -432,7 +432,8 @@ def test_class_logits_of_the_head_alone_are_gaussian_with_the_closed_form_moment
     hook.remove()
     count = 3000
     logits = posterior.logits(batch, Draws(count))
-    b = layer.lora_B["default"].weight.detach().double()[scorer.tokens]
+    tokens = scorer.tokens[: batch["option_mask"].shape[1]]
+    b = layer.lora_B["default"].weight.detach().double()[tokens]
     std = layer.lora_A["default"].std.detach().double()
     variance = layer.scaling["default"] ** 2 * (hidden[0].square() @ std.T.square()) @ b.T.square()
     present = batch["option_mask"]

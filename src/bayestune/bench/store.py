@@ -133,7 +133,7 @@ class Cached:
             return self._fit(model, scorer, training, self.folder / FITS / key)
 
     def _fit(self, model: nn.Module, scorer: Scorer, training: Training, output: Path) -> Posterior:
-        loaded = LoadedModel(model, scorer.tokenizer, self.model, self.model)  # type: ignore[arg-type]
+        loaded = LoadedModel(model, scorer.tokenizer, self.model)  # type: ignore[arg-type]
         logger.info(
             "fit %s%s", output.name, ": taken from before" if (output / DETAILS).is_file() else ""
         )

@@ -2,23 +2,22 @@
 
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bayestune.adapters import SIDES
 from bayestune.curvature import Curvature, Structure, best_precision, curvature, log_evidence
-from bayestune.data import Question
 from bayestune.forward import Draws
 from bayestune.methods.held_out import check_point, held_out_rows, predictive_nll
 from bayestune.methods.map import MAP
 from bayestune.methods.method import Method
 from bayestune.posteriors import Linearised, Point, Sampled, gaussian_logits
 from bayestune.runtime import peak_memory_mb
-from bayestune.scoring import Scorer
+from bayestune.scoring import Scorer, batches_by_length
 from bayestune.training import Training
 
 GRID = tuple(
@@ -98,7 +97,8 @@ class Laplace:
         weights = slots.weights()
         norm = sum(weights[name].double().square().sum().item() for name in names)
         with Draws(bf16=bf16).precision(point.model):
-            rows = batches(scorer, scorer.task.train, self.batch_size)
+            encoded = scorer.encode(scorer.task.train)
+            rows = (batch for _, batch in batches_by_length(scorer, encoded, self.batch_size))
             found = curvature(
                 slots, scorer, rows, structure=self.structure, rank=self.rank_kfac, names=names
             )
@@ -132,20 +132,12 @@ def last_slots(names: Sequence[str]) -> list[str]:
     return [name for name in names if name.startswith(prefix)]
 
 
-def batches(
-    scorer: Scorer, questions: Sequence[Question], size: int
-) -> Iterator[dict[str, Tensor]]:
-    """Batches of rows of like length."""
-    rows = sorted(scorer.encode(questions), key=lambda row: row["length"])
-    for start in range(0, len(rows), size):
-        yield scorer.collate(rows[start : start + size])
-
-
 def best_on_held_out(posterior: Linearised) -> float:
     """The λ of `GRID` whose linearised predictive has the smallest NLL on the held-out rows of the posterior's task."""
     scorer: Any = posterior.scorer
     losses = torch.zeros(len(GRID), dtype=torch.float64)
-    for batch in batches(scorer, scorer.task.held_out, posterior.max_rows):
+    rows = scorer.encode(scorer.task.held_out)
+    for _, batch in batches_by_length(scorer, rows, posterior.max_rows):
         labels = batch.pop("labels")
         mean, covariances = posterior.moments(batch, GRID)
         for i, covariance in enumerate(covariances):
