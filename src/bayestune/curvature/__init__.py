@@ -1,10 +1,11 @@
-"""The curvature of LoRA's matrices at a fitted adapter: Jacobians, Gauss-Newton blocks and the Laplace evidence.
+"""The curvature of the likelihood in LoRA's matrices at a fitted adapter, and the Laplace evidence.
 
-Laplace's posteriors and TFB-like searches build on it.
+`gauss_newton` makes the matrices' blocks from the training rows; Laplace's posteriors build on them.
 """
 
 from bayestune.curvature.blocks import Block, Diagonal, Kronecker, Structure, semidefinite_root
-from bayestune.curvature.ggn import Curvature, best_precision, curvature, log_evidence
+from bayestune.curvature.evidence import best_precision, log_evidence
+from bayestune.curvature.ggn import Curvature, gauss_newton
 from bayestune.curvature.jacobian import Trace, traced
 
 __all__ = [
@@ -15,7 +16,7 @@ __all__ = [
     "Structure",
     "Trace",
     "best_precision",
-    "curvature",
+    "gauss_newton",
     "log_evidence",
     "semidefinite_root",
     "traced",
