@@ -18,9 +18,8 @@ Structure = Literal["kfac", "diagonal"]
 class Kronecker:
     """H = F_out ⊗ F_in, each factor by its eigenvectors and eigenvalues; elsewhere H is 0.
 
-    With U the vectors and h_ij = out_i·in_j, (H + λI)⁻¹ shrinks the part U_outᵀ·X·U_in to
-    1/(h_ij + λ) and leaves the rest at 1/λ: Woodbury's identity, without a matrix of the large side's
-    size.
+    With U the vectors and h_ij = out_i·in_j, (H + λI)⁻¹ shrinks U_outᵀ·X·U_in to 1/(h_ij + λ) and
+    leaves the rest at 1/λ: Woodbury's identity, without a matrix of the large side's size.
 
     Args:
         in_vectors: orthonormal columns (in, q); q < in for a low-rank factor.
@@ -63,7 +62,7 @@ class Kronecker:
         return spread if outside is None else spread + outside * precision**-0.5
 
     def _split(self, matrices: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Coordinates (…, p, q) in the span of the vectors, and the rest (…, out, in) if there is one."""
+        """Coordinates (…, p, q) in the span of the vectors, and the rest (…, out, in), if any."""
         inside = self.out_vectors.mT @ matrices @ self.in_vectors
         if inside.shape[-2:] == self.shape:
             return inside, None
@@ -105,7 +104,6 @@ Block = Kronecker | Diagonal
 
 
 def _gram(matrices: Tensor) -> Tensor:
-    """Inner products (N, C, C) of matrices (N, C, …)."""
     flat = matrices.flatten(2)
     return flat @ flat.mT
 
@@ -118,9 +116,6 @@ def semidefinite_root(covariance: Tensor) -> Tensor:
 
     Args:
         covariance: L·Lᵀ (…, C, C).
-
-    Returns:
-        L (…, C, C).
 
     Example:
         >>> semidefinite_root(torch.tensor([[4.0, 2, 0], [2, 1, 0], [0, 0, 0]])).tolist()

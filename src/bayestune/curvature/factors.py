@@ -1,7 +1,5 @@
 """The eigenpairs of Σ x·xᵀ over a stream of rows x: a Kronecker factor in the making."""
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
@@ -9,39 +7,8 @@ FULL_UP_TO = 100  # sides up to this size are kept whole
 _POWERS = 2  # power iterations; with twice the rank kept, the error is far below 1 %
 
 
-class Factor(Protocol):
-    """Σ x·xᵀ of one side of a matrix."""
-
-    def add(self, rows: Tensor) -> None:
-        """Adds rows (M, size)."""
-        ...
-
-    def eigen(self) -> tuple[Tensor, Tensor]:
-        """Orthonormal columns (size, q) and eigenvalues (q,); all others are 0 or left out."""
-        ...
-
-
-def factor_of(weight: Tensor, side: int, rank: int) -> Factor:
-    """The factor of a matrix's outputs (side 0) or inputs (side 1), in float32 or more.
-
-    Args:
-        weight: W (out, in).
-        side: 0 or 1.
-        rank: eigenpairs kept where the side is larger than `FULL_UP_TO`.
-    """
-    size = weight.shape[side]
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    like = weight.detach().new_empty(0, dtype=wide)
-    return FullSum(size, like) if size <= max(FULL_UP_TO, rank) else LowRankSum(size, rank, like)
-
-
 class FullSum:
-    """Σ x·xᵀ as a matrix: for small sides.
-
-    Args:
-        size: of x.
-        like: gives type and device.
-    """
+    """Σ x·xᵀ as a matrix: for small sides."""
 
     def __init__(self, size: int, like: Tensor) -> None:
         self.total = like.new_zeros(size, size)
@@ -51,7 +18,7 @@ class FullSum:
         self.total += rows.mT @ rows
 
     def eigen(self) -> tuple[Tensor, Tensor]:
-        """All eigenpairs."""
+        """Orthonormal columns (size, size) and all eigenvalues."""
         values, vectors = torch.linalg.eigh(self.total.double())
         return vectors.to(self.total).contiguous(), values.clamp_min(0).to(self.total)
 
@@ -60,13 +27,8 @@ class LowRankSum:
     """The leading eigenpairs of Σ x·xᵀ without the matrix: L·Lᵀ with L (size, 2·rank).
 
     Each batch of rows is stacked under Lᵀ and decomposed anew, by a randomised method with power
-    iterations on a fixed seed. Twice the rank is kept between batches, so that little of what belongs
-    to the leading ones is thrown away.
-
-    Args:
-        size: of x.
-        rank: how many eigenpairs.
-        like: gives type and device.
+    iterations on a fixed seed. Twice the rank is kept between batches, so that little of what
+    belongs to the leading ones is thrown away.
     """
 
     def __init__(self, size: int, rank: int, like: Tensor) -> None:
@@ -91,6 +53,20 @@ class LowRankSum:
         self.root = basis @ (vectors * values.clamp_min(0).sqrt()).to(basis)
 
     def eigen(self) -> tuple[Tensor, Tensor]:
-        """The leading eigenpairs, the largest first."""
+        """Orthonormal columns (size, rank) and the leading eigenvalues, the largest first."""
         vectors, values, _ = torch.linalg.svd(self.root, full_matrices=False)
         return vectors[:, : self.rank].contiguous(), values[: self.rank].square()
+
+
+def factor_of(weight: Tensor, side: int, rank: int) -> FullSum | LowRankSum:
+    """The factor of a matrix's outputs (side 0) or inputs (side 1), in float32 or more.
+
+    Args:
+        weight: W (out, in).
+        side: 0 or 1.
+        rank: eigenpairs kept where the side is larger than `FULL_UP_TO`.
+    """
+    size = weight.shape[side]
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    like = weight.detach().new_empty(0, dtype=wide)
+    return FullSum(size, like) if size <= max(FULL_UP_TO, rank) else LowRankSum(size, rank, like)

@@ -1,8 +1,8 @@
-"""Gradients of the class logits at LoRA's slots, row by row, from backward passes on the sum over rows.
+"""Gradients of the class logits at LoRA's slots, row by row.
 
 A slot maps a to W·a at every token. With g the gradient of a class logit at the slot's output, the
-row's Jacobian of that logit with respect to W is J = Σ_t g_t a_tᵀ, of W's shape. Rows do not see each
-other, so one backward pass on a sum over rows gives every row's g.
+row's Jacobian of that logit with respect to W is J = Σ_t g_t a_tᵀ, of W's shape. Rows do not see
+each other, so one backward pass on a sum over rows gives every row's g.
 """
 
 from collections.abc import Iterator, Mapping
@@ -45,23 +45,17 @@ class Trace:
         outputs = []
         for calls in self.calls.values():
             outputs += [output for _, output in calls]
-        gradients = torch.autograd.grad(
-            self.logits,
-            outputs,
-            weights.to(self.logits),
-            retain_graph=keep,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-        remaining = iter(gradients)
+        settings = {"retain_graph": keep, "allow_unused": True, "materialize_grads": True}
+        found = torch.autograd.grad(self.logits, outputs, weights.to(self.logits), **settings)
+        remaining = iter(found)
         num_rows = len(self.logits)
-        found: Calls = {}
+        gradients: Calls = {}
         for name, calls in self.calls.items():
-            found[name] = []
+            gradients[name] = []
             for a, _ in calls:
-                g = next(remaining)
-                found[name].append((_by_row(a, num_rows, name), _by_row(g, num_rows, name)))
-        return found
+                g = _by_row(next(remaining), num_rows, name)
+                gradients[name].append((_by_row(a, num_rows, name), g))
+        return gradients
 
     def jacobian(self, weights: Tensor, *, keep: bool) -> dict[str, Tensor]:
         """J (N, out, in) of Σ_c weights_nc·logits_nc for each slot, from one backward pass."""
@@ -73,7 +67,7 @@ class Trace:
 
 
 def _by_row(value: Tensor, num_rows: int, name: str) -> Tensor:
-    """(sequences, …, width) to (N, L, width), in float32 or more; a row's sequences are consecutive."""
+    """(sequences, …, width), a row's sequences together, to (N, L, width) in float32 or more."""
     if value[..., 0].numel() % num_rows:
         raise ValueError(
             f"the slot {name} sees activations that do not divide into rows: got "
@@ -101,8 +95,8 @@ def traced(
         logits = score(model, on_device(inputs, model))
     if not calls:
         raise ValueError(
-            f"none of the {len(slots)} slots was called in the forward pass: the adapter is merged, "
-            "disabled or not active; unmerge it or call set_adapter"
+            f"none of the {len(slots)} slots was called in the forward pass: the adapter is "
+            "merged, disabled or not active; unmerge it or call set_adapter"
         )
     return Trace(logits, calls)
 

@@ -75,8 +75,8 @@ class BBB(BLoB):
     noise, so early gradients of A are noise too, and the product of two noises is not Gaussian.
 
     Reference:
-        Blundell, Cornebise, Kavukcuoglu, Wierstra: Weight uncertainty in neural networks, ICML 2015,
-        https://arxiv.org/abs/1505.05424; as a baseline in Wang et al.,
+        Blundell, Cornebise, Kavukcuoglu, Wierstra: Weight uncertainty in neural networks, ICML
+        2015, https://arxiv.org/abs/1505.05424; as a baseline in Wang et al.,
         https://arxiv.org/abs/2406.11675, table 1.
     """
 

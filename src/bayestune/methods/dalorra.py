@@ -1,4 +1,4 @@
-"""DALorRA: ranks of LoRA that are kept or dropped at random, each with a probability that is learnt."""
+"""DALorRA: ranks of LoRA that are kept or dropped at random, with probabilities that are learnt."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from bayestune.training import Training, adamw, add_to_log, fit_adapter
 class GatedLinear(RankLinear):
     """diag(z)·A, z_j ~ Bernoulli(π_j): A (r, k) is `weight`, `gate_logit` (r, 1) is log π/(1 − π).
 
-    In training mode z is relaxed: z = sigmoid((log π/(1 − π) + log u/(1 − u))/τ), u uniform on (0, 1).
+    In training mode z is relaxed: z = sigmoid((log π/(1 − π) + log u/(1 − u))/τ), u ~ U(0, 1).
 
     Args:
         linear: the plain layer whose weight is taken, the same Parameter.
@@ -53,13 +53,9 @@ class GatedLinear(RankLinear):
 
 
 def gate_kl(logit: Tensor, prior_kept: float) -> Tensor:
-    """KL divergence of gates from their prior, in nats.
+    """KL divergence of gates from their prior, in nats, of the logits log π/(1 − π).
 
     KL[Bernoulli(π) ‖ Bernoulli(p)] = Σ [π log(π/p) + (1 − π) log((1 − π)/(1 − p))].
-
-    Args:
-        logit: log π/(1 − π), any shape.
-        prior_kept: p.
     """
     prior = torch.tensor(prior_kept, dtype=logit.dtype, device=logit.device)
     kept = logit.sigmoid()
@@ -75,12 +71,12 @@ def gate_kl_gradient(logit: Tensor, prior_kept: float) -> Tensor:
     return kept * (1 - kept) * (logit - torch.tensor(prior_kept, dtype=logit.dtype).logit())
 
 
+@dataclass(eq=False)
 class GateKL(TrainerCallback):
-    """Adds the KL's gradient, by its weight, to the likelihood's before each step of the optimiser."""
+    """Adds the KL's gradient, by its weight, to the likelihood's before each optimiser step."""
 
-    def __init__(self, prior_kept: float, weight: float) -> None:
-        self.prior_kept = prior_kept
-        self.weight = weight
+    prior_kept: float
+    weight: float
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Finds the gates."""
@@ -104,12 +100,12 @@ class GateKL(TrainerCallback):
 
 @dataclass(frozen=True)
 class DALorRA:
-    """ΔW = (α/r)·B·diag(z)·A with z_j ~ Bernoulli(π_j) for each rank; A, B and π are trained together.
+    """ΔW = (α/r)·B·diag(z)·A with z_j ~ Bernoulli(π_j) for each rank; A, B and π are trained.
 
-    Published are the relaxation, the learning rate of π and the exact KL. The prior, where π starts,
-    the temperature and the KL's weight were not at hand: a fair coin, the prior, 1/2, and the weight
-    that makes the objective the evidence's lower bound are this package's choices. Each row has a z
-    of its own.
+    Published are the relaxation, the learning rate of π and the exact KL. The prior, where π
+    starts, the temperature and the KL's weight were not at hand: a fair coin, the prior, 1/2, and
+    the weight that makes the objective the evidence's lower bound are this package's choices. Each
+    row has a z of its own.
 
     Args:
         gate_lr: the learning rate of π's logits, at its peak.

@@ -24,7 +24,7 @@ from bayestune.training import Training
 
 @dataclass(frozen=True)
 class Ensemble:
-    """K fits of the base from different seeds: own initial adapters, own noise, own order of the rows.
+    """K fits of the base from different seeds: initial adapters, noise and order of rows differ.
 
     The base model is in memory once; probabilities are averaged, not logits.
 
@@ -48,8 +48,7 @@ class Ensemble:
     def __post_init__(self) -> None:
         if self.size < 1:
             raise ValueError(
-                f"an ensemble needs members: got size={self.size}, expected 1 or more; the paper "
-                "uses 3"
+                f"an ensemble needs members: got size={self.size}, expected 1 or more; 3 is usual"
             )
 
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Mixture:

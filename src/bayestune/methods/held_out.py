@@ -1,4 +1,4 @@
-"""What a method that builds on another needs: held-out rows and their NLL, a point, the head's slots."""
+"""For methods that build on others: held-out rows and their NLL, a point, the head's slots."""
 
 import math
 from collections.abc import Collection, Sequence
@@ -22,8 +22,8 @@ def check_point(posterior: Posterior, method: str) -> Point:
     """
     if not isinstance(posterior, Point):
         raise ValueError(
-            f"{method} builds on a point: got a {type(posterior).__name__} from its base, expected a "
-            "Point; use MLE or MAP as its base"
+            f"{method} builds on a point: got a {type(posterior).__name__} from its base, expected "
+            "a Point; use MLE or MAP as its base"
         )
     return posterior
 
@@ -37,12 +37,11 @@ def held_out_rows(scorer: Scorer, method: str) -> tuple[Question, ...]:
     rows = scorer.task.held_out
     if not rows:
         raise ValueError(
-            f"{method} chooses on held-out rows: got none, expected some; set holdout (--holdout 0.1)"
+            f"{method} chooses on held-out rows: got none, expected some; set --holdout 0.1"
         )
     if any(row.answer is None for row in rows):
         raise ValueError(
-            f"{method} chooses on held-out rows with answers: got a row without one; label it or "
-            "drop it"
+            f"{method} chooses on held-out rows with answers: got a row without one; drop it"
         )
     seen = {row.content for row in scorer.task.train}
     both = [row.id for row in rows if row.content in seen]
@@ -67,12 +66,7 @@ def held_out_logits(
 
 
 def predictive_nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """−mean_n log 1/S Σ_s softmax(f_s)_{n, y_n} in nats, differentiable.
-
-    Args:
-        logits: f (S, N, C).
-        labels: y (N,).
-    """
+    """−mean_n log 1/S Σ_s softmax(f_s)_{n, y_n} in nats, f (S, N, C), y (N,)."""
     own = logits.log_softmax(-1).gather(-1, labels.expand(len(logits), -1)[..., None])[..., 0]
     return -(own.logsumexp(0) - math.log(len(logits))).mean()
 

@@ -1,9 +1,8 @@
 """IVON: a Newton-like optimiser that learns a diagonal Gaussian over what it trains."""
 
 import hashlib
-import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -16,72 +15,36 @@ from bayestune.scoring import Scorer
 from bayestune.training import Training, fit_adapter
 
 
-@dataclass(frozen=True)
-class IVONSettings:
-    """What `IVONOptimizer` needs to know.
-
-    Args:
-        lr: the learning rate.
-        ess: the effective sample size, by which the mean loss is multiplied.
-        hess_init: h at the start.
-        delta: δ; the prior is N(0, 1/(ess·δ)).
-        betas: β₁, β₂.
-        clip_radius: each entry of the preconditioned gradient is clipped to ±this; infinity for no
-            clipping.
-        seed: of the noise.
-
-    Raises:
-        ValueError: if a value is out of range.
-    """
-
-    lr: float
-    ess: float
-    hess_init: float
-    delta: float
-    betas: tuple[float, float] = (0.9, 0.99999)
-    clip_radius: float = math.inf
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        positive = min(self.lr, self.ess, self.clip_radius, self.delta + self.hess_init) > 0
-        negative = min(self.delta, self.hess_init) < 0
-        if not positive or negative or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(
-                f"out of range: got {self}, expected lr, ess, clip_radius > 0, delta, hess_init ≥ 0 "
-                "and not both 0, betas in [0, 1); correct it"
-            )
-
-
 class IVONOptimizer(torch.optim.Optimizer):
-    """q(θ) = N(m, diag σ²), σ = 1/√(ess·(h + δ)): a parameter is m between steps, a draw within one.
+    """q(θ) = N(m, diag σ²), σ = 1/√(ess·(h + δ)): parameters are m between steps, draws within one.
 
-    A step is `draw()`, forward and backward passes, `step()`. With g the gradient of the mean loss at
-    θ = m + σ∘ε: ĥ = g∘ε/σ,  ḡ ← β₁ḡ + (1 − β₁)g,
-    h ← β₂h + (1 − β₂)ĥ + ½(1 − β₂)²(h − ĥ)²/(h + δ),
-    m ← m − lr·clip((ḡ/(1 − β₁ᵗ) + δm)/(h + δ)). All batches of a step, and all processes, share the
-    draw: its noise comes from (seed, t) and not from torch's global generator, and a run that is
-    resumed from a checkpoint ends bit by bit as the whole one.
+    A step is `draw()`, forward and backward passes, `step()`. With g the gradient of the mean loss
+    at θ = m + σ∘ε: ĥ = g∘ε/σ,  ḡ ← β₁ḡ + (1 − β₁)g, h ← β₂h + (1 − β₂)ĥ + ½(1 − β₂)²(h − ĥ)²/(h +
+    δ), m ← m − lr·clip((ḡ/(1 − β₁ᵗ) + δm)/(h + δ)). All batches of a step, and all processes, share
+    the draw: its noise comes from (seed, t) and not from torch's global generator, and a run that
+    is resumed from a checkpoint ends bit by bit as the whole one.
 
     Args:
         params: parameters or groups of them.
-        settings: rates, prior and seed.
+        settings: rates and prior; its `ess` is a number.
+        seed: of the noise.
 
     Reference:
         Shen et al.: Variational learning is effective for large deep networks, ICML 2024,
         https://arxiv.org/abs/2402.17641, algorithm 1.
     """
 
-    def __init__(self, params: Iterable[Any], settings: IVONSettings) -> None:
-        super().__init__(params, {"steps": 0, **asdict(settings)})
+    def __init__(self, params: Iterable[Any], settings: "IVON", seed: int = 0) -> None:
+        values = asdict(settings)
+        values["lr"] = values.pop("learning_rate")
+        values["betas"] = (values.pop("beta1"), values.pop("beta2"))
+        super().__init__(params, {"steps": 0, "seed": seed, **values})
         self._pending: dict[Tensor, tuple[Tensor, Tensor]] = {}  # a drawn parameter's m and ε
 
     @torch.no_grad()
-    def std(self, parameter: Tensor) -> Tensor:
-        """σ of one parameter."""
-        for group in self.param_groups:
-            if any(member is parameter for member in group["params"]):
-                return self._std(parameter, group)
-        raise KeyError("the parameter is not of this optimiser")
+    def stds(self) -> dict[Tensor, Tensor]:
+        """σ of each parameter."""
+        return {p: self._std(p, group) for group in self.param_groups for p in group["params"]}
 
     def _std(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
         return (group["ess"] * (self._hessian(parameter, group) + group["delta"])).rsqrt()
@@ -125,7 +88,8 @@ class IVONOptimizer(torch.optim.Optimizer):
         """
         if not self._pending:
             raise RuntimeError(
-                "a step of IVON without a draw: got no noise, expected draw() before the forward pass"
+                "a step of IVON without a draw: got no noise, expected draw() before the forward "
+                "pass"
             )
         with torch.enable_grad():
             loss = closure() if closure else None
@@ -175,8 +139,9 @@ class IVON:
 
     The values for LoRA are those of the second reference as far as they are known to us: neither
     paper's tables were at hand when this was written, and their code was not read.
-    `Training.learning_rate`, which is AdamW's, and `Training.weight_decay` are not used; warm-up and
-    decay are. A head that is trained whole is learnt likewise, and the posterior holds its mean.
+    `Training.learning_rate`, which is AdamW's, and `Training.weight_decay` are not used; warm-up
+    and decay are. A head that is trained whole is learnt likewise, and the posterior holds its
+    mean.
 
     Args:
         learning_rate: at its peak.
@@ -186,7 +151,10 @@ class IVON:
         delta: δ; the prior is N(0, 1/(ess·δ)).
         beta1: of the momentum.
         beta2: of h.
-        clip_radius: bound on each entry of the preconditioned gradient.
+        clip_radius: bound on each entry of the preconditioned gradient; infinity for none.
+
+    Raises:
+        ValueError: if a value is out of range.
 
     Reference:
         Shen et al., ICML 2024, https://arxiv.org/abs/2402.17641; for LoRA Cong et al.: Variational
@@ -201,31 +169,32 @@ class IVON:
     beta2: float = 0.99999
     clip_radius: float = 1e-3
 
+    def __post_init__(self) -> None:
+        ess = 1.0 if self.ess is None else self.ess
+        prior = self.delta + self.hess_init
+        positive = min(self.learning_rate, ess, self.clip_radius, prior) > 0
+        betas = 0 <= self.beta1 < 1 and 0 <= self.beta2 < 1
+        if not positive or not betas or min(self.delta, self.hess_init) < 0:
+            raise ValueError(
+                f"out of range: got {self}, expected learning_rate, ess, clip_radius > 0, delta, "
+                "hess_init ≥ 0 and not both 0, beta1, beta2 in [0, 1); correct it"
+            )
+
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Gaussian:
         """Trains an adapter and makes both its slots Gaussian."""
-        settings = IVONSettings(
-            self.learning_rate,
-            float(len(scorer.task.train)) if self.ess is None else self.ess,
-            self.hess_init,
-            self.delta,
-            (self.beta1, self.beta2),
-            self.clip_radius,
-            training.seed,
-        )
+        ess = float(len(scorer.task.train)) if self.ess is None else self.ess
+        settings = replace(self, ess=ess)
 
         def optimizer(adapted: nn.Module) -> IVONOptimizer:
-            trainable = (p for p in adapted.parameters() if p.requires_grad)
-            return IVONOptimizer(trainable, settings)
+            trainable = [p for p in adapted.parameters() if p.requires_grad]
+            return IVONOptimizer(trainable, settings, training.seed)
 
         draw = DrawBeforeStep()
         adapted, report = fit_adapter(model, scorer, training, [draw], optimizer=optimizer)
-        slots = Slots(adapted)
-        stds = {}
-        for name, slot in slots.modules().items():
-            stds[name] = draw.optimizer.std(slot.get_parameter("weight"))
-        bayesify(adapted, slots=slots.names(SIDES))
+        stds = draw.optimizer.stds()
+        bayesify(adapted, slots=Slots(adapted).names(SIDES))
         posterior = Gaussian(adapted, scorer, report=report)
         with torch.no_grad():
-            for name, layer in posterior.layers().items():
-                layer.root_std.copy_(stds[name].sqrt())
+            for layer in posterior.layers().values():
+                layer.root_std.copy_(stds[layer.weight].sqrt())
         return posterior

@@ -1,9 +1,9 @@
-"""Laplace-LoRA: a Gaussian around a fitted adapter, with the likelihood's curvature as precision."""
+"""Laplace-LoRA: a Gaussian around a fitted adapter; the likelihood's curvature is its precision."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +30,8 @@ class Laplace:
     Args:
         base: fits θ_MAP; any method that returns a point.
         structure: "kfac" (KFAC-expand, see `bayestune.curvature`) or "diagonal".
-        layers: "all", or "last" for the adapters of the output head, or where it has none, of the last
-            block.
+        layers: "all", or "last" for the adapters of the output head, or where it has none, of the
+            last block.
         rank_kfac: eigenpairs kept of a Kronecker factor whose side is over 100.
         prior_precision: λ; chosen if None.
         choose: λ by the Laplace evidence of the training rows, or by the NLL of the linearised
@@ -85,20 +85,15 @@ class Laplace:
         weights = slots.weights()
         norm = sum(weights[name].double().square().sum().item() for name in names)
         rows = batches(scorer, scorer.task.train, self.batch_size)
+        settings: dict[str, Any] = {"max_rows": self.batch_size, "adapter": point.adapter}
         with Draws(bf16=bf16).precision(point.model):
             found = gauss_newton(
                 slots, scorer, rows, structure=self.structure, rank=self.rank_kfac, names=names
             )
-            precision = self._precision(point, scorer, found, norm)
+            linearised = Linearised(point.model, scorer, found.blocks, 1.0, **settings)
+            precision = self._precision(linearised, scorer, found, norm)
         family = Sampled if self.predictive == "sampled" else Linearised
-        posterior = family(
-            point.model,
-            scorer,
-            found.blocks,
-            precision,
-            max_rows=self.batch_size,
-            adapter=point.adapter,
-        )
+        posterior = family(point.model, scorer, found.blocks, precision, **settings)
         taken = meter.read()
         posterior.report = point.report.plus(
             **taken,
@@ -108,17 +103,14 @@ class Laplace:
         )
         return posterior
 
-    def _precision(self, point: Point, scorer: Scorer, found: Curvature, norm: float) -> float:
-        """λ as it is given, or as it is to be chosen."""
+    def _precision(
+        self, posterior: Linearised, scorer: Scorer, found: Curvature, norm: float
+    ) -> float:
         if self.prior_precision is not None:
             return self.prior_precision
         if self.choose == "evidence":
             return best_precision(found, norm)
-        size = self.batch_size
-        linearised = Linearised(
-            point.model, scorer, found.blocks, 1.0, max_rows=size, adapter=point.adapter
-        )
-        return best_on_held_out(linearised, batches(scorer, scorer.task.held_out, size))
+        return best_on_held_out(posterior, batches(scorer, scorer.task.held_out, self.batch_size))
 
 
 def last_slots(names: Sequence[str]) -> list[str]:

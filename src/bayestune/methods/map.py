@@ -1,4 +1,4 @@
-"""Maximum a posteriori: plain LoRA with weight decay, or with a Gaussian prior of a stated scale."""
+"""Maximum a posteriori: plain LoRA with weight decay, or with a Gaussian prior of a given scale."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,18 +13,20 @@ from bayestune.scoring import Scorer
 from bayestune.training import Training, fit_adapter
 
 
+@dataclass(eq=False)
 class GaussianPrior(TrainerCallback):
-    """Adds the gradient of −log p(θ)/N, θ/(N σ_p²), for p(θ) = N(0, σ_p²) on every entry of A and B.
+    """Adds the gradient of −log p(θ)/N, θ/(N σ_p²), for p(θ) = N(0, σ_p²) on each entry of A and B.
 
-    The loss is the mean over rows of −log p(answer), so the sum is the negative log posterior over N.
+    The loss is the mean over rows of −log p(answer), so the sum is the negative log posterior over
+    N.
 
     Args:
         prior_std: σ_p.
         num_rows: N, the training rows.
     """
 
-    def __init__(self, prior_std: float, num_rows: int) -> None:
-        self.precision = 1 / (num_rows * prior_std**2)
+    prior_std: float
+    num_rows: int
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Finds A and B."""
@@ -34,9 +36,10 @@ class GaussianPrior(TrainerCallback):
     @torch.no_grad()
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Adds to the gradients of the likelihood."""
+        precision = 1 / (self.num_rows * self.prior_std**2)
         for weight in self.weights:
             if weight.grad is not None:
-                weight.grad.add_(weight, alpha=self.precision)
+                weight.grad.add_(weight, alpha=precision)
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ class MAP:
         ValueError: if `prior_std` is not positive, or `weight_decay` is negative.
 
     Reference:
-        Wang et al.: BLoB, NeurIPS 2024, https://arxiv.org/abs/2406.11675, table 1 (weight decay 1e-5).
+        Wang et al.: BLoB, NeurIPS 2024, https://arxiv.org/abs/2406.11675, table 1 (weight decay
+        1e-5).
     """
 
     weight_decay: float = 1e-5

@@ -49,7 +49,7 @@ def changed(value: T, changes: Mapping[str, Any]) -> T:
         >>> changed(Training(), {"steps": 7, "lora": {"rank": 4}}).lora
         Lora(rank=4, alpha=16, dropout=0.0, targets=None)
     """
-    return _built(type(value), changes, defaults=asdict(value)) if changes else value  # type: ignore[call-overload]
+    return _built(type(value), changes, asdict(value), {}) if changes else value  # type: ignore[call-overload]
 
 
 def make_method(
@@ -117,9 +117,8 @@ def _made(
         )
     cls = METHODS[key]
     base = _base(cls, given, entries, chain)
-    if base:
-        given.pop("base", None)
-    method = _built(cls, given, base=base)
+    fields_given = {name: value for name, value in given.items() if name not in base}
+    method = _built(cls, fields_given, {}, base)
     return WithTraining(method, changes) if changes else method
 
 
@@ -130,30 +129,23 @@ def _base(
     chain: tuple[str, ...],
 ) -> dict[str, Method]:
     """The base as a keyword argument of the method; none for methods without one."""
-    field = {field.name: field for field in fields(cls)}.get("base")  # type: ignore[arg-type]
+    field = next((field for field in fields(cls) if field.name == "base"), None)  # type: ignore[arg-type]
     if field is None:
         return {}
     if "base" in given:
         return {"base": _made(given["base"], entries, "", chain)}
-    if field.default_factory is not MISSING:
-        return {"base": field.default_factory()}
-    if field.default is not MISSING:
-        return {"base": field.default}
-    raise ValueError(
-        f"{cls.__name__} needs a base: got {dict(given)}, expected `base`, a method's name or "
-        "settings; add it"
-    )
+    if field.default_factory is MISSING:
+        raise ValueError(
+            f"{cls.__name__} needs a base: got {dict(given)}, expected `base`, a method's name or "
+            "settings; add it"
+        )
+    return {"base": field.default_factory()}
 
 
 def _built(
-    cls: type[T],
-    given: Mapping[str, Any],
-    *,
-    defaults: Mapping[str, Any] | None = None,
-    base: Mapping[str, Any] | None = None,
+    cls: type[T], given: Mapping[str, Any], defaults: Mapping[str, Any], base: Mapping[str, Any]
 ) -> T:
     """A dataclass of fields from a configuration, each checked against its type, and its base."""
-    base = base or {}
     known = {field.name for field in fields(cls)} - set(base)  # type: ignore[arg-type]
     if unknown := sorted(set(given) - known):
         raise ValueError(
@@ -164,7 +156,7 @@ def _built(
         return cls(**base)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, skip=set(base))
-    parser.set_defaults(dict(defaults or {}))
+    parser.set_defaults(dict(defaults))
     try:
         values = parser.instantiate(parser.parse_object(dict(given)))
     except ArgumentError as error:

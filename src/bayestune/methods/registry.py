@@ -5,9 +5,7 @@ A new method is one file and one entry here; `bayestune.methods` exports every c
 
 from typing import Any
 
-from bayestune.methods.blob import BBB
-from bayestune.methods.blob import AuthorsBLoB
-from bayestune.methods.blob import BLoB
+from bayestune.methods.blob import BBB, AuthorsBLoB, BLoB
 from bayestune.methods.dalorra import DALorRA
 from bayestune.methods.ensemble import Ensemble
 from bayestune.methods.ivon import IVON
@@ -17,8 +15,7 @@ from bayestune.methods.mc_dropout import MCDropout
 from bayestune.methods.mle import MLE
 from bayestune.methods.scalabl import ScalaBL
 from bayestune.methods.swag import SWAG
-from bayestune.methods.temperature import PosteriorScale
-from bayestune.methods.temperature import Temperature
+from bayestune.methods.temperature import PosteriorScale, Temperature
 from bayestune.methods.tfb import TFB
 
 METHODS: dict[str, type[Any]] = {

@@ -1,4 +1,4 @@
-"""ScalaBL: Gaussian factors on the ranks of A, in the coordinates of A's singular value decomposition."""
+"""ScalaBL: Gaussian factors on the ranks of A, in the basis of A's singular vectors."""
 
 import math
 from dataclasses import dataclass
@@ -25,16 +25,12 @@ class SingularLinear(RankLinear):
         groups: shared by a model's layers, see `RowGroups`.
 
     Raises:
-        ValueError: if `init_std` is not positive, or A has more ranks than inputs.
+        ValueError: if A has more ranks than inputs.
     """
 
     def __init__(
         self, linear: nn.Linear, init_std: float = 0.05, groups: RowGroups | None = None
     ) -> None:
-        if init_std <= 0:
-            raise ValueError(
-                f"init_std must be positive: got {init_std}; the published value is 0.05"
-            )
         if linear.out_features > linear.in_features:
             raise ValueError(
                 f"A has more ranks than inputs: got ({linear.out_features}, {linear.in_features}), "
@@ -74,23 +70,14 @@ def factor_kl_step_(log_mean: Tensor, log_std: Tensor, step: float) -> None:
     log_std.sub_((2 * log_std).exp() - 1, alpha=step)
 
 
+@dataclass(eq=False)
 class FactorKL(TrainerCallback):
-    """A step of η_t = kl_lr·schedule_t·π_t on the KL after each of the optimiser's, as in BLoB.
+    """A step of η_t = kl_lr·schedule_t·π_t on the KL after each of the optimiser's, as in BLoB."""
 
-    Args:
-        kl_lr: the learning rate of the KL.
-        schedule: "bursts" or "constant", π_t.
-        num_rows: N, the training rows.
-        warmup_ratio: the part of the steps that warms up.
-    """
-
-    def __init__(
-        self, kl_lr: float, schedule: Schedule, num_rows: int, warmup_ratio: float
-    ) -> None:
-        self.kl_lr = kl_lr
-        self.schedule: Schedule = schedule
-        self.num_rows = num_rows
-        self.warmup_ratio = warmup_ratio
+    kl_lr: float
+    schedule: Schedule
+    num_rows: int
+    warmup_ratio: float
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Finds the layers and plans the steps."""
@@ -119,9 +106,9 @@ class ScalaBL:
 
     As published: μ and V from the singular value decomposition of A as PEFT starts it, both μ and σ
     as logarithms, V trained freely after that (the paper learns all its parameters by stochastic
-    variational inference), AdamW on the likelihood of all parameters, and steps of its own on the KL,
-    at 0.2 and with BLoB's schedule. Unlike there, the KL is KL[q ‖ p] (the public code has the two
-    the other way round), and each row has a draw of its own.
+    variational inference), AdamW on the likelihood of all parameters, and steps of its own on the
+    KL, at 0.2 and with BLoB's schedule. Unlike there, the KL is KL[q ‖ p] (the public code has the
+    two the other way round), and each row has a draw of its own.
 
     Args:
         init_std: ε; σ starts uniform on (ε/√2, ε).
@@ -132,8 +119,8 @@ class ScalaBL:
         ValueError: if a value is out of range.
 
     Reference:
-        Samplawski, Cobb, Acharya, Kaur, Jha: Scalable Bayesian low-rank adaptation of large language
-        models via stochastic variational subspace inference, UAI 2025,
+        Samplawski, Cobb, Acharya, Kaur, Jha: Scalable Bayesian low-rank adaptation of large
+        language models via stochastic variational subspace inference, UAI 2025,
         https://arxiv.org/abs/2506.21408.
     """
 

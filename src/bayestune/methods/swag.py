@@ -19,8 +19,9 @@ from bayestune.training import Training, fit_adapter
 FILE = "swag.safetensors"
 
 
+@dataclass(eq=False)
 class Collector(TrainerCallback):
-    """Keeps the learning rate constant from a step on, and collects one iterate in every c from then.
+    """Keeps the learning rate constant from a step on, and then collects one iterate in every c.
 
     With θ_n the n-th iterate: θ̄_n = θ̄_{n−1} + (θ_n − θ̄_{n−1})/n, v the mean square of θ_1 … θ_n
     about θ̄_n, and D the last K of θ_i − θ̄_i. They are saved in each checkpoint.
@@ -32,11 +33,12 @@ class Collector(TrainerCallback):
         rate: the constant learning rate over the run's own at its peak.
     """
 
-    def __init__(self, start: int, every: int, rank: int, rate: float) -> None:
-        self.start = start
-        self.every = every
-        self.rank = rank
-        self.rate = rate
+    start: int
+    every: int
+    rank: int
+    rate: float
+
+    def __post_init__(self) -> None:
         self.count = 0
         self.means: dict[str, Tensor] = {}
         # Σ (θ_i − θ̄)², summed as Welford does, because E[θ²] − E[θ]² would cancel
@@ -120,25 +122,26 @@ def _file(args: Any, state: Any) -> Path:
 class SWAG:
     """Trains as maximum likelihood does, then takes a Gaussian through iterates at a constant rate.
 
-    Collected are the iterates of AdamW, as for LoRA in the second reference, not of SGD. Its settings
-    are collecting from epoch 8 of 15 on, at a tenth of the learning rate, with 5 deviations and one
-    iterate an epoch. Unlike there, the first phase keeps the run's own schedule, the rate changes at
-    once, no best checkpoint is sought, and a run with few epochs collects more often. A head that is
-    trained whole is set to its mean.
+    Collected are the iterates of AdamW, as for LoRA in the second reference, not of SGD. Its
+    settings are collecting from epoch 8 of 15 on, at a tenth of the learning rate, with 5
+    deviations and one iterate an epoch. Unlike there, the first phase keeps the run's own schedule,
+    the rate changes at once, no best checkpoint is sought, and a run with few epochs collects more
+    often. A head that is trained whole is set to its mean.
 
     Args:
         start: the part of the steps before the learning rate is constant, in [0, 1).
         rate: the constant learning rate over that of the training at its peak.
         rank: K ≥ 2, how many deviations span the low-rank part.
-        every: c, steps from one iterate to the next; None for an epoch, or less so that there are 2·K
-            iterates.
+        every: c, steps from one iterate to the next; None for an epoch, or less so that there are
+            2·K iterates.
 
     Raises:
         ValueError: if a value is out of range.
 
     Reference:
-        Maddox, Garipov, Izmailov, Vetrov, Wilson: SWAG, NeurIPS 2019, https://arxiv.org/abs/1902.02476;
-        for LoRA Onal, Flöge, Caldwell, Sheverdin, Fortuin, 2024, https://arxiv.org/abs/2405.03425.
+        Maddox, Garipov, Izmailov, Vetrov, Wilson: SWAG, NeurIPS 2019,
+        https://arxiv.org/abs/1902.02476; for LoRA Onal, Flöge, Caldwell, Sheverdin, Fortuin, 2024,
+        https://arxiv.org/abs/2405.03425.
     """
 
     start: float = 8 / 15
@@ -184,7 +187,7 @@ class SWAG:
         count = (steps - start) // every
         if count < 2:
             raise ValueError(
-                f"SWAG needs two iterates: got {count} in {steps - start} steps, one in every {every}, "
-                "expected at least 2; train longer, start earlier or collect more often"
+                f"SWAG needs two iterates: got {count} in {steps - start} steps, one in every "
+                f"{every}, expected at least 2; train longer, start earlier or collect more often"
             )
         return Collector(start, every, self.rank, self.rate)

@@ -29,8 +29,8 @@ def best_temperature(logits: Tensor, labels: Tensor) -> float:
         3.641
 
     Reference:
-        Guo, Pleiss, Sun, Weinberger: On calibration of modern neural networks, ICML 2017,
-        section 4.2, https://arxiv.org/abs/1706.04599.
+        Guo, Pleiss, Sun, Weinberger: On calibration of modern neural networks, ICML 2017, section
+        4.2, https://arxiv.org/abs/1706.04599.
     """
     log_temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
     logits = logits.double().nan_to_num(neginf=-1e30)  # -inf times a gradient of 0 would be NaN
@@ -98,8 +98,8 @@ class PosteriorScale:
         posterior = self.base.fit(model, scorer, training)
         if not isinstance(posterior, Gaussian):
             raise ValueError(
-                f"PosteriorScale scales a Gaussian: got a {type(posterior).__name__} from its base, "
-                "expected BLoB, BBB, TFB or IVON"
+                f"PosteriorScale scales a Gaussian: got a {type(posterior).__name__} from its "
+                "base, expected BLoB, BBB, TFB or IVON"
             )
         meter = Meter()
         roots = {name: slot.root_std.detach().clone() for name, slot in posterior.layers().items()}

@@ -27,8 +27,8 @@ def as_point(posterior: Posterior) -> Point:
     """
     if not posterior.has_mean:
         raise ValueError(
-            f"TFB starts from one adapter: got a {type(posterior).__name__} without a mean; use its "
-            "base"
+            f"TFB starts from one adapter: got a {type(posterior).__name__} without a mean; use "
+            "its base"
         )
     slots = Slots(posterior.model, posterior.adapter)
     plain = {}
@@ -69,13 +69,7 @@ def rotate_(slots: Slots) -> dict[str, Tensor]:
 
 
 def set_isotropic_(posterior: Gaussian, values: dict[str, Tensor], std: float) -> None:
-    """Sets Ω_ij = σ_q/d_i, and 0 in directions that B does not have, where it would change nothing.
-
-    Args:
-        posterior: changed in place.
-        values: d (r,) by slot name, see `rotate_`.
-        std: σ_q.
-    """
+    """Sets Ω_ij = σ_q/d_i, d as of `rotate_`; 0 where B has no direction."""
     with torch.no_grad():
         for name, slot in posterior.layers().items():
             d = values[name]
@@ -106,8 +100,8 @@ class TFB:
         ValueError: if the metric is unknown.
 
     Reference:
-        Shi, Wang, Han, Zhang, Wang: Training-free Bayesianization for low-rank adapters of LLMs, 2024,
-        https://arxiv.org/abs/2412.05723.
+        Shi, Wang, Han, Zhang, Wang: Training-free Bayesianization for low-rank adapters of LLMs,
+        2024, https://arxiv.org/abs/2412.05723.
     """
 
     base: Method = field(default_factory=MLE)
@@ -174,7 +168,7 @@ class TFB:
         return (logits.softmax(-1).mean(0).argmax(-1) == labels).double().mean().item()
 
     def _search(self, loss: Callable[[float], float]) -> tuple[float, list[tuple[float, float]]]:
-        """The largest feasible σ_q that was tried, 0 if none was; and each σ_q tried with its loss."""
+        """The largest feasible σ_q, 0 if none was; and each σ_q that was tried with its loss."""
         reference = loss(0.0)
         published = 0.003 if self.metric == "nll" else 0.01
         bound = published if self.tolerance is None else self.tolerance

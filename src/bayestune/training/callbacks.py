@@ -1,4 +1,4 @@
-"""Stops training when the loss is NaN or infinite, writes a checkpoint at ctrl-C, adds to log lines."""
+"""Stops training when the loss is NaN or infinite; writes a checkpoint at ctrl-C."""
 
 import math
 import signal
@@ -25,6 +25,7 @@ class StopOnSignal(TrainerCallback):
         self.stopped = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Takes the signal over."""
         self._before = signal.getsignal(signal.SIGINT)
         try:
             signal.signal(signal.SIGINT, self._handle)
@@ -40,11 +41,13 @@ class StopOnSignal(TrainerCallback):
             signal.signal(signal.SIGINT, self._before)
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        """Saves and stops after ctrl-C."""
         if self.stopped:
             control.should_save = True
             control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Gives the signal back."""
         self._restore()
 
 

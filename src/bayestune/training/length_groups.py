@@ -1,6 +1,7 @@
 """Batches of rows of like length, in an order that seed and epoch alone determine."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.utils.data import Sampler
@@ -44,19 +45,17 @@ def by_length(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) ->
     return shuffled + order[whole:]
 
 
+@dataclass(eq=False)
 class LengthGroups(Sampler[int]):
     """The order of `by_length`.
 
     The epoch is asked for when one begins, because a resumed run begins in the middle.
     """
 
-    def __init__(
-        self, lengths: Sequence[int], batch_size: int, seed: int, epoch: Callable[[], int]
-    ) -> None:
-        self.lengths = lengths
-        self.batch_size = batch_size
-        self.seed = seed
-        self.epoch = epoch
+    lengths: Sequence[int]
+    batch_size: int
+    seed: int
+    epoch: Callable[[], int]
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -124,13 +124,7 @@ def train(
     *,
     optimizer: MakeOptimizer | None = None,
 ) -> FitReport:
-    """Trains the adapters of a PEFT model, in place, on the scorer's training rows.
-
-    Args and Raises are those of `fit_adapter`, but the model has its adapter already.
-
-    Returns:
-        Time, steps, log and peak memory.
-    """
+    """Trains a PEFT model in place: `fit_adapter` for a model that has its adapter already."""
     meter = Meter()
     check_trainable(scorer.task)
     rows = scorer.encode(scorer.task.train)
