@@ -53,7 +53,7 @@ def learnt(posterior, case):
 
 
 def resumes(method, case, folder):
-    """Whether a run that is stopped at a checkpoint in its middle and resumed ends as the whole one."""
+    """Whether a run that is stopped at a checkpoint and resumed ends as the whole one."""
     whole = case.fit(method, save_steps=4, output=folder)
     shutil.rmtree(newest_checkpoint(folder))
     assert newest_checkpoint(folder).name == "checkpoint-4"

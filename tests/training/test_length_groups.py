@@ -1,4 +1,4 @@
-"""Batches of rows of like length: every row once, little padding, the seed's and the epoch's order."""
+"""Batches of rows of like length: every row once, little padding, a reproducible order."""
 
 import itertools
 import shutil
