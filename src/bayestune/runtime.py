@@ -9,6 +9,11 @@ from pathlib import Path
 
 import torch
 
+try:
+    import resource
+except ImportError:  # Windows has none
+    resource = None  # type: ignore[assignment]
+
 # of glibc's malloc.h
 _TRIM_THRESHOLD = -1
 _TOP_PAD = -2
@@ -79,9 +84,7 @@ def peak_memory_mb() -> float:
 
 
 def _peak_of_the_process_mb() -> float:
-    try:
-        import resource  # not on Windows
-    except ImportError:
+    if resource is None:
         return float("nan")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes on macOS, else KiB
