@@ -38,7 +38,8 @@ def drawn_logits(posterior: Drawable, inputs: Batch, draws: Draws, plan: "Plan")
     plan.renew(posterior, draws)
     sharing = plan.sharing(posterior, draws)
     inputs = on_device(inputs, posterior.model)
-    size = draws.count if plan.only_head else draws.at_once(inputs)
+    in_one_pass = plan.only_head and draws.shared_prefix is None
+    size = draws.count if in_one_pass else draws.at_once(inputs)
     parts = []
     with evaluating(posterior.model):
         for start in range(0, draws.count, size):
