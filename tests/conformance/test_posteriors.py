@@ -234,7 +234,7 @@ def test_a_shared_prefix_is_served_or_refused_by_name(posterior, batch):
 
 def test_the_beginning_that_rows_have_in_common_changes_nothing(posterior, batches):
     seen = passes(posterior.model)
-    for batch in batches[1] * 2:
+    for batch in batches[1] * 3:
         seen.clear()
         found = posterior.logits(batch, Draws(12))
         shapes = list(seen)
