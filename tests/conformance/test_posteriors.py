@@ -98,6 +98,7 @@ FAMILIES: dict[str, Make] = {
 }
 CASES = FAMILIES | {
     "tempered dropout": lambda model, scorer: Tempered(Dropout(model, scorer), 2.0),
+    "tempered mixture": lambda model, scorer: Tempered(FAMILIES["mixture"](model, scorer), 2.0),
     "mixture of passes": mixture_of(Dropout, Dropout),
     "mixture, member by member": mixture_of(linearised, Point),
 }

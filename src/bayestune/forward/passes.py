@@ -82,7 +82,9 @@ class Plan:
             if index not in self._draws:
                 self._draws[index] = posterior.draw(index, draws.seed)
         chosen = [self._draws[index] for index in draws.indices]
-        self._stacks = {name: torch.stack([draw[name] for draw in chosen]) for name in chosen[0]}
+        self._stacks = {}
+        for name in chosen[0]:
+            self._stacks[name] = torch.stack([draw[name] for draw in chosen])
         self._indices = draws.indices
         self._before = BeforeFirstDraw.of(self._slots, self._stacks)
 
