@@ -34,7 +34,8 @@ class BeforeFirstDraw:
         """Finds what comes before the slots that are drawn."""
         base = base_of(slots.model)
         head = output_head(slots.model)
-        drawn = {path: slots.layers[path] for path in (split_name(name)[0] for name in stacks)}
+        paths = {split_name(name)[0]: None for name in stacks}  # in the slots' order
+        drawn = {path: slots.layers[path] for path in paths}
         if head is not None and all(layer is head for layer in drawn.values()):
             return cls(slots, head=head)
         inner = [path for path, layer in drawn.items() if layer is not head]

@@ -38,7 +38,8 @@ def drawn_logits(posterior: Drawable, inputs: Batch, draws: Draws, plan: "Plan")
     plan.renew(posterior, draws)
     sharing = plan.sharing(posterior, draws)
     inputs = on_device(inputs, posterior.model)
-    size = draws.count if plan.only_head else draws.at_once(inputs)
+    in_one_pass = plan.only_head and draws.shared_prefix is None
+    size = draws.count if in_one_pass else draws.at_once(inputs)
     parts = []
     with evaluating(posterior.model):
         for start in range(0, draws.count, size):
@@ -81,7 +82,9 @@ class Plan:
             if index not in self._draws:
                 self._draws[index] = posterior.draw(index, draws.seed)
         chosen = [self._draws[index] for index in draws.indices]
-        self._stacks = {name: torch.stack([draw[name] for draw in chosen]) for name in chosen[0]}
+        self._stacks = {}
+        for name in chosen[0]:
+            self._stacks[name] = torch.stack([draw[name] for draw in chosen])
         self._indices = draws.indices
         self._before = BeforeFirstDraw.of(self._slots, self._stacks)
 

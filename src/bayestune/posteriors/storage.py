@@ -19,6 +19,7 @@ from bayestune.posteriors.gaussian import Gaussian
 from bayestune.posteriors.mixture import Mixture
 from bayestune.posteriors.point import Point
 from bayestune.posteriors.posterior import KINDS, AdapterPosterior, Posterior, Saved
+from bayestune.posteriors.tempered import Tempered
 
 FORMAT = 1
 CONFIG = "adapter_config.json"
@@ -73,6 +74,9 @@ def save_posterior(
             record["members"] = [f"member-{i}" for i in range(len(posterior.members))]
             for member, own in zip(posterior.members, record["members"], strict=True):
                 save_posterior(member, folder / own, details)
+        elif isinstance(posterior, Tempered) and isinstance(posterior.base, Mixture):
+            record |= {"base": "base", "facts": {"temperature": posterior.temperature}}
+            save_posterior(posterior.base, folder / "base", details)
         else:
             record |= _write(posterior, scratch)
         text = json.dumps({**record, **(details or {})}, indent=2, default=str) + "\n"
@@ -225,7 +229,11 @@ def load_posterior(
         PosteriorError: if the folder is no posterior, a file is cut off, or it is of another model,
             rank or mean.
     """
-    members = read_details(folder).get("members")
+    details = read_details(folder)
+    if "base" in details:
+        mixture = load_posterior(base, folder / details["base"], scorer, trainable=trainable)
+        return Tempered(mixture, **details["facts"])
+    members = details.get("members")
     if members is None:
         return _load(base, folder, scorer, ADAPTER, trainable)
     folders = [folder / member for member in members]
