@@ -9,7 +9,7 @@ from bayestune import runtime
 
 FAULTS = """
 import resource, sys, torch
-from bayestune.allocator import keep_freed_memory
+from bayestune.runtime import keep_freed_memory
 took = [keep_freed_memory(word == "keep") for word in sys.argv[1:]]
 def work():
     return torch.ones(64, 2**17).mul(2)  # two blocks of 32 MiB
@@ -53,3 +53,18 @@ def test_another_c_library_is_left_alone(monkeypatch):
     monkeypatch.setattr(runtime.sys, "platform", "linux")
     monkeypatch.setattr(runtime.ctypes, "CDLL", lambda _: object())
     assert runtime.keep_freed_memory() is False
+
+
+def test_the_revision_is_of_our_own_checkout_or_none(monkeypatch):
+    def absent(*_, **__):
+        raise FileNotFoundError("git")
+
+    def outside(*_, **__):
+        raise subprocess.CalledProcessError(128, "git")
+
+    def another(*_, **__):  # installed in an environment inside somebody's repository
+        return subprocess.CompletedProcess([], 0, stdout="/somewhere/else\n")
+
+    for run in (absent, outside, another):
+        monkeypatch.setattr(runtime.subprocess, "run", run)
+        assert runtime.revision() is None

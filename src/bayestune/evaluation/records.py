@@ -102,7 +102,7 @@ def prediction_rows(
     return rows
 
 
-def append_results(folder: Path, results: Sequence[Result]) -> list[Record]:
+def append_results(folder: Path, results: Sequence[Result]) -> None:
     """Adds records to `records.jsonl`, all or none, and files of their rows beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     before = read_records(folder)
@@ -111,7 +111,6 @@ def append_results(folder: Path, results: Sequence[Result]) -> list[Record]:
         name = "-".join(str(result.record[key]) for key in ("method", "draws", "seed"))
         added.append(result.keep_rows(folder, f"rows-{number}-{name}.jsonl"))
     write_json_lines(folder / RECORDS, [*before, *added])
-    return added
 
 
 def read_records(folder: Path) -> list[Record]:
