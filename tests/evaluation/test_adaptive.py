@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from stand_ins import Atoms
 from torch.testing import assert_close
 
 from bayestune import Adaptive, predict_adaptively
@@ -14,7 +15,6 @@ from bayestune.evaluation.adaptive import AdaptivePrediction, in_rounds
 from bayestune.forward import Draws
 from bayestune.posteriors import Gaussian, Point, Prediction, predict
 from bayestune.scoring import make_scorer, row_logits
-from stand_ins import Atoms
 
 SURE = [30.0, -30.0]  # probabilities of 1 and 0, exactly 1 in float64
 OTHER = [-30.0, 30.0]

@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from stand_ins import Atoms
 from torch.testing import assert_close
 
 from bayestune.adapters import Lora, attach, bayesify
@@ -10,7 +11,6 @@ from bayestune.evaluation import EvaluationOptions, evaluate_posterior
 from bayestune.forward import Draws
 from bayestune.posteriors import Gaussian, Point, Prediction
 from bayestune.scoring import make_scorer, row_logits
-from stand_ins import Atoms
 
 ROWS = (
     Question(

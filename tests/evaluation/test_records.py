@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from stand_ins import Atoms
 
 from bayestune.data import Question
 from bayestune.evaluation import (
@@ -18,7 +19,6 @@ from bayestune.evaluation.adaptive import AdaptivePrediction
 from bayestune.evaluation.evaluate import Evaluated
 from bayestune.metrics import summarise
 from bayestune.posteriors import Prediction
-from stand_ins import Atoms
 
 ROWS = (
     Question("short", "red?", ("sky", "grass"), 0),

@@ -31,12 +31,7 @@ METHOD_HELP = ", ".join(METHODS)
 
 
 class Parser(ArgumentParser):
-    """A command's parser."""
-
-    def __init__(self, name: str, description: str) -> None:
-        super().__init__(prog=f"bayestune {name}", description=description)
-        # the one place for what --config may name
-        self.add_argument("--config", action="config", help="a YAML or JSON file of these options")
+    """A parser whose options take a line each."""
 
     def option(self, name: str, kind: Any, default: Any, text: str) -> None:
         """Adds an option that may be left out."""
@@ -51,15 +46,22 @@ class Parser(ArgumentParser):
         self.add_class_arguments(cls, nested, skip=set(skip))
 
 
+def _parser(name: str, description: str) -> Parser:
+    parser = Parser(prog=f"bayestune {name}", description=description)
+    # the one place for what --config may name
+    parser.add_argument("--config", action="config", help="a YAML or JSON file of these options")
+    return parser
+
+
 def _fit_parser() -> Parser:
-    parser = Parser("fit", "Fit one method and save its posterior.")
+    parser = _parser("fit", "Fit one method and save its posterior.")
     parser.option("method", str, "blob", f"one of {METHOD_HELP}")
     _add_fitting(parser)
     return parser
 
 
 def _compare_parser() -> Parser:
-    parser = Parser(
+    parser = _parser(
         "compare", "Fit and evaluate several methods on one task: table, picture, page."
     )
     parser.option("methods", list[str], ["mle", "blob"], f"among {METHOD_HELP}")
@@ -83,7 +85,7 @@ def _add_fitting(parser: Parser) -> None:
 
 
 def _evaluate_parser() -> Parser:
-    parser = Parser("evaluate", "Accuracy and calibration of a posterior on labelled questions.")
+    parser = _parser("evaluate", "Accuracy and calibration of a posterior on labelled questions.")
     _add_reading(parser)
     parser.options_of(TaskOptions, skip=["data", "scoring", "max_length", "holdout", "train_rows"])
     parser.options_of(EvaluationOptions)
@@ -92,7 +94,7 @@ def _evaluate_parser() -> Parser:
 
 
 def _predict_parser() -> Parser:
-    parser = Parser(
+    parser = _parser(
         "predict", "Probabilities and uncertainty for your own rows: JSON lines in, JSON lines out."
     )
     _add_reading(parser)
@@ -116,7 +118,7 @@ def _add_reading(parser: Parser) -> None:
 
 
 def _bayesianise_parser() -> Parser:
-    parser = Parser("bayesianise", "A posterior around any LoRA adapter, without training (TFB).")
+    parser = _parser("bayesianise", "A posterior around any LoRA adapter, without training (TFB).")
     parser.add_argument("adapter", type=Path, help="a LoRA adapter folder, as PEFT saves it")
     parser.needed("anchor", "JSONL or CSV rows with answers, best from training")
     parser.option("model", str | None, None, "the base model, where not the adapter's own")
@@ -131,7 +133,7 @@ def _bayesianise_parser() -> Parser:
 
 
 def _bench_parser() -> Parser:
-    parser = Parser(
+    parser = _parser(
         "bench",
         "Fit and evaluate a grid of models, tasks, methods and seeds; goes on where it stopped.",
     )
@@ -145,7 +147,7 @@ def _bench_parser() -> Parser:
 
 
 def _table_parser() -> Parser:
-    parser = Parser(
+    parser = _parser(
         "table",
         "The table of a results folder: methods × tasks, mean ± std over seeds, significance.",
     )
@@ -158,7 +160,7 @@ def _table_parser() -> Parser:
 
 
 def _demo_parser() -> Parser:
-    parser = Parser(
+    parser = _parser(
         "demo", "MLE and BLoB on the embedded questions in a few minutes, with a report."
     )
     parser.option("model", str | None, None, MODEL_HELP)

@@ -104,7 +104,7 @@ def grouped(records: Sequence[Record], keys: Sequence[str] = _SHARED) -> list[li
     """
     if not records:
         raise ValueError(
-            "got no records; expected one per evaluated method; run `bayestune benchmark` first"
+            "got no records; expected one per evaluated method; run `bayestune bench` first"
         )
     groups: dict[tuple[str, ...], list[Record]] = {}
     for record in records:
