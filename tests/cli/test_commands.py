@@ -264,8 +264,8 @@ def test_ctrl_c_is_exit_code_130(monkeypatch, capsys, interrupt):
     def interrupted(_):
         raise interrupt
 
-    make, _, summary = parser.COMMANDS["predict"]
-    monkeypatch.setitem(parser.COMMANDS, "predict", (make, interrupted, summary))
+    _, options = parser.COMMANDS["predict"]
+    monkeypatch.setitem(parser.COMMANDS, "predict", (interrupted, options))
     assert main(["predict", "--posterior=a", "--input=b"]) == 130
     assert capsys.readouterr().err == f"bayestune: {str(interrupt) or 'interrupted'}\n"
 

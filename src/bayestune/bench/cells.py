@@ -138,12 +138,9 @@ class Grid:
         return loaded
 
     def cells(self, tasks: Mapping[str, Task]) -> list[Cell]:
-        """For each model the seeds, for each seed the tasks, for each task the methods as given.
+        """The cells on the tasks of `load_all`, seed by seed, task by task, method by method.
 
         So a run that is cut off has whole tables of the first seeds.
-
-        Args:
-            tasks: of `load_all`.
 
         Raises:
             ValueError: if settings are wrong, or two cells cannot be told apart by name.

@@ -72,11 +72,7 @@ def _refuse_unknown(what: str, given: Sequence[str], known: Mapping[str, Any]) -
 
 
 def run_local(worker: Worker, progress: Progress) -> list[Cell]:
-    """Computes one cell after the other, at the end those that other processes leave.
-
-    Returns:
-        The failed cells.
-    """
+    """Computes one cell after the other; returns those that failed."""
     failed: list[Cell] = []
     waiting = progress.todo()
     pause = PAUSE
@@ -100,15 +96,10 @@ def run_local(worker: Worker, progress: Progress) -> list[Cell]:
 
 
 def run_ray(worker: Worker, progress: Progress) -> list[Cell]:
-    """Makes a Ray task of every unfinished cell, on a GPU of its own where the cluster has any.
+    """Makes a Ray task of every unfinished cell; returns those that failed.
 
-    A cell whose fit another one is making comes back at once and is handed out again.
-
-    Returns:
-        The failed cells.
-
-    Raises:
-        ImportError: if Ray is not installed.
+    A task has a GPU of its own where the cluster has any. A cell whose fit another one is making
+    comes back at once and is handed out again.
     """
     try:
         import ray  # type: ignore[import-not-found]

@@ -74,13 +74,8 @@ class Busy(Exception):
 def claimed(folder: Path, key: str, *, wait: bool = False) -> Iterator[None]:
     """Holds the lock of a key, which the operating system frees however the process ends.
 
-    Args:
-        folder: of the locks.
-        key: what is locked.
-        wait: whether to wait for another process that holds it.
-
     Raises:
-        Busy: at once, if another process holds it and `wait` is not set.
+        Busy: at once, if another process holds it, unless told to `wait`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / f"{key}.lock")
@@ -100,18 +95,12 @@ class Kept:
 
     Its base is kept likewise, so post-hoc methods of one base, and ensembles, share what they are
     made of.
-
-    Args:
-        method: what is fitted.
-        session: in which it is fitted.
-        folder: of the results.
-        context: a digest of what a fit depends on besides method and training.
     """
 
     method: Method
     session: Session
     folder: Path
-    context: str
+    context: str  # a digest of what any fit on this model and task depends on
 
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Posterior:
         """The posterior of `fitted`; model and scorer are those of the session."""

@@ -27,16 +27,9 @@ State = Literal["finished", "computed", "busy", "failed"]
 def compute_cell(
     cell: Cell, session: Session, tasks: Mapping[str, Task], folder: Path
 ) -> list[Record]:
-    """Fits and evaluates a cell and writes its records; leaves the model without adapters.
+    """Fits and evaluates a cell and writes its records, one for each task and number of draws.
 
-    Args:
-        cell: what to compute.
-        session: on the cell's model and task.
-        tasks: by name.
-        folder: of the results.
-
-    Returns:
-        The records, one for each evaluated task and number of draws.
+    The session is on the cell's model, which is left without adapters, and on its task.
     """
     begin = time.perf_counter()
     fit = Kept(cell.method, session, folder, cell.context).fitted(cell.training)
@@ -56,12 +49,7 @@ def compute_cell(
 
 
 class Worker:
-    """Computes cells of one grid in this process; keeps the rows and the model in between.
-
-    Args:
-        grid: what to run.
-        folder: of the results.
-    """
+    """Computes cells of a grid in this process; keeps the rows and the model in between."""
 
     def __init__(self, grid: Grid, folder: Path) -> None:
         self.grid = grid
@@ -73,12 +61,7 @@ class Worker:
     def compute(self, cell: Cell, starting: Callable[[Cell], None] | None = None) -> State:
         """Computes a cell, unless it is finished or another process is at it.
 
-        Args:
-            cell: one of `cells`.
-            starting: is called when the work begins.
-
-        Returns:
-            What became of the cell.
+        `starting` is called when the work begins.
         """
         try:
             with claimed(self.folder / LOCKS, f"cell-{cell.key}"):
@@ -118,12 +101,7 @@ class Worker:
 
 
 class Progress:
-    """Says when a cell starts and ends, and how long the rest may take by the time of like cells.
-
-    Args:
-        folder: of the results.
-        cells: all of the run.
-    """
+    """Says when cells start and end, and how long the rest may take by the time of like cells."""
 
     def __init__(self, folder: Path, cells: Sequence[Cell]) -> None:
         self.folder = folder

@@ -31,7 +31,7 @@ from bayestune.training import Training
 
 
 def fit(o: Namespace) -> None:
-    """Fits a method; with --resume goes on where a run was cut off, and leaves a finished one."""
+    """Fit one method and save its posterior."""
     if o.resume and (o.output / DETAILS).is_file():
         print(f"finished already: posterior in {o.output}")
         return
@@ -44,7 +44,7 @@ def fit(o: Namespace) -> None:
 
 
 def evaluate(o: Namespace) -> None:
-    """Appends records to the posterior's folder, or to --output."""
+    """Accuracy and calibration of a posterior on labelled questions."""
     session = Session.of_posterior(o.posterior, built(TaskOptions, o), o.model)
     results = session.evaluate(session.load(o.posterior, o.bf16), built(EvaluationOptions, o))
     folder = o.output or o.posterior
@@ -53,7 +53,7 @@ def evaluate(o: Namespace) -> None:
 
 
 def predict(o: Namespace) -> None:
-    """Writes one JSON object a row, to a file or to standard output."""
+    """Probabilities and uncertainty for your own rows: JSON lines in, JSON lines out."""
     if o.output and o.output.exists() and not o.overwrite:
         raise FileExistsError(
             f"{o.output} is there already: choose another --output, or give --overwrite"
@@ -71,7 +71,7 @@ def predict(o: Namespace) -> None:
 
 
 def bayesianise(o: Namespace) -> None:
-    """Makes a posterior around any LoRA adapter, without training."""
+    """A posterior around any LoRA adapter, without training (TFB)."""
     output = Output.of(o)
     method = built(TFB, o, base=MLE())
     options = built(TaskOptions, o, data=o.anchor)
@@ -96,7 +96,7 @@ def _prompt(options: TaskOptions, rows: Sequence[Question]) -> Prompt:
 
 
 def compare(o: Namespace) -> None:
-    """Fits and evaluates several methods on one task; table, picture and page in --output."""
+    """Fit and evaluate several methods on one task: table, picture, page."""
     output = Output.of(o)
     methods = chosen_methods(o.methods, o)
     session = Session.open(o.model, built(TaskOptions, o), o.dtype)
@@ -115,14 +115,6 @@ def compare_methods(
     """Fits and evaluates methods, each into a folder of its name, and writes the report.
 
     A run that goes on leaves methods that have records, and goes on with one that was cut off.
-
-    Args:
-        session: the model and the task.
-        methods: by name.
-        training: of all methods.
-        options: of the evaluation.
-        output: of everything.
-        part: the rows to evaluate on.
     """
     session.rows(part)  # refuses a part without rows before anything is written
     output.prepare()
@@ -149,14 +141,14 @@ def write_report(folder: Path) -> None:
 
 
 def bench(o: Namespace) -> int:
-    """Computes the cells of a grid that are missing."""
+    """Fit and evaluate a grid of models, tasks, methods and seeds; goes on where it stopped."""
     names = ("launcher", "only_tasks", "only_methods", "discard_fits")
     how: dict[str, Any] = {name: o[name] for name in names}
     return run_bench(built(Grid, o), o.output, **how)
 
 
 def table(o: Namespace) -> None:
-    """The table of what is finished so far, printed or written to a file.
+    """The table of a results folder: methods × tasks, mean ± std over seeds, significance.
 
     Where a method that was trained on OpenBookQA was also evaluated on other tasks, `shift.md` and
     `risk_coverage.png` are written into the folder as well.

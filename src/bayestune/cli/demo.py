@@ -26,7 +26,7 @@ PREDICTING = EvaluationOptions(draws=(0, 10))
 
 
 def demo(o: Namespace) -> None:
-    """Trains both methods, prints the table and writes `report.html`."""
+    """MLE and BLoB on the embedded questions in a few minutes, with a report."""
     begin = time.perf_counter()
     output = Output.of(o)
     session = Session.open(o.model, QUESTIONS)

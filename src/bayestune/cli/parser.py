@@ -46,29 +46,16 @@ class Parser(ArgumentParser):
         self.add_class_arguments(cls, nested, skip=set(skip))
 
 
-def _parser(name: str, description: str) -> Parser:
-    parser = Parser(prog=f"bayestune {name}", description=description)
-    # the one place for what --config may name
-    parser.add_argument("--config", action="config", help="a YAML or JSON file of these options")
-    return parser
-
-
-def _fit_parser() -> Parser:
-    parser = _parser("fit", "Fit one method and save its posterior.")
+def _add_fit(parser: Parser) -> None:
     parser.option("method", str, "blob", f"one of {METHOD_HELP}")
     _add_fitting(parser)
-    return parser
 
 
-def _compare_parser() -> Parser:
-    parser = _parser(
-        "compare", "Fit and evaluate several methods on one task: table, picture, page."
-    )
+def _add_compare(parser: Parser) -> None:
     parser.option("methods", list[str], ["mle", "blob"], f"among {METHOD_HELP}")
     parser.option("on", Part, "evaluation", "the rows to evaluate on")
     _add_fitting(parser)
     parser.options_of(EvaluationOptions)
-    return parser
 
 
 def _add_fitting(parser: Parser) -> None:
@@ -84,31 +71,23 @@ def _add_fitting(parser: Parser) -> None:
     parser.option("overwrite", bool, False, "empty the output folder")
 
 
-def _evaluate_parser() -> Parser:
-    parser = _parser("evaluate", "Accuracy and calibration of a posterior on labelled questions.")
+def _add_evaluate(parser: Parser) -> None:
     _add_reading(parser)
     parser.options_of(TaskOptions, skip=["data", "scoring", "max_length", "holdout", "train_rows"])
     parser.options_of(EvaluationOptions)
     parser.option("output", Path | None, None, "folder of the records; left out: the posterior's")
-    return parser
 
 
-def _predict_parser() -> Parser:
-    parser = _parser(
-        "predict", "Probabilities and uncertainty for your own rows: JSON lines in, JSON lines out."
-    )
+def _add_predict(parser: Parser) -> None:
     _add_reading(parser)
     parser.needed("input", "JSONL or CSV: question, options, perhaps answer")
     parser.option("options", list[str], [], "the options of rows that have none")
     parser.option("draws", int, 10, "posterior draws; 0 for the mean")
     parser.option("draw_seed", int, 0, "of the held draws")
-    parser.option(
-        "shared_prefix", int | None, None, "approximate: draw a prompt's last tokens only"
-    )
+    parser.option("shared_prefix", int | None, None, "approximate: draw a prompt's end only")
     parser.option("decided", bool, False, "draw no more for rows that no draw can decide otherwise")
     parser.option("output", Path | None, None, "a file; left out: standard output")
     parser.option("overwrite", bool, False, "replace the output file")
-    return parser
 
 
 def _add_reading(parser: Parser) -> None:
@@ -117,8 +96,7 @@ def _add_reading(parser: Parser) -> None:
     parser.option("bf16", bool | None, None, "bfloat16 autocast; left out: as fitted")
 
 
-def _bayesianise_parser() -> Parser:
-    parser = _parser("bayesianise", "A posterior around any LoRA adapter, without training (TFB).")
+def _add_bayesianise(parser: Parser) -> None:
     parser.add_argument("adapter", type=Path, help="a LoRA adapter folder, as PEFT saves it")
     parser.needed("anchor", "JSONL or CSV rows with answers, best from training")
     parser.option("model", str | None, None, "the base model, where not the adapter's own")
@@ -129,80 +107,60 @@ def _bayesianise_parser() -> Parser:
     parser.options_of(TFB, skip=["base"])
     parser.needed("output", "folder of the posterior")
     parser.option("overwrite", bool, False, "empty the output folder")
-    return parser
 
 
-def _bench_parser() -> Parser:
-    parser = _parser(
-        "bench",
-        "Fit and evaluate a grid of models, tasks, methods and seeds; goes on where it stopped.",
-    )
+def _add_bench(parser: Parser) -> None:
     parser.options_of(Grid)
     parser.needed("output", "folder of the results")
     parser.option("launcher", Launcher, "local", "this process, or a Ray cluster")
     parser.option("only_tasks", list[str], [], "run the cells of these tasks only")
     parser.option("only_methods", list[str], [], "run the cells of these methods only")
     parser.option("discard_fits", bool, False, "remove the saved posteriors at the end")
-    return parser
 
 
-def _table_parser() -> Parser:
-    parser = _parser(
-        "table",
-        "The table of a results folder: methods × tasks, mean ± std over seeds, significance.",
-    )
+def _add_table(parser: Parser) -> None:
     parser.add_argument("results", type=Path, help="folder of `bench` or `compare`")
     parser.option("style", Style, "text", "for a terminal, a page or a paper (booktabs)")
     parser.option("resamples", int, 1000, "of the paired bootstrap; 0 for no p-values")
     parser.option("against", str | None, None, 'compare with this method, as "BLoB N=10"')
     parser.option("output", Path | None, None, "a file; left out: standard output")
-    return parser
 
 
-def _demo_parser() -> Parser:
-    parser = _parser(
-        "demo", "MLE and BLoB on the embedded questions in a few minutes, with a report."
-    )
+def _add_demo(parser: Parser) -> None:
     parser.option("model", str | None, None, MODEL_HELP)
     parser.option("output", Path, Path("runs/demo"), "folder of the report")
     parser.option("overwrite", bool, False, "empty the output folder")
-    return parser
 
 
-Command = tuple[Callable[[], Parser], Callable[[Namespace], int | None], str]
-COMMANDS: dict[str, Command] = {
-    "fit": (_fit_parser, commands.fit, "fit one method and save its posterior"),
-    "evaluate": (
-        _evaluate_parser,
-        commands.evaluate,
-        "accuracy and calibration of a posterior",
-    ),
-    "predict": (_predict_parser, commands.predict, "probabilities and uncertainty for your rows"),
-    "bayesianise": (
-        _bayesianise_parser,
-        commands.bayesianise,
-        "a posterior around any LoRA adapter, without training",
-    ),
-    "compare": (_compare_parser, commands.compare, "several methods on one task, with a report"),
-    "bench": (_bench_parser, commands.bench, "a grid of models, tasks, methods and seeds"),
-    "table": (_table_parser, commands.table, "the table of a results folder"),
-    "demo": (_demo_parser, demo, "MLE and BLoB on the embedded questions"),
+COMMANDS: dict[str, tuple[Callable[[Namespace], int | None], Callable[[Parser], None]]] = {
+    "fit": (commands.fit, _add_fit),
+    "evaluate": (commands.evaluate, _add_evaluate),
+    "predict": (commands.predict, _add_predict),
+    "bayesianise": (commands.bayesianise, _add_bayesianise),
+    "compare": (commands.compare, _add_compare),
+    "bench": (commands.bench, _add_bench),
+    "table": (commands.table, _add_table),
+    "demo": (demo, _add_demo),
 }
 
 
 def make_parser() -> ArgumentParser:
-    """The parser of all commands; `--resume` stands for `--resume true`, as for all booleans."""
+    """The parser of all commands; a command's docstring is its help."""
     parser = ArgumentParser(
         prog="bayestune", description=bayestune.__doc__, version=bayestune.__version__
     )
     subcommands = parser.add_subcommands(dest="command")
-    for name, (make, _, summary) in COMMANDS.items():
-        made = make()
-        for action in made._actions:
+    for name, (run, add_options) in COMMANDS.items():
+        summary, _, _ = (run.__doc__ or name).partition("\n")
+        own = Parser(prog=f"bayestune {name}", description=summary)
+        # the one place for what --config may name
+        own.add_argument("--config", action="config", help="a YAML or JSON file of these options")
+        add_options(own)
+        for action in own._actions:
             if getattr(action, "_typehint", None) in BOOLEANS:
-                action.nargs = "?"
+                action.nargs = "?"  # `--resume` stands for `--resume true`
                 action.const = True
-        subcommands.add_subcommand(name, made, help=summary)
+        subcommands.add_subcommand(name, own, help=summary)
     return parser
 
 
@@ -225,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser()
     parsed = parser.parse_args(given)
     options = parser.instantiate(parsed)
-    _, run, _ = COMMANDS[parsed.command]
+    run, _ = COMMANDS[parsed.command]
     try:
         return run(options[parsed.command]) or 0
     except KeyboardInterrupt as error:

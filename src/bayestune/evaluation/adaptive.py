@@ -85,14 +85,6 @@ class AdaptivePrediction(Prediction):
 def in_rounds(source: Source, num_rows: int, adaptive: Adaptive) -> AdaptivePrediction:
     """Draws in rounds from any source of logits, such as draws that were saved.
 
-    Args:
-        source: returns the logits of the rows and draws it is given; all rows first.
-        num_rows: N.
-        adaptive: how many draws, in which rounds.
-
-    Raises:
-        ValueError: if there are no rows.
-
     Example:
         >>> agreed, mixed = [[9.0, 0.0]] * 6, [[9.0, 0.0], [0.0, 9.0]] * 3
         >>> logits = torch.tensor([agreed, mixed]).transpose(0, 1)

@@ -92,15 +92,8 @@ def evaluate_posterior(
 ) -> list[Evaluated]:
     """The predictive for each number of draws, the first S of the same held draws.
 
-    One pass over the rows takes the largest number of draws, another one the mean.
-
-    Args:
-        posterior: to evaluate; one with `atoms` is evaluated once, with as many draws.
-        scorer: the task, bound to the tokenizer.
-        questions: the rows.
-        options: numbers of draws, batch and bounds.
-        bf16: bfloat16 autocast.
-        progress: show progress bars.
+    One pass over the rows takes the largest number of draws, another one the mean. A posterior with
+    `atoms` is evaluated once, with as many draws.
     """
     rows = scorer.encode(questions)
     counts = options.counts(posterior)

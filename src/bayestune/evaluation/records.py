@@ -42,11 +42,8 @@ def make_result(
 ) -> Result:
     """A record with its metrics, and with what a reader needs to trust them.
 
-    Args:
-        facts: task, method, label, config and whatever else describes the run.
-        questions: the rows, all with an answer.
-        evaluated: the rows' predictive.
-        options: of the predictions and the metrics.
+    The facts are task, method, label, config and whatever else describes the run; all questions
+    have an answer.
     """
     summary = summarise(
         evaluated.prediction.probabilities,

@@ -70,11 +70,7 @@ class Session:
 
     @classmethod
     def open(cls, model: str | None, options: TaskOptions, dtype: Dtype = "float32") -> Self:
-        """A session to fit in, on the model of that name; None is the default one.
-
-        Raises:
-            ValueError: if there is nothing to train on, or a name is unknown.
-        """
+        """A session to fit in, on the model of that name; None is the default one."""
         task = options.load()
         check_trainable(task)
         loaded = open_model(model, dtype, num_classes(task, options.scoring))
@@ -199,13 +195,7 @@ class Session:
 def open_model(
     name: str | None, dtype: Dtype = "float32", num_labels: int | None = None
 ) -> LoadedModel:
-    """Loads a model onto the accelerator, if there is one.
-
-    Args:
-        name: as for `load_model`; None for the default model.
-        dtype: of the weights; adapters are float32 in any case.
-        num_labels: classes of a classification head; None for a language model.
-    """
+    """Loads a model, without a name the default one, onto the accelerator if there is one."""
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "num_labels": num_labels}
     loaded = load_default(**options) if name is None else load_model(name, **options)
     if torch.accelerator.is_available():
