@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bayestune.adapters import Lora
 from bayestune.bench import Grid, TaskSettings, run_bench
@@ -20,14 +21,17 @@ from bayestune.training import Training
 OPTIONS = ("red", "green", "blue", "the sky")
 
 
-def write_rows(place: Path) -> None:
-    """The rows of two tasks, and those that both are evaluated on."""
+def furnish(place: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """A folder with a model, the rows of two tasks, and those that both are evaluated on."""
+    model.save_pretrained(place / "model")
+    tokenizer.save_pretrained(place / "model")
     for name, numbers in {"one": range(8), "two": range(20, 28), "test": range(40, 46)}.items():
         lines = []
         for i in numbers:
             row = {"question": f"what is {OPTIONS[i % 4]} and {i}?", "answer": i % 4}
             lines.append(json.dumps({**row, "options": OPTIONS}) + "\n")
         (place / f"{name}.jsonl").write_text("".join(lines))
+    return place
 
 
 def grid(place: Path, **changes: object) -> Grid:
@@ -50,6 +54,12 @@ def grid(place: Path, **changes: object) -> Grid:
         "predicting": EvaluationOptions(draws=(0, 2), resamples=10),
     }
     return Grid(**{**settings, **changes})
+
+
+def small(place: Path, **changes: object) -> Grid:
+    """One task and one seed of it."""
+    tasks = {"one": grid(place).tasks["one"]}
+    return grid(place, **{"tasks": tasks, "seeds": (1,), **changes})
 
 
 def bench(place: Path, output: Path, seeds: tuple[int, ...] = (1, 2)) -> int:

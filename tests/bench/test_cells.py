@@ -12,11 +12,17 @@ from bayestune.cli.parser import make_parser
 from bayestune.evaluation import EvaluationOptions
 from bayestune.methods import METHODS, MLE, changed, make_method
 from bayestune.training import Training
-from benching import grid
+from benching import furnish, grid, small
 
 ROOT = Path(__file__).parents[2]
 GRIDS = [*(ROOT / "configs").rglob("*grid.yaml"), *(ROOT / "configs/paper").glob("llama*.yaml")]
 ASIDE = {"output", "resume", "progress", "save_steps", "logging_steps"}
+
+
+@pytest.fixture
+def place(tmp_path, llama, byte_level):
+    """A folder with a model and the rows of two tasks."""
+    return furnish(tmp_path, llama(), byte_level)
 
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: f"{path.parent.name}-{path.stem}")
@@ -48,8 +54,8 @@ def test_the_cells_of_the_first_seed_come_first(place):
     assert [c.label for c in made[:3]] == ["MLE", "TFB on MLE", "BLoB, small"]
 
 
-def test_a_task_changes_training_and_methods(small):
-    whole = small()
+def test_a_task_changes_training_and_methods(place):
+    whole = small(place)
     task = replace(
         whole.tasks["one"], training={"lora": {"rank": 3}}, methods={"blob": {"final_std": 0.3}}
     )
@@ -61,12 +67,12 @@ def test_a_task_changes_training_and_methods(small):
     assert cell.method.changes == {"steps": 7}
 
 
-def test_bad_grids_are_refused(small, place):
-    twice = small(methods={"my mle": {"method": "mle"}, "My  MLE": {"method": "mle"}})
+def test_bad_grids_are_refused(place):
+    twice = small(place, methods={"my mle": {"method": "mle"}, "My  MLE": {"method": "mle"}})
     said = "cannot be told apart: got .'model-one-my-mle-1'. more than once.*rename"
     with pytest.raises(ValueError, match=said):
         twice.cells(twice.load_all())
-    whole = small()
+    whole = small(place)
     strange = replace(whole, tasks={"one": replace(whole.tasks["one"], methods={"blub": {}})})
     said = "changes methods that are not in the grid: got .'blub'., expected some of"
     with pytest.raises(ValueError, match=said):
@@ -85,8 +91,8 @@ def key_of(one):
     return cell.key
 
 
-def test_a_key_changes_with_what_changes_the_result_and_with_nothing_else(small, place):
-    base = small(methods={"blob": {}})
+def test_a_key_changes_with_what_changes_the_result_and_with_nothing_else(place):
+    base = small(place, methods={"blob": {}})
     aside = replace(base.training, save_steps=None, logging_steps=1, resume=True, seed=9)
     assert key_of(replace(base, training=aside)) == key_of(base)
     changes = {
@@ -106,9 +112,9 @@ def test_a_key_changes_with_what_changes_the_result_and_with_nothing_else(small,
     assert len(seen) == 8
 
 
-def test_a_key_holds_the_version_of_the_arithmetic(small, monkeypatch):
+def test_a_key_holds_the_version_of_the_arithmetic(place, monkeypatch):
     """So that a grid that goes on after an upgrade does not mix."""
-    base = small(methods={"mle": None})
+    base = small(place, methods={"mle": None})
     (before,) = base.cells(base.load_all())
     monkeypatch.setattr(keys, "ARITHMETIC", 2)
     (after,) = base.cells(base.load_all())
@@ -116,8 +122,8 @@ def test_a_key_holds_the_version_of_the_arithmetic(small, monkeypatch):
     assert before.context != after.context  # that of the kept fits too
 
 
-def test_a_field_that_came_later_is_in_a_key_only_where_it_is_set(small):
-    base = small(methods={"mle": None})
+def test_a_field_that_came_later_is_in_a_key_only_where_it_is_set(place):
+    base = small(place, methods={"mle": None})
     assert "group_by_length" not in lasting(base.training)
     grouped = replace(base, training=replace(base.training, group_by_length=True))
     assert lasting(grouped.training)["group_by_length"] is True

@@ -17,10 +17,16 @@ from bayestune.posteriors import Prediction
 from bayestune.report.grid import grid_tables, render_grid
 from bayestune.training.callbacks import NotFiniteError
 from bayestune.training.trainer import ClassTrainer
-from benching import grid
+from benching import furnish, grid, small
 
 ROOT = Path(__file__).parents[2]
 VOLATILE = ("seconds", "peak_memory_mb")
+
+
+@pytest.fixture
+def place(tmp_path, llama, byte_level):
+    """A folder with a model and the rows of two tasks."""
+    return furnish(tmp_path, llama(), byte_level)
 
 
 def lasting_part(folder):
@@ -94,39 +100,39 @@ def test_a_part_of_the_grid_then_the_rest(place, fitted):
     assert labels(out) == ["MLE", "TFB on MLE N=0", "TFB on MLE N=2"]
 
 
-def test_a_part_that_the_grid_does_not_have_is_refused(small, place):
+def test_a_part_that_the_grid_does_not_have_is_refused(place):
     said = "tasks to run that are not in the grid: got .'ones'., expected some of .'one'."
     with pytest.raises(ValueError, match=said):
-        run_bench(small(), place / "out", only_tasks=["ones"])
+        run_bench(small(place), place / "out", only_tasks=["ones"])
     with pytest.raises(ValueError, match="methods to run that are not in the grid: got .'tfb'."):
-        run_bench(small(), place / "out", only_methods=["tfb"])
+        run_bench(small(place), place / "out", only_methods=["tfb"])
 
 
-def test_changed_settings_take_the_place_of_old_ones(small, place):
+def test_changed_settings_take_the_place_of_old_ones(place):
     out = place / "out"
     blob = {"final_std": 0.05, "schedule": "constant"}
-    assert run_bench(small(methods={"mle": None, "blob": blob}), out) == 0
-    assert run_bench(small(methods={"blob": {**blob, "final_std": 0.1}}), out) == 0
+    assert run_bench(small(place, methods={"mle": None, "blob": blob}), out) == 0
+    assert run_bench(small(place, methods={"blob": {**blob, "final_std": 0.1}}), out) == 0
     assert labels(out) == ["BLoB N=0", "BLoB N=2", "MLE"]
     assert read_records(out)[0]["config"]["method"]["final_std"] == 0.1
 
 
-def test_fits_are_discarded_at_the_end(small, place):
-    assert run_bench(small(methods={"mle": None}), place / "out", discard_fits=True) == 0
+def test_fits_are_discarded_at_the_end(place):
+    assert run_bench(small(place, methods={"mle": None}), place / "out", discard_fits=True) == 0
     assert not (place / "out/fits").exists()
     assert len(collect(place / "out")) == 1
 
 
-def test_what_an_entry_changes_of_the_training_holds_for_its_predictions(small, place):
+def test_what_an_entry_changes_of_the_training_holds_for_its_predictions(place):
     """A method that is fitted in bfloat16 is evaluated in bfloat16."""
     rough = {"method": "mle", "training": {"bf16": True}}
-    assert run_bench(small(methods={"mle": None, "rough": rough}), place / "out") == 0
+    assert run_bench(small(place, methods={"mle": None, "rough": rough}), place / "out") == 0
     exact, found = read_records(place / "out")
     assert [one["config"]["bf16"] for one in (exact, found)] == [False, True]
     assert found["config"]["training"]["bf16"] is True
 
 
-def test_a_cell_that_fails_is_told_and_tried_again(small, place, monkeypatch, caplog):
+def test_a_cell_that_fails_is_told_and_tried_again(place, monkeypatch, caplog):
     out = place / "out"
     fit = MLE.fit
 
@@ -136,22 +142,20 @@ def test_a_cell_that_fails_is_told_and_tried_again(small, place, monkeypatch, ca
 
     with monkeypatch.context() as patch:
         patch.setattr(MLE, "fit", broken)
-        assert run_bench(small(), out) == 1
+        assert run_bench(small(place), out) == 1
     assert "one, mle, seed 1 failed: NotFiniteError: the loss is nan at step 3" in caplog.text
     assert "2 of 3 cells failed; run again to try them again" in caplog.text
     small_blob = ["BLoB, small N=0", "BLoB, small N=2"]
     assert labels(out) == small_blob
     (note, _) = sorted((out / "failed").iterdir())
     assert "NotFiniteError: the loss is nan" in note.read_text()
-    assert run_bench(small(), out) == 0
+    assert run_bench(small(place), out) == 0
     assert labels(out) == ["MLE", "TFB on MLE N=0", "TFB on MLE N=2", *small_blob]
     assert list((out / "failed").iterdir()) == []
 
 
-def test_what_another_process_computes_is_passed_over_and_looked_at_again(
-    small, place, monkeypatch
-):
-    one = small()
+def test_what_another_process_computes_is_passed_over_and_looked_at_again(place, monkeypatch):
+    one = small(place)
     first, *_ = one.cells(one.load_all())
     lock = store.claimed(place / "out/locks", f"cell-{first.key}")
     lock.__enter__()
@@ -172,9 +176,9 @@ def test_what_another_process_computes_is_passed_over_and_looked_at_again(
     assert seen == [("mle", "busy"), *others, ("mle", "busy"), ("mle", "computed")]
 
 
-def test_a_fit_of_another_process_is_waited_for(small, place):
+def test_a_fit_of_another_process_is_waited_for(place):
     out = place / "out"
-    own = worker.Worker(small(methods={"mle": None}), out)
+    own = worker.Worker(small(place, methods={"mle": None}), out)
     (cell,) = own.cells
     assert own.compute(cell) == "computed"
     store.cell_file(out, cell.key).unlink()
@@ -236,9 +240,9 @@ def fake_ray(died=()):
     return ray
 
 
-def test_ray_gets_each_cell_once(small, place, monkeypatch):
+def test_ray_gets_each_cell_once(place, monkeypatch):
     out = place / "out"
-    one = small()
+    one = small(place)
     assert run_bench(one, place / "local") == 0
     keys = [cell.key for cell in one.cells(one.load_all())]
     ray = fake_ray(died={2})
@@ -250,23 +254,23 @@ def test_ray_gets_each_cell_once(small, place, monkeypatch):
     assert lasting_part(out) == lasting_part(place / "local")
 
 
-def test_ray_hands_out_again_what_was_busy(small, place, monkeypatch):
+def test_ray_hands_out_again_what_was_busy(place, monkeypatch):
     ray = fake_ray()
     monkeypatch.setitem(sys.modules, "ray", ray)
     monkeypatch.setattr(launch, "PAUSE", 0.0)
     states = iter(["busy", "computed", "busy", "computed", "computed"])
     monkeypatch.setattr(worker.Worker, "compute", lambda *_: next(states))
-    one = small()
+    one = small(place)
     first, second, third = (cell.key for cell in one.cells(one.load_all()))
     assert run_bench(one, place / "out", launcher="ray") == 0
     assert ray.calls == [first, second, third, first, third]
 
 
-def test_ray_that_is_not_installed_is_told(small, place, monkeypatch):
+def test_ray_that_is_not_installed_is_told(place, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     said = r"got the launcher 'ray', expected ray to be installed: pip install 'bayes"
     with pytest.raises(ImportError, match=said):
-        run_bench(small(), place / "out", launcher="ray")
+        run_bench(small(place), place / "out", launcher="ray")
 
 
 # Cut off
@@ -302,20 +306,20 @@ def killer(monkeypatch):
     return left
 
 
-def test_a_run_cut_off_anywhere_ends_as_one_that_was_not(small, place, killer):
-    assert run_bench(small(), place / "whole") == 0
+def test_a_run_cut_off_anywhere_ends_as_one_that_was_not(place, killer):
+    assert run_bench(small(place), place / "whole") == 0
     operations = 10**9 - killer[0]
     chance = random.Random(1)
     cut = 0
     for _ in range(8):
         killer[0] = chance.randrange(operations // 3)
         try:
-            run_bench(small(), place / "cut")
+            run_bench(small(place), place / "cut")
         except Killed:
             cut += 1
     assert cut >= 5
     killer[0] = 10**9
-    assert run_bench(small(), place / "cut") == 0
+    assert run_bench(small(place), place / "cut") == 0
     assert lasting_part(place / "cut") == lasting_part(place / "whole")
 
 

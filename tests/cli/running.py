@@ -21,6 +21,16 @@ def write_rows(path, rows):
     return path
 
 
+def furnish(folder, model, tokenizer):
+    """A folder with a model and rows."""
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    write_rows(folder / "train.jsonl", own_rows(8))
+    write_rows(folder / "test.jsonl", own_rows(5, start=3))
+    write_rows(folder / "ask.jsonl", own_rows(7))
+    return folder
+
+
 def read_rows(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import yaml
-from running import fitting, own_rows, predicted, probabilities, run, write_rows
+from running import fitting, furnish, own_rows, predicted, probabilities, run, write_rows
 
 from bayestune.bench.keys import lasting
 from bayestune.evaluation import read_records
@@ -45,6 +45,12 @@ def grid(place, method, **given):
         "training": training,
         "predicting": {"draws": [0, 2], "resamples": 20},
     }
+
+
+@pytest.fixture
+def place(tmp_path, llama, byte_level):
+    """A folder with rows and a model whose answers are not all alike."""
+    return furnish(tmp_path, llama(initializer_range=0.3), byte_level)
 
 
 @pytest.fixture(params=CASES)

@@ -10,6 +10,7 @@ import pytest
 from running import (
     failed,
     fitting,
+    furnish,
     own_rows,
     predicted,
     probabilities,
@@ -25,6 +26,12 @@ from bayestune.training import Interrupted
 from bayestune.training.training import newest_checkpoint
 
 NOISY = {"learning_rate": 0.1, "blob.init_root_std": 0.7, "blob.prior_std": 1.0}
+
+
+@pytest.fixture
+def place(tmp_path, llama, byte_level):
+    """A folder with rows and a model whose answers are not all alike."""
+    return furnish(tmp_path, llama(initializer_range=0.3), byte_level)
 
 
 def reading(place, command="evaluate", posterior="out"):
@@ -237,8 +244,9 @@ def test_a_plain_adapter_is_neither_a_posterior_nor_a_model(place, capsys):
 
 
 def test_a_posterior_without_a_mean_says_so(place, capsys):
-    given = {"method": "ensemble", "ensemble.size": 2, "base": "blob"}
-    run(*fitting(place, **given))
+    run(*fitting(place, method="ensemble", base="blob", **{"ensemble.size": 2}))
+    details = json.loads((place / "out" / "posterior.json").read_text())
+    assert (details["method"], details["fields"]["base"]["method"]) == ("ensemble", "blob")
     said = failed([*reading(place), "--draws=[0]"], capsys)
     assert "Mixture has no mean: got draws=0, which asks for it, expected 1 or more" in said
     command = ["predict", f"--posterior={place / 'out'}", f"--input={place / 'ask.jsonl'}"]
@@ -328,13 +336,6 @@ def test_bayesianise_gives_any_adapter_a_posterior(place, capsys):
     making[1] = place / "model"
     said = failed([*making, "--overwrite", f"--model={place / 'model'}"], capsys)
     assert "is not a LoRA adapter" in said
-
-
-def test_a_post_hoc_method_takes_another_base(place):
-    quick = {"tfb.anchors": 4, "tfb.draws": 2, "tfb.evaluations": 2}
-    run(*fitting(place, method="tfb", base="map", **quick))
-    details = json.loads((place / "out" / "posterior.json").read_text())
-    assert (details["method"], details["fields"]["base"]["method"]) == ("tfb", "map")
 
 
 def test_an_ensemble_of_encoders_is_averaged(place, bert, byte_level):

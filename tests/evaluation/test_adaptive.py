@@ -1,19 +1,17 @@
 """Adaptive draws on logits that are known functions of row and draw, and on a tiny model."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
-from stand_ins import Atoms
+from stand_ins import ROWS, Atoms, random_gaussian
 from torch.testing import assert_close
 
 from bayestune import Adaptive, predict_adaptively
-from bayestune.adapters import Lora, attach, bayesify
-from bayestune.data import Question
+from bayestune.adapters import Lora, attach
 from bayestune.evaluation.adaptive import AdaptivePrediction, in_rounds
 from bayestune.forward import Draws
-from bayestune.posteriors import Gaussian, Point, Prediction, predict
+from bayestune.posteriors import Point, Prediction, predict
 from bayestune.scoring import make_scorer, row_logits
 
 SURE = [30.0, -30.0]  # probabilities of 1 and 0, exactly 1 in float64
@@ -169,27 +167,12 @@ def test_narrow_rows_that_are_left_alone_are_widened():
 
 # On a model
 
-WORDS = ("sky", "red", "grass", "blue", "the", "A", "B", "C", "D")
-
-
-def row(i):
-    question = f"{WORDS[i]} is {'the answer for the passage ' * (i % 4)}red?"
-    return Question(f"{i}", question, ("sky", "grass", "red")[: 2 + i % 2], 0)
-
-
-ROWS = tuple(row(i) for i in range(9))
-
 
 @pytest.fixture
 def opened(llama, byte_level, tiny_task):
-    """A random Gaussian posterior, some of whose rows are decided early, and its scorer."""
-    model = attach(llama(initializer_range=0.2), Lora(rank=4))
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.3)
-    bayesify(model, init_root_std=0.5)
-    scorer = make_scorer(model, byte_level, replace(tiny_task, evaluation=ROWS), "letter")
-    return Gaussian(model.eval(), scorer), scorer
+    """A posterior some of whose rows are decided early, and its scorer."""
+    posterior = random_gaussian(llama, byte_level, tiny_task, root_std=0.5)
+    return posterior, posterior.scorer
 
 
 @pytest.mark.parametrize("shared_prefix", [None, 3])
@@ -234,12 +217,6 @@ def test_bfloat16_reaches_the_passes(opened):
     exact = predict_adaptively(posterior, scorer, ROWS[:2], rule)
     rough = predict_adaptively(posterior, scorer, ROWS[:2], rule, draws=Draws(bf16=True))
     assert 0 < (rough.probabilities - exact.probabilities).abs().max() < 0.2
-
-
-def test_the_rounds_are_titled(opened, capsys):
-    posterior, scorer = opened
-    predict_adaptively(posterior, scorer, ROWS, Adaptive(most=2), progress=True)
-    assert "predict, draws 1 to 2" in capsys.readouterr().err
 
 
 def test_a_posterior_with_atoms_is_averaged_over_all_of_them(opened, llama, byte_level, tiny_task):

@@ -2,46 +2,22 @@ from dataclasses import replace
 
 import pytest
 import torch
-from stand_ins import Atoms
+from stand_ins import ROWS, Atoms, random_adapter, random_gaussian
 from torch.testing import assert_close
 
-from bayestune.adapters import Lora, attach, bayesify
-from bayestune.data import Question
 from bayestune.evaluation import EvaluationOptions, evaluate_posterior
 from bayestune.forward import Draws
-from bayestune.posteriors import Gaussian, Point, Prediction
+from bayestune.posteriors import Point, Prediction
 from bayestune.scoring import make_scorer, row_logits
 
-ROWS = (
-    Question(
-        "long",
-        "what is the answer for the question and the passage below?",
-        ("red", "green", "blue"),
-        2,
-    ),
-    Question("short", "red?", ("sky", "grass"), 0),
-    Question("middle", "what is\u2028red and green?", ("the sky", "red", "A", "B"), 3),
-    Question("other", "what is grass?", ("red", "sky"), 1),
-    Question("short again", "sky?", ("sky", "grass", "the"), 1),
-)
 OPTIONS = EvaluationOptions(prediction_batch=2)
-
-
-def adapted(llama):
-    model = attach(llama(initializer_range=0.2), Lora(rank=4))
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.3)
-    return model.eval()
 
 
 @pytest.fixture(params=["letter", "text"])
 def opened(request, llama, byte_level, tiny_task):
     """A random Gaussian posterior and its scorer."""
-    model = adapted(llama)
-    bayesify(model, init_root_std=0.7)
-    scorer = make_scorer(model, byte_level, replace(tiny_task, evaluation=ROWS), request.param)
-    return Gaussian(model.eval(), scorer), scorer
+    posterior = random_gaussian(llama, byte_level, tiny_task, request.param)
+    return posterior, posterior.scorer
 
 
 def found(opened, options, **how):
@@ -64,7 +40,7 @@ def test_rows_keep_their_order_whatever_the_batches(opened):
     alone = [posterior.logits(scorer.collate([row]), Draws(3)) for row in rows]
     for size in (1, 2, 3, len(rows)):
         logits = row_logits(posterior, scorer, rows, Draws(3), batch_size=size)
-        assert logits.shape == (3, 5, 4)
+        assert logits.shape == (3, 9, 4)
         for i, expected in enumerate(alone):
             count = len(ROWS[i].options)
             assert_close(logits[:, i, :count], expected[:, 0], rtol=1e-4, atol=1e-4)
@@ -136,7 +112,7 @@ def test_a_posterior_with_atoms_is_evaluated_once_and_shares_no_prefix(
     scorer = make_scorer(posterior.model, byte_level, tiny_task)
     assert list(found((posterior, scorer), replace(OPTIONS, shared_prefix=2))) == [3]
     assert {(draws.count, draws.shared_prefix) for draws in posterior.asked} == {(3, None)}
-    point = Point(adapted(llama), scorer)
+    point = Point(random_adapter(llama), scorer)
     assert list(found((point, scorer), OPTIONS)) == [0]
 
 

@@ -1,4 +1,3 @@
-import json
 from dataclasses import replace
 
 import pytest
@@ -67,6 +66,7 @@ def test_rows_say_all_of_a_prediction():
 
 
 def test_a_record_holds_what_a_table_needs(tmp_path):
+    assert read_records(tmp_path / "none") == []
     append_results(tmp_path, [result()])
     (record,) = read_records(tmp_path)
     for key in ("method", "seed", "label", "task"):
@@ -118,16 +118,6 @@ def test_of_several_records_all_are_kept_or_none(tmp_path):
     with pytest.raises(TypeError):
         append_results(tmp_path, [result(task="good"), result(task=object())])
     assert (tmp_path / "records.jsonl").read_bytes() == before
-
-
-def test_no_records_in_a_new_folder(tmp_path):
-    assert read_records(tmp_path / "none") == []
-
-
-def test_records_are_read_by_lines_not_by_what_looks_like_one(tmp_path):
-    append_results(tmp_path, [result()])
-    text = (tmp_path / "records.jsonl").read_text(encoding="utf-8")
-    assert json.loads(text)["label"] == FACTS["label"]  # U+2028 within
 
 
 def test_a_label_says_how_many_draws_and_which_prefix(llama):
