@@ -8,8 +8,8 @@ from running import fitting, furnish, own_rows, predicted, probabilities, run, w
 
 from bayestune.bench.keys import lasting
 from bayestune.evaluation import read_records
-from bayestune.evaluation import read_rows as rows_of
 from bayestune.methods import changed
+from bayestune.report.rows import read_rows as rows_of
 from bayestune.training import Training
 
 CASES = {

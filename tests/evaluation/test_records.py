@@ -12,12 +12,12 @@ from bayestune.evaluation import (
     make_result,
     prediction_rows,
     read_records,
-    read_rows,
 )
 from bayestune.evaluation.adaptive import AdaptivePrediction
 from bayestune.evaluation.evaluate import Evaluated
 from bayestune.metrics import summarise
 from bayestune.posteriors import Prediction
+from bayestune.report.rows import read_rows
 
 ROWS = (
     Question("short", "red?", ("sky", "grass"), 0),

@@ -193,7 +193,6 @@ def _merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str
     merged = dict(settings)
     for key, new in changes.items():
         old = settings.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            new = _merged(old, new)
-        merged[key] = new
+        part = isinstance(old, Mapping) and isinstance(new, Mapping)
+        merged[key] = _merged(settings[key], new) if part else new
     return merged

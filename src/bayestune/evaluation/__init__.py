@@ -15,7 +15,6 @@ from bayestune.evaluation.records import (
     prediction_rows,
     read_lines,
     read_records,
-    read_rows,
 )
 
 __all__ = [
@@ -32,5 +31,4 @@ __all__ = [
     "prediction_rows",
     "read_lines",
     "read_records",
-    "read_rows",
 ]

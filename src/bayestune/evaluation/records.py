@@ -115,12 +115,6 @@ def read_records(folder: Path) -> list[Record]:
     return read_lines(folder / RECORDS)
 
 
-def read_rows(record: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
-    """The rows beside a record of a results folder; none if their file is missing."""
-    file = record.get("predictions")
-    return read_lines(folder / file) if file else []
-
-
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines; none if there is no such file."""
     return list(read_json_lines(path)) if path.is_file() else []
