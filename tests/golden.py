@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bayestune import METHODS, Draws, Lora, Training, make_scorer, save_posterior
 from bayestune.adapters import held_noise
-from bayestune.bench import Grid, TaskSettings, cells
+from bayestune.bench import Grid, TaskSettings
 from bayestune.cli import main
 from bayestune.evaluation import EvaluationOptions
 from bayestune.session import TaskOptions
@@ -181,7 +181,7 @@ def grid_keys() -> list[str]:
         ),
         predicting=EvaluationOptions(draws=(0, 2)),
     )
-    return [cell.key for cell in cells(grid, grid.load_all())]
+    return [cell.key for cell in grid.cells(grid.load_all())]
 
 
 def write_rows(folder: Path) -> None:

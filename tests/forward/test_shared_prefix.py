@@ -56,7 +56,9 @@ def by_hand(posterior: Gaussian, batch: Batch, draws: Draws) -> torch.Tensor:
             twin = copy.deepcopy(model)
             for name, weight in posterior.draw(index, draws.seed).items():
                 Slots(twin).modules()[name].weight.copy_(weight)
-            logits = twin(**end, **{cache: read}).logits[:, -1, posterior.scorer.tokens[: batch["option_mask"].shape[1]]]
+            logits = twin(**end, **{cache: read}).logits[
+                :, -1, posterior.scorer.tokens[: batch["option_mask"].shape[1]]
+            ]
             found.append(logits.masked_fill(~batch["option_mask"], -torch.inf))
     return torch.stack(found)
 

@@ -84,11 +84,13 @@ def described(method: Method) -> dict[str, Any]:
         >>> described(make_method("mle"))
         {'method': 'mle'}
     """
-    if isinstance(method, WithTraining):
-        inner = described(method.method)
-        return {**inner, "training": dict(method.changes)} if method.changes else inner
+    inner = getattr(method, "method", None)
+    if hasattr(inner, "fit"):  # a wrapper is described by what it wraps
+        settings = described(inner)
+        changes = getattr(method, "changes", None)
+        return {**settings, "training": dict(changes)} if changes else settings
     names = {cls: name for name, cls in METHODS.items()}
-    settings: dict[str, Any] = {"method": names.get(type(method), type(method).__name__.lower())}
+    settings = {"method": names.get(type(method), type(method).__name__.lower())}
     for field in fields(method):  # type: ignore[arg-type]
         value = getattr(method, field.name)
         settings[field.name] = described(value) if hasattr(value, "fit") else value

@@ -62,12 +62,12 @@ class Training:
     seed: int = 1
     bf16: bool = False
     gradient_checkpointing: bool = False
-    group_by_length: bool = False
-    save_steps: int | None = None
-    logging_steps: int = 25
-    output: Path | None = None
-    resume: bool = False
-    progress: bool = True
+    group_by_length: bool = field(default=False, metadata={"absent_means": False})
+    save_steps: int | None = field(default=None, metadata={"changes_result": False})
+    logging_steps: int = field(default=25, metadata={"changes_result": False})
+    output: Path | None = field(default=None, metadata={"changes_result": False})
+    resume: bool = field(default=False, metadata={"changes_result": False})
+    progress: bool = field(default=True, metadata={"changes_result": False})
 
     def total_steps(self, num_rows: int) -> int:
         """Optimiser steps of a run over `num_rows` rows."""
