@@ -84,13 +84,13 @@ def described(method: Method) -> dict[str, Any]:
         >>> described(make_method("mle"))
         {'method': 'mle'}
     """
-    inner = getattr(method, "method", None)
+    inner: Any = getattr(method, "method", None)
     if hasattr(inner, "fit"):  # a wrapper is described by what it wraps
         settings = described(inner)
         changes = getattr(method, "changes", None)
         return {**settings, "training": dict(changes)} if changes else settings
     names = {cls: name for name, cls in METHODS.items()}
-    settings = {"method": names.get(type(method), type(method).__name__.lower())}
+    settings: dict[str, Any] = {"method": names.get(type(method), type(method).__name__.lower())}
     for field in fields(method):  # type: ignore[arg-type]
         value = getattr(method, field.name)
         settings[field.name] = described(value) if hasattr(value, "fit") else value
