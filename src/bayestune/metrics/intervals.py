@@ -36,7 +36,7 @@ class PairedDifference:
 def _resampled(
     statistic: Callable[[Tensor], Tensor], num_rows: int, resamples: int
 ) -> tuple[Tensor, list[list[float]]]:
-    """M statistics of counts (R, N) on all resamples: values (M, R), M low ends and M high ends."""
+    """M statistics of counts (R, N) on all resamples: values (M, R), M low ends, M high ends."""
     if resamples < 1:
         raise ValueError(f"got resamples={resamples}; expected 1 or more; 1000 is customary")
     generator = torch.Generator().manual_seed(0)
@@ -57,8 +57,8 @@ def summarise(
 ) -> dict[str, Interval]:
     """All metrics with their 95 % percentile intervals over resampled rows.
 
-    The intervals of the calibration errors lie high and can exclude the value, because a resample
-    adds noise of its own, which counts as miscalibration.
+    Those of the calibration errors lie high and can exclude the value, because a resample adds
+    noise of its own, which counts as miscalibration.
 
     Args:
         probabilities: (N, C).
@@ -67,7 +67,7 @@ def summarise(
         resamples: R; the same ones in every call with as many rows.
 
     Returns:
-        An interval for accuracy, nll, brier, ece, ece_debiased and aurc.
+        Intervals of accuracy, nll, brier, ece, ece_debiased and aurc.
 
     Raises:
         ValueError: on bad rows, or without resamples.
@@ -128,15 +128,14 @@ def paired_bootstrap(
     if stacked and len(first) != len(second):
         got = f"{len(first)} and {len(second)} runs"
         raise ValueError(f"got {got}; expected as many of both; compare runs that both have")
-    ones = [RowTerms.of(run, labels, bins) for run in (first if stacked else first[None])]
-    twos = [RowTerms.of(run, labels, bins) for run in (second if stacked else second[None])]
+    runs = zip(first, second, strict=True) if stacked else [(first, second)]
+    pairs = [(RowTerms.of(a, labels, bins), RowTerms.of(b, labels, bins)) for a, b in runs]
     weigh = METRICS[metric]
 
     def difference(weights: Tensor) -> Tensor:
-        runs = zip(ones, twos, strict=True)
-        return torch.stack([weigh(a, weights) - weigh(b, weights) for a, b in runs]).mean(0)
+        return torch.stack([weigh(a, weights) - weigh(b, weights) for a, b in pairs]).mean(0)
 
-    d = difference(ones[0].ones).item()
+    d = difference(pairs[0][0].ones).item()
     drawn, (low, high) = _resampled(lambda w: difference(w)[None], len(labels), resamples)
     extreme = int(((drawn - d).abs() >= abs(d) - 1e-12).sum())  # equal but for rounding is extreme
     return PairedDifference(d, low[0], high[0], (1 + extreme) / (1 + resamples), len(labels))

@@ -4,8 +4,8 @@ Tables are made of records first and given a style by `render`; figures import m
 one is drawn.
 """
 
+from bayestune.report.comparison import grid_tables, significance
 from bayestune.report.figures import reliability_figure, risk_coverage_figure, summary_figure
-from bayestune.report.grid import grid_tables, significance
 from bayestune.report.page import write_page
 from bayestune.report.rows import read_rows, tensors
 from bayestune.report.shift import has_shift, write_shift

@@ -29,17 +29,17 @@ class Evaluation:
 
     def opening(self) -> str:
         """Its own numbers, and how far its confidence is from its accuracy."""
-        right, ece, nll = map(self.told, (ACCURACY, ECE, NLL))
-        text = f"On {self.record.get('n', '?')} questions of {self.record.get('task', '?')}, "
-        text += f"{self.name} has {right} right, with an NLL of {nll} and a calibration error "
-        text += f"(ECE) of {ece}."
-        if self.rows:
-            p, labels = tensors(self.rows)
-            gap = 100 * (p.max(1).values.mean().item() - accuracy(p, labels))
-            side = "above" if gap > 0 else "below"
-            text += f" Its confidence is on average {abs(gap):.1f} points {side} its accuracy"
-            text += " on these questions."
-        return text
+        text = (
+            f"On {self.record.get('n', '?')} questions of {self.record.get('task', '?')}, "
+            f"{self.name} has {self.told(ACCURACY)} right, with an NLL of {self.told(NLL)} and a "
+            f"calibration error (ECE) of {self.told(ECE)}."
+        )
+        if not self.rows:
+            return text
+        p, labels = tensors(self.rows)
+        gap = 100 * (p.max(1).values.mean().item() - accuracy(p, labels))
+        size = f"{abs(gap):.1f} points {'above' if gap > 0 else 'below'} its accuracy"
+        return f"{text} Its confidence is on average {size} on these questions."
 
 
 def compare(first: Evaluation, other: Evaluation) -> Compared:
@@ -84,4 +84,5 @@ def listing(words: Sequence[str]) -> str:
     >>> listing(["one", "two", "three"])
     'one, two and three'
     """
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+    *most, last = words
+    return f"{', '.join(most)} and {last}" if most else last

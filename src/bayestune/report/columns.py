@@ -10,11 +10,6 @@ from bayestune.report.rows import Record
 from bayestune.report.table import DASH, Cell
 
 
-def metric_of(record: Record, key: str) -> Mapping[str, Any]:
-    """The value and interval of a metric in a record; empty if it has none."""
-    return record.get("metrics", {}).get(key) or {}
-
-
 @dataclass(frozen=True)
 class Column:
     """A metric: value × `scale`, with `digits` decimals; `sign` 1 if higher is better, else −1."""
@@ -30,6 +25,10 @@ class Column:
         """The title and an arrow to the better side."""
         return f"{self.title} {'↑' if self.sign > 0 else '↓'}"
 
+    def of(self, record: Record) -> Mapping[str, Any]:
+        """The value and interval in a record; empty if it has none."""
+        return record.get("metrics", {}).get(self.key) or {}
+
     def number(self, value: float | None) -> str:
         """A value in the column's unit and digits; a dash if there is none."""
         if value is None or not math.isfinite(value):
@@ -43,11 +42,9 @@ class Column:
 
     def with_interval(self, record: Record) -> Cell:
         """A record's value and interval."""
-        metric = metric_of(record, self.key)
-        if not metric:
-            return Cell()
+        metric = self.of(record)
         value, low, high = (self.number(metric.get(key)) for key in ("value", "low", "high"))
-        return Cell(value, (f"[{low}, {high}]",))
+        return Cell(value, (f"[{low}, {high}]",) if metric else ())
 
     def over_seeds(self, values: Sequence[float | None], seeds: int) -> Cell:
         """Mean ± standard deviation (of n − 1), and n where it is not the number of seeds."""

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from bayestune.metrics import SCORES, Row, error_auroc, is_right, shift_auroc, uncertainty
-from bayestune.report.columns import ACCURACY, ECE, NLL, Column, metric_of
+from bayestune.report.columns import ACCURACY, ECE, NLL, Column
 from bayestune.report.comparable import SETTING, caption, comparable, differing, label_of
-from bayestune.report.figures import risk_coverage_figure
+from bayestune.report.figures import Runs, risk_coverage_figure
 from bayestune.report.rows import Record, read_rows
 from bayestune.report.svg import save_figure
 from bayestune.report.table import Block, Table, marked, render
@@ -33,74 +34,55 @@ _DOMAIN = (
     "the task's rows against those of OBQA, 50 is a coin flip"
 )
 
-
-@dataclass(frozen=True)
-class _Run:
-    """A record and its rows."""
-
-    record: Record
-    rows: Sequence[Row]
-
-
-# Maps a run and, if there is one, the in-domain run of the same method and seed to a number.
-_Measure = Callable[[_Run, _Run | None], float | None]
+_Key = tuple[str, str, str]  # method, task and seed
+# Gives the number of a run; None where there is none. A cell is the mean over seeds.
+_Measure = Callable[[_Key], float | None]
 
 
 @dataclass(frozen=True)
 class _Study:
-    """What one set of tables is of; the runs by method, task and seed."""
+    """What one set of tables is of."""
 
     methods: Sequence[str]
     tasks: Sequence[str]
     seeds: Sequence[str]
-    runs: Mapping[tuple[str, str, str], _Run]
+    records: Mapping[_Key, Record]
+    rows: Mapping[_Key, Sequence[Row]]
 
-    def pairs(self, method: str, task: str) -> list[tuple[_Run, _Run | None]]:
-        """The run of each seed that has one, and its in-domain run."""
-        found = []
-        for seed in self.seeds:
-            run = self.runs.get((method, task, seed))
-            if run is not None:
-                found.append((run, self.runs.get((method, SOURCE, seed))))
-        return found
+    @classmethod
+    def of(cls, group: Sequence[Record], folder: str | Path) -> "_Study":
+        """A later record of the same method, task and seed takes the place of an earlier one."""
+        methods = _methods(group)
+        tasks = [str(record.get("task")) for record in group]
+        seeds = [str(record.get("seed")) for record in group]
+        records = dict(zip(zip(methods, tasks, seeds, strict=True), group, strict=True))
+        rows = {key: read_rows(record, folder) for key, record in records.items()}
+        ordered = [SOURCE, *(task for task in _TASKS if task in tasks), *tasks]
+        return cls(_distinct(methods), _distinct(ordered), _distinct(seeds), records, rows)
 
     @property
     def first(self) -> Record:
         """A record, for what all have in common."""
-        return next(iter(self.runs.values())).record
+        return next(iter(self.records.values()))
+
+    def metric(self, column: Column, key: _Key) -> float | None:
+        return column.of(self.records.get(key, {})).get("value")
+
+    def error(self, score: str, key: _Key) -> float | None:
+        rows = self.rows.get(key, ())
+        ranked = _varies(rows, score) and len(is_right(rows).unique()) > 1
+        return error_auroc(rows, score) if ranked else None
+
+    def shift(self, score: str, key: _Key) -> float | None:
+        method, _, seed = key
+        rows = self.rows.get(key, ())
+        familiar = self.rows.get((method, SOURCE, seed), ())
+        ranked = rows and familiar and _varies([*rows, *familiar], score)
+        return shift_auroc(rows, familiar, score) if ranked else None
 
 
-def _own(records: Sequence[Record]) -> list[Record]:
-    """The records of methods trained on SOURCE."""
-    return [r for r in records if (r.get("trained_on") or r.get("task")) == SOURCE]
-
-
-def has_shift(records: Sequence[Record]) -> bool:
-    """Whether a method trained on OpenBookQA is evaluated on another task.
-
-    >>> has_shift([{"task": "arc_easy", "trained_on": "openbookqa"}])
-    True
-    """
-    return any(record.get("task") != SOURCE for record in _own(records))
-
-
-def _studies(records: Sequence[Record], folder: str | Path) -> list[_Study]:
-    own = _own(records)
-    if not own:
-        got = f"no records of methods trained on {SOURCE!r} among {len(records)}"
-        raise ValueError(f"got {got}; expected some; run `bayestune bench` with this task first")
-    return [_study(group, folder) for group in comparable(own, same_task=False)]
-
-
-def _study(group: Sequence[Record], folder: str | Path) -> _Study:
-    """A later record of the same method, task and seed takes the place of an earlier one."""
-    methods = _methods(group)
-    tasks = [str(record.get("task")) for record in group]
-    seeds = [str(record.get("seed")) for record in group]
-    found = dict(zip(zip(methods, tasks, seeds, strict=True), group, strict=True))
-    runs = {key: _Run(record, read_rows(record, folder)) for key, record in found.items()}
-    known = [task for task in _TASKS if task in tasks]
-    return _Study(_distinct(methods), _distinct([SOURCE, *known, *tasks]), _distinct(seeds), runs)
+def _varies(rows: Sequence[Row], score: str) -> bool:
+    return len(uncertainty(rows, score).unique()) > 1
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
@@ -114,26 +96,6 @@ def _methods(group: Sequence[Record]) -> list[str]:
     return [f"{label} ({kind})" if labels.count(label) > 1 else label for label, kind in kinds]
 
 
-def _metric(column: Column, run: _Run, _: _Run | None) -> float | None:
-    return metric_of(run.record, column.key).get("value")
-
-
-def _error(score: str, run: _Run, _: _Run | None) -> float | None:
-    ranked = _varies(run.rows, score) and len(is_right(run.rows).unique()) > 1
-    return error_auroc(run.rows, score) if ranked else None
-
-
-def _shift(score: str, run: _Run, familiar: _Run | None) -> float | None:
-    if familiar is None or not run.rows or not familiar.rows:
-        return None
-    ranked = _varies([*run.rows, *familiar.rows], score)
-    return shift_auroc(run.rows, familiar.rows, score) if ranked else None
-
-
-def _varies(rows: Sequence[Row], score: str) -> bool:
-    return len(rows) > 0 and len(uncertainty(rows, score).unique()) > 1
-
-
 def _heading(task: str) -> str:
     name, shift = _TASKS.get(task, (task, "shifted"))
     return f"{name} ({shift})"
@@ -143,8 +105,8 @@ def _caption(study: _Study) -> str:
     """What the tables are of, with all numbers of rows where they differ."""
     counts = []
     for task in study.tasks:
-        runs = [run for (_, name, _), run in study.runs.items() if name == task]
-        numbers = _distinct([str(run.record.get("n", "?")) for run in runs])
+        of_task = [record for (_, name, _), record in study.records.items() if name == task]
+        numbers = _distinct([str(record.get("n", "?")) for record in of_task])
         name, _ = _TASKS.get(task, (task, ""))
         counts += [f"{name} {' or '.join(numbers)}"] if numbers else []
     return caption(study.first, "trained on OBQA", ", ".join(counts))
@@ -157,7 +119,7 @@ def _block(
     for task in tasks:
         cells = []
         for method in study.methods:
-            values = [measure(*pair) for pair in study.pairs(method, task)]
+            values = [measure((method, task, seed)) for seed in study.seeds]
             cells.append(column.over_seeds(values, len(study.seeds)))
         columns.append(marked(cells, column.sign))
     return Block.of(title, study.methods, columns)
@@ -166,19 +128,15 @@ def _block(
 def _metrics(study: _Study) -> Table:
     blocks = []
     for column in (ACCURACY, ECE, NLL):
-        measure = partial(_metric, column)
+        measure = partial(study.metric, column)
         blocks.append(_block(study, study.tasks, column.heading, column, measure))
     seeds = "One seed."
     if len(study.seeds) > 1:
         number = len(study.seeds)
         seeds = f"Mean ± standard deviation over {number} seeds; (k): of k seeds only."
-    return Table(
-        caption=_caption(study),
-        columns=tuple(map(_heading, study.tasks)),
-        blocks=tuple(blocks),
-        notes=(f"{seeds} {_DASHES}",),
-        heads=("Metric", "Method"),
-    )
+    notes = (f"{seeds} {_DASHES}",)
+    columns = tuple(map(_heading, study.tasks))
+    return Table(_caption(study), columns, tuple(blocks), notes, ("Metric", "Method"))
 
 
 def _ranking(
@@ -193,25 +151,39 @@ def _ranking(
 
 
 def _tables(study: _Study) -> list[Table]:
-    tables = [_metrics(study), _ranking(study, study.tasks, _RIGHT, _error)]
+    tables = [_metrics(study), _ranking(study, study.tasks, _RIGHT, study.error)]
     others = [task for task in study.tasks if task != SOURCE]
-    return [*tables, _ranking(study, others, _DOMAIN, _shift)] if others else tables
+    return [*tables, _ranking(study, others, _DOMAIN, study.shift)] if others else tables
 
 
-def _panels(studies: Sequence[_Study]) -> dict[str, dict[str, list[Sequence[Row]]]]:
+def _panels(studies: Sequence[_Study]) -> dict[str, dict[str, Runs]]:
     """Title of a panel → method → its rows of each seed that has them."""
     firsts = [study.first for study in studies]
     differ = differing(firsts, SETTING)
-    panels: dict[str, dict[str, list[Sequence[Row]]]] = {}
-    for study, first in zip(studies, firsts, strict=True):
-        apart = [str(first.get(key)) for key in differ]
+    panels: dict[str, dict[str, Runs]] = {}
+    for study in studies:
+        apart = [str(study.first.get(key)) for key in differ]
         for task in study.tasks:
             title = " · ".join([*apart, _heading(task)])
             for method in study.methods:
-                rows = [run.rows for run, _ in study.pairs(method, task) if run.rows]
-                if rows:
-                    panels.setdefault(title, {})[method] = rows
+                runs = [study.rows.get((method, task, seed), ()) for seed in study.seeds]
+                if any(runs):
+                    panels.setdefault(title, {})[method] = list(filter(None, runs))
     return panels
+
+
+def _own(records: Sequence[Record]) -> list[Record]:
+    """The records of methods trained on SOURCE."""
+    return [r for r in records if (r.get("trained_on") or r.get("task")) == SOURCE]
+
+
+def has_shift(records: Sequence[Record]) -> bool:
+    """Whether a method trained on OpenBookQA is evaluated on another task.
+
+    >>> has_shift([{"task": "arc_easy", "trained_on": "openbookqa"}])
+    True
+    """
+    return any(record.get("task") != SOURCE for record in _own(records))
 
 
 def write_shift(records: Sequence[Record], folder: str | Path) -> list[Path]:
@@ -232,10 +204,14 @@ def write_shift(records: Sequence[Record], folder: str | Path) -> list[Path]:
     Raises:
         ValueError: if no records are left.
     """
-    studies = _studies(records, folder)
-    tables = [table for study in studies for table in _tables(study)]
+    own = _own(records)
+    if not own:
+        got = f"no records of methods trained on {SOURCE!r} among {len(records)}"
+        raise ValueError(f"got {got}; expected some; run `bayestune bench` with this task first")
+    studies = [_Study.of(group, folder) for group in comparable(own, same_task=False)]
+    tables = chain.from_iterable(map(_tables, studies))
     path = Path(folder) / "shift.md"
-    path.write_text(render(tables, "markdown") + "\n", encoding="utf-8")
+    path.write_text(render(list(tables), "markdown") + "\n", encoding="utf-8")
     panels = _panels(studies)
     if not panels:
         return [path]

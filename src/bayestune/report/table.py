@@ -1,9 +1,10 @@
 """One table, whatever it is of, and four ways to write it: text, markdown, HTML, LaTeX."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from itertools import chain
+from string import Template
 from typing import Literal
 
 Mark = Literal["", "best", "second"]
@@ -52,12 +53,6 @@ class Table:
         """The headings of a line."""
         return [*self.heads, *self.columns]
 
-    @property
-    def marks(self) -> set[Mark]:
-        """The marks in use."""
-        lines = chain.from_iterable(block.lines for block in self.blocks)
-        return {cell.mark for _, cells in lines for cell in cells}
-
     def lines(
         self, write: Callable[[Cell], str], lead: Callable[[str], str] = str
     ) -> list[list[list[str]]]:
@@ -72,7 +67,7 @@ class Table:
         return blocks
 
 
-def marked(cells: Sequence[Cell], sign: int, marks: Sequence[Mark] = ("best",)) -> list[Cell]:
+def marked(cells: Iterable[Cell], sign: int, marks: Sequence[Mark] = ("best",)) -> list[Cell]:
     """Marks the best cells of a column; what is printed the same is as good.
 
     A column with one number only, or the same number everywhere, has no marks.
@@ -85,6 +80,7 @@ def marked(cells: Sequence[Cell], sign: int, marks: Sequence[Mark] = ("best",)) 
     >>> [cell.mark for cell in marked([Cell("0.5"), Cell("0.50"), Cell("0.4"), Cell()], sign=1)]
     ['best', 'best', '', '']
     """
+    cells = list(cells)
     numbers = {cell.number: float(cell.number) for cell in cells if cell.number != DASH}
     ranked = sorted(set(numbers.values()), reverse=sign > 0)
     mark_of = dict(zip(ranked, marks, strict=False)) if len(ranked) > 1 else {}
@@ -106,8 +102,10 @@ def _text(table: Table) -> str:
         for line in block:
             lines.append("  ".join(map(str.ljust, line, widths)).rstrip())
         lines.append("  ".join("-" * width for width in widths))
-    used = [meaning for mark, meaning in legend.items() if mark in table.marks]
-    return "\n".join([*lines, *table.notes, *([", ".join(used)] if used else [])])
+    written = chain.from_iterable(block.lines for block in table.blocks)
+    used = {cell.mark for _, cells in written for cell in cells}
+    meanings = [meaning for mark, meaning in legend.items() if mark in used]
+    return "\n".join([*lines, *table.notes, *([", ".join(meanings)] if meanings else [])])
 
 
 def _markdown(table: Table) -> str:
@@ -159,49 +157,43 @@ _LATEX = {
     "·": r"$\cdot$",
     "–": "--",
 }
-
-
-def _escaped(text: str) -> str:
-    return "".join(_LATEX.get(character, character) for character in text)
+_LATEX_TABLE = Template(r"""% needs \usepackage{booktabs}
+\begin{table}
+\centering
+\caption{$caption}
+\begin{tabular}{$columns}
+\toprule
+$rows
+\bottomrule
+\end{tabular}
+\end{table}""")
 
 
 def _latex(table: Table) -> str:
     forms = {"": "{}", "best": r"\textbf{{{}}}", "second": r"\underline{{{}}}"}
 
+    def escaped(text: str) -> str:
+        return text.translate(str.maketrans(_LATEX))
+
     def write(cell: Cell) -> str:
-        text = forms[cell.mark].format(_escaped(cell.number))
+        text = forms[cell.mark].format(escaped(cell.number))
         for part in cell.behind:
             deviation = part.removeprefix("± ")
-            text += f" {_escaped(part)}" if part == deviation else rf"$_{{\pm{deviation}}}$"
+            text += f" {escaped(part)}" if part == deviation else rf"$_{{\pm{deviation}}}$"
         return text
 
-    def rows(lines: Sequence[Sequence[str]]) -> str:
+    def block(lines: Iterable[Iterable[str]]) -> str:
         return "\n".join(f"{' & '.join(line)} \\\\" for line in lines)
 
-    blocks = [[map(_escaped, table.heading)], *table.lines(write, _escaped)]
-    caption = _escaped(" ".join([f"{table.caption}.", *table.notes]))
-    return "\n".join(
-        [
-            r"% needs \usepackage{booktabs}",
-            r"\begin{table}",
-            r"\centering",
-            rf"\caption{{{caption}}}",
-            rf"\begin{{tabular}}{{{'l' * len(table.heads)}{'r' * len(table.columns)}}}",
-            r"\toprule",
-            "\n\\midrule\n".join(map(rows, blocks)),
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{table}",
-        ]
+    blocks = [[map(escaped, table.heading)], *table.lines(write, escaped)]
+    return _LATEX_TABLE.substitute(
+        caption=escaped(" ".join([f"{table.caption}.", *table.notes])),
+        columns="l" * len(table.heads) + "r" * len(table.columns),
+        rows="\n\\midrule\n".join(map(block, blocks)),
     )
 
 
-_WRITERS: dict[str, Callable[[Table], str]] = {
-    "text": _text,
-    "markdown": _markdown,
-    "html": _html,
-    "latex": _latex,
-}
+_WRITERS = {"text": _text, "markdown": _markdown, "html": _html, "latex": _latex}
 
 
 def render(tables: Sequence[Table], style: Style = "text") -> str:
