@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from bayestune.metrics import LEVEL, Bins, PairedDifference, Row, accuracy, paired_bootstrap
 from bayestune.report.columns import ACCURACY, BRIER, ECE, NLL, Column
 from bayestune.report.rows import Record, paired_tensors, tensors
+from bayestune.report.table import Block, Cell, Table
 
 RESAMPLES = 1000
 COMPARED = (ACCURACY, ECE, NLL, BRIER)
@@ -76,6 +77,22 @@ def sentence(first: Evaluation, other: Evaluation, compared: Compared) -> str:
     parts = [heads[side] + listing(words) for side, words in found.items() if words]
     on = f"on the same {compared[NLL].n} questions"
     return f"{other.name} against {first.name} {on}: {'; '.join(parts)}."
+
+
+def paired_table(compared: Sequence[tuple[Evaluation, Compared]]) -> Table:
+    """The number of shared rows; of each metric the difference, its interval and p-value."""
+    lines = []
+    for other, differences in compared:
+        cells = [Cell()] * (1 + len(COMPARED))
+        if not isinstance(differences, str):
+            cells = [Cell(str(differences[NLL].n))]
+            for column, paired in differences.items():
+                value, low, high = map(column.signed, (paired.difference, paired.low, paired.high))
+                behind = (f"[{low}, {high}]", f"p = {paired.p_value:.3f}")
+                cells.append(Cell(value, behind, "best" if verdict(column, paired) > 0 else ""))
+        lines.append((other.name, tuple(cells)))
+    headings = ("Rows", *(column.heading for column in COMPARED))
+    return Table("", headings, (Block("", tuple(lines)),))
 
 
 def listing(words: Sequence[str]) -> str:

@@ -63,7 +63,7 @@ def styled_figure(width: float, height: float, wspace: float = 0.02) -> Iterator
 
 
 def inline_svg(figure: Figure, label: str) -> str:
-    """A figure as an `<svg>` element for `page.css`, which defines its colours; text stays text.
+    """A figure as an `<svg>` element for `page.html`, which defines its colours; text stays text.
 
     The same figure gives the same markup, without the namespaces, metadata and ids of groups that
     an HTML page does not need or would repeat. A screen reader says the label.
