@@ -1,14 +1,14 @@
 """Records → the paper's table: methods × tasks, a block a metric, mean ± deviation over seeds."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 
 from bayestune.metrics import PairedDifference, paired_bootstrap
-from bayestune.report.columns import ACCURACY, BRIER, ECE, ECE_DEBIASED, NLL, Column
-from bayestune.report.comparable import Seeds, by_seed, caption, comparable
+from bayestune.report.columns import ACCURACY, BRIER, ECE, ECE_DEBIASED, NLL
+from bayestune.report.comparable import by_seed, caption, comparable
 from bayestune.report.rows import Record, paired_tensors, read_rows
-from bayestune.report.table import Block, Cell, Table, marked
+from bayestune.report.table import Block, Cell, Table
 
 _BLOCKS = (ACCURACY, ECE, NLL, BRIER, ECE_DEBIASED)
 _TESTED = (NLL, BRIER, ACCURACY)
@@ -51,7 +51,10 @@ def grid_tables(
             tasks.setdefault(_task(record), []).append(record)
         runs = [by_seed(some) for some in tasks.values()]
         most = max(len(seeds) for methods in runs for seeds in methods.values())
-        blocks = [_block(column, labels, runs, most) for column in _BLOCKS]
+        blocks = []
+        for column in _BLOCKS:
+            values = [column.values(methods) for methods in runs]
+            blocks.append(column.block(column.heading, labels, values, most, ("best", "second")))
         notes = [_ABOUT_MARKS.format(most)]
         if folder is not None and resamples:
             blocks += _p_blocks(labels, tasks.values(), folder, resamples, against)
@@ -67,22 +70,6 @@ def _task(record: Record) -> str:
     source = record.get("trained_on")
     name = task if source in (None, task) else f"{source} → {task}"
     return f"{name} (n={record.get('n', '?')})"
-
-
-def _block(
-    column: Column, labels: Sequence[str], runs: Sequence[Mapping[str, Seeds]], most: int
-) -> Block:
-    columns = []
-    for methods in runs:
-        values = [_values(methods.get(label, {}), column) for label in labels]
-        cells = [column.over_seeds(some, most) for some in values]
-        columns.append(marked(cells, column.sign, ("best", "second")))
-    return Block.of(column.heading, labels, columns)
-
-
-def _values(seeds: Seeds, column: Column) -> list[float]:
-    values = [column.of(record).get("value") for record in seeds.values()]
-    return [value for value in values if value is not None]
 
 
 def _p_blocks(
@@ -115,7 +102,7 @@ def _p_blocks(
 
 def _least_nll(records: Sequence[Record]) -> str | None:
     """The method of least mean NLL over its seeds; None if no record has an NLL."""
-    values = {label: _values(seeds, NLL) for label, seeds in by_seed(records).items()}
+    values = NLL.values(by_seed(records))
     means = {label: fmean(some) for label, some in values.items() if some}
     return min(means, key=means.__getitem__, default=None)
 
