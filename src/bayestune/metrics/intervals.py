@@ -1,4 +1,8 @@
-"""Bootstrap over rows: intervals of metrics, and whether two methods differ by more than chance."""
+"""Bootstrap over rows: intervals of metrics, and whether two methods differ by more than chance.
+
+The R resamples are the same in every call with as many rows. ValueError is raised on bad rows, and
+without resamples.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -64,13 +68,10 @@ def summarise(
         probabilities: (N, C).
         labels: (N,).
         bins: of the calibration errors.
-        resamples: R; the same ones in every call with as many rows.
+        resamples: R.
 
     Returns:
         Intervals of accuracy, nll, brier, ece, ece_debiased and aurc.
-
-    Raises:
-        ValueError: on bad rows, or without resamples.
 
     >>> summarise(torch.tensor([[0.9, 0.1], [0.2, 0.8]]), torch.tensor([0, 1]))["accuracy"]
     Interval(value=1.0, low=1.0, high=1.0, n=2)
@@ -113,7 +114,7 @@ def paired_bootstrap(
         d in the metric's unit, its 95 % percentile interval, and p, two-sided, at least 1/(1 + R).
 
     Raises:
-        ValueError: on bad rows, unequal numbers of runs, an unknown metric, or without resamples.
+        ValueError: on unequal numbers of runs or an unknown metric too.
 
     >>> sure = torch.tensor([[0.9, 0.1]]).repeat(9, 1)
     >>> unsure = torch.tensor([[0.6, 0.4]]).repeat(9, 1)
@@ -133,9 +134,9 @@ def paired_bootstrap(
     weigh = METRICS[metric]
 
     def difference(weights: Tensor) -> Tensor:
-        return torch.stack([weigh(a, weights) - weigh(b, weights) for a, b in pairs]).mean(0)
+        return torch.stack([weigh(a, weights) - weigh(b, weights) for a, b in pairs]).mean(0)[None]
 
     d = difference(pairs[0][0].ones).item()
-    drawn, (low, high) = _resampled(lambda w: difference(w)[None], len(labels), resamples)
+    drawn, ((low,), (high,)) = _resampled(difference, len(labels), resamples)
     extreme = int(((drawn - d).abs() >= abs(d) - 1e-12).sum())  # equal but for rounding is extreme
-    return PairedDifference(d, low[0], high[0], (1 + extreme) / (1 + resamples), len(labels))
+    return PairedDifference(d, low, high, (1 + extreme) / (1 + resamples), len(labels))

@@ -23,12 +23,10 @@ TINY = torch.finfo(torch.float32).tiny
 
 @dataclass(frozen=True)
 class Bins:
-    """Bins of equal width for the top-1 confidence.
+    """B = `number` bins of equal width for the top-1 confidence.
 
-    Args:
-        number: B, how many.
-        binning: "textbook" for bins (l, u] with 0 in the first; "torchmetrics" for its bins [l, u)
-            and one more for a confidence of exactly 1 (rounded to float32).
+    "textbook" bins are (l, u] with 0 in the first; "torchmetrics" has bins [l, u) and one more for
+    a confidence of exactly 1 (rounded to float32).
     """
 
     number: int = 15
@@ -122,13 +120,10 @@ def _binned(rows: RowTerms, weights: Tensor, bins: int = -1) -> tuple[Tensor, Te
     return counts, confidence, correct
 
 
-def _mean_gap(counts: Tensor, gap: Tensor) -> Tensor:
-    return (counts * gap).sum(1).clamp(min=0) / counts.sum(1)
-
-
 def _ece(rows: RowTerms, weights: Tensor) -> Tensor:
     counts, confidence, correct = _binned(rows, weights)
-    return _mean_gap(counts, (correct - confidence).abs() / counts.clamp(min=1))
+    gap = (correct - confidence).abs() / counts.clamp(min=1)
+    return (counts * gap).sum(1) / counts.sum(1)
 
 
 def _ece_debiased(rows: RowTerms, weights: Tensor) -> Tensor:
@@ -140,7 +135,7 @@ def _ece_debiased(rows: RowTerms, weights: Tensor) -> Tensor:
     # E|X| of X ~ Normal(gap, std²): the mean of the folded normal distribution.
     folded = std * (2 / torch.pi) ** 0.5 * torch.exp(-((gap / std) ** 2) / 2)
     folded += gap * torch.erf(gap / std / 2**0.5)
-    return _mean_gap(counts, 2 * gap - folded)
+    return (counts * (2 * gap - folded)).sum(1).clamp(min=0) / counts.sum(1)
 
 
 def _aurc(rows: RowTerms, weights: Tensor) -> Tensor:

@@ -96,10 +96,6 @@ def paired_table(compared: Sequence[tuple[Evaluation, Compared]]) -> Table:
 
 
 def listing(words: Sequence[str]) -> str:
-    """Words as in a sentence.
-
-    >>> listing(["one", "two", "three"])
-    'one, two and three'
-    """
+    """Words as in a sentence: one, two and three."""
     *most, last = words
     return f"{', '.join(most)} and {last}" if most else last

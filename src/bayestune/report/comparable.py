@@ -10,11 +10,11 @@ SETTING = ("model", "scoring", "bins", "binning", "rows")
 
 
 def comparable(records: Sequence[Record], *, same_task: bool = True) -> list[list[Record]]:
-    """Groups of records whose metrics compare: of the same `SETTING`, in order of appearance.
+    """Groups of records whose metrics compare: those of one `SETTING`, and of one task and size.
 
     Args:
         records: one for each evaluated method.
-        same_task: keep apart what differs in task or number of rows too.
+        same_task: false for groups of all tasks and sizes.
 
     Raises:
         ValueError: if there are no records.

@@ -120,12 +120,11 @@ def significance(
     Args:
         records: of one task, model and way of scoring.
         folder: where their rows are.
-        against: the label of the method to compare with.
+        against: the label of the method that the others are compared with.
         resamples: of the bootstrap.
 
     Returns:
-        For each other method, by metric, that method less `against`. Methods without a seed or
-        question in common with it are left out.
+        By method and metric, that method less `against`; none without a seed or question in common.
 
     Reference: Davison, Hinkley (1997), ch. 4, https://doi.org/10.1017/CBO9780511802843
     """
@@ -136,7 +135,6 @@ def significance(
         both = [seed for seed in reference if seed in seeds]
         pairs = [(read_rows(seeds[s], folder), read_rows(reference[s], folder)) for s in both]
         paired = paired_tensors([pair for pair in pairs if all(pair)])
-        if paired is not None:
-            by_metric = {c.key: paired_bootstrap(*paired, c.key, resamples) for c in _TESTED}
-            found[label] = by_metric
+        if paired:
+            found[label] = {c.key: paired_bootstrap(*paired, c.key, resamples) for c in _TESTED}
     return found

@@ -24,18 +24,18 @@ _FACTS = ("model", "method", *_SIZES)
 
 
 def write_page(records: Sequence[Record], folder: str | Path, title: str) -> Path:
-    """One self-contained `report.html`: a summary in words, tables, figures, single questions.
+    """Writes `report.html`, complete in itself: words, tables, figures, single questions.
 
     The words say that a method is better or worse only where the paired interval leaves out 0 and
     p < 0.05.
 
     Args:
         records: one for each evaluated method; the others are compared with the first.
-        folder: where the records' rows are and the page goes.
+        folder: where the records' rows are, and where the page goes.
         title: of the page.
 
     Returns:
-        The path of the page.
+        The path.
 
     Raises:
         ValueError: if there are no records.

@@ -22,12 +22,7 @@ def read_rows(record: Record, folder: str | Path) -> list[Row]:
 
 
 def tensors(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-    """Probabilities (N, C) and answers (N,); rows of fewer options than C are padded with 0.
-
-    >>> tensors([{"probabilities": [1.0], "answer": 0}, {"probabilities": [0.5, 0.5], "answer": 1}])
-    (tensor([[1.0000, 0.0000],
-            [0.5000, 0.5000]], dtype=torch.float64), tensor([0, 1]))
-    """
+    """Probabilities (N, C) and answers (N,); rows of fewer options than C are padded with 0."""
     listed = [torch.tensor(row["probabilities"], dtype=torch.float64) for row in rows]
     answers = torch.tensor([row["answer"] for row in rows])
     return pad_sequence(listed, batch_first=True), answers
