@@ -10,7 +10,7 @@ from bayestune.report import read_rows, write_page
 
 FACTS = {
     "seconds": {"fit": 12.34, "predict": 5.67},
-    "peak_memory_mb": 1234.5,
+    "peak_memory_mb": 1234,
     "versions": {"torch": "9.8.7"},
     "config": {"prior_std": 0.21},
     "train_rows": 96,
