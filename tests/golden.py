@@ -1,10 +1,11 @@
-"""The golden run: what tiny fits of every method gave when it was frozen, to compare with what they give now.
+"""The golden run: what tiny fits of every method gave when frozen, to compare with now.
 
     python tests/golden.py write FOLDER        # freezes the present code's values
     python tests/golden.py compare FOLDER      # compares bit by bit, on the machine that wrote them
 
-`test_golden.py` compares with tests/golden to 1e-5: weights that were trained on another processor differ in their
-last bits. All settings are spelled out, so that a new default does not change a golden value.
+`test_golden.py` compares with tests/golden to 1e-5: weights that were trained on another processor
+differ in their last bits. All settings are spelled out, so that a new default does not change a
+golden value.
 """
 
 import contextlib

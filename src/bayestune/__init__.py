@@ -35,38 +35,23 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "Adaptive": "evaluation",
-    "BLoB": "methods",
-    "Draws": "forward",
-    "Gaussian": "posteriors",
-    "KLStep": "kl",
-    "Lora": "adapters",
-    "METHODS": "methods",
-    "MLE": "methods",
-    "Method": "methods",
-    "Mixture": "posteriors",
-    "Point": "posteriors",
-    "Posterior": "posteriors",
-    "Prediction": "posteriors",
-    "Question": "data",
-    "Task": "data",
-    "Training": "training",
-    "bayesify": "adapters",
-    "drawn": "adapters",
-    "export_draw": "posteriors",
-    "keep_freed_memory": "runtime",
-    "load_model": "models",
-    "load_posterior": "posteriors",
-    "load_rows": "data",
-    "load_task": "data",
-    "make_scorer": "scoring",
-    "predict": "posteriors",
-    "predict_adaptively": "evaluation",
-    "save_posterior": "posteriors",
+_ROOMS = {
+    "adapters": "Lora bayesify drawn",
+    "data": "Question Task load_rows load_task",
+    "evaluation": "Adaptive predict_adaptively",
+    "forward": "Draws",
+    "kl": "KLStep",
+    "methods": "BLoB METHODS MLE Method",
+    "models": "load_model",
+    "posteriors": "Gaussian Mixture Point Posterior Prediction "
+    "export_draw load_posterior predict save_posterior",
+    "runtime": "keep_freed_memory",
+    "scoring": "make_scorer",
+    "training": "Training",
 }
+_HOMES = {name: room for room, names in _ROOMS.items() for name in names.split()}
 
-__all__ = list(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = sorted(_HOMES)  # noqa: PLE0605 # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

@@ -59,7 +59,8 @@ def write_gguf(model, path):
     writer.add_eos_token_id(config.eos_token_id)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for key, weight in model.state_dict().items():
+    for key, value in model.state_dict().items():
+        weight = value
         if key == "lm_head.weight" and config.tie_word_embeddings:
             continue
         kind = key.split(".")[-2]

@@ -115,7 +115,7 @@ def encoder(folder):
         (adapter, ValueError, "is an adapter .* load it as a posterior, or give the base model"),
         (encoder, ValueError, "is .*BertModel.*; expected a causal language model"),
         (T5Config().save_pretrained, ValueError, "is t5; expected a causal language model"),
-        (lambda folder: small().model.save_pretrained(folder), ValueError, "is .*LlamaModel.*; ex"),
+        (lambda folder: small().model.save_pretrained(folder), ValueError, "is .*LlamaModel.*; ex"),  # noqa: PLW0108
         (
             lambda folder: save_directory(folder, bos_token="<s>"),
             ValueError,

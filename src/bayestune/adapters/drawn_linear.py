@@ -9,9 +9,8 @@ from torch import Tensor, nn
 def compute_dtype(weight: Tensor) -> torch.dtype:
     """The type of a product with this weight: autocast's where it is on, else the weight's."""
     device = weight.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return weight.dtype
+    autocast = torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast else weight.dtype
 
 
 class DrawnLinear(nn.Module):
@@ -49,9 +48,9 @@ class DrawnLinear(nn.Module):
 
     @classmethod
     def of(cls, weights: Tensor, like: Tensor) -> Self:
-        """The stack on the device of the weight it stands in for, in the type of its product.
+        """The stack for the slot of the weight `like`: on its device, in the type of its product.
 
-        PEFT gives a slot its input in the type of the slot's weight: under autocast a float32 stack
-        would have the activations copied to float32 and back.
+        PEFT casts a slot's input to the type of the slot's weight, so under autocast a float32
+        stack would have the activations copied to float32 and back.
         """
         return cls(weights.to(like.device, compute_dtype(like)))

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from bayestune.adapters.noise import random_signs
 from bayestune.adapters.slots import Slots, split_name
 
+Gradients = tuple[Tensor | None, Tensor]
+
 # Modules that receive one tensor: in Llama and most others, BERT, DistilBERT.
 _ONE_INPUT = (
     ("q_proj", "k_proj", "v_proj"),
@@ -16,6 +18,12 @@ _ONE_INPUT = (
     ("query", "key", "value"),
     ("q_lin", "k_lin", "v_lin"),
 )
+
+
+def _products(ctx: Any, gradient: Tensor, input: Tensor, weights: Tensor) -> Gradients:
+    """∂x, if it is asked for, and ∂A_n of x·A_nᵀ."""
+    of_input = torch.bmm(gradient, weights) if ctx.needs_input_grad[0] else None
+    return of_input, torch.bmm(gradient.transpose(1, 2), input)
 
 
 class RowProduct(torch.autograd.Function):
@@ -31,11 +39,9 @@ class RowProduct(torch.autograd.Function):
         return torch.bmm(input, weights.transpose(1, 2))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor]:  # noqa: D102
-        (gradient,) = gradients
+    def backward(ctx: Any, *gradients: Tensor) -> Gradients:  # noqa: D102
         input, weights = ctx.saved_tensors
-        of_input = torch.bmm(gradient, weights) if ctx.needs_input_grad[0] else None
-        return of_input, torch.bmm(gradient.transpose(1, 2), input)
+        return _products(ctx, gradients[0], input, weights)
 
 
 class RowNoise(torch.autograd.Function):
@@ -43,11 +49,11 @@ class RowNoise(torch.autograd.Function):
 
     E ~ N(0, 1) is shared by the rows; the signs s_n ∈ {±1}^r and t_n ∈ {±1}^k are each row's own.
     Every A_n has the posterior N(M, (G∘G)²) as its marginal law, and two rows' noises are
-    uncorrelated. The backward pass is written out: ∂M = Σ_n ∂A_n and ∂G = 2 G∘E∘Σ_n (s_n
-    t_nᵀ)∘∂A_n. Autograd would take the same steps one by one and keep three float32 tensors of the
-    draws' size (N, r, k) for them; this keeps G∘E, the signs, and the draws in the type of the
-    product. The noise is drawn inside, so a checkpoint that restores the generator before it
-    recomputes the pass gets the same draws.
+    uncorrelated. The backward pass is written out: ∂M = Σ_n ∂A_n, ∂G = 2 G∘E∘Σ_n (s_n t_nᵀ)∘∂A_n.
+    Autograd would take the same steps one by one and keep three float32 tensors of the draws' size
+    (N, r, k); this keeps G∘E, the signs, and the draws in the type of the product. The noise is
+    drawn inside, so a checkpoint that restores the generator before it recomputes the pass gets the
+    same draws.
 
     Reference:
         Wen, Vicol, Ba, Tran, Grosse: Flipout, ICLR 2018, https://arxiv.org/abs/1803.04386.
@@ -64,13 +70,9 @@ class RowNoise(torch.autograd.Function):
         return torch.bmm(input, weights.transpose(1, 2))
 
     @staticmethod
-    def backward(  # noqa: D102
-        ctx: Any, *gradients: Tensor
-    ) -> tuple[Tensor | None, Tensor, Tensor]:
-        (gradient,) = gradients
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
         input, weights, signs, half = ctx.saved_tensors
-        of_input = torch.bmm(gradient, weights) if ctx.needs_input_grad[0] else None
-        of_draws = torch.bmm(gradient.transpose(1, 2), input)
+        of_input, of_draws = _products(ctx, gradients[0], input, weights)
         of_mean = of_draws.sum(0, dtype=half.dtype)
         sign_out, sign_in = _split(signs.to(of_draws.dtype), len(half))
         of_noise = of_draws.mul_(sign_in).mul_(sign_out).sum(0, dtype=half.dtype)
@@ -91,12 +93,11 @@ class FusedInput:
     nothing but the calls of one pass, so that a checkpoint's recomputation does the same again.
 
     Args:
-        layers: with noise "row", the same width, type and device; the one that is called first in
-            front.
+        layers: with noise "row" and the same width, type and device; the first to be called first.
     """
 
     def __init__(self, layers: Sequence[Any]) -> None:
-        self.layers = list(layers)
+        self.layers = layers
         self._input: Tensor | None = None
         self._ready: dict[int, Tensor] = {}
 
@@ -112,7 +113,7 @@ class FusedInput:
         return output
 
     def _all_noisy(self) -> bool:
-        """Whether no layer is held at its mean or spread over devices."""
+        """Whether no layer is at its mean or spread over devices."""
         return all(one.training and type(one.weight) is nn.Parameter for one in self.layers)
 
     def _compute(self, input: Tensor) -> Tensor:
@@ -128,12 +129,7 @@ class FusedInput:
 
 
 def fuse_inputs(slots: Slots, layers: Mapping[str, Any]) -> None:
-    """Fuses the Gaussian layers that a block gives one tensor, see `FusedInput`.
-
-    Args:
-        slots: where the layers stand.
-        layers: Gaussian layers with noise "row" by slot name.
-    """
+    """Fuses the Gaussian layers, by slot name, that a block gives one tensor."""
     together: dict[object, list[Any]] = {}
     for name, layer in layers.items():
         path, side = split_name(name)
@@ -143,14 +139,13 @@ def fuse_inputs(slots: Slots, layers: Mapping[str, Any]) -> None:
             key = (block, family, layer.in_features, layer.weight.dtype, layer.weight.device)
             together.setdefault(key, []).append(layer)
     for group in together.values():
-        if len(group) > 1:
-            fused = FusedInput(group)
-            for layer in group:
-                layer.fused = fused
+        fused = FusedInput(group) if len(group) > 1 else None
+        for layer in group:
+            layer.fused = fused
 
 
 def _receives_it_as_is(slots: Slots, path: str, layer: Any) -> bool:
-    """Whether PEFT hands a slot its layer's input itself: dropout and another type make a copy."""
+    """Whether PEFT hands a slot its layer's input itself; dropout and another type make a copy."""
     owner: Any = slots.layers[path]
     base = getattr(owner.get_base_layer(), "weight", None)
     same_type = base is not None and base.dtype is layer.weight.dtype

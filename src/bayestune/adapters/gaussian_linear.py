@@ -62,10 +62,9 @@ class GaussianLinear(nn.Linear):
             )
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight = linear.weight
-        start = torch.empty_like(linear.weight).uniform_(
-            init_root_std / math.sqrt(2), init_root_std
-        )
-        self.root_std = nn.Parameter(start, requires_grad=linear.weight.requires_grad)
+        start = torch.empty_like(self.weight)
+        start.uniform_(init_root_std / math.sqrt(2), init_root_std)
+        self.root_std = nn.Parameter(start, requires_grad=self.weight.requires_grad)
         self.init_root_std = init_root_std
         self.noise: Noise = noise
         self.groups = groups if groups is not None else RowGroups()
@@ -92,13 +91,7 @@ class GaussianLinear(nn.Linear):
         return output.view(*input.shape[:-1], self.out_features)  # type: ignore[union-attr]
 
     def noisy(self, input: Tensor, mean: Tensor, root_std: Tensor) -> Tensor:
-        """Maps (rows, …, k) to (rows, …, r), each row under its own draw of a Gaussian.
-
-        Args:
-            input: (rows, …, k).
-            mean: M (r, k).
-            root_std: G (r, k).
-        """
+        """Maps (rows, …, k) to (rows, …, r), each row under its own draw with M and G (r, k)."""
         output = RowNoise.apply(self._rows(input), mean, root_std)
         return output.view(*input.shape[:-1], len(mean))  # type: ignore[union-attr]
 
@@ -115,9 +108,7 @@ class GaussianLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         """The line that `print(model)` shows."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, noise={self.noise}"
-        )
+        return f"{super().extra_repr()}, noise={self.noise}"
 
 
 def bayesify(
@@ -145,8 +136,8 @@ def bayesify(
 
     Raises:
         ValueError: if the model has no layer with this adapter, or one of them cannot be made
-            stochastic (DoRA and other variants, embeddings, `target_parameters`, a slot that is no
-            plain Linear, a second conversion); each is named with its reason.
+            stochastic (DoRA and other variants, embeddings, `target_parameters`, a slot that holds
+            no plain Linear, a second conversion); each is named with its reason.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -166,4 +157,4 @@ def bayesify(
     found.put(gaussian)
     if noise == "row":
         fuse_inputs(found, gaussian)
-    return len(plain)
+    return len(gaussian)

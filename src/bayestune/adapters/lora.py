@@ -25,7 +25,7 @@ class Lora:
     Args:
         rank: r.
         alpha: the adapter's output is scaled by alpha/rank.
-        dropout: LoRA dropout on the adapter's input, a probability.
+        dropout: the probability of LoRA dropout on the adapter's input.
         targets: names of the adapted modules; None means the paper's: q_proj and v_proj (query and
             value in encoders), and lm_head where it is not tied to the embedding.
     """
@@ -62,7 +62,7 @@ def _default_targets(model: nn.Module, leaves: set[str]) -> tuple[str, ...]:
 
 
 def attach(model: nn.Module, lora: Lora) -> PeftModel:
-    """Puts a fresh LoRA adapter on a model, whose own weights are frozen.
+    """Puts a fresh LoRA adapter on a model and freezes the model's own weights.
 
     Args:
         model: a transformers model without adapters; PEFT trains a classification head, if there
@@ -75,16 +75,13 @@ def attach(model: nn.Module, lora: Lora) -> PeftModel:
     Raises:
         ValueError: if no module has a target's name, or the model has an adapter already.
     """
-    adapted = isinstance(model, PeftModel) or any(isinstance(m, LoraLayer) for m in model.modules())
-    if adapted:
+    if any(isinstance(module, PeftModel | LoraLayer) for module in model.modules()):
         raise ValueError(
-            "the model has an adapter already: got a PEFT model, expected a plain one; "
-            "call unload() on it"
+            "the model has an adapter already: got a PEFT model, expected a plain one; call "
+            "unload() on it"
         )
-    leaves = set()
-    for name, module in model.named_modules():
-        if not list(module.children()):
-            leaves.add(name.rpartition(".")[2])
+    paths = [path for path, module in model.named_modules() if not list(module.children())]
+    leaves = {path.rpartition(".")[2] for path in paths}
     targets = lora.targets or _default_targets(model, leaves)
     if not any(target.rpartition(".")[2] in leaves for target in targets):
         raise ValueError(
@@ -102,10 +99,7 @@ def attach(model: nn.Module, lora: Lora) -> PeftModel:
 
 
 def detach(model: nn.Module) -> nn.Module:
-    """Takes the adapters off and returns the base as it was.
-
-    PEFT's `unload` alone would leave a trained head in it.
-    """
+    """Takes the adapters off and returns the base as it was, without a trained head."""
     heads = {}
     for name, module in model.named_modules():
         if isinstance(module, ModulesToSaveWrapper):

@@ -15,7 +15,7 @@ def random_signs(*shape: int, like: Tensor) -> Tensor:
 
 
 def independent_weights(mean: Tensor, std: Tensor, num_rows: int) -> Tensor:
-    """One draw of A for each row with noise of its own: A_n = M + Ω∘E_n.
+    """One draw of A for each row with noise of its own, differentiable: A_n = M + Ω∘E_n.
 
     Args:
         mean: M (r, k).
@@ -23,7 +23,7 @@ def independent_weights(mean: Tensor, std: Tensor, num_rows: int) -> Tensor:
         num_rows: N.
 
     Returns:
-        The draws (N, r, k); differentiable in both arguments.
+        The draws (N, r, k).
     """
     noise = torch.randn(num_rows, *mean.shape, dtype=mean.dtype, device=mean.device)
     return torch.addcmul(mean, std, noise)
@@ -42,7 +42,7 @@ def held_noise(shape: Sequence[int], seed: int, index: int, path: str) -> Tensor
         path: the layer's path in the model.
 
     Returns:
-        E on the CPU in float32.
+        E (r, k), float32, on the CPU.
 
     Example:
         >>> torch.equal(held_noise((2, 3), 0, 7, "layer"), held_noise((2, 3), 0, 7, "layer"))
@@ -59,12 +59,10 @@ def held_weights(mean: Tensor, std: Tensor, seed: int, index: int, path: str) ->
     Args:
         mean: M (r, k).
         std: Ω (r, k).
-        seed: of the set of draws.
-        index: which draw, from 0.
-        path: the layer's path in the model.
+        seed, index, path: the address of E, see `held_noise`.
 
     Returns:
-        The draw (r, k), float32, on the CPU.
+        The draw (r, k).
     """
     noise = held_noise(mean.shape, seed, index, path)
     return mean.detach().float().cpu() + std.detach().float().cpu() * noise

@@ -53,11 +53,11 @@ Layer = TypeVar("Layer", bound=RankLinear)
 def make_ranks_random(
     model: nn.Module, make: Callable[[nn.Linear, RowGroups], Layer]
 ) -> dict[str, Layer]:
-    """Makes a layer of each A and puts it in A's slot, after all were found to be replaceable.
+    """Puts a layer that `make` builds in the slot of each A, if all of them can be replaced.
 
     Args:
         model: a PEFT model.
-        make: the layer of a plain slot and the model's row groups.
+        make: builds the layer from the plain one and the model's row groups.
 
     Returns:
         The layers by slot name.
@@ -71,10 +71,10 @@ def make_ranks_random(
 
 
 def put_means(model: nn.Module, layers: Mapping[str, RankLinear]) -> None:
-    """Puts a plain layer of the weight E[z] ∘ W in the slot of each layer."""
+    """Puts a plain layer with the weight E[z] ∘ W in the slot of each layer."""
     plain = {}
     for name, layer in layers.items():
-        weight = (layer.mean_factors[:, None] * layer.weight).detach().clone()
+        weight = (layer.mean_factors[:, None] * layer.weight).detach()
         plain[name] = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         plain[name].weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
         plain[name].train(layer.training)

@@ -8,7 +8,7 @@ from torch import nn
 class RowGroups:
     """How many consecutive sequences of the batch make one row; shared by a model's random layers.
 
-    A question whose options are scored as separate sequences is one row: all of them must see the
+    The options of a question that are scored as separate sequences are one row and must see the
     same draw. A size is asked for before a pass and holds from its beginning to the next pass's, so
     that a checkpoint's recomputation, which comes after the pass, still finds it.
 
@@ -40,33 +40,34 @@ class RowGroups:
         if rest:
             raise ValueError(
                 f"the batch does not divide into rows: got {sequences} sequences, expected a "
-                f"multiple of {self.size} (sequences a row); call group_rows with the batch's own "
-                "size"
+                f"multiple of {self.size} (sequences a row); call group_rows with the batch's size"
             )
         return count
 
 
-def row_groups_of(model: nn.Module) -> RowGroups:
-    """The model's row groups, one for all its adapters; made and bound to its passes if need be."""
+def _found(model: nn.Module) -> RowGroups | None:
     for module in model.modules():
         if isinstance(groups := getattr(module, "groups", None), RowGroups):
             return groups
-    groups = RowGroups()
-    model.register_forward_pre_hook(groups.begin)
+    return None
+
+
+def row_groups_of(model: nn.Module) -> RowGroups:
+    """The model's row groups, one for all its adapters; made and hooked to its passes if needed."""
+    groups = _found(model)
+    if groups is None:
+        groups = RowGroups()
+        model.register_forward_pre_hook(groups.begin)
     return groups
 
 
 def group_rows(model: nn.Module, size: int) -> None:
-    """Says that in the next training pass `size` consecutive sequences are one row and share a
-    draw.
+    """Makes `size` consecutive sequences one row, with one draw, in the next training pass.
 
     Args:
-        model: a model with random layers, whatever wraps it; of any adapters.
+        model: a model with random layers, whatever wraps it and whichever adapters it has.
         size: sequences of a row.
     """
-    if not model.training:
-        return  # the mean and held draws do not ask
-    for module in model.modules():
-        if isinstance(groups := getattr(module, "groups", None), RowGroups):
-            groups.ask(size)
-            return
+    groups = _found(model) if model.training else None  # the mean and held draws do not ask
+    if groups is not None:
+        groups.ask(size)

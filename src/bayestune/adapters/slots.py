@@ -18,8 +18,7 @@ Kind = TypeVar("Kind", bound=nn.Module)
 
 
 class Slots:
-    """The slots A and B of one adapter, found once: whatever module stands in a slot, PEFT calls
-    it.
+    """The slots A and B of one adapter, found once; PEFT calls whatever module stands in a slot.
 
     A slot's name is its layer's path in the base model and ".lora_A" or ".lora_B"; it is the same
     with and without PEFT's wrapper, and for every adapter. `layers` holds the LoRA layers by path,
@@ -42,15 +41,13 @@ class Slots:
     def __init__(self, model: nn.Module, adapter: str | None = None) -> None:
         modules = {name.removeprefix(PREFIX): module for name, module in model.named_modules()}
         layers = {path: layer for path, layer in modules.items() if isinstance(layer, LoraLayer)}
-        wrappers = {p: m for p, m in modules.items() if isinstance(m, ModulesToSaveWrapper)}
-        self.adapter = _active(layers) if adapter is None else adapter
         self.model = model
+        self.adapter = _active(layers) if adapter is None else adapter
         self.layers = {path: layer for path, layer in layers.items() if self._holds(layer)}
-        self.heads = {
-            path: wrapper.modules_to_save[self.adapter]
-            for path, wrapper in wrappers.items()
-            if self.adapter in wrapper.modules_to_save
-        }
+        self.heads: dict[str, nn.Module] = {}
+        for path, module in modules.items():
+            if isinstance(module, ModulesToSaveWrapper) and self.adapter in module.modules_to_save:
+                self.heads[path] = module.modules_to_save[self.adapter]
 
     def _holds(self, layer: LoraLayer) -> bool:
         return self.adapter in layer.lora_A or self.adapter in layer.lora_embedding_A
@@ -71,7 +68,7 @@ class Slots:
     def names(
         self, sides: Collection[str] = ("lora_A",), layers: Collection[str] = ()
     ) -> list[str]:
-        """Names of the slots of some sides; of layers with some names only, if they are given."""
+        """Names of the slots of some sides; only of layers with these last names, if given."""
         chosen = []
         for name in self.modules():
             path, side = split_name(name)
@@ -100,8 +97,8 @@ class Slots:
         """Puts S fixed weights in slots for the time of the context.
 
         Args:
-            stacks: for each slot name (S, r, k) or (S, d, r); other slots keep their module. A
-                batch must hold S·N rows, draw by draw.
+            stacks: (S, r, k) or (S, d, r) by slot name; other slots keep their module. A batch
+                must hold S·N rows, draw by draw.
 
         Raises:
             ValueError: if a name is not a slot of the adapter.
@@ -124,23 +121,20 @@ class Slots:
             self.put(kept)
 
     def replaceable(self, names: Collection[str] | None = None) -> dict[str, nn.Linear]:
-        """The plain Linear modules in slots, each checked to be applied once as a plain map.
-
-        Args:
-            names: slot names; None for every A.
+        """The plain Linear modules in slots, by slot name; None stands for every A.
 
         Raises:
-            ValueError: if there is no such slot, or one cannot be replaced; each is named with its
-                reason.
+            ValueError: if there is no such slot, or PEFT does not apply one once as a plain map;
+                each is named with its reason.
         """
-        if not self.layers or (names is not None and not names):
+        names = [f"{path}.lora_A" for path in self.layers] if names is None else names
+        if not self.layers or not names:
             kind = type(self.model).__name__
             raise ValueError(
                 f"no LoRA layer holds the adapter {self.adapter!r}: got a {kind}, expected a model "
                 "from peft.get_peft_model with LoraConfig; check target_modules and the adapter's "
                 "name"
             )
-        names = [f"{path}.lora_A" for path in self.layers] if names is None else names
         places = [split_name(name) for name in names]
         if unknown := [path for path, _ in places if path not in self.layers]:
             raise ValueError(
@@ -155,10 +149,8 @@ class Slots:
                 f"{count} of {len(places)} LoRA layers cannot be made stochastic, none was "
                 f"converted; leave them out of target_modules or use plain LoRA there:\n{lines}"
             )
-        return {
-            f"{path}.{side}": getattr(self.layers[path], side)[self.adapter]
-            for path, side in places
-        }
+        found: dict[str, Any] = self.modules()
+        return {name: found[name] for name in names}
 
     def _reason_to_refuse(self, path: str, side: str) -> str | None:
         layer: Any = self.layers[path]
@@ -206,6 +198,6 @@ def split_name(name: str) -> tuple[str, str]:
 def drawn(
     model: nn.Module, weights: Mapping[str, Tensor], adapter: str | None = None
 ) -> Iterator[None]:
-    """Puts S fixed weights in an adapter's slots for the time of the context: `Slots.holding`."""
+    """Puts S fixed weights in an adapter's slots for the time of the context, `Slots.holding`."""
     with Slots(model, adapter).holding(weights):
         yield

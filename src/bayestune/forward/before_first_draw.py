@@ -8,8 +8,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from bayestune.adapters import Slots, base_of, output_head, split_name
-from bayestune.forward.draws import repeated
-from bayestune.forward.sharing import Chunk
+from bayestune.forward.draws import Chunk, repeated
 
 Arguments = tuple[Any, dict[str, Any]]
 
@@ -21,8 +20,7 @@ class BeforeFirstDraw:
     Args:
         slots: where the draws stand.
         head: the output head, if it alone is drawn.
-        blocks: otherwise the blocks from the first drawn one on; empty where nothing comes before
-            it.
+        blocks: else the blocks from the first drawn one on; none where nothing comes before it.
     """
 
     slots: Slots
@@ -34,20 +32,16 @@ class BeforeFirstDraw:
         """Finds what comes before the slots that are drawn."""
         base = base_of(slots.model)
         head = output_head(slots.model)
-        paths = {split_name(name)[0]: None for name in stacks}  # in the slots' order
-        drawn = {path: slots.layers[path] for path in paths}
-        if head is not None and all(layer is head for layer in drawn.values()):
+        paths = {split_name(name)[0] for name in stacks}
+        inner = [path for path in paths if slots.layers[path] is not head]
+        if not inner:
             return cls(slots, head=head)
-        inner = [path for path, layer in drawn.items() if layer is not head]
         places = [_block_of(base, path) for path in inner]
-        lists = {id(place[0]) for place in places if place}
-        if None in places or len(lists) != 1:
-            return cls(slots)
-        found = [place for place in places if place]
-        first = min(index for _, index in found)
-        if first == 0:  # before the first block is only the embedding
-            return cls(slots)
-        return cls(slots, blocks=tuple(found[0][0][first:]))
+        blocks = places[0][0]
+        first = min(index for _, index in places)
+        if first < 1 or any(others is not blocks for others, _ in places):
+            return cls(slots)  # before the first block is only the embedding
+        return cls(slots, blocks=tuple(blocks[first:]))
 
     def __bool__(self) -> bool:
         return self.head is not None or bool(self.blocks)
@@ -56,10 +50,7 @@ class BeforeFirstDraw:
     def computing(self, chunk: Chunk) -> Iterator[nn.Module]:
         """For the time of a pass over as many copies of the rows as the chunk has draws."""
         with self.slots.holding(chunk.stacks):
-            if chunk.size == 1:
-                yield self.slots.model
-                return
-            hooks = self._hooks(chunk.size)
+            hooks = self._hooks(chunk.size) if chunk.size > 1 else []
             try:
                 yield self.slots.model
             finally:
@@ -75,12 +66,9 @@ class BeforeFirstDraw:
             return tuple(_first_copy(value, times) for value in args), cut
 
         def repeat_copies(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Arguments:
-            hidden, *others = args
-            rows = len(hidden) if module is first else len(hidden) // times
-            if module is first:
-                hidden = _copies(hidden, times, rows)
+            rows = len(args[0]) if module is first else len(args[0]) // times
             whole = {name: _copies(value, times, rows) for name, value in kwargs.items()}
-            return (hidden, *(_copies(value, times, rows) for value in others)), whole
+            return tuple(_copies(value, times, rows) for value in args), whole
 
         hooks = [self.slots.model.register_forward_pre_hook(keep_first_copy, with_kwargs=True)]
         for module in later:
@@ -101,11 +89,11 @@ def _copies(value: Any, times: int, num_rows: int) -> Any:
     return repeated(value, times)
 
 
-def _block_of(model: nn.Module, path: str) -> tuple[nn.ModuleList, int] | None:
-    """The list of blocks that a layer is in, and in which of them; None where it is in none."""
+def _block_of(model: nn.Module, path: str) -> tuple[Any, int]:
+    """The list of blocks that a layer is in, and in which of them; -1 where it is in none."""
     names = path.split(".")
     for i, name in enumerate(names):
         parent = model.get_submodule(".".join(names[:i]))
-        if isinstance(parent, nn.ModuleList) and name.isdigit():
+        if isinstance(parent, nn.ModuleList):
             return parent, int(name)
-    return None
+    return None, -1

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from bayestune.adapters import Slots, base_of
-from bayestune.forward.draws import device_of
+from bayestune.forward.draws import Chunk, device_of
 from bayestune.forward.fingerprint import Fingerprint
 from bayestune.forward.kept_tokens import KeptTokens, cache_argument, goes_by_position, is_plain
-from bayestune.forward.sharing import Chunk
 
 LEAST = 8  # tokens worth sharing: for fewer, putting them in front of each row costs what is saved
 PASS = 512  # tokens that take as long as a pass takes whatever it reads: its launches, its weights
 MAX_BYTES = 2**30  # of keys and values kept
 _INPUTS = {"input_ids", "attention_mask", "position_ids", "logits_to_keep", "use_cache"}
 _ON = ContextVar("common_prefix", default=True)
+_OF_MEANS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
 
 @contextmanager
@@ -38,11 +38,15 @@ class _Rows:
     """What a pass over S copies of N rows is asked for.
 
     Args:
+        inputs: those of the model that are given.
+        size: S.
         padding: tokens on the left of each row, (N,).
-        begin: ids and positions of the tokens that all rows begin with, (2, c), without those whose
+        begin: ids and positions (2, c) of the tokens that all rows begin with, without those whose
             logits are asked for.
     """
 
+    inputs: Mapping[str, Any]
+    size: int
     padding: Tensor
     begin: Tensor
 
@@ -50,52 +54,53 @@ class _Rows:
     def of(cls, inputs: Mapping[str, Any], size: int) -> Self | None:
         """None for all passes but left-padded rows and the logits of their ends."""
         keep = inputs.get("logits_to_keep")
-        given = {name for name, value in inputs.items() if value is not None}
-        if given - _INPUTS or inputs.get("use_cache") or not isinstance(keep, int) or keep < 1:
+        given = {name: value for name, value in inputs.items() if value is not None}
+        if (
+            given.keys() - _INPUTS
+            or given.get("use_cache")
+            or not isinstance(keep, int)
+            or keep < 1
+        ):
             return None
-        ids = inputs.get("input_ids")
-        mask = inputs.get("attention_mask")
-        positions = inputs.get("position_ids")
+        ids = given.get("input_ids")
         if ids is None or ids.dim() != 2:
             return None
-        if any(value is not None and value.shape != ids.shape for value in (mask, positions)):
-            return None
         columns = torch.arange(ids.shape[1], device=ids.device)
-        seen = torch.ones_like(ids) if mask is None else mask
-        places = columns.expand_as(ids) if positions is None else positions
-        first_copy = [value[: len(ids) // size].long().cpu() for value in (ids, seen, places)]
-        return cls._of(*first_copy, keep=keep, counted=positions is not None)
+        mask = given.get("attention_mask", torch.ones_like(ids))
+        places = given.get("position_ids", columns.expand_as(ids))
+        if not mask.shape == places.shape == ids.shape:
+            return None
+        first_copy = [value[: len(ids) // size].long().cpu() for value in (ids, mask, places)]
+        return cls._of(given, size, *first_copy)
 
     @classmethod
     def _of(
-        cls, ids: Tensor, mask: Tensor, places: Tensor, *, keep: int, counted: bool
+        cls, given: Mapping[str, Any], size: int, ids: Tensor, mask: Tensor, places: Tensor
     ) -> Self | None:
-        """Of ids, mask and positions (N, T); `counted` says whether positions were given."""
         padding = (mask == 0).sum(1)
-        padded_left = torch.equal(mask, (torch.arange(ids.shape[1]) >= padding[:, None]).long())
-        if not padded_left:
-            return None
-        if not counted and padding.any():  # a model would count padding or not, by its kind
-            return None
-        most = max(0, ids.shape[1] - int(padding.max()) - keep)
+        if not torch.equal(mask, (torch.arange(ids.shape[1]) >= padding[:, None]).long()):
+            return None  # not padded on the left
+        if padding.any() and "position_ids" not in given:
+            return None  # a model would count padding or not, by its kind
+        most = max(0, ids.shape[1] - int(padding.max()) - given["logits_to_keep"])
         table = torch.stack([ids, places])
         begins = table.gather(2, (padding[:, None] + torch.arange(most)).expand(2, -1, -1))
-        return cls(padding, begins[:, 0, : _agreed(begins[:, 0, None], begins)])
+        return cls(given, size, padding, begins[:, 0, : _agreed(begins[:, 0, None], begins)])
 
-    def rest(self, inputs: Mapping[str, Any], length: int, size: int) -> dict[str, Any]:
+    def rest(self, length: int) -> dict[str, Any]:
         """The inputs behind the first `length` tokens, which come from a cache.
 
         Of a row with p tokens of padding, the last p of these tokens stand in the columns that are
         left: the row has them from the cache already, so the mask hides them.
         """
-        rest = {**inputs, "input_ids": inputs["input_ids"][:, length:], "use_cache": True}
-        if inputs.get("position_ids") is not None:
-            rest["position_ids"] = inputs["position_ids"][:, length:]
+        rest = {**self.inputs, "input_ids": self.inputs["input_ids"][:, length:], "use_cache": True}
+        if "position_ids" in rest:
+            rest["position_ids"] = rest["position_ids"][:, length:]
         if self.padding.any():
-            mask = inputs["attention_mask"]
+            mask = rest["attention_mask"]
             columns = torch.arange(mask.shape[1])
             first = (self.padding + length)[:, None]
-            seen = ((columns < length) | (columns >= first)).repeat(size, 1)
+            seen = ((columns < length) | (columns >= first)).repeat(self.size, 1)
             rest["attention_mask"] = seen.to(mask.device, mask.dtype)
         return rest
 
@@ -107,16 +112,6 @@ def _agreed(one: Tensor, other: Tensor) -> int:
     return int(same.long().cumprod(0).sum())
 
 
-@dataclass(frozen=True)
-class _Pass:
-    """One pass of a base model over its inputs, for `size` draws from `start` on."""
-
-    base: nn.Module
-    inputs: Mapping[str, Any]
-    start: int
-    size: int
-
-
 class CommonPrefix:
     """Has a model read the tokens that all rows begin with once for each draw.
 
@@ -126,16 +121,15 @@ class CommonPrefix:
     logits are the plain pass's up to rounding.
 
     The prefix is read once the tokens it would have saved so far, this batch included, exceed the
-    tokens it costs: S·c and a pass. So a single call gains from it or leaves it, and over a data
-    set at most as much is spent as was missed. What was read serves until the model, the draws or
-    autocast change. At most `MAX_BYTES` are kept, of the first tokens. Passes of another kind than
-    letter scoring's and expanded text scoring's (4-D masks, gradients, a cache asked for), and
-    models whose tokens go by anything but keys, values and positions, are left as they are.
+    tokens it costs: S·c and a pass. So a single call gains from it or leaves it, and a data set
+    spends at most as much as it missed. What was read serves until the model, the draws or autocast
+    change. At most `MAX_BYTES` are kept, of the first tokens. Passes of another kind than letter
+    scoring's and expanded text scoring's (4-D masks, gradients, a cache asked for), and models that
+    go by anything but keys, values and positions, are left as they are.
     """
 
     def __init__(self) -> None:
         self._slots: Slots | None = None
-        self._fingerprint: Fingerprint | None = None
         self._source: object = None
         self._cast: object = None
         self._fits = True
@@ -151,12 +145,12 @@ class CommonPrefix:
 
     @classmethod
     def of_mean(cls, model: nn.Module) -> Self:
-        """That of a model's passes without draws; it lives as long as the model."""
+        """The one of a model's passes without draws; it lives as long as the model."""
         prefix = _OF_MEANS.setdefault(model, cls())
-        if prefix._fingerprint is None or not prefix._fingerprint.matches(model):
-            prefix._fingerprint = Fingerprint(model)
-            prefix._source = None
-        return prefix._under(model, 1, prefix._fingerprint)
+        source = prefix._source
+        if not (isinstance(source, Fingerprint) and source.matches(model)):
+            source = Fingerprint(model)
+        return prefix._under(model, 1, source)
 
     def under(self, slots: Slots, count: int, source: object) -> Self:
         """Forgets what was read under other draws.
@@ -164,7 +158,7 @@ class CommonPrefix:
         Args:
             slots: where the draws stand.
             count: S.
-            source: where the draws are from, an object that is another when they are.
+            source: where the draws come from; another object when they are others.
         """
         self._slots = slots
         return self._under(slots.model, count, source)
@@ -172,8 +166,7 @@ class CommonPrefix:
     def _under(self, model: nn.Module, count: int, source: object) -> Self:
         kind = device_of(model).type
         cast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-        same = self._source is source and (self._count, self._cast) == (count, cast)
-        if not same:
+        if self._source is not source or (self._count, self._cast) != (count, cast):
             self._source = source
             self._cast = cast
             self._forget(count)
@@ -197,16 +190,13 @@ class CommonPrefix:
             return
 
         def share(_: nn.Module, args: Any, inputs: dict[str, Any]) -> Any:
-            if args or torch.is_grad_enabled():
-                return None
-            rows = _Rows.of(inputs, size)
+            rows = None if args or torch.is_grad_enabled() else _Rows.of(inputs, size)
             if rows is None:
                 return None
-            length = self._known(_Pass(base, inputs, start, size), rows, name)
+            length = self._known(rows, start, base, name)
             if length < LEAST or self._kept is None:
                 return None
-            cache = self._kept.cache(start, size, length)
-            return args, {**rows.rest(inputs, length, size), name: cache}
+            return args, {**rows.rest(length), name: self._kept.cache(start, size, length)}
 
         hook = model.register_forward_pre_hook(share, with_kwargs=True)
         try:
@@ -214,20 +204,19 @@ class CommonPrefix:
         finally:
             hook.remove()
 
-    def _known(self, now: _Pass, rows: _Rows, name: str) -> int:
+    def _known(self, rows: _Rows, start: int, base: nn.Module, name: str) -> int:
         """How many tokens the rows need not read, after the common ones are read if that pays."""
         begin = rows.begin[:, : self._limit]
-        if now.start == 0:
-            worth = self._worth(begin, len(rows.padding), now.size)
-            if worth is not None:
-                self._kept = KeptTokens(worth, [False] * self._count)
+        worth = None if start else self._worth(begin, len(rows.padding), rows.size)
+        if worth is not None:
+            self._kept = KeptTokens(worth, [False] * self._count)
         if self._kept is None or _agreed(self._kept.tokens, begin) < LEAST:
             return 0
-        if not all(self._kept.done[now.start : now.start + now.size]):
-            self._read(now, self._kept, name)
+        if not all(self._kept.done[start : start + rows.size]):
+            self._read(rows, start, base, name, self._kept)
         if self._kept is None:
             return 0
-        if self._window is not None and now.inputs["input_ids"].shape[1] >= self._window:
+        if self._window is not None and rows.inputs["input_ids"].shape[1] >= self._window:
             return 0  # a window that is not longer than a row would count the hidden columns
         return _agreed(self._kept.tokens, begin)
 
@@ -246,16 +235,16 @@ class CommonPrefix:
         pays = self._rows * (length - known) > cost
         return wanted if pays and length >= known + LEAST else None
 
-    def _read(self, now: _Pass, kept: KeptTokens, name: str) -> None:
+    def _read(self, rows: _Rows, start: int, base: nn.Module, name: str, kept: KeptTokens) -> None:
         """Reads the common tokens under the draws that are in the model now."""
-        device = now.inputs["input_ids"].device
-        ids, places = (row.to(device).expand(now.size, -1) for row in kept.tokens)
+        tokens = kept.tokens.to(rows.inputs["input_ids"].device)
+        ids, places = tokens[:, None].expand(-1, rows.size, -1)
         given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": places}
-        given = {key: value for key, value in given.items() if now.inputs.get(key) is not None}
+        given = {key: value for key, value in given.items() if key in rows.inputs}
         # not `base(…)`: PEFT, too, goes past its hooks, of which this runs in one
-        output = now.base.forward(**given, use_cache=True, logits_to_keep=1)  # type: ignore[operator]
+        output = base.forward(**given, use_cache=True, logits_to_keep=1)  # type: ignore[operator]
         read: Any = getattr(output, name, None)
-        if not is_plain(read, now.size, ids.shape[1]):
+        if not is_plain(read, rows.size, ids.shape[1]):
             self._fits = False
             self._kept = None
             return
@@ -265,7 +254,4 @@ class CommonPrefix:
         of_token = sum(keys.nbytes + values.nbytes for keys, values in layers) // ids.numel()
         self._limit = MAX_BYTES // (of_token * self._count)
         kept.tokens = kept.tokens[:, : self._limit]
-        kept.put(now.start, layers)
-
-
-_OF_MEANS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+        kept.put(start, layers)

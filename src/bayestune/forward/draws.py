@@ -57,9 +57,11 @@ class Draws:
 
     def at_once(self, inputs: Batch) -> int:
         """How many draws of this batch run in one pass, at least 1."""
-        bound = min(self.count, self.max_tokens // max(1, num_tokens(inputs)))
+        main = _main_input(inputs)
+        tokens = main if "input_ids" in inputs else main[..., 0]
+        bound = min(self.count, self.max_tokens // max(1, tokens.numel()))
         if self.max_rows is not None:
-            bound = min(bound, self.max_rows // num_rows(inputs))
+            bound = min(bound, self.max_rows // len(main))
         return max(1, bound)
 
     @contextmanager
@@ -78,43 +80,22 @@ def _main_input(inputs: Batch) -> Tensor:
     return inputs[next(names, next(iter(inputs)))]
 
 
-def num_rows(inputs: Batch) -> int:
-    """N of a batch, whether or not it has `input_ids`."""
-    return len(_main_input(inputs))
+@dataclass(frozen=True)
+class Chunk:
+    """Some of the draws, which run in one pass.
 
+    Args:
+        start: the place of the first one among all that are asked for.
+        stacks: their weights by slot name, (S, r, k) for A and (S, d, r) for B.
+    """
 
-def num_tokens(inputs: Batch) -> int:
-    """N·T of a batch; N where its rows are not sequences."""
-    main = _main_input(inputs)
-    return main.numel() if "input_ids" in inputs else main[..., 0].numel()
-
-
-class Drawable(Protocol):
-    """What a pass over drawn adapters needs to know of a posterior."""
+    start: int
+    stacks: Mapping[str, Tensor]
 
     @property
-    def model(self) -> nn.Module:
-        """The PEFT model."""
-        ...
-
-    @property
-    def scorer(self) -> ClassLogits:
-        """Maps (model, batch) to class logits (N, C)."""
-        ...
-
-    @property
-    def adapter(self) -> str:
-        """The adapter in whose slots draws are put."""
-        ...
-
-    @property
-    def has_mean(self) -> bool:
-        """Whether that adapter is the posterior's mean."""
-        ...
-
-    def draw(self, index: int, seed: int = 0) -> dict[str, Tensor]:
-        """One held draw by slot name, what differs from the adapter: A (r, k), B (d, r)."""
-        ...
+    def size(self) -> int:
+        """How many draws."""
+        return len(next(iter(self.stacks.values())))
 
 
 @contextmanager
@@ -132,8 +113,7 @@ def device_of(model: nn.Module) -> torch.device:
     for parameter in model._parameters.values():
         if parameter is not None:
             return parameter.device
-    first = next(child for child in model.children() if next(child.parameters(), None) is not None)
-    return device_of(first)
+    return device_of(next(c for c in model.children() if next(c.parameters(), None) is not None))
 
 
 def on_device(inputs: Batch, model: nn.Module) -> dict[str, Tensor]:

@@ -13,9 +13,8 @@ class Fingerprint:
     """A model's weights and the state of its adapters, to compare with later.
 
     Parameters that an optimiser may change, the adapters' and all that are trainable, are compared
-    by
-    value: fused optimisers and writes to `.data` leave no trace in a tensor's version. The frozen
-    ones, by far the most, are compared by identity, version and address.
+    by value: fused optimisers and writes to `.data` leave no trace in a tensor's version. The
+    frozen ones, by far the most, are compared by identity, version and address.
 
     Args:
         model: a PEFT model, or a plain one.
@@ -42,10 +41,7 @@ class Fingerprint:
 
 
 def _taken(model: nn.Module) -> tuple[list[Any], list[Tensor], list[Tensor]]:
-    """Facts to compare, frozen tensors that must still be alive, and values that must be the same.
-
-    Walks the module tree once.
-    """
+    """Facts to compare, frozen tensors that must be alive, and values that must be the same."""
     facts: list[Any] = []
     frozen: list[Tensor] = []
     changing: list[Tensor] = []

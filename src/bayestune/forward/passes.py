@@ -1,15 +1,30 @@
 """The logits of the mean and of S drawn adapters, S·N rows in one pass where memory allows."""
 
+from collections.abc import Iterator
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 
 from bayestune.adapters import Slots, evaluating
 from bayestune.forward.before_first_draw import BeforeFirstDraw
 from bayestune.forward.common_prefix import CommonPrefix
-from bayestune.forward.draws import Batch, ClassLogits, Drawable, Draws, on_device, repeat_rows
+from bayestune.forward.draws import Batch, Chunk, ClassLogits, Draws, on_device, repeat_rows
 from bayestune.forward.fingerprint import Fingerprint
 from bayestune.forward.shared_prefix import SharedPrefix
-from bayestune.forward.sharing import Chunk, Sharing, Stacks
+
+
+class Drawable(Protocol):
+    """What a pass over drawn adapters needs to know of a posterior."""
+
+    model: nn.Module
+    scorer: ClassLogits
+    adapter: str
+    has_mean: bool
+
+    def draw(self, index: int, seed: int = 0) -> dict[str, Tensor]:
+        """One held draw by slot name, what differs from the adapter: A (r, k), B (d, r)."""
+        ...
 
 
 def mean_logits(model: nn.Module, scorer: ClassLogits, inputs: Batch) -> Tensor:
@@ -38,12 +53,9 @@ def drawn_logits(posterior: Drawable, inputs: Batch, draws: Draws, plan: "Plan")
     plan.renew(posterior, draws)
     sharing = plan.sharing(posterior, draws)
     inputs = on_device(inputs, posterior.model)
-    in_one_pass = plan.only_head and draws.shared_prefix is None
-    size = draws.count if in_one_pass else draws.at_once(inputs)
     parts = []
     with evaluating(posterior.model):
-        for start in range(0, draws.count, size):
-            chunk = plan.chunk(start, size)
+        for chunk in plan.chunks(inputs, draws):
             with sharing.computing(chunk) as model:
                 logits = posterior.scorer(model, repeat_rows(inputs, chunk.size))
             parts.append(logits.unflatten(0, (chunk.size, -1)))
@@ -59,9 +71,9 @@ class Plan:
     def __init__(self) -> None:
         self._fingerprint: Fingerprint | None = None
         self._seed = 0
+        self._draws: dict[int, dict[str, Tensor]] = {}
         self._indices = range(0)
-        self._draws: dict[int, Stacks] = {}
-        self._stacks: Stacks = {}
+        self._stacks: dict[str, Tensor] = {}
         self.common = CommonPrefix()
 
     def renew(self, posterior: Drawable, draws: Draws) -> None:
@@ -73,32 +85,19 @@ class Plan:
             self._seed = draws.seed
             self._slots = Slots(model, posterior.adapter)
             self._draws = {}
-            self._indices = range(0)
-        if self._indices != draws.indices:
-            self._take(posterior, draws)
-
-    def _take(self, posterior: Drawable, draws: Draws) -> None:
+        elif self._indices == draws.indices:
+            return
         for index in draws.indices:
             if index not in self._draws:
                 self._draws[index] = posterior.draw(index, draws.seed)
         chosen = [self._draws[index] for index in draws.indices]
-        self._stacks = {}
-        for name in chosen[0]:
-            self._stacks[name] = torch.stack([draw[name] for draw in chosen])
         self._indices = draws.indices
+        self._stacks = {name: torch.stack([draw[name] for draw in chosen]) for name in chosen[0]}
         self._before = BeforeFirstDraw.of(self._slots, self._stacks)
 
-    @property
-    def only_head(self) -> bool:
-        """Whether any number of draws costs one pass, because only the output head is drawn."""
-        return self._before.head is not None
-
-    def chunk(self, start: int, size: int) -> Chunk:
-        """Some of the draws, which run in one pass."""
-        part = slice(start, start + size)
-        return Chunk(start, {name: stack[part] for name, stack in self._stacks.items()})
-
-    def sharing(self, posterior: Drawable, draws: Draws) -> Sharing:
+    def sharing(
+        self, posterior: Drawable, draws: Draws
+    ) -> BeforeFirstDraw | CommonPrefix | SharedPrefix:
         """How the draws share work."""
         if draws.shared_prefix is not None:
             if not posterior.has_mean:
@@ -110,3 +109,11 @@ class Plan:
         if self._before:
             return self._before
         return self.common.under(self._slots, draws.count, self._stacks)
+
+    def chunks(self, inputs: Batch, draws: Draws) -> Iterator[Chunk]:
+        """The draws of each pass; all of them in one where only the output head is drawn."""
+        only_head = self._before.head is not None and draws.shared_prefix is None
+        size = draws.count if only_head else draws.at_once(inputs)
+        for start in range(0, draws.count, size):
+            part = slice(start, start + size)
+            yield Chunk(start, {name: stack[part] for name, stack in self._stacks.items()})

@@ -11,19 +11,18 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from bayestune.adapters import Slots, base_of
+from bayestune.forward.draws import Chunk
 from bayestune.forward.kept_tokens import cache_argument
-from bayestune.forward.sharing import Chunk, Stacks
 
 
 class SharedPrefix(nn.Module):
     """Stands for a PEFT model whose draws share what they know of the first part of a prompt.
 
     A pass over S·N rows of T tokens becomes two. The mean adapter reads the prefix of the N rows
-    once; its keys and values serve all S draws. The draws then read the last m tokens of the
-    prompt, and what is scored behind it. With u tokens scored behind the prompt the cost is about
-    1 + (S − 1)·(m + u)/T passes of the mean instead of S. It is not the posterior's predictive: the
-    noise of the prefix is left out. Two cases are exact: no noise at all, and m as long as the
-    prompt.
+    once; its keys and values serve all S draws, which then read the last m tokens of the prompt and
+    the u tokens scored behind it. The cost is about 1 + (S − 1)·(m + u)/T passes of the mean
+    instead of S. It is not the posterior's predictive, for the noise of the prefix is left out; it
+    is exact without noise, and where m is as long as the prompt.
 
     Args:
         slots: of a causal PEFT model in evaluation mode, where the draws stand.
@@ -52,8 +51,7 @@ class SharedPrefix(nn.Module):
         self.length = length
         self._cache = cache
         self._takes_keep = "logits_to_keep" in inspect.signature(base.forward).parameters
-        self._stacks: Stacks = {}
-        self._times = 1
+        self._chunk = Chunk(0, {})
         self._read: DynamicCache | None = None
 
     def get_base_model(self) -> nn.Module:
@@ -62,11 +60,9 @@ class SharedPrefix(nn.Module):
 
     @contextmanager
     def computing(self, chunk: Chunk) -> Iterator[nn.Module]:
-        """The draws of the passes inside."""
-        self._stacks = chunk.stacks
-        self._times = chunk.size
+        """For the time of a pass over S·N rows under some of the draws."""
+        self._chunk = chunk
         yield self
-        self._stacks = {}
 
     def forward(
         self,
@@ -77,8 +73,7 @@ class SharedPrefix(nn.Module):
         use_cache: bool = False,
         **rest: Any,
     ) -> Any:
-        """The model's output at the end of S·N rows, draw by draw: the logits of the last
-        positions.
+        """The model's output at the end of S·N rows, the logits of their last positions.
 
         Args:
             input_ids: (S·N, T), the same N rows S times, which end together (padded on the left).
@@ -96,32 +91,26 @@ class SharedPrefix(nn.Module):
             inputs["position_ids"] = position_ids
         if self._takes_keep:
             rest["logits_to_keep"] = logits_to_keep
-        if split <= 0:
-            with self.slots.holding(self._stacks):
-                return self.model(**inputs, use_cache=False, **rest)
-        known = self._known(inputs, split, rest)
-        end = {name: _end(name, value, split) for name, value in inputs.items()}
-        with self.slots.holding(self._stacks):
-            return self.model(**end, **{self._cache: known}, use_cache=True, **rest)
+        if split > 0:
+            rest[self._cache] = self._known(inputs, split, **rest)
+            inputs = {name: _end(name, value, split) for name, value in inputs.items()}
+        with self.slots.holding(self._chunk.stacks):
+            return self.model(**inputs, use_cache=split > 0, **rest)
 
-    def _known(
-        self, inputs: Mapping[str, Tensor], split: int, rest: Mapping[str, Any]
-    ) -> DynamicCache:
-        """Keys and values of the prefix for all draws' rows.
-
-        They are read in the first pass of a batch and kept for the others.
-        """
-        num_rows = len(inputs["input_ids"]) // self._times
+    def _known(self, inputs: Mapping[str, Tensor], split: int, **rest: Any) -> DynamicCache:
+        """Keys and values of the prefix for all draws' rows, read in a batch's first pass."""
+        num_rows = len(inputs["input_ids"]) // self._chunk.size
         if self._read is None:
             start = {name: _start(value[:num_rows], split) for name, value in inputs.items()}
-            one = {"logits_to_keep": 1} if self._takes_keep else {}
-            output = self.model(**start, use_cache=True, **{**rest, **one})
+            if self._takes_keep:
+                rest["logits_to_keep"] = 1
+            output = self.model(**start, use_cache=True, **rest)
             self._read = self._checked(getattr(output, self._cache))
         known = copy.copy(self._read)
         # layers grow by new tensors, so that what was read stays as it is
         known.layers = [copy.copy(layer) for layer in known.layers]
         rows = torch.arange(num_rows, device=inputs["input_ids"].device)
-        known.batch_select_indices(rows.repeat(self._times))
+        known.batch_select_indices(rows.repeat(self._chunk.size))
         return known
 
     def _checked(self, read: Any) -> DynamicCache:

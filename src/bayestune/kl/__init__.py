@@ -1,5 +1,4 @@
-"""The KL divergence of q(A) = N(M, Ω²) from its prior: closed forms, schedules, and the decoupled
-step.
+"""The KL divergence of q(A) = N(M, Ω²) from its prior: closed forms, schedules, a decoupled step.
 
 `KLStep` is all that a Trainer or a bare loop needs of it.
 """

@@ -25,8 +25,8 @@ def kl_divergence(mean: Tensor, std: Tensor, prior_std: float) -> Tensor:
         0.0
 
     Reference:
-        Wang, Shi, Han, Metaxas, Wang: BLoB, NeurIPS 2024, https://arxiv.org/abs/2406.11675,
-        equation 10.
+        Wang, Shi, Han, Metaxas, Wang: BLoB (equation 10), NeurIPS 2024,
+        https://arxiv.org/abs/2406.11675.
     """
     moments = (std.square() + mean.square()) / (2 * prior_std**2)
     return (moments - std.log() + math.log(prior_std) - 0.5).sum()
@@ -37,8 +37,7 @@ def kl_step_(
 ) -> None:
     """One gradient step on the KL, in place and fused over all layers.
 
-    M ← M·(1 − η/σ_p²),  G ← G + η·(2/G − 2G³/σ_p²): the gradients are ∂KL/∂M = M/σ_p² and
-    ∂KL/∂G = −2/G + 2G³/σ_p².
+    M ← M·(1 − η/σ_p²),  G ← G + η·(2/G − 2G³/σ_p²).
 
     Args:
         means: M of each layer, each (r, k).
@@ -72,12 +71,12 @@ def kl_time_to(final_std: float, prior_std: float, initial_std: float = 0.0) -> 
     dσ/dτ = 4·(1 − σ²/σ_p²), so σ(τ) = σ_p·tanh(4τ/σ_p + artanh(σ_0/σ_p)): the tanh law.
 
     Args:
-        final_std: the standard deviation to end at, with initial_std < final_std < prior_std.
+        final_std: σ to end at.
         prior_std: σ_p.
         initial_std: σ_0.
 
     Raises:
-        ValueError: if the order σ_0 < σ < σ_p does not hold: the KL takes σ from σ_0 towards σ_p.
+        ValueError: unless σ_0 < σ < σ_p: the KL takes σ from σ_0 towards σ_p.
 
     Example:
         >>> round(kl_time_to(0.1, prior_std=0.2), 5)
@@ -96,21 +95,20 @@ def std_after_steps(steps: Sequence[float], prior_std: float, init_root_std: flo
     """Mean standard deviation after a run's KL steps, one by one; for small steps the tanh law.
 
     Args:
-        steps: η_1 … η_T.
+        steps: η (T,).
         prior_std: σ_p.
-        init_root_std: ε; G starts uniform on (ε/√2, ε).
+        init_root_std: ε; G starts uniform on (ε/√2, ε), of which 4 points are followed.
 
     Example:
         >>> round(std_after_steps([0.0275 / 1000] * 1000, prior_std=0.2, init_root_std=0.05), 3)
         0.102
     """
     low = math.sqrt(0.5)
-    points = 4
-    roots = [init_root_std * (low + (1 - low) * (i + 0.5) / points) for i in range(points)]
+    roots = [init_root_std * (low + (1 - low) * (i + 0.5) / 4) for i in range(4)]
     precision = prior_std**-2
     for step in steps:
         roots = [g + 2 * step * (1 / g - precision * g * g * g) for g in roots]
-    return sum(g * g for g in roots) / points
+    return sum(g * g for g in roots) / 4
 
 
 def rate_to(
@@ -119,13 +117,12 @@ def rate_to(
     """The learning rate λ with which the KL steps λ·shape end at `final_std`, by bisection.
 
     Args:
-        final_std: the mean standard deviation to end at, below `prior_std`.
+        final_std: the mean standard deviation to end at.
         shape: the steps at a rate of 1, (T,).
-        prior_std: σ_p.
-        init_root_std: ε.
+        prior_std, init_root_std: σ_p and ε.
 
     Raises:
-        ValueError: if the KL cannot take the standard deviation there.
+        ValueError: if the KL cannot take the standard deviation there, see `kl_time_to`.
     """
     start = std_after_steps([], prior_std, init_root_std)
 

@@ -34,7 +34,7 @@ def kl_weights(total_steps: int, period: int, schedule: Schedule = "bursts") -> 
         schedule: "bursts" or "constant".
 
     Returns:
-        π, shape (T,), float64.
+        π (T,), float64.
 
     Raises:
         ValueError: if the schedule is unknown.
@@ -57,7 +57,7 @@ def warmup_decay(total_steps: int, warmup_ratio: float = 0.06) -> Tensor:
         warmup_ratio: the part of T that warms up.
 
     Returns:
-        The multiplier at each step, shape (T,), float64.
+        The multiplier at each step (T,), float64.
     """
     steps = torch.arange(total_steps, dtype=torch.float64)
     warmup = int(warmup_ratio * total_steps)

@@ -2,7 +2,7 @@
 
 import logging
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,24 +17,12 @@ logger = logging.getLogger(__name__)
 StdOptimizer = Literal["sgd", "adamw"]
 
 
-@dataclass(frozen=True)
-class _KLPlan:
-    """The KL steps of a run, each (T,).
-
-    Args:
-        weights: π_t.
-        rates: the learning rate of the KL.
-        std_rates: the learning rate of G on the likelihood.
-    """
+class _Plan(NamedTuple):
+    """π_t and the learning rates of the KL, and of G on the likelihood, at each step, (T,)."""
 
     weights: Tensor
     rates: Tensor
     std_rates: Tensor
-
-    @property
-    def times(self) -> Tensor:
-        """KL time τ after each step, (T,)."""
-        return (self.weights * self.rates).cumsum(0)
 
 
 @dataclass(eq=False)
@@ -43,19 +31,17 @@ class KLStep(TrainerCallback):
 
     With η_t = kl_lr·schedule_t·π_t:
     M ← M·(1 − η_t/σ_p²),  G ← G + η_t·(2/G − 2G³/σ_p²) − std_lr·schedule_t·∂NLL/∂G.
-    The last term is there with `std_optimizer="sgd"`; with "adamw" the run's own optimiser takes G
-    along the likelihood. With std_lr = kl_lr it is the two-optimiser update of the authors without
-    a second backward pass.
+    With std_lr = kl_lr it is the authors' two-optimiser update without a second backward pass. With
+    `std_optimizer="adamw"` the last term is left to the run's own optimiser.
 
     Args:
         prior_std: σ_p.
         final_std: the standard deviation the KL should end at; `kl_lr` is solved for.
-        kl_lr: the learning rate of the KL; 0.01 as in the authors' code if neither this nor
-            `final_std` is given.
+        kl_lr: the learning rate of the KL; 0.01 as the authors' if `final_std` is not given either.
         schedule: "bursts", the KL arrives at the end of each period; "constant".
-        period: P; None takes the authors' from the rows and the batch.
+        period: P in steps; None takes the authors' from the rows and the batch.
         warmup_ratio: the part of the steps in which `kl_lr` warms up; it then decays to 0.
-        std_optimizer: who takes G along the likelihood's gradient, "sgd" at `std_lr` or "adamw",
+        std_optimizer: what takes G along the likelihood's gradient: "sgd", at `std_lr`, or "adamw",
             the run's optimiser.
         std_lr: the learning rate of G on the likelihood; None takes `kl_lr`, or 0.01 where
             `final_std` is given (the rate solved for would grow without bound as runs get shorter).
@@ -70,8 +56,8 @@ class KLStep(TrainerCallback):
         num_rows=640, batch_size=4)`.
 
     Reference:
-        Wang, Shi, Han, Metaxas, Wang: BLoB, NeurIPS 2024, https://arxiv.org/abs/2406.11675, section
-        3.
+        Wang, Shi, Han, Metaxas, Wang: BLoB (section 3), NeurIPS 2024,
+        https://arxiv.org/abs/2406.11675.
     """
 
     prior_std: float = 0.2
@@ -93,26 +79,18 @@ class KLStep(TrainerCallback):
         if self.std_optimizer not in get_args(StdOptimizer):
             raise ValueError(
                 f"unknown std_optimizer: got {self.std_optimizer!r}, expected one of "
-                f"{get_args(StdOptimizer)}"
+                f"{get_args(StdOptimizer)}; correct it"
             )
         if self.prior_std <= 0:
             raise ValueError(
                 f"prior_std must be positive: got {self.prior_std}; the paper uses 0.2"
             )
         self.step = 0
-        self._kl_plan: _KLPlan | None = None
+        self._plan: _Plan | None = None
         self._layers: list[GaussianLinear] = []
-        self._likelihood: list[Tensor | None] = []
+        self._root_stds: list[Any] = []  # their gradients wait for the optimiser
+        self._gradients: list[Any] = []
         self._handles: list[Any] = []
-
-    @property
-    def _plan(self) -> _KLPlan:
-        if self._kl_plan is None:
-            raise RuntimeError(
-                "the KL step is not attached: got no plan, expected a Trainer that has begun or a "
-                "call of attach(model, optimizer, total_steps=…)"
-            )
-        return self._kl_plan
 
     def attach(
         self,
@@ -130,9 +108,9 @@ class KLStep(TrainerCallback):
             model: a model that `bayesify` has converted.
             optimizer: any torch optimiser of its parameters.
             total_steps: T, the optimiser steps of the whole run.
-            num_rows: N, for the authors' period; not needed if `period` was given.
+            num_rows: N, for the authors' period; not needed if `period` is given.
             batch_size: b, likewise.
-            step: how many steps are already done.
+            step: how many steps are done already.
 
         Raises:
             ValueError: if the adapter has no Gaussian layer, the period cannot be known, or weight
@@ -148,7 +126,7 @@ class KLStep(TrainerCallback):
         if self.std_optimizer == "adamw":
             self._refuse_decay(optimizer)
         self.step = step
-        self._kl_plan = self._make_plan(total_steps, num_rows, batch_size)
+        self._plan = self._make_plan(total_steps, num_rows, batch_size)
         self.detach()
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps torch's optimiser
         self._handles = [
@@ -157,7 +135,7 @@ class KLStep(TrainerCallback):
         ]
 
     def detach(self) -> None:
-        """Takes the hooks off again."""
+        """Takes the hooks off."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -165,27 +143,26 @@ class KLStep(TrainerCallback):
     def _refuse_decay(self, optimizer: torch.optim.Optimizer) -> None:
         root_stds = {id(layer.root_std) for layer in self._layers}
         for group in optimizer.param_groups:
-            decayed = any(id(parameter) in root_stds for parameter in group["params"])
-            if group.get("weight_decay") and decayed:
+            if group.get("weight_decay") and root_stds & {id(p) for p in group["params"]}:
                 raise ValueError(
                     "weight decay would shrink the standard deviation: got "
                     f"weight_decay={group['weight_decay']} on root_std, expected 0; set "
                     'weight_decay=0 or std_optimizer="sgd"'
                 )
 
-    def _make_plan(self, total_steps: int, num_rows: int | None, batch_size: int | None) -> _KLPlan:
+    def _make_plan(self, total_steps: int, num_rows: int | None, batch_size: int | None) -> _Plan:
         period = self.period
         if period is None:
             if num_rows is None or batch_size is None:
                 raise ValueError(
                     "the KL's period is not known: got no period, expected num_rows and "
-                    "batch_size, or period"
+                    "batch_size, or period; give one of them"
                 )
             period = burst_period(num_rows, batch_size)
         if self.schedule == "bursts" and total_steps < period:
             logger.warning(
-                "the run of %d steps ends before the first burst of the KL (period %d): hardly any "
-                'KL would be taken; use schedule="constant", a shorter period, or more steps',
+                "the run of %d steps ends before the first burst of the KL (period %d): it takes "
+                'hardly any KL; use schedule="constant", a shorter period, or more steps',
                 total_steps,
                 period,
             )
@@ -196,47 +173,44 @@ class KLStep(TrainerCallback):
         if self.final_std is not None:
             start = self._layers[0].init_root_std
             kl_lr = rate_to(self.final_std, (weights * shape).tolist(), self.prior_std, start)
-        return _KLPlan(weights, kl_lr * shape, std_lr * shape)
+        return _Plan(weights, kl_lr * shape, std_lr * shape)
 
     def _before_step(self) -> None:
-        gradients = [layer.root_std.grad for layer in self._layers]
-        if self.step == 0 and all(gradient is None for gradient in gradients):
+        reached = [layer.root_std for layer in self._layers if layer.root_std.grad is not None]
+        if self.step == 0 and not reached:
             raise RuntimeError(
-                f"no gradient reached any of the {len(gradients)} Gaussian layers: something "
+                f"no gradient reached any of the {len(self._layers)} Gaussian layers: something "
                 "applies LoRA without calling its modules (a fused kernel?), so the noise would be "
                 "lost; switch that kernel off"
             )
         if self.std_optimizer == "sgd":
-            self._likelihood = gradients
-            for layer in self._layers:
-                layer.root_std.grad = None
+            self._root_stds = reached
+            self._gradients = [root_std.grad for root_std in reached]
+            for root_std in reached:
+                root_std.grad = None
 
     def _after_step(self) -> None:
+        assert self._plan is not None, "the hooks are set behind the plan"
+        now = self.step
         planned = len(self._plan.rates)
-        if self.step >= planned:
-            if self.step == planned:
-                logger.warning(
-                    "the KL's plan of %d steps is over, but the run goes on: the standard "
-                    "deviation stays as it is from here; give the KL step the total_steps of the "
-                    "whole run",
-                    planned,
-                )
-            self.step += 1
-            return
-        rate = float(self._plan.rates[self.step])
-        weight = float(self._plan.weights[self.step])
-        root_stds = [layer.root_std for layer in self._layers]
-        kl_step_([layer.weight for layer in self._layers], root_stds, rate * weight, self.prior_std)
-        self._take_likelihood(root_stds, float(self._plan.std_rates[self.step]))
         self.step += 1
-
-    def _take_likelihood(self, root_stds: list[nn.Parameter], rate: float) -> None:
-        """A step of SGD on G along the gradients that were kept from the optimiser."""
-        pairs = [(g, d) for g, d in zip(root_stds, self._likelihood, strict=False) if d is not None]
-        self._likelihood = []
-        if pairs:
+        if now == planned:
+            logger.warning(
+                "the KL's plan of %d steps is over, but the run goes on: the standard deviation "
+                "stays as it is from here; give the KL step the total_steps of the whole run",
+                planned,
+            )
+        if now >= planned:
+            return
+        means = [layer.weight for layer in self._layers]
+        root_stds = [layer.root_std for layer in self._layers]
+        step = float(self._plan.rates[now]) * float(self._plan.weights[now])
+        kl_step_(means, root_stds, step, self.prior_std)
+        if self._gradients:
+            std_lr = float(self._plan.std_rates[now])
             with torch.no_grad():
-                torch._foreach_add_([g for g, _ in pairs], [d for _, d in pairs], alpha=-rate)
+                torch._foreach_add_(self._root_stds, self._gradients, alpha=-std_lr)
+            self._gradients = []
 
     def state_of_kl(self) -> dict[str, float]:
         """What is logged: τ, mean σ/σ_p, the KL in nats, its weight π_t and its learning rate.
@@ -244,20 +218,25 @@ class KLStep(TrainerCallback):
         Raises:
             RuntimeError: before the step is attached.
         """
-        plan = self._plan
+        if self._plan is None:
+            raise RuntimeError(
+                "the KL step is not attached: got no plan, expected a Trainer that has begun or a "
+                "call of attach(model, optimizer, total_steps=…)"
+            )
         kl = 0.0
         mean_std = 0.0
         with torch.no_grad():
             for layer in self._layers:
                 kl += float(kl_divergence(layer.weight, layer.std, self.prior_std))
                 mean_std += float(layer.std.mean()) / len(self._layers)
-        last = min(max(self.step - 1, 0), len(plan.rates) - 1)
+        weights, rates, _ = self._plan
+        last = min(max(self.step - 1, 0), len(rates) - 1)
         return {
-            "kl_time": float(plan.times[last]) if self.step else 0.0,
+            "kl_time": float((weights * rates).cumsum(0)[last]) if self.step else 0.0,
             "std_over_prior": mean_std / self.prior_std,
             "kl": kl,
-            "kl_weight": float(plan.weights[last]),
-            "kl_lr": float(plan.rates[last]),
+            "kl_weight": float(weights[last]),
+            "kl_lr": float(rates[last]),
         }
 
     def on_train_begin(
@@ -275,15 +254,11 @@ class KLStep(TrainerCallback):
         )
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Adds the KL's state to the log line and to the history."""
-        if logs is not None and "loss" in logs:
+        logs = kwargs.get("logs") or {}
+        if "loss" in logs:
             values = self.state_of_kl()
             logs.update(values)
             if state.log_history:

@@ -8,7 +8,7 @@ from bayestune.methods.method import Method
 from bayestune.methods.recipes import Settings, WithTraining, changed, described, make_method
 from bayestune.methods.registry import *  # noqa: F403
 
-__all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = [  # noqa: PLE0604 # pyright: ignore[reportUnsupportedDunderAll]
     *_registry.__all__,
     "Method",
     "Settings",

@@ -36,4 +36,4 @@ METHODS: dict[str, type[Any]] = {
     "dalorra": DALorRA,
 }
 
-__all__ = ["METHODS", *(method.__name__ for method in METHODS.values())]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = ["METHODS", *(method.__name__ for method in METHODS.values())]  # noqa: PLE0604 # pyright: ignore[reportUnsupportedDunderAll]

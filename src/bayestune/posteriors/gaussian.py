@@ -6,7 +6,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from bayestune.adapters import GaussianLinear, Slots, bayesify, held_weights
+from bayestune.adapters import GaussianLinear, bayesify, held_weights
 from bayestune.posteriors.posterior import AdapterPosterior, Saved, State, check_shapes
 
 
@@ -49,10 +49,10 @@ class Gaussian(AdapterPosterior):
     @classmethod
     def restore(cls, saved: Saved) -> Self:
         """Converts the slots that the tensors name and gives them their standard deviation."""
-        roots = {name.removesuffix(".root_std"): value for name, value in saved.tensors.items()}
-        check_shapes(roots, Slots(saved.model, saved.adapter).shapes())
+        roots = saved.parts()["root_std"]
+        check_shapes(roots, saved.shapes)
         bayesify(saved.model, adapter=saved.adapter, slots=list(roots), **saved.facts)
-        posterior = cls(saved.model, saved.scorer, adapter=saved.adapter)
+        posterior = super().restore(saved)
         with torch.no_grad():
             for name, slot in posterior.layers().items():
                 slot.root_std.copy_(roots[name])

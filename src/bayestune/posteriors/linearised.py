@@ -1,7 +1,7 @@
 """Laplace posteriors over LoRA's matrices: by linearising the logits, or by drawing adapters."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, ClassVar, Self
@@ -12,12 +12,7 @@ from torch import Tensor
 from bayestune.adapters import Slots, held_noise, split_name
 from bayestune.curvature import Block, Diagonal, Kronecker, Trace, semidefinite_root, traced
 from bayestune.forward import Batch, Draws, on_device
-from bayestune.posteriors.posterior import (
-    AdapterPosterior,
-    Saved,
-    SingleAdapter,
-    State,
-)
+from bayestune.posteriors.posterior import AdapterPosterior, Saved, SingleAdapter, State
 
 _BLOCKS: dict[str, type[Any]] = {"kfac": Kronecker, "diagonal": Diagonal}
 _NOISE = "laplace"  # the address of the logits' noise, which belongs to no slot
@@ -64,16 +59,23 @@ class _Laplace(SingleAdapter):
 
     @classmethod
     def restore(cls, saved: Saved) -> Self:
-        """The posterior of `state`."""
+        """The posterior of a saved `state`."""
         parts: dict[str, dict[str, Tensor]] = {}
         for name, value in saved.tensors.items():
             slot, part = split_name(name)
             parts.setdefault(slot, {})[part] = value
         facts = dict(saved.facts)
         kind = _BLOCKS[facts.pop("structure")]
-        weights = Slots(saved.model, saved.adapter).weights()
         blocks = {name: kind(**part) for name, part in parts.items()}
-        _check(blocks, weights)
+        weights = Slots(saved.model, saved.adapter).weights()
+        shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+        wrong = {n: block.shape for n, block in blocks.items() if shapes.get(n) != block.shape}
+        if wrong or not blocks:
+            raise ValueError(
+                f"curvature of another model or rank: got {len(blocks)} blocks, {len(wrong)} of "
+                f"them do not fit, such as {next(iter(wrong.items()), None)}; expected the slots "
+                f"{list(weights)[:2]} … in their shapes"
+            )
         blocks = {name: _on(block, weights[name].device) for name, block in blocks.items()}
         return cls(saved.model, saved.scorer, blocks, adapter=saved.adapter, **facts)
 
@@ -94,11 +96,7 @@ class Linearised(_Laplace):
     """
 
     kind: ClassVar[str] = "linearised"
-
-    @property
-    def atoms(self) -> int:
-        """1000: draws of Gaussian logits cost nothing."""
-        return 1000
+    atoms = 1000  # draws of Gaussian logits cost nothing
 
     def moments(
         self, inputs: Batch, precisions: Sequence[float] | None = None
@@ -115,45 +113,46 @@ class Linearised(_Laplace):
         values = [self.prior_precision] if precisions is None else precisions
         inputs = on_device(inputs, self.model)
         num_rows = min(len(value) for value in inputs.values())
-        means, covariances = [], []
+        pieces: list[tuple[Tensor, Tensor]] = []
         for start in range(0, num_rows, self.max_rows):
-            stop = min(start + self.max_rows, num_rows)
-            mean, covariance = self._moments(_rows(inputs, num_rows, start, stop), values)
-            means.append(mean)
-            covariances.append(covariance)
-        covariance = torch.cat(covariances, 1)
-        return torch.cat(means), covariance[0] if precisions is None else covariance
+            rows = _rows(inputs, num_rows, start, start + self.max_rows)
+            pieces.extend(self._moments(rows, values))
+        covariance = torch.cat([covariance for _, covariance in pieces], 1)
+        mean = torch.cat([mean for mean, _ in pieces])
+        return mean, covariance[0] if precisions is None else covariance
 
-    def _moments(self, inputs: Batch, precisions: Sequence[float]) -> tuple[Tensor, Tensor]:
+    def _moments(
+        self, inputs: Batch, precisions: Sequence[float]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Means and covariances, halved until the Jacobians fit in `max_bytes`."""
         slots = self.slots.replaceable(list(self.blocks))
         trace = traced(self.model, self.scorer, inputs, slots)
         num_rows = len(trace.logits)
         size = sum(math.prod(block.shape) for block in self.blocks.values())
         if num_rows == 1 or 4 * trace.logits.numel() * size <= self.max_bytes:
-            with torch.autocast(trace.logits.device.type, enabled=False):
-                return trace.logits.detach(), self._covariance(trace, precisions)
+            yield trace.logits.detach(), self._covariance(trace, precisions)
+            return
         del trace  # frees the graph
         half = num_rows // 2
-        mean, covariance = self._moments(_rows(inputs, num_rows, 0, half), precisions)
-        rest = self._moments(_rows(inputs, num_rows, half, num_rows), precisions)
-        return torch.cat([mean, rest[0]]), torch.cat([covariance, rest[1]], 1)
+        yield from self._moments(_rows(inputs, num_rows, 0, half), precisions)
+        yield from self._moments(_rows(inputs, num_rows, half, num_rows), precisions)
 
     def _covariance(self, trace: Trace, precisions: Sequence[float]) -> Tensor:
         """Σ over blocks of J·(H + λI)⁻¹·Jᵀ, (number of λ, N, C, C), from C backward passes."""
         num_rows, classes = trace.logits.shape
         present = trace.logits.detach().isfinite()
-        jacobians: dict[str, Tensor] = {}
-        for c in range(classes):
-            weights = torch.zeros_like(present, dtype=torch.float32)
-            weights[:, c] = present[:, c].float()
-            for name, value in trace.jacobian(weights, keep=c < classes - 1).items():
-                if name not in jacobians:
-                    jacobians[name] = value.new_empty(num_rows, classes, *value.shape[1:])
-                jacobians[name][:, c] = value
-        shape = (len(precisions), num_rows, classes, classes)
-        total = trace.logits.new_zeros(shape, dtype=torch.float32)
-        for name in list(jacobians):
-            total = total + self.blocks[name].covariance(jacobians.pop(name), precisions)
+        jacobians: dict[str, list[Tensor]] = {}
+        with torch.autocast(present.device.type, enabled=False):
+            for c in range(classes):
+                weights = torch.zeros_like(present, dtype=torch.float32)
+                weights[:, c] = present[:, c].float()
+                for name, value in trace.jacobian(weights, keep=c < classes - 1).items():
+                    jacobians.setdefault(name, []).append(value)
+            shape = (len(precisions), num_rows, classes, classes)
+            total = trace.logits.new_zeros(shape, dtype=torch.float32)
+            for name in list(jacobians):
+                jacobian = torch.stack(jacobians.pop(name), 1)
+                total = total + self.blocks[name].covariance(jacobian, precisions)
         return total
 
     def _drawn(self, inputs: Batch, draws: Draws) -> Tensor:
@@ -209,14 +208,3 @@ def _rows(inputs: Batch, num_rows: int, start: int, stop: int) -> dict[str, Tens
 
 def _on(block: Block, device: torch.device | str) -> Block:
     return type(block)(**{name: v.to(device, torch.float32) for name, v in vars(block).items()})
-
-
-def _check(blocks: Mapping[str, Block], weights: Mapping[str, Tensor]) -> None:
-    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-    wrong = {n: block.shape for n, block in blocks.items() if shapes.get(n) != block.shape}
-    if wrong or not blocks:
-        raise ValueError(
-            f"curvature of another model or rank: got {len(blocks)} blocks, {len(wrong)} of them "
-            f"do not fit, such as {next(iter(wrong.items()), None)}; expected the slots "
-            f"{list(weights)[:2]} … in their shapes"
-        )

@@ -8,7 +8,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from bayestune.adapters import Slots, held_noise
+from bayestune.adapters import held_noise
 from bayestune.posteriors.posterior import AdapterPosterior, Saved, State, check_shapes
 
 
@@ -21,8 +21,8 @@ class LowRank(AdapterPosterior):
         deviations: D by slot name, (K, *the slot's shape), K ≥ 2.
 
     Reference:
-        Maddox, Garipov, Izmailov, Vetrov, Wilson: SWAG, NeurIPS 2019,
-        https://arxiv.org/abs/1902.02476, equation 1.
+        Maddox, Garipov, Izmailov, Vetrov, Wilson: SWAG (equation 1), NeurIPS 2019,
+        https://arxiv.org/abs/1902.02476.
     """
 
     kind: ClassVar[str] = "low_rank"
@@ -51,15 +51,10 @@ class LowRank(AdapterPosterior):
 
     @classmethod
     def restore(cls, saved: Saved) -> Self:
-        """The posterior of `state`."""
-        variances = _ending(saved.tensors, ".variance")
-        deviations = _ending(saved.tensors, ".deviations")
-        expected = Slots(saved.model, saved.adapter).shapes()
-        check_shapes(variances, expected)
-        check_shapes({name: value[0] for name, value in deviations.items()}, expected)
+        """The posterior of a saved `state`."""
+        parts = saved.parts()
+        variances = parts["variance"]
+        deviations = parts["deviations"]
+        check_shapes(variances, saved.shapes)
+        check_shapes({name: value[0] for name, value in deviations.items()}, saved.shapes)
         return cls(saved.model, saved.scorer, variances, deviations, adapter=saved.adapter)
-
-
-def _ending(tensors: Mapping[str, Tensor], ending: str) -> dict[str, Tensor]:
-    """The tensors whose names end so, by the rest of their names."""
-    return {n.removesuffix(ending): value for n, value in tensors.items() if n.endswith(ending)}

@@ -19,7 +19,7 @@ class Mixture(Posterior):
 
     Where all members' draws are adapters of the same layers and nothing else was trained, all draws
     run in one pass: the base weights are read once. Otherwise each member runs under its own
-    adapter.
+    adapter. A mixture of one has a mean if the member has one; a mixture of points has K atoms.
 
     Args:
         members: the posteriors, on the same PEFT model under different adapter names.
@@ -46,23 +46,15 @@ class Mixture(Posterior):
         self.model = first.model
         self.scorer = first.scorer
         self.adapter = first.adapter  # in whose slots the draws run
-
-    @property
-    def has_mean(self) -> bool:
-        """Only where there is one member, and it has one."""
-        return len(self.members) == 1 and self.members[0].has_mean
-
-    @property
-    def atoms(self) -> int | None:
-        """K for a mixture of points, else None."""
-        return len(self.members) if all(member.atoms == 1 for member in self.members) else None
+        self.has_mean = len(names) == 1 and first.has_mean
+        self.atoms = len(names) if all(member.atoms == 1 for member in self.members) else None
 
     def on(self, scorer: ClassLogits) -> Self:
         """The same mixture of members on another scorer."""
         return replace(self, members=[member.on(scorer) for member in self.members])
 
     def member_of(self, index: int) -> Posterior:
-        """The member that a draw is of."""
+        """The member that a draw comes from."""
         return self.members[index % len(self.members)]
 
     def draw(self, index: int, seed: int = 0) -> dict[str, Tensor]:
@@ -109,23 +101,17 @@ class Mixture(Posterior):
         parts: dict[int, Tensor] = {}
         for k, member in enumerate(self.members):
             own = [index for index in draws.indices if index % size == k]
-            if not own:
-                continue
-            which = replace(draws, first=own[0] // size, count=len(own))
-            with active(self.model, member.adapter, alone=True):
-                logits = member.logits(inputs, which)
-            parts.update(zip(own, logits, strict=True))
+            if own:
+                which = replace(draws, first=own[0] // size, count=len(own))
+                with active(self.model, member.adapter, alone=True):
+                    parts.update(zip(own, member.logits(inputs, which), strict=True))
         return torch.stack([parts[index] for index in draws.indices])
 
     def state(self) -> State:
-        """Nothing of its own: an artefact keeps each member as an artefact."""
+        """Nothing of its own: each member is an artefact."""
         return {}, {}
 
     @classmethod
     def restore(cls, saved: Saved) -> Self:
-        """A mixture has no state of its own.
-
-        Raises:
-            NotImplementedError: always; `load_posterior` loads the members.
-        """
+        """Refuses: `load_posterior` loads a mixture member by member."""
         raise NotImplementedError("a mixture is loaded member by member: use load_posterior")

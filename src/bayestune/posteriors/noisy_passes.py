@@ -1,7 +1,5 @@
 """Posteriors whose draws are noisy passes: dropout masks or Gaussian noise for each token."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -44,26 +42,12 @@ class Dropout(SingleAdapter):
         parts = []
         for start in range(0, draws.count, step):
             size = min(step, draws.count - start)
-            with evaluating(self.model), self._dropping(draws.seed, draws.first + start):
+            with evaluating(self.model), seeded(self.model, draws.seed, draws.first + start):
+                for module in dropouts(self.slots):
+                    module.train()
                 logits = self.scorer(self.model, repeat_rows(inputs, size))
             parts.append(logits.unflatten(0, (size, -1)))
         return torch.cat(parts)
-
-    @contextmanager
-    def _dropping(self, seed: int, first: int) -> Iterator[None]:
-        """Switches LoRA's dropout on, nothing else, with seeded masks."""
-        with seeded(self.model, seed, first):
-            for module in dropouts(self.slots):
-                module.train()
-            yield
-
-    def state(self) -> State:
-        """Nothing: the adapter's configuration holds the dropout's probability."""
-        return {}, {}
-
-    @classmethod
-    def restore(cls, saved: Saved) -> Self:  # noqa: D102
-        return cls(saved.model, saved.scorer, adapter=saved.adapter)
 
 
 def dropouts(slots: Slots) -> list[nn.Dropout]:
@@ -101,32 +85,27 @@ class TokenNoise(SingleAdapter):
         """A pass for each draw."""
         self.refuse_shared_prefix(draws)
         inputs = on_device(inputs, self.model)
-        passes = []
-        for index in draws.indices:
-            with evaluating(self.model), self._noisy(draws.seed, index):
-                passes.append(self.scorer(self.model, inputs))
-        return torch.stack(passes)
-
-    @contextmanager
-    def _noisy(self, seed: int, index: int) -> Iterator[None]:
-        """Switches the layers' noise on, nothing else, and restores its kind."""
         layers = list(self.slots.of_kind(GaussianLinear).values())
         kinds: list[Noise] = [layer.noise for layer in layers]
-        with seeded(self.model, seed, index):
-            try:
-                for layer in layers:
-                    layer.noise = "token"
-                    layer.training = True
-                yield
-            finally:
-                for layer, kind in zip(layers, kinds, strict=True):
-                    layer.noise = kind
+        passes = []
+        try:
+            for index in draws.indices:
+                with evaluating(self.model), seeded(self.model, draws.seed, index):
+                    for layer in layers:
+                        layer.noise = "token"
+                        layer.training = True
+                    passes.append(self.scorer(self.model, inputs))
+        finally:
+            for layer, kind in zip(layers, kinds, strict=True):
+                layer.noise = kind
+        return torch.stack(passes)
 
     def state(self) -> State:
-        """As of `Gaussian`."""
+        """The one of `Gaussian`."""
         return self._gaussian().state()
 
     @classmethod
-    def restore(cls, saved: Saved) -> Self:  # noqa: D102
+    def restore(cls, saved: Saved) -> Self:
+        """The posterior of a saved `state`."""
         Gaussian.restore(saved)
-        return cls(saved.model, saved.scorer, adapter=saved.adapter)
+        return super().restore(saved)

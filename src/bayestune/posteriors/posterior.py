@@ -1,13 +1,14 @@
 """What a posterior over adapters is."""
 
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from bayestune.adapters import ADAPTER, Slots, active
+from bayestune.adapters import ADAPTER, Slots, active, split_name
 from bayestune.forward import Batch, ClassLogits, Draws, Plan, drawn_logits, mean_logits
 from bayestune.posteriors.fit_report import FitReport
 
@@ -24,7 +25,7 @@ class Saved:
     Args:
         model: a PEFT model.
         scorer: maps (model, batch) to class logits (N, C).
-        tensors: of the state.
+        tensors: of the state, named by slot and part, "model.layers.0.q_proj.lora_A.variance".
         facts: of the state.
         adapter: which adapter.
     """
@@ -35,13 +36,28 @@ class Saved:
     facts: Mapping[str, Any]
     adapter: str = ADAPTER
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the model's slots by name."""
+        return Slots(self.model, self.adapter).shapes()
+
+    def parts(self) -> Mapping[str, dict[str, Tensor]]:
+        """The tensors by part and slot name."""
+        parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        for name, value in self.tensors.items():
+            slot, part = split_name(name)
+            parts[part][slot] = value
+        return parts
+
 
 class Posterior(ABC):
-    """What every method's `fit` returns: a distribution over adapters, seen through its draws'
-    logits.
+    """What every method's `fit` returns: a distribution over adapters, seen through its logits.
 
     Every posterior has `model`, the PEFT model; `scorer`, which maps (model, batch) to class logits
-    (N, C); `adapter`, the name of its adapter; and `report`, what its fit took.
+    (N, C); `adapter`, the name of its adapter; and `report`, what its fit took. `has_mean` says
+    whether `Draws(0)`, the mean adapter, can be asked for. `atoms` is the number of draws that
+    makes the predictive exact, 1 for a point and K for K points, or precise where draws cost
+    nothing; None where more are better.
     """
 
     kind: ClassVar[str]
@@ -49,23 +65,12 @@ class Posterior(ABC):
     scorer: ClassLogits
     adapter: str
     report: FitReport
+    has_mean = True
+    atoms: int | None = None
 
     def __init_subclass__(cls) -> None:
         if "kind" in vars(cls):
             KINDS[cls.kind] = cls
-
-    @property
-    def has_mean(self) -> bool:
-        """Whether `Draws(0)`, the mean adapter, can be asked for."""
-        return True
-
-    @property
-    def atoms(self) -> int | None:
-        """The number of draws that makes the predictive exact: 1 for a point, K for K points.
-
-        Where draws cost nothing, a number that makes it precise; None where more are better.
-        """
-        return None
 
     @abstractmethod
     def logits(self, inputs: Batch, draws: Draws) -> Tensor:
@@ -90,7 +95,7 @@ class Posterior(ABC):
     @classmethod
     @abstractmethod
     def restore(cls, saved: Saved) -> Self:
-        """The posterior of what was saved.
+        """The posterior of a saved `state`.
 
         Raises:
             ValueError: if the tensors are not of this model's slots or shapes.
@@ -105,7 +110,7 @@ class Posterior(ABC):
         if draws.shared_prefix is not None:
             raise ValueError(
                 f"{type(self).__name__} draws are not adapters, so they cannot share a prefix: got "
-                f"shared_prefix={draws.shared_prefix}, expected None"
+                f"shared_prefix={draws.shared_prefix}, expected None; leave it out"
             )
 
 
@@ -149,6 +154,15 @@ class SingleAdapter(Posterior):
     def on(self, scorer: ClassLogits) -> Self:
         """The same posterior, asked by another scorer."""
         return replace(self, scorer=scorer)
+
+    def state(self) -> State:
+        """Nothing, where the stock adapter says all."""
+        return {}, {}
+
+    @classmethod
+    def restore(cls, saved: Saved) -> Self:
+        """The posterior of a saved `state`."""
+        return cls(saved.model, saved.scorer, adapter=saved.adapter)
 
 
 @dataclass

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ from bayestune.posteriors.tempered import Tempered
 
 FORMAT = 1
 CONFIG = "adapter_config.json"
-ADAPTER_FILES = (CONFIG, "adapter_model.safetensors")
 TENSORS = "posterior.safetensors"
 DETAILS = "posterior.json"
+_FILES = (CONFIG, "adapter_model.safetensors", TENSORS, DETAILS)  # a folder with the last is whole
 
 
 class PosteriorError(ValueError):
@@ -41,11 +42,25 @@ def _mean_digest(slots: Slots) -> str:
     return digest.hexdigest()
 
 
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A scratch folder, whose files are moved to the folder once all are written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as scratch:
+        yield Path(scratch)
+        _move(Path(scratch), folder)
+
+
+def _move(scratch: Path, folder: Path) -> None:
+    for name in _FILES:
+        if (scratch / name).exists():
+            (scratch / name).replace(folder / name)
+
+
 def save_posterior(
     posterior: Posterior | nn.Module, folder: Path, details: Mapping[str, Any] | None = None
 ) -> Path:
-    """Writes a posterior: a stock LoRA folder of the mean, `posterior.safetensors`,
-    `posterior.json`.
+    """Writes a stock LoRA folder of the mean, with `posterior.safetensors` and `posterior.json`.
 
     Each file is written elsewhere and moved into place, `posterior.json` last, so a folder that has
     it is whole. A mixture has no mean: its members are such folders beside its `posterior.json`.
@@ -62,43 +77,29 @@ def save_posterior(
     if isinstance(posterior, nn.Module):
         stochastic = Slots(posterior).of_kind(GaussianLinear)
         posterior = (Gaussian if stochastic else Point)(posterior, unbound)
-    folder.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {
         "format": FORMAT,
         "bayestune": bayestune.__version__,
         "posterior": posterior.kind,
     }
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as name:
-        scratch = Path(name)
+    with _replacing(folder) as scratch:
         if isinstance(posterior, Mixture):
             record["members"] = [f"member-{i}" for i in range(len(posterior.members))]
-            for member, own in zip(posterior.members, record["members"], strict=True):
-                save_posterior(member, folder / own, details)
+            for member, name in zip(posterior.members, record["members"], strict=True):
+                save_posterior(member, folder / name, details)
         elif isinstance(posterior, Tempered) and isinstance(posterior.base, Mixture):
             record |= {"base": "base", "facts": {"temperature": posterior.temperature}}
             save_posterior(posterior.base, folder / "base", details)
         else:
-            record |= _write(posterior, scratch)
+            slots = Slots(posterior.model, posterior.adapter)
+            tensors, record["facts"] = posterior.state()
+            record["mean_digest"] = _mean_digest(slots)
+            _save_adapter(slots, scratch)
+            plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+            save_file(plain, scratch / TENSORS)
         text = json.dumps({**record, **(details or {})}, indent=2, default=str) + "\n"
         (scratch / DETAILS).write_text(text, encoding="utf-8")
-        _move(scratch, folder, (*ADAPTER_FILES, TENSORS, DETAILS))
     return folder
-
-
-def _write(posterior: Posterior, scratch: Path) -> dict[str, Any]:
-    """Writes the adapter and the tensors; returns what `posterior.json` says of them."""
-    slots = Slots(posterior.model, posterior.adapter)
-    tensors, facts = posterior.state()
-    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    _save_adapter(slots, scratch)
-    save_file(plain, scratch / TENSORS)
-    return {"facts": facts, "mean_digest": _mean_digest(slots)}
-
-
-def _move(scratch: Path, folder: Path, names: Sequence[str]) -> None:
-    for name in names:
-        if (scratch / name).exists():
-            (scratch / name).replace(folder / name)
 
 
 def export_draw(
@@ -108,8 +109,8 @@ def export_draw(
 
     Args:
         posterior: whose draw; or its PEFT model, if it has no other adapter.
-        draw: which draw, from 0; or its weights by slot name, as `posterior.draw` returns them: A
-            (r, k), B (d, r); the rest is the mean's.
+        draw: which draw, from 0; or its weights by slot name, as `posterior.draw` returns them,
+            A (r, k) and B (d, r); the rest is the mean's.
         folder: made if it is not there.
         seed: of the set of draws.
 
@@ -120,23 +121,6 @@ def export_draw(
         ValueError: if the posterior's draws are not adapters, a name is not a slot of the adapter,
             or it is not clear which adapter's configuration, mean and head belong to the weights.
     """
-    slots, weights = _chosen(posterior, draw, seed)
-    if unknown := sorted(set(weights) - set(slots.modules())):
-        raise ValueError(
-            f"a draw of another model: got the slots {unknown[:3]}, expected slots of the adapter "
-            f"{slots.adapter!r}; export it with the posterior it is of"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as scratch:
-        _save_adapter(slots, Path(scratch), weights)
-        _move(Path(scratch), folder, ADAPTER_FILES)
-    return folder
-
-
-def _chosen(
-    posterior: Posterior | nn.Module, draw: int | Mapping[str, Tensor], seed: int
-) -> tuple[Slots, Mapping[str, Tensor]]:
-    """The adapter that a draw belongs to, and its weights."""
     if isinstance(draw, int):
         if not isinstance(posterior, AdapterPosterior | Mixture):
             raise ValueError(
@@ -144,42 +128,59 @@ def _chosen(
                 "posterior whose draws can be exported, such as Gaussian"
             )
         owner = posterior.member_of(draw) if isinstance(posterior, Mixture) else posterior
-        return Slots(posterior.model, owner.adapter), posterior.draw(draw, seed)
-    if isinstance(posterior, Posterior) and not isinstance(posterior, Mixture):
-        return Slots(posterior.model, posterior.adapter), draw
-    model = posterior.model if isinstance(posterior, Mixture) else posterior
-    slots = Slots(model, posterior.adapter if isinstance(posterior, Mixture) else None)
-    names: Any = getattr(model, "peft_config", [slots.adapter])
+        slots = Slots(owner.model, owner.adapter)
+        draw = posterior.draw(draw, seed)
+    else:
+        slots = _slots_of(posterior, draw)
+    if unknown := sorted(set(draw) - set(slots.modules())):
+        raise ValueError(
+            f"a draw of another model: got the slots {unknown[:3]}, expected slots of the adapter "
+            f"{slots.adapter!r}; export it with the posterior it is of"
+        )
+    with _replacing(folder) as scratch:
+        _save_adapter(slots, scratch, draw)
+    return folder
+
+
+def _slots_of(posterior: Posterior | nn.Module, draw: Mapping[str, Tensor]) -> Slots:
+    """The slots of the adapter to which the weights of a draw belong."""
+    if isinstance(posterior, Posterior):
+        slots = Slots(posterior.model, posterior.adapter)
+        clear = not isinstance(posterior, Mixture)
+    else:
+        slots = Slots(posterior)
+        clear = False
+    names: Any = getattr(slots.model, "peft_config", [slots.adapter])
     complete = set(draw) >= set(slots.modules()) and not slots.heads
-    if len(names) > 1 and not complete:
+    if len(names) > 1 and not (clear or complete):
         raise ValueError(
             f"which adapter the draw belongs to is not clear: got a model with the adapters "
             f"{list(names)}, expected one; give the posterior and the draw's number instead"
         )
-    return slots, draw
+    return slots
 
 
-def _save_adapter(slots: Slots, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+def _save_adapter(slots: Slots, folder: Path, draw: Mapping[str, Tensor] | None = None) -> None:
     """Writes the adapter as PEFT does, its slots' weights alone, some of them replaced."""
     own = tuple(f"{PREFIX}{name}.{slots.adapter}." for name in slots.modules())
     state = {}
     for name, value in slots.model.state_dict().items():
         if name.endswith(".weight") or not name.startswith(own):
             state[name] = value
-    for slot, weight in (weights or {}).items():
+    for slot, weight in (draw or {}).items():
         name = f"{PREFIX}{slot}.{slots.adapter}.weight"
         state[name] = weight.to(state[name].dtype)
     save: Any = slots.model.save_pretrained
     save(folder, state_dict=state, save_embedding_layers=False, selected_adapters=[slots.adapter])
     if slots.adapter != ADAPTER:  # PEFT writes it one folder deeper
-        _move(folder / slots.adapter, folder, ADAPTER_FILES)
+        _move(folder / slots.adapter, folder)
 
 
 def read_details(folder: Path) -> dict[str, Any]:
     """What `posterior.json` says.
 
     Raises:
-        PosteriorError: if the folder is no posterior, its file is cut off, or it is of a later
+        PosteriorError: if the folder is not a posterior, its file is cut off, or it is of a later
             format.
     """
     path = folder / DETAILS
@@ -200,6 +201,14 @@ def read_details(folder: Path) -> dict[str, Any]:
             f"bayestune {details.get('bayestune')}; upgrade bayestune"
         )
     return details
+
+
+def base_name(folder: Path) -> str | None:
+    """The name of the base model in an adapter's configuration."""
+    path = folder / CONFIG
+    if not path.is_file():
+        return None
+    return json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
 
 
 def unbound(*_: Any) -> Tensor:
@@ -226,18 +235,37 @@ def load_posterior(
         kept.
 
     Raises:
-        PosteriorError: if the folder is no posterior, a file is cut off, or it is of another model,
-            rank or mean.
+        PosteriorError: if the folder is not a posterior, a file is cut off, or it is of another
+            model, rank or mean.
     """
     details = read_details(folder)
     if "base" in details:
         mixture = load_posterior(base, folder / details["base"], scorer, trainable=trainable)
         return Tempered(mixture, **details["facts"])
     members = details.get("members")
-    if members is None:
-        return _load(base, folder, scorer, ADAPTER, trainable)
-    folders = [folder / member for member in members]
-    return Mixture(load_members(base, folders, scorer, trainable=trainable))
+    folders = [folder] if members is None else [folder / member for member in members]
+    loaded = load_members(base, folders, scorer, trainable=trainable)
+    return loaded[0] if members is None else Mixture(loaded)
+
+
+def load_members(
+    base: nn.Module,
+    folders: Sequence[Path],
+    scorer: ClassLogits = unbound,
+    *,
+    trainable: bool = False,
+) -> list[Posterior]:
+    """Loads several posteriors on one base model, each under its own adapter; the first is active.
+
+    Arguments and errors are those of `load_posterior`, with a folder for each.
+    """
+    model = base
+    loaded: list[Posterior] = []
+    for i, folder in enumerate(folders):
+        name = f"member{i}" if i else ADAPTER
+        loaded.append(_load(model, folder, scorer, name, trainable))
+        model = loaded[0].model
+    return loaded
 
 
 def load_adapter(base: nn.Module, folder: Path, scorer: ClassLogits = unbound) -> Point:
@@ -256,41 +284,6 @@ def load_adapter(base: nn.Module, folder: Path, scorer: ClassLogits = unbound) -
             f"{folder} is not a LoRA adapter: got no {CONFIG}, expected PEFT's folder"
         )
     return Point(_load_adapter(base, folder, {}, ADAPTER, trainable=False).eval(), scorer)
-
-
-def base_name(folder: Path) -> str | None:
-    """The name of the base model in an adapter's configuration."""
-    path = folder / CONFIG
-    if not path.is_file():
-        return None
-    return json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
-
-
-def load_members(
-    base: nn.Module,
-    folders: Sequence[Path],
-    scorer: ClassLogits = unbound,
-    *,
-    trainable: bool = False,
-) -> list[Posterior]:
-    """Loads several posteriors on one base model, each under its own adapter; the first is active.
-
-    Args:
-        base: the base model, without adapters.
-        folders: what `save_posterior` wrote, one for each.
-        scorer: as for `load_posterior`.
-        trainable: whether training shall go on.
-
-    Raises:
-        PosteriorError: as `load_posterior`.
-    """
-    model = base
-    loaded: list[Posterior] = []
-    for i, folder in enumerate(folders):
-        name = f"member{i}" if i else ADAPTER
-        loaded.append(_load(model, folder, scorer, name, trainable))
-        model = loaded[0].model
-    return loaded
 
 
 def _load(
@@ -326,14 +319,10 @@ def _load(
 def _load_adapter(
     base: nn.Module, folder: Path, details: Mapping[str, Any], adapter: str, trainable: bool
 ) -> PeftModel:
+    make: Any = PeftModel.from_pretrained
     try:
         if not isinstance(base, PeftModel):
-            return PeftModel.from_pretrained(
-                base,  # type: ignore[arg-type]
-                folder,
-                adapter_name=adapter,
-                is_trainable=trainable,
-            )
+            return make(base, folder, adapter_name=adapter, is_trainable=trainable)
         base.load_adapter(str(folder), adapter, is_trainable=trainable)
     except (RuntimeError, ValueError, SafetensorError) as error:
         raise PosteriorError(

@@ -11,40 +11,11 @@ from bayestune.posteriors.posterior import KINDS, Posterior, Saved, State
 
 
 @dataclass
-class Wrapper(Posterior):
-    """A posterior around another one, whose model, scorer and adapter it has.
-
-    Args:
-        base: the posterior inside.
-    """
-
-    base: Posterior
-
-    def __post_init__(self) -> None:
-        self.model = self.base.model
-        self.scorer = self.base.scorer
-        self.adapter = self.base.adapter
-
-    @property
-    def has_mean(self) -> bool:
-        """Whether the base has a mean."""
-        return self.base.has_mean
-
-    @property
-    def atoms(self) -> int | None:
-        """The base's."""
-        return self.base.atoms
-
-    def on(self, scorer: ClassLogits) -> Self:
-        """The same around the base on another scorer."""
-        return replace(self, base=self.base.on(scorer))
-
-
-@dataclass
-class Tempered(Wrapper):
+class Tempered(Posterior):
     """Each draw's logits over T: p(y | x) = 1/S Σ_s softmax(f_s(x)/T).
 
     Args:
+        base: the posterior inside, whose model, scorer, adapter, mean and atoms it has.
         temperature: T > 0; above 1 the probabilities are less sure.
         report: what the fit took.
 
@@ -53,15 +24,24 @@ class Tempered(Wrapper):
     """
 
     kind: ClassVar[str] = "tempered"
+    base: Posterior
     temperature: float
     report: FitReport = field(default_factory=FitReport, repr=False)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if not self.temperature > 0:
             raise ValueError(
                 f"the temperature must be positive: got {self.temperature}; 1 changes nothing"
             )
+        self.model = self.base.model
+        self.scorer = self.base.scorer
+        self.adapter = self.base.adapter
+        self.has_mean = self.base.has_mean
+        self.atoms = self.base.atoms
+
+    def on(self, scorer: ClassLogits) -> Self:
+        """The same around the base on another scorer."""
+        return replace(self, base=self.base.on(scorer))
 
     def logits(self, inputs: Batch, draws: Draws) -> Tensor:
         """The base's logits over T, (S, N, C)."""
@@ -75,7 +55,7 @@ class Tempered(Wrapper):
 
     @classmethod
     def restore(cls, saved: Saved) -> Self:
-        """The posterior of `state`."""
+        """The posterior of a saved `state`."""
         base = saved.facts["base"]
         posterior = KINDS[base["kind"]].restore(replace(saved, facts=base["facts"]))
         return cls(posterior, saved.facts["temperature"])
