@@ -21,12 +21,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bayestune.adapters import GaussianLinear, Slots
-from bayestune.data import load_task
 from bayestune.forward import Draws
-from bayestune.posteriors import Gaussian, load_posterior
+from bayestune.posteriors import Gaussian
 from bayestune.scoring import Scorer, row_logits
 from bayestune.scoring.tokens import Encoded
-from bayestune.session import open_folder, scorer_of
+from bayestune.session import Session, TaskOptions
 from harness import Action, environment, interleave, quantile
 from studies.calibration_page import render
 from studies.calibration_table import (
@@ -123,11 +122,17 @@ def opened(options: Namespace) -> Subject:
     Raises:
         ValueError: if the posterior is not Gaussian, or no rows are held out.
     """
-    details, loaded = open_folder(options.posterior, options.model)
-    task = load_task(options.task, options.data_root)
-    task = task.subset(options.train_rows, options.rows, options.holdout)
-    scorer = scorer_of(details, loaded, task)
-    posterior = load_posterior(loaded.model, options.posterior, scorer)
+    questions = TaskOptions(
+        task=options.task,
+        data_root=options.data_root,
+        holdout=options.holdout,
+        train_rows=options.train_rows,
+        evaluation_rows=options.rows,
+    )
+    session = Session.of_posterior(options.posterior, questions, options.model)
+    task = session.task
+    scorer = session.scorer
+    posterior = session.load(options.posterior).posterior
     if not isinstance(posterior, Gaussian):
         kind = type(posterior).__name__
         raise ValueError(f"got a {kind}, expected a Gaussian posterior: fit BLoB")

@@ -118,8 +118,8 @@ class OfficialStep:
         config = LoraConfig(
             r=rank, lora_alpha=2 * rank, target_modules=list(TARGETS), task_type="CAUSAL_LM"
         )
-        tokens = prompts.scorer.tokens  # type: ignore[union-attr]
-        rows = len(prompts.batches[0]["labels"])
+        rows, options = prompts.batches[0]["option_mask"].shape
+        tokens = prompts.scorer.tokens[:options]  # type: ignore[union-attr]
         self.device = next(base.parameters()).device
         self.precision = precision
         accelerator = one_process(self.device)

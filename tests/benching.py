@@ -1,5 +1,6 @@
-"""The runs that `test_benchmark` kills or starts twice: one process that imports once and forks each run."""
+"""The runs that `test_launch` kills or starts twice, forked from one process that imports once."""
 
+import json
 import logging
 import os
 import random
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bayestune.adapters import Lora
 from bayestune.bench import Grid, TaskSettings, run_bench
@@ -16,21 +18,31 @@ from bayestune.evaluation import EvaluationOptions
 from bayestune.session import TaskOptions
 from bayestune.training import Training
 
+OPTIONS = ("red", "green", "blue", "the sky")
+
+
+def furnish(place: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """A folder with a model, the rows of two tasks, and those that both are evaluated on."""
+    model.save_pretrained(place / "model")
+    tokenizer.save_pretrained(place / "model")
+    for name, numbers in {"one": range(8), "two": range(20, 28), "test": range(40, 46)}.items():
+        lines = []
+        for i in numbers:
+            row = {"question": f"what is {OPTIONS[i % 4]} and {i}?", "answer": i % 4}
+            lines.append(json.dumps({**row, "options": OPTIONS}) + "\n")
+        (place / f"{name}.jsonl").write_text("".join(lines))
+    return place
+
 
 def grid(place: Path, **changes: object) -> Grid:
     """Two tasks with rows of their own; the second one is evaluated on the first too."""
-    data = {
-        name: {"data": place / f"{name}.jsonl", "evaluation_data": place / "test.jsonl"}
-        for name in ("one", "two")
-    }
+    data = {}
+    for name in ("one", "two"):
+        data[name] = {"data": place / f"{name}.jsonl", "evaluation_data": place / "test.jsonl"}
+    two = TaskSettings(questions=data["two"], training={"steps": 3}, evaluate_on=("two", "one"))
     settings = {
         "models": (str(place / "model"),),
-        "tasks": {
-            "one": TaskSettings(questions=data["one"]),
-            "two": TaskSettings(
-                questions=data["two"], training={"steps": 3}, evaluate_on=("two", "one")
-            ),
-        },
+        "tasks": {"one": TaskSettings(questions=data["one"]), "two": two},
         "methods": {
             "mle": None,
             "TFB on MLE": {"method": "tfb", "base": "mle"},
@@ -44,8 +56,14 @@ def grid(place: Path, **changes: object) -> Grid:
     return Grid(**{**settings, **changes})
 
 
+def small(place: Path, **changes: object) -> Grid:
+    """One task and one seed of it."""
+    tasks = {"one": grid(place).tasks["one"]}
+    return grid(place, **{"tasks": tasks, "seeds": (1,), **changes})
+
+
 def bench(place: Path, output: Path, seeds: tuple[int, ...] = (1, 2)) -> int:
-    """A run of the grid in a forked process, its log beside `output`; gives the process's number."""
+    """A run of the grid in a forked process, its log beside `output`; returns the process's id."""
     child = os.fork()
     if child:
         return child

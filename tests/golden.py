@@ -1,10 +1,11 @@
-"""The golden run: what tiny fits of every method gave when it was frozen, to compare with what they give now.
+"""The golden run: what tiny fits of every method gave when frozen, to compare with now.
 
     python tests/golden.py write FOLDER        # freezes the present code's values
     python tests/golden.py compare FOLDER      # compares bit by bit, on the machine that wrote them
 
-`test_golden.py` compares with tests/golden to 1e-5: weights that were trained on another processor differ in their
-last bits. All settings are spelled out, so that a new default does not change a golden value.
+`test_golden.py` compares with tests/golden to 1e-5: weights that were trained on another processor
+differ in their last bits. All settings are spelled out, so that a new default does not change a
+golden value.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from bayestune import METHODS, Draws, Lora, Training, make_scorer, save_posterior
 from bayestune.adapters import held_noise
-from bayestune.bench import Grid, TaskSettings, cells
+from bayestune.bench import Grid, TaskSettings
 from bayestune.cli import main
 from bayestune.evaluation import EvaluationOptions
 from bayestune.session import TaskOptions
@@ -181,7 +182,7 @@ def grid_keys() -> list[str]:
         ),
         predicting=EvaluationOptions(draws=(0, 2)),
     )
-    return [cell.key for cell in cells(grid, grid.load_all())]
+    return [cell.key for cell in grid.cells(grid.load_all())]
 
 
 def write_rows(folder: Path) -> None:

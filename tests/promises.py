@@ -1,73 +1,66 @@
-"""What `test_methods` asks of a registered method, for one method at settings that a tiny model feels."""
+"""A tiny model, task and scorer on which methods are fitted, and what their posteriors promise."""
 
 import shutil
 from dataclasses import replace
+from functools import cache
 
 import torch
 
-from bayestune.adapters import Slots
 from bayestune.forward import Draws
-from bayestune.posteriors import load_posterior, predict, save_posterior
+from bayestune.posteriors import AdapterPosterior, Mixture, predict
 from bayestune.scoring import make_scorer
-from bayestune.training import Training
-from bayestune.training.training import newest_checkpoint
+from bayestune.training import Training, newest_checkpoint
+from tiny import byte_level_tokenizer, coloured_questions, labelled_sentences, tiny_bert, tiny_llama
 
 TRAINING = Training(steps=8, learning_rate=1e-2, progress=False, logging_steps=1)
+LONG = {"steps": 60, "learning_rate": 3e-2}
+
+tokenizer = cache(byte_level_tokenizer)
 
 
-def bound(make, tokenizer, task, scoring):
-    """A scorer, and a batch of its evaluation rows without labels."""
-    scorer = make_scorer(make(), tokenizer, task, scoring)
-    batch = scorer.collate(scorer.encode(task.evaluation))
-    batch.pop("labels")
-    return scorer, batch
+class Case:
+    """One way of scoring: an encoder for "head", else a language model; its task and its scorer."""
+
+    def __init__(self, scoring="letter", **options):
+        head = scoring == "head"
+        self.make = tiny_bert if head else tiny_llama
+        self.task = labelled_sentences() if head else coloured_questions()
+        self.scorer = make_scorer(self.make(), tokenizer(), self.task, scoring, **options)
+        self.batch, self.labels = self.collate(self.task.evaluation)
+
+    def collate(self, rows):
+        """A batch without labels, and the labels."""
+        batch = self.scorer.collate(self.scorer.encode(rows))
+        return batch, batch.pop("labels")
+
+    def fit(self, method, **changes):
+        """A fit on a fresh base model."""
+        return method.fit(self.make(), self.scorer, replace(TRAINING, **changes))
 
 
-def keeps_its_promises(method, make, scorer, batch, folder, steps=8):
-    """Same seed same fit, base untouched, draws that differ and are the same after loading; returns the posterior."""
-    training, base = replace(TRAINING, steps=steps), make()
-    before = {name: value.clone() for name, value in base.state_dict().items()}
-    posterior = method.fit(base, scorer, training)
-    logits = posterior.logits(batch, Draws(3))
-    assert torch.equal(logits, method.fit(make(), scorer, training).logits(batch, Draws(3)))
-    assert not torch.equal(
-        logits, method.fit(make(), scorer, replace(training, seed=5)).logits(batch, Draws(3))
-    )
-    assert logits.nan_to_num(neginf=0).var(0).max() > 0
-    assert predict(posterior, batch, 0).probabilities.isfinite().all()
-    loaded = load_posterior(make(), save_posterior(posterior, folder), scorer)
-    assert type(loaded) is type(posterior)
-    assert torch.equal(loaded.logits(batch, Draws(3)), logits)
-    assert torch.equal(loaded.logits(batch, Draws(0)), posterior.logits(batch, Draws(0)))
-    heads = tuple(Slots(posterior.model).heads)  # trained whole
-    after = posterior.model.unload().state_dict()
-    assert all(
-        torch.equal(value, after[name])
-        for name, value in before.items()
-        if not name.startswith(heads or "none")
-    )
-    return loaded
+def exportable(posterior):
+    """Whether each draw is an adapter, so that it can be written out."""
+    members = posterior.members if isinstance(posterior, Mixture) else [posterior]
+    return all(isinstance(member, AdapterPosterior) for member in members)
 
 
-def learns(method, make, scorer, task, steps=60, learning_rate=3e-2):
-    """The mean's loss on the training rows, over that of guessing."""
-    posterior = method.fit(
-        make(), scorer, replace(TRAINING, steps=steps, learning_rate=learning_rate)
-    )
-    batch = scorer.collate(scorer.encode(task.train))
-    labels = batch.pop("labels")
-    loss = -predict(posterior, batch, 0).probabilities[range(len(labels)), labels].log().mean()
-    return loss / torch.tensor([len(row.options) for row in task.train]).double().log().mean()
+def learnt(posterior, case):
+    """The loss on the training rows over that of guessing; the mean's, where there is one."""
+    batch, labels = case.collate(case.task.train)
+    probabilities = predict(posterior, batch, 0 if posterior.has_mean else 3).probabilities
+    loss = -probabilities[range(len(labels)), labels].log().mean()
+    return loss / torch.tensor([len(row.options) for row in case.task.train]).double().log().mean()
 
 
-def resumes(method, make, scorer, batch, folder):
-    """Whether a run that is stopped at a checkpoint in its middle and resumed ends as the whole one."""
-    training = replace(TRAINING, save_steps=4, output=folder)
-    whole = method.fit(make(), scorer, training)
+def resumes(method, case, folder):
+    """Whether a run that is stopped at a checkpoint and resumed ends as the whole one."""
+    whole = case.fit(method, save_steps=4, output=folder)
     shutil.rmtree(newest_checkpoint(folder))
     assert newest_checkpoint(folder).name == "checkpoint-4"
-    resumed = method.fit(make(), scorer, replace(training, resume=True))
-    tensors, expected = resumed.state()[0], whole.state()[0]
+    resumed = case.fit(method, save_steps=4, output=folder, resume=True)
+    expected = whole.state()[0]
+    tensors = resumed.state()[0]
     assert set(tensors) == set(expected)
     same = all(torch.equal(value, expected[name]) for name, value in tensors.items())
-    return same and torch.equal(resumed.logits(batch, Draws(2)), whole.logits(batch, Draws(2)))
+    draws = Draws(2)
+    return same and torch.equal(resumed.logits(case.batch, draws), whole.logits(case.batch, draws))

@@ -48,10 +48,11 @@ def test_a_line_says_what_where_and_how_much():
     text = rendered(PAGE, [record(date="2026-01-02 03:04")])
     assert text.startswith("# Title\n\n<!-- figures: train_step: .*row -->\n| case |")
     assert text.endswith("|\n<!-- end -->\n\nWords.\n")
-    assert lines_of(record(date="2026-01-02 03:04")) == [
+    (line,) = lines_of(record(date="2026-01-02 03:04"))
+    assert line == (
         "| BLoB step / LoRA step: row | small | **1.010** [0.970, 1.040], row 2, lora 1.98 s "
         "| a chip, threads 2, abc, 2026-01-02 |"
-    ]
+    )
 
 
 def test_only_the_newest_of_the_same_is_shown_and_goes_by_the_date(tmp_path):

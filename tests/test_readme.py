@@ -1,4 +1,4 @@
-"""The Python of the README runs, in order, in one namespace where the reader's own model and data exist."""
+"""The Python of the README runs, in order, where the reader's own model and data exist."""
 
 import re
 from pathlib import Path

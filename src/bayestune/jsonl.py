@@ -1,35 +1,54 @@
-"""JSON lines: one object a line, read and written here and nowhere else."""
+"""JSON lines, one object a line: read, written and appended here and nowhere else."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-Record = dict[str, Any]
+JsonRow = dict[str, Any]
 
 
-def read_json_lines(path: Path) -> Iterator[Record]:
-    """The objects of a file with one JSON object a line; a line that is none is named."""
+def read_json_lines(path: Path, *, missing_ok: bool = False) -> list[JsonRow]:
+    """The rows of a whole file, without blank lines; with `missing_ok`, none if there is no file.
+
+    Raises:
+        ValueError: if a line is not a JSON object; the error names the file and the line.
+        FileNotFoundError: if there is no such file, unless `missing_ok`.
+    """
+    if missing_ok and not path.is_file():
+        return []
     with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(
-                        f"{path.name}, line {number}: not a JSON object ({error})"
-                    ) from None
-                if not isinstance(row, dict):
-                    raise ValueError(
-                        f"{path.name}, line {number}: not a JSON object (got a {type(row).__name__})"
-                    )
-                yield row
+        return [
+            _parsed(line, f"{path.name}, line {number}")
+            for number, line in enumerate(lines, 1)
+            if line.strip()
+        ]
+
+
+def _parsed(line: str, place: str) -> JsonRow:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place}: not a JSON object ({error})") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{place}: not a JSON object (got a {type(row).__name__})")
+    return row
 
 
 def write_json_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes one JSON object a line, as a whole or not at all."""
+    """Writes one JSON object a line, the whole file or nothing; paths are written as text."""
     scratch = path.with_name(f".{path.name}.partial")
-    scratch.write_text(
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-    )
+    scratch.write_text("".join(map(_line, rows)), encoding="utf-8")
     scratch.replace(path)
+
+
+def append_json_line(path: Path, row: Mapping[str, Any]) -> None:
+    """Adds one line to a file, which is made if it does not exist."""
+    line = _line(row)  # before the file is opened: a row that JSON cannot hold leaves no trace
+    with path.open("a", encoding="utf-8") as lines:
+        lines.write(line)
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False, default=os.fspath) + "\n"

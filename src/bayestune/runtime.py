@@ -9,6 +9,11 @@ from pathlib import Path
 
 import torch
 
+try:
+    import resource
+except ImportError:  # Windows has none
+    resource = None  # type: ignore[assignment]
+
 # M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD of glibc's malloc.h
 _KEPT = {-4: 0, -1: 2**31 - 1, -2: 2**26}
 _STOCK = {-4: 65536, -1: 2**17, -2: 0}
@@ -72,9 +77,7 @@ def peak_memory_mb() -> float:
 
 
 def _peak_of_the_process_mb() -> float:
-    try:
-        import resource  # not on Windows
-    except ImportError:
+    if resource is None:
         return float("nan")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes on macOS, else KiB

@@ -1,284 +1,195 @@
-"""The contract with PEFT, and every refusal by name."""
-
-import copy
-import warnings
+"""Slots are found and named, hold draws for a time, and are refused where A is not applied once."""
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from torch.testing import assert_close
 
-from bayestune.adapters import GaussianLinear, Lora, Slots, attach, bayesify, drawn, evaluating
-from bayestune.adapters.lora import head_is_tied
+from bayestune.adapters import DrawnLinear, GaussianLinear, Slots, bayesify, drawn
+from tiny import BATCH, CLOSE, adapted, converted, end_logits, tiny_bert, tiny_llama
 
-IDS = torch.arange(3, 27).reshape(2, 12)
+PATHS = [f"model.layers.{i}.self_attn.{name}_proj" for i in (0, 1) for name in "qv"]
 
 
-def adapted(base: nn.Module, **config: object) -> PeftModel:
-    torch.manual_seed(1)
-    model = get_peft_model(
-        base,
-        LoraConfig(**{"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **config}),
-    )
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.3)
+@pytest.fixture
+def model() -> nn.Module:
+    return converted(tiny_llama())
+
+
+@pytest.fixture
+def two() -> nn.Module:
+    """A model with the adapters "default" and "b", of which "default" is active."""
+    model = adapted(tiny_llama())
+    model.add_adapter("b", LoraConfig(r=4, target_modules=["q_proj"]))
     return model
 
 
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
+# Names
 
 
-def test_every_layer_is_converted_counted_and_named_by_its_path_in_the_base(llama):
-    model = adapted(llama())
-    assert bayesify(model) == 4
-    assert list(Slots(model).of_kind(GaussianLinear)) == [
-        f"model.layers.{i}.self_attn.{p}_proj.lora_A" for i in (0, 1) for p in "qv"
+def test_a_slot_is_named_by_its_path_in_the_base_with_and_without_pefts_wrapper(model):
+    names = [f"{path}.lora_A" for path in PATHS]
+    assert Slots(model).names() == names
+    assert Slots(model.get_base_model()).names() == names
+    assert list(Slots(model).of_kind(GaussianLinear)) == names
+    assert Slots(model).names(("lora_B",), ("v_proj",)) == [
+        f"{PATHS[1]}.lora_B",
+        f"{PATHS[3]}.lora_B",
+    ]
+    shapes = Slots(model).shapes()
+    assert len(shapes) == 8
+    assert shapes[f"{PATHS[0]}.lora_A"] == (8, 32)
+    assert shapes[f"{PATHS[0]}.lora_B"] == (32, 8)
+
+
+def test_the_active_adapter_is_taken_unless_one_is_named(two):
+    assert Slots(adapted(tiny_llama(), "mine")).adapter == "mine"
+    assert Slots(tiny_llama()).adapter == "default"
+    assert Slots(two).adapter == "default"
+    assert Slots(two, "b").names() == [f"{path}.lora_A" for path in PATHS[::2]]
+    two.base_model.set_adapter(["default", "b"])
+    assert Slots(two, "b").adapter == "b"
+    with pytest.raises(ValueError, match=r"active adapters \['default', 'b'\], expected one"):
+        Slots(two)
+
+
+def test_a_head_that_is_trained_whole_is_the_adapters_own():
+    model = adapted(tiny_bert(), task_type="SEQ_CLS", target_modules=["query"])
+    model.add_adapter("b", model.peft_config["default"])
+    heads = [Slots(model, adapter).heads["classifier"] for adapter in ("default", "b")]
+    assert heads[0] is not heads[1]
+    assert Slots(model).names() == [
+        f"bert.encoder.layer.{i}.attention.self.query.lora_A" for i in (0, 1)
     ]
 
 
-def test_the_mean_is_the_lora_model_and_training_is_not(llama):
-    model = adapted(llama()).eval()
-    before = logits(model)
-    bayesify(model, init_root_std=0.5)
-    assert torch.equal(logits(model), before)
-    model.train()
-    first, second = logits(model), logits(model)
-    assert not torch.allclose(first, before)
-    assert not torch.allclose(first, second)
+# Draws in slots
 
 
-def test_merging_unmerging_and_disabling_see_the_mean_and_the_base(llama):
-    base = llama().eval()
-    plain = logits(base)
-    model = adapted(base).eval()
-    bayesify(model, init_root_std=0.5)
-    mean = logits(model)
+def zeros(slots: Slots, side: str = "lora_A", draws: int = 2) -> dict[str, torch.Tensor]:
+    shapes = slots.shapes()
+    return {name: torch.zeros(draws, *shapes[name]) for name in slots.names((side,))}
+
+
+def logits(model: nn.Module, times: int = 1) -> torch.Tensor:
+    with torch.no_grad():
+        return end_logits(model, {"input_ids": BATCH["input_ids"].repeat(times, 1)})
+
+
+@pytest.mark.parametrize("side", ["lora_A", "lora_B"])
+def test_held_draws_are_what_the_model_computes_with(model, side):
+    slots = Slots(model)
     with model.disable_adapter():
-        assert torch.equal(logits(model.train()), plain)
-    model.eval().merge_adapter()
-    torch.testing.assert_close(logits(model.train()), mean, atol=1e-5, rtol=1e-5)
-    model.unmerge_adapter()
-    torch.testing.assert_close(logits(model.eval()), mean, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(logits(model.merge_and_unload()), mean, atol=1e-5, rtol=1e-5)
+        base = logits(model, 2)
+    with slots.holding(zeros(slots, side)):
+        assert len(slots.of_kind(DrawnLinear)) == 4
+        assert_close(logits(model, 2), base, **CLOSE)
+    assert not torch.allclose(logits(model, 2), base, atol=1e-3)
 
 
-def test_unloading_gives_the_base_back_bit_for_bit(llama):
-    base = llama().eval()
-    before = copy.deepcopy(base.state_dict())
-    model = adapted(base)
-    bayesify(model)
-    after = model.unload().state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(value, after[name]) for name, value in before.items())
-
-
-def test_the_placebo_the_noise_reaches_the_output(llama):
-    model = adapted(llama())
-    bayesify(model, init_root_std=0.5)
-    model.train()
-    assert torch.stack([logits(model) for _ in range(8)]).var(0).min() > 0
-
-
-def test_gradient_checkpointing_gives_the_same_gradients(llama):
-    grads = []
-    for checkpointing in (False, True):
-        model = adapted(llama())
-        torch.manual_seed(3)
-        bayesify(model, init_root_std=0.5)
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            model.enable_input_require_grads()
-        model.train()
-        torch.manual_seed(4)
-        model(input_ids=IDS, labels=IDS).loss.backward()
-        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-    assert grads[0].keys() == grads[1].keys()
-    assert any("root_std" in name for name in grads[0])
-    for name, gradient in grads[0].items():
-        torch.testing.assert_close(grads[1][name], gradient, atol=1e-6, rtol=1e-4)
-
-
-def test_a_bfloat16_base_under_autocast_trains(llama):
-    model = adapted(llama().to(torch.bfloat16))
-    bayesify(model)
-    model.train()
-    with torch.autocast("cpu", torch.bfloat16):
-        model(input_ids=IDS, labels=IDS).loss.backward()
-    assert all(
-        layer.root_std.grad.isfinite().all()
-        for layer in Slots(model).of_kind(GaussianLinear).values()
-    )
-
-
-def test_a_second_adapter_and_a_deep_copy_are_their_own(llama):
-    model = adapted(llama())
-    model.add_adapter("other", LoraConfig(target_modules=["q_proj"]))
-    assert bayesify(model) == 4
-    assert bayesify(model, adapter="other") == 2
-    twin = copy.deepcopy(model)
-    first, second = (next(iter(Slots(m).of_kind(GaussianLinear).values())) for m in (model, twin))
-    assert first.groups is not second.groups
-    assert all(
-        layer.groups is second.groups for layer in Slots(twin).of_kind(GaussianLinear).values()
-    )
-
-
-def test_drawn_puts_the_slots_back_also_after_an_error(llama):
-    model = adapted(llama())
-    bayesify(model)
-    before = dict(Slots(model).of_kind(GaussianLinear))
-    stack = {path: torch.zeros(2, *layer.weight.shape) for path, layer in before.items()}
+def test_slots_are_put_back_also_after_an_error(model):
+    before = Slots(model).modules()
 
     def fail() -> None:
-        with drawn(model, stack):
-            assert not Slots(model).of_kind(GaussianLinear)
+        with drawn(model, zeros(Slots(model))):
             raise KeyError("inside")
 
     with pytest.raises(KeyError, match="inside"):
         fail()
-    assert Slots(model).of_kind(GaussianLinear) == before
+    assert Slots(model).modules() == before
 
 
-def test_drawn_refuses_layers_the_model_has_not(llama):
-    model = adapted(llama())
+def test_draws_may_be_held_inside_held_draws(model):
+    slots = Slots(model)
+    mean = slots.weights()
+    stacks = {name: weight[None] for name, weight in mean.items()}
+    plain = logits(model)
+    with model.disable_adapter():
+        base = logits(model)
+    with slots.holding(zeros(slots, draws=1)):
+        with slots.holding(stacks):
+            assert_close(logits(model), plain, **CLOSE)
+        assert_close(logits(model), base, **CLOSE)
+    assert torch.equal(logits(model), plain)
+
+
+def test_draws_for_slots_that_the_model_does_not_have_are_refused(model):
+    unknown = {"nowhere.lora_A": torch.zeros(1, 8, 32)}
     with (
-        pytest.raises(
-            ValueError, match=r"got \['nowhere'\], expected slots of the adapter 'default'"
-        ),
-        drawn(model, {"nowhere": torch.zeros(1, 8, 32)}),
+        pytest.raises(ValueError, match=r"got \['nowhere.lora_A'\], expected slots of the adapter"),
+        drawn(model, {**zeros(Slots(model)), **unknown}),
     ):
         pass
-
-
-def test_evaluating_restores_every_modules_mode(llama):
-    model = adapted(llama()).train()
-    model.base_model.model.model.layers[1].eval()
-    before = [module.training for module in model.modules()]
-    with evaluating(model):
-        assert not any(module.training for module in model.modules())
-        assert not torch.is_grad_enabled()
-    assert [module.training for module in model.modules()] == before
+    assert not Slots(model).of_kind(DrawnLinear)
 
 
 # Refusals
 
 
-def test_no_match(llama):
-    with pytest.raises(
-        ValueError, match="no LoRA layer holds the adapter 'default': got a LlamaForCausalLM"
-    ):
-        bayesify(llama())
-    with pytest.raises(ValueError, match="no LoRA layer holds the adapter 'other'"):
-        bayesify(adapted(llama()), adapter="other")
+class Net(nn.Module):
+    """A custom model of one layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
 
 
-def test_twice(llama):
-    model = adapted(llama())
-    bayesify(model)
-    with pytest.raises(
-        ValueError, match="4 of 4 LoRA layers cannot.*\n.*q_proj: it has been converted already"
-    ):
-        bayesify(model)
+def of_one(layer: nn.Module) -> nn.Module:
+    return get_peft_model(Net(layer), LoraConfig(target_modules=["layer"]))
 
 
-def test_dora(llama):
-    with pytest.raises(ValueError, match="self_attn.q_proj: its variant DoraLinearVariant"):
-        bayesify(adapted(llama(), use_dora=True))
-
-
-def test_embeddings_and_nothing_is_converted(llama):
-    model = adapted(llama(), target_modules=["q_proj", "embed_tokens"])
-    with pytest.raises(
-        ValueError,
-        match="1 of 3 .*none was converted.*\n  model.embed_tokens: it adapts an embedding",
-    ):
-        bayesify(model)
-    assert not any(isinstance(module, GaussianLinear) for module in model.modules())
-
-
-def test_target_parameters(llama):
-    model = adapted(llama(), target_modules=[], target_parameters=["q_proj.weight"])
-    with pytest.raises(ValueError, match="it adapts a bare parameter \\(target_parameters\\)"):
-        bayesify(model)
-
-
-def test_a_slot_that_is_no_plain_linear(llama):
-    model = adapted(llama())
-
+def with_another_layer() -> nn.Module:
     class Other(nn.Linear):
         pass
 
-    next(iter(Slots(model).layers.values())).lora_A["default"] = Other(32, 8, bias=False)
-    with pytest.raises(ValueError, match="its lora_A is a Other, not a plain Linear"):
+    model = adapted(tiny_llama())
+    Slots(model).put({f"{PATHS[0]}.lora_A": Other(32, 8, bias=False)})
+    return model
+
+
+def adapted_llama(**config: object) -> nn.Module:
+    return adapted(tiny_llama(), **config)
+
+
+REFUSED = {
+    "no adapter": (tiny_llama, "holds the adapter 'default': got a LlamaForCausalLM"),
+    "converted": (
+        lambda: converted(tiny_llama()),
+        "4 of 4 LoRA layers cannot.*\n.*q_proj: it has been converted already",
+    ),
+    "DoRA": (
+        lambda: adapted_llama(use_dora=True),
+        "self_attn.q_proj: its variant DoraLinearVariant does not apply A once",
+    ),
+    "embedding": (
+        lambda: adapted_llama(target_modules=["q_proj", "embed_tokens"]),
+        "1 of 3 .*none was converted.*\n  model.embed_tokens: it adapts an embedding",
+    ),
+    "parameter": (
+        lambda: adapted_llama(target_modules=[], target_parameters=["q_proj.weight"]),
+        r"it adapts a bare parameter \(target_parameters\)",
+    ),
+    "another layer": (with_another_layer, "its lora_A is a Other, not a plain Linear"),
+    "convolution": (lambda: of_one(nn.Conv2d(3, 4, 3)), "layer: its lora_A is a Conv2d"),
+    "attention": (lambda: of_one(nn.MultiheadAttention(8, 2)), "nn.MultiheadAttention merges A"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_made_stochastic_is_refused_by_name_and_left_alone(name):
+    make, reason = REFUSED[name]
+    model = make()
+    before = list(model.modules())
+    with pytest.raises(ValueError, match=reason):
         bayesify(model)
+    assert list(model.modules()) == before
 
 
-def test_a_convolution():
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(3, 4, 3)
-
-    model = get_peft_model(Net(), LoraConfig(target_modules=["conv"]))
-    with pytest.raises(ValueError, match="conv: its lora_A is a Conv2d, not a plain Linear"):
-        bayesify(model)
-
-
-def test_multihead_attention():
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.attention = nn.MultiheadAttention(8, 2)
-
-    model = get_peft_model(Net(), LoraConfig(target_modules=["attention"]))
-    with pytest.raises(ValueError, match="nn.MultiheadAttention merges A into the weight"):
-        bayesify(model)
-
-
-# attach
-
-
-def test_the_papers_targets_include_the_head_only_where_it_is_not_tied(llama):
-    assert "lm_head" in Slots(attach(llama(), Lora())).layers
-    tied = llama(tie_word_embeddings=True)
-    assert head_is_tied(tied)
-    assert "lm_head" not in Slots(attach(tied, Lora())).layers
-
-
-def test_an_adapter_on_a_tied_head_works_and_leaves_the_embedding_alone(llama):
-    base = llama(tie_word_embeddings=True).eval()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = adapted(base, target_modules=["lm_head"]).eval()
-    with model.disable_adapter():
-        plain = logits(model)
-    assert bayesify(model, init_root_std=0.5) == 1
-    assert not torch.allclose(logits(model), plain)
-    hidden = model.base_model.model.model(input_ids=IDS).last_hidden_state
-    torch.testing.assert_close(hidden, base.model(input_ids=IDS).last_hidden_state)
-    assert torch.stack([logits(model.train()) for _ in range(4)]).var(0).max() > 0
-
-
-def test_attach_refuses_targets_that_no_module_has_and_a_second_adapter(llama):
-    with pytest.raises(
-        ValueError, match=r"got targets \['query'\], expected names among .*'q_proj'"
-    ):
-        attach(llama(), Lora(targets=("query",)))
-    with pytest.raises(ValueError, match="has an adapter already"):
-        attach(attach(llama(), Lora()), Lora())
-
-
-def test_other_architectures_convert_too():
-    model = get_peft_model(
-        GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2)),
-        LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True),
-    )
-    assert bayesify(model, init_root_std=0.5) == 2
-    model.train()(input_ids=IDS, labels=IDS).loss.backward()
-    assert all(
-        layer.root_std.grad is not None for layer in Slots(model).of_kind(GaussianLinear).values()
-    )
+def test_adapters_and_slots_that_the_model_does_not_have_are_refused(two):
+    with pytest.raises(ValueError, match="no LoRA layer holds the adapter 'other'"):
+        bayesify(two, adapter="other")
+    with pytest.raises(ValueError, match="no LoRA layer holds the adapter 'default'"):
+        bayesify(two, slots=[])
+    with pytest.raises(ValueError, match=r"no such LoRA layer: got \['nowhere'\], expected paths"):
+        bayesify(two, slots=["nowhere.lora_A"])

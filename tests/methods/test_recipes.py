@@ -23,26 +23,26 @@ ENTRIES = {
 }
 
 
-def test_settings_become_the_method():
-    assert (
-        make_method(None, name="mle")
-        == make_method("mle")
-        == make_method({"method": "mle"})
-        == MLE()
-    )
-    assert make_method({"prior_std": 0.5}, name="blob") == BLoB(prior_std=0.5)
-    assert make_method({"method": "tfb", "base": {"method": "mle"}, "draws": 3}) == TFB(
-        base=MLE(), draws=3
-    )
-    assert make_method({}, name="tfb") == TFB()
+@pytest.mark.parametrize(
+    ("settings", "name", "method"),
+    [
+        (None, "mle", MLE()),
+        ("mle", "", MLE()),
+        ({"method": "mle"}, "", MLE()),
+        ({"prior_std": 0.5}, "blob", BLoB(prior_std=0.5)),
+        ({"method": "tfb", "base": {"method": "mle"}, "draws": 3}, "", TFB(base=MLE(), draws=3)),
+        ({}, "tfb", TFB()),
+    ],
+)
+def test_settings_become_the_method(settings, name, method):
+    assert make_method(settings, name=name) == method
 
 
 def test_a_base_is_another_entry_before_it_is_a_method():
     wide = WithTraining(BLoB(prior_std=0.5), {"learning_rate": 1e-3})
     assert make_method("pair", ENTRIES) == Ensemble(base=wide, size=2)
-    assert make_method({"method": "tfb", "base": "mle"}, {"mle": {"method": "blob"}}) == TFB(
-        base=BLoB()
-    )
+    entries = {"mle": {"method": "blob"}}
+    assert make_method({"method": "tfb", "base": "mle"}, entries) == TFB(base=BLoB())
 
 
 @pytest.mark.parametrize("name", ENTRIES)
@@ -60,10 +60,13 @@ def test_training_is_changed_where_the_settings_say_so(monkeypatch):
 
 def test_a_nested_dataclass_changes_in_part():
     training = Training(Lora(rank=2, dropout=0.1), steps=3)
-    assert changed(training, {"lora": {"targets": ["q_proj"]}, "bf16": True}) == Training(
-        Lora(rank=2, dropout=0.1, targets=("q_proj",)), steps=3, bf16=True
-    )
+    lora = Lora(rank=2, dropout=0.1, targets=("q_proj",))
+    found = changed(training, {"lora": {"targets": ["q_proj"]}, "bf16": True})
+    assert found == Training(lora, steps=3, bf16=True)
     assert changed(training, {}) is training
+    message = "unknown settings of Training: got .'step'., expected some of"
+    with pytest.raises(ValueError, match=message):
+        changed(training, {"step": 1})
 
 
 @dataclass(frozen=True)
@@ -71,40 +74,36 @@ class Needs:
     base: object
 
 
-@pytest.mark.parametrize(
-    ("settings", "match"),
-    [
-        ("sgd", r"unknown method: got 'sgd', expected one of \['bbb', 'blob'.*set `method`"),
-        ({"prior_std": 1}, "unknown method: got 'other', expected one of"),
-        (
-            {"method": "blob", "prior": 1},
-            r"unknown settings of BLoB: got \['prior'\], expected some of \['final_std'.*name",
-        ),
-        (
-            {"method": "mle", "base": "blob"},
-            r"unknown settings of MLE: got \['base'\], expected some of \[\]",
-        ),
-        (
-            {"method": "blob", "prior_std": "wide"},
-            "settings of BLoB: got .*'wide'.*expected values of its fields' types",
-        ),
-        (
-            {"method": "tfb", "base": "other"},
-            "its own base: got other → other, expected a chain that ends; rename",
-        ),
-        ({"method": "tfb", "base": "loop"}, "its own base: got other → loop → loop"),
-        (
-            {"method": "needs"},
-            r"Needs needs a base: got \{\}, expected `base`, a method's name or settings; add it",
-        ),
-    ],
-)
+REFUSED = [
+    ("sgd", r"unknown method: got 'sgd', expected one of \['bbb', 'blob'.*set `method`"),
+    ({"prior_std": 1}, "unknown method: got 'other', expected one of"),
+    (
+        {"method": "blob", "prior": 1},
+        r"unknown settings of BLoB: got \['prior'\], expected some of \['final_std'.*name",
+    ),
+    (
+        {"method": "mle", "base": "blob"},
+        r"unknown settings of MLE: got \['base'\], expected some of \[\]",
+    ),
+    (
+        {"method": "blob", "prior_std": "wide"},
+        "settings of BLoB: got .*'wide'.*expected values of its fields' types",
+    ),
+    (
+        {"method": "tfb", "base": "other"},
+        "its own base: got other → other, expected a chain that ends; rename",
+    ),
+    ({"method": "tfb", "base": "loop"}, "its own base: got other → loop → loop"),
+    (
+        {"method": "needs"},
+        r"Needs needs a base: got \{\}, expected `base`, a method's name or settings; add it",
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "match"), REFUSED)
 def test_bad_settings_are_refused(settings, match, monkeypatch):
     monkeypatch.setitem(METHODS, "needs", Needs)
     entries = {"other": settings, "loop": {"method": "tfb", "base": "loop"}}
     with pytest.raises(ValueError, match=match):
         make_method(settings, entries, name="other")
-    with pytest.raises(
-        ValueError, match="unknown settings of Training: got .'step'., expected some of"
-    ):
-        changed(Training(), {"step": 1})

@@ -4,18 +4,14 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from torch.distributions import Normal
-from torch.distributions import kl_divergence as reference
+from torch.distributions import Normal, kl_divergence
 
-from bayestune.adapters import RowGroups, adapter_weights, make_ranks_random, put_means, slots
+from bayestune.adapters import RowGroups, Slots, make_ranks_random, put_means
 from bayestune.kl import kl_weights, warmup_decay
 from bayestune.methods import ScalaBL
-from bayestune.methods.scalabl import SingularLinear, kl_divergence, kl_step_
-from bayestune.posteriors import Scaled
+from bayestune.methods.scalabl import SingularLinear, factor_kl, factor_kl_step_
 from bayestune.training import start_adapter
-from promises import TRAINING, bound, keeps_its_promises, learns, resumes
-
-FELT = ScalaBL(schedule="constant", kl_lr=5.0)
+from promises import TRAINING
 
 
 def layer(rank=4, width=16, std=0.05, groups=None):
@@ -23,16 +19,19 @@ def layer(rank=4, width=16, std=0.05, groups=None):
     return SingularLinear(nn.Linear(width, rank, bias=False), std, groups)
 
 
+def singular(slot, groups):
+    return SingularLinear(slot, 0.05, groups)
+
+
 def test_the_decomposition_keeps_a_up_to_a_turn_of_its_ranks():
     torch.manual_seed(0)
     plain = nn.Linear(16, 4, bias=False)
     before = plain.weight.detach().clone()
-    turned = torch.linalg.svd(before)[0]
+    turn = torch.linalg.svd(before)[0]
     made = SingularLinear(plain)
     torch.testing.assert_close(made.weight @ made.weight.T, torch.eye(4), atol=1e-5, rtol=0)
     kept = made.log_mean.exp() * made.weight
-    torch.testing.assert_close(kept.T @ kept, before.T @ before, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(turned @ kept, before, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(turn @ kept, before, atol=1e-5, rtol=1e-5)
     std = made.log_std.exp()
     assert ((0.05 / math.sqrt(2) <= std) & (std <= 0.05)).all()
 
@@ -40,12 +39,12 @@ def test_the_decomposition_keeps_a_up_to_a_turn_of_its_ranks():
 def test_the_kl_is_torchs_and_its_step_goes_down_its_gradient():
     torch.manual_seed(1)
     log_mean, log_std = (torch.randn(5, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    kl = kl_divergence(log_mean, log_std)
-    expected = reference(Normal(log_mean.exp(), log_std.exp()), Normal(0.0, 1.0)).sum()
+    kl = factor_kl(log_mean, log_std)
+    expected = kl_divergence(Normal(log_mean.exp(), log_std.exp()), Normal(0.0, 1.0)).sum()
     torch.testing.assert_close(kl, expected, rtol=1e-12, atol=0)
     kl.backward()
     moved = [value.detach().clone() for value in (log_mean, log_std)]
-    kl_step_(*moved, step=0.01)
+    factor_kl_step_(*moved, step=0.01)
     for after, before in zip(moved, (log_mean, log_std), strict=True):
         torch.testing.assert_close(after, before.detach() - 0.01 * before.grad, rtol=1e-12, atol=0)
 
@@ -64,9 +63,8 @@ def test_training_draws_have_the_moments_and_evaluation_is_the_mean():
 
 def test_the_sequences_of_a_row_and_its_tokens_share_the_draw():
     made = layer(std=0.3, groups=RowGroups(3)).train()
-    factors = (
-        made(torch.ones(6, 5, 16)) / nn.functional.linear(torch.ones(16), made.weight)
-    ).detach()
+    through = nn.functional.linear(torch.ones(16), made.weight)
+    factors = (made(torch.ones(6, 5, 16)) / through).detach()
     for row in (factors[:3], factors[3:]):
         torch.testing.assert_close(row, row[:1, :1].expand_as(row))
     assert not torch.allclose(factors[0], factors[3])
@@ -74,80 +72,55 @@ def test_the_sequences_of_a_row_and_its_tokens_share_the_draw():
         made(torch.ones(5, 2, 16))
 
 
-def test_the_mean_is_put_back_as_a_plain_layer(llama):
-    model = start_adapter(llama(), TRAINING)
-    layers = make_ranks_random(model, lambda slot, groups: SingularLinear(slot, 0.05, groups))
+def test_the_mean_is_put_back_as_a_plain_layer(case):
+    model = start_adapter(case.make(), TRAINING)
+    layers = make_ranks_random(model, singular)
     assert len({id(made.groups) for made in layers.values()}) == 1
     name, made = next(iter(layers.items()))
     inputs = torch.randn(2, 3, made.in_features)
     expected = made.eval()(inputs)
     put_means(model, layers)
-    plain = slots(model)[name]
+    plain = Slots(model).modules()[name]
     assert type(plain) is nn.Linear
     torch.testing.assert_close(plain(inputs), expected)
 
 
-@pytest.mark.parametrize("scoring", ["letter", "text", "head"])
-def test_fit(scoring, llama, bert, byte_level, tiny_task, labelled_task, tmp_path):
-    make, task = (bert, labelled_task) if scoring == "head" else (llama, tiny_task)
-    scorer, batch = bound(make, byte_level, task, scoring)
-    posterior = keeps_its_promises(FELT, make, scorer, batch, tmp_path)
-    assert isinstance(posterior, Scaled)
-    assert learns(ScalaBL(), make, scorer, task) < 0.85
-
-
-def test_the_posteriors_draws_are_gaussian_along_the_directions(llama, byte_level, tiny_task):
-    scorer, _ = bound(llama, byte_level, tiny_task, "letter")
-    posterior, count = FELT.fit(llama(), scorer, TRAINING), 1000
+def test_the_posteriors_draws_are_gaussian_along_the_directions(case):
+    posterior, count = case.fit(ScalaBL(schedule="constant", kl_lr=5.0)), 1000
     name = next(iter(posterior.factors))
-    mean, std = adapter_weights(posterior.model)[name], posterior.factors[name][:, 0]
-    draws = (
-        torch.stack([posterior.draw(i)[name] for i in range(count)]) - mean
-    ) / posterior.directions[name]
-    widest = posterior.directions[name].abs().argmax(1)
-    noise = draws[:, range(len(widest)), widest]
-    assert (noise.mean(0).abs() < 4.5 * std / math.sqrt(count)).all()
-    assert ((noise.std(0) / std - 1).abs() < 4.5 / math.sqrt(2 * count)).all()
-    spread = noise[:, :, None] * posterior.directions[name] + mean
-    torch.testing.assert_close(
-        torch.stack([posterior.draw(i)[name] for i in range(count)]), spread, atol=1e-5, rtol=0
-    )
+    mean, std = posterior.slots.weights()[name], posterior.factors[name][:, 0]
+    direction = posterior.directions[name]
+    draws = torch.stack([posterior.draw(i)[name] for i in range(count)])
+    widest = direction.abs().argmax(1, keepdim=True).expand(count, -1, 1)
+    noise = ((draws - mean) / direction).gather(2, widest)
+    assert (noise.mean(0)[:, 0].abs() < 4.5 * std / math.sqrt(count)).all()
+    assert ((noise.std(0)[:, 0] / std - 1).abs() < 4.5 / math.sqrt(2 * count)).all()
+    torch.testing.assert_close(draws, noise * direction + mean, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "bursts"])
-def test_without_a_likelihood_the_run_is_the_kls_descent(schedule, llama, byte_level, tiny_task):
-    scorer, _ = bound(llama, byte_level, tiny_task, "letter")
-    still = replace(TRAINING, learning_rate=0.0, batch_size=2, accumulation=2, warmup_ratio=0.25)
-    posterior = ScalaBL(schedule=schedule).fit(llama(), scorer, still)
-    start = start_adapter(llama(), still)
-    layers = make_ranks_random(start, lambda slot, groups: SingularLinear(slot, 0.05, groups))
-    steps = (
-        0.2 * kl_weights(8, int(100 * 12 ** (math.pi / 8) / 4), schedule) * warmup_decay(8, 0.25)
-    )
+def test_without_a_likelihood_the_run_is_the_kls_descent(case, schedule):
+    still = {"learning_rate": 0.0, "batch_size": 2, "accumulation": 2, "warmup_ratio": 0.25}
+    posterior = case.fit(ScalaBL(schedule=schedule), **still)
+    layers = make_ranks_random(start_adapter(case.make(), replace(TRAINING, **still)), singular)
+    weights = kl_weights(8, int(100 * 12 ** (math.pi / 8) / 4), schedule)
     for name, made in layers.items():
         mean, std = made.log_mean.detach().double(), made.log_std.detach().double()
-        for step in steps:
+        for step in 0.2 * weights * warmup_decay(8, 0.25):
             mean, std = mean - step * mean.exp() ** 2, std - step * (std.exp() ** 2 - 1)
         torch.testing.assert_close(posterior.factors[name].double(), std.exp(), rtol=1e-5, atol=0)
-        norms = adapter_weights(posterior.model)[name].norm(dim=1).double()
+        norms = posterior.slots.weights()[name].norm(dim=1).double()
         torch.testing.assert_close(norms, mean.exp()[:, 0], rtol=1e-5, atol=0)
-    assert {"kl", "loss"} <= set(posterior.fitted["history"][0])
+    assert {"kl", "loss"} <= set(posterior.report.history[0])
 
 
-def test_a_resumed_run_ends_bit_by_bit_as_the_whole_one(llama, byte_level, tiny_task, tmp_path):
-    scorer, batch = bound(llama, byte_level, tiny_task, "letter")
-    assert resumes(FELT, llama, scorer, batch, tmp_path)
+@pytest.mark.parametrize("change", [{"init_std": 0.0}, {"kl_lr": -1.0}])
+def test_values_out_of_range_are_refused(change):
+    with pytest.raises(ValueError, match="out of range: got ScalaBL.*expected init_std > 0"):
+        ScalaBL(**change)
 
 
-def test_values_out_of_range_are_refused():
-    for change in ({"init_std": 0.0}, {"kl_lr": -1.0}):
-        with pytest.raises(ValueError, match="out of range: got ScalaBL.*expected init_std > 0"):
-            ScalaBL(**change)
-    with pytest.raises(
-        ValueError, match="init_std must be positive: got 0; the published value is 0.05"
-    ):
-        layer(std=0)
-    with pytest.raises(
-        ValueError, match=r"A has more ranks than inputs: got \(4, 3\), expected at most rank 3"
-    ):
+def test_more_ranks_than_inputs_are_refused():
+    message = r"A has more ranks than inputs: got \(4, 3\), expected at most rank 3"
+    with pytest.raises(ValueError, match=message):
         layer(rank=4, width=3)

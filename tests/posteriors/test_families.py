@@ -1,192 +1,274 @@
-"""The forms of posterior: their draws' moments, what an artefact keeps of them, what they refuse."""
+"""The families' laws: their draws' moments, what a draw is made of, and what they refuse."""
 
+import copy
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.testing import assert_close
 
-from bayestune.adapters import Slots, bayesify, detach
-from bayestune.forward import Draws
+from bayestune.adapters import GaussianLinear, Slots, bayesify, evaluating
+from bayestune.forward import Draws, seeded
 from bayestune.posteriors import (
     KINDS,
+    AdapterPosterior,
+    Dropout,
+    Gaussian,
     LowRank,
     Mixture,
     Point,
+    Saved,
     Scaled,
-    load_adapter,
-    load_posterior,
-    read_details,
-    save_posterior,
+    Tempered,
+    TokenNoise,
 )
-from bayestune.posteriors.posterior import Saved
-from bayestune.posteriors.storage import PosteriorError
+from tiny import BATCH, adapted, converted, end_logits, tiny_llama
 
-IDS = torch.arange(1, 11).reshape(2, 5)
-BATCH = {"input_ids": IDS}
-COUNT = 4000
-
-
-def score(model, batch):
-    return model(input_ids=batch["input_ids"]).logits[:, -1, :4]
+COUNT = 2000
 
 
 @pytest.fixture
-def model(llama):
-    torch.manual_seed(1)
-    adapted = get_peft_model(
-        llama(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    )
-    for slot in Slots(adapted).modules().values():
-        torch.nn.init.normal_(slot.weight, std=0.3)
-    return adapted.eval()
+def model() -> nn.Module:
+    return adapted(tiny_llama(), r=4)
 
 
-def first(model, side="A"):
-    return next(name for name in Slots(model).modules() if name.endswith(side))
+def slot_of(model: nn.Module, side: str = "A") -> tuple[str, torch.Tensor]:
+    """The first slot of a side, and its weight."""
+    name = next(name for name in Slots(model).modules() if name.endswith(side))
+    return name, Slots(model).weights()[name].double()
 
 
-def draws_of(posterior, name):
-    return torch.stack([posterior.draw(index)[name] for index in range(COUNT)]).double()
+def draws_of(posterior: AdapterPosterior, *names: str) -> torch.Tensor:
+    """Draws of some slots, flat and side by side, (COUNT, entries)."""
+    drawn = [posterior.draw(index) for index in range(COUNT)]
+    flat = [torch.cat([draw[name].flatten() for name in names]) for draw in drawn]
+    return torch.stack(flat).double()
 
 
-def assert_mean(draws, expected, variance):
-    assert ((draws.mean(0) - expected) / (variance / COUNT).sqrt()).abs().max() < 4.5
+def assert_moments(draws: torch.Tensor, mean: torch.Tensor, covariance: torch.Tensor) -> None:
+    """Mean and covariance of Gaussian draws (COUNT, entries) within standard errors."""
+    variance = covariance.diag()
+    assert ((draws.mean(0) - mean) / (variance / COUNT).sqrt()).abs().max() < 4.5
+    error = ((variance[:, None] * variance + covariance.square()) / COUNT).sqrt()
+    assert ((draws.T.cov() - covariance) / error).abs().max() < 4.5
+
+
+# Moments
+
+
+def test_gaussian_entries_are_independent_of_mean_m_and_standard_deviation_omega():
+    posterior = Gaussian(converted(tiny_llama(), r=2), end_logits)
+    name, layer = next(iter(posterior.layers().items()))
+    variance = layer.std.detach().double().square().flatten()
+    mean = layer.weight.detach().double().flatten()
+    assert_moments(draws_of(posterior, name)[:, :40], mean[:40], variance[:40].diag())
 
 
 def test_normal_factors_shift_whole_rows_along_their_direction(model):
-    name = first(model)
-    mean = Slots(model).modules()[name].weight.detach().double()
-    std, direction = torch.tensor([[0.1], [0.2], [0.3], [0.4]]), torch.randn(mean.shape)
-    draws = draws_of(Scaled(model, score, {name: std}, "normal", {name: direction}), name)
-    variance = (std * direction).double().square()
-    assert_mean(draws, mean, variance)
-    spread = (draws.var(0) / variance - 1) / math.sqrt(2 / COUNT)
-    assert spread.abs().max() < 4.5
-    noise = (draws - mean) / (std * direction).double()
-    torch.testing.assert_close(noise, noise[..., :1].expand_as(noise), atol=1e-4, rtol=1e-3)
-    assert torch.corrcoef(noise[..., 0].T).fill_diagonal_(0).abs().max() < 4.5 / math.sqrt(COUNT)
+    name, mean = slot_of(model)
+    std = torch.tensor([[0.1], [0.2], [0.3], [0.4]])
+    direction = torch.randn(mean.shape)
+    posterior = Scaled(model, end_logits, {name: std}, "normal", {name: direction})
+    shift = (std * direction).double()
+    covariance = torch.block_diag(*[row.outer(row) for row in shift])
+    assert_moments(draws_of(posterior, name), mean.flatten(), covariance)
+    unscaled = Scaled(model, end_logits, {name: std}, "normal")  # M itself is the direction
+    noise = (unscaled.draw(0)[name] - mean) / mean
+    assert_close(noise, noise[:, :1].expand_as(noise), atol=1e-4, rtol=1e-3)
 
 
-def test_bernoulli_factors_keep_ranks_as_often_as_they_say(model):
-    name = first(model)
-    mean = Slots(model).modules()[name].weight.detach().double()
-    kept = torch.tensor([[0.2], [0.5], [0.8], [1.0]])
-    draws = draws_of(Scaled(model, score, {name: kept}), name)
-    assert_mean(draws[:, :3], mean[:3], (mean.square() * (1 / kept.double() - 1))[:3])
-    assert torch.allclose(draws[:, 3], mean[3])
-    share = (draws[:, :, 0] != 0).double().mean(0)
-    assert (
-        (share - kept[:, 0]) / (kept * (1 - kept) / COUNT).sqrt()[:, 0].clamp_min(1e-9)
-    ).abs().max() < 4.5
+@pytest.mark.parametrize("axis", [0, 1])
+def test_bernoulli_factors_keep_ranks_or_columns_as_often_as_they_say(model, axis):
+    name, mean = slot_of(model)
+    kept = torch.tensor([0.2, 0.5, 0.8, 1.0]).repeat(mean.shape[axis] // 4)
+    factors = kept[:, None] if axis == 0 else kept[None]
+    draws = draws_of(Scaled(model, end_logits, {name: factors}), name)
+    ratio = draws.unflatten(1, mean.shape) / mean  # 0, or 1 over the probability
+    rows = ratio if axis == 0 else ratio.mT
+    assert_close(rows, rows[..., :1].expand_as(rows), rtol=1e-4, atol=1e-4)
+    rows = rows[..., 0]
+    on = rows > 0
+    assert_close(rows, on / kept.double(), rtol=1e-4, atol=1e-4)
+    error = (kept * (1 - kept) / COUNT).sqrt().clamp_min(1e-9)
+    assert ((on.double().mean(0) - kept) / error).abs().max() < 4.5
+    assert (on.double()[:, :3].T.corrcoef() - torch.eye(3)).abs().max() < 4.5 / math.sqrt(COUNT)
 
 
 def test_low_rank_draws_have_the_stated_covariance_across_slots(model):
     torch.manual_seed(2)
-    names = [first(model), first(model, "B")]
-    shapes = {name: Slots(model).modules()[name].weight.shape for name in names}
-    variances = {name: torch.rand(shape) / 50 for name, shape in shapes.items()}
-    deviations = {name: torch.randn(3, *shape) / 10 for name, shape in shapes.items()}
-    posterior = LowRank(model, score, variances, deviations)
-    drawn = [posterior.draw(index) for index in range(COUNT)]
-    draws = torch.stack(
-        [torch.cat([d[name].flatten()[:6] for name in names]) for d in drawn]
-    ).double()
-    mean = torch.cat(
-        [Slots(model).modules()[name].weight.detach().flatten()[:6] for name in names]
-    ).double()
-    d = torch.cat([deviations[name].flatten(1)[:, :6] for name in names], 1).double()
-    covariance = (
-        d.T @ d / (2 * (3 - 1))
-        + torch.cat([variances[n].flatten()[:6] for n in names]).double().diag() / 2
-    )
-    assert_mean(draws, mean, covariance.diag())
-    error = (covariance.diag()[:, None] * covariance.diag() + covariance.square()) / COUNT
-    assert ((draws.T.cov() - covariance) / error.sqrt()).abs().max() < 4.5
+    names = [slot_of(model)[0], slot_of(model, "B")[0]]
+    shapes = Slots(model).shapes()
+    variances = {name: torch.rand(shapes[name]) / 50 for name in names}
+    deviations = {name: torch.randn(3, *shapes[name]) / 10 for name in names}
+    draws = draws_of(LowRank(model, end_logits, variances, deviations), *names)
+    mean = torch.cat([Slots(model).weights()[name].flatten() for name in names]).double()
+    own = torch.cat([variances[name].flatten() for name in names]).double() / 2
+    d = torch.cat([deviations[name].flatten(1) for name in names], 1).double()
+    covariance = own.diag() + d.T @ d / (2 * (3 - 1))
+    some = torch.arange(0, len(mean), 20)  # of both slots
+    assert_moments(draws[:, some], mean[some], covariance[some][:, some])
 
 
-def make(kind, model):
-    name = first(model)
-    shape = Slots(model).modules()[name].weight.shape
-    if kind == "scaled":
-        return Scaled(model, score, {name: torch.full((1, shape[1]), 0.7)})
-    return LowRank(model, score, {name: torch.rand(shape)}, {name: torch.randn(2, *shape)})
+# Draws that are passes
 
 
-@pytest.mark.parametrize("kind", ["scaled", "low_rank"])
-def test_draws_come_back_from_an_artefact(kind, model, llama, tmp_path):
-    posterior = make(kind, model)
-    loaded = load_posterior(llama(), save_posterior(posterior, tmp_path), score)
-    assert loaded.kind == read_details(tmp_path)["posterior"] == kind
-    assert torch.equal(loaded.logits(BATCH, Draws(3)), posterior.logits(BATCH, Draws(3)))
-    assert posterior.logits(BATCH, Draws(3)).var(0).max() > 0
+def test_token_noise_is_the_layers_noise_with_signs_for_each_token():
+    model = converted(tiny_llama())
+    layers = list(Slots(model).of_kind(GaussianLinear).values())
+    posterior = TokenNoise(model, end_logits)
+    found = posterior.logits(BATCH, Draws(2, seed=3))
+    assert {layer.noise for layer in layers} == {"row"}
+    for layer in layers:
+        layer.noise = "token"
+    for index in (0, 1):
+        with evaluating(model), seeded(model, 3, index):
+            for layer in layers:
+                layer.train()
+            assert torch.equal(end_logits(model, BATCH), found[index])
 
 
-@pytest.mark.parametrize("kind", ["scaled", "low_rank"])
-def test_tensors_of_another_rank_or_model_are_refused(kind, model):
-    tensors, facts = make(kind, model).state()
+def faint_token_noise(base: nn.Module) -> TokenNoise:
+    return TokenNoise(converted(base, root_std=1e-6, lora_dropout=0.5), end_logits)
+
+
+def faint_dropout(base: nn.Module) -> Dropout:
+    return Dropout(adapted(base, lora_dropout=1e-9), end_logits)
+
+
+@pytest.mark.parametrize("make", [faint_token_noise, faint_dropout])
+def test_no_other_noise_is_switched_on_than_the_familys_own(make):
+    posterior = make(tiny_llama(attention_dropout=0.5))
+    mean = posterior.logits(BATCH, Draws(0)).expand(2, -1, -1)
+    assert_close(posterior.logits(BATCH, Draws(2)), mean)
+
+
+def test_dropout_draws_are_passes_with_loras_dropout_and_the_mean_has_none():
+    model = adapted(tiny_llama(), lora_dropout=0.5)
+    mean = end_logits(model, BATCH)
+    posterior = Dropout(model, end_logits)
+    found = posterior.logits(BATCH, Draws(2, seed=3, max_rows=1))
+    assert torch.equal(posterior.logits(BATCH, Draws(0))[0], mean)
+    for index in (0, 1):
+        with seeded(model, 3, index):
+            assert torch.equal(end_logits(model.train(), BATCH), found[index])
+
+
+# Posteriors of posteriors
+
+
+def one_pass(model: nn.Module) -> Mixture:
+    bayesify(model, init_root_std=0.5)
+    return Mixture([Gaussian(model, end_logits), Point(model, end_logits, adapter="b")])
+
+
+def member_by_member(model: nn.Module) -> Mixture:
+    return Mixture([Dropout(model, end_logits), Point(model, end_logits, adapter="b")])
+
+
+@pytest.fixture
+def two() -> nn.Module:
+    """A model with the adapters "default" and "b"."""
+    model = adapted(tiny_llama(), lora_dropout=0.2)
+    model.add_adapter("b", copy.deepcopy(model.peft_config["default"]))
+    for slot in Slots(model, "b").modules().values():
+        nn.init.normal_(slot.weight, std=0.3)
+    return model.eval()
+
+
+@pytest.mark.parametrize("make", [one_pass, member_by_member])
+def test_a_mixtures_draws_are_its_members_in_turn(make: Callable[..., Mixture], two):
+    mixture = make(two)
+    draws = {"seed": 2, "max_rows": 1}
+    first, second = [member.logits(BATCH, Draws(3, **draws)) for member in mixture.members]
+    expected = torch.stack([first, second], 1).flatten(0, 1)
+    assert_close(mixture.logits(BATCH, Draws(6, **draws)), expected, atol=1e-5, rtol=1e-5)
+    later = mixture.logits(BATCH, Draws(2, first=3, **draws))
+    assert_close(later, expected[3:5], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(first, second, atol=1e-2)
+    assert mixture.atoms is None
+
+
+def test_a_mixture_of_points_is_exact_with_a_draw_of_each(two):
+    points = [Point(two, end_logits), Point(two, end_logits, adapter="b")]
+    assert Mixture(points).atoms == 2
+    alone = Mixture(points[1:])
+    assert alone.has_mean
+    assert torch.equal(alone.logits(BATCH, Draws(0)), points[1].logits(BATCH, Draws(0)))
+
+
+def test_a_mixture_shares_a_prefix_with_no_member(two):
+    with pytest.raises(ValueError, match="got a Mixture without a mean adapter to read it with"):
+        one_pass(two).logits(BATCH, Draws(2, shared_prefix=2))
+
+
+def test_tempered_logits_are_divided_by_the_temperature(two):
+    posterior = one_pass(two)
+    found = Tempered(posterior, 2.5).logits(BATCH, Draws(3))
+    assert_close(found, posterior.logits(BATCH, Draws(3)) / 2.5)
+    assert Tempered(Point(two, end_logits), 2.5).atoms == 1
+
+
+# Refusals
+
+
+def test_mixtures_that_make_no_sense_are_refused(two):
+    point = Point(two, end_logits)
+    match = r"each with its own adapter: got the adapters \['default', 'default'\] on 1 models"
+    with pytest.raises(ValueError, match=match):
+        Mixture([point, point])
+    with pytest.raises(ValueError, match=r"got the adapters \[\] on 0 models"):
+        Mixture([])
+    other = Point(copy.deepcopy(two), end_logits, adapter="b")
+    with pytest.raises(ValueError, match=r"got the adapters \['default', 'b'\] on 2 models"):
+        Mixture([point, other])
+    with pytest.raises(ValueError, match="Tempered draws are not adapters: got a mixture of them"):
+        Mixture([Tempered(point, 2.0)]).draw(0)
+    with pytest.raises(NotImplementedError, match="loaded member by member: use load_posterior"):
+        Mixture.restore(Saved(two, end_logits, {}, {}))
+
+
+@pytest.mark.parametrize("family", [Gaussian, TokenNoise])
+def test_a_model_without_a_gaussian_layer_is_refused(family, model):
+    with pytest.raises(ValueError, match="has no Gaussian layer: got a deterministic model"):
+        family(model, end_logits)
+
+
+def test_an_adapter_without_dropout_is_refused(model):
+    with pytest.raises(ValueError, match="the adapter has no dropout: got lora_dropout=0, expect"):
+        Dropout(model, end_logits)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
+def test_a_temperature_that_is_not_positive_is_refused(temperature, model):
+    with pytest.raises(ValueError, match="the temperature must be positive: got"):
+        Tempered(Point(model, end_logits), temperature)
+
+
+def scaled(model: nn.Module) -> Scaled:
+    name, mean = slot_of(model)
+    return Scaled(model, end_logits, {name: torch.full((1, mean.shape[1]), 0.7)})
+
+
+def low_rank(model: nn.Module) -> LowRank:
+    name, mean = slot_of(model)
+    variances = {name: torch.rand(mean.shape)}
+    return LowRank(model, end_logits, variances, {name: torch.randn(2, *mean.shape)})
+
+
+def gaussian(model: nn.Module) -> Gaussian:
+    twin = copy.deepcopy(model)
+    bayesify(twin)
+    return Gaussian(twin, end_logits)
+
+
+@pytest.mark.parametrize("make", [scaled, low_rank, gaussian])
+def test_tensors_of_another_rank_or_model_are_refused(make, model):
+    posterior = make(model)
+    tensors, facts = posterior.state()
     cut = {name: value[..., :5] for name, value in tensors.items()}
-    with pytest.raises(ValueError, match="of another model or rank: got"):
-        KINDS[kind].restore(Saved(model, score, cut, facts))
     elsewhere = {f"no.{name}": value for name, value in tensors.items()}
-    with pytest.raises(ValueError, match="of another model or rank: got"):
-        KINDS[kind].restore(Saved(model, score, elsewhere, facts))
-
-
-def test_a_mixture_is_kept_member_by_member(model, llama, tmp_path):
-    for k in range(2):
-        with torch.no_grad():
-            Slots(model).modules()[first(model)].weight.add_(0.1 * k)
-        save_posterior(Point(model, score), tmp_path / f"{k}")
-    from bayestune.posteriors import load_members
-
-    mixture = Mixture(load_members(llama(), [tmp_path / "0", tmp_path / "1"], score))
-    again = load_posterior(llama(), save_posterior(mixture, tmp_path / "both"), score)
-    assert sorted(path.name for path in (tmp_path / "both").iterdir()) == [
-        "member-0",
-        "member-1",
-        "posterior.json",
-    ]
-    assert torch.equal(again.logits(BATCH, Draws(2)), mixture.logits(BATCH, Draws(2)))
-    alone = load_posterior(llama(), tmp_path / "both" / "member-1", score).logits(BATCH, Draws(1))[
-        0
-    ]
-    torch.testing.assert_close(mixture.logits(BATCH, Draws(2))[1], alone, atol=1e-5, rtol=1e-5)
-
-
-def test_a_form_that_is_not_known_is_refused(model, llama, tmp_path):
-    folder = save_posterior(model, tmp_path)
-    path = folder / "posterior.json"
-    path.write_text(
-        path.read_text(encoding="utf-8").replace('"point"', '"cloud"'), encoding="utf-8"
-    )
-    with pytest.raises(PosteriorError, match="is of the family 'cloud', expected one of"):
-        load_posterior(llama(), folder)
-
-
-def test_a_folder_without_an_adapter_is_refused(llama, tmp_path):
-    with pytest.raises(PosteriorError, match="is not a LoRA adapter: got no adapter_config.json"):
-        load_adapter(llama(), tmp_path)
-
-
-def test_slots_that_a_model_has_not_are_refused(model):
-    with pytest.raises(ValueError, match=r"no such LoRA layer: got \['nowhere'\]"):
-        bayesify(model, slots=["nowhere.lora_A"])
-    with pytest.raises(ValueError, match="no LoRA layer holds the adapter 'default'"):
-        bayesify(model, slots=[])
-    assert bayesify(model, slots=Slots(model).names(("lora_B",), ("v_proj",))) == 2
-    assert all("v_proj.lora_B" in name for name in Slots(model).names(("lora_B",), ("v_proj",)))
-
-
-def test_detaching_gives_back_the_base_with_its_own_head(bert):
-    base = bert()
-    before = {name: value.clone() for name, value in base.state_dict().items()}
-    adapted = get_peft_model(base, LoraConfig(target_modules=["query"], task_type="SEQ_CLS"))
-    with torch.no_grad():
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.add_(1.0)
-    assert Slots(adapted).weights()
-    after = detach(adapted).state_dict()
-    assert after.keys() == before.keys()
-    assert all(torch.equal(after[name], value) for name, value in before.items())
+    for wrong in (cut, elsewhere):
+        with pytest.raises(ValueError, match="of another model or rank: got"):
+            KINDS[posterior.kind].restore(Saved(model, end_logits, wrong, facts))

@@ -10,7 +10,7 @@ from bayestune.report import read_rows, write_page
 
 FACTS = {
     "seconds": {"fit": 12.34, "predict": 5.67},
-    "peak_memory_mb": 1234.5,
+    "peak_memory_mb": 1234,
     "versions": {"torch": "9.8.7"},
     "config": {"prior_std": 0.21},
     "train_rows": 96,
@@ -25,7 +25,7 @@ def change_rows(folder, record, change):
     """Changes each row in the record's file; returns all of them."""
     rows = read_rows(record, folder)
     for i, row in enumerate(rows):
-        row |= change(i)
+        row.update(change(i))
     (folder / record["predictions"]).write_text("\n".join(map(json.dumps, rows)))
     return rows
 

@@ -110,9 +110,7 @@ def test_a_later_record_takes_the_place_of_an_earlier_one(records, tmp_path):
     assert table["ACC % ↑", "MLE", 2][0] == "**70.0** ± 14.1"
 
 
-def test_methods_of_one_label_are_told_apart_and_models_have_their_own_tables(records, tmp_path):
-    _, table = shown([*records, {**records[4], "method": "blob-small"}], tmp_path)
-    assert ("ACC % ↑", "BLoB N=10 (blob-small, 10 draws)", 2) in table
+def test_models_have_their_own_tables(records, tmp_path):
     text, _ = shown([*records, {**records[0], "model": "large"}], tmp_path)
     assert text.count("trained on OBQA") == 2
     assert "trained on OBQA · large · scored by letter · OBQA 3 rows" in text

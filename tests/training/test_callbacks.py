@@ -1,4 +1,4 @@
-"""The loss is looked at when it is there: at once on a CPU, a step later on an accelerator."""
+"""The loss is checked when it is there: at once on a CPU, a step later on an accelerator."""
 
 from types import SimpleNamespace
 
@@ -11,12 +11,13 @@ ARGS = SimpleNamespace(output_dir="out")
 
 
 class OnAccelerator:
-    """A loss that is still being computed: looking at it before its event has come is a mistake."""
+    """A loss that is still being computed: to read it before its event has come is a mistake."""
 
     device = torch.device("cuda", 0)
 
     def __init__(self, value, log):
-        self.value, self.log = value, log
+        self.value = value
+        self.log = log
 
     def detach(self):
         return self
@@ -34,10 +35,14 @@ class OnAccelerator:
 def log(monkeypatch):
     events = []
     event = SimpleNamespace(synchronize=lambda: events.append("waited"))
-    monkeypatch.setattr(
-        torch.accelerator, "current_stream", lambda _: SimpleNamespace(record_event=lambda: event)
-    )
+    stream = SimpleNamespace(record_event=lambda: event)
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda _: stream)
     return events
+
+
+@pytest.fixture
+def finite():
+    return FiniteLoss()
 
 
 def state(step):
@@ -49,22 +54,19 @@ def control(**asked):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_on_a_cpu_a_bad_loss_stops_its_own_step(value):
-    watch = FiniteLoss()
-    watch.see(torch.tensor(1.0), state(3), ARGS)
-    with pytest.raises(
-        NotFiniteError, match=f"is {value} at step 5 of 9; training stopped, checkpoints in out"
-    ):
-        watch.see(torch.tensor(value), state(4), ARGS)
+def test_on_a_cpu_a_bad_loss_stops_its_own_step(finite, value):
+    finite.record(torch.tensor(1.0), state(3), ARGS)
+    message = f"is {value} at step 5 of 9; training stopped, checkpoints in out"
+    with pytest.raises(NotFiniteError, match=message):
+        finite.record(torch.tensor(value), state(4), ARGS)
 
 
-def test_on_an_accelerator_a_step_is_not_waited_for_and_the_next_one_finds_it(log):
-    watch = FiniteLoss()
-    watch.see(OnAccelerator(float("nan"), log), state(4), ARGS)
-    watch.on_step_end(ARGS, state(5), control())
+def test_on_an_accelerator_a_step_is_not_waited_for_and_the_next_one_finds_it(finite, log):
+    finite.record(OnAccelerator(float("nan"), log), state(4), ARGS)
+    finite.on_step_end(ARGS, state(5), control())
     assert log == []
     with pytest.raises(NotFiniteError, match="the loss is nan at step 5 of 9"):
-        watch.see(OnAccelerator(1.0, log), state(5), ARGS)
+        finite.record(OnAccelerator(1.0, log), state(5), ARGS)
     assert log == ["waited", "read"]
 
 
@@ -73,16 +75,14 @@ def test_on_an_accelerator_a_step_is_not_waited_for_and_the_next_one_finds_it(lo
     [(5, {"should_save": True}), (5, {"should_log": True}), (9, {})],
     ids=["save", "log", "end"],
 )
-def test_nothing_is_saved_or_logged_before_the_loss_was_looked_at(log, step, asked):
-    watch = FiniteLoss()
-    watch.see(OnAccelerator(float("nan"), log), state(step - 1), ARGS)
+def test_nothing_is_saved_or_logged_before_the_loss_was_checked(finite, log, step, asked):
+    finite.record(OnAccelerator(float("nan"), log), state(step - 1), ARGS)
     with pytest.raises(NotFiniteError):
-        watch.on_step_end(ARGS, state(step), control(**asked))
+        finite.on_step_end(ARGS, state(step), control(**asked))
 
 
-def test_a_good_loss_is_looked_at_once(log):
-    watch = FiniteLoss()
-    watch.see(OnAccelerator(1.0, log), state(0), ARGS)
-    watch.look()
-    watch.look()
+def test_a_good_loss_is_read_once(finite, log):
+    finite.record(OnAccelerator(1.0, log), state(0), ARGS)
+    finite.check()
+    finite.check()
     assert log == ["waited", "read"]

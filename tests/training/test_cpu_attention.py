@@ -1,4 +1,4 @@
-"""Training on a CPU in bfloat16 over short rows takes attention apart; the function stays the same."""
+"""Training on a CPU in bfloat16 over short rows takes attention apart; the function is the same."""
 
 from dataclasses import replace
 
@@ -8,14 +8,13 @@ from torch.testing import assert_close
 from transformers import TrainerCallback
 
 from bayestune.adapters import Lora
-from bayestune.scoring import make_scorer
-from bayestune.training import Training, start_adapter, train
+from bayestune.training import fit_adapter
 from bayestune.training import training as engine
 from bayestune.training.cpu_attention import SHORT, eager_attention, trains_faster_eagerly
+from promises import TRAINING, Case
+from tiny import tiny_llama
 
-SETTINGS = Training(
-    lora=Lora(targets=("q_proj", "v_proj")), steps=3, batch_size=4, bf16=True, progress=False
-)
+SETTINGS = replace(TRAINING, lora=Lora(targets=("q_proj", "v_proj")), steps=3)
 
 
 class Spy(TrainerCallback):
@@ -25,20 +24,29 @@ class Spy(TrainerCallback):
         self.seen = model.get_base_model().config._attn_implementation
 
 
-def test_the_rule(llama):
-    model = llama()
-    assert trains_faster_eagerly(model, SHORT, bf16=True)
-    assert trains_faster_eagerly(llama().bfloat16(), SHORT, bf16=False)
-    assert not trains_faster_eagerly(model, SHORT, bf16=False)
-    assert not trains_faster_eagerly(model, SHORT + 1, bf16=True)
-    assert not trains_faster_eagerly(model.to("meta"), SHORT, bf16=True)
-    other = llama()
-    other.set_attn_implementation("eager")
-    assert not trains_faster_eagerly(other, SHORT, bf16=True)
+def eager_llama():
+    model = tiny_llama()
+    model.set_attn_implementation("eager")
+    return model
 
 
-def test_the_models_own_comes_back_whatever_happens(llama):
-    model = llama()
+@pytest.mark.parametrize(
+    ("model", "length", "bf16", "faster"),
+    [
+        (tiny_llama(), SHORT, True, True),
+        (tiny_llama().bfloat16(), SHORT, False, True),
+        (tiny_llama(), SHORT, False, False),
+        (tiny_llama(), SHORT + 1, True, False),
+        (tiny_llama().to("meta"), SHORT, True, False),
+        (eager_llama(), SHORT, True, False),
+    ],
+)
+def test_the_rule(model, length, bf16, faster):
+    assert trains_faster_eagerly(model, length, bf16=bf16) is faster
+
+
+def test_the_models_own_comes_back_whatever_happens():
+    model = tiny_llama()
     with eager_attention(model, active=False):
         assert model.config._attn_implementation == "sdpa"
     context = eager_attention(model)
@@ -48,58 +56,44 @@ def test_the_models_own_comes_back_whatever_happens(llama):
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_logits_and_gradients_are_the_same(llama):
-    model = llama(initializer_range=0.2)
+def test_logits_and_gradients_are_the_same():
+    model = tiny_llama(initializer_range=0.2)
     ids = torch.randint(3, 400, (3, 9), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
+    weight = model.model.layers[0].self_attn.q_proj.weight
     found = []
     for active in (False, True):
         with eager_attention(model, active):
             logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=1).logits
-        weight = model.model.layers[0].self_attn.q_proj.weight
         found.append([logits, *torch.autograd.grad(logits.square().sum(), [weight])])
-    for ours, theirs in zip(*found, strict=True):
-        assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("scoring", "layout", "bf16", "expected"),
+    ("options", "bf16", "expected"),
     [
-        ("letter", None, True, "eager"),
-        ("letter", None, False, "sdpa"),
-        ("text", "packed", True, "sdpa"),
-        ("text", "expanded", True, "eager"),
+        ({}, True, "eager"),
+        ({}, False, "sdpa"),
+        ({"scoring": "text", "layout": "packed"}, True, "sdpa"),
+        ({"scoring": "text", "layout": "expanded"}, True, "eager"),
     ],
 )
-def test_training_takes_what_is_faster(
-    llama, byte_level, labelled_task, scoring, layout, bf16, expected
-):
-    base, spy = llama(), Spy()
-    scorer = make_scorer(base, byte_level, labelled_task, scoring, layout=layout)
-    settings = replace(SETTINGS, bf16=bf16)
-    train(start_adapter(base, settings), scorer, settings, [spy])
+def test_training_takes_what_is_faster(options, bf16, expected):
+    case, spy = Case(**options), Spy()
+    base = case.make()
+    fit_adapter(base, case.scorer, replace(SETTINGS, bf16=bf16), [spy])
     assert spy.seen == expected
     assert base.config._attn_implementation == "sdpa"
 
 
-def test_a_run_ends_where_it_would_have_ended(llama, byte_level, labelled_task, monkeypatch):
-    ends = []
+def test_a_run_ends_where_it_would_have_ended(monkeypatch):
+    case, fits = Case(), []
     for active in (True, False):
         monkeypatch.setattr(engine, "trains_faster_eagerly", lambda *_, active=active, **__: active)
-        base = llama()
-        model = start_adapter(base, SETTINGS)
-        fitted = train(
-            model,
-            make_scorer(base, byte_level, labelled_task),
-            replace(SETTINGS, learning_rate=1e-2),
-        )
-        ends.append(
-            (fitted.history[-1]["train_loss"], [p for p in model.parameters() if p.requires_grad])
-        )
-    (one, ours), (other, theirs) = ends
-    assert one == pytest.approx(other, rel=1e-2)
-    moved = max((p - q).abs().max().item() for p, q in zip(ours, theirs, strict=True))
-    assert (
-        moved < 0.02
-    )  # of steps of 1e-2: rounding may turn the sign of a gradient that is nearly 0
+        fits.append(fit_adapter(case.make(), case.scorer, replace(SETTINGS, bf16=True)))
+    (ours, one), (theirs, other) = fits
+    loss = other.history[-1]["train_loss"]
+    assert one.history[-1]["train_loss"] == pytest.approx(loss, rel=1e-2)
+    # steps of 1e-2: rounding may turn the sign of a gradient that is nearly 0
+    assert_close(list(ours.parameters()), list(theirs.parameters()), atol=0.02, rtol=0)

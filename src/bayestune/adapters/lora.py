@@ -116,15 +116,27 @@ def base_of(model: nn.Module) -> Any:
 
 
 @contextmanager
-def active(model: nn.Module, adapter: str) -> Iterator[None]:
-    """Makes an adapter the active one; restores the one before and what is trainable."""
-    before: Any = model.active_adapter
+def active(model: nn.Module, adapter: str, *, alone: bool = False) -> Iterator[None]:
+    """Has an adapter take part in passes; restores what was active, and what is trainable.
+
+    Args:
+        model: a PEFT model; others are left as they are.
+        adapter: its name.
+        alone: whether adapters that are active beside it are switched off.
+    """
+    before = model.active_adapters if isinstance(model, PeftModel) else [adapter]
+    if before == [adapter] or (adapter in before and not alone):
+        yield
+        return
+    peft: Any = model
+    name = peft.active_adapter
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.set_adapter(adapter)  # type: ignore[operator]
+    peft.set_adapter(adapter)
     try:
         yield
     finally:
-        model.set_adapter(before)  # type: ignore[operator]
+        peft.set_adapter(name)
+        peft.base_model.set_adapter(before)  # there may be several
         model.requires_grad_(False)
         for parameter in trainable:
             parameter.requires_grad_(True)

@@ -109,10 +109,10 @@ class Slots:
                 f"draws for slots the model does not have: got {unknown[:3]}, expected slots of "
                 f"the adapter {self.adapter!r}; take draws of a posterior on this model"
             )
-        kept = {name: present[name] for name in stacks}
+        kept: dict[str, Any] = {name: present[name] for name in stacks}
         drawn: dict[str, nn.Module] = {}
         for name, stack in stacks.items():
-            layer = DrawnLinear.of(stack, like=kept[name].get_parameter("weight"))
+            layer = DrawnLinear.of(stack, like=kept[name].weight)  # a draw's is a buffer
             drawn[name] = layer.train(kept[name].training)
         try:
             self.put(drawn)

@@ -3,8 +3,8 @@
 A run can be cut off at any time and goes on where it stopped, here or on a Ray cluster.
 """
 
-from bayestune.bench.grid import Cell, Grid, TaskSettings, cells
+from bayestune.bench.cells import Cell, Grid, TaskSettings
 from bayestune.bench.launch import Launcher, run_bench
 from bayestune.bench.store import PLAN, collect
 
-__all__ = ["PLAN", "Cell", "Grid", "Launcher", "TaskSettings", "cells", "collect", "run_bench"]
+__all__ = ["PLAN", "Cell", "Grid", "Launcher", "TaskSettings", "collect", "run_bench"]

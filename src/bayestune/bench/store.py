@@ -1,4 +1,4 @@
-"""The results folder: finished cells, the plan, locks, and fits that cells share."""
+"""The results folder of a grid: finished cells, the plan, locks, and fits that cells share."""
 
 import json
 import logging
@@ -12,19 +12,22 @@ from typing import Any
 from filelock import FileLock, Timeout
 from torch import nn
 
-from bayestune.bench.grid import digest, lasting, place, slug
-from bayestune.evaluation import RECORDS
+from bayestune.bench.keys import digest, lasting, lasting_method, place, slug
+from bayestune.evaluation import RECORDS, Record, read_lines
 from bayestune.jsonl import write_json_lines
-from bayestune.methods import Method, WithTraining, changed, described
-from bayestune.models import LoadedModel
+from bayestune.methods import Method, WithTraining, changed
 from bayestune.posteriors import DETAILS, Posterior
 from bayestune.scoring import Scorer
-from bayestune.session import TaskOptions, fit_method
+from bayestune.session import Fit, Session
 from bayestune.training import Training
 
 logger = logging.getLogger(__name__)
 
-CELLS, ROWS, PLAN = "cells", "rows", "plan.json"
+CELLS = "cells"
+ROWS = "rows"
+FITS = "fits"
+LOCKS = "locks"
+PLAN = "plan.json"
 
 
 def cell_file(folder: Path, key: str) -> Path:
@@ -32,40 +35,35 @@ def cell_file(folder: Path, key: str) -> Path:
     return folder / CELLS / f"{key}.jsonl"
 
 
-def read_cell(folder: Path, key: str) -> list[dict[str, Any]]:
+def read_cell(folder: Path, key: str) -> list[Record]:
     """The records of a cell; none if it is not finished."""
-    path = cell_file(folder, key)
-    if not path.is_file():
-        return []
-    return [
-        json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()
-    ]
+    return read_lines(cell_file(folder, key))
 
 
 def write_plan(folder: Path, keys: Sequence[str]) -> None:
-    """Notes the order of the cells; those of earlier plans stay behind them, unless now computed differently."""
+    """Notes the order of the cells, before those of earlier plans.
+
+    An earlier cell is dropped if the new plan has one of the same place, computed differently.
+    """
     places = {place(key) for key in keys}
     with claimed(folder / LOCKS, "plan", wait=True):
-        plan = [*keys, *(key for key in _plan(folder) if place(key) not in places)]
+        earlier = [key for key in _read_plan(folder) if place(key) not in places]
         scratch = folder / f".{PLAN}.partial"
-        scratch.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
+        scratch.write_text(json.dumps([*keys, *earlier], indent=1) + "\n", encoding="utf-8")
         scratch.replace(folder / PLAN)
 
 
-def _plan(folder: Path) -> list[str]:
+def _read_plan(folder: Path) -> list[str]:
     path = folder / PLAN
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
-def collect(folder: Path) -> list[dict[str, Any]]:
-    """The records of all finished cells in the order of the plan, also written to `records.jsonl`."""
+def collect(folder: Path) -> list[Record]:
+    """The records of all finished cells as planned, also written to `records.jsonl`."""
     with claimed(folder / LOCKS, "records", wait=True):
-        records = [record for key in _plan(folder) for record in read_cell(folder, key)]
+        records = [record for key in _read_plan(folder) for record in read_cell(folder, key)]
         write_json_lines(folder / RECORDS, records)
     return records
-
-
-LOCKS, FITS = "locks", "fits"
 
 
 class Busy(Exception):
@@ -74,15 +72,10 @@ class Busy(Exception):
 
 @contextmanager
 def claimed(folder: Path, key: str, *, wait: bool = False) -> Iterator[None]:
-    """Holds the lock of a key; the operating system frees it when the process ends, however it ends.
-
-    Args:
-        folder: of the locks.
-        key: what is locked.
-        wait: whether to wait for another process that holds it.
+    """Holds the lock of a key, which the operating system frees however the process ends.
 
     Raises:
-        Busy: at once, if another process holds it and `wait` is not set.
+        Busy: at once, if another process holds it, unless told to `wait`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / f"{key}.lock")
@@ -97,60 +90,47 @@ def claimed(folder: Path, key: str, *, wait: bool = False) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Cached:
-    """A method whose fits are kept: a finished one is loaded, another is made, saved and given.
+class Kept:
+    """A method whose fits are kept in the results folder and loaded where they are finished.
 
-    Its base is kept likewise, so that post-hoc methods of one base, and ensembles, share what they are made of.
-
-    Args:
-        method: what is fitted.
-        folder: of the results.
-        model: the model's name.
-        context: a digest of what a fit depends on besides method and training: model, rows, prompts.
-        questions: scoring and length of the prompts.
+    Its base is kept likewise, so post-hoc methods of one base, and ensembles, share what they are
+    made of.
     """
 
     method: Method
+    session: Session
     folder: Path
-    model: str
-    context: str
-    questions: TaskOptions
+    context: str  # a digest of what any fit on this model and task depends on
 
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Posterior:
-        """The posterior of the method under this training; goes on from a checkpoint where there is one.
+        """The posterior of `fitted`; model and scorer are those of the session."""
+        return self.fitted(training).posterior
+
+    def fitted(self, training: Training) -> Fit:
+        """The fit under this training; goes on from a checkpoint where there is one.
 
         Raises:
             Busy: if another process is at this fit.
         """
         if isinstance(self.method, WithTraining):
             inner = replace(self, method=self.method.method)
-            return inner.fit(model, scorer, changed(training, self.method.changes))
-        settings = described(self.method)
-        key = f"{slug(scorer.task.name)}-{settings['method']}-{training.seed}--" + digest(
-            self.context, settings, lasting(training)
-        )
-        with claimed(self.folder / LOCKS, f"fit-{key}"):
-            return self._fit(model, scorer, training, self.folder / FITS / key)
+            return inner.fitted(changed(training, self.method.changes))
+        settings = lasting_method(self.method)
+        whole = digest(self.context, settings, lasting(training))
+        name = f"{slug(self.session.task.name)}-{settings['method']}-{training.seed}--{whole}"
+        with claimed(self.folder / LOCKS, f"fit-{name}"):
+            return self._fit(training, self.folder / FITS / name)
 
-    def _fit(self, model: nn.Module, scorer: Scorer, training: Training, output: Path) -> Posterior:
-        loaded = LoadedModel(model, scorer.tokenizer, self.model, self.model)  # type: ignore[arg-type]
-        logger.info(
-            "fit %s%s", output.name, ": taken from before" if (output / DETAILS).is_file() else ""
-        )
-        method = with_base(self.method, self)
-        posterior = fit_method(
-            method,
-            loaded,
-            scorer,
-            replace(training, output=None, resume=True),
-            self.questions,
-            output,
-        )
+    def _fit(self, training: Training, output: Path) -> Fit:
+        known = ", known from before" if (output / DETAILS).is_file() else ""
+        logger.info("fit %s%s", output.name, known)
+        training = replace(training, output=None, resume=True)
+        fit = self.session.fit(self._with_kept_base(), training, output)
         shutil.rmtree(output / "checkpoints", ignore_errors=True)
-        return posterior
+        return fit
 
-
-def with_base(method: Method, like: Cached) -> Method:
-    """The method with its base, if it has one, kept as `like` is."""
-    base: Any = getattr(method, "base", None)
-    return method if base is None else replace(method, base=replace(like, method=base))  # type: ignore[type-var]
+    def _with_kept_base(self) -> Method:
+        base: Any = getattr(self.method, "base", None)
+        if base is None:
+            return self.method
+        return replace(self.method, base=replace(self, method=base))  # type: ignore[type-var]

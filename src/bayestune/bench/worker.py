@@ -1,166 +1,75 @@
-"""Computes one cell: fits, evaluates, writes its records."""
+"""Computes cells: fits, evaluates, writes records; says how far a run is."""
 
-import json
 import logging
 import time
 import traceback
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from bayestune.adapters import Slots, detach
-from bayestune.bench.grid import Cell, Grid, cells, lasting
-from bayestune.bench.store import CELLS, LOCKS, ROWS, Busy, Cached, cell_file, claimed
+from bayestune.bench.cells import Cell, Grid
+from bayestune.bench.store import LOCKS, ROWS, Busy, Kept, cell_file, claimed, read_cell
 from bayestune.data import Task
-from bayestune.evaluation import evaluate_posterior, label_of, make_record, prediction_rows
+from bayestune.evaluation import Record
 from bayestune.jsonl import write_json_lines
-from bayestune.methods import METHODS, described
 from bayestune.models import LoadedModel
-from bayestune.posteriors import Posterior
-from bayestune.scoring import Scorer, make_scorer
-from bayestune.session import classes_of, open_model, shown
+from bayestune.session import Session, num_classes, open_model
 
 logger = logging.getLogger(__name__)
 
+FAILED = "failed"
+State = Literal["finished", "computed", "busy", "failed"]
+
 
 def compute_cell(
-    cell: Cell, folder: Path, loaded: LoadedModel, tasks: Mapping[str, Task]
-) -> list[dict[str, Any]]:
-    """Fits and evaluates a cell and writes its records; the model is given back without adapters.
+    cell: Cell, session: Session, tasks: Mapping[str, Task], folder: Path
+) -> list[Record]:
+    """Fits and evaluates a cell and writes its records, one for each task and number of draws.
 
-    Args:
-        cell: what to compute.
-        folder: of the results.
-        loaded: the cell's model.
-        tasks: by name, the cell's among them.
-
-    Returns:
-        The records, one for each evaluated task and number of draws.
+    The session is on the cell's model, which is left without adapters, and on its task.
     """
     begin = time.perf_counter()
-    task = tasks[cell.task]
-    scorer = _scorer(cell, loaded, task)
-    method = Cached(cell.method, folder, loaded.name, cell.context, cell.questions)
-    posterior = method.fit(loaded.model, scorer, cell.training)
+    fit = Kept(cell.method, session, folder, cell.context).fitted(cell.training)
+    fit = replace(fit, label=cell.label)
     records = []
     for name in cell.evaluate_on:
-        other = _scorer(cell, loaded, tasks[name])
-        records += _evaluated(
-            cell, folder, loaded, posterior.on(other), other, len(task.train), begin
-        )
-    (folder / CELLS).mkdir(parents=True, exist_ok=True)
-    write_json_lines(
-        cell_file(folder, cell.key), [json.loads(json.dumps(r, default=str)) for r in records]
-    )
-    detach(posterior.model)
+        for result in session.on(tasks[name]).evaluate(fit, cell.predicting):
+            file = f"{ROWS}/{cell.key}-{name}-{result.record['draws']}.jsonl"
+            record = result.keep_rows(folder, file)
+            record["seconds"]["cell"] = round(time.perf_counter() - begin, 1)
+            records.append({"cell": cell.key, "trained_on": cell.task, **record})
+    file = cell_file(folder, cell.key)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json_lines(file, records)
+    detach(fit.posterior.model)
     return records
-
-
-def _scorer(cell: Cell, loaded: LoadedModel, task: Task) -> Scorer:
-    return make_scorer(
-        loaded.model, loaded.tokenizer, task, cell.questions.scoring, cell.questions.max_length
-    )
-
-
-def _evaluated(
-    cell: Cell,
-    folder: Path,
-    loaded: LoadedModel,
-    posterior: Posterior,
-    scorer: Scorer,
-    train_rows: int,
-    begin: float,
-) -> list[dict[str, Any]]:
-    records, task, rows = [], scorer.task, scorer.task.evaluation
-    bf16 = cell.training.bf16
-    for draws, prediction, seconds in evaluate_posterior(
-        posterior, scorer, rows, cell.predicting, bf16=bf16, progress=False
-    ):
-        predictions = f"{ROWS}/{cell.key}-{task.name}-{draws}.jsonl"
-        (folder / ROWS).mkdir(parents=True, exist_ok=True)
-        write_json_lines(
-            folder / predictions, prediction_rows(rows, prediction, texts=cell.predicting.texts)
-        )
-        facts = {
-            **_facts(cell, loaded),
-            "train_rows": train_rows,
-            "task": task.name,
-            "draws": draws,
-            "label": label_of(label(cell), draws, posterior, cell.predicting.shared_prefix),
-            "seconds": {
-                "fit": round(posterior.report.seconds, 1),
-                "predict": round(seconds, 1),
-                "cell": round(time.perf_counter() - begin, 1),
-            },
-        }
-        records.append(make_record(facts, rows, prediction, cell.predicting, predictions))
-    return records
-
-
-def label(cell: Cell) -> str:
-    """The entry's own name; the method's proper name where the entry is called as the method is."""
-    return (
-        METHODS[cell.name].__name__ if cell.name == described(cell.method)["method"] else cell.name
-    )
-
-
-def _facts(cell: Cell, loaded: LoadedModel) -> dict[str, Any]:
-    questions = asdict(cell.questions)
-    return {
-        "cell": cell.key,
-        "trained_on": cell.task,
-        "rows": "evaluation",
-        "model": shown(loaded.name),
-        "method": cell.name,
-        "name": METHODS[described(cell.method)["method"]].__name__,
-        "scoring": cell.questions.scoring,
-        "seed": cell.training.seed,
-        "config": {
-            "method": described(cell.method),
-            "training": lasting(cell.training),
-            "questions": {
-                key: value.name if isinstance(value, Path) else value
-                for key, value in questions.items()
-            },
-            "predicting": lasting(cell.predicting),
-            "dtype": cell.dtype,
-        },
-    }
-
-
-State = Literal["finished", "computed", "busy", "failed"]
-FAILED = "failed"
 
 
 class Worker:
-    """Computes cells of one grid in this process, and keeps the rows and the model in between.
-
-    Args:
-        grid: what to run.
-        folder: of the results.
-    """
+    """Computes cells of a grid in this process; keeps the rows and the model in between."""
 
     def __init__(self, grid: Grid, folder: Path) -> None:
+        self.grid = grid
         self.folder = folder
-        self.tasks: dict[str, Task] = grid.load_all()
-        self.cells = cells(grid, self.tasks)
+        self.tasks = grid.load_all()
+        self.cells = grid.cells(self.tasks)
         self._held: tuple[tuple[Any, ...], LoadedModel] | None = None
 
-    def attempt(self, cell: Cell, starts: Callable[[Cell], None] | None = None) -> State:
-        """Computes a cell unless it is finished or another process is at it; says what became of it.
+    def compute(self, cell: Cell, starting: Callable[[Cell], None] | None = None) -> State:
+        """Computes a cell, unless it is finished or another process is at it.
 
-        Args:
-            cell: one of `cells`.
-            starts: is told when the work begins.
+        `starting` is called when the work begins.
         """
         try:
             with claimed(self.folder / LOCKS, f"cell-{cell.key}"):
                 if cell_file(self.folder, cell.key).is_file():
                     return "finished"
-                if starts:
-                    starts(cell)
-                compute_cell(cell, self.folder, self._model(cell), self.tasks)
+                if starting:
+                    starting(cell)
+                compute_cell(cell, self._session(cell), self.tasks, self.folder)
         except Busy:
             if self._held and Slots(self._held[1].model).layers:  # left by a fit that was given up
                 self._held = None
@@ -172,12 +81,13 @@ class Worker:
         self._note(cell).unlink(missing_ok=True)
         return "computed"
 
-    def _model(self, cell: Cell) -> LoadedModel:
-        wanted = (cell.model, cell.dtype, classes_of(self.tasks[cell.task], cell.questions.scoring))
+    def _session(self, cell: Cell) -> Session:
+        task = self.tasks[cell.task]
+        wanted = (cell.model, cell.dtype, num_classes(task, cell.questions.scoring))
         if self._held is None or self._held[0] != wanted:
             self._held = None  # frees the old one first
             self._held = (wanted, open_model(*wanted))
-        return self._held[1]
+        return Session.of(self._held[1], task, cell.questions, progress=False)
 
     def _note(self, cell: Cell) -> Path:
         return self.folder / FAILED / f"{cell.key}.txt"
@@ -188,3 +98,64 @@ class Worker:
         note.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
         reason = next(iter(str(error).splitlines()), "")
         logger.error("%s failed: %s: %s (see %s)", cell.title, type(error).__name__, reason, note)
+
+
+class Progress:
+    """Says when cells start and end, and how long the rest may take by the time of like cells."""
+
+    def __init__(self, folder: Path, cells: Sequence[Cell]) -> None:
+        self.folder = folder
+        self.cells = cells
+        self._seconds: dict[str, float] = {}
+        for cell in cells:
+            self._note(cell)
+
+    def _note(self, cell: Cell) -> None:
+        """Notes the seconds that a cell took, if it is finished."""
+        records = read_cell(self.folder, cell.key)
+        if records:
+            self._seconds[cell.key] = max(record["seconds"]["cell"] for record in records)
+
+    def todo(self) -> list[Cell]:
+        """The cells that have not been seen finished."""
+        return [cell for cell in self.cells if cell.key not in self._seconds]
+
+    def left(self) -> str:
+        """An estimate of the time that the unfinished cells take one after the other."""
+        known: dict[tuple[str, ...], list[float]] = defaultdict(list)
+        for cell in self.cells:
+            if cell.key in self._seconds:
+                for like in _like(cell):
+                    known[like].append(self._seconds[cell.key])
+        if not known:
+            return "time left unknown"
+        total = 0.0
+        for cell in self.todo():
+            times = next(known[like] for like in _like(cell) if like in known)
+            total += sum(times) / len(times)
+        return f"about {_span(total)} left"
+
+    def started(self, cell: Cell) -> None:
+        """A cell begins."""
+        number = (len(self._seconds), len(self.cells))
+        logger.info("[%d/%d] %s starts, %s", *number, cell.title, self.left())
+
+    def ended(self, cell: Cell, state: State) -> None:
+        """A cell ended, or is known to be finished."""
+        if state in ("computed", "finished"):
+            self._note(cell)
+            number = (len(self._seconds), len(self.cells))
+            seconds = _span(self._seconds.get(cell.key, 0.0))
+            logger.info("[%d/%d] %s %s, %s; %s", *number, cell.title, state, seconds, self.left())
+
+
+def _like(cell: Cell) -> list[tuple[str, ...]]:
+    """What cells are like this one, from the most to the least."""
+    return [(cell.name, cell.task), (cell.name,), ()]
+
+
+def _span(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"

@@ -1,10 +1,10 @@
-"""The curvature of LoRA's matrices at a fitted adapter: Jacobians, Gauss-Newton blocks and the Laplace evidence.
+"""The likelihood's curvature in LoRA's matrices at a fitted adapter, and the Laplace evidence.
 
-Laplace's posteriors and TFB-like searches build on it.
+`gauss_newton` makes a block for each matrix from the training rows; Laplace builds on them.
 """
 
 from bayestune.curvature.blocks import Block, Diagonal, Kronecker, Structure, semidefinite_root
-from bayestune.curvature.ggn import Curvature, best_precision, curvature, log_evidence
+from bayestune.curvature.ggn import Curvature, best_precision, gauss_newton, log_evidence
 from bayestune.curvature.jacobian import Trace, traced
 
 __all__ = [
@@ -15,7 +15,7 @@ __all__ = [
     "Structure",
     "Trace",
     "best_precision",
-    "curvature",
+    "gauss_newton",
     "log_evidence",
     "semidefinite_root",
     "traced",

@@ -1,7 +1,7 @@
 """The curvature H of one LoRA matrix, and what the Gaussian with precision H + λ·I asks of it.
 
-Symbols: W (out, in) one of LoRA's matrices; H its generalised Gauss-Newton matrix, a sum over the training rows; λ the
-prior's precision; J (N, C, out, in) the Jacobians of the class logits.
+Symbols: W (out, in) one of LoRA's matrices; H its generalised Gauss-Newton matrix, a sum over the
+training rows; λ the prior's precision; J (N, C, out, in) the Jacobians of the class logits.
 """
 
 from collections.abc import Sequence
@@ -16,10 +16,10 @@ Structure = Literal["kfac", "diagonal"]
 
 @dataclass(frozen=True)
 class Kronecker:
-    """H = F_out ⊗ F_in, each factor by its eigenvectors and eigenvalues; what they do not span has the eigenvalue 0.
+    """H = F_out ⊗ F_in, each factor by its eigenvectors and eigenvalues; elsewhere H is 0.
 
-    With U the vectors and h_ij = out_i·in_j, (H + λI)⁻¹ shrinks the part U_outᵀ·X·U_in to 1/(h_ij + λ) and leaves the
-    rest at 1/λ: Woodbury's identity, without a matrix of the large side's size.
+    With U the vectors and h_ij = out_i·in_j, (H + λI)⁻¹ shrinks U_outᵀ·X·U_in to 1/(h_ij + λ) and
+    leaves the rest at 1/λ: Woodbury's identity, without a matrix of the large side's size.
 
     Args:
         in_vectors: orthonormal columns (in, q); q < in for a low-rank factor.
@@ -44,33 +44,29 @@ class Kronecker:
         """The eigenvalues h (p, q); all others of H are 0."""
         return self.out_values[:, None] * self.in_values
 
-    def _split(self, matrices: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The coordinates (…, p, q) in the span of the vectors and the rest (…, out, in); None if they span all."""
-        inside = self.out_vectors.mT @ matrices @ self.in_vectors
-        if inside.shape[-2:] == self.shape:
-            return inside, None
-        return inside, matrices - self.out_vectors @ inside @ self.in_vectors.mT
-
     def covariance(self, jacobians: Tensor, precisions: Sequence[float]) -> Tensor:
-        """J·(H + λI)⁻¹·Jᵀ for each λ: (number of λ, N, C, C), positive semidefinite up to rounding."""
+        """J·(H + λI)⁻¹·Jᵀ for each λ: (number of λ, N, C, C), semidefinite up to rounding."""
         inside, outside = self._split(jacobians)
         rest = 0 if outside is None else _gram(outside)
-        return torch.stack(
-            [
-                _gram(inside * (self.eigenvalues + precision).rsqrt()) + rest / precision
-                for precision in precisions
-            ]
-        )
+        covariances = []
+        for precision in precisions:
+            shrunk = inside * (self.eigenvalues + precision).rsqrt()
+            covariances.append(_gram(shrunk) + rest / precision)
+        return torch.stack(covariances)
 
     def spread(self, noise: Tensor, precision: float) -> Tensor:
         """(H + λI)^(-1/2)·E for standard normal E (out, in)."""
         inside, outside = self._split(noise)
-        inside = (
-            self.out_vectors
-            @ (inside * (self.eigenvalues + precision).rsqrt())
-            @ self.in_vectors.mT
-        )
-        return inside if outside is None else inside + outside * precision**-0.5
+        shrunk = inside * (self.eigenvalues + precision).rsqrt()
+        spread = self.out_vectors @ shrunk @ self.in_vectors.mT
+        return spread if outside is None else spread + outside * precision**-0.5
+
+    def _split(self, matrices: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Coordinates (…, p, q) in the span of the vectors, and the rest (…, out, in), if any."""
+        inside = self.out_vectors.mT @ matrices @ self.in_vectors
+        if inside.shape[-2:] == self.shape:
+            return inside, None
+        return inside, matrices - self.out_vectors @ inside @ self.in_vectors.mT
 
 
 @dataclass(frozen=True)
@@ -96,9 +92,8 @@ class Diagonal:
 
     def covariance(self, jacobians: Tensor, precisions: Sequence[float]) -> Tensor:
         """J·(H + λI)⁻¹·Jᵀ for each λ: (number of λ, N, C, C)."""
-        return torch.stack(
-            [_gram(jacobians * (self.values + precision).rsqrt()) for precision in precisions]
-        )
+        scales = [(self.values + precision).rsqrt() for precision in precisions]
+        return torch.stack([_gram(jacobians * scale) for scale in scales])
 
     def spread(self, noise: Tensor, precision: float) -> Tensor:
         """(H + λI)^(-1/2)·E for standard normal E (out, in)."""
@@ -114,13 +109,16 @@ def _gram(matrices: Tensor) -> Tensor:
 
 
 def semidefinite_root(covariance: Tensor) -> Tensor:
-    """The Cholesky factor L, lower triangular, of positive semidefinite matrices (…, C, C) that may be singular.
+    """The Cholesky factor L, lower triangular, of semidefinite matrices that may be singular.
 
-    A class without variance (an option that a row has not) has zeros in its row and column, and the factor of the
-    first classes does not depend on those behind them.
+    A class without variance (an option that the row does not have) has zeros in its row and column,
+    and the factor of the first classes does not depend on those behind them.
+
+    Args:
+        covariance: L·Lᵀ (…, C, C).
 
     Example:
-        >>> semidefinite_root(torch.tensor([[4.0, 2.0, 0.0], [2.0, 1.0, 0.0], [0.0, 0.0, 0.0]])).tolist()
+        >>> semidefinite_root(torch.tensor([[4.0, 2, 0], [2, 1, 0], [0, 0, 0]])).tolist()
         [[2.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
     """
     root = torch.zeros_like(covariance)

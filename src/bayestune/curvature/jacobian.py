@@ -1,8 +1,8 @@
-"""Gradients of the class logits at LoRA's slots, row by row, from backward passes on the sum over rows.
+"""Gradients of the class logits at LoRA's slots, row by row.
 
-A slot maps a to W·a at every token. With g the gradient of a class logit at the slot's output, the row's Jacobian of
-that logit with respect to W is J = Σ_t g_t a_tᵀ, of W's shape. Rows do not see each other, so one backward pass on a
-sum over rows gives every row's g.
+A slot maps a to W·a at every token. With g the gradient of a class logit at the slot's output, the
+row's Jacobian of that logit with respect to W is J = Σ_t g_t a_tᵀ, of W's shape. Rows do not see
+each other, so one backward pass on a sum over rows gives every row's g.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,17 +17,7 @@ from bayestune.adapters import evaluating
 from bayestune.forward import Batch, ClassLogits, on_device
 
 Calls = dict[str, list[tuple[Tensor, Tensor]]]
-
-
-def _by_row(value: Tensor, num_rows: int, name: str) -> Tensor:
-    """(sequences, …, width) to (N, L, width), in float32 or more; the sequences of a row are consecutive."""
-    if value[..., 0].numel() % num_rows:
-        raise ValueError(
-            f"the slot {name} sees activations that do not divide into rows: got {tuple(value.shape)} for {num_rows} "
-            "rows; leave its layer out of target_modules"
-        )
-    wide = value.detach().to(torch.promote_types(value.dtype, torch.float32))
-    return wide.reshape(num_rows, -1, value.shape[-1])
+"""Two tensors for each call of each slot, by slot name."""
 
 
 @dataclass(frozen=True)
@@ -36,45 +26,79 @@ class Trace:
 
     Args:
         logits: class logits (N, C), attached to the graph.
-        calls: inputs and outputs of each call of each slot, by slot name; outputs are attached to the graph.
+        calls: inputs, and outputs that are attached to the graph.
     """
 
     logits: Tensor
     calls: Calls
 
     def gradients(self, weights: Tensor, *, keep: bool) -> Calls:
-        """One backward pass: inputs a (N, L, in) and gradients g (N, L, out) of Σ_nc weights_nc · logits_nc.
+        """Inputs a (N, L, in) and gradients g (N, L, out) of Σ_nc weights_nc·logits_nc.
 
-        L counts the tokens of all sequences of a row. Padding has g = 0 exactly, as no logit depends on it.
+        L counts the tokens of all sequences of a row. Padding has g = 0 exactly, because no logit
+        depends on it. It takes one backward pass.
 
         Args:
             weights: (N, C), 0 where a logit is -inf.
             keep: whether another backward pass follows.
         """
-        outputs = [output for calls in self.calls.values() for _, output in calls]
-        found = torch.autograd.grad(
-            self.logits,
-            outputs,
-            weights.to(self.logits),
-            retain_graph=keep,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-        gradients, num_rows = iter(found), len(self.logits)
-        return {
-            name: [
-                (_by_row(a, num_rows, name), _by_row(next(gradients), num_rows, name))
-                for a, _ in calls
-            ]
-            for name, calls in self.calls.items()
-        }
+        outputs = []
+        for calls in self.calls.values():
+            outputs += [output for _, output in calls]
+        settings = {"retain_graph": keep, "allow_unused": True, "materialize_grads": True}
+        found = torch.autograd.grad(self.logits, outputs, weights.to(self.logits), **settings)
+        remaining = iter(found)
+        num_rows = len(self.logits)
+        gradients: Calls = {}
+        for name, calls in self.calls.items():
+            gradients[name] = []
+            for a, _ in calls:
+                g = _by_row(next(remaining), num_rows, name)
+                gradients[name].append((_by_row(a, num_rows, name), g))
+        return gradients
 
     def jacobian(self, weights: Tensor, *, keep: bool) -> dict[str, Tensor]:
-        """J (N, out, in) of Σ_c weights_nc · logits_nc for each slot, from one backward pass."""
-        return {
-            name: sum((g.mT @ a for a, g in calls[1:]), calls[0][1].mT @ calls[0][0])
-            for name, calls in self.gradients(weights, keep=keep).items()
-        }
+        """J (N, out, in) of Σ_c weights_nc·logits_nc for each slot, from one backward pass."""
+        found = {}
+        for name, calls in self.gradients(weights, keep=keep).items():
+            first, *others = [g.mT @ a for a, g in calls]
+            found[name] = sum(others, first)
+        return found
+
+
+def _by_row(value: Tensor, num_rows: int, name: str) -> Tensor:
+    """(sequences, …, width), a row's sequences together, to (N, L, width) in float32 or more."""
+    if value[..., 0].numel() % num_rows:
+        raise ValueError(
+            f"the slot {name} sees activations that do not divide into rows: got "
+            f"{tuple(value.shape)} for {num_rows} rows; leave its layer out of target_modules"
+        )
+    wide = value.detach().to(torch.promote_types(value.dtype, torch.float32))
+    return wide.reshape(num_rows, -1, value.shape[-1])
+
+
+def traced(
+    model: nn.Module, score: ClassLogits, inputs: Batch, slots: Mapping[str, nn.Module]
+) -> Trace:
+    """Runs a batch in evaluation mode with gradients, whatever the caller has set.
+
+    Args:
+        model: a PEFT model.
+        score: maps (model, batch) to class logits (N, C).
+        inputs: the batch.
+        slots: the modules whose inputs and outputs are kept, by slot name.
+
+    Raises:
+        ValueError: if no slot was called: the adapter is merged, disabled or not the active one.
+    """
+    with evaluating(model), torch.enable_grad(), _recording(slots) as calls:
+        logits = score(model, on_device(inputs, model))
+    if not calls:
+        raise ValueError(
+            f"none of the {len(slots)} slots was called in the forward pass: the adapter is "
+            "merged, disabled or not active; unmerge it or call set_adapter"
+        )
+    return Trace(logits, calls)
 
 
 @contextmanager
@@ -83,9 +107,7 @@ def _recording(slots: Mapping[str, nn.Module]) -> Iterator[Calls]:
 
     def hook(name: str) -> Any:
         def record(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if (
-                not output.requires_grad
-            ):  # the first slot of a frozen adapter: the graph begins here
+            if not output.requires_grad:  # a frozen adapter's first slot, where the graph begins
                 output.requires_grad_()
             calls.setdefault(name, []).append((inputs[0].detach(), output))
 
@@ -97,27 +119,3 @@ def _recording(slots: Mapping[str, nn.Module]) -> Iterator[Calls]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def traced(
-    model: nn.Module, score: ClassLogits, inputs: Batch, slots: Mapping[str, nn.Module]
-) -> Trace:
-    """Runs a batch in evaluation mode with gradients, whatever the caller has set, and keeps what the slots see.
-
-    Args:
-        model: a PEFT model.
-        score: maps (model, batch) to class logits (N, C).
-        inputs: the batch.
-        slots: the modules to watch, by slot name.
-
-    Raises:
-        ValueError: if no slot was called: the adapter is merged, disabled or not the active one.
-    """
-    with evaluating(model), torch.enable_grad(), _recording(slots) as calls:
-        logits = score(model, on_device(inputs, model))
-    if not calls:
-        raise ValueError(
-            f"none of the {len(slots)} slots was called in the forward pass: the adapter is merged, disabled or not "
-            "active; unmerge it or call set_adapter"
-        )
-    return Trace(logits, calls)

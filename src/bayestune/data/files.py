@@ -6,17 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bayestune.data.questions import LETTERS, Question
-from bayestune.jsonl import Record, read_json_lines
+from bayestune.jsonl import JsonRow, read_json_lines
 
 
 def load_rows(
     path: Path, options: Sequence[str] = (), *, labelled: bool = True
 ) -> tuple[Question, ...]:
-    """The user's own questions, from a JSONL or CSV file.
+    """Reads the user's own questions from a JSONL or CSV file.
 
-    Columns: `question` (or `text`); `options` or `choices` for the row, a list (in CSV a JSON list or texts joined
-    by "|"), unless `options` are given for all rows; `answer`, an index from 0, a letter or an option's text;
-    and, if there, `id` and `context`.
+    Columns: `question` (or `text`); `options` (or `choices`), a list, in CSV a JSON list or texts
+    joined by "|"; `answer`, an index from 0, a letter or an option's text; perhaps `id`, `context`.
 
     Args:
         path: the file, `.jsonl`, `.json` (one object a line) or `.csv`.
@@ -24,41 +23,50 @@ def load_rows(
         labelled: whether every row must have an answer.
 
     Raises:
-        ValueError: if the file is empty, a column is missing, or a row's answer is not among its options.
+        ValueError: if there are no rows, or one lacks a column or has an answer but no such option.
         FileNotFoundError: if there is no such file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     if path.suffix == ".csv":
         with path.open(encoding="utf-8-sig", newline="") as lines:
-            records: list[Record] = list(csv.DictReader(lines))
+            rows: list[JsonRow] = list(csv.DictReader(lines))
     else:
-        records = list(read_json_lines(path))
-    if not records:
+        rows = read_json_lines(path)
+    if not rows:
         raise ValueError(f"{path.name} is empty: expected at least one row")
     return tuple(
-        own_question(row, f"{path.name}:{i}", options, labelled=labelled)
-        for i, row in enumerate(records, 1)
+        own_question(row, f"{path.name}:{number}", options, labelled=labelled)
+        for number, row in enumerate(rows, 1)
     )
 
 
 def own_question(
-    row: Record, key: str, options: Sequence[str] = (), *, labelled: bool = True
+    row: JsonRow, key: str, options: Sequence[str] = (), *, labelled: bool = True
 ) -> Question:
-    """One row of the user's own data, see `load_rows`."""
+    """Makes a question of one row, as `load_rows` says; `key` is its id where it has none."""
     text = row.get("question") or row.get("text")
     if not text:
-        raise ValueError(
-            f"row {key}: no column 'question' or 'text'; got the columns {sorted(map(str, row))}"
-        )
+        got = sorted(map(str, row))
+        raise ValueError(f"row {key}: no column 'question' or 'text'; got the columns {got}")
     own = _own_options(row.get("options") or row.get("choices") or list(options), key)
-    answer = (
-        _answer_index(row.get("answer"), own, key)
-        if labelled or row.get("answer") not in (None, "")
-        else None
+    if _is_given(row.get("answer")):
+        answer = _answer_index(row["answer"], own, key)
+    elif labelled:
+        raise ValueError(f"row {key}: no column 'answer'")
+    else:
+        answer = None
+    return Question(
+        id=str(row["id"]) if _is_given(row.get("id")) else key,
+        question=str(text),
+        options=own,
+        answer=answer,
+        context=str(row.get("context") or ""),
     )
-    name = key if row.get("id") in (None, "") else str(row["id"])
-    return Question(name, str(text), own, answer, str(row.get("context") or ""))
+
+
+def _is_given(cell: object) -> bool:
+    return cell is not None and cell != ""  # which CSV has where JSON has no column
 
 
 def _own_options(own: object, key: str) -> tuple[str, ...]:
@@ -67,20 +75,24 @@ def _own_options(own: object, key: str) -> tuple[str, ...]:
             f"row {key}: no options; give a column 'options' or the same options for all rows"
         )
     if isinstance(own, str):
-        try:
-            own = json.loads(own) if own.lstrip().startswith("[") else own.split("|")
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"row {key}: got options {own!r}, which is no JSON list ({error})"
-            ) from None
+        own = _options_of_cell(own, key)
     if not isinstance(own, list):
         raise ValueError(f"row {key}: got options {own!r}, expected a list of texts")
     return tuple(str(option).strip() for option in own)
 
 
+def _options_of_cell(text: str, key: str) -> object:
+    if not text.lstrip().startswith("["):
+        return text.split("|")
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"row {key}: got options {text!r}, expected a JSON list ({error})"
+        ) from None
+
+
 def _answer_index(answer: object, options: tuple[str, ...], key: str) -> int:
-    if answer is None or answer == "":
-        raise ValueError(f"row {key}: no column 'answer'")
     text = str(answer).strip()
     if text in options:
         return options.index(text)

@@ -1,4 +1,4 @@
-"""How a question becomes a prompt: the templates, those of BLoB's authors among them."""
+"""How a question becomes a prompt: the templates, including those of BLoB's authors."""
 
 from dataclasses import dataclass
 
@@ -10,9 +10,9 @@ class Prompt:
     """How a question becomes text.
 
     Args:
-        letter: template under letter scoring, with {context}, {question} and {choices}, lines such as "A) text"; or
-            with {texts_first}, lines such as "text) A". It ends where the label comes.
-        text: template under text scoring, with {context} and {question}; it ends where the option's text comes.
+        letter: template under letter scoring, up to the label, with {context}, {question} and
+            {choices} (lines such as "A) text") or {texts_first} (lines such as "text) A").
+        text: template under text scoring, up to the option, with {context} and {question}.
         labels: what stands for the options under letter scoring.
     """
 
@@ -22,60 +22,61 @@ class Prompt:
 
     def render(self, row: Question, scoring: Scoring) -> str:
         """The prompt of a row, up to the place of its answer."""
-        pairs = list(zip(self.labels, row.options, strict=False))
-        lines = {
-            "choices": "\n".join(f"{label}) {option}" for label, option in pairs),
-            "texts_first": "\n".join(f"{option}) {label}" for label, option in pairs),
-        }
+        labelled = list(zip(self.labels, row.options, strict=False))
         template = self.letter if scoring == "letter" else self.text
-        return template.format(context=row.context, question=row.question, **lines)
+        return template.format(
+            context=row.context,
+            question=row.question,
+            choices="\n".join(f"{label}) {option}" for label, option in labelled),
+            texts_first="\n".join(f"{option}) {label}" for label, option in labelled),
+        )
 
     def answers(self, row: Question, scoring: Scoring) -> tuple[str, ...]:
-        """What continues the prompt for each option.
+        """What continues the prompt, one text for each option.
 
         Raises:
             ValueError: if a row has more options than there are labels.
         """
         if scoring == "text":
             return row.options
-        if len(row.options) > len(self.labels):
+        count = len(row.options)
+        if count > len(self.labels):
             raise ValueError(
-                f"row {row.id}: got {len(row.options)} options, expected at most {len(self.labels)} under letter "
-                'scoring; use scoring="text"'
+                f"row {row.id}: got {count} options, expected at most {len(self.labels)} under "
+                'letter scoring; use scoring="text"'
             )
-        return self.labels[: len(row.options)]
+        return self.labels[:count]
 
 
-CHOICES = Prompt(
-    letter="Return the label of the correct answer for the question below.\n\n"
-    "Question: {question}\nChoices:\n{choices}\nAnswer:",
-    text="Question: {question}\nAnswer:",
+_INSTRUCTION = "Return the label of the correct answer for the question below.\n\n"
+
+
+def _with_choices(body: str, text: str | None = None) -> Prompt:
+    """Instruction, body and choices under letter scoring; the text, else the body, under text."""
+    return Prompt(
+        letter=f"{_INSTRUCTION}{body}\nChoices:\n{{choices}}\nAnswer:",
+        text=f"{text or body}\nAnswer:",
+    )
+
+
+CHOICES = _with_choices("Question: {question}")
+PASSAGE_CHOICES = _with_choices("Passage: {context}\nQuestion: {question}")
+BLANK = _with_choices("Question: {question}", text="Fill in the blank: {question}")
+ENTAILMENT = _with_choices(
+    "Passage: {context}\nStatement: {question}\nDoes the passage entail the statement?"
 )
-PASSAGE_CHOICES = Prompt(
-    letter="Return the label of the correct answer for the question below.\n\n"
-    "Passage: {context}\nQuestion: {question}\nChoices:\n{choices}\nAnswer:",
-    text="Passage: {context}\nQuestion: {question}\nAnswer:",
+PARAPHRASE = _with_choices(
+    "First: {context}\nSecond: {question}\nDo the two sentences mean the same?"
 )
-BLANK = Prompt(letter=CHOICES.letter, text="Fill in the blank: {question}\nAnswer:")
+ACCEPTABLE = _with_choices("Sentence: {question}\nIs the sentence acceptable English?")
 _BOOLQ = (
     "Read the passage below and answer the question with the words 'true' or 'false'.\n\n"
     "Passage: {context}\nQuestion: {question}\nAnswer (true or false):"
 )
-_LABELLED = "Return the label of the correct answer for the question below.\n\n{text}\nChoices:\n{{choices}}\nAnswer:"
-
-
-def _sentences(text: str) -> Prompt:
-    return Prompt(letter=_LABELLED.format(text=text), text=text + "\nAnswer:")
-
-
-ENTAILMENT = _sentences(
-    "Passage: {context}\nStatement: {question}\nDoes the passage entail the statement?"
-)
-PARAPHRASE = _sentences("First: {context}\nSecond: {question}\nDo the two sentences mean the same?")
-ACCEPTABLE = _sentences("Sentence: {question}\nIs the sentence acceptable English?")
 TRUE_FALSE = Prompt(letter=_BOOLQ, text=_BOOLQ, labels=("True", "False"))
-# The prompts as the public code of BLoB's authors prints them, to compare results with: the texts stand where the
-# letters belong, a word is misspelt, and BoolQ's labels are interchanged. See docs/fidelity.md.
+
+# As the public code of BLoB's authors prints them, to compare results with: the texts stand where
+# the letters belong, a word is misspelt, and BoolQ's labels are swapped. See docs/fidelity.md.
 _TEXTS_FIRST = CHOICES.letter.replace("{choices}", "{texts_first}")
 AUTHORS_ARC = Prompt(letter=_TEXTS_FIRST, text=CHOICES.text)
 AUTHORS_OPENBOOK = Prompt(letter=_TEXTS_FIRST.replace("Choices:", "Chioces:"), text=CHOICES.text)

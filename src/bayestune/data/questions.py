@@ -9,7 +9,15 @@ LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 
 @dataclass(frozen=True)
 class Question:
-    """One row: a question, its options, and the index of the right one (None where it is not known)."""
+    """One row.
+
+    Args:
+        id: names the row in errors and predictions.
+        question: its text.
+        options: at least two.
+        answer: index of the right option; None where it is not known.
+        context: a passage that the question is about, if any.
+    """
 
     id: str
     question: str
@@ -18,14 +26,11 @@ class Question:
     context: str = ""
 
     def __post_init__(self) -> None:
-        if len(self.options) < 2:
-            raise ValueError(
-                f"row {self.id}: got {len(self.options)} options, expected at least two"
-            )
-        if self.answer is not None and not 0 <= self.answer < len(self.options):
-            raise ValueError(
-                f"row {self.id}: the right answer is not among its {len(self.options)} options"
-            )
+        count = len(self.options)
+        if count < 2:
+            raise ValueError(f"row {self.id}: got {count} options, expected at least two")
+        if self.answer is not None and not 0 <= self.answer < count:
+            raise ValueError(f"row {self.id}: the right answer is not among its {count} options")
 
     @property
     def content(self) -> tuple[str, ...]:

@@ -1,82 +1,66 @@
-"""The table of public tasks, and a task's parts: rows to train on, to choose on, to evaluate on."""
+"""A task: rows to train on, to choose on and to evaluate on; and the table of public tasks."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
-from bayestune.data.prompts import (
-    ACCEPTABLE,
-    AUTHORS_ARC,
-    AUTHORS_BOOLQ,
-    AUTHORS_OPENBOOK,
-    BLANK,
-    CHOICES,
-    ENTAILMENT,
-    PARAPHRASE,
-    PASSAGE_CHOICES,
-    TRUE_FALSE,
-    Prompt,
-)
+from bayestune.data import prompts
+from bayestune.data.prompts import Prompt
 from bayestune.data.questions import Question
-from bayestune.jsonl import Record, read_json_lines
+from bayestune.jsonl import JsonRow, read_json_lines
 
-Parse = Callable[[Record, str], Question]
-
-
-def _ai2(row: Record, key: str) -> Question:
-    labels, stem = row["choices"]["label"], row.get("question") or row["question_stem"]
-    answer = labels.index(row["answerKey"]) if row["answerKey"] in labels else -1
-    return Question(row.get("id", key), stem, tuple(row["choices"]["text"]), answer)
+Parse = Callable[[JsonRow, str], Question]
 
 
-def _winogrande(row: Record, key: str) -> Question:
-    answer = int(row["answer"]) - 1 if row["answer"] else None
-    return Question(key, row["sentence"], (row["option1"], row["option2"]), answer)
-
-
-def _boolq(row: Record, key: str) -> Question:
-    question = row["question"].strip().rstrip("?") + "?"
-    return Question(key, question, ("True", "False"), 0 if row["answer"] else 1, row["passage"])
-
-
-def _boolq_authors(row: Record, key: str) -> Question:
-    # as their code does: the question as it stands, the passage cut after so many characters
+def _ai2(row: JsonRow, key: str) -> Question:
+    labels = row["choices"]["label"]
+    right = row["answerKey"]
     return Question(
-        key, row["question"], ("True", "False"), 0 if row["answer"] else 1, row["passage"][:1024]
+        id=row.get("id", key),
+        question=row.get("question") or row["question_stem"],
+        options=tuple(row["choices"]["text"]),
+        answer=labels.index(right) if right in labels else -1,  # which `Question` refuses
     )
 
 
-def _pair(options: tuple[str, str]) -> Parse:
-    def parse(row: Record, key: str) -> Question:
-        return Question(
-            key,
-            row["sentence2"],
-            options,
-            row["label"] if row["label"] >= 0 else None,
-            row["sentence1"],
-        )
+def _winogrande(row: JsonRow, key: str) -> Question:
+    options = (row["option1"], row["option2"])
+    answer = int(row["answer"]) - 1 if row["answer"] else None
+    return Question(key, row["sentence"], options, answer)
+
+
+def _boolq(row: JsonRow, key: str) -> Question:
+    question = row["question"].strip().rstrip("?") + "?"
+    answer = 0 if row["answer"] else 1
+    return Question(key, question, ("True", "False"), answer, context=row["passage"])
+
+
+def _boolq_authors(row: JsonRow, key: str) -> Question:
+    # as their code reads it: the question as it stands, the passage cut by characters
+    question = _boolq(row, key)
+    return replace(question, question=row["question"], context=row["passage"][:1024])
+
+
+def _label(row: JsonRow) -> int | None:
+    return row["label"] if row["label"] >= 0 else None  # GLUE's label of an unknown answer is -1
+
+
+def _pair(*options: str) -> Parse:
+    def parse(row: JsonRow, key: str) -> Question:
+        return Question(key, row["sentence2"], options, _label(row), row["sentence1"])
 
     return parse
 
 
-def _cola(row: Record, key: str) -> Question:
-    return Question(
-        key,
-        row["sentence"],
-        ("unacceptable", "acceptable"),
-        row["label"] if row["label"] >= 0 else None,
-    )
+def _cola(row: JsonRow, key: str) -> Question:
+    return Question(key, row["sentence"], ("unacceptable", "acceptable"), _label(row))
 
 
-def _plain(row: Record, key: str) -> Question:
-    return Question(
-        str(row.get("id", key)),
-        row["question"],
-        tuple(row.get("options") or row["choices"]),
-        row["answer"],
-    )
+def _plain(row: JsonRow, key: str) -> Question:
+    options = tuple(row.get("options") or row["choices"])
+    return Question(str(row.get("id", key)), row["question"], options, row["answer"])
 
 
 @dataclass(frozen=True)
@@ -86,36 +70,36 @@ class Source:
     hub_id: str
     config: str
     parse: Parse
-    prompt: Prompt = CHOICES
+    prompt: Prompt = prompts.CHOICES
     train: str | None = "train"
     evaluation: str = "validation"
 
 
 TASKS: dict[str, Source] = {
-    "winogrande_s": Source("allenai/winogrande", "winogrande_s", _winogrande, BLANK),
-    "winogrande_m": Source("allenai/winogrande", "winogrande_m", _winogrande, BLANK),
+    "winogrande_s": Source("allenai/winogrande", "winogrande_s", _winogrande, prompts.BLANK),
+    "winogrande_m": Source("allenai/winogrande", "winogrande_m", _winogrande, prompts.BLANK),
     "arc_challenge": Source("allenai/ai2_arc", "ARC-Challenge", _ai2),
     "arc_easy": Source("allenai/ai2_arc", "ARC-Easy", _ai2),
     "openbookqa": Source("allenai/openbookqa", "main", _ai2),
-    "boolq": Source("google/boolq", "default", _boolq, TRUE_FALSE),
+    "boolq": Source("google/boolq", "default", _boolq, prompts.TRUE_FALSE),
     "mmlu_chemistry": Source(
         "cais/mmlu", "college_chemistry", _plain, train=None, evaluation="test"
     ),
     "mmlu_physics": Source("cais/mmlu", "college_physics", _plain, train=None, evaluation="test"),
-    "rte": Source("nyu-mll/glue", "rte", _pair(("entailed", "not entailed")), ENTAILMENT),
-    "mrpc": Source("nyu-mll/glue", "mrpc", _pair(("different", "equivalent")), PARAPHRASE),
-    "cola": Source("nyu-mll/glue", "cola", _cola, ACCEPTABLE),
+    "rte": Source("nyu-mll/glue", "rte", _pair("entailed", "not entailed"), prompts.ENTAILMENT),
+    "mrpc": Source("nyu-mll/glue", "mrpc", _pair("different", "equivalent"), prompts.PARAPHRASE),
+    "cola": Source("nyu-mll/glue", "cola", _cola, prompts.ACCEPTABLE),
     "everyday": Source("everyday", "default", _plain, evaluation="test"),
-    "arc_challenge_authors": Source("allenai/ai2_arc", "ARC-Challenge", _ai2, AUTHORS_ARC),
-    "arc_easy_authors": Source("allenai/ai2_arc", "ARC-Easy", _ai2, AUTHORS_ARC),
-    "openbookqa_authors": Source("allenai/openbookqa", "main", _ai2, AUTHORS_OPENBOOK),
-    "boolq_authors": Source("google/boolq", "default", _boolq_authors, AUTHORS_BOOLQ),
+    "arc_challenge_authors": Source("allenai/ai2_arc", "ARC-Challenge", _ai2, prompts.AUTHORS_ARC),
+    "arc_easy_authors": Source("allenai/ai2_arc", "ARC-Easy", _ai2, prompts.AUTHORS_ARC),
+    "openbookqa_authors": Source("allenai/openbookqa", "main", _ai2, prompts.AUTHORS_OPENBOOK),
+    "boolq_authors": Source("google/boolq", "default", _boolq_authors, prompts.AUTHORS_BOOLQ),
 }
 
 
 @dataclass(frozen=True)
 class Task:
-    """Rows to train on, rows to evaluate on, and how to ask.
+    """Rows to train on, rows to evaluate on, and their prompts.
 
     Args:
         name: of the task.
@@ -129,7 +113,7 @@ class Task:
     train: tuple[Question, ...]
     evaluation: tuple[Question, ...]
     held_out: tuple[Question, ...] = ()
-    prompt: Prompt = CHOICES
+    prompt: Prompt = prompts.CHOICES
 
     def subset(
         self,
@@ -140,7 +124,7 @@ class Task:
     ) -> "Task":
         """The task with a seeded part of train held out, then at most so many rows of each part.
 
-        A row whose text stands in both parts (public sets repeat some) is left out of the held-out one.
+        Held-out rows whose text also stands in train are dropped (public sets repeat some).
 
         Args:
             train: rows to keep of what is left of train; None keeps all.
@@ -149,7 +133,7 @@ class Task:
             seed: of the choice.
 
         Raises:
-            ValueError: if `holdout` is out of range or leaves a part empty, or a number of rows is negative.
+            ValueError: if `holdout` is out of range or leaves a part empty, or a count is negative.
         """
         if not 0 <= holdout < 1:
             raise ValueError(f"holdout must lie in [0, 1): got {holdout}")
@@ -158,30 +142,33 @@ class Task:
                 f"rows to keep must not be negative: got train={train}, evaluation={evaluation}"
             )
         rows = list(self.train)
-        random.Random(seed).shuffle(rows)
+        if holdout or train is not None:  # else all rows stay, in their order
+            random.Random(seed).shuffle(rows)
         count = round(holdout * len(rows))
         if holdout and not 0 < count < len(rows):
             raise ValueError(
                 f"holdout={holdout} of {len(rows)} training rows leaves a part empty; change it"
             )
-        test = list(self.evaluation)
+        left = rows[count:]
+        known = {row.content for row in left}
+        test = self.evaluation
         if evaluation is not None and evaluation < len(test):
-            test = random.Random(seed).sample(test, evaluation)
-        kept, seen = tuple(rows[count:][:train]), {row.content for row in rows[count:]}
-        held_out = tuple(row for row in rows[:count] if row.content not in seen)
-        return replace(self, train=kept, held_out=held_out, evaluation=tuple(test))
+            test = tuple(random.Random(seed).sample(test, evaluation))
+        return replace(
+            self,
+            train=tuple(left[:train]),
+            held_out=tuple(row for row in rows[:count] if row.content not in known),
+            evaluation=test,
+        )
 
 
 def load_task(name: str, data_root: Path | None = None) -> Task:
-    """A task of the table, from the Hub or from a directory of the Hub's layout.
+    """Loads a task of the table, without training rows where the table names no such split.
 
     Args:
         name: a key of `TASKS`.
-        data_root: a directory with `<hub id>/<config>/<split>.jsonl`; None for the Hub. The task "everyday" is part
-            of the package and needs neither.
-
-    Returns:
-        The task; `train` is empty where the table names no training split.
+        data_root: a directory with `<hub id>/<config>/<split>.jsonl`; None for the Hub. The task
+            "everyday" is part of the package and needs neither.
 
     Raises:
         ValueError: if the name is not in the table, or a row cannot be read.
@@ -189,50 +176,46 @@ def load_task(name: str, data_root: Path | None = None) -> Task:
     """
     if name not in TASKS:
         raise ValueError(
-            f"unknown task: got {name!r}, expected one of {sorted(TASKS)} or a file of your own (--data)"
+            f"unknown task: got {name!r}, expected one of {sorted(TASKS)} or your own --data"
         )
     source = TASKS[name]
     if source.hub_id == "everyday" and data_root is None:
         data_root = Path(str(resources.files("bayestune"))) / "data"
-
-    def rows(split: str | None) -> tuple[Question, ...]:
-        if split is None:
-            return ()
-        return tuple(
-            _parsed(source.parse, row, f"{split}-{i}")
-            for i, row in enumerate(_records(source, split, data_root))
-        )
-
-    return Task(name, rows(source.train), rows(source.evaluation), prompt=source.prompt)
+    train = _questions(source, source.train, data_root) if source.train else ()
+    evaluation = _questions(source, source.evaluation, data_root)
+    return Task(name, train, evaluation, prompt=source.prompt)
 
 
-def _parsed(parse: Parse, row: Record, key: str) -> Question:
-    try:
-        return parse(row, key)
-    except KeyError as error:
-        raise ValueError(f"row {key}: no column {error}; got the columns {sorted(row)}") from None
+def _questions(source: Source, split: str, data_root: Path | None) -> tuple[Question, ...]:
+    questions = []
+    for i, row in enumerate(_rows(source, split, data_root)):
+        try:
+            questions.append(source.parse(row, f"{split}-{i}"))
+        except KeyError as error:
+            raise ValueError(
+                f"row {split}-{i}: no column {error}; got the columns {sorted(row)}"
+            ) from None
+    return tuple(questions)
 
 
-def _records(source: Source, split: str, data_root: Path | None) -> Iterator[Record]:
+def _rows(source: Source, split: str, data_root: Path | None) -> Iterable[JsonRow]:
     if data_root is None:
         from datasets import load_dataset
 
-        yield from load_dataset(source.hub_id, source.config, split=split)  # type: ignore[misc]
-        return
+        return load_dataset(source.hub_id, source.config, split=split)  # type: ignore[return-value]
     path = data_root / source.hub_id / source.config / f"{split}.jsonl"
     if not path.is_file():
         raise FileNotFoundError(
             f"no such split: got {path}, expected <root>/<hub id>/<config>/<split>.jsonl"
         )
-    yield from read_json_lines(path)
+    return read_json_lines(path)
 
 
 def own_task(name: str, train: Sequence[Question], evaluation: Sequence[Question]) -> Task:
-    """A task of the user's own rows; the prompt has a passage if any row has a context."""
-    passages = any(row.context for row in (*train, *evaluation))
-    return Task(
-        name, tuple(train), tuple(evaluation), prompt=PASSAGE_CHOICES if passages else CHOICES
-    )
+    """A task of the user's own rows; its prompt has a passage if any row has a context."""
+    has_passages = any(row.context for row in (*train, *evaluation))
+    prompt = prompts.PASSAGE_CHOICES if has_passages else prompts.CHOICES
+    return Task(name, tuple(train), tuple(evaluation), prompt=prompt)
 
 
 def check_trainable(task: Task) -> None:
@@ -247,6 +230,6 @@ def check_trainable(task: Task) -> None:
         )
     if len({row.answer for row in task.train}) == 1:
         raise ValueError(
-            f"all {len(task.train)} training rows of {task.name} have the same answer, option {task.train[0].answer}: "
-            "got one class, expected two or more"
+            f"all {len(task.train)} training rows of {task.name} have the same answer, option "
+            f"{task.train[0].answer}: got one class, expected two or more"
         )

@@ -7,10 +7,13 @@ from bayestune.evaluation.adaptive import Adaptive, predict_adaptively
 from bayestune.evaluation.evaluate import EvaluationOptions, evaluate_posterior
 from bayestune.evaluation.records import (
     RECORDS,
-    append_record,
+    Record,
+    Result,
+    append_results,
     label_of,
-    make_record,
+    make_result,
     prediction_rows,
+    read_lines,
     read_records,
 )
 
@@ -18,11 +21,14 @@ __all__ = [
     "RECORDS",
     "Adaptive",
     "EvaluationOptions",
-    "append_record",
+    "Record",
+    "Result",
+    "append_results",
     "evaluate_posterior",
     "label_of",
-    "make_record",
+    "make_result",
     "predict_adaptively",
     "prediction_rows",
+    "read_lines",
     "read_records",
 ]

@@ -1,22 +1,21 @@
-"""A posterior and questions → probabilities of every row for each number of draws."""
+"""A posterior and rows → the predictive of every row, for each number of draws."""
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from bayestune.data import Question
 from bayestune.forward import Draws
-from bayestune.posteriors import Posterior, Prediction
+from bayestune.posteriors import Posterior, Prediction, count_for
 from bayestune.scoring import Scorer, row_logits
 
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """How a set of rows is predicted.
+    """How rows are predicted, and what their metrics are.
 
     Args:
         draws: numbers of draws to evaluate; 0 is the mean.
@@ -26,9 +25,11 @@ class EvaluationOptions:
         bins: of the calibration errors.
         binning: "torchmetrics" (as in the published figures) or "textbook".
         resamples: of the bootstrap.
-        texts: whether the rows' files repeat questions and options; false where their licence forbids to pass them on.
-        shared_prefix: m; an approximation, off by default: the mean adapter reads all but the last m tokens of the
-            prompt, once for all draws. Not for the mean, and not for posteriors with `atoms`.
+        texts: whether the rows' files repeat questions and options; false where their licence
+            forbids to pass them on.
+        shared_prefix: m; an approximation, off by default: the mean adapter reads all but the last
+            m tokens of the prompt, once for all draws. Not for the mean, and not for posteriors
+            with `atoms`.
     """
 
     draws: tuple[int, ...] = (0, 5, 10)
@@ -39,61 +40,81 @@ class EvaluationOptions:
     binning: Literal["torchmetrics", "textbook"] = "torchmetrics"
     resamples: int = 1000
     texts: bool = True
-    shared_prefix: int | None = None
+    shared_prefix: int | None = field(default=None, metadata={"absent_means": None})
+
+    def __post_init__(self) -> None:
+        if not self.draws:
+            raise ValueError("nothing to evaluate: got draws=[], expected such as [0, 10]")
+
+    def counts(self, posterior: Posterior) -> list[int]:
+        """The numbers of draws to evaluate a posterior with; one with `atoms` has only that.
+
+        Raises:
+            ValueError: if only the mean is asked for and there is none.
+        """
+        if posterior.atoms is not None:
+            return [0 if posterior.atoms == 1 else posterior.atoms]
+        counts = [count for count in self.draws if count or posterior.has_mean]
+        return counts or [count_for(posterior, 0)]
+
+    def take(self, count: int, posterior: Posterior, *, bf16: bool) -> Draws:
+        """The draws of one pass over the rows; the mean and atoms share no prefix."""
+        prefix = self.shared_prefix if count and posterior.atoms is None else None
+        bound = self.max_tokens
+        return Draws(count, self.draw_seed, max_tokens=bound, shared_prefix=prefix, bf16=bf16)
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The predictive of all rows for one number of draws.
+
+    Args:
+        draws: S; 0 is the mean.
+        prediction: of the rows.
+        seconds: of the pass that the draws were taken from.
+        timed_draws: how many draws that pass had, S or more.
+    """
+
+    draws: int
+    prediction: Prediction
+    seconds: float
+    timed_draws: int
 
 
 def evaluate_posterior(
     posterior: Posterior,
     scorer: Scorer,
     questions: Sequence[Question],
-    settings: EvaluationOptions,
+    options: EvaluationOptions,
     *,
     bf16: bool = False,
     progress: bool = True,
-) -> Iterator[tuple[int, Prediction, float]]:
-    """The predictive for each number of draws: the first S of the same held draws, so that more draws only add.
+) -> list[Evaluated]:
+    """The predictive for each number of draws, the first S of the same held draws.
 
-    Args:
-        posterior: to evaluate; one with `atoms` is evaluated once, with as many draws.
-        scorer: the task, bound to the tokenizer.
-        questions: the rows.
-        settings: draws, batch and bounds.
-        bf16: bfloat16 autocast.
-        progress: show progress bars.
-
-    Yields:
-        Number of draws, prediction, and the seconds that this number of draws took.
+    One pass over the rows takes the largest number of draws, another one the mean. A posterior with
+    `atoms` is evaluated once, with as many draws.
     """
     rows = scorer.encode(questions)
-    exact = None if posterior.atoms is None else (0 if posterior.atoms == 1 else posterior.atoms,)
-    counts = exact or tuple(count for count in settings.draws if count or posterior.has_mean)
-
-    def logits(count: int) -> tuple[Tensor, float]:
-        prefix = settings.shared_prefix if count and exact is None else None
-        draws = Draws(
-            count,
-            settings.draw_seed,
-            max_tokens=settings.max_tokens,
-            shared_prefix=prefix,
-            bf16=bf16,
-        )
+    counts = options.counts(posterior)
+    timed = {count: max(counts) if count else 0 for count in counts}
+    passes: dict[int, tuple[Tensor, float]] = {}
+    for count in set(timed.values()):
+        draws = options.take(count, posterior, bf16=bf16)
+        title = f"predict, {count} draws" if count else "predict, mean"
         begin = time.perf_counter()
-        title = (f"predict, {count} draws" if count else "predict, mean") if progress else None
-        values = row_logits(
+        logits = row_logits(
             posterior,
             scorer,
             rows,
             draws,
-            batch_size=settings.prediction_batch,
-            progress=title,
+            batch_size=options.prediction_batch,
+            progress=title if progress else None,
         )
-        return values, time.perf_counter() - begin
-
-    most = max(counts)
-    drawn, seconds = logits(most) if most else (torch.empty(0), 0.0)
+        passes[count] = (logits, time.perf_counter() - begin)
+    found = []
     for count in counts:
-        if count == 0:
-            values, taken = logits(0)
-            yield 0, Prediction.of(values), taken
-        else:
-            yield count, Prediction.of(drawn[:count]), seconds * count / most
+        logits, seconds = passes[timed[count]]
+        prediction = Prediction.of(logits[: max(count, 1)])
+        found.append(Evaluated(count, prediction, seconds, timed[count]))
+    return found

@@ -1,122 +1,119 @@
-"""The record of an evaluation: made, appended and read."""
+"""The record of an evaluation and the rows beside it: made, kept and read."""
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bayestune.data import Question
-from bayestune.evaluation.evaluate import EvaluationOptions
-from bayestune.jsonl import write_json_lines
+from bayestune.evaluation.adaptive import AdaptivePrediction
+from bayestune.evaluation.evaluate import Evaluated, EvaluationOptions
+from bayestune.jsonl import read_json_lines, write_json_lines
 from bayestune.metrics import Bins, summarise
 from bayestune.posteriors import Posterior, Prediction
 from bayestune.runtime import peak_memory_mb, revision, versions
 
 RECORDS = "records.jsonl"
+Record = dict[str, Any]
+_UNCERTAINTY = ("confidence", "total_entropy", "expected_entropy", "mutual_information")
 
 
-def prediction_rows(
-    questions: Sequence[Question], prediction: Prediction, *, texts: bool = True
-) -> list[dict[str, Any]]:
-    """One JSON-ready dict a row: the question, its probabilities, confidence and uncertainty parts in nats."""
-    names = ("confidence", "total_entropy", "expected_entropy", "mutual_information")
-    columns = {name: getattr(prediction, name).tolist() for name in names}
-    choices = prediction.choice.tolist()
-    return [
-        {
-            "id": row.id,
-            **({"question": row.question, "options": list(row.options)} if texts else {}),
-            "answer": row.answer,
-            "choice": choices[i],
-            "probabilities": prediction.probabilities[i, : len(row.options)].tolist(),
-            **{name: column[i] for name, column in columns.items()},
-        }
-        for i, row in enumerate(questions)
-    ]
+@dataclass(frozen=True)
+class Result:
+    """A record that is not kept yet, and the rows that go beside it."""
+
+    record: Record
+    rows: list[dict[str, Any]]
+
+    def keep_rows(self, folder: Path, file: str) -> Record:
+        """Writes the rows to a file of the results folder, which the returned record names."""
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        write_json_lines(folder / file, self.rows)
+        return {**self.record, "predictions": file}
 
 
-def read_records(folder: Path) -> list[dict[str, Any]]:
-    """The records of a results folder; none if it has none yet."""
-    path = folder / RECORDS
-    if not path.is_file():
-        return []
-    return [
-        json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()
-    ]
-
-
-def make_record(
-    record: Mapping[str, Any],
+def make_result(
+    facts: Mapping[str, Any],
     questions: Sequence[Question],
-    prediction: Prediction,
-    settings: EvaluationOptions,
-    predictions: str,
-) -> dict[str, Any]:
+    evaluated: Evaluated,
+    options: EvaluationOptions,
+) -> Result:
     """A record with its metrics, and with what a reader needs to trust them.
 
-    Args:
-        record: method, label, draws and whatever else describes the run.
-        questions: the rows, all with an answer.
-        prediction: of the rows.
-        settings: bins and bootstrap.
-        predictions: the file of the rows' probabilities, as seen from the results folder.
-
-    Returns:
-        A JSON-able dict.
+    The facts are task, method, label, config and whatever else describes the run; all questions
+    have an answer.
     """
-    labels = torch.tensor([row.answer for row in questions])
     summary = summarise(
-        prediction.probabilities, labels, Bins(settings.bins, settings.binning), settings.resamples
+        evaluated.prediction.probabilities,
+        torch.tensor([row.answer for row in questions]),
+        Bins(options.bins, options.binning),
+        options.resamples,
     )
-    return {
-        **record,
+    record = {
+        **facts,
+        "config": {**facts.get("config", {}), "predicting": asdict(options)},
+        "draws": evaluated.draws,
+        "seconds": {**facts.get("seconds", {}), "predict": round(evaluated.seconds, 1)},
+        "timed_draws": evaluated.timed_draws,
         "n": len(questions),
-        "bins": settings.bins,
-        "binning": settings.binning,
+        "bins": options.bins,
+        "binning": options.binning,
         "metrics": {key: asdict(interval) for key, interval in summary.items()},
-        "predictions": predictions,
         "peak_memory_mb": round(peak_memory_mb()),
         "versions": versions(),
         "revision": revision(),
     }
-
-
-def append_record(
-    folder: Path,
-    record: Mapping[str, Any],
-    questions: Sequence[Question],
-    prediction: Prediction,
-    settings: EvaluationOptions,
-) -> dict[str, Any]:
-    """Writes the rows' probabilities beside and appends one line with the metrics to `records.jsonl`.
-
-    Args:
-        folder: the results folder.
-        record: method, label, draws and whatever else describes the run.
-        questions: the rows, all with an answer.
-        prediction: of the rows.
-        settings: bins and bootstrap.
-
-    Returns:
-        The record as written.
-    """
-    name = f"rows-{len(read_records(folder)) + 1}-{record['method']}-{record['draws']}-{record['seed']}.jsonl"
-    write_json_lines(folder / name, prediction_rows(questions, prediction, texts=settings.texts))
-    whole = make_record(record, questions, prediction, settings, name)
-    with (folder / RECORDS).open("a", encoding="utf-8") as lines:
-        lines.write(json.dumps(whole, ensure_ascii=False, default=str) + "\n")
-    return whole
+    return Result(record, prediction_rows(questions, evaluated.prediction, texts=options.texts))
 
 
 def label_of(
     method: str, draws: int, posterior: Posterior, shared_prefix: int | None = None
 ) -> str:
-    """How a line of the table is called; draws that share a prefix say so."""
+    """What a line of a table is called; draws that share a prefix say so."""
     if posterior.atoms is not None:
         return method
-    return f"{method} N={draws}" + (
-        f", prefix {shared_prefix}" if draws and shared_prefix is not None else ""
-    )
+    prefix = f", prefix {shared_prefix}" if draws and shared_prefix is not None else ""
+    return f"{method} N={draws}{prefix}"
+
+
+def prediction_rows(
+    questions: Sequence[Question], prediction: Prediction, *, texts: bool = True
+) -> list[dict[str, Any]]:
+    """One JSON-ready dict a row: the question, its probabilities, its uncertainty in nats."""
+    columns = {name: getattr(prediction, name).tolist() for name in _UNCERTAINTY}
+    if isinstance(prediction, AdaptivePrediction):
+        columns["draws"] = prediction.draws_used.tolist()
+    choices = prediction.choice.tolist()
+    rows = []
+    for i, question in enumerate(questions):
+        row: dict[str, Any] = {"id": question.id}
+        if texts:
+            row |= {"question": question.question, "options": list(question.options)}
+        row |= {"answer": question.answer, "choice": choices[i]}
+        row["probabilities"] = prediction.probabilities[i, : len(question.options)].tolist()
+        row |= {name: column[i] for name, column in columns.items()}
+        rows.append(row)
+    return rows
+
+
+def append_results(folder: Path, results: Sequence[Result]) -> None:
+    """Adds records to `records.jsonl`, all or none, and files of their rows beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    before = read_records(folder)
+    added = []
+    for number, result in enumerate(results, len(before) + 1):
+        name = "-".join(str(result.record[key]) for key in ("method", "draws", "seed"))
+        added.append(result.keep_rows(folder, f"rows-{number}-{name}.jsonl"))
+    write_json_lines(folder / RECORDS, [*before, *added])
+
+
+def read_records(folder: Path) -> list[Record]:
+    """The records of a results folder; none if it has none yet."""
+    return read_lines(folder / RECORDS)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; none if there is no such file."""
+    return read_json_lines(path, missing_ok=True)

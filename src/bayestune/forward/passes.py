@@ -112,7 +112,8 @@ class Plan:
 
     def chunks(self, inputs: Batch, draws: Draws) -> Iterator[Chunk]:
         """The draws of each pass; all of them in one where only the output head is drawn."""
-        size = draws.at_once(inputs) if self._before.head is None else draws.count
+        only_head = self._before.head is not None and draws.shared_prefix is None
+        size = draws.count if only_head else draws.at_once(inputs)
         for start in range(0, draws.count, size):
             part = slice(start, start + size)
             yield Chunk(start, {name: stack[part] for name, stack in self._stacks.items()})

@@ -1,4 +1,4 @@
-"""BLoB: Bayesian low-rank adaptation by backpropagation; its symmetric form, and its authors' own noise."""
+"""BLoB: Bayesian low-rank adaptation by backpropagation; its symmetric form; its authors' noise."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -10,12 +10,14 @@ from bayestune.kl import KLStep, Schedule, StdOptimizer
 from bayestune.methods.held_out import head_slots
 from bayestune.posteriors import Gaussian, TokenNoise
 from bayestune.scoring import Scorer
-from bayestune.training import Training, start_adapter, train
+from bayestune.training import Training, fit_adapter
 
 
 @dataclass(frozen=True)
 class BLoB:
-    """q(A) = N(M, Ω²) over LoRA's A, B a point, by minimising the free energy −E_q[log p(D | A, B)] + KL[q(A) ‖ p(A)].
+    """q(A) = N(M, Ω²) over LoRA's A, with B a point.
+
+    It minimises the free energy −E_q[log p(D | A, B)] + KL[q(A) ‖ p(A)].
 
     Args:
         prior_std: σ_p.
@@ -26,8 +28,8 @@ class BLoB:
         schedule: "bursts" or "constant".
         std_optimizer: who takes G along the likelihood, "sgd" or "adamw".
         std_lr: G's learning rate on the likelihood under "sgd", see `KLStep`.
-        layers: "all", or "last": noise on the output head's adapter alone, so that class logits are exactly Gaussian
-            and any number of draws costs one pass.
+        layers: "all", or "last": noise on the output head's adapter alone, so that class logits are
+            exactly Gaussian and any number of draws costs one pass.
 
     Reference:
         Wang, Shi, Han, Metaxas, Wang: BLoB, NeurIPS 2024, https://arxiv.org/abs/2406.11675.
@@ -46,13 +48,7 @@ class BLoB:
     sides: ClassVar[tuple[str, ...]] = ("lora_A",)
 
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Gaussian:
-        """Trains a fresh Gaussian adapter on `model`.
-
-        Args:
-            model: a transformers model without adapters.
-            scorer: the task, bound to the model's tokenizer.
-            training: the adapter and how it is trained.
-        """
+        """Trains a Gaussian adapter."""
         step = KLStep(
             self.prior_std,
             final_std=self.final_std,
@@ -62,24 +58,26 @@ class BLoB:
             std_optimizer=self.std_optimizer,
             std_lr=self.std_lr,
         )
-        adapted = start_adapter(model, training)
+        adapted, report = fit_adapter(model, scorer, training, [step], prepare=self._bayesify)
+        return Gaussian(adapted, scorer, report=report)
+
+    def _bayesify(self, adapted: nn.Module) -> None:
         slots = Slots(adapted)
         names = head_slots(slots, self.sides) if self.layers == "last" else slots.names(self.sides)
         bayesify(adapted, init_root_std=self.init_root_std, noise=self.noise, slots=names)
-        report = train(adapted, scorer, training, callbacks=[step])
-        return Gaussian(adapted, scorer, report=report)
 
 
 @dataclass(frozen=True)
 class BBB(BLoB):
-    """q(A, B) = N(M_A, Ω_A²) N(M_B, Ω_B²): BLoB's Gaussian, noise and KL step in both slots of each layer.
+    """q(A, B) = N(M_A, Ω_A²) N(M_B, Ω_B²): BLoB with noise and KL step in both slots of each layer.
 
-    The paper's argument for the asymmetric form is what this symmetric one shows: B starts at 0 with noise, so early
-    gradients of A are noise too, and the product of two noises is no Gaussian.
+    The paper argues for the asymmetric form with what this symmetric one shows: B starts at 0 with
+    noise, so early gradients of A are noise too, and the product of two noises is not Gaussian.
 
     Reference:
-        Blundell, Cornebise, Kavukcuoglu, Wierstra: Weight uncertainty in neural networks, ICML 2015,
-        https://arxiv.org/abs/1505.05424; as a baseline in Wang et al., https://arxiv.org/abs/2406.11675, table 1.
+        Blundell, Cornebise, Kavukcuoglu, Wierstra: Weight uncertainty in neural networks, ICML
+        2015, https://arxiv.org/abs/1505.05424; as a baseline in Wang et al.,
+        https://arxiv.org/abs/2406.11675, table 1.
     """
 
     sides: ClassVar[tuple[str, ...]] = SIDES
@@ -87,14 +85,15 @@ class BBB(BLoB):
 
 @dataclass(frozen=True)
 class AuthorsBLoB(BLoB):
-    """BLoB whose noise is new for every token, not only in training (`noise="token"`) but in every drawn pass too.
+    """BLoB with new noise for every token (`noise="token"`), in training and in every drawn pass.
 
-    The other fields are BLoB's; their defaults are the authors' already (bursts, `kl_lr` 0.01, G by SGD). A draw is no
-    function of the row, so it cannot be exported. docs/fidelity.md has what that changes.
+    The other fields are BLoB's; their defaults are the authors' already (bursts, `kl_lr` 0.01, G by
+    SGD). A draw is not a function of the row, so it cannot be exported. docs/fidelity.md has what
+    that changes.
 
     Reference:
-        Wang, Shi, Han, Metaxas, Wang: BLoB, NeurIPS 2024, https://arxiv.org/abs/2406.11675, and its public code,
-        https://github.com/Wang-ML-Lab/bayesian-peft.
+        Wang, Shi, Han, Metaxas, Wang: BLoB, NeurIPS 2024, https://arxiv.org/abs/2406.11675, and its
+        public code, https://github.com/Wang-ML-Lab/bayesian-peft.
     """
 
     noise: Noise = "token"

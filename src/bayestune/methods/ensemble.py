@@ -24,7 +24,7 @@ from bayestune.training import Training
 
 @dataclass(frozen=True)
 class Ensemble:
-    """K fits of the base from different seeds: own initial adapters, own noise, own order of the rows.
+    """K fits of the base from different seeds: initial adapters, noise and order of rows differ.
 
     The base model is in memory once; probabilities are averaged, not logits.
 
@@ -37,7 +37,8 @@ class Ensemble:
         ValueError: if the size is not positive.
 
     Reference:
-        Lakshminarayanan, Pritzel, Blundell: Deep ensembles, NeurIPS 2017, https://arxiv.org/abs/1612.01474.
+        Lakshminarayanan, Pritzel, Blundell: Deep ensembles, NeurIPS 2017,
+        https://arxiv.org/abs/1612.01474.
     """
 
     base: Method = field(default_factory=MLE)
@@ -47,19 +48,19 @@ class Ensemble:
     def __post_init__(self) -> None:
         if self.size < 1:
             raise ValueError(
-                f"an ensemble needs members: got size={self.size}, expected 1 or more; the paper uses 3"
+                f"an ensemble needs members: got size={self.size}, expected 1 or more; 3 is usual"
             )
 
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Mixture:
-        """Fits the members one after another; with `training.resume` those that are finished are kept."""
+        """Fits the members one by one; with `training.resume` those that are finished are kept."""
         with tempfile.TemporaryDirectory() as scratch:
-            folders = [(training.output or Path(scratch)) / f"member-{k}" for k in range(self.size)]
+            place = training.output or Path(scratch)
+            folders = [place / f"member-{k}" for k in range(self.size)]
             for k, folder in enumerate(folders):
                 if training.resume and (folder / DETAILS).is_file():
                     continue
-                own = replace(
-                    training, seed=training.seed + k * self.seed_step, output=folder / "checkpoints"
-                )
+                seed = training.seed + k * self.seed_step
+                own = replace(training, seed=seed, output=folder / "checkpoints")
                 posterior = self.base.fit(model, scorer, own)
                 save_posterior(posterior, folder, {"fitted": posterior.report.as_dict()})
                 detach(posterior.model)
@@ -68,12 +69,10 @@ class Ensemble:
 
 
 def _summed(reports: Sequence[FitReport]) -> FitReport:
-    """Seconds, steps and log lines of all members, and the largest memory."""
-    total = FitReport()
-    for report in reports:
-        total = replace(
-            total.plus(report.seconds, report.peak_memory_mb),
-            steps=total.steps + report.steps,
-            history=[*total.history, *report.history],
-        )
-    return total
+    """Seconds, steps and log lines of all members, and the largest memory of one."""
+    return FitReport(
+        seconds=sum(report.seconds for report in reports),
+        steps=sum(report.steps for report in reports),
+        history=[line for report in reports for line in report.history],
+        peak_memory_mb=max(report.peak_memory_mb for report in reports),
+    )

@@ -1,4 +1,4 @@
-"""What methods that build on another ask of it: held-out rows, their logits and NLL, a point, the head's slots."""
+"""For methods that build on others: held-out rows and their NLL, a point, the head's slots."""
 
 import math
 from collections.abc import Collection, Sequence
@@ -22,14 +22,14 @@ def check_point(posterior: Posterior, method: str) -> Point:
     """
     if not isinstance(posterior, Point):
         raise ValueError(
-            f"{method} builds on a point: got a {type(posterior).__name__} from its base, expected a Point; "
-            "use MLE or MAP as its base"
+            f"{method} builds on a point: got a {type(posterior).__name__} from its base, expected "
+            "a Point; use MLE or MAP as its base"
         )
     return posterior
 
 
 def held_out_rows(scorer: Scorer, method: str) -> tuple[Question, ...]:
-    """The task's held-out rows, on which a method may choose: labelled, and none of them seen in training.
+    """The task's held-out rows, on which a method may choose.
 
     Raises:
         ValueError: if there are none, one has no answer, or the training rows hold one of them too.
@@ -37,20 +37,38 @@ def held_out_rows(scorer: Scorer, method: str) -> tuple[Question, ...]:
     rows = scorer.task.held_out
     if not rows:
         raise ValueError(
-            f"{method} chooses on held-out rows: got none, expected some; set holdout (--holdout 0.1)"
+            f"{method} chooses on held-out rows: got none, expected some; set --holdout 0.1"
         )
     if any(row.answer is None for row in rows):
         raise ValueError(
-            f"{method} chooses on held-out rows with answers: got a row without one; label it or drop it"
+            f"{method} chooses on held-out rows with answers: got a row without one; drop it"
         )
     seen = {row.content for row in scorer.task.train}
     both = [row.id for row in rows if row.content in seen]
     if both:
         raise ValueError(
-            f"{method} must not choose on rows seen in training: got {len(both)} of {len(rows)}, such as {both[0]}; "
-            "take them out of one part"
+            f"{method} must not choose on rows seen in training: got {len(both)} of {len(rows)}, "
+            f"such as {both[0]}; take them out of one part"
         )
     return rows
+
+
+def held_out_logits(
+    posterior: Posterior, scorer: Scorer, rows: Sequence[Question], draws: Draws
+) -> tuple[Tensor, Tensor]:
+    """Logits (S, N, C) and labels (N,) of rows.
+
+    S is the posterior's own number of atoms where it has one.
+    """
+    labels = torch.tensor([row.answer for row in rows])
+    which = replace(draws, count=count_for(posterior, draws.count))
+    return row_logits(posterior, scorer, scorer.encode(rows), which), labels
+
+
+def predictive_nll(logits: Tensor, labels: Tensor) -> Tensor:
+    """−mean_n log 1/S Σ_s softmax(f_s)_{n, y_n} in nats, f (S, N, C), y (N,)."""
+    own = logits.log_softmax(-1).gather(-1, labels.expand(len(logits), -1)[..., None])[..., 0]
+    return -(own.logsumexp(0) - math.log(len(logits))).mean()
 
 
 def head_slots(slots: Slots, sides: Collection[str] = ("lora_A",)) -> list[str]:
@@ -67,21 +85,3 @@ def head_slots(slots: Slots, sides: Collection[str] = ("lora_A",)) -> list[str]:
             'none, expected one; add "lm_head" to the targets'
         )
     return [name for name in slots.names(sides) if split_name(name)[0] == path]
-
-
-def predictive_nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """−mean_n log 1/S Σ_s softmax(f_s)_{n, y_n} of logits (S, N, C) and labels (N,), in nats; differentiable."""
-    own = logits.log_softmax(-1).gather(-1, labels.expand(len(logits), -1)[..., None])[..., 0]
-    return -(own.logsumexp(0) - math.log(len(logits))).mean()
-
-
-def held_out_logits(
-    posterior: Posterior, scorer: Scorer, rows: Sequence[Question], draws: Draws
-) -> tuple[Tensor, Tensor]:
-    """Logits (S, N, C) and labels (N,) of rows.
-
-    S is the posterior's own number of atoms where it has one.
-    """
-    labels = torch.tensor([row.answer for row in rows])
-    which = replace(draws, count=count_for(posterior, draws.count))
-    return row_logits(posterior, scorer, scorer.encode(rows), which), labels

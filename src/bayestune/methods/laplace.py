@@ -1,8 +1,7 @@
-"""Laplace-LoRA: a Gaussian around a fitted adapter, with the curvature of the likelihood as its precision."""
+"""Laplace-LoRA: a Gaussian around a fitted adapter; the likelihood's curvature is its precision."""
 
 import re
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -10,35 +9,33 @@ import torch
 from torch import Tensor, nn
 
 from bayestune.adapters import SIDES
-from bayestune.curvature import Curvature, Structure, best_precision, curvature, log_evidence
+from bayestune.curvature import Curvature, Structure, best_precision, gauss_newton, log_evidence
 from bayestune.data import Question
 from bayestune.forward import Draws
 from bayestune.methods.held_out import check_point, held_out_rows, predictive_nll
 from bayestune.methods.map import MAP
 from bayestune.methods.method import Method
 from bayestune.posteriors import Linearised, Point, Sampled, gaussian_logits
-from bayestune.runtime import peak_memory_mb
-from bayestune.scoring import Scorer
-from bayestune.training import Training
+from bayestune.scoring import Scorer, batches_by_length
+from bayestune.training import Meter, Training
 
-GRID = tuple(
-    10.0 ** (power / 2) for power in range(-6, 11)
-)  # values of λ to choose among on held-out rows
-_DRAWS = Draws(1000)  # for the predictive in that choice
+GRID = tuple(10.0 ** (power / 2) for power in range(-6, 11))  # λ to choose among on held-out rows
+_DRAWS = Draws(1000)  # of the predictive in that choice
 
 
 @dataclass(frozen=True)
 class Laplace:
-    """q(θ) = N(θ_MAP, (H + λI)⁻¹) over LoRA's A and B, H the generalised Gauss-Newton matrix block by block.
+    """q(θ) = N(θ_MAP, (H + λI)⁻¹) over LoRA's A and B, H the Gauss-Newton matrix block by block.
 
     Args:
         base: fits θ_MAP; any method that returns a point.
-        structure: "kfac" (KFAC-expand, see `bayestune.kfac`) or "diagonal".
-        layers: "all", or "last" for the adapters of the output head, or where it has none, of the last block.
+        structure: "kfac" (KFAC-expand, see `bayestune.curvature`) or "diagonal".
+        layers: "all", or "last" for the adapters of the output head, or where it has none, of the
+            last block.
         rank_kfac: eigenpairs kept of a Kronecker factor whose side is over 100.
         prior_precision: λ; chosen if None.
-        choose: λ by the Laplace evidence of the training rows, or by the NLL of the linearised predictive on the
-            task's held-out rows.
+        choose: λ by the Laplace evidence of the training rows, or by the NLL of the linearised
+            predictive on the task's held-out rows.
         predictive: "linearised" (Gaussian logits) or "sampled" (draws of adapters).
         batch_size: rows of one pass with gradients, in the fit and in linearised prediction.
 
@@ -46,8 +43,8 @@ class Laplace:
         ValueError: if `prior_precision` is not positive.
 
     Reference:
-        Yang, Robeyns, Wang, Aitchison: Bayesian low-rank adaptation for large language models, ICLR 2024,
-        https://arxiv.org/abs/2308.13111.
+        Yang, Robeyns, Wang, Aitchison: Bayesian low-rank adaptation for large language models, ICLR
+        2024, https://arxiv.org/abs/2308.13111.
     """
 
     base: Method = field(default_factory=MAP)
@@ -66,17 +63,7 @@ class Laplace:
             )
 
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Linearised | Sampled:
-        """Fits the base on `model`, then the curvature around it.
-
-        Args:
-            model: a transformers model without adapters.
-            scorer: the task, bound to the model's tokenizer.
-            training: the adapter and how the base is trained.
-
-        Raises:
-            ValueError: if the base returns no point, or λ shall be chosen on held-out rows and there are none, or
-                training saw one of them.
-        """
+        """Fits the base, then the curvature around it."""
         if self.prior_precision is None and self.choose == "held_out":
             held_out_rows(scorer, "Laplace")  # refused before the base is fitted
         point = check_point(self.base.fit(model, scorer, training), "Laplace")
@@ -90,62 +77,65 @@ class Laplace:
             scorer: the task whose training rows give the curvature.
             bf16: whether the passes run under bfloat16 autocast, as training does.
         """
-        begin = time.perf_counter()
+        meter = Meter()
         slots = point.slots
         names = slots.names(SIDES)
         if self.layers == "last":
             names = last_slots(names)
         weights = slots.weights()
         norm = sum(weights[name].double().square().sum().item() for name in names)
+        rows = _batches(scorer, scorer.task.train, self.batch_size)
+        settings: dict[str, Any] = {"max_rows": self.batch_size, "adapter": point.adapter}
         with Draws(bf16=bf16).precision(point.model):
-            rows = batches(scorer, scorer.task.train, self.batch_size)
-            found = curvature(
+            found = gauss_newton(
                 slots, scorer, rows, structure=self.structure, rank=self.rank_kfac, names=names
             )
-            settings = {"max_rows": self.batch_size, "adapter": point.adapter}
             linearised = Linearised(point.model, scorer, found.blocks, 1.0, **settings)
-            precision = self._precision(linearised, found, norm)
+            precision = self._precision(linearised, scorer, found, norm)
         family = Sampled if self.predictive == "sampled" else Linearised
         posterior = family(point.model, scorer, found.blocks, precision, **settings)
-        seconds = time.perf_counter() - begin
+        taken = meter.read()
         posterior.report = point.report.plus(
-            seconds,
-            peak_memory_mb(),
-            laplace_seconds=seconds,
+            **taken,
+            laplace_seconds=taken["seconds"],
             prior_precision=precision,
             log_evidence=log_evidence(found, norm, precision),
         )
         return posterior
 
-    def _precision(self, posterior: Linearised, found: Curvature, norm: float) -> float:
+    def _precision(
+        self, posterior: Linearised, scorer: Scorer, found: Curvature, norm: float
+    ) -> float:
         if self.prior_precision is not None:
             return self.prior_precision
         if self.choose == "evidence":
             return best_precision(found, norm)
-        return best_on_held_out(posterior)
+        return best_on_held_out(posterior, _batches(scorer, scorer.task.held_out, self.batch_size))
 
 
 def last_slots(names: Sequence[str]) -> list[str]:
-    """The slots of the output head if it is adapted, else those of the last block: of the last name's layer number."""
+    """The output head's slots if it is adapted, else those of the last block.
+
+    That is, of the layer whose number the last name holds.
+    """
     numbered = re.match(r".*?\.\d+\.", names[-1])
     prefix = numbered.group() if numbered else names[-1].rpartition(".")[0] + "."
     return [name for name in names if name.startswith(prefix)]
 
 
-def batches(
-    scorer: Scorer, questions: Sequence[Question], size: int
-) -> Iterator[dict[str, Tensor]]:
-    """Batches of rows of like length."""
-    rows = sorted(scorer.encode(questions), key=lambda row: row["length"])
-    for start in range(0, len(rows), size):
-        yield scorer.collate(rows[start : start + size])
+def _batches(scorer: Scorer, rows: Sequence[Question], size: int) -> Iterator[dict[str, Tensor]]:
+    return (batch for _, batch in batches_by_length(scorer, scorer.encode(rows), size))
 
 
-def best_on_held_out(posterior: Linearised) -> float:
-    """The λ of `GRID` whose linearised predictive has the smallest NLL on the held-out rows of the posterior's task."""
-    scorer: Any = posterior.scorer
+def best_on_held_out(posterior: Linearised, rows: Iterable[dict[str, Tensor]]) -> float:
+    """The λ of `GRID` whose linearised predictive has the smallest NLL.
+
+    Args:
+        posterior: whose own λ is not used.
+        rows: labelled batches.
+    """
     losses = torch.zeros(len(GRID), dtype=torch.float64)
-    for batch in batches(scorer, scorer.task.held_out, posterior.max_rows):
+    for batch in rows:
         labels = batch.pop("labels")
         mean, covariances = posterior.moments(batch, GRID)
         for i, covariance in enumerate(covariances):

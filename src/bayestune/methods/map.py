@@ -1,4 +1,4 @@
-"""Maximum a posteriori: plain LoRA with weight decay, or with a Gaussian prior of a stated scale."""
+"""Maximum a posteriori: plain LoRA with weight decay, or with a Gaussian prior of a given scale."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,39 +10,36 @@ from transformers import TrainerCallback
 from bayestune.adapters import Slots
 from bayestune.posteriors import Point
 from bayestune.scoring import Scorer
-from bayestune.training import Training, start_adapter, train
+from bayestune.training import Training, fit_adapter
 
 
+@dataclass(eq=False)
 class GaussianPrior(TrainerCallback):
-    """Adds the gradient of −log p(θ)/N to the loss's: θ/(N σ_p²), for p(θ) = N(0, σ_p²) on every entry of A and B.
+    """Adds the gradient of −log p(θ)/N, θ/(N σ_p²), for p(θ) = N(0, σ_p²) on each entry of A and B.
 
-    The loss is the mean over rows of −log p(answer), so the sum is the negative log posterior over N.
+    The loss is the mean over rows of −log p(answer), so the sum is the negative log posterior over
+    N.
 
     Args:
         prior_std: σ_p.
         num_rows: N, the training rows.
     """
 
-    def __init__(self, prior_std: float, num_rows: int) -> None:
-        self.precision = 1 / (num_rows * prior_std**2)
+    prior_std: float
+    num_rows: int
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Hooks itself before the optimiser's step."""
-        weights = [
-            slot.get_parameter("weight") for slot in Slots(kwargs["model"]).modules().values()
-        ]
-        optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
-        self._handle = optimizer.register_step_pre_hook(lambda *_: self._add(weights))
+        """Finds A and B."""
+        slots = Slots(kwargs["model"]).modules()
+        self.weights = [slot.get_parameter("weight") for slot in slots.values()]
 
-    def _add(self, weights: list[nn.Parameter]) -> None:
-        with torch.no_grad():
-            for weight in weights:
-                if weight.grad is not None:
-                    weight.grad.add_(weight, alpha=self.precision)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Unhooks."""
-        self._handle.remove()
+    @torch.no_grad()
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Adds to the gradients of the likelihood."""
+        precision = 1 / (self.num_rows * self.prior_std**2)
+        for weight in self.weights:
+            if weight.grad is not None:
+                weight.grad.add_(weight, alpha=precision)
 
 
 @dataclass(frozen=True)
@@ -51,13 +48,15 @@ class MAP:
 
     Args:
         weight_decay: of AdamW, decoupled: θ ← θ·(1 − lr·weight_decay) each step; the paper's MAP.
-        prior_std: σ_p of an explicit prior N(0, σ_p²) instead: its gradient θ/(N σ_p²) joins the mean loss's.
+        prior_std: σ_p of an explicit prior N(0, σ_p²) instead: its gradient θ/(N σ_p²) joins the
+            mean loss's.
 
     Raises:
         ValueError: if `prior_std` is not positive, or `weight_decay` is negative.
 
     Reference:
-        Wang et al.: BLoB, NeurIPS 2024, https://arxiv.org/abs/2406.11675, table 1 (weight decay 1e-5).
+        Wang et al.: BLoB, NeurIPS 2024, https://arxiv.org/abs/2406.11675, table 1 (weight decay
+        1e-5).
     """
 
     weight_decay: float = 1e-5
@@ -66,24 +65,17 @@ class MAP:
     def __post_init__(self) -> None:
         if self.weight_decay < 0 or (self.prior_std is not None and self.prior_std <= 0):
             raise ValueError(
-                f"a prior has a positive scale: got weight_decay={self.weight_decay}, prior_std={self.prior_std}; "
-                "expected weight_decay >= 0 or prior_std > 0"
+                f"a prior has a positive scale: got weight_decay={self.weight_decay}, "
+                f"prior_std={self.prior_std}; expected weight_decay >= 0 or prior_std > 0"
             )
 
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Point:
-        """Trains a fresh adapter on `model` and returns it as a point.
-
-        Args:
-            model: a transformers model without adapters.
-            scorer: the task, bound to the model's tokenizer.
-            training: the adapter and how it is trained; its weight decay gives way to the prior.
-        """
-        callbacks: list[TrainerCallback] = []
+        """Trains an adapter; the prior takes the place of the training's weight decay."""
         if self.prior_std is None:
             training = replace(training, weight_decay=self.weight_decay)
+            prior = []
         else:
             training = replace(training, weight_decay=0.0)
-            callbacks.append(GaussianPrior(self.prior_std, len(scorer.task.train)))
-        adapted = start_adapter(model, training)
-        report = train(adapted, scorer, training, callbacks)
+            prior = [GaussianPrior(self.prior_std, len(scorer.task.train))]
+        adapted, report = fit_adapter(model, scorer, training, prior)
         return Point(adapted, scorer, report=report)

@@ -9,7 +9,7 @@ from torch import nn
 from bayestune.methods.held_out import check_point
 from bayestune.methods.method import Method
 from bayestune.methods.mle import MLE
-from bayestune.posteriors import Dropout, Point, Scaled
+from bayestune.posteriors import Dropout, Scaled
 from bayestune.scoring import Scorer
 from bayestune.training import Training
 
@@ -21,14 +21,16 @@ class MCDropout:
     Args:
         base: what trains the adapter; it must return a point.
         dropout: the probability to drop, in (0, 1).
-        masks: "token", PEFT's masks as in the paper, new for every token, so that a draw is no function; "held", one
-            mask on A's columns for each draw and layer, so that a draw is an adapter and can be exported.
+        masks: "token", PEFT's masks as in the paper, new for every token, so that a draw is not a
+            function; "held", one mask on A's columns for each draw and layer, so that a draw is an
+            adapter and can be exported.
 
     Raises:
         ValueError: if the probability is out of range.
 
     Reference:
-        Gal, Ghahramani: Dropout as a Bayesian approximation, ICML 2016, https://arxiv.org/abs/1506.02142.
+        Gal, Ghahramani: Dropout as a Bayesian approximation, ICML 2016,
+        https://arxiv.org/abs/1506.02142.
     """
 
     base: Method = field(default_factory=MLE)
@@ -40,22 +42,14 @@ class MCDropout:
             raise ValueError(f"dropout must lie in (0, 1): got {self.dropout}; the paper uses 0.1")
 
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Dropout | Scaled:
-        """Fits the base with dropout.
-
-        Raises:
-            ValueError: if the base's posterior is no point.
-        """
+        """Fits the base with dropout."""
         training = replace(training, lora=replace(training.lora, dropout=self.dropout))
         point = check_point(self.base.fit(model, scorer, training), "MCDropout")
         if self.masks == "token":
             return Dropout(point.model, scorer, adapter=point.adapter, report=point.report)
-        return self._held(point)
-
-    def _held(self, point: Point) -> Scaled:
+        slots = point.slots
+        weights = slots.weights()
         kept = {}
-        for name, weight in point.slots.weights().items():
-            if name.endswith(".lora_A"):
-                kept[name] = torch.full((1, weight.shape[1]), 1 - self.dropout)
-        return Scaled(
-            point.model, point.scorer, kept, "bernoulli", adapter=point.adapter, report=point.report
-        )
+        for name in slots.names():
+            kept[name] = torch.full((1, weights[name].shape[1]), 1 - self.dropout)
+        return Scaled(point.model, scorer, kept, adapter=point.adapter, report=point.report)

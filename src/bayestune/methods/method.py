@@ -10,8 +10,23 @@ from bayestune.training import Training
 
 
 class Method(Protocol):
-    """What every method is: frozen hyper-parameters and one verb."""
+    """A frozen dataclass of hyper-parameters, and one verb."""
 
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Posterior:
-        """Fits adapters on `model`, whose own weights stay as they are, and returns the distribution over them."""
+        """Fits adapters on a model, whose own weights stay as they are.
+
+        Args:
+            model: a transformers model without adapters.
+            scorer: the task, bound to the model's tokenizer.
+            training: the adapter and how it is trained.
+
+        Returns:
+            The distribution over adapters.
+
+        Raises:
+            ValueError: if there is nothing to train on, or the method cannot work with its base,
+                the model's layers or the task's held-out rows.
+            NotFiniteError: if the loss is NaN or infinite.
+            Interrupted: at ctrl-C, after a checkpoint.
+        """
         ...

@@ -6,7 +6,7 @@ from torch import nn
 
 from bayestune.posteriors import Point
 from bayestune.scoring import Scorer
-from bayestune.training import Training, start_adapter, train
+from bayestune.training import Training, fit_adapter
 
 
 @dataclass(frozen=True)
@@ -18,13 +18,6 @@ class MLE:
     """
 
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Point:
-        """Trains a fresh adapter on `model` and returns it as a point.
-
-        Args:
-            model: a transformers model without adapters.
-            scorer: the task, bound to the model's tokenizer.
-            training: the adapter and how it is trained.
-        """
-        adapted = start_adapter(model, training)
-        report = train(adapted, scorer, training)
+        """Trains an adapter."""
+        adapted, report = fit_adapter(model, scorer, training)
         return Point(adapted, scorer, report=report)

@@ -1,4 +1,4 @@
-"""A method from settings: its name and fields, where a post-hoc method's `base` is settings again or another entry."""
+"""A method from settings: its name and fields; a `base` is settings again, or another entry."""
 
 from argparse import ArgumentError
 from collections.abc import Mapping
@@ -36,46 +36,20 @@ class WithTraining:
 
 
 def changed(value: T, changes: Mapping[str, Any]) -> T:
-    """A dataclass with some fields set anew, each checked against its type; a nested dataclass may change in part.
+    """A dataclass with some fields set anew, each checked against its type.
 
     Args:
-        value: a frozen dataclass.
+        value: a frozen dataclass; one nested in it may change in part.
         changes: new values by field name, as a configuration file gives them.
 
     Raises:
         ValueError: if a field is unknown or a value is not of its type.
 
-    >>> changed(Training(), {"steps": 7, "lora": {"rank": 4}}).lora
-    Lora(rank=4, alpha=16, dropout=0.0, targets=None)
+    Example:
+        >>> changed(Training(), {"steps": 7, "lora": {"rank": 4}}).lora
+        Lora(rank=4, alpha=16, dropout=0.0, targets=None)
     """
     return _built(type(value), changes, asdict(value), {}) if changes else value  # type: ignore[call-overload]
-
-
-def _built(
-    cls: type[T], given: Mapping[str, Any], defaults: Mapping[str, Any], more: Mapping[str, Any]
-) -> T:
-    known = {field.name for field in fields(cls)} - set(more)  # type: ignore[arg-type]
-    if unknown := sorted(set(given) - known):
-        raise ValueError(
-            f"unknown settings of {cls.__name__}: got {unknown}, expected some of {sorted(known)}; correct the name"
-        )
-    if not known:
-        return cls(**more)
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(cls, skip=set(more))
-    parser.set_defaults(dict(defaults))
-    try:
-        values = parser.instantiate(parser.parse_object(dict(given)))
-    except ArgumentError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"settings of {cls.__name__}: got {dict(given)}, expected values of its fields' types; {reason}"
-        ) from None
-    return cls(**vars(values), **more)
-
-
-def _is_method(value: object) -> bool:
-    return callable(getattr(value, "fit", None))
 
 
 def make_method(
@@ -84,8 +58,8 @@ def make_method(
     """A method from settings such as `{method: tfb, base: mle, training: {learning_rate: 1e-3}}`.
 
     Args:
-        settings: a mapping with the method's name and its fields; or the name of an entry or of a method of
-            `METHODS`. `training` holds changes to the training. `base` is settings again.
+        settings: a mapping with the method's name and its fields; or the name of an entry or of a
+            method of `METHODS`. `training` holds changes to the training. `base` is settings again.
         entries: named settings, which may be bases.
         name: what the settings are called; their method, where they do not say which.
 
@@ -93,36 +67,60 @@ def make_method(
         The method; in `WithTraining` if the settings change the training.
 
     Raises:
-        ValueError: if a method or a field is unknown, a value is not of its field's type, a base is missing, or
-            a method is its own base.
+        ValueError: if a method or a field is unknown, a value is not of its field's type, a base is
+            missing, or a method is its own base.
 
-    >>> make_method({"prior_std": 0.1, "final_std": 0.05}, name="blob").final_std
-    0.05
+    Example:
+        >>> make_method({"prior_std": 0.1, "final_std": 0.05}, name="blob").final_std
+        0.05
     """
     return _made(settings, entries or {}, name, (name,) if name else ())
+
+
+def described(method: Method) -> dict[str, Any]:
+    """A method as settings that `make_method` reads: its name, all its fields, its base likewise.
+
+    Example:
+        >>> described(make_method("mle"))
+        {'method': 'mle'}
+    """
+    inner: Any = getattr(method, "method", None)
+    if hasattr(inner, "fit"):  # a wrapper is described by what it wraps
+        settings = described(inner)
+        changes = getattr(method, "changes", None)
+        return {**settings, "training": dict(changes)} if changes else settings
+    names = {cls: name for name, cls in METHODS.items()}
+    settings: dict[str, Any] = {"method": names.get(type(method), type(method).__name__.lower())}
+    for field in fields(method):  # type: ignore[arg-type]
+        value = getattr(method, field.name)
+        settings[field.name] = described(value) if hasattr(value, "fit") else value
+    return settings
 
 
 def _made(
     settings: Settings, entries: Mapping[str, Settings], name: str, chain: tuple[str, ...]
 ) -> Method:
+    """The method of settings with a name, reached by a chain of names."""
     if isinstance(settings, str):
         if settings in chain:
             raise ValueError(
-                f"a method is its own base: got {' → '.join((*chain, settings))}, expected a chain that ends; "
-                "rename one of the entries"
+                f"a method is its own base: got {' → '.join((*chain, settings))}, expected a chain "
+                "that ends; rename one of the entries"
             )
         if settings in entries:
             return _made(entries[settings], entries, settings, (*chain, settings))
         settings = {"method": settings}
     given = dict(settings or {})
-    key, changes = given.pop("method", name), given.pop("training", None)
+    key = given.pop("method", name)
+    changes = given.pop("training", None)
     if key not in METHODS:
         raise ValueError(
             f"unknown method: got {key!r}, expected one of {sorted(METHODS)}; set `method`"
         )
     cls = METHODS[key]
-    more = _base(cls, given, entries, chain)
-    method = _built(cls, {k: v for k, v in given.items() if k not in more}, {}, more)
+    base = _base(cls, given, entries, chain)
+    fields_given = {name: value for name, value in given.items() if name not in base}
+    method = _built(cls, fields_given, {}, base)
     return WithTraining(method, changes) if changes else method
 
 
@@ -132,35 +130,41 @@ def _base(
     entries: Mapping[str, Settings],
     chain: tuple[str, ...],
 ) -> dict[str, Method]:
-    base = next((field for field in fields(cls) if field.name == "base"), None)  # type: ignore[arg-type]
-    if base is None:
+    """The base as a keyword argument of the method; none for methods without one."""
+    field = next((field for field in fields(cls) if field.name == "base"), None)  # type: ignore[arg-type]
+    if field is None:
         return {}
     if "base" in given:
         return {"base": _made(given["base"], entries, "", chain)}
-    if base.default_factory is not MISSING:
-        return {"base": base.default_factory()}
-    if base.default is not MISSING:
-        return {"base": base.default}
-    raise ValueError(
-        f"{cls.__name__} needs a base: got {dict(given)}, expected `base`, a method's name or settings; add it"
-    )
+    if field.default_factory is MISSING:
+        raise ValueError(
+            f"{cls.__name__} needs a base: got {dict(given)}, expected `base`, a method's name or "
+            "settings; add it"
+        )
+    return {"base": field.default_factory()}
 
 
-def described(method: Method) -> dict[str, Any]:
-    """A method as settings that `make_method` reads: its name in `METHODS`, all its fields, its base likewise.
-
-    >>> described(make_method("mle"))
-    {'method': 'mle'}
-    """
-    inner: Any = getattr(method, "method", None)
-    if _is_method(inner):
-        changes = getattr(method, "changes", None)
-        return {**described(inner), **({"training": dict(changes)} if changes else {})}
-    name = next(
-        (key for key, cls in METHODS.items() if type(method) is cls), type(method).__name__.lower()
-    )
-    values = {field.name: getattr(method, field.name) for field in fields(method)}  # type: ignore[arg-type]
-    return {
-        "method": name,
-        **{key: described(v) if _is_method(v) else v for key, v in values.items()},
-    }
+def _built(
+    cls: type[T], given: Mapping[str, Any], defaults: Mapping[str, Any], base: Mapping[str, Any]
+) -> T:
+    """A dataclass of fields from a configuration, each checked against its type, and its base."""
+    known = {field.name for field in fields(cls)} - set(base)  # type: ignore[arg-type]
+    if unknown := sorted(set(given) - known):
+        raise ValueError(
+            f"unknown settings of {cls.__name__}: got {unknown}, expected some of {sorted(known)}; "
+            "correct the name"
+        )
+    if not known:
+        return cls(**base)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, skip=set(base))
+    parser.set_defaults(dict(defaults))
+    try:
+        values = parser.instantiate(parser.parse_object(dict(given)))
+    except ArgumentError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"settings of {cls.__name__}: got {dict(given)}, expected values of its fields' types; "
+            f"{reason}"
+        ) from None
+    return cls(**vars(values), **base)

@@ -1,4 +1,7 @@
-"""The table of methods, by the name that commands and records use."""
+"""The table of methods, by the name that commands and records use.
+
+A new method is one file and one entry here; `bayestune.methods` exports every class of the table.
+"""
 
 from typing import Any
 
@@ -32,3 +35,5 @@ METHODS: dict[str, type[Any]] = {
     "scalabl": ScalaBL,
     "dalorra": DALorRA,
 }
+
+__all__ = ["METHODS", *(method.__name__ for method in METHODS.values())]  # noqa: PLE0604 # pyright: ignore[reportUnsupportedDunderAll]

@@ -1,7 +1,6 @@
-"""ScalaBL: Gaussian factors on the ranks of A, in the coordinates of A's singular value decomposition."""
+"""ScalaBL: Gaussian factors on the ranks of A, in the basis of A's singular vectors."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,36 +8,34 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from bayestune.adapters import RankLinear, RowGroups, make_ranks_random, put_means
+from bayestune.adapters import RankLinear, RowGroups, Slots, make_ranks_random, put_means
 from bayestune.kl import Schedule, burst_period, kl_weights, warmup_decay
 from bayestune.posteriors import Scaled
 from bayestune.scoring import Scorer
-from bayestune.training import Training, adamw, start_adapter, train
+from bayestune.training import Training, adamw, add_to_log, fit_adapter
 
 
 class SingularLinear(RankLinear):
-    """A = diag(s)·V, s ~ N(μ, diag σ²): V (r, k) is `weight`, `log_mean` and `log_std` are log μ and log σ, (r, 1).
+    """A = diag(s)·V, s ~ N(μ, diag σ²): V (r, k) is `weight`, log μ and log σ (r, 1) are learnt.
 
     Args:
-        linear: the plain layer; with its weight U·diag(μ)·V, μ and V are kept, and U, which turns the ranks, is not.
+        linear: the plain layer; of its weight U·diag(μ)·V, μ and V are kept, and U, which turns the
+            ranks, is not.
         init_std: ε; σ starts uniform on (ε/√2, ε).
         groups: shared by a model's layers, see `RowGroups`.
 
     Raises:
-        ValueError: if `init_std` is not positive, or A has more ranks than inputs.
+        ValueError: if A has more ranks than inputs.
     """
 
     def __init__(
         self, linear: nn.Linear, init_std: float = 0.05, groups: RowGroups | None = None
     ) -> None:
-        if init_std <= 0:
-            raise ValueError(
-                f"init_std must be positive: got {init_std}; the published value is 0.05"
-            )
         if linear.out_features > linear.in_features:
             raise ValueError(
-                f"A has more ranks than inputs: got ({linear.out_features}, {linear.in_features}), expected at most "
-                f"rank {linear.in_features}, the number of its singular values; lower the rank"
+                f"A has more ranks than inputs: got ({linear.out_features}, {linear.in_features}), "
+                f"expected at most rank {linear.in_features}, the number of its singular values; "
+                "lower the rank"
             )
         super().__init__(linear, groups)
         with torch.no_grad():
@@ -56,57 +53,62 @@ class SingularLinear(RankLinear):
 
     def factors(self, num_rows: int) -> Tensor:
         """s = μ + σ∘ε for each row, (N, r)."""
-        noise = torch.randn(
-            num_rows, self.out_features, dtype=self.log_std.dtype, device=self.log_std.device
-        )
-        return torch.addcmul(self.mean_factors, self.log_std.exp()[:, 0], noise)
+        std = self.log_std.exp()[:, 0]
+        noise = torch.randn(num_rows, len(std), dtype=std.dtype, device=std.device)
+        return torch.addcmul(self.mean_factors, std, noise)
 
 
-def kl_divergence(log_mean: Tensor, log_std: Tensor) -> Tensor:
+def factor_kl(log_mean: Tensor, log_std: Tensor) -> Tensor:
     """KL[N(μ, σ²) ‖ N(0, 1)] = Σ [(σ² + μ² − 1)/2 − log σ] in nats, of log μ and log σ."""
     return (((2 * log_std).exp() + (2 * log_mean).exp() - 1) / 2 - log_std).sum()
 
 
 @torch.no_grad()
-def kl_step_(log_mean: Tensor, log_std: Tensor, step: float) -> None:
-    """One gradient step on that KL, in place: ∂/∂log μ = μ², ∂/∂log σ = σ² − 1."""
+def factor_kl_step_(log_mean: Tensor, log_std: Tensor, step: float) -> None:
+    """One gradient step on `factor_kl`, in place: ∂/∂log μ = μ², ∂/∂log σ = σ² − 1."""
     log_mean.sub_((2 * log_mean).exp(), alpha=step)
     log_std.sub_((2 * log_std).exp() - 1, alpha=step)
 
 
-class _KLDescent(TrainerCallback):
-    """A step of η_t = kl_lr·schedule_t·π_t on the KL after each of the optimiser's, as BLoB takes it."""
+@dataclass(eq=False)
+class FactorKL(TrainerCallback):
+    """A step of η_t = kl_lr·schedule_t·π_t on the KL after each of the optimiser's, as in BLoB."""
 
-    def __init__(
-        self, method: "ScalaBL", layers: Sequence[SingularLinear], num_rows: int, warmup: float
-    ) -> None:
-        self.method, self.layers, self.num_rows, self.warmup = method, layers, num_rows, warmup
+    kl_lr: float
+    schedule: Schedule
+    num_rows: int
+    warmup_ratio: float
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Finds the layers and plans the steps."""
+        self.layers = list(Slots(kwargs["model"]).of_kind(SingularLinear).values())
         batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         period = burst_period(self.num_rows, batch_size)
-        weights = kl_weights(state.max_steps, period, self.method.schedule)
-        self.steps = self.method.kl_lr * weights * warmup_decay(state.max_steps, self.warmup)
+        weights = kl_weights(state.max_steps, period, self.schedule)
+        self.steps = self.kl_lr * weights * warmup_decay(state.max_steps, self.warmup_ratio)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Takes the KL's step."""
         for layer in self.layers:
-            kl_step_(layer.log_mean, layer.log_std, float(self.steps[state.global_step]))
+            factor_kl_step_(layer.log_mean, layer.log_std, float(self.steps[state.global_step]))
 
     @torch.no_grad()
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Adds the KL."""
         if "loss" in logs:
-            kl = sum(float(kl_divergence(layer.log_mean, layer.log_std)) for layer in self.layers)
-            logs["kl"] = state.log_history[-1]["kl"] = kl
+            kl = sum(float(factor_kl(layer.log_mean, layer.log_std)) for layer in self.layers)
+            add_to_log(state, logs, {"kl": kl})
 
 
 @dataclass(frozen=True)
 class ScalaBL:
-    """q(s) = N(μ, diag σ²) on an r-vector of each layer, A = diag(s)·V; V, B, μ and σ are trained together.
+    """q(s) = N(μ, diag σ²) on an r-vector of each layer, A = diag(s)·V; V, B, μ and σ are trained.
 
-    As published: μ and V from the singular value decomposition of A as PEFT starts it, both μ and σ as logarithms, V
-    trained freely after that (the paper learns all its parameters by stochastic variational inference), AdamW on the
-    likelihood of all parameters, and steps of its own on the KL, at 0.2 and with BLoB's schedule. Unlike there, the KL
-    is KL[q ‖ p] (the public code has the two the other way round), and each row has a draw of its own.
+    As published: μ and V from the singular value decomposition of A as PEFT starts it, both μ and σ
+    as logarithms, V trained freely after that (the paper learns all its parameters by stochastic
+    variational inference), AdamW on the likelihood of all parameters, and steps of its own on the
+    KL, at 0.2 and with BLoB's schedule. Unlike there, the KL is KL[q ‖ p] (the public code has the
+    two the other way round), and each row has a draw of its own.
 
     Args:
         init_std: ε; σ starts uniform on (ε/√2, ε).
@@ -117,8 +119,9 @@ class ScalaBL:
         ValueError: if a value is out of range.
 
     Reference:
-        Samplawski, Cobb, Acharya, Kaur, Jha: Scalable Bayesian low-rank adaptation of large language models via
-        stochastic variational subspace inference, UAI 2025, https://arxiv.org/abs/2506.21408.
+        Samplawski, Cobb, Acharya, Kaur, Jha: Scalable Bayesian low-rank adaptation of large
+        language models via stochastic variational subspace inference, UAI 2025,
+        https://arxiv.org/abs/2506.21408.
     """
 
     init_std: float = 0.05
@@ -132,24 +135,21 @@ class ScalaBL:
             )
 
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Scaled:
-        """Trains a fresh adapter on `model`.
-
-        Args:
-            model: a transformers model without adapters.
-            scorer: the task, bound to the model's tokenizer.
-            training: the adapter and how it is trained.
-        """
-        adapted = start_adapter(model, training)
-        layers = make_ranks_random(
-            adapted, lambda slot, groups: SingularLinear(slot, self.init_std, groups)
+        """Trains an adapter and its factors; the mean is μ ∘ V."""
+        num_rows = len(scorer.task.train)
+        adapted, report = fit_adapter(
+            model,
+            scorer,
+            training,
+            [FactorKL(self.kl_lr, self.schedule, num_rows, training.warmup_ratio)],
+            prepare=lambda adapted: make_ranks_random(adapted, self._singular),
+            optimizer=adamw(training, ["log_mean", "log_std"], training.learning_rate),
         )
-        own = [p for layer in layers.values() for p in (layer.log_mean, layer.log_std)]
-        descent = _KLDescent(
-            self, list(layers.values()), len(scorer.task.train), training.warmup_ratio
-        )
-        optimizer = adamw(training, own, training.learning_rate)
-        report = train(adapted, scorer, training, [descent], optimizer=optimizer)
+        layers = Slots(adapted).of_kind(SingularLinear)
         put_means(adapted, layers)
         stds = {name: layer.log_std.detach().exp() for name, layer in layers.items()}
         directions = {name: layer.weight.detach() for name, layer in layers.items()}
         return Scaled(adapted, scorer, stds, "normal", directions, report=report)
+
+    def _singular(self, slot: nn.Linear, groups: RowGroups) -> SingularLinear:
+        return SingularLinear(slot, self.init_std, groups)

@@ -13,15 +13,15 @@ from bayestune.methods.method import Method
 from bayestune.methods.mle import MLE
 from bayestune.posteriors import Gaussian, Tempered
 from bayestune.scoring import Scorer
-from bayestune.training import Training
+from bayestune.training import Meter, Training
 
 
 def best_temperature(logits: Tensor, labels: Tensor) -> float:
-    """T = argmin −mean log 1/S Σ_s softmax(f_s/T)_y, by Newton-like steps (LBFGS) on log T.
+    """T = argmin −mean log 1/S Σ_s softmax(f_s/T)_y, by LBFGS on log T.
 
     Args:
-        logits: (S, N, C), -inf where a row has fewer options.
-        labels: (N,).
+        logits: f (S, N, C), -inf where a row has fewer options.
+        labels: y (N,).
 
     Example:
         >>> logits = torch.tensor([[[4.0, 0.0], [4.0, 0.0], [4.0, 0.0], [4.0, 0.0]]])
@@ -29,13 +29,11 @@ def best_temperature(logits: Tensor, labels: Tensor) -> float:
         3.641
 
     Reference:
-        Guo, Pleiss, Sun, Weinberger: On calibration of modern neural networks, ICML 2017, section 4.2,
-        https://arxiv.org/abs/1706.04599.
+        Guo, Pleiss, Sun, Weinberger: On calibration of modern neural networks, ICML 2017, section
+        4.2, https://arxiv.org/abs/1706.04599.
     """
     log_temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    logits = logits.double().nan_to_num(
-        neginf=-1e30
-    )  # times a gradient of 0, -inf would be no number
+    logits = logits.double().nan_to_num(neginf=-1e30)  # -inf times a gradient of 0 would be NaN
     optimizer = torch.optim.LBFGS([log_temperature], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
@@ -46,9 +44,8 @@ def best_temperature(logits: Tensor, labels: Tensor) -> float:
         return loss
 
     optimizer.step(closure)  # type: ignore[arg-type]
-    return math.exp(
-        min(max(log_temperature.item(), -5.0), 5.0)
-    )  # separable rows have no finite optimum
+    bounded = min(max(log_temperature.item(), -5.0), 5.0)  # separable rows have no finite optimum
+    return math.exp(bounded)
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ class Temperature:
 
     Args:
         base: whose posterior is tempered.
-        draws: S of the fit, for a base that is no point.
+        draws: S of the fit, for a base that is not a point.
 
     Reference:
         Guo, Pleiss, Sun, Weinberger: On calibration of modern neural networks, ICML 2017,
@@ -68,29 +65,26 @@ class Temperature:
     draws: int = 10
 
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Tempered:
-        """Fits the base, then T.
-
-        Raises:
-            ValueError: if there are no held-out rows, or training saw one of them.
-        """
+        """Fits the base, then T."""
         rows = held_out_rows(scorer, "Temperature")
         posterior = self.base.fit(model, scorer, training)
+        meter = Meter()
         draws = Draws(self.draws, bf16=training.bf16)
-        logits, labels = held_out_logits(posterior, scorer, rows, draws)
-        temperature = best_temperature(logits, labels)
-        return Tempered(posterior, temperature, posterior.report.plus(temperature=temperature))
+        temperature = best_temperature(*held_out_logits(posterior, scorer, rows, draws))
+        report = posterior.report.plus(**meter.read(), temperature=temperature)
+        return Tempered(posterior, temperature, report)
 
 
 @dataclass(frozen=True)
 class PosteriorScale:
-    """The base's Gaussian with one factor c on Ω for all layers, the c of a grid with the least NLL on held-out rows.
+    """The base's Gaussian with one factor c on Ω, the c of a grid with the least held-out NLL.
 
     Args:
         base: a method whose posterior is Gaussian.
         draws: S of the search.
         factors: the grid of c; 0 is the mean.
-        shared_prefix: m of the search; the factor then makes up for the noise that draws with a shared prefix lack,
-            and is meant for predictions with the same m.
+        shared_prefix: m of the search; the factor then makes up for the noise that draws with a
+            shared prefix lack, and is meant for predictions with the same m.
     """
 
     base: Method = field(default_factory=BLoB)
@@ -99,18 +93,15 @@ class PosteriorScale:
     shared_prefix: int | None = None
 
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Gaussian:
-        """Fits the base, then the factor.
-
-        Raises:
-            ValueError: if the base's posterior is not Gaussian, or as `Temperature`.
-        """
+        """Fits the base, then the factor."""
         rows = held_out_rows(scorer, "PosteriorScale")
         posterior = self.base.fit(model, scorer, training)
         if not isinstance(posterior, Gaussian):
             raise ValueError(
-                f"PosteriorScale scales a Gaussian: got a {type(posterior).__name__} from its base, expected BLoB, "
-                "BBB, TFB or IVON"
+                f"PosteriorScale scales a Gaussian: got a {type(posterior).__name__} from its "
+                "base, expected BLoB, BBB, TFB or IVON"
             )
+        meter = Meter()
         roots = {name: slot.root_std.detach().clone() for name, slot in posterior.layers().items()}
         draws = Draws(self.draws, shared_prefix=self.shared_prefix, bf16=training.bf16)
         losses = {}
@@ -120,7 +111,7 @@ class PosteriorScale:
             losses[factor] = predictive_nll(logits.double(), labels).item()
         best = min(losses, key=lambda factor: losses[factor])
         _scale(posterior, roots, best)
-        report = posterior.report.plus(scale=best, nll_by_scale=losses)
+        report = posterior.report.plus(**meter.read(), scale=best, nll_by_scale=losses)
         return replace(posterior, report=report)
 
 

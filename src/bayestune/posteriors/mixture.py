@@ -81,7 +81,7 @@ class Mixture(Posterior):
                 f"a mixture of {len(self.members)} has no mean: got draws=0, expected 1 or more"
             )
         if self._runs_in_one_pass():
-            with draws.precision(self.model):
+            with active(self.model, self.adapter, alone=True), draws.precision(self.model):
                 return drawn_logits(self, inputs, draws, self._plan)
         self.refuse_shared_prefix(draws)
         return self._member_by_member(inputs, draws)
@@ -103,7 +103,7 @@ class Mixture(Posterior):
             own = [index for index in draws.indices if index % size == k]
             if own:
                 which = replace(draws, first=own[0] // size, count=len(own))
-                with active(self.model, member.adapter):
+                with active(self.model, member.adapter, alone=True):
                     parts.update(zip(own, member.logits(inputs, which), strict=True))
         return torch.stack([parts[index] for index in draws.indices])
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from bayestune.adapters import ADAPTER, Slots, split_name
+from bayestune.adapters import ADAPTER, Slots, active, split_name
 from bayestune.forward import Batch, ClassLogits, Draws, Plan, drawn_logits, mean_logits
 from bayestune.posteriors.fit_report import FitReport
 
@@ -142,7 +142,7 @@ class SingleAdapter(Posterior):
 
     def logits(self, inputs: Batch, draws: Draws) -> Tensor:
         """Class logits (S, N, C); (1, N, C) for the mean."""
-        with draws.precision(self.model):
+        with active(self.model, self.adapter), draws.precision(self.model):
             if draws.count == 0:
                 return mean_logits(self.model, self.scorer, inputs)
             return self._drawn(inputs, draws)

@@ -20,6 +20,7 @@ from bayestune.posteriors.gaussian import Gaussian
 from bayestune.posteriors.mixture import Mixture
 from bayestune.posteriors.point import Point
 from bayestune.posteriors.posterior import KINDS, AdapterPosterior, Posterior, Saved
+from bayestune.posteriors.tempered import Tempered
 
 FORMAT = 1
 CONFIG = "adapter_config.json"
@@ -86,6 +87,9 @@ def save_posterior(
             record["members"] = [f"member-{i}" for i in range(len(posterior.members))]
             for member, name in zip(posterior.members, record["members"], strict=True):
                 save_posterior(member, folder / name, details)
+        elif isinstance(posterior, Tempered) and isinstance(posterior.base, Mixture):
+            record |= {"base": "base", "facts": {"temperature": posterior.temperature}}
+            save_posterior(posterior.base, folder / "base", details)
         else:
             slots = Slots(posterior.model, posterior.adapter)
             tensors, record["facts"] = posterior.state()
@@ -234,7 +238,11 @@ def load_posterior(
         PosteriorError: if the folder is not a posterior, a file is cut off, or it is of another
             model, rank or mean.
     """
-    members = read_details(folder).get("members")
+    details = read_details(folder)
+    if "base" in details:
+        mixture = load_posterior(base, folder / details["base"], scorer, trainable=trainable)
+        return Tempered(mixture, **details["facts"])
+    members = details.get("members")
     folders = [folder] if members is None else [folder / member for member in members]
     loaded = load_members(base, folders, scorer, trainable=trainable)
     return loaded[0] if members is None else Mixture(loaded)

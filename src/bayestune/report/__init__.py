@@ -4,10 +4,10 @@ Tables are made of records first and given a style by `render`; figures import m
 one is drawn.
 """
 
+from bayestune.report.comparison import grid_tables, significance
 from bayestune.report.figures import reliability_figure, risk_coverage_figure, summary_figure
-from bayestune.report.grid import grid_tables, significance
 from bayestune.report.page import write_page
-from bayestune.report.rows import read_rows, tensors
+from bayestune.report.rows import read_rows
 from bayestune.report.shift import has_shift, write_shift
 from bayestune.report.summary import summary_tables
 from bayestune.report.svg import BLUE, FAINT, INK, STYLE, VERMILLION, save_figure
@@ -31,7 +31,6 @@ __all__ = [
     "significance",
     "summary_figure",
     "summary_tables",
-    "tensors",
     "write_page",
     "write_shift",
 ]

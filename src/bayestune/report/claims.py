@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from bayestune.metrics import LEVEL, Bins, PairedDifference, Row, accuracy, paired_bootstrap
 from bayestune.report.columns import ACCURACY, BRIER, ECE, NLL, Column
 from bayestune.report.rows import Record, paired_tensors, tensors
+from bayestune.report.table import Block, Cell, Table
 
 RESAMPLES = 1000
 COMPARED = (ACCURACY, ECE, NLL, BRIER)
@@ -29,17 +30,17 @@ class Evaluation:
 
     def opening(self) -> str:
         """Its own numbers, and how far its confidence is from its accuracy."""
-        right, ece, nll = map(self.told, (ACCURACY, ECE, NLL))
-        text = f"On {self.record.get('n', '?')} questions of {self.record.get('task', '?')}, "
-        text += f"{self.name} has {right} right, with an NLL of {nll} and a calibration error "
-        text += f"(ECE) of {ece}."
-        if self.rows:
-            p, labels = tensors(self.rows)
-            gap = 100 * (p.max(1).values.mean().item() - accuracy(p, labels))
-            side = "above" if gap > 0 else "below"
-            text += f" Its confidence is on average {abs(gap):.1f} points {side} its accuracy"
-            text += " on these questions."
-        return text
+        text = (
+            f"On {self.record.get('n', '?')} questions of {self.record.get('task', '?')}, "
+            f"{self.name} has {self.told(ACCURACY)} right, with an NLL of {self.told(NLL)} and a "
+            f"calibration error (ECE) of {self.told(ECE)}."
+        )
+        if not self.rows:
+            return text
+        p, labels = tensors(self.rows)
+        gap = 100 * (p.max(1).values.mean().item() - accuracy(p, labels))
+        size = f"{abs(gap):.1f} points {'above' if gap > 0 else 'below'} its accuracy"
+        return f"{text} Its confidence is on average {size} on these questions."
 
 
 def compare(first: Evaluation, other: Evaluation) -> Compared:
@@ -78,10 +79,23 @@ def sentence(first: Evaluation, other: Evaluation, compared: Compared) -> str:
     return f"{other.name} against {first.name} {on}: {'; '.join(parts)}."
 
 
-def listing(words: Sequence[str]) -> str:
-    """Words as in a sentence.
+def paired_table(compared: Sequence[tuple[Evaluation, Compared]]) -> Table:
+    """The number of shared rows; of each metric the difference, its interval and p-value."""
+    lines = []
+    for other, differences in compared:
+        cells = [Cell()] * (1 + len(COMPARED))
+        if not isinstance(differences, str):
+            cells = [Cell(str(differences[NLL].n))]
+            for column, paired in differences.items():
+                value, low, high = map(column.signed, (paired.difference, paired.low, paired.high))
+                behind = (f"[{low}, {high}]", f"p = {paired.p_value:.3f}")
+                cells.append(Cell(value, behind, "best" if verdict(column, paired) > 0 else ""))
+        lines.append((other.name, tuple(cells)))
+    headings = ("Rows", *(column.heading for column in COMPARED))
+    return Table("", headings, (Block("", tuple(lines)),))
 
-    >>> listing(["one", "two", "three"])
-    'one, two and three'
-    """
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+def listing(words: Sequence[str]) -> str:
+    """Words as in a sentence: one, two and three."""
+    *most, last = words
+    return f"{', '.join(most)} and {last}" if most else last

@@ -2,17 +2,13 @@
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bayestune.report.comparable import Seeds
 from bayestune.report.rows import Record
-from bayestune.report.table import DASH, Cell
-
-
-def metric_of(record: Record, key: str) -> Mapping[str, Any]:
-    """The value and interval of a metric in a record; empty if it has none."""
-    return record.get("metrics", {}).get(key) or {}
+from bayestune.report.table import DASH, Block, Cell, Mark, marked
 
 
 @dataclass(frozen=True)
@@ -30,6 +26,18 @@ class Column:
         """The title and an arrow to the better side."""
         return f"{self.title} {'↑' if self.sign > 0 else '↓'}"
 
+    def of(self, record: Record) -> Mapping[str, Any]:
+        """The value and interval in a record; empty if it has none."""
+        return record.get("metrics", {}).get(self.key) or {}
+
+    def values(self, methods: Mapping[str, Seeds]) -> dict[str, list[float]]:
+        """The values of each method, one for each seed that has one."""
+        found = {}
+        for method, seeds in methods.items():
+            values = [self.of(record).get("value") for record in seeds.values()]
+            found[method] = [value for value in values if value is not None]
+        return found
+
     def number(self, value: float | None) -> str:
         """A value in the column's unit and digits; a dash if there is none."""
         if value is None or not math.isfinite(value):
@@ -43,20 +51,33 @@ class Column:
 
     def with_interval(self, record: Record) -> Cell:
         """A record's value and interval."""
-        metric = metric_of(record, self.key)
-        if not metric:
-            return Cell()
+        metric = self.of(record)
         value, low, high = (self.number(metric.get(key)) for key in ("value", "low", "high"))
-        return Cell(value, (f"[{low}, {high}]",))
+        return Cell(value, (f"[{low}, {high}]",) if metric else ())
 
-    def over_seeds(self, values: Sequence[float | None], seeds: int) -> Cell:
+    def over_seeds(self, values: Sequence[float], seeds: int) -> Cell:
         """Mean ± standard deviation (of n − 1), and n where it is not the number of seeds."""
-        found = [value for value in values if value is not None and math.isfinite(value)]
+        found = list(filter(math.isfinite, values))
         if not found:
             return Cell()
         behind = [f"± {self.number(statistics.stdev(found))}"] if len(found) > 1 else []
         behind += [f"({len(found)})"] if len(found) < seeds else []
         return Cell(self.number(statistics.fmean(found)), tuple(behind))
+
+    def block(
+        self,
+        title: str,
+        methods: Sequence[str],
+        values: Iterable[Mapping[str, Sequence[float]]],
+        seeds: int,
+        marks: Sequence[Mark] = ("best",),
+    ) -> Block:
+        """Means over seeds, with `values` of each method for every column of the table."""
+        columns = []
+        for of_method in values:
+            cells = [self.over_seeds(of_method.get(method, ()), seeds) for method in methods]
+            columns.append(marked(cells, self.sign, marks))
+        return Block.of(title, methods, columns)
 
 
 ACCURACY = Column("accuracy", "ACC %", 100, 1, 1)

@@ -5,18 +5,16 @@ from typing import Any
 
 from bayestune.report.rows import Record
 
+Seeds = dict[Any, Record]  # a method's records, by seed
 SETTING = ("model", "scoring", "bins", "binning", "rows")
 
 
 def comparable(records: Sequence[Record], *, same_task: bool = True) -> list[list[Record]]:
-    """Groups of records whose metrics compare, in order of appearance.
+    """Groups of records whose metrics compare: those of one `SETTING`, and of one task and size.
 
     Args:
         records: one for each evaluated method.
-        same_task: keep apart what differs in task or number of rows too.
-
-    Returns:
-        Groups of the same model, scoring, bins, and part of the data (`rows`).
+        same_task: false for groups of all tasks and sizes.
 
     Raises:
         ValueError: if there are no records.
@@ -64,9 +62,9 @@ def names(records: Sequence[Record]) -> list[str]:
     return found
 
 
-def by_seed(records: Iterable[Record]) -> dict[str, dict[Any, Record]]:
+def by_seed(records: Iterable[Record]) -> dict[str, Seeds]:
     """The records of each method by seed; of two of the same seed the later one."""
-    runs: dict[str, dict[Any, Record]] = {}
+    runs: dict[str, Seeds] = {}
     for record in records:
         runs.setdefault(label_of(record), {})[record.get("seed")] = record
     return runs
@@ -79,12 +77,8 @@ def caption(record: Record, first: object = None, rows: object = None, last: str
     'arc_easy · m · 300 rows · ECE in 15 bins (textbook)'
     """
     scoring = record.get("scoring")
-    parts = [
-        first,
-        record.get("model"),
-        f"scored by {scoring}" if scoring else None,
-        f"{rows} rows" if rows is not None else None,
-        f"ECE in {record.get('bins', '?')} bins ({record.get('binning', 'binning unknown')})",
-        last,
-    ]
+    scored = f"scored by {scoring}" if scoring else ""
+    size = f"{rows} rows" if rows is not None else ""
+    bins = f"{record.get('bins', '?')} bins ({record.get('binning', 'binning unknown')})"
+    parts = [first, record.get("model"), scored, size, f"ECE in {bins}", last]
     return " · ".join(str(part) for part in parts if part)

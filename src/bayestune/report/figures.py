@@ -11,23 +11,13 @@ import torch
 from torch import Tensor
 
 from bayestune.metrics import Reliability, Row, is_right, risk_coverage
-from bayestune.report.columns import ACCURACY, BRIER, ECE, NLL, Column, metric_of
+from bayestune.report.columns import ACCURACY, BRIER, ECE, NLL, Column
 from bayestune.report.comparable import names
 from bayestune.report.rows import Record
 from bayestune.report.summary import summary_tables
-from bayestune.report.svg import (
-    BLUE,
-    FAINT,
-    INK,
-    PAPER,
-    VERMILLION,
-    few_ticks,
-    percent,
-    styled_figure,
-)
+from bayestune.report.svg import BLUE, FAINT, INK, PAPER, VERMILLION, styled_figure
 
 if TYPE_CHECKING:
-    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -39,6 +29,7 @@ _DASHED: Any = {"color": FAINT, "linestyle": (0, (4, 3))}
 _COLOURS = (INK, BLUE, VERMILLION, "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1.2)))
 _NOISY = 20  # the error rate of fewer rows jumps, and would set the scale
+_PERCENT = "{x:.0%}"
 
 Runs = Sequence[Sequence[Row]]  # a method's rows, once for each seed
 
@@ -49,9 +40,8 @@ def _draw_diagram(axes: Axes, diagram: Reliability) -> None:
     used = diagram.counts > 0
     left = used.nonzero()[:, 0].double() * width
     accuracy = diagram.accuracy[used]
-    confidence = diagram.confidence[used]
-    lesser = torch.minimum(accuracy, confidence)
-    gap = confidence - accuracy
+    gap = diagram.confidence[used] - accuracy
+    lesser = torch.minimum(accuracy, diagram.confidence[used])
     axes.plot([0, 1], [0, 1], linewidth=0.9, zorder=3, **_DASHED)
     axes.bar(left, lesser, width, align="edge", color=BLUE, edgecolor=PAPER, linewidth=0.6)
     for where, kind in ((gap > 0, _OVER), (gap < 0, _UNDER)):
@@ -70,25 +60,25 @@ def _draw_histogram(axes: Axes, diagram: Reliability) -> None:
     for values, colour, dash in means:
         mean = (values.nan_to_num() * diagram.counts).sum() / diagram.counts.sum()
         axes.axvline(mean.item(), color=colour, linewidth=1.4, linestyle=dash)
-    axes.set(xlim=(0, 1), xticks=[0, 0.5, 1], xlabel="confidence")
-    axes.set_xticklabels(["0", "0.5", "1"])
-    percent(axes.yaxis)
-    few_ticks(axes.yaxis, 2)
+    axes.set(xlim=(0, 1), xlabel="confidence")
+    axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
+    axes.yaxis.set_major_formatter(_PERCENT)
+    axes.locator_params("y", nbins=2, steps=None)
 
 
 def reliability_figure(panels: Sequence[tuple[str, str, Reliability]]) -> Figure:
-    """One panel a method: accuracy against confidence above, where the confidences lie below.
+    """Accuracy against confidence above, where the confidences lie below; a panel a method.
 
     The lines in the histogram are the mean accuracy (solid) and the mean confidence (dashed).
 
     Args:
-        panels: title, a line under it such as the ECE, and diagram; one panel at least.
-
-    Returns:
-        A figure, four panels a row.
+        panels: title, a line under it such as the ECE, and diagram; four of them a row.
 
     Reference: DeGroot, Fienberg (1983), https://doi.org/10.2307/2987588
     """
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
     columns = min(len(panels), 4)
     bands = math.ceil(len(panels) / columns)
     legend = 0.35 if columns > 2 else 0.8  # inches
@@ -101,51 +91,43 @@ def reliability_figure(panels: Sequence[tuple[str, str, Reliability]]) -> Figure
             _draw_diagram(upper, diagram)
             _draw_histogram(lower, diagram)
             upper.set_title(textwrap.fill(title, 26), loc="left", pad=18)
-            place: Any = {"xycoords": "axes fraction", "textcoords": "offset points"}
-            upper.annotate(caption, (0, 1), (0, 6), fontsize=8, **place)
+            upper.annotate(caption, (0, 1), (0, 6), "axes fraction", "offset points", fontsize=8)
             upper.set_ylabel("accuracy" if column == 0 else "")
             lower.set_ylabel("rows" if column == 0 else "")
         top = max(axes.get_ylim()[1] for axes in figure.axes[1::2])
         for axes in figure.axes[1::2]:
             axes.set_ylim(0, top)
-        keys: Any = {"loc": "outside lower left", "ncols": min(4, columns), "handlelength": 1.6}
-        figure.legend(handles=_legend(), **keys)
+        keys: list[Any] = [
+            Patch(facecolor=BLUE, label="accuracy"),
+            Patch(**_OVER, label="confidence above accuracy"),
+            Patch(**_UNDER, label="accuracy above confidence"),
+            Line2D([], [], linewidth=0.9, label="calibrated", **_DASHED),
+        ]
+        figure.legend(handles=keys, loc="outside lower left", ncols=columns, handlelength=1.6)
     return figure
-
-
-def _legend() -> list[Artist]:
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
-    return [
-        Patch(facecolor=BLUE, label="accuracy"),
-        Patch(**_OVER, label="confidence above accuracy"),
-        Patch(**_UNDER, label="accuracy above confidence"),
-        Line2D([], [], linewidth=0.9, label="calibrated", **_DASHED),
-    ]
 
 
 def _draw_intervals(axes: Axes, column: Column, records: Sequence[Record]) -> None:
     """A point and its interval a record, and a thin line to read the others against the first."""
-    several = len(records) > 1
     for y, record in enumerate(records):
-        metric = metric_of(record, column.key)
+        metric = column.of(record)
         if not metric:
             continue
         value, low, high = (metric[key] * column.scale for key in ("value", "low", "high"))
-        colour = INK if several and y == 0 else BLUE
+        reference = y == 0 and len(records) > 1
+        colour = INK if reference else BLUE
         axes.plot([low, high], [y, y], color=colour, linewidth=1.6, solid_capstyle="butt")
         axes.plot([value], [y], marker="o", markersize=5, color=colour, linestyle="none")
-        place: Any = {"textcoords": "offset points", "ha": "center"}
-        number = axes.annotate(column.number(metric["value"]), (value, y), (0, 6), **place)
+        text = column.number(metric["value"])
+        number = axes.annotate(text, (value, y), (0, 6), textcoords="offset points", ha="center")
         number.set_bbox({"facecolor": PAPER, "edgecolor": "none", "pad": 0.6})
-        if several and y == 0:
+        if reference:
             axes.axvline(value, linewidth=0.8, zorder=0, **_DASHED)
     axes.set_title(column.title, loc="left")
     axes.set_xlabel("higher is better →" if column.sign > 0 else "← lower is better")
     axes.set(ylim=(len(records) - 0.45, -0.65), yticks=range(len(records)))
     axes.margins(x=0.12)
-    few_ticks(axes.xaxis, 4)
+    axes.locator_params("x", nbins=4, steps=None)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
 
@@ -178,30 +160,27 @@ def _mean_risk(runs: Runs) -> Tensor:
         confidence = torch.tensor([row["confidence"] for row in rows], dtype=torch.float64)
         curves.append(risk_coverage(confidence, is_right(rows)))
     n = max(map(len, curves))
-    risks = []
-    for risk in curves:
-        # The k-th of n points takes the place ⌈k·m/n⌉ of m: itself where all have as many rows.
-        places = (torch.arange(1, n + 1) * len(risk) + n - 1) // n - 1
-        risks.append(risk[places])
-    return torch.stack(risks).mean(0)
+    # The k-th of n points takes the place ⌈k·m/n⌉ of m: itself where all have as many rows.
+    k = torch.arange(1, n + 1)
+    return torch.stack([risk[(k * len(risk) + n - 1) // n - 1] for risk in curves]).mean(0)
 
 
-def _line(index: int) -> dict[str, Any]:
-    dash = _DASHES[index // len(_COLOURS) % len(_DASHES)]
-    return {"color": _COLOURS[index % len(_COLOURS)], "linestyle": dash, "linewidth": 1.5}
-
-
-def _draw_curves(axes: Axes, methods: Mapping[str, Runs], order: Sequence[str]) -> None:
+def _draw_curves(axes: Axes, methods: Mapping[str, Runs], order: Sequence[str]) -> dict[str, Any]:
+    """The line of each method; its place in the order says how it looks."""
+    lines = {}
     for name, runs in methods.items():
         risk = _mean_risk(runs)
         coverage = torch.arange(1, len(risk) + 1).double() / len(risk)
         start = max(1, min(_NOISY, len(risk) // 5)) - 1
-        axes.plot(coverage[start:], risk[start:], **_line(order.index(name)))
+        dash, colour = divmod(order.index(name), len(_COLOURS))
+        look: Any = {"color": _COLOURS[colour], "linestyle": _DASHES[dash % len(_DASHES)]}
+        (lines[name],) = axes.plot(coverage[start:], risk[start:], linewidth=1.5, **look)
     axes.set(xlim=(0, 1), ylim=(0, None), xticks=[0, 0.25, 0.5, 0.75, 1])
     axes.set_xlabel("coverage: share of rows answered")
-    percent(axes.xaxis)
-    percent(axes.yaxis)
-    few_ticks(axes.yaxis, 5, [1, 2, 5, 10])
+    axes.xaxis.set_major_formatter(_PERCENT)
+    axes.yaxis.set_major_formatter(_PERCENT)
+    axes.locator_params("y", nbins=5, steps=[1, 2, 5, 10])
+    return lines
 
 
 def risk_coverage_figure(panels: Mapping[str, Mapping[str, Runs]]) -> Figure:
@@ -215,22 +194,21 @@ def risk_coverage_figure(panels: Mapping[str, Mapping[str, Runs]]) -> Figure:
 
     Reference: El-Yaniv, Wiener (2010), https://jmlr.org/papers/v11/el-yaniv10a.html
     """
-    from matplotlib.lines import Line2D
-
     order = list(dict.fromkeys(name for methods in panels.values() for name in methods))
     columns = min(len(panels), 3)
     bands = math.ceil(len(panels) / columns)
     fitting = int(15 * columns / max(map(len, order)) + columns)
     keys = max(1, min(len(order), 2 * columns, fitting))  # in a line of the legend
     height = 2.75 * bands + 0.2 * math.ceil(len(order) / keys) + 0.1  # inches
+    lines: dict[str, Any] = {}
     with styled_figure(3.0 * columns + 0.4, height) as figure:
         grid = figure.subplots(bands, columns, squeeze=False).ravel()
         for i, (title, methods) in enumerate(panels.items()):
-            _draw_curves(grid[i], methods, order)
+            lines |= _draw_curves(grid[i], methods, order)
             grid[i].set_title(textwrap.fill(title, 40), loc="left")
             grid[i].set_ylabel("risk: error rate among them" if i % columns == 0 else "")
         for axes in grid[len(panels) :]:
             axes.set_axis_off()
-        lines = [Line2D([], [], label=name, **_line(i)) for i, name in enumerate(order)]
-        figure.legend(handles=lines, loc="outside lower left", ncols=keys, handlelength=2.4)
+        place: Any = {"loc": "outside lower left", "ncols": keys}
+        figure.legend(lines.values(), lines.keys(), handlelength=2.4, **place)
     return figure

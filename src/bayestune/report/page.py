@@ -5,19 +5,11 @@ from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
+from string import Template
 
 from bayestune.metrics import LEVEL, Row, reliability
-from bayestune.report.claims import (
-    COMPARED,
-    RESAMPLES,
-    Compared,
-    Evaluation,
-    compare,
-    listing,
-    sentence,
-    verdict,
-)
-from bayestune.report.columns import ECE, NLL
+from bayestune.report.claims import RESAMPLES, Evaluation, compare, listing, paired_table, sentence
+from bayestune.report.columns import ECE
 from bayestune.report.comparable import names
 from bayestune.report.figures import reliability_figure, summary_figure
 from bayestune.report.rows import Record, read_rows, tensors
@@ -26,33 +18,24 @@ from bayestune.report.svg import inline_svg
 from bayestune.report.table import DASH, Block, Cell, Table, render
 
 _SHOWN = 10
-_FACTS = [
-    "model",
-    "method",
-    "draws",
-    "seed",
-    "train_rows",
-    "n",
-    "bins",
-    "binning",
-    "scoring",
-    "peak_memory_mb",
-]
+_ALONE = "<p>There is one method only, so nothing to compare it with.</p>"
+_SIZES = ("draws", "seed", "train_rows", "n", "bins", "binning", "scoring", "peak_memory_mb")
+_FACTS = ("model", "method", *_SIZES)
 
 
 def write_page(records: Sequence[Record], folder: str | Path, title: str) -> Path:
-    """One self-contained `report.html`: a summary in words, tables, figures, single questions.
+    """Writes `report.html`, complete in itself: words, tables, figures, single questions.
 
     The words say that a method is better or worse only where the paired interval leaves out 0 and
     p < 0.05.
 
     Args:
         records: one for each evaluated method; the others are compared with the first.
-        folder: where the records' rows are and the page goes.
+        folder: where the records' rows are, and where the page goes.
         title: of the page.
 
     Returns:
-        The path of the page.
+        The path.
 
     Raises:
         ValueError: if there are no records.
@@ -64,69 +47,41 @@ def write_page(records: Sequence[Record], folder: str | Path, title: str) -> Pat
     first, *others = evaluations
     compared = [(other, compare(first, other)) for other in others]
     words = [first.opening(), *(sentence(first, *pair) for pair in compared)]
-    label = "Metrics of each method with bootstrap intervals"
-    picture = inline_svg(summary_figure(records), label)
+    picture = inline_svg(summary_figure(records), "Metrics of each method with bootstrap intervals")
     ends = [first, evaluations[-1]] if others else [first]
-    sections = {
-        "": "".join(f'<p class="lead">{escape(text)}</p>\n' for text in words),
-        "Metrics": f"<figure>{picture}</figure>{tables}",
-        "Paired comparisons": _paired(first, compared),
-        "Calibration": _diagrams(evaluations),
-        "Most uncertain questions": _uncertain(evaluations[-1]),
-        "Most confidently wrong": f'<div class="pair">{"".join(map(_wrong, ends))}</div>',
-    }
-    body = ""
-    for head, text in sections.items():
-        body += f"<h2>{head}</h2>\n{text}\n" if head else f"{text}\n"
-    path = Path(folder) / "report.html"
-    path.write_text(_document(title, body, _footer(evaluations)), encoding="utf-8")
-    return path
-
-
-def _document(title: str, body: str, footer: str) -> str:
-    css = files("bayestune.report").joinpath("page.css").read_text(encoding="utf-8")
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f"<title>{escape(title)}</title>"
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>\n{css}</style></head>\n"
-        f"<body><h1>{escape(title)}</h1>\n<main>{body}</main>\n"
-        f"<footer><h2>How this was made</h2>{footer}</footer></body></html>\n"
+    template = files("bayestune.report").joinpath("page.html").read_text(encoding="utf-8")
+    page = Template(template).substitute(
+        title=escape(title),
+        words="".join(f'<p class="lead">{escape(text)}</p>\n' for text in words),
+        metrics=f"<figure>{picture}</figure>{tables}",
+        comparisons=_paired(first, paired_table(compared)) if others else _ALONE,
+        calibration=_diagrams(evaluations),
+        uncertain=_uncertain(evaluations[-1]),
+        wrong="".join(map(_wrong, ends)),
+        footer=_footer(evaluations),
     )
+    path = Path(folder) / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
 
 
 def _note(text: str) -> str:
     return f'<p class="note">{escape(text)}</p>'
 
 
-def _paired(first: Evaluation, compared: Sequence[tuple[Evaluation, Compared]]) -> str:
-    if not compared:
-        return "<p>There is one method only, so nothing to compare it with.</p>"
-    lines = []
-    for other, differences in compared:
-        cells = [Cell()] * (1 + len(COMPARED))
-        if not isinstance(differences, str):
-            cells = [Cell(str(differences[NLL].n))]
-            for column, paired in differences.items():
-                value, low, high = map(column.signed, (paired.difference, paired.low, paired.high))
-                behind = (f"[{low}, {high}]", f"p = {paired.p_value:.3f}")
-                cells.append(Cell(value, behind, "best" if verdict(column, paired) > 0 else ""))
-        lines.append((other.name, tuple(cells)))
-    headings = ("Rows", *(column.heading for column in COMPARED))
+def _paired(first: Evaluation, table: Table) -> str:
     note = (
         f"Each method minus {first.name}, on the rows that both answered: difference, "
         f"{LEVEL:.0%} interval and two-sided p-value of a paired bootstrap ({RESAMPLES} "
         f"resamples). Green: better, the interval leaves out 0 and p < {1 - LEVEL:.2f}. "
         "No correction for looking at several methods and metrics."
     )
-    return _note(note) + render([Table("", headings, (Block("", tuple(lines)),))], "html")
+    return _note(note) + render([table], "html")
 
 
 def _missing(evaluations: Sequence[Evaluation]) -> str:
-    lacking = [one.name for one in evaluations if not one.rows]
-    if not lacking:
-        return ""
-    return f"<p>The predictions file of {escape(listing(lacking))} is missing.</p>"
+    lacking = [escape(one.name) for one in evaluations if not one.rows]
+    return f"<p>The predictions file of {listing(lacking)} is missing.</p>" if lacking else ""
 
 
 def _diagrams(evaluations: Sequence[Evaluation]) -> str:
@@ -151,12 +106,11 @@ def _question(row: Row, extra: str = "") -> str:
     probabilities = row["probabilities"]
     options = row.get("options") or [f"option {i + 1}" for i in range(len(probabilities))]
     items = ""
-    for i, option in enumerate(options):
+    for i, (option, p) in enumerate(zip(options, probabilities, strict=True)):
         answer = i == row["answer"]
-        marks = ["answer"] * answer + ["chosen"] * (probabilities[i] == max(probabilities))
-        text = f"{escape(str(option))}{' ✓' if answer else ''}"
-        items += f'<li class="{" ".join(marks)}"><span>{probabilities[i]:.1%}</span>'
-        items += f"<span>{text}</span></li>"
+        marks = ["answer"] * answer + ["chosen"] * (p == max(probabilities))
+        items += f'<li class="{" ".join(marks)}"><span>{p:.1%}</span>'
+        items += f"<span>{escape(str(option))}{' ✓' if answer else ''}</span></li>"
     text = escape(str(row.get("question") or row["id"]))
     return f'<div class="question">{text}<ul>{items}</ul>{extra}</div>\n'
 
@@ -196,11 +150,13 @@ def _footer(evaluations: Sequence[Evaluation]) -> str:
     lines = []
     details = ""
     for one in evaluations:
-        cells = [Cell(_plain(one.record.get(key))) for key in _FACTS]
+        cells = []
+        for key in _FACTS:
+            value = one.record.get(key)
+            cells.append(Cell(DASH if value is None else str(value)))
         seconds = one.record.get("seconds") or {}  # `evaluate` does not know those of the fit
         taken = [f"{key} {value:.1f}" for key, value in seconds.items() if value is not None]
-        cells.append(Cell(", ".join(taken)))
-        lines.append((one.name, tuple(cells)))
+        lines.append((one.name, (*cells, Cell(", ".join(taken)))))
         settings = {key: one.record.get(key) for key in ("config", "versions")}
         details += f"<details><summary>{escape(one.name)}: configuration and versions</summary>"
         details += f"<pre>{escape(json.dumps(settings, indent=2, ensure_ascii=False))}</pre>"
@@ -208,9 +164,3 @@ def _footer(evaluations: Sequence[Evaluation]) -> str:
     headings = (*(key.replace("_", " ") for key in _FACTS), "seconds")
     table = Table("", headings, (Block("", tuple(lines)),), heads=("name",))
     return render([table], "html") + details
-
-
-def _plain(value: object) -> str:
-    if value is None:
-        return DASH
-    return f"{value:.0f}" if isinstance(value, float) else str(value)

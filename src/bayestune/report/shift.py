@@ -1,17 +1,18 @@
 """Methods trained on OpenBookQA and evaluated elsewhere: how accuracy and uncertainty hold."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from bayestune.metrics import SCORES, Row, error_auroc, is_right, shift_auroc, uncertainty
-from bayestune.report.columns import ACCURACY, ECE, NLL, Column, metric_of
-from bayestune.report.comparable import SETTING, caption, comparable, differing, label_of
-from bayestune.report.figures import risk_coverage_figure
+from bayestune.report.columns import ACCURACY, ECE, NLL, Column
+from bayestune.report.comparable import SETTING, Seeds, by_seed, caption, comparable, differing
+from bayestune.report.figures import Runs, risk_coverage_figure
 from bayestune.report.rows import Record, read_rows
 from bayestune.report.svg import save_figure
-from bayestune.report.table import Block, Table, marked, render
+from bayestune.report.table import Table, render
 
 SOURCE = "openbookqa"
 # What a task is called, and how far it is from the questions of SOURCE; in the order of columns.
@@ -33,41 +34,118 @@ _DOMAIN = (
     "the task's rows against those of OBQA, 50 is a coin flip"
 )
 
-
-@dataclass(frozen=True)
-class _Run:
-    """A record and its rows."""
-
-    record: Record
-    rows: Sequence[Row]
-
-
-# Maps a run and, if there is one, the in-domain run of the same method and seed to a number.
-_Measure = Callable[[_Run, _Run | None], float | None]
+_Rankings = dict[str, list[float]]  # the AUROC of each method, one for each seed that has one
 
 
 @dataclass(frozen=True)
 class _Study:
-    """What one set of tables is of; the runs by method, task and seed."""
+    """What one set of tables is of: by task and method, the records and the rows of each seed."""
 
-    methods: Sequence[str]
-    tasks: Sequence[str]
-    seeds: Sequence[str]
-    runs: Mapping[tuple[str, str, str], _Run]
+    first: Record
+    methods: list[str]
+    seeds: int
+    records: dict[str, dict[str, Seeds]]
+    rows: dict[str, dict[str, dict[Any, list[Row]]]]
 
-    def pairs(self, method: str, task: str) -> list[tuple[_Run, _Run | None]]:
-        """The run of each seed that has one, and its in-domain run."""
-        found = []
-        for seed in self.seeds:
-            run = self.runs.get((method, task, seed))
-            if run is not None:
-                found.append((run, self.runs.get((method, SOURCE, seed))))
+    @classmethod
+    def of(cls, group: Sequence[Record], folder: str | Path) -> "_Study":
+        names = [str(record.get("task")) for record in group]
+        tasks: dict[str, list[Record]] = {SOURCE: []}
+        tasks |= {task: [] for task in _TASKS if task in names}
+        for task, record in zip(names, group, strict=True):
+            tasks.setdefault(task, []).append(record)
+        records = {task: by_seed(some) for task, some in tasks.items()}
+        rows = {task: _rows(methods, folder) for task, methods in records.items()}
+        seeds = {record.get("seed") for record in group}
+        return cls(group[0], list(by_seed(group)), len(seeds), records, rows)
+
+    def errors(self, score: str, task: str) -> _Rankings:
+        """The AUROC of a score for errors."""
+        found: _Rankings = {}
+        for method, seeds in self.rows[task].items():
+            ranked = [rows for rows in seeds.values() if len(is_right(rows).unique()) > 1]
+            found[method] = [error_auroc(rows, score) for rows in ranked if _varies(rows, score)]
         return found
 
-    @property
-    def first(self) -> Record:
-        """A record, for what all have in common."""
-        return next(iter(self.runs.values())).record
+    def shifts(self, score: str, task: str) -> _Rankings:
+        """The AUROC of a score for a task's rows against in-domain rows of the same seed."""
+        found: _Rankings = {}
+        for method, seeds in self.rows[task].items():
+            familiar = self.rows[SOURCE].get(method, {})
+            both = [(rows, familiar[seed]) for seed, rows in seeds.items() if seed in familiar]
+            ranked = [pair for pair in both if _varies([*pair[0], *pair[1]], score)]
+            found[method] = [shift_auroc(*pair, score) for pair in ranked]
+        return found
+
+
+def _rows(methods: Mapping[str, Seeds], folder: str | Path) -> dict[str, dict[Any, list[Row]]]:
+    """The rows of each method and seed that has some."""
+    found = {}
+    for method, seeds in methods.items():
+        read = {seed: read_rows(record, folder) for seed, record in seeds.items()}
+        found[method] = {seed: rows for seed, rows in read.items() if rows}
+    return found
+
+
+def _varies(rows: Sequence[Row], score: str) -> bool:
+    return len(uncertainty(rows, score).unique()) > 1
+
+
+def _heading(task: str) -> str:
+    name, shift = _TASKS.get(task, (task, "shifted"))
+    return f"{name} ({shift})"
+
+
+def _caption(study: _Study) -> str:
+    """What the tables are of, with all numbers of rows where they differ."""
+    counts = []
+    for task, methods in study.records.items():
+        name, _ = _TASKS.get(task, (task, ""))
+        runs = chain.from_iterable(seeds.values() for seeds in methods.values())
+        numbers = dict.fromkeys(str(record.get("n", "?")) for record in runs)
+        counts += [f"{name} {' or '.join(numbers)}"] if numbers else []
+    return caption(study.first, "trained on OBQA", ", ".join(counts))
+
+
+def _metrics(study: _Study) -> Table:
+    blocks = []
+    for column in (ACCURACY, ECE, NLL):
+        values = map(column.values, study.records.values())
+        blocks.append(column.block(column.heading, study.methods, values, study.seeds))
+    many = f"Mean ± standard deviation over {study.seeds} seeds; (k): of k seeds only."
+    notes = (f"{many if study.seeds > 1 else 'One seed.'} {_DASHES}",)
+    columns = tuple(map(_heading, study.records))
+    return Table(_caption(study), columns, tuple(blocks), notes, ("Metric", "Method"))
+
+
+def _ranking(
+    study: _Study, tasks: Collection[str], about: str, measure: Callable[[str, str], _Rankings]
+) -> Table:
+    blocks = []
+    for score in SCORES:
+        title = score.replace("_", " ").replace("one minus", "1 −")
+        values = [measure(score, task) for task in tasks]
+        blocks.append(_AUROC.block(title, study.methods, values, study.seeds))
+    return Table(about, tuple(map(_heading, tasks)), tuple(blocks), heads=("Score", "Method"))
+
+
+def _tables(study: _Study) -> list[Table]:
+    tables = [_metrics(study), _ranking(study, study.records, _RIGHT, study.errors)]
+    others = [task for task in study.records if task != SOURCE]
+    return [*tables, _ranking(study, others, _DOMAIN, study.shifts)] if others else tables
+
+
+def _panels(studies: Sequence[_Study]) -> dict[str, dict[str, Runs]]:
+    """Title of a panel → method → its rows of each seed that has them."""
+    differ = differing([study.first for study in studies], SETTING)
+    panels: dict[str, dict[str, Runs]] = {}
+    for study in studies:
+        apart = [str(study.first.get(key)) for key in differ]
+        for task, methods in study.rows.items():
+            title = " · ".join([*apart, _heading(task)])
+            runs: dict[str, Runs] = {m: [*seeds.values()] for m, seeds in methods.items() if seeds}
+            panels |= {title: runs} if runs else {}
+    return panels
 
 
 def _own(records: Sequence[Record]) -> list[Record]:
@@ -82,136 +160,6 @@ def has_shift(records: Sequence[Record]) -> bool:
     True
     """
     return any(record.get("task") != SOURCE for record in _own(records))
-
-
-def _studies(records: Sequence[Record], folder: str | Path) -> list[_Study]:
-    own = _own(records)
-    if not own:
-        got = f"no records of methods trained on {SOURCE!r} among {len(records)}"
-        raise ValueError(f"got {got}; expected some; run `bayestune bench` with this task first")
-    return [_study(group, folder) for group in comparable(own, same_task=False)]
-
-
-def _study(group: Sequence[Record], folder: str | Path) -> _Study:
-    """A later record of the same method, task and seed takes the place of an earlier one."""
-    methods = _methods(group)
-    tasks = [str(record.get("task")) for record in group]
-    seeds = [str(record.get("seed")) for record in group]
-    found = dict(zip(zip(methods, tasks, seeds, strict=True), group, strict=True))
-    runs = {key: _Run(record, read_rows(record, folder)) for key, record in found.items()}
-    known = [task for task in _TASKS if task in tasks]
-    return _Study(_distinct(methods), _distinct([SOURCE, *known, *tasks]), _distinct(seeds), runs)
-
-
-def _distinct(names: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(names))
-
-
-def _methods(group: Sequence[Record]) -> list[str]:
-    """The label of each record, with method and draws where a label stands for several."""
-    kinds = [(label_of(r), f"{r.get('method')}, {r.get('draws')} draws") for r in group]
-    labels = [label for label, _ in set(kinds)]
-    return [f"{label} ({kind})" if labels.count(label) > 1 else label for label, kind in kinds]
-
-
-def _metric(column: Column, run: _Run, _: _Run | None) -> float | None:
-    return metric_of(run.record, column.key).get("value")
-
-
-def _error(score: str, run: _Run, _: _Run | None) -> float | None:
-    ranked = _varies(run.rows, score) and len(is_right(run.rows).unique()) > 1
-    return error_auroc(run.rows, score) if ranked else None
-
-
-def _shift(score: str, run: _Run, familiar: _Run | None) -> float | None:
-    if familiar is None or not run.rows or not familiar.rows:
-        return None
-    ranked = _varies([*run.rows, *familiar.rows], score)
-    return shift_auroc(run.rows, familiar.rows, score) if ranked else None
-
-
-def _varies(rows: Sequence[Row], score: str) -> bool:
-    return len(rows) > 0 and len(uncertainty(rows, score).unique()) > 1
-
-
-def _heading(task: str) -> str:
-    name, shift = _TASKS.get(task, (task, "shifted"))
-    return f"{name} ({shift})"
-
-
-def _caption(study: _Study) -> str:
-    """What the tables are of, with all numbers of rows where they differ."""
-    counts = []
-    for task in study.tasks:
-        runs = [run for (_, name, _), run in study.runs.items() if name == task]
-        numbers = _distinct([str(run.record.get("n", "?")) for run in runs])
-        name, _ = _TASKS.get(task, (task, ""))
-        counts += [f"{name} {' or '.join(numbers)}"] if numbers else []
-    return caption(study.first, "trained on OBQA", ", ".join(counts))
-
-
-def _block(
-    study: _Study, tasks: Sequence[str], title: str, column: Column, measure: _Measure
-) -> Block:
-    columns = []
-    for task in tasks:
-        cells = []
-        for method in study.methods:
-            values = [measure(*pair) for pair in study.pairs(method, task)]
-            cells.append(column.over_seeds(values, len(study.seeds)))
-        columns.append(marked(cells, column.sign))
-    return Block.of(title, study.methods, columns)
-
-
-def _metrics(study: _Study) -> Table:
-    blocks = []
-    for column in (ACCURACY, ECE, NLL):
-        measure = partial(_metric, column)
-        blocks.append(_block(study, study.tasks, column.heading, column, measure))
-    seeds = "One seed."
-    if len(study.seeds) > 1:
-        number = len(study.seeds)
-        seeds = f"Mean ± standard deviation over {number} seeds; (k): of k seeds only."
-    return Table(
-        caption=_caption(study),
-        columns=tuple(map(_heading, study.tasks)),
-        blocks=tuple(blocks),
-        notes=(f"{seeds} {_DASHES}",),
-        heads=("Metric", "Method"),
-    )
-
-
-def _ranking(
-    study: _Study, tasks: Sequence[str], about: str, measure: Callable[..., float | None]
-) -> Table:
-    blocks = []
-    for score in SCORES:
-        title = score.replace("_", " ").replace("one minus", "1 −")
-        blocks.append(_block(study, tasks, title, _AUROC, partial(measure, score)))
-    columns = tuple(map(_heading, tasks))
-    return Table(about, columns, tuple(blocks), heads=("Score", "Method"))
-
-
-def _tables(study: _Study) -> list[Table]:
-    tables = [_metrics(study), _ranking(study, study.tasks, _RIGHT, _error)]
-    others = [task for task in study.tasks if task != SOURCE]
-    return [*tables, _ranking(study, others, _DOMAIN, _shift)] if others else tables
-
-
-def _panels(studies: Sequence[_Study]) -> dict[str, dict[str, list[Sequence[Row]]]]:
-    """Title of a panel → method → its rows of each seed that has them."""
-    firsts = [study.first for study in studies]
-    differ = differing(firsts, SETTING)
-    panels: dict[str, dict[str, list[Sequence[Row]]]] = {}
-    for study, first in zip(studies, firsts, strict=True):
-        apart = [str(first.get(key)) for key in differ]
-        for task in study.tasks:
-            title = " · ".join([*apart, _heading(task)])
-            for method in study.methods:
-                rows = [run.rows for run, _ in study.pairs(method, task) if run.rows]
-                if rows:
-                    panels.setdefault(title, {})[method] = rows
-    return panels
 
 
 def write_shift(records: Sequence[Record], folder: str | Path) -> list[Path]:
@@ -232,10 +180,14 @@ def write_shift(records: Sequence[Record], folder: str | Path) -> list[Path]:
     Raises:
         ValueError: if no records are left.
     """
-    studies = _studies(records, folder)
-    tables = [table for study in studies for table in _tables(study)]
+    own = _own(records)
+    if not own:
+        got = f"no records of methods trained on {SOURCE!r} among {len(records)}"
+        raise ValueError(f"got {got}; expected some; run `bayestune bench` with this task first")
+    studies = [_Study.of(group, folder) for group in comparable(own, same_task=False)]
+    tables = chain.from_iterable(map(_tables, studies))
     path = Path(folder) / "shift.md"
-    path.write_text(render(tables, "markdown") + "\n", encoding="utf-8")
+    path.write_text(render(list(tables), "markdown") + "\n", encoding="utf-8")
     panels = _panels(studies)
     if not panels:
         return [path]

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from bayestune.report.columns import ACCURACY, AURC, BRIER, ECE, ECE_DEBIASED, NLL, metric_of
+from bayestune.report.columns import ACCURACY, AURC, BRIER, ECE, ECE_DEBIASED, NLL
 from bayestune.report.comparable import caption, comparable, names
 from bayestune.report.rows import Record
 from bayestune.report.table import Block, Table, marked
@@ -17,9 +17,6 @@ _ABOUT_ECE = (
 def summary_tables(records: Sequence[Record]) -> list[Table]:
     """One table for each task, model and number of rows; the best value of a column is marked.
 
-    Args:
-        records: one for each evaluated method, as read from JSON lines.
-
     Raises:
         ValueError: if there are no records.
 
@@ -28,16 +25,11 @@ def summary_tables(records: Sequence[Record]) -> list[Table]:
     >>> table.blocks[0].lines[0][1][0]
     Cell(number='84.0', behind=('[80.0, 88.0]',), mark='')
     """
-    return [_table(group) for group in comparable(records)]
-
-
-def _table(group: Sequence[Record]) -> Table:
-    columns = []
-    for column in _COLUMNS:
-        columns.append(marked([column.with_interval(record) for record in group], column.sign))
-    return Table(
-        caption=caption(group[0], group[0].get("task"), group[0].get("n")),
-        columns=tuple(column.heading for column in _COLUMNS),
-        blocks=(Block.of("", names(group), columns),),
-        notes=(_ABOUT_ECE,) if any(metric_of(record, "ece") for record in group) else (),
-    )
+    tables = []
+    for group in comparable(records):
+        cells = [marked(map(column.with_interval, group), column.sign) for column in _COLUMNS]
+        headings = tuple(column.heading for column in _COLUMNS)
+        notes = (_ABOUT_ECE,) if any(map(ECE.of, group)) else ()
+        of = caption(group[0], group[0].get("task"), group[0].get("n"))
+        tables.append(Table(of, headings, (Block.of("", names(group), cells),), notes))
+    return tables

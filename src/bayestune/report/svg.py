@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 # Okabe, Ito (2008): told apart under every common colour blindness. The others are for text, rules
@@ -63,29 +62,11 @@ def styled_figure(width: float, height: float, wspace: float = 0.02) -> Iterator
         yield Figure(figsize=(width, height), layout=layout)
 
 
-def few_ticks(axis: Axis, most: int, steps: list[int] | None = None) -> None:
-    """Ticks that leave at most so many intervals."""
-    from matplotlib.ticker import MaxNLocator
-
-    axis.set_major_locator(MaxNLocator(most, steps=steps))
-
-
-def percent(axis: Axis) -> None:
-    """Shares as whole percentages."""
-    from matplotlib.ticker import PercentFormatter
-
-    axis.set_major_formatter(PercentFormatter(1, decimals=0))
-
-
 def inline_svg(figure: Figure, label: str) -> str:
-    """A figure as an `<svg>` element for `page.css`, which defines its colours; text stays text.
+    """A figure as an `<svg>` element for `page.html`, which defines its colours; text stays text.
 
     The same figure gives the same markup, without the namespaces, metadata and ids of groups that
-    an HTML page does not need or would repeat.
-
-    Args:
-        figure: what the functions of `bayestune.report.figures` return.
-        label: what a screen reader says.
+    an HTML page does not need or would repeat. A screen reader says the label.
     """
     import matplotlib
 
@@ -107,11 +88,7 @@ def inline_svg(figure: Figure, label: str) -> str:
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Writes a figure on white; missing folders are made.
-
-    Args:
-        figure: what the functions of `bayestune.report.figures` return.
-        path: ends in .png, or another ending that matplotlib knows.
+    """Writes a figure on white, in the format that the path ends in; missing folders are made.
 
     Returns:
         The path.

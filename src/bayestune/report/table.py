@@ -1,9 +1,10 @@
 """One table, whatever it is of, and four ways to write it: text, markdown, HTML, LaTeX."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from itertools import chain
+from string import Template
 from typing import Literal
 
 Mark = Literal["", "best", "second"]
@@ -37,8 +38,7 @@ class Block:
 class Table:
     """All that a table says, before it has a style.
 
-    `columns` are the headings of the cells, `heads` those of what leads a line: its name, or the
-    block's title and its name.
+    A line is led by its name, or by its block's title and its name, whose headings are `heads`.
     """
 
     caption: str
@@ -47,22 +47,11 @@ class Table:
     notes: tuple[str, ...] = ()
     heads: tuple[str, ...] = ("Method",)
 
-    @property
-    def heading(self) -> list[str]:
-        """The headings of a line."""
-        return [*self.heads, *self.columns]
-
-    @property
-    def marks(self) -> set[Mark]:
-        """The marks in use."""
-        lines = chain.from_iterable(block.lines for block in self.blocks)
-        return {cell.mark for _, cells in lines for cell in cells}
-
     def lines(
         self, write: Callable[[Cell], str], lead: Callable[[str], str] = str
     ) -> list[list[list[str]]]:
-        """The lines of each block as strings; a block's title is on its first line only."""
-        blocks = []
+        """The headings and each block as lines of strings; the first line has the block's title."""
+        blocks = [[[*map(lead, self.heads), *map(lead, self.columns)]]]
         for block in self.blocks:
             lines = []
             for i, (name, cells) in enumerate(block.lines):
@@ -72,19 +61,16 @@ class Table:
         return blocks
 
 
-def marked(cells: Sequence[Cell], sign: int, marks: Sequence[Mark] = ("best",)) -> list[Cell]:
-    """Marks the best cells of a column; what is printed the same is as good.
+def marked(cells: Iterable[Cell], sign: int, marks: Sequence[Mark] = ("best",)) -> list[Cell]:
+    """Marks the best cells of a column, and the runners-up if `marks` has one for them.
 
-    A column with one number only, or the same number everywhere, has no marks.
-
-    Args:
-        cells: a column.
-        sign: 1 if higher is better, else −1.
-        marks: of the best number, and of the runner-up if that has one.
+    What is printed the same is as good; a column of one number only has no marks. The `sign` is 1
+    if higher is better, else −1.
 
     >>> [cell.mark for cell in marked([Cell("0.5"), Cell("0.50"), Cell("0.4"), Cell()], sign=1)]
     ['best', 'best', '', '']
     """
+    cells = list(cells)
     numbers = {cell.number: float(cell.number) for cell in cells if cell.number != DASH}
     ranked = sorted(set(numbers.values()), reverse=sign > 0)
     mark_of = dict(zip(ranked, marks, strict=False)) if len(ranked) > 1 else {}
@@ -99,15 +85,17 @@ def _text(table: Table) -> str:
     def write(cell: Cell) -> str:
         return " ".join([cell.number + signs[cell.mark], *cell.behind])
 
-    blocks = [[table.heading], *table.lines(write)]
+    blocks = table.lines(write)
     widths = [max(map(len, column)) for column in zip(*chain(*blocks), strict=True)]
     lines = [table.caption, ""]
     for block in blocks:
         for line in block:
             lines.append("  ".join(map(str.ljust, line, widths)).rstrip())
         lines.append("  ".join("-" * width for width in widths))
-    used = [meaning for mark, meaning in legend.items() if mark in table.marks]
-    return "\n".join([*lines, *table.notes, *([", ".join(used)] if used else [])])
+    written = chain.from_iterable(block.lines for block in table.blocks)
+    used = {cell.mark for _, cells in written for cell in cells}
+    meanings = [meaning for mark, meaning in legend.items() if mark in used]
+    return "\n".join([*lines, *table.notes, *([", ".join(meanings)] if meanings else [])])
 
 
 def _markdown(table: Table) -> str:
@@ -121,7 +109,8 @@ def _markdown(table: Table) -> str:
         return f"| {' | '.join(escaped)} |"
 
     ruler = ["---"] * len(table.heads) + ["---:"] * len(table.columns)
-    rows = map(row, [table.heading, ruler, *chain(*table.lines(write))])
+    heading, *lines = chain(*table.lines(write))
+    rows = map(row, [heading, ruler, *lines])
     notes = ["", *table.notes] if table.notes else []
     return "\n".join([table.caption, "", *rows, *notes])
 
@@ -137,8 +126,9 @@ def _html(table: Table) -> str:
     def lead(name: str) -> str:
         return f'<th scope="row">{escape(name)}</th>'
 
-    lines = [f"<tr>{''.join(line)}</tr>\n" for line in chain(*table.lines(write, lead))]
-    head = "".join(f'<th scope="col">{escape(title)}</th>' for title in table.heading)
+    _, *lines = [f"<tr>{''.join(line)}</tr>\n" for line in chain(*table.lines(write, lead))]
+    headings = map(escape, [*table.heads, *table.columns])
+    head = "".join(f'<th scope="col">{heading}</th>' for heading in headings)
     caption = f"<caption>{escape(table.caption)}</caption>" if table.caption else ""
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in table.notes)
     return (
@@ -159,58 +149,49 @@ _LATEX = {
     "·": r"$\cdot$",
     "–": "--",
 }
-
-
-def _escaped(text: str) -> str:
-    return "".join(_LATEX.get(character, character) for character in text)
+_LATEX_TABLE = Template(r"""% needs \usepackage{booktabs}
+\begin{table}
+\centering
+\caption{$caption}
+\begin{tabular}{$columns}
+\toprule
+$rows
+\bottomrule
+\end{tabular}
+\end{table}""")
 
 
 def _latex(table: Table) -> str:
     forms = {"": "{}", "best": r"\textbf{{{}}}", "second": r"\underline{{{}}}"}
 
+    def escaped(text: str) -> str:
+        return text.translate(str.maketrans(_LATEX))
+
     def write(cell: Cell) -> str:
-        text = forms[cell.mark].format(_escaped(cell.number))
+        text = forms[cell.mark].format(escaped(cell.number))
         for part in cell.behind:
             deviation = part.removeprefix("± ")
-            text += f" {_escaped(part)}" if part == deviation else rf"$_{{\pm{deviation}}}$"
+            text += f" {escaped(part)}" if part == deviation else rf"$_{{\pm{deviation}}}$"
         return text
 
-    def rows(lines: Sequence[Sequence[str]]) -> str:
+    def block(lines: Iterable[Iterable[str]]) -> str:
         return "\n".join(f"{' & '.join(line)} \\\\" for line in lines)
 
-    blocks = [[map(_escaped, table.heading)], *table.lines(write, _escaped)]
-    caption = _escaped(" ".join([f"{table.caption}.", *table.notes]))
-    return "\n".join(
-        [
-            r"% needs \usepackage{booktabs}",
-            r"\begin{table}",
-            r"\centering",
-            rf"\caption{{{caption}}}",
-            rf"\begin{{tabular}}{{{'l' * len(table.heads)}{'r' * len(table.columns)}}}",
-            r"\toprule",
-            "\n\\midrule\n".join(map(rows, blocks)),
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{table}",
-        ]
+    return _LATEX_TABLE.substitute(
+        caption=escaped(" ".join([f"{table.caption}.", *table.notes])),
+        columns="l" * len(table.heads) + "r" * len(table.columns),
+        rows="\n\\midrule\n".join(map(block, table.lines(write, escaped))),
     )
 
 
-_WRITERS: dict[str, Callable[[Table], str]] = {
-    "text": _text,
-    "markdown": _markdown,
-    "html": _html,
-    "latex": _latex,
-}
+_WRITERS = {"text": _text, "markdown": _markdown, "html": _html, "latex": _latex}
 
 
 def render(tables: Sequence[Table], style: Style = "text") -> str:
     """Tables one below the other.
 
-    Args:
-        tables: any number of them.
-        style: "text" marks the best number with * and the runner-up with +; "markdown" and "latex"
-            (booktabs) make them bold and underlined; "html" gives them a class.
+    "text" marks the best number with * and the runner-up with +; "markdown" and "latex" (booktabs)
+    make them bold and underlined; "html" gives them a class.
 
     Raises:
         ValueError: if the style is unknown.

@@ -1,15 +1,25 @@
 """Rows → batches of similar length → the logits of all rows."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from tqdm import tqdm
 
 from bayestune.forward import Draws
 from bayestune.posteriors import Posterior
-from bayestune.scoring.choose import Scorer
-from bayestune.scoring.tokens import Encoded
+from bayestune.scoring.scorer import Encoded, Scorer
+
+
+def batches_by_length(
+    scorer: Scorer, rows: Sequence[Encoded], size: int
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """Batches of rows of similar length, the shortest first, each with the numbers of its rows."""
+    order = sorted(range(len(rows)), key=lambda number: rows[number]["length"])
+    for start in range(0, len(order), size):
+        numbers = order[start : start + size]
+        yield numbers, scorer.collate([rows[number] for number in numbers])
 
 
 def row_logits(
@@ -21,32 +31,28 @@ def row_logits(
     batch_size: int = 8,
     progress: str | None = None,
 ) -> Tensor:
-    """The logits of every row under the same held draws; batches hold rows of like length.
+    """The logits of every row under the same held draws.
 
     Args:
         posterior: whose draws.
-        scorer: made the rows.
+        scorer: encoded the rows.
         rows: N encoded rows.
         draws: which draws, the bounds of a pass, and its precision.
         batch_size: rows of a batch.
         progress: title of a progress bar; None for none.
 
     Returns:
-        Logits (S, N, C) in the order of the rows, C the largest number of options, -inf where a row has fewer.
+        Logits (S, N, C) in the order of the rows, -inf for options that a row does not have.
     """
-    order = sorted(range(len(rows)), key=lambda i: rows[i]["length"])
-    parts: dict[int, Tensor] = {}
+    found: dict[int, Tensor] = {}
     with tqdm(total=len(rows), desc=progress, unit="row", disable=progress is None) as bar:
-        for start in range(0, len(order), batch_size):
-            places = order[start : start + batch_size]
-            batch = scorer.collate([rows[i] for i in places])
+        for numbers, batch in batches_by_length(scorer, rows, batch_size):
             batch.pop("labels", None)
             logits = posterior.logits(batch, draws).float().cpu()
-            parts.update(zip(places, logits.unbind(1), strict=True))
-            bar.update(len(places))
-    width = max(part.shape[-1] for part in parts.values())
-    padded = [
-        torch.nn.functional.pad(parts[i], (0, width - parts[i].shape[-1]), value=-torch.inf)
-        for i in range(len(rows))
-    ]
-    return torch.stack(padded, 1)
+            found.update(zip(numbers, logits.unbind(1), strict=True))
+            bar.update(len(numbers))
+    options = max(logits.shape[1] for logits in found.values())
+    in_order = [found[number] for number in range(len(rows))]
+    return torch.stack(
+        [pad(logits, (0, options - logits.shape[1]), value=-torch.inf) for logits in in_order], 1
+    )

@@ -2,57 +2,66 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from bayestune.adapters import group_rows
 from bayestune.data import Question
-from bayestune.scoring.tokens import Encoded, Encoder, _with_labels
+from bayestune.scoring.scorer import Encoded, Scorer
+from bayestune.scoring.tokens import token_ids
+
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 @dataclass
-class HeadScorer(Encoder):
-    """Class logits are those of a model's classification head; all rows have the same options, the head's classes.
+class HeadScorer(Scorer):
+    """Class logits are those of a model's classification head.
 
-    The text is the question, or the pair (context, question) where there is a context.
-
-    Args:
-        tokenizer: the model's.
-        task: gives the questions.
-        max_length: tokens of a text; of a longer pair the context loses its end.
+    All rows have the same options, the head's classes. The text is the question, or the pair
+    (context, question) where there is a context.
     """
 
+    when_shortened: ClassVar[str] = (
+        "the end of their passage, or of a question without one, was cut"
+    )
+
     def encode(self, rows: Sequence[Question]) -> list[Encoded]:
-        """Token ids and answer of each row.
+        """Token ids of each row.
 
         Raises:
-            ValueError: if a row's options are not those of the others.
+            ValueError: if the rows do not all have the options of the task's rows.
         """
         options = next(iter((*self.task.train, *self.task.evaluation, *rows))).options
-        if other := next((row for row in rows if row.options != options), None):
-            raise ValueError(
-                f"row {other.id}: got the options {list(other.options)}, expected {list(options)} in every row under "
-                'scoring="head"; use scoring="letter" or "text"'
-            )
-        return [self._encoded(row) for row in rows]
+        for row in rows:
+            if row.options != options:
+                raise ValueError(
+                    f"row {row.id}: got the options {list(row.options)}, expected {list(options)} "
+                    'in every row under scoring="head"; use scoring="letter" or "text"'
+                )
+        return super().encode(rows)
 
-    def _encoded(self, row: Question) -> Encoded:
+    def encode_row(self, row: Question) -> Encoded:
+        """The tokenizer's outputs, of at most `max_length` tokens."""
         first, second = (row.context, row.question) if row.context else (row.question, None)
-        cut = "only_first" if row.context else True
-        ids = dict(self.tokenizer(first, second, truncation=cut, max_length=self.max_length))
-        return {"inputs": ids, "answer": row.answer, "length": len(ids["input_ids"])}
+        inputs = dict(self.tokenizer(first, second, verbose=False))
+        excess = len(inputs["input_ids"]) - self.max_length
+        if excess > 0:
+            if row.context and excess >= len(token_ids(self.tokenizer, row.context)):
+                raise ValueError(
+                    f"row {row.id}: the question takes more than max_length={self.max_length} "
+                    "tokens; raise max_length"
+                )
+            limit = {"truncation": "only_first", "max_length": self.max_length}
+            inputs = dict(self.tokenizer(first, second, **limit))
+        return {"inputs": inputs, "length": len(inputs["input_ids"]), "shortened": excess > 0}
 
-    def collate(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
+    def pad_rows(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
         """A batch padded as the tokenizer does."""
-        batch = dict(self.tokenizer.pad([row["inputs"] for row in rows], return_tensors="pt"))
-        return _with_labels(batch, rows)
+        return dict(self.tokenizer.pad([row["inputs"] for row in rows], return_tensors="pt"))
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Class logits (N, C)."""
         group_rows(model, 1)
-        return model(
-            **{name: value for name, value in batch.items() if name in _HEAD_INPUTS}
-        ).logits.float()
-
-
-_HEAD_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+        inputs = {name: value for name, value in batch.items() if name in _INPUTS}
+        return model(**inputs).logits.float()

@@ -1,4 +1,4 @@
-"""Letter scoring: class logits are the logits of the answers' tokens at the last position."""
+"""Letter scoring: class logits are the logits of the labels' tokens at the last position."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,65 +9,62 @@ from torch import Tensor, nn
 
 from bayestune.adapters import group_rows
 from bayestune.data import Question
-from bayestune.scoring.tokens import (
-    Encoded,
-    Encoder,
-    _with_labels,
-    answer_tokens,
-    last_logits,
-    left_padded,
-    positions,
-)
+from bayestune.scoring.last_logits import last_logits
+from bayestune.scoring.scorer import Encoded, Scorer, option_mask
+from bayestune.scoring.tokens import answer_tokens, left_padded_inputs, prompt_ids, token_ids
+
+# Labels' tokens are found on the prompt of this row: they must not depend on the rows at hand.
+_ANY_ROW = Question("any", "?", ("yes", "no"), answer=None)
 
 
 @dataclass
-class LetterScorer(Encoder):
-    """Class logits are the logits of the answers' tokens at the last position; missing options have -inf.
+class LetterScorer(Scorer):
+    """Class logits are the logits of the labels' tokens at the last position.
 
-    Args:
-        tokenizer: the model's.
-        task: gives prompts and labels.
-        max_length: tokens of a prompt; a longer one loses the end of its passage.
+    Raises:
+        ValueError: if a label that a row of the task needs is not a token of its own.
     """
+
+    def __post_init__(self) -> None:
+        rows = (*self.task.train, *self.task.held_out, *self.task.evaluation)
+        if rows:
+            self._refuse_without_token(max(rows, key=lambda row: len(row.options)))
 
     @cached_property
     def tokens(self) -> list[int]:
-        """The labels' token ids, found on a prompt of the task."""
-        rows = (*self.task.train, *self.task.held_out, *self.task.evaluation)
-        widest = max(rows, key=lambda row: len(row.options))
-        prompt = self.task.prompt.render(widest, "letter")
-        return answer_tokens(
-            self.tokenizer, prompt[-40:], self.task.prompt.answers(widest, "letter")
-        )
+        """The token of each label, up to the first label that is not a token of its own."""
+        prompt = self.task.prompt
+        return answer_tokens(self.tokenizer, prompt.render(_ANY_ROW, "letter"), prompt.labels)
 
-    def encode(self, rows: Sequence[Question]) -> list[Encoded]:
-        """Token ids, number of options and answer of each row."""
-        encoded, truncated = [], 0
-        for row in rows:
-            self.task.prompt.answers(row, "letter")
-            ids, cut = self.prompt_ids(row, "letter")
-            truncated += cut
-            encoded.append(
-                {"ids": ids, "options": len(row.options), "answer": row.answer, "length": len(ids)}
+    def _refuse_without_token(self, row: Question) -> None:
+        labels = self.task.prompt.answers(row, "letter")
+        if len(labels) > len(self.tokens):
+            label = labels[len(self.tokens)]
+            text = f"{self.task.prompt.render(_ANY_ROW, 'letter')} {label}"
+            last = self.tokenizer.convert_ids_to_tokens(token_ids(self.tokenizer, text)[-3:])
+            raise ValueError(
+                f"label {label!r} is not a token of its own after the prompt: got {last} as the "
+                "last tokens, expected one that is known and no other label's; use one-token "
+                'labels or scoring="text"'
             )
-        self.warn_of(truncated, len(rows))
-        return encoded
 
-    def collate(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
-        """A left-padded batch."""
-        counts = torch.tensor([row["options"] for row in rows])
-        mask = left_padded([[1] * len(row["ids"]) for row in rows], 0)
-        batch = {
-            "input_ids": left_padded([row["ids"] for row in rows], self.pad),
-            "attention_mask": mask,
-            "position_ids": positions(mask),
-            "option_mask": torch.arange(int(counts.max())) < counts[:, None],
-        }
-        return _with_labels(batch, rows)
+    def encode_row(self, row: Question) -> Encoded:
+        """Token ids of the prompt, and the number of options."""
+        self._refuse_without_token(row)
+        ids, shortened = prompt_ids(self, row, "letter")
+        count = len(row.options)
+        return {"ids": ids, "options": count, "length": len(ids), "shortened": shortened}
+
+    def pad_rows(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
+        """Prompts padded on the left (N, T), and which options the rows have (N, C)."""
+        batch = left_padded_inputs([row["ids"] for row in rows], self.pad)
+        batch["option_mask"] = option_mask([row["options"] for row in rows])
+        return batch
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        """Class logits (N, C)."""
+        """Class logits (N, C), -inf for options that a row does not have."""
         group_rows(model, 1)
-        logits, mask = last_logits(model, batch, keep=1)[:, -1], batch["option_mask"]
+        logits = last_logits(model, batch, keep=1)[:, -1]
+        mask = batch["option_mask"]
         tokens = torch.tensor(self.tokens[: mask.shape[1]], device=logits.device)
         return logits[:, tokens].float().masked_fill(~mask, -torch.inf)

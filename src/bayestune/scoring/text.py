@@ -1,145 +1,155 @@
-"""Text scoring: class logits are the mean log-likelihoods of the options' tokens after the question."""
+"""Text scoring: class logits are the mean log-likelihoods of the options' tokens."""
 
+import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from bayestune.adapters import group_rows
 from bayestune.data import Question
+from bayestune.scoring.last_logits import last_logits
+from bayestune.scoring.scorer import Encoded, Scorer, option_mask
 from bayestune.scoring.tokens import (
-    Encoded,
-    Encoder,
-    _with_labels,
-    last_logits,
     left_padded,
-    positions,
+    left_padded_inputs,
+    prompt_ids,
     right_padded,
     token_ids,
 )
 
 Layout = Literal["packed", "expanded"]
 
+# What a position belongs to: the question, nothing, or the option of that number, from 0.
+_QUESTION = -2
+_PADDING = -1
+
+
+def can_pack(model: nn.Module) -> bool:
+    """Whether a model takes the packed layout: its tokens go by mask and position ids alone."""
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    kinds = getattr(config, "layer_types", None) or ["full_attention"]
+    has_window = getattr(config, "sliding_window", None) is not None
+    sees_all = set(kinds) == {"full_attention"} and not (
+        has_window and getattr(config, "use_sliding_window", True)
+    )
+    # a recurrent layer and ALiBi go by a token's place in the sequence, whatever the position ids
+    by_place = getattr(model, "_is_stateful", False) or getattr(config, "alibi", False)
+    takes_mask = config._attn_implementation in ("sdpa", "eager")
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    return takes_mask and takes_positions and sees_all and not by_place
+
 
 @dataclass
-class TextScorer(Encoder):
-    """Class logits are the mean log-likelihoods of the options' tokens after the question; -inf where none.
+class TextScorer(Scorer):
+    """Class logits are the mean log-likelihoods of the options' tokens after the question.
 
-    All options of a question see the same draw. "packed" puts question and options in one sequence, where an option
-    sees the question and itself only: the question is read once. "expanded" has a sequence for each option and works
-    with any model; both give the same logits.
+    All options of a question see the same draw. "packed" puts question and options in one sequence,
+    where an option sees the question and itself only: the question is read once. "expanded" has a
+    sequence for each option and works with any model. Both give the same logits.
 
     Args:
-        tokenizer: the model's.
-        task: gives prompts and options.
-        max_length: tokens of the question and one option.
         layout: "packed" needs full attention that takes a mask (sdpa or eager).
         bool_mask: whether the packed mask is of type bool (sdpa) or additive (eager).
     """
 
     layout: Layout = "packed"
     bool_mask: bool = True
-    _warned: bool = field(default=False, init=False, repr=False)
 
-    def encode(self, rows: Sequence[Question]) -> list[Encoded]:
-        """Token ids of the question and of each option, and the answer."""
-        encoded, truncated = [], 0
-        for row in rows:
-            texts = self.task.prompt.answers(row, "text")
-            room = max(len(token_ids(self.tokenizer, " " + text)) for text in texts)
-            ids, cut = self.prompt_ids(row, "text", room)
-            options = [self._option_ids(ids, text) for text in texts]
-            truncated += cut
-            length = len(ids) + (sum if self.layout == "packed" else max)(map(len, options))
-            encoded.append({"ids": ids, "options": options, "answer": row.answer, "length": length})
-        self.warn_of(truncated, len(rows))
-        return encoded
+    def encode_row(self, row: Question) -> Encoded:
+        """Token ids of the question and of each option."""
+        texts = self.task.prompt.answers(row, "text")
+        room = max(len(token_ids(self.tokenizer, f" {text}")) for text in texts)
+        ids, shortened = prompt_ids(self, row, "text", room)
+        options = [self._option_ids(ids, text) for text in texts]
+        lengths = [len(option) for option in options]
+        length = len(ids) + (sum(lengths) if self.layout == "packed" else max(lengths))
+        return {"ids": ids, "options": options, "length": length, "shortened": shortened}
 
     def _option_ids(self, prompt: list[int], text: str) -> list[int]:
-        """Tokens by which the option continues the prompt; on its own where the tokenizer would merge the two."""
-        tail = prompt[-8:]
-        end = str(self.tokenizer.decode(tail))
-        start, whole = token_ids(self.tokenizer, end), token_ids(self.tokenizer, f"{end} {text}")
+        """Tokens by which an option continues the prompt; on its own if the two would merge."""
+        end = str(self.tokenizer.decode(prompt[-8:]))
+        start = token_ids(self.tokenizer, end)
+        whole = token_ids(self.tokenizer, f"{end} {text}")
         if whole[: len(start)] == start and len(whole) > len(start):
             return whole[len(start) :]
-        return token_ids(self.tokenizer, " " + text)
+        return token_ids(self.tokenizer, f" {text}")
 
-    def collate(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
-        """A batch in the scorer's layout."""
+    def pad_rows(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
+        """A batch in the scorer's layout, the options' tokens in the last W positions.
+
+        Of each of these, "targets" has the token, "option" the number of the option, and "source"
+        which of the last W + 1 positions predicts it.
+        """
         batch = self._packed(rows) if self.layout == "packed" else self._expanded(rows)
-        counts = torch.tensor([len(row["options"]) for row in rows])
-        batch["option_mask"] = torch.arange(int(counts.max())) < counts[:, None]
-        return _with_labels(batch, rows)
+        batch["option_mask"] = option_mask([len(row["options"]) for row in rows])
+        return batch
 
     def _packed(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
-        question = left_padded([[1] * len(row["ids"]) for row in rows], 0).bool()
-        option = right_padded(
-            [[c for c, ids in enumerate(r["options"]) for _ in ids] for r in rows], -1
-        )
-        place = right_padded(
-            [[i for ids in r["options"] for i in range(len(ids))] for r in rows], 0
-        )
-        targets = right_padded(
-            [[token for ids in r["options"] for token in ids] for r in rows], self.pad
-        )
-        ids = torch.cat([left_padded([row["ids"] for row in rows], self.pad), targets], 1)
-        position_ids = torch.cat(
-            [positions(question.long()), question.sum(1, keepdim=True) + place], 1
-        )
-        block = torch.cat(
-            [torch.where(question, -2, -1), option], 1
-        )  # -2 question, -1 padding, else the option
-        sees = (block[:, :, None] == block[:, None, :]) | (block[:, None, :] == -2)
-        allowed = sees & torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
-        mask = (
-            allowed if self.bool_mask else torch.where(allowed, 0.0, torch.finfo(torch.float32).min)
-        )
-        source = torch.where(
-            place == 0, 0, torch.arange(option.shape[1])
-        )  # the kept position that predicts a token
+        """One sequence a row: the question, padded on the left, then all its options."""
+        tokens = []
+        numbers = []
+        places = []
+        for row in rows:
+            tokens.append([token for ids in row["options"] for token in ids])
+            numbers.append([number for number, ids in enumerate(row["options"]) for _ in ids])
+            places.append([place for ids in row["options"] for place in range(len(ids))])
+        targets = right_padded(tokens, self.pad)
+        option = right_padded(numbers, _PADDING)
+        place = right_padded(places, 0)
+        question = left_padded_inputs([row["ids"] for row in rows], self.pad)
+        mask = question["attention_mask"]
+        block = torch.cat([torch.where(mask == 1, _QUESTION, _PADDING), option], 1)
+        position = mask.sum(1, keepdim=True) + place  # each option goes on where the question ends
         return {
-            "input_ids": ids,
-            "attention_mask": mask[:, None],
-            "position_ids": position_ids,
+            "input_ids": torch.cat([question["input_ids"], targets], 1),
+            "attention_mask": self._packed_mask(block),
+            "position_ids": torch.cat([question["position_ids"], position], 1),
             "targets": targets,
-            "source": source,
             "option": option,
+            # an option's first token is predicted by the question's last, at 0 of those kept
+            "source": torch.where(place == 0, 0, torch.arange(option.shape[1])),
         }
+
+    def _packed_mask(self, block: Tensor) -> Tensor:
+        """Who sees whom (N, 1, T, T): all see the question and their own block up to themselves."""
+        same = block[:, :, None] == block[:, None, :]
+        question = block[:, None, :] == _QUESTION
+        seen = (same | question).tril()[:, None]
+        if self.bool_mask:
+            return seen
+        return torch.where(seen, 0.0, torch.finfo(torch.float32).min)
 
     def _expanded(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
+        """A sequence for each option; rows with fewer options repeat their first one."""
         width = max(len(row["options"]) for row in rows)
-        options = [(row["options"] + [row["options"][0]] * width)[:width] for row in rows]
-        sequences = [
-            row["ids"] + ids for row, group in zip(rows, options, strict=True) for ids in group
-        ]
-        targets = left_padded([ids for group in options for ids in group], -1)
-        mask = left_padded([[1] * len(ids) for ids in sequences], 0)
-        return {
-            "input_ids": left_padded(sequences, self.pad),
-            "attention_mask": mask,
-            "position_ids": positions(mask),
-            "targets": targets,
-        }
+        options = []
+        sequences = []
+        for row in rows:
+            missing = width - len(row["options"])
+            for ids in row["options"] + row["options"][:1] * missing:
+                options.append(ids)
+                sequences.append(row["ids"] + ids)
+        targets = left_padded(options, self.pad)
+        batch = left_padded_inputs(sequences, self.pad)
+        batch["targets"] = targets
+        batch["option"] = left_padded([[0] * len(ids) for ids in options], _PADDING)
+        batch["source"] = torch.arange(targets.shape[1]).expand_as(targets)
+        return batch
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        """Class logits (N, C)."""
-        mask, targets = batch["option_mask"], batch["targets"]
-        width = mask.shape[1]
-        group_rows(model, 1 if self.layout == "packed" else width)
+        """Class logits (N, C), -inf for options that a row does not have."""
+        mask = batch["option_mask"]
+        targets = batch["targets"]
+        source = batch["source"]
+        packed = self.layout == "packed"
+        group_rows(model, 1 if packed else mask.shape[1])
         logits = last_logits(model, batch, keep=targets.shape[1] + 1).float()
-        if self.layout == "packed":
-            source, option = batch["source"], batch["option"]
-        else:
-            source = torch.arange(targets.shape[1], device=targets.device).expand_as(targets)
-            option = torch.where(targets < 0, -1, 0)
-        row = torch.arange(targets.shape[0], device=targets.device)[:, None]
-        likelihood = logits[row, source, targets.clamp_min(0)] - logits.logsumexp(-1).gather(
-            1, source
-        )
-        member = option[..., None] == torch.arange(
-            width if self.layout == "packed" else 1, device=option.device
-        )
+        sequence = torch.arange(len(targets), device=targets.device)[:, None]
+        likelihood = logits[sequence, source, targets] - logits.logsumexp(-1).gather(1, source)
+        numbers = torch.arange(mask.shape[1] if packed else 1, device=targets.device)
+        member = batch["option"][..., None] == numbers
         means = (likelihood[..., None] * member).sum(1) / member.sum(1).clamp_min(1)
         return means.reshape(mask.shape).masked_fill(~mask, -torch.inf)

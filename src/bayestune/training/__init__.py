@@ -1,9 +1,30 @@
-"""Fits adapters with `transformers.Trainer`.
+"""Fits adapters with `transformers.Trainer`, through its public arguments.
 
-`Training` says how; methods add their callbacks and optimisers.
+`Training` says how; `fit_adapter` is the beginning and the end of every method's fit.
 """
 
-from bayestune.training.callbacks import Interrupted
-from bayestune.training.training import Training, adamw, start_adapter, train
+from bayestune.training.callbacks import Interrupted, NotFiniteError, add_to_log
+from bayestune.training.meter import Meter
+from bayestune.training.training import (
+    MakeOptimizer,
+    Training,
+    adamw,
+    fit_adapter,
+    newest_checkpoint,
+    start_adapter,
+    train,
+)
 
-__all__ = ["Interrupted", "Training", "adamw", "start_adapter", "train"]
+__all__ = [
+    "Interrupted",
+    "MakeOptimizer",
+    "Meter",
+    "NotFiniteError",
+    "Training",
+    "adamw",
+    "add_to_log",
+    "fit_adapter",
+    "newest_checkpoint",
+    "start_adapter",
+    "train",
+]

@@ -1,4 +1,4 @@
-"""Which of transformers' attention functions trains fastest: on a CPU in bfloat16 it is not the default one."""
+"""Which attention function trains fastest: on a CPU in bfloat16 it is not the default one."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,13 +8,13 @@ from torch import nn
 
 from bayestune.adapters import base_of
 
-SHORT = 192  # tokens, about where the two take as long (studies/choices.py)
+SHORT = 192  # tokens, about where both take as long (studies/choices.py)
 
 
 def trains_faster_eagerly(model: nn.Module, longest: float, *, bf16: bool) -> bool:
-    """Whether the model's attention is torch's fused one on a CPU, in bfloat16, over short rows.
+    """Whether the model runs torch's fused attention on a CPU, in bfloat16, over short rows.
 
-    There the fused function's backward pass takes longer than the products and the softmax one by one.
+    There the fused function's backward pass takes longer than the products and the softmax do.
 
     Args:
         model: a transformers model, with or without adapters.
@@ -29,7 +29,7 @@ def trains_faster_eagerly(model: nn.Module, longest: float, *, bf16: bool) -> bo
 
 @contextmanager
 def eager_attention(model: nn.Module, active: bool = True) -> Iterator[None]:
-    """For the time of the context, attention as products and softmax; the same function up to rounding.
+    """For the time of the context, attention as products and softmax; equal up to rounding.
 
     Args:
         model: a transformers model, with or without adapters.

@@ -1,6 +1,7 @@
-"""The order of training rows: batches of rows of like length, in an order that seed and epoch alone determine."""
+"""Batches of rows of like length, in an order that seed and epoch alone determine."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.utils.data import Sampler
@@ -9,17 +10,19 @@ POOL = 50  # batches among which rows of like length are looked for
 
 
 def by_length(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[int]:
-    """The rows of one epoch in an order whose batches hold rows of like length, the batches in random order.
+    """The rows of one epoch in batches of like length, the batches in random order.
 
-    The rows are dealt at random into pools of `POOL` batches, or of a quarter of the epoch if that is less; within a
-    pool they are sorted and cut into batches. So the batches differ from epoch to epoch, and no length comes first.
-    Rows that are too few for a batch of their own are chosen at random and come last.
+    The rows are dealt at random into pools of `POOL` batches, or of a quarter of the epoch if that
+    is less; within a pool they are sorted and cut into batches. So the batches differ from epoch to
+    epoch, and no length comes first. Rows too few for a batch of their own are chosen at random and
+    come last.
 
     Args:
         lengths: tokens of each row, (N,).
         batch_size: rows of a batch.
         seed: of the run.
-        epoch: from 0; the order depends on seed and epoch alone, so that a resumed run goes on with the same rows.
+        epoch: from 0; seed and epoch alone determine the order, so that a resumed run goes on with
+            the same rows.
 
     Returns:
         The rows' numbers, (N,).
@@ -30,26 +33,29 @@ def by_length(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) ->
     """
     generator = torch.Generator().manual_seed((seed << 32) + epoch)
     order = torch.randperm(len(lengths), generator=generator).tolist()
-    whole = len(order) - len(order) % batch_size
+    num_batches = len(order) // batch_size
+    whole = num_batches * batch_size
     pool = batch_size * max(1, min(POOL, len(order) // (4 * batch_size)))
-    pools = [
-        sorted(order[i : min(i + pool, whole)], key=lengths.__getitem__)
-        for i in range(0, whole, pool)
-    ]
-    rows = [row for part in pools for row in part]
-    starts = torch.randperm(whole // batch_size, generator=generator) * batch_size
-    return [row for start in starts.tolist() for row in rows[start : start + batch_size]] + order[
-        whole:
-    ]
+    rows: list[int] = []
+    for start in range(0, whole, pool):
+        rows += sorted(order[start : min(start + pool, whole)], key=lengths.__getitem__)
+    shuffled: list[int] = []
+    for batch in torch.randperm(num_batches, generator=generator).tolist():
+        shuffled += rows[batch * batch_size : (batch + 1) * batch_size]
+    return shuffled + order[whole:]
 
 
+@dataclass(eq=False)
 class LengthGroups(Sampler[int]):
-    """The order of `by_length`; the epoch is asked for when one begins, since a resumed run begins in the middle."""
+    """The order of `by_length`.
 
-    def __init__(
-        self, lengths: Sequence[int], batch_size: int, seed: int, epoch: Callable[[], int]
-    ) -> None:
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, epoch
+    The epoch is asked for when one begins, because a resumed run begins in the middle.
+    """
+
+    lengths: Sequence[int]
+    batch_size: int
+    seed: int
+    epoch: Callable[[], int]
 
     def __len__(self) -> int:
         return len(self.lengths)

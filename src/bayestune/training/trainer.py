@@ -13,39 +13,24 @@ from bayestune.training.callbacks import FiniteLoss
 from bayestune.training.length_groups import LengthGroups
 
 
-def _unused(
-    *_: Any, **__: Any
-) -> Tensor:  # given to the Trainer so that it counts the rows of an optimiser step
+def _unused(*_: Any, **__: Any) -> Tensor:
+    """With a loss function of its own the Trainer counts the rows of an optimiser step."""
     raise AssertionError("compute_loss is overridden")
 
 
 class ClassTrainer(Trainer):
-    """A Trainer whose loss is the mean over rows of −log p(answer), exact under gradient accumulation."""
+    """Minimises the mean over rows of −log p(answer), exactly under gradient accumulation."""
 
-    def __init__(
-        self, model: nn.Module, scorer: Scorer, *, group_by_length: bool = False, **kwargs: Any
-    ) -> None:
+    def __init__(self, model: nn.Module, scorer: Scorer, **kwargs: Any) -> None:
         super().__init__(
-            model=model, data_collator=self._collate, compute_loss_func=_unused, **kwargs
-        )  # type: ignore[arg-type]
-        self.scorer, self.group_by_length, self.watch = scorer, group_by_length, FiniteLoss()
-        self.add_callback(self.watch)
-
-    def get_train_dataloader(self) -> DataLoader:
-        """The Trainer's own, or one whose batches hold rows of like length.
-
-        The Trainer's sampler for that wants `input_ids` in each row, and draws its order from the global generator,
-        which a resumed run finds in another state: it would go on with other rows.
-        """
-        if not self.group_by_length:
-            return super().get_train_dataloader()
-        rows: Any = self.train_dataset
-        size, lengths = self.args.train_batch_size, [row["length"] for row in rows]
-        sampler = LengthGroups(lengths, size, self.args.seed, lambda: int(self.state.epoch or 0))
-        pin = self.args.dataloader_pin_memory
-        return self.accelerator.prepare(
-            DataLoader(rows, size, sampler=sampler, collate_fn=self._collate, pin_memory=pin)
+            model=model,  # type: ignore[arg-type]
+            data_collator=self._collate,
+            compute_loss_func=_unused,
+            **kwargs,
         )
+        self.scorer = scorer
+        self.finite_loss = FiniteLoss()
+        self.add_callback(self.finite_loss)
 
     def _collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         batch = self.scorer.collate(rows)
@@ -61,10 +46,34 @@ class ClassTrainer(Trainer):
     ) -> Any:
         labels = inputs["labels"]
         logits = self.scorer(model, inputs)
-        loss = F.cross_entropy(logits, labels, reduction="sum") / (
-            num_items_in_batch or len(labels)
-        )
-        self.watch.see(loss, self.state, self.args)
+        num_rows = num_items_in_batch or len(labels)
+        loss = F.cross_entropy(logits, labels, reduction="sum") / num_rows
+        self.finite_loss.record(loss, self.state, self.args)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         return (loss, {"logits": logits}) if return_outputs else loss
+
+
+class LengthGroupedTrainer(ClassTrainer):
+    """A `ClassTrainer` whose batches hold rows of like length.
+
+    The Trainer's own sampler for that wants `input_ids` in each row, and draws its order from the
+    global generator, which a resumed run finds in another state: it would go on with other rows.
+    """
+
+    def get_train_dataloader(self) -> DataLoader:  # noqa: D102
+        rows: Any = self.train_dataset
+        sampler = LengthGroups(
+            [row["length"] for row in rows],
+            self.args.train_batch_size,
+            self.args.seed,
+            epoch=lambda: int(self.state.epoch or 0),
+        )
+        loader = DataLoader(
+            rows,
+            self.args.train_batch_size,
+            sampler=sampler,
+            collate_fn=self._collate,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)

@@ -1,10 +1,9 @@
-"""Fits an adapter by maximum likelihood: the settings of a training, its start and its run."""
+"""Fits an adapter: the settings of a training, its start and its run."""
 
 import math
 import os
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,14 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 from bayestune.adapters import Lora, attach
 from bayestune.data import check_trainable
 from bayestune.posteriors import FitReport
-from bayestune.runtime import peak_memory_mb, reset_peak_memory
 from bayestune.scoring import Scorer, TextScorer
 from bayestune.training.callbacks import Interrupted, StopOnSignal
 from bayestune.training.cpu_attention import eager_attention, trains_faster_eagerly
-from bayestune.training.trainer import ClassTrainer
+from bayestune.training.meter import Meter
+from bayestune.training.trainer import ClassTrainer, LengthGroupedTrainer
 
-Optimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
+"""Makes the optimiser of a PEFT model's trainable parameters."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Training:
         save_steps: a checkpoint every so many steps; None for none but at ctrl-C.
         logging_steps: a log line every so many steps.
         output: where checkpoints go; None for a temporary folder.
-        resume: go on from the newest whole checkpoint in `output`.
+        resume: continue from the newest whole checkpoint in `output`.
         progress: show a progress bar.
     """
 
@@ -62,20 +62,52 @@ class Training:
     seed: int = 1
     bf16: bool = False
     gradient_checkpointing: bool = False
-    group_by_length: bool = False
-    save_steps: int | None = None
-    logging_steps: int = 25
-    output: Path | None = None
-    resume: bool = False
-    progress: bool = True
+    group_by_length: bool = field(default=False, metadata={"absent_means": False})
+    save_steps: int | None = field(default=None, metadata={"changes_result": False})
+    logging_steps: int = field(default=25, metadata={"changes_result": False})
+    output: Path | None = field(default=None, metadata={"changes_result": False})
+    resume: bool = field(default=False, metadata={"changes_result": False})
+    progress: bool = field(default=True, metadata={"changes_result": False})
 
     def total_steps(self, num_rows: int) -> int:
         """Optimiser steps of a run over `num_rows` rows."""
         if self.epochs is None:
             return self.steps
-        return math.ceil(
-            self.epochs * math.ceil(math.ceil(num_rows / self.batch_size) / self.accumulation)
-        )
+        batches = math.ceil(num_rows / self.batch_size)
+        return math.ceil(self.epochs * math.ceil(batches / self.accumulation))
+
+
+def fit_adapter(
+    model: nn.Module,
+    scorer: Scorer,
+    training: Training,
+    callbacks: Sequence[TrainerCallback] = (),
+    *,
+    prepare: Callable[[nn.Module], object] | None = None,
+    optimizer: MakeOptimizer | None = None,
+) -> tuple[nn.Module, FitReport]:
+    """Puts a fresh adapter on a model and trains it: the beginning and the end of a method's fit.
+
+    Args:
+        model: a transformers model without adapters.
+        scorer: the task, bound to the model's tokenizer.
+        training: the adapter and how it is trained.
+        callbacks: such as `KLStep`.
+        prepare: changes the PEFT model before it is trained, as `bayesify` does.
+        optimizer: makes the optimiser; None for AdamW as `training` says.
+
+    Returns:
+        The PEFT model, and what the training took.
+
+    Raises:
+        ValueError: if there is nothing to train on.
+        NotFiniteError: if the loss is NaN or infinite.
+        Interrupted: at ctrl-C, after a checkpoint.
+    """
+    adapted = start_adapter(model, training)
+    if prepare is not None:
+        prepare(adapted)
+    return adapted, train(adapted, scorer, training, callbacks, optimizer=optimizer)
 
 
 def start_adapter(model: nn.Module, training: Training) -> nn.Module:
@@ -84,72 +116,54 @@ def start_adapter(model: nn.Module, training: Training) -> nn.Module:
     return attach(model, training.lora)
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; one that a kill cut short is passed over."""
-    whole = [
-        path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()
-    ]
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
 def train(
     model: nn.Module,
     scorer: Scorer,
     training: Training,
     callbacks: Sequence[TrainerCallback] = (),
     *,
-    optimizer: Optimizer | None = None,
+    optimizer: MakeOptimizer | None = None,
 ) -> FitReport:
-    """Trains the adapters of a PEFT model on the scorer's training rows.
-
-    Args:
-        model: a PEFT model; trained in place.
-        scorer: the task, bound to the tokenizer.
-        training: steps, rates and the rest.
-        callbacks: such as `KLStep`.
-        optimizer: makes the optimiser of the trainable parameters; None for AdamW as `training` says.
-
-    Returns:
-        Time, steps, log and peak memory.
-
-    Raises:
-        ValueError: if there is nothing to train on.
-        NotFiniteError: if the loss is NaN or infinite.
-        Interrupted: at ctrl-C, after a checkpoint.
-    """
-    reset_peak_memory()
+    """Trains a PEFT model in place: `fit_adapter` for a model that has its adapter already."""
+    meter = Meter()
     check_trainable(scorer.task)
     rows = scorer.encode(scorer.task.train)
     stop = StopOnSignal()
+    kind = LengthGroupedTrainer if training.group_by_length else ClassTrainer
     with tempfile.TemporaryDirectory() as scratch:
         folder = training.output or Path(scratch)
-        arguments = _arguments(training, folder, training.total_steps(len(rows)))
-        own = optimizer([p for p in model.parameters() if p.requires_grad]) if optimizer else None
-        trainer = ClassTrainer(
+        trainer = kind(
             model,
             scorer,
-            group_by_length=training.group_by_length,
-            args=arguments,
+            args=_arguments(training, folder, training.total_steps(len(rows))),
             train_dataset=rows,
             callbacks=[*callbacks, stop],
-            optimizers=(own, None),
+            optimizers=(optimizer(model) if optimizer else None, None),
         )
         checkpoint = newest_checkpoint(folder) if training.resume else None
-        begin = time.perf_counter()
         with eager_attention(model, _eagerly(model, scorer, rows, training)):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        seconds = time.perf_counter() - begin
-        if stop.stopped:
-            raise Interrupted(f"stopped at step {trainer.state.global_step}; go on with --resume")
-    return FitReport(
-        seconds, trainer.state.global_step, list(trainer.state.log_history), peak_memory_mb()
+    state = trainer.state
+    if stop.stopped:
+        raise Interrupted(f"stopped at step {state.global_step}; go on with --resume")
+    report = FitReport(steps=state.global_step, history=list(state.log_history))
+    return report.plus(**meter.read())
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end; one that a kill cut short is skipped."""
+    written = folder.glob("checkpoint-*/trainer_state.json")
+    return max(
+        (path.parent for path in written),
+        key=lambda checkpoint: int(checkpoint.name.rpartition("-")[2]),
+        default=None,
     )
 
 
 def _eagerly(
     model: nn.Module, scorer: Scorer, rows: Sequence[dict[str, Any]], training: Training
 ) -> bool:
-    """Whether to train with eager attention; packed rows bring a mask that was made for the model's own."""
+    """Whether to train with eager attention; the mask of packed rows fits the model's own only."""
     packed = isinstance(scorer, TextScorer) and scorer.layout == "packed"
     longest = max(row.get("length", math.inf) for row in rows)
     return not packed and trains_faster_eagerly(model, longest, bf16=training.bf16)
@@ -174,7 +188,7 @@ def _arguments(training: Training, folder: Path, steps: int) -> TrainingArgument
         save_strategy="steps" if training.save_steps else "no",
         save_steps=training.save_steps or steps,
         logging_steps=training.logging_steps,
-        logging_nan_inf_filter=False,  # it would ask the device in every step; LossWatch asks later
+        logging_nan_inf_filter=False,  # it would wait for the device; FiniteLoss does not
         disable_tqdm=not training.progress,
         report_to=[],
         remove_unused_columns=False,
@@ -183,18 +197,26 @@ def _arguments(training: Training, folder: Path, steps: int) -> TrainingArgument
     )
 
 
-def adamw(training: Training, own: Sequence[nn.Parameter], learning_rate: float) -> Optimizer:
-    """AdamW as `training` says, but for parameters that have a learning rate of their own and no weight decay."""
+def adamw(training: Training, names: Collection[str], learning_rate: float) -> MakeOptimizer:
+    """AdamW as `training` says, but for some parameters with a learning rate of their own.
 
-    def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        ids = {id(parameter) for parameter in own}
-        rest = [parameter for parameter in parameters if id(parameter) not in ids]
-        groups = [
-            {"params": [p for p in rest if p.dim() > 1], "weight_decay": training.weight_decay},
-            {"params": [p for p in rest if p.dim() <= 1]},
-            {"params": list(own), "lr": learning_rate},
-        ]
-        groups = [group for group in groups if group["params"]]
+    Args:
+        training: gives the learning rate and the weight decay; vectors are not decayed.
+        names: the last parts of the names of the parameters that are not decayed and have a
+            learning rate of their own.
+        learning_rate: theirs.
+    """
+
+    def make(model: nn.Module) -> torch.optim.Optimizer:
+        matrices: dict[str, Any] = {"params": [], "weight_decay": training.weight_decay}
+        vectors: dict[str, Any] = {"params": []}
+        own: dict[str, Any] = {"params": [], "lr": learning_rate}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                rest = matrices if parameter.dim() > 1 else vectors
+                group = own if name.rpartition(".")[2] in names else rest
+                group["params"].append(parameter)
+        groups = [group for group in (matrices, vectors, own) if group["params"]]
         return torch.optim.AdamW(groups, lr=training.learning_rate, eps=1e-6, weight_decay=0.0)
 
     return make

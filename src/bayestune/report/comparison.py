@@ -1,16 +1,14 @@
 """Records → the paper's table: methods × tasks, a block a metric, mean ± deviation over seeds."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from bayestune.metrics import PairedDifference, paired_bootstrap
-from bayestune.report.columns import ACCURACY, BRIER, ECE, ECE_DEBIASED, NLL, Column, metric_of
+from bayestune.report.columns import ACCURACY, BRIER, ECE, ECE_DEBIASED, NLL
 from bayestune.report.comparable import by_seed, caption, comparable
 from bayestune.report.rows import Record, paired_tensors, read_rows
-from bayestune.report.table import DASH, Block, Cell, Table, marked
+from bayestune.report.table import Block, Cell, Table
 
 _BLOCKS = (ACCURACY, ECE, NLL, BRIER, ECE_DEBIASED)
 _TESTED = (NLL, BRIER, ACCURACY)
@@ -42,21 +40,28 @@ def grid_tables(
     Raises:
         ValueError: if there are no records, or none of `against`.
     """
-    if against is not None and against not in (labels := list(by_seed(records))):
-        remedy = "compare with one of them"
-        raise ValueError(f"got no record of {against!r}; expected one of {labels}; {remedy}")
+    known = list(by_seed(records))
+    if against is not None and against not in known:
+        raise ValueError(f"got no record of {against!r}; expected one of {known}; choose one")
     tables = []
     for group in comparable(records, same_task=False):
         labels = list(by_seed(group))
         tasks: dict[str, list[Record]] = {}
         for record in group:
             tasks.setdefault(_task(record), []).append(record)
-        table = _table(labels, tasks)
+        runs = [by_seed(some) for some in tasks.values()]
+        most = max(len(seeds) for methods in runs for seeds in methods.values())
+        blocks = []
+        for column in _BLOCKS:
+            values = [column.values(methods) for methods in runs]
+            blocks.append(column.block(column.heading, labels, values, most, ("best", "second")))
+        notes = [_ABOUT_MARKS.format(most)]
         if folder is not None and resamples:
-            blocks = _p_blocks(labels, tasks, folder, resamples, against)
-            note = _ABOUT_P.format(against or "the method of least mean NLL", resamples)
-            table = replace(table, blocks=(*table.blocks, *blocks), notes=(*table.notes, note))
-        tables.append(table)
+            blocks += _p_blocks(labels, tasks.values(), folder, resamples, against)
+            notes.append(_ABOUT_P.format(against or "the method of least mean NLL", resamples))
+        seeds = f"mean ± standard deviation over {most} seeds" if most > 1 else "one seed"
+        of = caption(group[0], last=seeds)
+        tables.append(Table(of, tuple(tasks), tuple(blocks), tuple(notes), ("Metric", "Method")))
     return tables
 
 
@@ -67,51 +72,25 @@ def _task(record: Record) -> str:
     return f"{name} (n={record.get('n', '?')})"
 
 
-def _table(labels: Sequence[str], tasks: Mapping[str, Sequence[Record]]) -> Table:
-    runs = [by_seed(records) for records in tasks.values()]
-    most = max(len(seeds) for methods in runs for seeds in methods.values())
-    blocks = []
-    for column in _BLOCKS:
-        columns = []
-        for methods in runs:
-            values = [_values(methods.get(label, {}), column) for label in labels]
-            cells = [column.over_seeds(some, most) for some in values]
-            columns.append(marked(cells, column.sign, ("best", "second")))
-        blocks.append(Block.of(column.heading, labels, columns))
-    seeds = f"mean ± standard deviation over {most} seeds" if most > 1 else "one seed"
-    first = next(iter(tasks.values()))[0]
-    notes = (_ABOUT_MARKS.format(most),)
-    heads = ("Metric", "Method")
-    return Table(caption(first, last=seeds), tuple(tasks), tuple(blocks), notes, heads)
-
-
-def _values(seeds: Mapping[Any, Record], column: Column) -> list[float]:
-    values = [metric_of(record, column.key).get("value") for record in seeds.values()]
-    return [value for value in values if value is not None]
-
-
-# p-values
-
-
 def _p_blocks(
     labels: Sequence[str],
-    tasks: Mapping[str, Sequence[Record]],
+    tasks: Iterable[Sequence[Record]],
     folder: str | Path,
     resamples: int,
     against: str | None,
 ) -> list[Block]:
-    """Without `against`, the other methods' p; with it, their differences too."""
-    known = []
-    for records in tasks.values():
+    """The p of each method; with `against`, its difference too."""
+    compared = []
+    for records in tasks:
         other = against or _least_nll(records)
-        known.append((other, significance(records, folder, other, resamples)))
+        compared.append((other, significance(records, folder, other, resamples)))
     blocks = []
     for column in _TESTED:
         columns = []
-        for other, compared in known:
-            cells = {other: Cell(DASH if against else "best")} if compared else {}
-            for label, differences in compared.items():
-                paired = differences[column.key]
+        for other, differences in compared:
+            cells = {other: Cell("best")} if differences and not against else {}
+            for label, by_metric in differences.items():
+                paired = by_metric[column.key]
                 difference = f"{column.signed(paired.difference)}, p " if against else ""
                 cells[label] = Cell(f"{difference}{paired.p_value:.3f}")
             columns.append([cells.get(label, Cell()) for label in labels])
@@ -123,7 +102,7 @@ def _p_blocks(
 
 def _least_nll(records: Sequence[Record]) -> str | None:
     """The method of least mean NLL over its seeds; None if no record has an NLL."""
-    values = {label: _values(seeds, NLL) for label, seeds in by_seed(records).items()}
+    values = NLL.values(by_seed(records))
     means = {label: fmean(some) for label, some in values.items() if some}
     return min(means, key=means.__getitem__, default=None)
 
@@ -141,12 +120,11 @@ def significance(
     Args:
         records: of one task, model and way of scoring.
         folder: where their rows are.
-        against: the label of the method to compare with.
+        against: the label of the method that the others are compared with.
         resamples: of the bootstrap.
 
     Returns:
-        For each other method, by metric, that method less `against`. Methods without a seed or
-        question in common with it are left out.
+        By method and metric, that method less `against`; none without a seed or question in common.
 
     Reference: Davison, Hinkley (1997), ch. 4, https://doi.org/10.1017/CBO9780511802843
     """
@@ -157,9 +135,6 @@ def significance(
         both = [seed for seed in reference if seed in seeds]
         pairs = [(read_rows(seeds[s], folder), read_rows(reference[s], folder)) for s in both]
         paired = paired_tensors([pair for pair in pairs if all(pair)])
-        if paired is None:
-            continue
-        found[label] = {}
-        for column in _TESTED:
-            found[label][column.key] = paired_bootstrap(*paired, column.key, resamples)
+        if paired:
+            found[label] = {c.key: paired_bootstrap(*paired, c.key, resamples) for c in _TESTED}
     return found

@@ -1,0 +1,198 @@
+"""A grid and its cells: what is to be computed, in which order, under which keys."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any
+
+from bayestune.bench.keys import digest, lasting, lasting_method, model_facts, place, slug
+from bayestune.data import Task, check_trainable
+from bayestune.evaluation import EvaluationOptions
+from bayestune.methods import METHODS, Method, Settings, changed, described, make_method
+from bayestune.session import Dtype, TaskOptions, shown
+from bayestune.training import Training
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """What is different for one task of a grid.
+
+    Args:
+        training: changes to the grid's training.
+        questions: changes to the grid's questions.
+        methods: changes to the settings of the grid's methods, by entry.
+        evaluate_on: tasks to evaluate on; the task itself if there are none.
+    """
+
+    training: dict[str, Any] = field(default_factory=dict)
+    questions: dict[str, Any] = field(default_factory=dict)
+    methods: dict[str, dict[str, Any]] = field(default_factory=dict)
+    evaluate_on: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method, fitted on one task with one model and seed, and evaluated.
+
+    Its settings are resolved: nothing of the grid or the task is to be added.
+    """
+
+    model: str | None
+    task: str
+    name: str
+    method: Method
+    training: Training
+    questions: TaskOptions
+    evaluate_on: tuple[str, ...]
+    predicting: EvaluationOptions
+    dtype: Dtype
+    context: str  # a digest of what any fit on this model and task depends on
+    key: str  # a readable name and a digest of all that determines the result
+
+    @property
+    def title(self) -> str:
+        """What the cell is called in a log line."""
+        return f"{self.task}, {self.name}, seed {self.training.seed}"
+
+    @property
+    def label(self) -> str:
+        """The entry's own name; the method's proper name where the entry is called as it."""
+        own = self.name == described(self.method)["method"]
+        return METHODS[self.name].__name__ if own else self.name
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Models × tasks × methods × seeds.
+
+    Args:
+        models: names of models; null for the default one.
+        tasks: names of tasks, each with what is different for it.
+        methods: a free name for each entry and its settings, see `make_method`; null where the name
+            is the method's.
+        seeds: of training.
+        questions: how questions are put, and how many rows are used; its `task` is not.
+        training: of all cells, unless a task or a method changes it; its `seed` is not used.
+        predicting: numbers of draws and bounds.
+        dtype: of the base model's weights.
+    """
+
+    models: tuple[str | None, ...] = (None,)
+    tasks: dict[str, TaskSettings | None] = field(default_factory=lambda: {"everyday": None})
+    methods: dict[str, dict[str, Any] | None] = field(
+        default_factory=lambda: {"mle": None, "blob": None}
+    )
+    seeds: tuple[int, ...] = (1, 2, 3)
+    questions: TaskOptions = field(default_factory=TaskOptions)
+    training: Training = field(default_factory=Training)
+    predicting: EvaluationOptions = field(default_factory=EvaluationOptions)
+    dtype: Dtype = "float32"
+
+    def settings(self, task: str) -> TaskSettings:
+        """What is different for a task; nothing for one that is only evaluated on."""
+        return self.tasks.get(task) or TaskSettings()
+
+    def entries(self, task: str) -> dict[str, Settings]:
+        """The methods' settings on a task.
+
+        Raises:
+            ValueError: if the task changes a method that is not in the grid.
+        """
+        changes = self.settings(task).methods
+        if unknown := sorted(set(changes) - set(self.methods)):
+            raise ValueError(
+                f"task {task} changes methods that are not in the grid: got {unknown}, expected "
+                f"some of {sorted(self.methods)}; correct the names"
+            )
+        return {
+            name: _merged(given or {}, changes.get(name, {}))
+            for name, given in self.methods.items()
+        }
+
+    def options(self, task: str) -> TaskOptions:
+        """How a task's questions are put."""
+        return changed(replace(self.questions, task=task), self.settings(task).questions)
+
+    def evaluated(self, task: str) -> tuple[str, ...]:
+        """The tasks that a posterior fitted on a task is evaluated on."""
+        return self.settings(task).evaluate_on or (task,)
+
+    def load_all(self) -> dict[str, Task]:
+        """All tasks that are trained or evaluated on, by the grid's names for them.
+
+        Raises:
+            ValueError: if a task has no rows for its use.
+        """
+        names = dict.fromkeys(self.tasks)
+        for task in self.tasks:
+            names |= dict.fromkeys(self.evaluated(task))
+        loaded = {name: replace(self.options(name).load(), name=name) for name in names}
+        for task in self.tasks:
+            check_trainable(loaded[task])
+            for name in self.evaluated(task):
+                if not loaded[name].evaluation:
+                    raise ValueError(
+                        f"task {name} has no evaluation rows: got none, expected some; evaluate on "
+                        "others"
+                    )
+        return loaded
+
+    def cells(self, tasks: Mapping[str, Task]) -> list[Cell]:
+        """The cells on the tasks of `load_all`, seed by seed, task by task, method by method.
+
+        So a run that is cut off has whole tables of the first seeds.
+
+        Raises:
+            ValueError: if settings are wrong, or two cells cannot be told apart by name.
+        """
+        order = product(self.models, self.seeds, self.tasks, self.methods)
+        cells = [self._cell(tasks, model, seed, task, name) for model, seed, task, name in order]
+        places = [place(cell.key) for cell in cells]
+        if twice := sorted({name for name in places if places.count(name) > 1}):
+            raise ValueError(
+                f"cells that cannot be told apart: got {twice[:3]} more than once, expected "
+                "models, tasks, methods and seeds that differ in letters and digits; rename or "
+                "remove some"
+            )
+        return cells
+
+    def _cell(
+        self, tasks: Mapping[str, Task], model: str | None, seed: int, task: str, name: str
+    ) -> Cell:
+        entries = self.entries(task)
+        method = make_method(entries[name], entries, name=name)
+        training = changed(self.training, self.settings(task).training)
+        training = replace(training, seed=seed, progress=False)
+        options = self.options(task)
+        own = tasks[task]
+        scoring = (options.scoring, options.max_length)
+        rows = (own.prompt, own.train, own.held_out)
+        context = digest(model_facts(model), self.dtype, scoring, *rows)
+        # rows of other tasks are put as those of the fit
+        evaluated = [(own.prompt, tasks[other].evaluation) for other in self.evaluated(task)]
+        settings = (lasting_method(method), lasting(training), lasting(self.predicting))
+        whole = digest(context, *settings, evaluated)
+        parts = (shown(model) if model else "default", task, name, str(seed))
+        return Cell(
+            model,
+            task,
+            name,
+            method,
+            training,
+            options,
+            self.evaluated(task),
+            self.predicting,
+            self.dtype,
+            context,
+            key=f"{'-'.join(map(slug, parts))}--{whole}",
+        )
+
+
+def _merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with changes, nested mappings in part."""
+    merged = dict(settings)
+    for key, new in changes.items():
+        old = settings.get(key)
+        part = isinstance(old, Mapping) and isinstance(new, Mapping)
+        merged[key] = _merged(settings[key], new) if part else new
+    return merged

@@ -1,0 +1,92 @@
+"""Keys of cells and fits: a readable name, and a hash of everything that determines the result.
+
+A field that a settings class got later says what its absence means, as in
+`metadata={"absent_means": False}`: at that value keys leave it out, and those from before hold.
+A field with `metadata={"changes_result": False}` is in no key.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import Field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from bayestune.methods import METHODS, Method, described
+from bayestune.session import shown
+
+# To be raised when the same settings give other numbers: a grid that goes on then starts its cells
+# anew instead of mixing. Left out of keys while it is 1.
+ARITHMETIC = 1
+
+
+def lasting(settings: Any) -> dict[str, Any]:
+    """The fields of a settings object that determine the result, nested ones too."""
+    found = {}
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if _counts(field, value):
+            found[field.name] = lasting(value) if is_dataclass(value) else value
+    return found
+
+
+def _counts(field: Field[Any], value: object) -> bool:
+    if not field.metadata.get("changes_result", True):
+        return False
+    return "absent_means" not in field.metadata or value != field.metadata["absent_means"]
+
+
+def lasting_method(method: Method) -> dict[str, Any]:
+    """A method as `described`, but for the fields that keys leave out, its base likewise."""
+    return _without_later(described(method))
+
+
+def _without_later(settings: Mapping[str, Any]) -> dict[str, Any]:
+    left_out = set()
+    for field in fields(METHODS[settings["method"]]):
+        if field.name in settings and not _counts(field, settings[field.name]):
+            left_out.add(field.name)
+    kept = {name: value for name, value in settings.items() if name not in left_out}
+    if "base" in kept:
+        kept["base"] = _without_later(kept["base"])
+    return kept
+
+
+def model_facts(model: str | None) -> list[Any]:
+    """What tells a model from others: its name; a directory's configuration and file sizes."""
+    facts: list[Any] = [shown(model) if model else None]
+    folder = Path(model or "")
+    if model and folder.is_dir():
+        files = sorted(folder.glob("*.safetensors"))
+        facts += [(file.name, file.stat().st_size) for file in files]
+        config = folder / "config.json"
+        if config.is_file():
+            facts.append(config.read_text(encoding="utf-8"))
+    return facts
+
+
+def digest(*parts: Any) -> str:
+    """A short hash of JSON-able things and dataclasses."""
+    if ARITHMETIC != 1:
+        parts = (*parts, ARITHMETIC)
+    text = json.dumps(parts, sort_keys=True, default=_jsonable)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def _jsonable(value: Any) -> Any:
+    return lasting(value) if is_dataclass(value) else str(value)
+
+
+def slug(name: str) -> str:
+    """A name in letters and digits, for files.
+
+    >>> slug("TFB on MAP")
+    'tfb-on-map'
+    """
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+
+
+def place(key: str) -> str:
+    """The readable part of a key: which model, task, method and seed, whatever the settings."""
+    return key.rpartition("--")[0]

@@ -1,0 +1,75 @@
+"""Parsed options → the objects that they stand for."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from jsonargparse import Namespace
+
+from bayestune.methods import METHODS, Method
+
+T = TypeVar("T")
+
+
+def built(cls: type[T], options: Namespace, **more: Any) -> T:
+    """A dataclass of the options called like its fields, and of what no option stands for."""
+    names = {field.name for field in fields(cls)} - set(more)  # type: ignore[arg-type]
+    return cls(**{name: options[name] for name in names if name in options}, **more)
+
+
+def chosen_methods(names: Sequence[str], options: Namespace) -> dict[str, Method]:
+    """The methods of these names with their options; `--base` for those that build on another.
+
+    Raises:
+        ValueError: if a name is unknown, or none of the methods has a base to be replaced.
+    """
+    methods = {name: _method(name, options) for name in names}
+    base = options.get("base")
+    with_base = [name for name, method in methods.items() if hasattr(method, "base")]
+    if base and not with_base:
+        raise ValueError(
+            f"--base is for methods that build on another: got {base!r} for {list(names)}, "
+            "expected one such as tfb; leave it out"
+        )
+    for name in with_base if base else ():
+        methods[name] = replace(methods[name], base=_method(base, options))  # type: ignore[type-var]
+    return methods
+
+
+def _method(name: str, options: Namespace) -> Method:
+    if name not in METHODS:
+        raise ValueError(f"unknown method: got {name!r}, expected one of {sorted(METHODS)}")
+    return options[name] if name in options else METHODS[name]()
+
+
+@dataclass(frozen=True)
+class Output:
+    """A folder that a run writes to, emptied first or gone on in where it holds something."""
+
+    folder: Path
+    overwrite: bool = False
+    resume: bool = False
+
+    @classmethod
+    def of(cls, options: Namespace) -> Self:
+        """The output of a command.
+
+        Raises:
+            FileExistsError: if the folder holds something that may not be touched.
+        """
+        output = cls(options.output, options.overwrite, options.get("resume", False))
+        occupied = output.folder.is_dir() and any(output.folder.iterdir())
+        if occupied and not (output.overwrite or output.resume):
+            raise FileExistsError(
+                f"{output.folder} is not empty: choose another --output, or give --overwrite or "
+                "--resume"
+            )
+        return output
+
+    def prepare(self) -> None:
+        """Makes the folder, emptied unless a run goes on in it: when all input was found good."""
+        if self.folder.is_dir() and not self.resume:
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)

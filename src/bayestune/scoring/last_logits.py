@@ -1,0 +1,31 @@
+"""A language model's logits at its last positions, without computing the others."""
+
+import inspect
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+
+from bayestune.adapters import base_of
+
+
+def last_logits(model: nn.Module, inputs: Mapping[str, Any], keep: int) -> Tensor:
+    """The logits (N, keep, V) of the last `keep` positions, and no others where the model can."""
+    unwrapped = getattr(model, "module", model)  # parallel training wraps the model
+    inner: Any = base_of(unwrapped)
+    accepted = inspect.signature(inner.forward).parameters
+    options = {"position_ids": inputs["position_ids"], "logits_to_keep": keep, "use_cache": False}
+    head = inner.get_output_embeddings()
+    with nullcontext() if head is None else head.register_forward_pre_hook(_contiguous):
+        output = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            **{name: value for name, value in options.items() if name in accepted},
+        )
+    return output.logits[:, -keep:]
+
+
+def _contiguous(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    # given a slice of all positions, torch's product on the CPU would copy the head's whole weight
+    return (inputs[0].contiguous(), *inputs[1:])

@@ -1,0 +1,75 @@
+"""What a scorer is: rows → batches → class logits."""
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from bayestune.data import Question, Task
+
+logger = logging.getLogger(__name__)
+
+Encoded = dict[str, Any]  # the tokens of a row, its "answer", "length", and if it was "shortened"
+
+
+@dataclass
+class Scorer(ABC):
+    """Makes batches of a task's questions, and class logits of a model's outputs on them.
+
+    Args:
+        tokenizer: the model's.
+        task: the questions and their prompt.
+        max_length: tokens of a row; a longer one loses the end of its passage, with a warning.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    max_length: int = 300
+    when_shortened: ClassVar[str] = "their passage was shortened, question and options kept"
+
+    def encode(self, rows: Sequence[Question]) -> list[Encoded]:
+        """The tokens, length and answer of each row."""
+        encoded = [{**self.encode_row(row), "answer": row.answer} for row in rows]
+        shortened = sum(row["shortened"] for row in encoded)
+        if shortened:
+            what = f"{shortened} of {len(rows)} rows were longer than {self.max_length} tokens"
+            logger.warning("%s: %s", what, self.when_shortened)
+        return encoded
+
+    @abstractmethod
+    def encode_row(self, row: Question) -> Encoded:
+        """The tokens of one row, its length, and whether it had to be shortened."""
+
+    def collate(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
+        """A padded batch, with labels (N,) if every row has an answer."""
+        batch = self.pad_rows(rows)
+        answers = [row["answer"] for row in rows]
+        if None not in answers:
+            batch["labels"] = torch.tensor(answers)
+        return batch
+
+    @abstractmethod
+    def pad_rows(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
+        """The rows' tokens, and all that `__call__` needs to know of them."""
+
+    @abstractmethod
+    def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """Class logits (N, C), -inf for options that a row does not have."""
+
+    @property
+    def pad(self) -> int:
+        """The token that fills a batch up."""
+        token = self.tokenizer.pad_token_id
+        if token is None:
+            token = self.tokenizer.eos_token_id or 0
+        return int(token)  # type: ignore[arg-type]
+
+
+def option_mask(counts: Sequence[int]) -> Tensor:
+    """Which of C options (N, C) the rows have, from their numbers of options."""
+    return torch.arange(max(counts)) < torch.tensor(counts)[:, None]

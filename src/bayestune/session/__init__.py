@@ -1,0 +1,19 @@
+"""A session: a model and the task it is asked, opened in one way by every command and grid cell.
+
+It is opened by names, or from a posterior's folder with prompt, scoring and precision as fitted.
+"""
+
+from bayestune.session.fit import Fit, shown
+from bayestune.session.session import Dtype, Part, Session, num_classes, open_model
+from bayestune.session.task_options import TaskOptions
+
+__all__ = [
+    "Dtype",
+    "Fit",
+    "Part",
+    "Session",
+    "TaskOptions",
+    "num_classes",
+    "open_model",
+    "shown",
+]

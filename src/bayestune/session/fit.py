@@ -1,0 +1,91 @@
+"""A posterior and how it came about: what its folder keeps, and what its records say."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from bayestune.methods import METHODS
+from bayestune.posteriors import Posterior, read_details, save_posterior
+from bayestune.session.task_options import TaskOptions
+
+REPORT = "training.json"
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A posterior and how it came about.
+
+    Args:
+        posterior: what a method's `fit` returned, or a loaded one.
+        details: method, base model, task, training and the like, as `posterior.json` keeps them.
+        bf16: whether to predict under bfloat16 autocast.
+        label: what its lines of a table are called, before the number of draws.
+    """
+
+    posterior: Posterior
+    details: Mapping[str, Any]
+    bf16: bool
+    label: str
+
+    @classmethod
+    def of(cls, posterior: Posterior, details: Mapping[str, Any], bf16: bool | None = None) -> Self:
+        """A fit whose predictions are as precise as its training, unless `bf16` says otherwise."""
+        if bf16 is None:
+            bf16 = bool(details["training"]["bf16"])
+        return cls(posterior, details, bf16, _proper_name(details["method"]))
+
+    def save(self, folder: Path) -> None:
+        """Writes the posterior with its details, and the report of its training."""
+        folder.mkdir(parents=True, exist_ok=True)
+        report = json.dumps(self.posterior.report.as_dict(), indent=1)
+        (folder / REPORT).write_text(f"{report}\n", encoding="utf-8")
+        # last, because a folder that holds a posterior counts as finished
+        save_posterior(self.posterior, folder, self.details)
+
+    def facts(self, options: TaskOptions) -> dict[str, Any]:
+        """What every record says of the fit, and how the rows of `options` were put to it."""
+        details = self.details
+        seconds = self.posterior.report.seconds  # 0 where its folder does not say
+        return {
+            "model": shown(details["base_model"]),
+            "method": details["method"],
+            "name": _proper_name(details["method"]),
+            "train_rows": details["train_rows"],
+            "scoring": details["scoring"],
+            "seed": details["training"]["seed"],
+            "config": {
+                "method": details["fields"],
+                "training": details["training"],
+                "questions": options.recorded(details.get("questions", details)),
+                "dtype": details["dtype"],
+                "bf16": self.bf16,
+            },
+            "seconds": {"fit": round(seconds, 1)} if seconds else {},
+        }
+
+
+def details_of(folder: Path) -> dict[str, Any]:
+    """What `posterior.json` says, with the method's key where an old one has its class's name."""
+    details = read_details(folder)
+    if "method" not in details:
+        raise ValueError(
+            f"{folder} does not say how it was fitted: got a posterior alone, expected a folder of "
+            "`fit`; use it with load_posterior"
+        )
+    keys = {method.__name__.lower(): key for key, method in METHODS.items()}
+    key = details["method"]
+    if key not in METHODS:
+        key = keys.get(key, key)
+    return {**details, "method": key, "fields": {"method": key, **details["fields"]}}
+
+
+def shown(model: str) -> str:
+    """A model's name in records and tables, without the folders of this machine."""
+    return Path(model).name if Path(model).exists() else model
+
+
+def _proper_name(method: str) -> str:
+    """A method's name in tables, of its key: "MCDropout" of "mc_dropout"."""
+    return METHODS[method].__name__ if method in METHODS else method

@@ -1,0 +1,69 @@
+"""Which questions a session is about, and how they are put."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bayestune.data import Scoring, Task, load_rows, load_task, own_task
+
+# What is a matter of the fit, whichever rows its posterior is evaluated on.
+_OF_THE_FIT = ("data", "scoring", "max_length", "holdout", "train_rows")
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """Which questions, and how they are put.
+
+    Args:
+        task: a task of the table; your own rows (`data`, `evaluation_data`) go before it.
+        data_root: a directory in the Hub's layout; None for the Hub.
+        data: your own training rows, a JSONL or CSV file.
+        evaluation_data: your own evaluation rows.
+        options: the options of every row of your files that has none of its own.
+        scoring: "letter" compares the answer tokens' logits, "text" the likelihoods of the options'
+            texts.
+        max_length: tokens of a prompt.
+        holdout: the part of train held out for choosing anything.
+        train_rows: use at most so many training rows.
+        evaluation_rows: use at most so many evaluation rows.
+        subset_seed: of the choice of rows.
+    """
+
+    task: str = "everyday"
+    data_root: Path | None = None
+    data: Path | None = None
+    evaluation_data: Path | None = None
+    options: tuple[str, ...] = ()
+    scoring: Scoring = "letter"
+    max_length: int = 300
+    holdout: float = 0.0
+    train_rows: int | None = None
+    evaluation_rows: int | None = None
+    subset_seed: int = 0
+
+    def load(self, *, labelled: bool = True) -> Task:
+        """The task with its rows chosen; `evaluation_data` may lack answers if not `labelled`."""
+        train = load_rows(self.data, self.options) if self.data else ()
+        test = ()
+        if self.evaluation_data:
+            test = load_rows(self.evaluation_data, self.options, labelled=labelled)
+        if train or test:
+            task = own_task(Path(self.data or self.evaluation_data or "").stem, train, test)
+        else:
+            task = load_task(self.task, self.data_root)
+        return task.subset(self.train_rows, self.evaluation_rows, self.holdout, self.subset_seed)
+
+    def recorded(self, fitted: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The options as records keep them: paths without the folders of this machine.
+
+        Args:
+            fitted: the recorded options of a fit, which hold for what is a matter of the fit.
+        """
+        found = {}
+        for name, value in asdict(self).items():
+            found[name] = value.name if isinstance(value, Path) else value
+        for name in _OF_THE_FIT:
+            if fitted and name in fitted:
+                found[name] = fitted[name]
+        return found

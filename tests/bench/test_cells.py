@@ -1,0 +1,177 @@
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bayestune.bench import Grid, TaskSettings, keys
+from bayestune.bench.keys import digest, lasting, lasting_method
+from bayestune.cli.options import built
+from bayestune.cli.parser import make_parser
+from bayestune.evaluation import EvaluationOptions
+from bayestune.methods import METHODS, MLE, changed, make_method
+from bayestune.training import Training
+from benching import furnish, grid, small
+
+ROOT = Path(__file__).parents[2]
+GRIDS = [*(ROOT / "configs").rglob("*grid.yaml"), *(ROOT / "configs/paper").glob("llama*.yaml")]
+ASIDE = {"output", "resume", "progress", "save_steps", "logging_steps"}
+
+
+@pytest.fixture
+def place(tmp_path, llama, byte_level):
+    """A folder with a model and the rows of two tasks."""
+    return furnish(tmp_path, llama(), byte_level)
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_grid_parses_to_what_it_says(path):
+    parser = make_parser()
+    parsed = parser.parse_args(["bench", "--config", str(path), "--output", "out"])
+    made = built(Grid, parser.instantiate(parsed).bench)
+    given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert list(made.tasks) == list(given["tasks"])
+    assert list(made.methods) == list(given["methods"])
+    assert made.training.steps == given["training"]["steps"]
+    for task in made.tasks:
+        entries = made.entries(task)
+        for name in entries:
+            make_method(entries[name], entries, name=name)
+
+
+def test_the_cells_of_the_first_seed_come_first(place):
+    whole = grid(place)
+    made = whole.cells(whole.load_all())
+    expected = []
+    for seed in (1, 2):
+        for task in ("one", "two"):
+            expected += [(seed, task, name) for name in whole.methods]
+    assert [(c.training.seed, c.task, c.name) for c in made] == expected
+    assert [c.training.steps for c in made[:6]] == [4, 4, 4, 3, 3, 3]
+    assert made[1].key.startswith("model-one-tfb-on-mle-1--")
+    assert made[3].evaluate_on == ("two", "one")
+    assert [c.label for c in made[:3]] == ["MLE", "TFB on MLE", "BLoB, small"]
+
+
+def test_a_task_changes_training_and_methods(place):
+    whole = small(place)
+    task = replace(
+        whole.tasks["one"], training={"lora": {"rank": 3}}, methods={"blob": {"final_std": 0.3}}
+    )
+    methods = {"blob": {"prior_std": 0.5, "training": {"steps": 7}}}
+    made = replace(whole, tasks={"one": task}, methods=methods)
+    (cell,) = made.cells(made.load_all())
+    assert (cell.training.lora.rank, cell.training.steps, cell.training.batch_size) == (3, 4, 2)
+    assert (cell.method.method.prior_std, cell.method.method.final_std) == (0.5, 0.3)
+    assert cell.method.changes == {"steps": 7}
+
+
+def test_bad_grids_are_refused(place):
+    twice = small(place, methods={"my mle": {"method": "mle"}, "My  MLE": {"method": "mle"}})
+    said = "cannot be told apart: got .'model-one-my-mle-1'. more than once.*rename"
+    with pytest.raises(ValueError, match=said):
+        twice.cells(twice.load_all())
+    whole = small(place)
+    strange = replace(whole, tasks={"one": replace(whole.tasks["one"], methods={"blub": {}})})
+    said = "changes methods that are not in the grid: got .'blub'., expected some of"
+    with pytest.raises(ValueError, match=said):
+        strange.cells(strange.load_all())
+    blind = replace(whole, tasks={"one": TaskSettings(questions={"data": place / "one.jsonl"})})
+    said = "one has no evaluation rows: got none, expected some; evaluate on others"
+    with pytest.raises(ValueError, match=said):
+        blind.load_all()
+
+
+# Keys
+
+
+def key_of(one):
+    (cell,) = one.cells(one.load_all())
+    return cell.key
+
+
+def test_a_key_changes_with_what_changes_the_result_and_with_nothing_else(place):
+    base = small(place, methods={"blob": {}})
+    aside = replace(base.training, save_steps=None, logging_steps=1, resume=True, seed=9)
+    assert key_of(replace(base, training=aside)) == key_of(base)
+    changes = {
+        "methods": {"blob": {"prior_std": 0.1}},
+        "training": replace(base.training, learning_rate=1e-3),
+        "predicting": EvaluationOptions(draws=(0, 3), resamples=10),
+        "questions": replace(base.questions, train_rows=4),
+        "dtype": "bfloat16",
+    }
+    seen = {key_of(base)} | {key_of(replace(base, **{k: v})) for k, v in changes.items()}
+    assert len(seen) == 6
+    test = place / "test.jsonl"
+    test.write_text(test.read_text().replace("and 41", "and 42"))
+    seen.add(key_of(base))
+    (place / "model/config.json").write_text("{}")
+    seen.add(key_of(base))
+    assert len(seen) == 8
+
+
+def test_a_key_holds_the_version_of_the_arithmetic(place, monkeypatch):
+    """So that a grid that goes on after an upgrade does not mix."""
+    base = small(place, methods={"mle": None})
+    (before,) = base.cells(base.load_all())
+    monkeypatch.setattr(keys, "ARITHMETIC", 2)
+    (after,) = base.cells(base.load_all())
+    assert before.key != after.key
+    assert before.context != after.context  # that of the kept fits too
+
+
+def test_a_field_that_came_later_is_in_a_key_only_where_it_is_set(place):
+    base = small(place, methods={"mle": None})
+    assert "group_by_length" not in lasting(base.training)
+    grouped = replace(base, training=replace(base.training, group_by_length=True))
+    assert lasting(grouped.training)["group_by_length"] is True
+    prefixed = replace(base, predicting=replace(base.predicting, shared_prefix=16))
+    assert "shared_prefix" not in lasting(base.predicting)
+    assert lasting(prefixed.predicting)["shared_prefix"] == 16
+    assert len({key_of(base), key_of(grouped), key_of(prefixed)}) == 3
+
+
+def test_a_new_field_orphans_no_cell_if_it_says_what_its_absence_means(monkeypatch):
+    """Whatever the default becomes; without saying so it changes the keys, golden ones too."""
+
+    @dataclass(frozen=True)
+    class Said(Training):
+        brand_new: bool = field(default=True, metadata={"absent_means": False})
+
+    @dataclass(frozen=True)
+    class Unsaid(Training):
+        brand_new: bool = False
+
+    assert lasting(Said(brand_new=False)) == lasting(Training())
+    assert digest(lasting(Said(brand_new=False))) == digest(lasting(Training()))
+    assert lasting(Said())["brand_new"] is True
+    assert digest(lasting(Unsaid())) != digest(lasting(Training()))
+
+    @dataclass(frozen=True)
+    class Method(MLE):
+        brand_new: int = field(default=3, metadata={"absent_means": 3})
+
+    monkeypatch.setitem(METHODS, "mle", Method)
+    tempered = make_method({"method": "temperature", "base": "mle"})
+    assert lasting_method(tempered) == {
+        "method": "temperature",
+        "base": {"method": "mle"},
+        "draws": 10,
+    }
+    assert lasting_method(Method(brand_new=4)) == {"method": "mle", "brand_new": 4}
+
+
+def test_what_leaves_the_result_as_it_is_is_not_hashed():
+    assert not set(lasting(Training())) & ASIDE
+    assert digest(1, "a") == digest(1, "a") != digest("1", "a")
+
+
+def test_the_settings_of_committed_results_are_what_their_keys_were_made_of():
+    files = sorted((ROOT / "results").glob("*/cells/*.jsonl"))
+    assert files
+    for file in files:
+        config = json.loads(file.read_text(encoding="utf-8").splitlines()[0])["config"]
+        for name, usual in (("training", Training()), ("predicting", EvaluationOptions())):
+            assert json.loads(json.dumps(lasting(changed(usual, config[name])))) == config[name]

@@ -1,0 +1,83 @@
+import pytest
+import torch
+
+from bayestune.forward import Draws
+from bayestune.methods import MLE, BLoB, Ensemble, Temperature
+from bayestune.posteriors import Mixture, predict
+from bayestune.posteriors.posterior import Saved
+
+WIDE = BLoB(prior_std=0.4, final_std=0.3, schedule="constant")
+
+
+@pytest.mark.parametrize("base", [MLE(), BLoB()])
+def test_an_ensemble_of_one_is_its_base(case, base):
+    single = case.fit(base).logits(case.batch, Draws(3))
+    assert torch.equal(case.fit(Ensemble(base, size=1)).logits(case.batch, Draws(3)), single)
+
+
+def test_members_are_the_fits_of_their_seeds_and_run_in_one_pass(case):
+    mixture = case.fit(Ensemble(MLE(), size=3, seed_step=7))
+    fits = [case.fit(MLE(), seed=seed) for seed in (1, 8, 15)]
+    alone = torch.cat([fit.logits(case.batch, Draws(1)) for fit in fits])
+    passes = []
+    hook = mixture.model.register_forward_pre_hook(lambda *_: passes.append(1))
+    logits = mixture.logits(case.batch, Draws(3))
+    hook.remove()
+    assert len(passes) == 1
+    torch.testing.assert_close(logits, alone, atol=1e-5, rtol=1e-5)
+    averaged = alone.double().softmax(-1).mean(0)
+    found = predict(mixture, case.batch, draws=10).probabilities
+    torch.testing.assert_close(found, averaged, atol=1e-6, rtol=1e-5)
+    with pytest.raises(ValueError, match="Mixture has no mean: got draws=0"):
+        predict(mixture, case.batch, draws=0)
+
+
+def test_an_ensemble_of_gaussians_takes_draws_of_each_member_in_turn(case):
+    mixture = case.fit(Ensemble(WIDE, size=2))
+    fits = [case.fit(WIDE, seed=seed) for seed in (1, 1001)]
+    alone = torch.stack([fit.logits(case.batch, Draws(2)) for fit in fits], 1).flatten(0, 1)
+    torch.testing.assert_close(mixture.logits(case.batch, Draws(4)), alone, atol=1e-5, rtol=1e-5)
+    assert mixture.atoms is None
+
+
+def test_members_with_heads_of_their_own_run_one_by_one(head):
+    mixture = head.fit(Ensemble(MLE(), size=2))
+    trainable = [name for name, p in mixture.model.named_parameters() if p.requires_grad]
+    fits = [head.fit(MLE(), seed=seed) for seed in (1, 1001)]
+    alone = torch.cat([fit.logits(head.batch, Draws(1)) for fit in fits])
+    torch.testing.assert_close(mixture.logits(head.batch, Draws(2)), alone, atol=1e-6, rtol=1e-5)
+    assert mixture.model.active_adapter == "default"
+    assert [name for name, p in mixture.model.named_parameters() if p.requires_grad] == trainable
+
+
+def test_finished_members_are_kept_when_a_fit_goes_on(case, tmp_path, monkeypatch):
+    first = case.fit(Ensemble(size=2), output=tmp_path)
+    fits = []
+    plain = MLE.fit
+    monkeypatch.setattr(MLE, "fit", lambda self, *given: fits.append(1) or plain(self, *given))
+    (tmp_path / "member-1" / "posterior.json").unlink()
+    again = case.fit(Ensemble(size=2), output=tmp_path, resume=True)
+    assert len(fits) == 1
+    assert torch.equal(again.logits(case.batch, Draws(2)), first.logits(case.batch, Draws(2)))
+
+
+def test_the_report_sums_the_members_and_holds_the_largest_peak(case, tmp_path, monkeypatch):
+    peaks = iter([30.0, 20.0])
+    monkeypatch.setattr("bayestune.training.meter.peak_memory_mb", lambda: next(peaks))
+    report = case.fit(Ensemble(size=2)).report
+    assert report.steps == 16
+    assert report.peak_memory_mb == 30.0
+    assert len([line for line in report.history if "loss" in line]) == 16
+
+
+def test_mixtures_that_make_no_sense_are_refused(case):
+    point = case.fit(MLE())
+    message = r"each with its own adapter: got the adapters \['default', 'default'\] on 1"
+    with pytest.raises(ValueError, match=message):
+        Mixture([point, point])
+    with pytest.raises(ValueError, match="an ensemble needs members: got size=0"):
+        Ensemble(size=0)
+    with pytest.raises(NotImplementedError, match="loaded member by member"):
+        Mixture.restore(Saved(point.model, case.scorer, {}, {}, "default"))
+    with pytest.raises(ValueError, match="Tempered draws are not adapters: got a mixture of them"):
+        case.fit(Ensemble(base=Temperature(), size=1)).draw(0)
