@@ -71,16 +71,12 @@ def peak_memory_mb() -> float:
     try:
         status = (_PROCESS / "status").read_text(encoding="ascii", errors="replace")
     except OSError:
-        return _peak_of_the_process_mb()
+        if resource is None:
+            return float("nan")
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes on macOS, else KiB
     lines = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
     return int(lines["VmHWM"].split()[0]) / 2**10
-
-
-def _peak_of_the_process_mb() -> float:
-    if resource is None:
-        return float("nan")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes on macOS, else KiB
 
 
 def versions() -> dict[str, str]:
@@ -104,7 +100,5 @@ def revision() -> str | None:
 
 
 def _git(folder: Path, *command: str) -> str:
-    done = subprocess.run(
-        ["git", "-C", str(folder), *command], capture_output=True, text=True, check=True
-    )
-    return done.stdout.strip()
+    call = ["git", "-C", str(folder), *command]
+    return subprocess.check_output(call, text=True, stderr=subprocess.DEVNULL).strip()

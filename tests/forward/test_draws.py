@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from bayestune.forward import Draws, device_of, on_device, repeat_rows, seeded
+from bayestune.forward import Draws, on_device, repeat_rows, seeded
+from bayestune.forward.draws import device_of
 
 IDS = {"input_ids": torch.zeros(4, 9, dtype=torch.long), "extra": torch.zeros(1)}
 EMBEDDINGS = {"extra": torch.zeros(1), "inputs_embeds": torch.zeros(4, 9, 5)}

@@ -34,11 +34,6 @@ class GaussianLinear(nn.Linear):
     Raises:
         ValueError: if `noise` is unknown or `init_root_std` is not positive.
 
-    Example:
-        >>> layer = GaussianLinear(nn.Linear(16, 4, bias=False)).eval()
-        >>> layer(torch.ones(2, 3, 16)).shape
-        torch.Size([2, 3, 4])
-
     Reference:
         Wang, Shi, Han, Metaxas, Wang: BLoB, NeurIPS 2024, https://arxiv.org/abs/2406.11675.
     """
@@ -57,9 +52,7 @@ class GaussianLinear(nn.Linear):
                 f'unknown noise: got {noise!r}, expected one of {get_args(Noise)}; "row" is usual'
             )
         if init_root_std <= 0:
-            raise ValueError(
-                f"init_root_std must be positive: got {init_root_std}; the paper uses 0.05"
-            )
+            raise ValueError(f"init_root_std must be positive: got {init_root_std}; 0.05 is usual")
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight = linear.weight
         start = torch.empty_like(self.weight)
@@ -122,7 +115,7 @@ def bayesify(
     """Makes A of every LoRA layer Gaussian, in place: q(A) = N(M, Ω²), with M the present A.
 
     Afterwards training mode draws one A for each row of the batch and evaluation mode uses the
-    mean. All layers are checked before any is converted.
+    mean. All layers are checked before any is converted; how many were is returned.
 
     Args:
         model: the model that `peft.get_peft_model` returned.
@@ -131,9 +124,6 @@ def bayesify(
         adapter: which adapter of the model; None for the active one.
         slots: which slots, as `Slots.names` gives them; None for A of every layer.
 
-    Returns:
-        How many slots were converted.
-
     Raises:
         ValueError: if the model has no layer with this adapter, or one of them cannot be made
             stochastic (DoRA and other variants, embeddings, `target_parameters`, a slot that holds
@@ -141,12 +131,9 @@ def bayesify(
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
-        ...                      num_hidden_layers=2, num_attention_heads=2)
-        >>> lora = LoraConfig(target_modules=["q_proj", "v_proj"])
-        >>> bayesify(get_peft_model(LlamaForCausalLM(config), lora))
-        4
+        >>> base = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4))
+        >>> bayesify(get_peft_model(base, LoraConfig(target_modules=["0", "1"])))
+        2
     """
     found = Slots(model, adapter)
     plain = found.replaceable(slots)

@@ -57,10 +57,7 @@ def is_classifier(model: nn.Module) -> bool:
 def attach(model: nn.Module, lora: Lora) -> PeftModel:
     """Puts a fresh LoRA adapter on a model, as `peft.get_peft_model` does, and freezes the rest.
 
-    Args:
-        model: a transformers model without adapters; PEFT trains a classification head, if there
-            is one, beside LoRA.
-        lora: rank, scale, dropout and targets.
+    PEFT trains a classification head, if the model has one, beside LoRA.
 
     Raises:
         ValueError: if no module has a target's name, or the model has an adapter already.
@@ -111,12 +108,10 @@ def base_of(model: nn.Module) -> Any:
 
 @contextmanager
 def active(model: nn.Module, adapter: str, *, alone: bool = False) -> Iterator[None]:
-    """Has an adapter take part in passes; restores what was active, and what is trainable.
+    """Has an adapter take part in a PEFT model's passes for the time of the context.
 
-    Args:
-        model: a PEFT model; others are left as they are.
-        adapter: its name.
-        alone: whether adapters that are active beside it are switched off.
+    With `alone`, adapters that are active beside it are switched off. What was active and what was
+    trainable is restored.
     """
     before = model.active_adapters if isinstance(model, PeftModel) else [adapter]
     if before == [adapter] or (adapter in before and not alone):

@@ -53,14 +53,9 @@ Layer = TypeVar("Layer", bound=RankLinear)
 def make_ranks_random(
     model: nn.Module, make: Callable[[nn.Linear, RowGroups], Layer]
 ) -> dict[str, Layer]:
-    """Puts a layer that `make` builds in the slot of each A, if all of them can be replaced.
+    """Replaces each A by a layer that `make` builds from the plain one and the model's row groups.
 
-    Args:
-        model: a PEFT model.
-        make: builds the layer from the plain one and the model's row groups.
-
-    Returns:
-        The layers by slot name.
+    All of them are checked before the first is replaced. Returns the layers by slot name.
     """
     slots = Slots(model)
     plain = slots.replaceable()

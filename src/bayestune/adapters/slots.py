@@ -1,7 +1,7 @@
 """LoRA's slots in a PEFT model: finds them, fills them, refuses what cannot be replaced."""
 
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 from peft.tuners.lora import Embedding, LoraLayer
@@ -78,9 +78,8 @@ class Slots:
 
     def weights(self) -> dict[str, Tensor]:
         """A (r, k) and B (d, r) by slot name: the mean where a slot is stochastic."""
-        return {
-            name: slot.get_parameter("weight").detach() for name, slot in self.modules().items()
-        }
+        modules = self.modules()
+        return {name: slot.get_parameter("weight").detach() for name, slot in modules.items()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of A and B by slot name."""
@@ -94,11 +93,9 @@ class Slots:
 
     @contextmanager
     def holding(self, stacks: Mapping[str, Tensor]) -> Iterator[None]:
-        """Puts S fixed weights in slots for the time of the context.
+        """Puts S fixed weights, (S, r, k) or (S, d, r) by slot name, in slots for the context.
 
-        Args:
-            stacks: (S, r, k) or (S, d, r) by slot name; other slots keep their module. A batch
-                must hold S·N rows, draw by draw.
+        Other slots keep their module. A batch must hold S·N rows, draw by draw.
 
         Raises:
             ValueError: if a name is not a slot of the adapter.
@@ -132,8 +129,7 @@ class Slots:
             kind = type(self.model).__name__
             raise ValueError(
                 f"no LoRA layer holds the adapter {self.adapter!r}: got a {kind}, expected a model "
-                "from peft.get_peft_model with LoraConfig; check target_modules and the adapter's "
-                "name"
+                "from peft.get_peft_model with LoraConfig; check target_modules and the name"
             )
         places = [split_name(name) for name in names]
         if unknown := [path for path, _ in places if path not in self.layers]:
@@ -184,20 +180,13 @@ def _active(layers: Mapping[str, LoraLayer]) -> str:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """A slot's name as its layer's path and the side.
-
-    Example:
-        >>> split_name("layers.0.q_proj.lora_A")
-        ('layers.0.q_proj', 'lora_A')
-    """
+    """The two parts of a slot's name: its layer's path and its side, "lora_A" or "lora_B"."""
     path, _, side = name.rpartition(".")
     return path, side
 
 
-@contextmanager
 def drawn(
     model: nn.Module, weights: Mapping[str, Tensor], adapter: str | None = None
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Puts S fixed weights in an adapter's slots for the time of the context, `Slots.holding`."""
-    with Slots(model, adapter).holding(weights):
-        yield
+    return Slots(model, adapter).holding(weights)

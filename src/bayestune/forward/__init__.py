@@ -4,15 +4,7 @@
 """
 
 from bayestune.forward.common_prefix import without_common_prefix
-from bayestune.forward.draws import (
-    Batch,
-    ClassLogits,
-    Draws,
-    device_of,
-    on_device,
-    repeat_rows,
-    seeded,
-)
+from bayestune.forward.draws import Batch, ClassLogits, Draws, on_device, repeat_rows, seeded
 from bayestune.forward.passes import Plan, drawn_logits, mean_logits
 
 __all__ = [
@@ -20,7 +12,6 @@ __all__ = [
     "ClassLogits",
     "Draws",
     "Plan",
-    "device_of",
     "drawn_logits",
     "mean_logits",
     "on_device",

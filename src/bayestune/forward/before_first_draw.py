@@ -17,11 +17,8 @@ Arguments = tuple[Any, dict[str, Any]]
 class BeforeFirstDraw:
     """Runs one copy of the rows through what no draw changes, and S copies through the rest.
 
-    Args:
-        slots: where the draws stand.
-        drawn: the blocks from the first drawn one on, or the output head if it alone is drawn; none
-            where nothing comes before it.
-        only_head: whether it is the output head.
+    `drawn` holds the blocks from the first drawn one on, or the output head if it alone is drawn;
+    nothing where nothing comes before them.
     """
 
     slots: Slots

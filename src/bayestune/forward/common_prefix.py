@@ -116,8 +116,9 @@ class CommonPrefix:
     go by anything but keys, values and positions, are left as they are.
     """
 
+    slots: Slots  # where the draws stand, if there are any
+
     def __init__(self) -> None:
-        self._slots: Slots | None = None
         self._source: object = None
         self._cast: object = None
         self._fits = True
@@ -138,14 +139,10 @@ class CommonPrefix:
         source = prefix._source
         if not (isinstance(source, Fingerprint) and source.matches(model)):
             source = Fingerprint(model)
-        return prefix._under(model, 1, source)
+        return prefix.under(model, 1, source)
 
-    def under(self, slots: Slots, count: int, source: object) -> Self:
+    def under(self, model: nn.Module, count: int, source: object) -> Self:
         """Forgets what was read under others than these S draws; their source is another object."""
-        self._slots = slots
-        return self._under(slots.model, count, source)
-
-    def _under(self, model: nn.Module, count: int, source: object) -> Self:
         kind = device_of(model).type
         cast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
         if self._source is not source or (self._count, self._cast) != (count, cast):
@@ -157,9 +154,8 @@ class CommonPrefix:
     @contextmanager
     def computing(self, chunk: Chunk) -> Iterator[nn.Module]:
         """For the time of a pass over S·N rows under some of the draws."""
-        assert self._slots is not None, "under() says which"
-        model = self._slots.model
-        with self._slots.holding(chunk.stacks), self.sharing(model, chunk.start, chunk.size):
+        model = self.slots.model
+        with self.slots.holding(chunk.stacks), self.sharing(model, chunk.start, chunk.size):
             yield model
 
     @contextmanager

@@ -1,9 +1,9 @@
 """Which draws of a posterior to take, how many at once, and in which precision."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -57,40 +57,25 @@ class Draws:
 
     def at_once(self, inputs: Batch) -> int:
         """How many draws of this batch run in one pass, at least 1."""
-        main = _main_input(inputs)
-        tokens = main if "input_ids" in inputs else main[..., 0]
+        name = next(name for name in ("input_ids", "inputs_embeds", *inputs) if name in inputs)
+        main = inputs[name]  # (N, T); embeddings (N, T, width); or the first tensor there is
+        tokens = main if name == "input_ids" else main[..., 0]
         bound = min(self.count, self.max_tokens // max(1, tokens.numel()))
         if self.max_rows is not None:
             bound = min(bound, self.max_rows // len(main))
         return max(1, bound)
 
-    @contextmanager
-    def precision(self, model: nn.Module) -> Iterator[None]:
-        """bfloat16 autocast on the model's device, if asked for."""
-        if not self.bf16:
-            yield
-            return
-        with torch.autocast(device_of(model).type, torch.bfloat16):
-            yield
+    def precision(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """A context of bfloat16 autocast on the model's device, if asked for."""
+        return torch.autocast(device_of(model).type, torch.bfloat16) if self.bf16 else nullcontext()
 
 
-def _main_input(inputs: Batch) -> Tensor:
-    """Token ids (N, T) or what stands for them: embeddings (N, T, width), or the first tensor."""
-    names = (name for name in ("input_ids", "inputs_embeds") if name in inputs)
-    return inputs[next(names, next(iter(inputs)))]
-
-
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Some of the draws, which run in one pass."""
 
     start: int  # the place of the first one among all that are asked for
+    size: int
     stacks: Mapping[str, Tensor]  # weights by slot name, (S, r, k) for A and (S, d, r) for B
-
-    @property
-    def size(self) -> int:
-        """How many draws."""
-        return len(next(iter(self.stacks.values())))
 
 
 @contextmanager

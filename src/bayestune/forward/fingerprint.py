@@ -18,12 +18,6 @@ class Fingerprint:
 
     Args:
         model: a PEFT model, or a plain one.
-
-    Example:
-        >>> model = nn.Linear(2, 2)
-        >>> before = Fingerprint(model)
-        >>> before.matches(model), model.weight.data.add_(1)[0, 0] is None, before.matches(model)
-        (True, False, False)
     """
 
     def __init__(self, model: nn.Module) -> None:

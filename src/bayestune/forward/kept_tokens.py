@@ -78,17 +78,11 @@ def _in_front(kept: Tensor, own: Tensor) -> Tensor:
 
 @dataclass
 class KeptTokens:
-    """Tokens and their keys and values under S draws.
+    """Tokens and their keys and values under S draws: a layer's keys, then its values."""
 
-    Args:
-        tokens: ids and positions (2, c).
-        done: of which draws the keys and values are there, S bools.
-        known: the keys of each layer, and its values, (S, heads, c, width).
-    """
-
-    tokens: Tensor
-    done: list[bool]
-    known: list[Tensor] = field(default_factory=list)
+    tokens: Tensor  # ids and positions (2, c)
+    done: list[bool]  # of which draws the keys and values are there
+    known: list[Tensor] = field(default_factory=list)  # each (S, heads, c, width)
 
     def put(self, start: int, known: list[Tensor]) -> None:
         """Takes in the keys and values of the draws from `start` on."""

@@ -38,13 +38,7 @@ def drawn_logits(posterior: Drawable, inputs: Batch, draws: Draws, plan: "Plan")
     """The draws' logits (S, N, C), S·N rows in one pass within the bounds of `draws`.
 
     What no draw changes is computed once, see `BeforeFirstDraw`. Otherwise the tokens that all rows
-    begin with are read once for each draw, see `CommonPrefix`.
-
-    Args:
-        posterior: whose draws.
-        inputs: a batch of N rows.
-        draws: which draws; at least one.
-        plan: what is kept between the batches of this posterior.
+    begin with are read once for each draw, see `CommonPrefix`. The plan is the posterior's own.
 
     Raises:
         ValueError: if a shared prefix is asked for and the posterior has no mean or the model
@@ -110,12 +104,14 @@ class Plan:
             return SharedPrefix(self._slots, draws.shared_prefix)
         if self._before.drawn:
             return self._before
-        return self.common.under(self._slots, draws.count, self._stacks)
+        self.common.slots = self._slots
+        return self.common.under(self._slots.model, draws.count, self._stacks)
 
     def chunks(self, inputs: Batch, draws: Draws) -> Iterator[Chunk]:
         """The draws of each pass; all of them in one where only the output head is drawn."""
         only_head = self._before.only_head and draws.shared_prefix is None
         size = draws.count if only_head else draws.at_once(inputs)
         for start in range(0, draws.count, size):
-            part = slice(start, start + size)
-            yield Chunk(start, {name: stack[part] for name, stack in self._stacks.items()})
+            stop = min(start + size, draws.count)
+            stacks = {name: stack[start:stop] for name, stack in self._stacks.items()}
+            yield Chunk(start, stop - start, stacks)

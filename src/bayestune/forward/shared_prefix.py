@@ -51,7 +51,7 @@ class SharedPrefix(nn.Module):
         self.length = length
         self._cache = cache
         self._takes_keep = "logits_to_keep" in inspect.signature(base.forward).parameters
-        self._chunk = Chunk(0, {})
+        self._chunk = Chunk(0, 1, {})
         self._read: DynamicCache | None = None
 
     def get_base_model(self) -> nn.Module:
@@ -79,9 +79,8 @@ class SharedPrefix(nn.Module):
         split = input_ids.shape[1] - self.length - (logits_to_keep - 1)
         inputs = {"input_ids": input_ids}
         for name in ("attention_mask", "position_ids"):
-            value = rest.pop(name, None)
-            if value is not None:
-                inputs[name] = value
+            if rest.get(name) is not None:
+                inputs[name] = rest.pop(name)
         if self._takes_keep:
             rest["logits_to_keep"] = logits_to_keep
         if split > 0:
@@ -98,7 +97,7 @@ class SharedPrefix(nn.Module):
             if self._takes_keep:
                 rest["logits_to_keep"] = 1
             output = self.model(**start, use_cache=True, **rest)
-            self._read = self._checked(getattr(output, self._cache))
+            self._read = _checked(getattr(output, self._cache), type(base_of(self.model)).__name__)
         known = copy.copy(self._read)
         # layers grow by new tensors, so that what was read stays as it is
         known.layers = [copy.copy(layer) for layer in known.layers]
@@ -106,16 +105,16 @@ class SharedPrefix(nn.Module):
         known.batch_select_indices(rows.repeat(self._chunk.size))
         return known
 
-    def _checked(self, read: Any) -> DynamicCache:
-        layers = getattr(read, "layers", [])
-        if not layers or not all(isinstance(layer, DynamicLayer) for layer in layers):
-            kinds = sorted({type(layer).__name__ for layer in layers}) or [type(read).__name__]
-            raise ValueError(
-                f"draws cannot share a prefix: got a {type(self.get_base_model()).__name__} that "
-                f"remembers in {kinds}, expected keys and values of each token in every layer; "
-                "leave shared_prefix out"
-            )
-        return read
+
+def _checked(read: Any, model: str) -> DynamicCache:
+    layers = getattr(read, "layers", [])
+    if not layers or not all(isinstance(layer, DynamicLayer) for layer in layers):
+        kinds = sorted({type(layer).__name__ for layer in layers}) or [type(read).__name__]
+        raise ValueError(
+            f"draws cannot share a prefix: got a {model} that remembers in {kinds}, expected keys "
+            "and values of each token in every layer; leave shared_prefix out"
+        )
+    return read
 
 
 def _start(value: Tensor, split: int) -> Tensor:

@@ -82,9 +82,7 @@ class KLStep(TrainerCallback):
                 f"{get_args(StdOptimizer)}; correct it"
             )
         if self.prior_std <= 0:
-            raise ValueError(
-                f"prior_std must be positive: got {self.prior_std}; the paper uses 0.2"
-            )
+            raise ValueError(f"prior_std must be positive: got {self.prior_std}; 0.2 is usual")
         self.step = 0
         self._plan: _Plan | None = None
         self._layers: list[GaussianLinear] = []

@@ -25,12 +25,9 @@ class FitReport:
 
     def plus(self, seconds: float = 0.0, peak_memory_mb: float = 0.0, **extra: Any) -> Self:
         """The report of a fit that goes on from this one."""
-        return replace(
-            self,
-            seconds=self.seconds + seconds,
-            peak_memory_mb=max(self.peak_memory_mb, peak_memory_mb),
-            extra={**self.extra, **extra},
-        )
+        seconds += self.seconds
+        peak = max(self.peak_memory_mb, peak_memory_mb)
+        return replace(self, seconds=seconds, peak_memory_mb=peak, extra={**self.extra, **extra})
 
     def as_dict(self) -> dict[str, Any]:
         """One flat dict, as the posterior's folder keeps it."""

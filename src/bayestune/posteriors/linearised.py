@@ -15,7 +15,6 @@ from bayestune.forward import Batch, Draws, on_device
 from bayestune.posteriors.posterior import AdapterPosterior, Saved, SingleAdapter, State
 
 _BLOCKS: dict[str, type[Any]] = {"kfac": Kronecker, "diagonal": Diagonal}
-_NOISE = "laplace"  # the address of the logits' noise, which belongs to no slot
 
 
 @dataclass
@@ -26,7 +25,7 @@ class _Laplace(SingleAdapter):
         blocks: H of each LoRA matrix by slot name; the others are points.
         prior_precision: λ.
         max_rows: rows of one pass with gradients, whose activations are kept as in a training step.
-        max_bytes: of the Jacobians of one pass; rows are split down to one where they take more.
+        max_bytes: of the Jacobians of one pass; rows are split, down to one, where they take more.
 
     Raises:
         ValueError: if λ is not positive.
@@ -49,12 +48,9 @@ class _Laplace(SingleAdapter):
         tensors = {}
         for name, block in self.blocks.items():
             tensors |= {f"{name}.{part}": value for part, value in vars(block).items()}
-        facts = {
-            "structure": next(iter(self.blocks.values())).structure,
-            "prior_precision": self.prior_precision,
-            "max_rows": self.max_rows,
-            "max_bytes": self.max_bytes,
-        }
+        facts: dict[str, Any] = {"structure": next(iter(self.blocks.values())).structure}
+        for name in ("prior_precision", "max_rows", "max_bytes"):
+            facts[name] = getattr(self, name)
         return tensors, facts
 
     @classmethod
@@ -88,11 +84,11 @@ class Linearised(_Laplace):
     logits with respect to the LoRA matrices that have a block. Draw s of row n is f_MAP + L_n·z_s
     with L_n·L_nᵀ = J_n·Σ·J_nᵀ, and z_s (C,) is the held noise with the address (seed, s,
     "laplace"). Each row has its exact law; how rows vary together is not kept, since all rows share
-    z_s. A draw is not an adapter, for that see `Sampled`.
+    z_s. A draw is not an adapter; for that see `Sampled`.
 
     Reference:
-        Yang, Robeyns, Wang, Aitchison: Bayesian low-rank adaptation for large language models, ICLR
-        2024, https://arxiv.org/abs/2308.13111, equations 12 and 13.
+        Yang, Robeyns, Wang, Aitchison: Bayesian low-rank adaptation for large language models
+        (equations 12 and 13), ICLR 2024, https://arxiv.org/abs/2308.13111.
     """
 
     kind: ClassVar[str] = "linearised"
@@ -101,14 +97,10 @@ class Linearised(_Laplace):
     def moments(
         self, inputs: Batch, precisions: Sequence[float] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Mean f_MAP (N, C) and covariance J·Σ·Jᵀ of the logits; 0 for an option the row lacks.
+        """Mean f_MAP (N, C) and covariance J·Σ·Jᵀ (N, C, C) of the logits of a batch of N rows.
 
-        Args:
-            inputs: a batch of N rows.
-            precisions: values of λ to take in place of the posterior's own.
-
-        Returns:
-            The mean, and the covariances (number of λ, N, C, C), or (N, C, C) without `precisions`.
+        For several `precisions` λ in place of the posterior's own there are as many covariances,
+        (number of λ, N, C, C). An option that a row lacks has the covariance 0.
         """
         values = [self.prior_precision] if precisions is None else precisions
         inputs = on_device(inputs, self.model)
@@ -117,14 +109,14 @@ class Linearised(_Laplace):
         for start in range(0, num_rows, self.max_rows):
             rows = _rows(inputs, num_rows, start, start + self.max_rows)
             pieces.extend(self._moments(rows, values))
-        covariance = torch.cat([covariance for _, covariance in pieces], 1)
         mean = torch.cat([mean for mean, _ in pieces])
+        covariance = torch.cat([covariance for _, covariance in pieces], 1)
         return mean, covariance[0] if precisions is None else covariance
 
     def _moments(
         self, inputs: Batch, precisions: Sequence[float]
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Means and covariances, halved until the Jacobians fit in `max_bytes`."""
+        """The moments of some rows, which are halved until the Jacobians fit in `max_bytes`."""
         slots = self.slots.replaceable(list(self.blocks))
         trace = traced(self.model, self.scorer, inputs, slots)
         num_rows = len(trace.logits)
@@ -140,23 +132,22 @@ class Linearised(_Laplace):
     def _covariance(self, trace: Trace, precisions: Sequence[float]) -> Tensor:
         """Σ over blocks of J·(H + λI)⁻¹·Jᵀ, (number of λ, N, C, C), from C backward passes."""
         num_rows, classes = trace.logits.shape
-        present = trace.logits.detach().isfinite()
+        present = trace.logits.detach().isfinite().float()
         jacobians: dict[str, list[Tensor]] = {}
+        shape = (len(precisions), num_rows, classes, classes)
+        total = present.new_zeros(shape)
         with torch.autocast(present.device.type, enabled=False):
             for c in range(classes):
-                weights = torch.zeros_like(present, dtype=torch.float32)
-                weights[:, c] = present[:, c].float()
+                weights = torch.zeros_like(present)
+                weights[:, c] = present[:, c]
                 for name, value in trace.jacobian(weights, keep=c < classes - 1).items():
                     jacobians.setdefault(name, []).append(value)
-            shape = (len(precisions), num_rows, classes, classes)
-            total = trace.logits.new_zeros(shape, dtype=torch.float32)
             for name in list(jacobians):
                 jacobian = torch.stack(jacobians.pop(name), 1)
                 total = total + self.blocks[name].covariance(jacobian, precisions)
         return total
 
     def _drawn(self, inputs: Batch, draws: Draws) -> Tensor:
-        """Gaussian draws of the logits."""
         self.refuse_shared_prefix(draws)
         mean, covariance = self.moments(inputs)
         return gaussian_logits(mean, covariance, draws)
@@ -194,16 +185,13 @@ def gaussian_logits(mean: Tensor, covariance: Tensor, draws: Draws) -> Tensor:
 @lru_cache(maxsize=16)
 def _noise(indices: range, seed: int, classes: int) -> Tensor:
     """z (S, C): the same for all rows, and the first C of a wider batch's."""
-    return torch.stack([held_noise((classes,), seed, index, _NOISE) for index in indices])
+    return torch.stack([held_noise((classes,), seed, index, "laplace") for index in indices])
 
 
 def _rows(inputs: Batch, num_rows: int, start: int, stop: int) -> dict[str, Tensor]:
     """Some rows of a batch, in which a tensor may have several consecutive entries a row."""
-    rows = {}
-    for name, value in inputs.items():
-        size = len(value) // num_rows
-        rows[name] = value[start * size : stop * size]
-    return rows
+    sizes = {name: len(value) // num_rows for name, value in inputs.items()}
+    return {name: inputs[name][start * size : stop * size] for name, size in sizes.items()}
 
 
 def _on(block: Block, device: torch.device | str) -> Block:

@@ -35,7 +35,6 @@ class Dropout(SingleAdapter):
             )
 
     def _drawn(self, inputs: Batch, draws: Draws) -> Tensor:
-        """S·N rows in one pass within the bounds of `draws`."""
         self.refuse_shared_prefix(draws)
         inputs = on_device(inputs, self.model)
         step = draws.at_once(inputs)
@@ -64,8 +63,7 @@ class TokenNoise(SingleAdapter):
     tokens' noises are uncorrelated, and a draw is not an adapter. The marginal law of each A_nt is
     that of `Gaussian`; the logits' law is another, for attention averages over tokens. E and the
     signs come from torch's generator, seeded by (seed, draw): the same batches give the same
-    logits, another batching other noise. It is there to compare with; draws of `Gaussian` are
-    functions.
+    logits, another batching other noise. It is there to compare with.
 
     Raises:
         ValueError: if the model has no Gaussian layer.
@@ -75,14 +73,9 @@ class TokenNoise(SingleAdapter):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._gaussian()  # refuses a deterministic model
-
-    def _gaussian(self) -> Gaussian:
-        """The posterior whose draws are functions, on the same slots."""
-        return Gaussian(self.model, self.scorer, adapter=self.adapter)
+        self.state()  # refuses a deterministic model
 
     def _drawn(self, inputs: Batch, draws: Draws) -> Tensor:
-        """A pass for each draw."""
         self.refuse_shared_prefix(draws)
         inputs = on_device(inputs, self.model)
         layers = list(self.slots.of_kind(GaussianLinear).values())
@@ -101,8 +94,8 @@ class TokenNoise(SingleAdapter):
         return torch.stack(passes)
 
     def state(self) -> State:
-        """The one of `Gaussian`."""
-        return self._gaussian().state()
+        """The one of the `Gaussian` on the same slots."""
+        return Gaussian(self.model, self.scorer, adapter=self.adapter).state()
 
     @classmethod
     def restore(cls, saved: Saved) -> Self:

@@ -22,12 +22,7 @@ KINDS: dict[str, type["Posterior"]] = {}
 class Saved:
     """What a posterior is restored from: a model that holds the stock adapter, and its `state`.
 
-    Args:
-        model: a PEFT model.
-        scorer: maps (model, batch) to class logits (N, C).
-        tensors: of the state, named by slot and part, "model.layers.0.q_proj.lora_A.variance".
-        facts: of the state.
-        adapter: which adapter.
+    The tensors' names are a slot's and a part's, "model.layers.0.self_attn.q_proj.lora_A.variance".
     """
 
     model: nn.Module
@@ -38,7 +33,7 @@ class Saved:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of the model's slots by name."""
+        """The shapes of the adapter's slots."""
         return Slots(self.model, self.adapter).shapes()
 
     def parts(self) -> Mapping[str, dict[str, Tensor]]:
@@ -74,14 +69,9 @@ class Posterior(ABC):
 
     @abstractmethod
     def logits(self, inputs: Batch, draws: Draws) -> Tensor:
-        """Class logits of a batch.
+        """Class logits (S, N, C) of a batch of N rows, as the scorer collates them.
 
-        Args:
-            inputs: N rows, as the posterior's scorer collates them.
-            draws: which draws; `draws.count` 0 is the mean.
-
-        Returns:
-            (S, N, C); (1, N, C) for the mean.
+        With `draws.count` 0 they are the mean's, (1, N, C).
         """
 
     @abstractmethod
@@ -102,11 +92,7 @@ class Posterior(ABC):
         """
 
     def refuse_shared_prefix(self, draws: Draws) -> None:
-        """For posteriors whose draws are not adapters.
-
-        Raises:
-            ValueError: if a shared prefix is asked for.
-        """
+        """Refuses draws with a shared prefix, for posteriors whose draws are not adapters."""
         if draws.shared_prefix is not None:
             raise ValueError(
                 f"{type(self).__name__} draws are not adapters, so they cannot share a prefix: got "
@@ -141,7 +127,7 @@ class SingleAdapter(Posterior):
         return Slots(self.model, self.adapter)
 
     def logits(self, inputs: Batch, draws: Draws) -> Tensor:
-        """Class logits (S, N, C); (1, N, C) for the mean."""
+        """As of every posterior."""
         with active(self.model, self.adapter), draws.precision(self.model):
             if draws.count == 0:
                 return mean_logits(self.model, self.scorer, inputs)
@@ -173,14 +159,9 @@ class AdapterPosterior(SingleAdapter):
 
     @abstractmethod
     def draw(self, index: int, seed: int = 0) -> dict[str, Tensor]:
-        """One held draw by slot name, what differs from the mean, float32 on the CPU.
+        """One held draw of a set, counted from 0: what differs from the mean, by slot name.
 
-        Args:
-            index: which draw, from 0.
-            seed: of the set of draws.
-
-        Returns:
-            A (r, k) and B (d, r).
+        A (r, k) and B (d, r) are float32 on the CPU.
         """
 
     def _drawn(self, inputs: Batch, draws: Draws) -> Tensor:
@@ -188,15 +169,11 @@ class AdapterPosterior(SingleAdapter):
 
 
 def check_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuses tensors that are not of a model's slots.
-
-    Raises:
-        ValueError: if there are none, a name is not expected or a shape is another.
-    """
+    """Refuses tensors by slot name that are not of a model's slots, or none at all."""
     got = {name: tuple(value.shape) for name, value in tensors.items()}
     wrong = [name for name, shape in got.items() if expected.get(name) != shape]
     if wrong or not got:
-        name = next(iter(wrong), "")
+        name = wrong[0] if wrong else ""
         raise ValueError(
             f"of another model or rank: got {len(got)} tensors such as {name, got.get(name)}, "
             f"expected shapes such as {name, expected.get(name, 'no such slot')}"

@@ -38,9 +38,7 @@ class Prediction:
 
     @classmethod
     def of(cls, logits: Tensor) -> Self:
-        """The predictive of the draws' logits (S, N, C), in float64.
-
-        -inf marks options a row does not have.
+        """The predictive of logits (S, N, C), in float64; -inf marks options a row does not have.
 
         Example:
             >>> two_sure_draws_that_disagree = torch.tensor([[[30.0, 0.0]], [[0.0, 30.0]]])
@@ -50,20 +48,16 @@ class Prediction:
         """
         draws = logits.double().softmax(-1)
         probabilities = draws.mean(0)
-        total = _entropy(probabilities)
-        expected = _entropy(draws).mean(0)
+        total = torch.special.entr(probabilities).sum(-1)
+        expected = torch.special.entr(draws).sum(-1).mean(0)
         return cls(probabilities, total, expected, (total - expected).clamp_min(0))
-
-
-def _entropy(probabilities: Tensor) -> Tensor:
-    return torch.special.entr(probabilities).sum(-1)
 
 
 def count_for(posterior: Posterior, draws: int) -> int:
     """How many draws to take where so many are asked for: the posterior's `atoms` if it has some.
 
     Raises:
-        ValueError: if the mean is asked for (0) and there is none.
+        ValueError: if the mean is asked for, by 0, and there is none.
     """
     if draws == 0 and not posterior.has_mean:
         raise ValueError(
@@ -93,9 +87,6 @@ def predict(
         max_tokens: bound on the tokens of one forward pass.
         shared_prefix: m; an approximation, off by default: the mean adapter reads all but the last
             m tokens of the prompt, once for all draws. docs/calibration_cost.md shows what is lost.
-
-    Returns:
-        Probabilities (N, C), and total, expected and mutual-information entropy (N,) in nats.
 
     Raises:
         ValueError: if `draws` is negative, or 0 for a posterior without a mean, or a prefix cannot

@@ -26,7 +26,7 @@ FORMAT = 1
 CONFIG = "adapter_config.json"
 TENSORS = "posterior.safetensors"
 DETAILS = "posterior.json"
-_FILES = (CONFIG, "adapter_model.safetensors", TENSORS, DETAILS)  # a folder with the last is whole
+_FILES = (CONFIG, "adapter_model.safetensors", TENSORS, DETAILS)
 
 
 class PosteriorError(ValueError):
@@ -68,20 +68,14 @@ def save_posterior(
     Args:
         posterior: what `fit` returned, or a PEFT model, converted by `bayesify` or not, whose
             active adapter is saved.
-        folder: made if it is not there.
+        folder: made if it is not there, and returned.
         details: what else to keep in `posterior.json`: method, task, base model.
-
-    Returns:
-        The folder.
     """
     if isinstance(posterior, nn.Module):
         stochastic = Slots(posterior).of_kind(GaussianLinear)
         posterior = (Gaussian if stochastic else Point)(posterior, unbound)
-    record: dict[str, Any] = {
-        "format": FORMAT,
-        "bayestune": bayestune.__version__,
-        "posterior": posterior.kind,
-    }
+    record: dict[str, Any] = {"format": FORMAT, "bayestune": bayestune.__version__}
+    record["posterior"] = posterior.kind
     with _replacing(folder) as scratch:
         if isinstance(posterior, Mixture):
             record["members"] = [f"member-{i}" for i in range(len(posterior.members))]
@@ -105,7 +99,7 @@ def save_posterior(
 def export_draw(
     posterior: Posterior | nn.Module, draw: int | Mapping[str, Tensor], folder: Path, seed: int = 0
 ) -> Path:
-    """Writes one draw as a plain LoRA adapter folder, which any LoRA server can load.
+    """Writes one draw as a plain LoRA adapter, which any LoRA server loads; returns the folder.
 
     Args:
         posterior: whose draw; or its PEFT model, if it has no other adapter.
@@ -113,9 +107,6 @@ def export_draw(
             A (r, k) and B (d, r); the rest is the mean's.
         folder: made if it is not there.
         seed: of the set of draws.
-
-    Returns:
-        The folder.
 
     Raises:
         ValueError: if the posterior's draws are not adapters, a name is not a slot of the adapter,
@@ -144,15 +135,15 @@ def export_draw(
 
 def _slots_of(posterior: Posterior | nn.Module, draw: Mapping[str, Tensor]) -> Slots:
     """The slots of the adapter to which the weights of a draw belong."""
-    if isinstance(posterior, Posterior):
-        slots = Slots(posterior.model, posterior.adapter)
-        clear = not isinstance(posterior, Mixture)
-    else:
+    if isinstance(posterior, nn.Module):
         slots = Slots(posterior)
-        clear = False
+    else:
+        slots = Slots(posterior.model, posterior.adapter)
+        if not isinstance(posterior, Mixture):
+            return slots
     names: Any = getattr(slots.model, "peft_config", [slots.adapter])
     complete = set(draw) >= set(slots.modules()) and not slots.heads
-    if len(names) > 1 and not (clear or complete):
+    if len(names) > 1 and not complete:
         raise ValueError(
             f"which adapter the draw belongs to is not clear: got a model with the adapters "
             f"{list(names)}, expected one; give the posterior and the draw's number instead"
@@ -180,8 +171,7 @@ def read_details(folder: Path) -> dict[str, Any]:
     """What `posterior.json` says.
 
     Raises:
-        PosteriorError: if the folder is not a posterior, its file is cut off, or it is of a later
-            format.
+        PosteriorError: if it is not there, cut off, or of a later format.
     """
     path = folder / DETAILS
     if not path.is_file():
@@ -192,9 +182,8 @@ def read_details(folder: Path) -> dict[str, Any]:
     try:
         details = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise PosteriorError(
-            f"{path} is damaged or cut off ({error}); restore it or fit again"
-        ) from None
+        message = f"{path} is damaged or cut off ({error}); restore it or fit again"
+        raise PosteriorError(message) from None
     if details.get("format") != FORMAT:
         raise PosteriorError(
             f"{path} has format {details.get('format')}, expected {FORMAT}: it was written by "
@@ -206,13 +195,12 @@ def read_details(folder: Path) -> dict[str, Any]:
 def base_name(folder: Path) -> str | None:
     """The name of the base model in an adapter's configuration."""
     path = folder / CONFIG
-    if not path.is_file():
-        return None
-    return json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return config.get("base_model_name_or_path")
 
 
 def unbound(*_: Any) -> Tensor:
-    """Stands for the scorer of a posterior that was loaded without one."""
+    """The scorer of a posterior that was loaded without one."""
     raise ValueError(
         "the posterior has no scorer: got load_posterior(base, folder), expected a scorer as well"
     )
@@ -224,15 +212,11 @@ def load_posterior(
     """Loads a posterior on its base model; its draws are the saved one's, bit for bit.
 
     Args:
-        base: the base model, without adapters.
-        folder: what `save_posterior` wrote.
+        base: the base model, without adapters; the posterior's `model` is the PEFT model around it.
+        folder: what `save_posterior` wrote; `read_details` says what else was kept.
         scorer: maps (model, batch) to class logits (N, C); without one the posterior's `logits`
             cannot be asked for.
         trainable: whether training shall go on.
-
-    Returns:
-        The posterior; its `model` is the PEFT model. `read_details(folder)` says what else was
-        kept.
 
     Raises:
         PosteriorError: if the folder is not a posterior, a file is cut off, or it is of another
@@ -244,21 +228,14 @@ def load_posterior(
         return Tempered(mixture, **details["facts"])
     members = details.get("members")
     folders = [folder] if members is None else [folder / member for member in members]
-    loaded = load_members(base, folders, scorer, trainable=trainable)
+    loaded = load_members(base, folders, scorer, trainable)
     return loaded[0] if members is None else Mixture(loaded)
 
 
 def load_members(
-    base: nn.Module,
-    folders: Sequence[Path],
-    scorer: ClassLogits = unbound,
-    *,
-    trainable: bool = False,
+    base: nn.Module, folders: Sequence[Path], scorer: ClassLogits, trainable: bool = False
 ) -> list[Posterior]:
-    """Loads several posteriors on one base model, each under its own adapter; the first is active.
-
-    Arguments and errors are those of `load_posterior`, with a folder for each.
-    """
+    """Loads several posteriors, each under its own adapter, the first active: `load_posterior`."""
     model = base
     loaded: list[Posterior] = []
     for i, folder in enumerate(folders):
@@ -269,20 +246,13 @@ def load_members(
 
 
 def load_adapter(base: nn.Module, folder: Path, scorer: ClassLogits = unbound) -> Point:
-    """Loads any LoRA adapter folder as a point, whoever trained it.
-
-    Args:
-        base: the base model, without adapters.
-        folder: with `adapter_config.json` and the weights.
-        scorer: as for `load_posterior`.
+    """Loads any LoRA adapter folder as a point, whoever trained it; see `load_posterior`.
 
     Raises:
         PosteriorError: if the folder holds no adapter, or it does not fit the model.
     """
     if not (folder / CONFIG).is_file():
-        raise PosteriorError(
-            f"{folder} is not a LoRA adapter: got no {CONFIG}, expected PEFT's folder"
-        )
+        raise PosteriorError(f"{folder} is not a LoRA adapter: got no {CONFIG}, expected PEFT's")
     return Point(_load_adapter(base, folder, {}, ADAPTER, trainable=False).eval(), scorer)
 
 
@@ -305,9 +275,8 @@ def _load(
     try:
         tensors = load_file(folder / TENSORS)
     except (SafetensorError, OSError) as error:
-        raise PosteriorError(
-            f"{folder / TENSORS} is missing, damaged or cut off ({error}); fit again"
-        ) from error
+        message = f"{folder / TENSORS} is missing, damaged or cut off ({error}); fit again"
+        raise PosteriorError(message) from error
     try:
         posterior = KINDS[kind].restore(Saved(model, scorer, tensors, details["facts"], adapter))
     except ValueError as error:
