@@ -1,6 +1,7 @@
 """DALorRA: ranks of LoRA that are kept or dropped at random, with probabilities that are learnt."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,17 +22,13 @@ class GatedLinear(RankLinear):
 
     Args:
         linear: the plain layer whose weight is taken, the same Parameter.
+        groups: shared by a model's layers, see `RowGroups`.
         init_kept: π at the start.
         temperature: τ.
-        groups: shared by a model's layers, see `RowGroups`.
     """
 
     def __init__(
-        self,
-        linear: nn.Linear,
-        init_kept: float = 0.5,
-        temperature: float = 0.5,
-        groups: RowGroups | None = None,
+        self, linear: nn.Linear, groups: RowGroups, init_kept: float, temperature: float
     ) -> None:
         super().__init__(linear, groups)
         kept = torch.full_like(linear.weight[:, :1], init_kept)
@@ -139,20 +136,17 @@ class DALorRA:
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Scaled:
         """Trains an adapter and its gates; the mean is π ∘ A."""
         weight = 1 / len(scorer.task.train) if self.kl_weight is None else self.kl_weight
+        make = partial(GatedLinear, init_kept=self.init_kept, temperature=self.temperature)
         adapted, report = fit_adapter(
             model,
             scorer,
             training,
             [GateKL(self.prior_kept, weight)],
-            prepare=lambda adapted: make_ranks_random(adapted, self._gated),
+            prepare=partial(make_ranks_random, make=make),
             optimizer=adamw(training, ["gate_logit"], self.gate_lr),
         )
         layers = Slots(adapted).of_kind(GatedLinear)
         put_means(adapted, layers)
-        kept = {}
-        for name, layer in layers.items():
-            kept[name] = layer.mean_factors.detach()[:, None].clamp_min(1e-6)
+        probabilities = {name: layer.mean_factors[:, None] for name, layer in layers.items()}
+        kept = {name: p.detach().clamp_min(1e-6) for name, p in probabilities.items()}
         return Scaled(adapted, scorer, kept, "bernoulli", report=report)
-
-    def _gated(self, slot: nn.Linear, groups: RowGroups) -> GatedLinear:
-        return GatedLinear(slot, self.init_kept, self.temperature, groups)

@@ -19,10 +19,14 @@ class IVONOptimizer(torch.optim.Optimizer):
     """q(θ) = N(m, diag σ²), σ = 1/√(ess·(h + δ)): parameters are m between steps, draws within one.
 
     A step is `draw()`, forward and backward passes, `step()`. With g the gradient of the mean loss
-    at θ = m + σ∘ε: ĥ = g∘ε/σ,  ḡ ← β₁ḡ + (1 − β₁)g, h ← β₂h + (1 − β₂)ĥ + ½(1 − β₂)²(h − ĥ)²/(h +
-    δ), m ← m − lr·clip((ḡ/(1 − β₁ᵗ) + δm)/(h + δ)). All batches of a step, and all processes, share
-    the draw: its noise comes from (seed, t) and not from torch's global generator, and a run that
-    is resumed from a checkpoint ends bit by bit as the whole one.
+    at θ = m + σ∘ε:
+
+        ĥ = g∘ε/σ,  ḡ ← β₁ḡ + (1 − β₁)g,
+        h ← β₂h + (1 − β₂)ĥ + ½(1 − β₂)²(h − ĥ)²/(h + δ),
+        m ← m − lr·clip((ḡ/(1 − β₁ᵗ) + δm)/(h + δ)).
+
+    All batches of a step, and all processes, share the draw: its noise comes from (seed, t) and not
+    from torch's global generator, so that a resumed run ends bit by bit as the whole one.
 
     Args:
         params: parameters or groups of them.

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,16 +22,14 @@ class SingularLinear(RankLinear):
     Args:
         linear: the plain layer; of its weight U·diag(μ)·V, μ and V are kept, and U, which turns the
             ranks, is not.
-        init_std: ε; σ starts uniform on (ε/√2, ε).
         groups: shared by a model's layers, see `RowGroups`.
+        init_std: ε; σ starts uniform on (ε/√2, ε).
 
     Raises:
         ValueError: if A has more ranks than inputs.
     """
 
-    def __init__(
-        self, linear: nn.Linear, init_std: float = 0.05, groups: RowGroups | None = None
-    ) -> None:
+    def __init__(self, linear: nn.Linear, groups: RowGroups, init_std: float) -> None:
         if linear.out_features > linear.in_features:
             raise ValueError(
                 f"A has more ranks than inputs: got ({linear.out_features}, {linear.in_features}), "
@@ -142,7 +141,9 @@ class ScalaBL:
             scorer,
             training,
             [FactorKL(self.kl_lr, self.schedule, num_rows, training.warmup_ratio)],
-            prepare=lambda adapted: make_ranks_random(adapted, self._singular),
+            prepare=partial(
+                make_ranks_random, make=partial(SingularLinear, init_std=self.init_std)
+            ),
             optimizer=adamw(training, ["log_mean", "log_std"], training.learning_rate),
         )
         layers = Slots(adapted).of_kind(SingularLinear)
@@ -150,6 +151,3 @@ class ScalaBL:
         stds = {name: layer.log_std.detach().exp() for name, layer in layers.items()}
         directions = {name: layer.weight.detach() for name, layer in layers.items()}
         return Scaled(adapted, scorer, stds, "normal", directions, report=report)
-
-    def _singular(self, slot: nn.Linear, groups: RowGroups) -> SingularLinear:
-        return SingularLinear(slot, self.init_std, groups)

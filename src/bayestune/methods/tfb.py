@@ -153,19 +153,16 @@ class TFB:
         def loss(std: float) -> float:
             set_isotropic_(posterior, values, std)
             draws = Draws(self.draws if std else 0, bf16=bf16)
-            return self._loss(row_logits(posterior, scorer, encoded, draws).double(), labels)
+            logits = row_logits(posterior, scorer, encoded, draws).double()
+            if self.metric == "nll":
+                return predictive_nll(logits, labels).item()
+            return (logits.softmax(-1).mean(0).argmax(-1) == labels).double().mean().item()
 
         best, tried = self._search(loss)
         set_isotropic_(posterior, values, best)
         chosen = {"isotropic_std": best, "search": tried, "base_seconds": point.report.seconds}
         posterior.report = point.report.plus(**meter.read(), **chosen)
         return posterior
-
-    def _loss(self, logits: Tensor, labels: Tensor) -> float:
-        """The metric of logits (S, N, C)."""
-        if self.metric == "nll":
-            return predictive_nll(logits, labels).item()
-        return (logits.softmax(-1).mean(0).argmax(-1) == labels).double().mean().item()
 
     def _search(self, loss: Callable[[float], float]) -> tuple[float, list[tuple[float, float]]]:
         """The largest feasible σ_q, 0 if none was; and each σ_q that was tried with its loss."""
