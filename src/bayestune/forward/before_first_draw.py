@@ -34,7 +34,7 @@ class BeforeFirstDraw:
         """Finds what comes before the slots that are drawn."""
         base = base_of(slots.model)
         head = output_head(slots.model)
-        paths = {split_name(name)[0]: None for name in stacks}  # in the slots' order
+        paths = {split_name(name)[0] for name in stacks}
         drawn = {path: slots.layers[path] for path in paths}
         if head is not None and all(layer is head for layer in drawn.values()):
             return cls(slots, head=head)
