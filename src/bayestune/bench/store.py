@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 from torch import nn
@@ -125,12 +124,8 @@ class Kept:
         known = ", known from before" if (output / DETAILS).is_file() else ""
         logger.info("fit %s%s", output.name, known)
         training = replace(training, output=None, resume=True)
-        fit = self.session.fit(self._with_kept_base(), training, output)
+        base = getattr(self.method, "base", None)
+        kept = replace(self, method=base) if base else None
+        fit = self.session.fit(self.method, training, output, base=kept)
         shutil.rmtree(output / "checkpoints", ignore_errors=True)
         return fit
-
-    def _with_kept_base(self) -> Method:
-        base: Any = getattr(self.method, "base", None)
-        if base is None:
-            return self.method
-        return replace(self.method, base=replace(self, method=base))  # type: ignore[type-var]

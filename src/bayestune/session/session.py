@@ -115,16 +115,20 @@ class Session:
             )
         return rows
 
-    def fit(self, method: Method, training: Training, output: Path) -> Fit:
+    def fit(
+        self, method: Method, training: Training, output: Path, *, base: Method | None = None
+    ) -> Fit:
         """Fits a method and saves its posterior in `output`, checkpoints in `output/checkpoints`.
 
-        With `training.resume`, a posterior that is there already is loaded instead.
+        With `training.resume`, a posterior that is there already is loaded instead. A `base` stands
+        for the method's own, such as one that takes its fits from a folder.
         """
         if training.resume and (output / DETAILS).is_file():
             return self.load(output)
         logger.info("fitting %s on %d rows", type(method).__name__, len(self.task.train))
         here = replace(training, output=output / "checkpoints")
-        posterior = method.fit(self.loaded.model, self.scorer, here)
+        fitted: Any = method if base is None else replace(method, base=base)  # type: ignore[type-var]
+        posterior = fitted.fit(self.loaded.model, self.scorer, here)
         return self.save(posterior, method, training, output)
 
     def save(self, posterior: Posterior, method: Method, training: Training, output: Path) -> Fit:
