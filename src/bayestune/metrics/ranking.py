@@ -99,10 +99,6 @@ def uncertainty(rows: Sequence[Row], score: str, *, normalised: bool = False) ->
 def error_auroc(rows: Sequence[Row], score: str) -> float:
     """Right or wrong: the probability that a wrong answer is more uncertain than a right one.
 
-    Args:
-        rows: of one data set, some of them right and some wrong.
-        score: one of `SCORES`.
-
     Reference: Hendrycks, Gimpel (2017), https://arxiv.org/abs/1610.02136
     """
     return auroc(uncertainty(rows, score), ~is_right(rows))
@@ -112,13 +108,8 @@ def shift_auroc(shifted: Sequence[Row], familiar: Sequence[Row], score: str) -> 
     """In domain or not: the probability that an out-of-distribution row is more uncertain.
 
     Scores are normalised, because the two sets may differ in their numbers of options. Where the
-    shifted questions are easier for the model, the result is below one half, which is no fault of
-    its uncertainty.
-
-    Args:
-        shifted: out-of-distribution rows.
-        familiar: in-domain rows of the same model.
-        score: one of `SCORES`.
+    shifted questions are easier for the model than the familiar ones, the result is below one half,
+    which is no fault of its uncertainty.
 
     Reference: Hendrycks, Gimpel (2017), https://arxiv.org/abs/1610.02136
     """

@@ -107,17 +107,6 @@ def _caption(study: _Study) -> str:
     return caption(study.first, "trained on OBQA", ", ".join(counts))
 
 
-def _metrics(study: _Study) -> Table:
-    blocks = []
-    for column in (ACCURACY, ECE, NLL):
-        values = map(column.values, study.records.values())
-        blocks.append(column.block(column.heading, study.methods, values, study.seeds))
-    many = f"Mean ± standard deviation over {study.seeds} seeds; (k): of k seeds only."
-    notes = (f"{many if study.seeds > 1 else 'One seed.'} {_DASHES}",)
-    columns = tuple(map(_heading, study.records))
-    return Table(_caption(study), columns, tuple(blocks), notes, ("Metric", "Method"))
-
-
 def _ranking(
     study: _Study, tasks: Collection[str], about: str, measure: Callable[[str, str], _Rankings]
 ) -> Table:
@@ -130,7 +119,15 @@ def _ranking(
 
 
 def _tables(study: _Study) -> list[Table]:
-    tables = [_metrics(study), _ranking(study, study.records, _RIGHT, study.errors)]
+    blocks = []
+    for column in (ACCURACY, ECE, NLL):
+        values = map(column.values, study.records.values())
+        blocks.append(column.block(column.heading, study.methods, values, study.seeds))
+    many = f"Mean ± standard deviation over {study.seeds} seeds; (k): of k seeds only."
+    notes = (f"{many if study.seeds > 1 else 'One seed.'} {_DASHES}",)
+    headings = tuple(map(_heading, study.records))
+    metrics = Table(_caption(study), headings, tuple(blocks), notes, ("Metric", "Method"))
+    tables = [metrics, _ranking(study, study.records, _RIGHT, study.errors)]
     others = [task for task in study.records if task != SOURCE]
     return [*tables, _ranking(study, others, _DOMAIN, study.shifts)] if others else tables
 
@@ -154,16 +151,12 @@ def _own(records: Sequence[Record]) -> list[Record]:
 
 
 def has_shift(records: Sequence[Record]) -> bool:
-    """Whether a method trained on OpenBookQA is evaluated on another task.
-
-    >>> has_shift([{"task": "arc_easy", "trained_on": "openbookqa"}])
-    True
-    """
+    """Whether a method trained on OpenBookQA is evaluated on another task."""
     return any(record.get("task") != SOURCE for record in _own(records))
 
 
 def write_shift(records: Sequence[Record], folder: str | Path) -> list[Path]:
-    """Writes `shift.md`, and `risk_coverage.png` if there are any rows, into the records' folder.
+    """Writes `shift.md`, and `risk_coverage.png` if there are any rows; returns their paths.
 
     Three tables with a column for each task: accuracy, ECE and NLL; the AUROC of each uncertainty
     score for errors; the AUROC of each score for the task's rows against in-domain rows of the same
@@ -172,10 +165,7 @@ def write_shift(records: Sequence[Record], folder: str | Path) -> list[Path]:
 
     Args:
         records: those of methods trained on another task than OpenBookQA are left out.
-        folder: where the records' rows are.
-
-    Returns:
-        The paths written.
+        folder: where the records' rows are and the files go.
 
     Raises:
         ValueError: if no records are left.

@@ -88,11 +88,7 @@ def inline_svg(figure: Figure, label: str) -> str:
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Writes a figure on white, in the format that the path ends in; missing folders are made.
-
-    Returns:
-        The path.
-    """
+    """Writes a figure on white, as the path's ending says, and returns the path; makes folders."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=200, facecolor=PAPER)
