@@ -10,14 +10,8 @@ from torch import nn
 from bayestune.adapters import detach
 from bayestune.methods.method import Method
 from bayestune.methods.mle import MLE
-from bayestune.posteriors import (
-    DETAILS,
-    FitReport,
-    Mixture,
-    load_members,
-    read_details,
-    save_posterior,
-)
+from bayestune.posteriors import DETAILS, FitReport, Mixture
+from bayestune.posteriors import load_members, read_details, save_posterior
 from bayestune.scoring import Scorer
 from bayestune.training import Training
 
@@ -30,11 +24,8 @@ class Ensemble:
 
     Args:
         base: the method of each member.
-        size: K.
+        size: K, 1 or more.
         seed_step: member k is fitted with the run's seed + k·seed_step.
-
-    Raises:
-        ValueError: if the size is not positive.
 
     Reference:
         Lakshminarayanan, Pritzel, Blundell: Deep ensembles, NeurIPS 2017,
