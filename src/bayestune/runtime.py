@@ -14,15 +14,11 @@ try:
 except ImportError:  # Windows has none
     resource = None  # type: ignore[assignment]
 
-# of glibc's malloc.h
-_TRIM_THRESHOLD = -1
-_TOP_PAD = -2
-_MMAP_MAX = -4
-_KEPT = {_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: 2**26}
-_STOCK = {_MMAP_MAX: 65536, _TRIM_THRESHOLD: 2**17, _TOP_PAD: 0}
+# M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD of glibc's malloc.h
+_KEPT = {-4: 0, -1: 2**31 - 1, -2: 2**26}
+_STOCK = {-4: 65536, -1: 2**17, -2: 0}
 
 _PROCESS = Path("/proc/self")
-_RESET_PEAK = "5"  # what to write to clear_refs, see proc_pid_clear_refs(5)
 
 
 def keep_freed_memory(keep: bool = True) -> bool:
@@ -37,7 +33,7 @@ def keep_freed_memory(keep: bool = True) -> bool:
         keep: False for the C library's own defaults; what was kept is given back.
 
     Returns:
-        Whether it took: true with glibc on Linux, where nothing else stands in for its allocator.
+        Whether it took effect: with glibc on Linux, unless another allocator stands in for its own.
 
     Reference:
         The GNU C Library, `mallopt`: https://man7.org/linux/man-pages/man3/mallopt.3.html.
@@ -63,16 +59,13 @@ def reset_peak_memory() -> None:
         torch.cuda.reset_peak_memory_stats()
         return
     try:
-        (_PROCESS / "clear_refs").write_text(_RESET_PEAK, encoding="ascii")
+        (_PROCESS / "clear_refs").write_text("5", encoding="ascii")  # see proc_pid_clear_refs(5)
     except OSError:
         return  # another system than Linux, or not allowed: the peak is that of the process so far
 
 
 def peak_memory_mb() -> float:
-    """Peak memory in MB since the last reset: the accelerator's if there is one, else resident.
-
-    NaN where the system does not tell.
-    """
+    """Peak memory in MB since the last reset: the accelerator's, else resident; NaN if unknown."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     try:
@@ -99,7 +92,7 @@ def versions() -> dict[str, str]:
 def revision() -> str | None:
     """The revision of bayestune's own checkout, with "-dirty" after changes; None if installed.
 
-    A package in a virtual environment inside somebody's repository is not of that repository.
+    A package in a virtual environment inside somebody's repository does not belong to it.
     """
     root = Path(__file__).parents[2]
     try:
