@@ -87,10 +87,10 @@ def _split(signs: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 class FusedInput:
     """Gaussian layers that receive the very same tensor, computed as one layer of all their ranks.
 
-    One product reads the input once, and all small steps are taken once for all of them. The first
-    layer computes all; the others take their part if they receive the same tensor. Each has the law
-    it has alone, and the layers' noises are independent in every row. What happens depends on
-    nothing but the calls of one pass, so that a checkpoint's recomputation does the same again.
+    The first layer reads the input once and computes all; the others take their part if they
+    receive the same tensor. Each has the law it has alone, and the layers' noises are independent
+    in every row. What happens depends on nothing but the calls of one pass, so that a checkpoint's
+    recomputation does the same again.
 
     Args:
         layers: with noise "row" and the same width, type and device; the first to be called first.
@@ -103,28 +103,21 @@ class FusedInput:
 
     def output(self, layer: nn.Module, input: Tensor) -> Tensor | None:
         """The layer's output (rows, …, r); None where it is to be computed alone."""
-        if layer is self.layers[0] and self._all_noisy():
-            return self._compute(input)
-        if input is not self._input:
+        first = self.layers[0]
+        # none of them is at its mean or spread over devices
+        noisy = all(one.training and type(one.weight) is nn.Parameter for one in self.layers)
+        if layer is first and noisy:
+            mean = torch.cat([one.weight for one in self.layers])
+            root_std = torch.cat([one.root_std for one in self.layers])
+            ranks = [one.out_features for one in self.layers]
+            parts = first.noisy(input, mean, root_std).split(ranks, -1)
+            self._input = input
+            self._ready = {id(one): part for one, part in zip(self.layers, parts, strict=True)}
+        elif input is not self._input:
             self._ready = {}
         output = self._ready.pop(id(layer), None)  # a replica of a layer finds nothing
         if not self._ready:
             self._input = None
-        return output
-
-    def _all_noisy(self) -> bool:
-        """Whether no layer is at its mean or spread over devices."""
-        return all(one.training and type(one.weight) is nn.Parameter for one in self.layers)
-
-    def _compute(self, input: Tensor) -> Tensor:
-        """The first layer's output; keeps the others'."""
-        first, *others = self.layers
-        mean = torch.cat([one.weight for one in self.layers])
-        root_std = torch.cat([one.root_std for one in self.layers])
-        ranks = [one.out_features for one in self.layers]
-        output, *rest = first.noisy(input, mean, root_std).split(ranks, -1)
-        self._input = input
-        self._ready = {id(one): part for one, part in zip(others, rest, strict=True)}
         return output
 
 

@@ -54,23 +54,13 @@ def is_classifier(model: nn.Module) -> bool:
     return type(model).__name__ in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()
 
 
-def _default_targets(model: nn.Module, leaves: set[str]) -> tuple[str, ...]:
-    query_value = next((names for names in _TARGETS if leaves >= set(names)), _TARGETS[0])
-    if is_classifier(model) or head_is_tied(model):
-        return query_value
-    return (*query_value, "lm_head")
-
-
 def attach(model: nn.Module, lora: Lora) -> PeftModel:
-    """Puts a fresh LoRA adapter on a model and freezes the model's own weights.
+    """Puts a fresh LoRA adapter on a model, as `peft.get_peft_model` does, and freezes the rest.
 
     Args:
         model: a transformers model without adapters; PEFT trains a classification head, if there
             is one, beside LoRA.
         lora: rank, scale, dropout and targets.
-
-    Returns:
-        The stock model of `peft.get_peft_model`.
 
     Raises:
         ValueError: if no module has a target's name, or the model has an adapter already.
@@ -82,7 +72,11 @@ def attach(model: nn.Module, lora: Lora) -> PeftModel:
         )
     paths = [path for path, module in model.named_modules() if not list(module.children())]
     leaves = {path.rpartition(".")[2] for path in paths}
-    targets = lora.targets or _default_targets(model, leaves)
+    targets = lora.targets
+    if not targets:
+        targets = next((names for names in _TARGETS if leaves >= set(names)), _TARGETS[0])
+        if not (is_classifier(model) or head_is_tied(model)):
+            targets = (*targets, "lm_head")
     if not any(target.rpartition(".")[2] in leaves for target in targets):
         raise ValueError(
             f"no module to adapt: got targets {list(targets)}, expected names among "

@@ -15,16 +15,7 @@ def random_signs(*shape: int, like: Tensor) -> Tensor:
 
 
 def independent_weights(mean: Tensor, std: Tensor, num_rows: int) -> Tensor:
-    """One draw of A for each row with noise of its own, differentiable: A_n = M + Ω∘E_n.
-
-    Args:
-        mean: M (r, k).
-        std: Ω (r, k).
-        num_rows: N.
-
-    Returns:
-        The draws (N, r, k).
-    """
+    """A draw A_n = M + Ω∘E_n for each row, with noise of its own: (N, r, k), differentiable."""
     noise = torch.randn(num_rows, *mean.shape, dtype=mean.dtype, device=mean.device)
     return torch.addcmul(mean, std, noise)
 
@@ -36,13 +27,13 @@ def held_noise(shape: Sequence[int], seed: int, index: int, path: str) -> Tensor
     on the other draws nor on the order of the layers, the batch, the device or the process.
 
     Args:
-        shape: of the noise, (r, k).
+        shape: of the noise, such as (r, k).
         seed: of the set of draws.
         index: which draw, from 0.
         path: the layer's path in the model.
 
     Returns:
-        E (r, k), float32, on the CPU.
+        E, float32, on the CPU.
 
     Example:
         >>> torch.equal(held_noise((2, 3), 0, 7, "layer"), held_noise((2, 3), 0, 7, "layer"))
@@ -54,15 +45,12 @@ def held_noise(shape: Sequence[int], seed: int, index: int, path: str) -> Tensor
 
 
 def held_weights(mean: Tensor, std: Tensor, seed: int, index: int, path: str) -> Tensor:
-    """The held draw M + Ω∘E, on the CPU in float32 so that its bits do not depend on the device.
+    """The held draw M + Ω∘E (r, k), float32 on the CPU: no bit of it depends on the device.
 
     Args:
         mean: M (r, k).
         std: Ω (r, k).
         seed, index, path: the address of E, see `held_noise`.
-
-    Returns:
-        The draw (r, k).
     """
     noise = held_noise(mean.shape, seed, index, path)
     return mean.detach().float().cpu() + std.detach().float().cpu() * noise

@@ -11,9 +11,6 @@ class RowGroups:
     The options of a question that are scored as separate sequences are one row and must see the
     same draw. A size is asked for before a pass and holds from its beginning to the next pass's, so
     that a checkpoint's recomputation, which comes after the pass, still finds it.
-
-    Args:
-        size: sequences of a row, until a pass of the model begins.
     """
 
     def __init__(self, size: int = 1) -> None:
@@ -64,9 +61,7 @@ def row_groups_of(model: nn.Module) -> RowGroups:
 def group_rows(model: nn.Module, size: int) -> None:
     """Makes `size` consecutive sequences one row, with one draw, in the next training pass.
 
-    Args:
-        model: a model with random layers, whatever wraps it and whichever adapters it has.
-        size: sequences of a row.
+    The model is one with random layers, whatever wraps it and whichever adapters it has.
     """
     groups = _found(model) if model.training else None  # the mean and held draws do not ask
     if groups is not None:

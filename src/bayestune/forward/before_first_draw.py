@@ -1,7 +1,7 @@
 """Computes once what no draw changes: blocks before the first drawn one, or all but the head."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -19,13 +19,14 @@ class BeforeFirstDraw:
 
     Args:
         slots: where the draws stand.
-        head: the output head, if it alone is drawn.
-        blocks: else the blocks from the first drawn one on; none where nothing comes before it.
+        drawn: the blocks from the first drawn one on, or the output head if it alone is drawn; none
+            where nothing comes before it.
+        only_head: whether it is the output head.
     """
 
     slots: Slots
-    head: nn.Module | None = None
-    blocks: tuple[nn.Module, ...] = ()
+    drawn: Sequence[nn.Module] = ()
+    only_head: bool = False
 
     @classmethod
     def of(cls, slots: Slots, stacks: Mapping[str, Tensor]) -> Self:
@@ -34,46 +35,37 @@ class BeforeFirstDraw:
         head = output_head(slots.model)
         paths = {split_name(name)[0] for name in stacks}
         inner = [path for path in paths if slots.layers[path] is not head]
-        if not inner:
-            return cls(slots, head=head)
+        if head is not None and not inner:
+            return cls(slots, [head], only_head=True)
         places = [_block_of(base, path) for path in inner]
         blocks = places[0][0]
         first = min(index for _, index in places)
         if first < 1 or any(others is not blocks for others, _ in places):
             return cls(slots)  # before the first block is only the embedding
-        return cls(slots, blocks=tuple(blocks[first:]))
-
-    def __bool__(self) -> bool:
-        return self.head is not None or bool(self.blocks)
+        return cls(slots, blocks[first:])
 
     @contextmanager
     def computing(self, chunk: Chunk) -> Iterator[nn.Module]:
         """For the time of a pass over as many copies of the rows as the chunk has draws."""
-        with self.slots.holding(chunk.stacks):
-            hooks = self._hooks(chunk.size) if chunk.size > 1 else []
-            try:
-                yield self.slots.model
-            finally:
-                for hook in hooks:
-                    hook.remove()
+        with self.slots.holding(chunk.stacks), ExitStack() as hooks:
+            if chunk.size > 1:
+                self._hook(chunk.size, hooks)
+            yield self.slots.model
 
-    def _hooks(self, times: int) -> list[Any]:
-        first = self.head if self.head is not None else self.blocks[0]
-        later = [first, *self.blocks[1:]]
-
+    def _hook(self, times: int, hooks: ExitStack) -> None:
         def keep_first_copy(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Arguments:
             cut = {name: _first_copy(value, times) for name, value in kwargs.items()}
             return tuple(_first_copy(value, times) for value in args), cut
 
         def repeat_copies(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Arguments:
-            rows = len(args[0]) if module is first else len(args[0]) // times
+            rows = len(args[0]) // (1 if module is self.drawn[0] else times)
             whole = {name: _copies(value, times, rows) for name, value in kwargs.items()}
             return tuple(_copies(value, times, rows) for value in args), whole
 
-        hooks = [self.slots.model.register_forward_pre_hook(keep_first_copy, with_kwargs=True)]
-        for module in later:
-            hooks.append(module.register_forward_pre_hook(repeat_copies, with_kwargs=True))
-        return hooks
+        model = self.slots.model
+        hooks.enter_context(model.register_forward_pre_hook(keep_first_copy, with_kwargs=True))
+        for module in self.drawn:
+            hooks.enter_context(module.register_forward_pre_hook(repeat_copies, with_kwargs=True))
 
 
 def _first_copy(value: Any, times: int) -> Any:

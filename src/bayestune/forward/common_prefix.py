@@ -35,20 +35,12 @@ def without_common_prefix() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Rows:
-    """What a pass over S copies of N rows is asked for.
-
-    Args:
-        inputs: those of the model that are given.
-        size: S.
-        padding: tokens on the left of each row, (N,).
-        begin: ids and positions (2, c) of the tokens that all rows begin with, without those whose
-            logits are asked for.
-    """
+    """What a pass over S copies of N rows is asked for."""
 
     inputs: Mapping[str, Any]
-    size: int
-    padding: Tensor
-    begin: Tensor
+    size: int  # S
+    padding: Tensor  # (N,), tokens on the left of each row
+    begin: Tensor  # (2, c), ids and positions all rows begin with, none whose logits are asked for
 
     @classmethod
     def of(cls, inputs: Mapping[str, Any], size: int) -> Self | None:
@@ -70,19 +62,15 @@ class _Rows:
         places = given.get("position_ids", columns.expand_as(ids))
         if not mask.shape == places.shape == ids.shape:
             return None
-        first_copy = [value[: len(ids) // size].long().cpu() for value in (ids, mask, places)]
-        return cls._of(given, size, *first_copy)
-
-    @classmethod
-    def _of(
-        cls, given: Mapping[str, Any], size: int, ids: Tensor, mask: Tensor, places: Tensor
-    ) -> Self | None:
+        ids, mask, places = (
+            value[: len(value) // size].long().cpu() for value in (ids, mask, places)
+        )
         padding = (mask == 0).sum(1)
         if not torch.equal(mask, (torch.arange(ids.shape[1]) >= padding[:, None]).long()):
             return None  # not padded on the left
         if padding.any() and "position_ids" not in given:
             return None  # a model would count padding or not, by its kind
-        most = max(0, ids.shape[1] - int(padding.max()) - given["logits_to_keep"])
+        most = max(0, ids.shape[1] - int(padding.max()) - keep)
         table = torch.stack([ids, places])
         begins = table.gather(2, (padding[:, None] + torch.arange(most)).expand(2, -1, -1))
         return cls(given, size, padding, begins[:, 0, : _agreed(begins[:, 0, None], begins)])
@@ -153,13 +141,7 @@ class CommonPrefix:
         return prefix._under(model, 1, source)
 
     def under(self, slots: Slots, count: int, source: object) -> Self:
-        """Forgets what was read under other draws.
-
-        Args:
-            slots: where the draws stand.
-            count: S.
-            source: where the draws come from; another object when they are others.
-        """
+        """Forgets what was read under others than these S draws; their source is another object."""
         self._slots = slots
         return self._under(slots.model, count, source)
 
@@ -198,11 +180,8 @@ class CommonPrefix:
                 return None
             return args, {**rows.rest(length), name: self._kept.cache(start, size, length)}
 
-        hook = model.register_forward_pre_hook(share, with_kwargs=True)
-        try:
+        with model.register_forward_pre_hook(share, with_kwargs=True):
             yield
-        finally:
-            hook.remove()
 
     def _known(self, rows: _Rows, start: int, base: nn.Module, name: str) -> int:
         """How many tokens the rows need not read, after the common ones are read if that pays."""
@@ -248,10 +227,10 @@ class CommonPrefix:
             self._fits = False
             self._kept = None
             return
-        layers = [(layer.keys, layer.values) for layer in read.layers]
+        known = [value for layer in read.layers for value in (layer.keys, layer.values)]
         windows = [layer.sliding_window for layer in read.layers if layer.is_sliding]
         self._window = min(windows, default=None)
-        of_token = sum(keys.nbytes + values.nbytes for keys, values in layers) // ids.numel()
+        of_token = sum(value.nbytes for value in known) // ids.numel()
         self._limit = MAX_BYTES // (of_token * self._count)
         kept.tokens = kept.tokens[:, : self._limit]
-        kept.put(start, layers)
+        kept.put(start, known)

@@ -26,9 +26,9 @@ class Draws:
     Args:
         count: S; 0 means the mean.
         seed: of the set; draw i of one seed is always the same function.
-        max_rows: at most so many rows (draws times rows) in one pass; None for no such bound.
-        max_tokens: at most so many tokens (draws times rows times length) in one pass: the memory
-            bound. A single draw of the batch always runs, whatever the bounds.
+        max_rows: bound on the rows (draws times rows) of one pass; None for none.
+        max_tokens: bound on the tokens (draws times rows times length) of one pass, for memory. A
+            single draw of the batch always runs, whatever the bounds.
         first: the index of the first draw: `Draws(5, first=5)` goes on where `Draws(5)` ended.
         shared_prefix: m; an approximation in which the mean adapter reads all but the last m tokens
             of the prompt, once for all draws, see `SharedPrefix`. None for exact draws.
@@ -82,15 +82,10 @@ def _main_input(inputs: Batch) -> Tensor:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some of the draws, which run in one pass.
+    """Some of the draws, which run in one pass."""
 
-    Args:
-        start: the place of the first one among all that are asked for.
-        stacks: their weights by slot name, (S, r, k) for A and (S, d, r) for B.
-    """
-
-    start: int
-    stacks: Mapping[str, Tensor]
+    start: int  # the place of the first one among all that are asked for
+    stacks: Mapping[str, Tensor]  # weights by slot name, (S, r, k) for A and (S, d, r) for B
 
     @property
     def size(self) -> int:

@@ -56,16 +56,9 @@ def _taken(model: nn.Module) -> tuple[list[Any], list[Tensor], list[Tensor]]:
                 changing.append(tensor)
             else:
                 frozen.append(tensor)
-                facts.append((id(tensor), _version(tensor), _address(tensor)))
+                # a tensor of inference mode has no version: a value equal to no other
+                version = object() if tensor.is_inference() else tensor._version
+                plain = type(tensor) in (Tensor, nn.Parameter)  # others need not have an address
+                facts.append((id(tensor), version, tensor.data_ptr() if plain else 0))
     first = changing[0].device if changing else None
     return facts, frozen, [tensor.detach().flatten().to(first) for tensor in changing]
-
-
-def _version(tensor: Tensor) -> object:
-    """Its version; for tensors of inference mode, which have none, a value equal to no other."""
-    return object() if tensor.is_inference() else tensor._version
-
-
-def _address(tensor: Tensor) -> int:
-    """Its address; 0 for subclasses, which need not have one."""
-    return tensor.data_ptr() if type(tensor) in (Tensor, nn.Parameter) else 0

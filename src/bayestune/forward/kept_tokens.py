@@ -11,8 +11,6 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from bayestune.adapters import is_classifier
 
-KeysAndValues = tuple[Tensor, Tensor]
-
 _CACHE = ("cache", "past_key_values")  # the argument's name, by the version of transformers
 _CHANGING_ROPE = ("dynamic", "longrope")  # these turn a token by the length of what is read with it
 _BY_MORE_THAN_POSITION = (
@@ -45,14 +43,12 @@ def is_plain(read: Any, size: int, length: int) -> bool:
     """Whether a model remembers keys and values of each of (size, length) tokens, nothing else."""
     if type(read) is not DynamicCache or not read.layers:
         return False
-    for layer in read.layers:
-        kept: Any = layer
+    layers: list[Any] = read.layers
+    for layer in layers:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             return False
-        for value in (kept.keys, kept.values):
-            if value is None or value.dim() != 4:
-                return False
-            if (value.shape[0], value.shape[2]) != (size, length):
+        for value in (layer.keys, layer.values):  # (size, heads, length, width)
+            if value is None or value.dim() != 4 or value.shape[::2] != (size, length):
                 return False
     return True
 
@@ -70,9 +66,8 @@ class _KeptLayer(DynamicLayer):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """The keys and values of all tokens, (S·N, heads, T, width)."""
-        assert self.keys is not None
-        assert self.values is not None
-        return _in_front(self.keys, key_states), _in_front(self.values, value_states)
+        kept: Any = self
+        return _in_front(kept.keys, key_states), _in_front(kept.values, value_states)
 
 
 def _in_front(kept: Tensor, own: Tensor) -> Tensor:
@@ -88,33 +83,26 @@ class KeptTokens:
     Args:
         tokens: ids and positions (2, c).
         done: of which draws the keys and values are there, S bools.
-        layers: keys and values (S, heads, c, width) of each layer.
+        known: the keys of each layer, and its values, (S, heads, c, width).
     """
 
     tokens: Tensor
     done: list[bool]
-    layers: list[KeysAndValues] = field(default_factory=list)
+    known: list[Tensor] = field(default_factory=list)
 
-    def put(self, start: int, layers: list[KeysAndValues]) -> None:
+    def put(self, start: int, known: list[Tensor]) -> None:
         """Takes in the keys and values of the draws from `start` on."""
-        size = len(layers[0][0])
-        length = self.tokens.shape[1]
-        if not self.layers:
-            self.layers = [(self._room(keys), self._room(values)) for keys, values in layers]
-        for kept, layer in zip(self.layers, layers, strict=True):
-            for whole, part in zip(kept, layer, strict=True):
-                whole[start : start + size] = part[:, :, :length]
-        self.done[start : start + size] = [True] * size
-
-    def _room(self, like: Tensor) -> Tensor:
-        return like.new_empty(len(self.done), *like[0, :, : self.tokens.shape[1]].shape)
+        part = slice(start, start + len(known[0]))
+        first = [value[:, :, : self.tokens.shape[1]] for value in known]
+        if not self.known:
+            self.known = [value.new_empty(len(self.done), *value.shape[1:]) for value in first]
+        for whole, value in zip(self.known, first, strict=True):
+            whole[part] = value
+        self.done[part] = [True] * len(known[0])
 
     def cache(self, start: int, size: int, length: int) -> DynamicCache:
         """The first `length` tokens of some of the draws, as a model takes them."""
         cache = DynamicCache()
-        part = slice(start, start + size)
-        cache.layers[:] = [
-            _KeptLayer(keys[part, :, :length], values[part, :, :length])
-            for keys, values in self.layers
-        ]
+        first = [value[start : start + size, :, :length] for value in self.known]
+        cache.layers[:] = map(_KeptLayer, first[::2], first[1::2])
         return cache

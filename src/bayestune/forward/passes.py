@@ -92,7 +92,9 @@ class Plan:
                 self._draws[index] = posterior.draw(index, draws.seed)
         chosen = [self._draws[index] for index in draws.indices]
         self._indices = draws.indices
-        self._stacks = {name: torch.stack([draw[name] for draw in chosen]) for name in chosen[0]}
+        self._stacks = {}
+        for name in chosen[0]:
+            self._stacks[name] = torch.stack([draw[name] for draw in chosen])
         self._before = BeforeFirstDraw.of(self._slots, self._stacks)
 
     def sharing(
@@ -106,13 +108,13 @@ class Plan:
                     "adapter to read it with; leave shared_prefix out"
                 )
             return SharedPrefix(self._slots, draws.shared_prefix)
-        if self._before:
+        if self._before.drawn:
             return self._before
         return self.common.under(self._slots, draws.count, self._stacks)
 
     def chunks(self, inputs: Batch, draws: Draws) -> Iterator[Chunk]:
         """The draws of each pass; all of them in one where only the output head is drawn."""
-        only_head = self._before.head is not None and draws.shared_prefix is None
+        only_head = self._before.only_head and draws.shared_prefix is None
         size = draws.count if only_head else draws.at_once(inputs)
         for start in range(0, draws.count, size):
             part = slice(start, start + size)

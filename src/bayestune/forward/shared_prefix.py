@@ -65,30 +65,23 @@ class SharedPrefix(nn.Module):
         yield self
 
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        logits_to_keep: int = 1,
-        use_cache: bool = False,
-        **rest: Any,
+        self, input_ids: Tensor, logits_to_keep: int = 1, use_cache: bool = False, **rest: Any
     ) -> Any:
         """The model's output at the end of S·N rows, the logits of their last positions.
 
         Args:
             input_ids: (S·N, T), the same N rows S times, which end together (padded on the left).
-            attention_mask: (S·N, T) or (S·N, 1, T, T).
-            position_ids: (S·N, T).
             logits_to_keep: u + 1, the positions whose logits are asked for.
             use_cache: has no effect.
-            rest: handed on.
+            rest: attention_mask (S·N, T) or (S·N, 1, T, T), position_ids (S·N, T), and what else
+                the model takes.
         """
         split = input_ids.shape[1] - self.length - (logits_to_keep - 1)
         inputs = {"input_ids": input_ids}
-        if attention_mask is not None:
-            inputs["attention_mask"] = attention_mask
-        if position_ids is not None:
-            inputs["position_ids"] = position_ids
+        for name in ("attention_mask", "position_ids"):
+            value = rest.pop(name, None)
+            if value is not None:
+                inputs[name] = value
         if self._takes_keep:
             rest["logits_to_keep"] = logits_to_keep
         if split > 0:

@@ -66,14 +66,9 @@ def kl_step_(
 
 
 def kl_time_to(final_std: float, prior_std: float, initial_std: float = 0.0) -> float:
-    """KL time τ, the sum of the steps η, after which the KL alone takes σ to `final_std`.
+    """KL time τ, the sum of the steps η, after which the KL alone takes σ_0 to `final_std`.
 
     dσ/dτ = 4·(1 − σ²/σ_p²), so σ(τ) = σ_p·tanh(4τ/σ_p + artanh(σ_0/σ_p)): the tanh law.
-
-    Args:
-        final_std: σ to end at.
-        prior_std: σ_p.
-        initial_std: σ_0.
 
     Raises:
         ValueError: unless σ_0 < σ < σ_p: the KL takes σ from σ_0 towards σ_p.
@@ -92,12 +87,9 @@ def kl_time_to(final_std: float, prior_std: float, initial_std: float = 0.0) -> 
 
 
 def std_after_steps(steps: Sequence[float], prior_std: float, init_root_std: float) -> float:
-    """Mean standard deviation after a run's KL steps, one by one; for small steps the tanh law.
+    """Mean standard deviation after a run's KL steps η (T,); for small steps the tanh law.
 
-    Args:
-        steps: η (T,).
-        prior_std: σ_p.
-        init_root_std: ε; G starts uniform on (ε/√2, ε), of which 4 points are followed.
+    It follows 4 points of G, which starts uniform on (ε/√2, ε).
 
     Example:
         >>> round(std_after_steps([0.0275 / 1000] * 1000, prior_std=0.2, init_root_std=0.05), 3)
@@ -114,24 +106,19 @@ def std_after_steps(steps: Sequence[float], prior_std: float, init_root_std: flo
 def rate_to(
     final_std: float, shape: Sequence[float], prior_std: float, init_root_std: float
 ) -> float:
-    """The learning rate λ with which the KL steps λ·shape end at `final_std`, by bisection.
-
-    Args:
-        final_std: the mean standard deviation to end at.
-        shape: the steps at a rate of 1, (T,).
-        prior_std, init_root_std: σ_p and ε.
+    """The learning rate λ with which the KL steps λ·shape (T,) end at `final_std`, by bisection.
 
     Raises:
         ValueError: if the KL cannot take the standard deviation there, see `kl_time_to`.
     """
-    start = std_after_steps([], prior_std, init_root_std)
 
     def falls_short(rate: float) -> bool:
         steps = [rate * part for part in shape]
         return std_after_steps(steps, prior_std, init_root_std) < final_std
 
     low = 0.0
-    high = kl_time_to(final_std, prior_std, start) / sum(shape)
+    high = kl_time_to(final_std, prior_std, std_after_steps([], prior_std, init_root_std))
+    high /= sum(shape)
     while falls_short(high):  # single steps may lag behind the law
         high *= 1.5
     for _ in range(30):

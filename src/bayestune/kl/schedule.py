@@ -24,7 +24,7 @@ def burst_period(num_rows: int, batch_size: int) -> int:
 
 
 def kl_weights(total_steps: int, period: int, schedule: Schedule = "bursts") -> Tensor:
-    """The weight π_t of the KL at each step; both schedules give about one KL a period.
+    """The weights π (T,) of the KL at each step; both schedules give about one KL a period.
 
     "bursts": π_i = 2^i/(2^(P+1) − 1) for i = 1…P, again and again; "constant": 1/P.
 
@@ -32,9 +32,6 @@ def kl_weights(total_steps: int, period: int, schedule: Schedule = "bursts") -> 
         total_steps: T.
         period: P.
         schedule: "bursts" or "constant".
-
-    Returns:
-        π (T,), float64.
 
     Raises:
         ValueError: if the schedule is unknown.
@@ -50,14 +47,11 @@ def kl_weights(total_steps: int, period: int, schedule: Schedule = "bursts") -> 
 
 
 def warmup_decay(total_steps: int, warmup_ratio: float = 0.06) -> Tensor:
-    """Linear warm-up, then linear decay to 0: the multiplier of both learning rates.
+    """The multiplier (T,) of both learning rates: linear warm-up, then linear decay to 0.
 
     Args:
         total_steps: T.
         warmup_ratio: the part of T that warms up.
-
-    Returns:
-        The multiplier at each step (T,), float64.
     """
     steps = torch.arange(total_steps, dtype=torch.float64)
     warmup = int(warmup_ratio * total_steps)

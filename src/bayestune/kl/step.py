@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
 from bayestune.adapters import GaussianLinear, Slots
 from bayestune.kl.closed_form import kl_divergence, kl_step_, rate_to
@@ -126,12 +126,12 @@ class KLStep(TrainerCallback):
         if self.std_optimizer == "adamw":
             self._refuse_decay(optimizer)
         self.step = step
-        self._plan = self._make_plan(total_steps, num_rows, batch_size)
+        self._plan = plan = self._make_plan(total_steps, num_rows, batch_size)
         self.detach()
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps torch's optimiser
         self._handles = [
             optimizer.register_step_pre_hook(lambda *_: self._before_step()),
-            optimizer.register_step_post_hook(lambda *_: self._after_step()),
+            optimizer.register_step_post_hook(lambda *_: self._after_step(plan)),
         ]
 
     def detach(self) -> None:
@@ -189,10 +189,9 @@ class KLStep(TrainerCallback):
             for root_std in reached:
                 root_std.grad = None
 
-    def _after_step(self) -> None:
-        assert self._plan is not None, "the hooks are set behind the plan"
+    def _after_step(self, plan: _Plan) -> None:
         now = self.step
-        planned = len(self._plan.rates)
+        planned = len(plan.rates)
         self.step += 1
         if now == planned:
             logger.warning(
@@ -204,10 +203,10 @@ class KLStep(TrainerCallback):
             return
         means = [layer.weight for layer in self._layers]
         root_stds = [layer.root_std for layer in self._layers]
-        step = float(self._plan.rates[now]) * float(self._plan.weights[now])
+        step = float(plan.rates[now]) * float(plan.weights[now])
         kl_step_(means, root_stds, step, self.prior_std)
         if self._gradients:
-            std_lr = float(self._plan.std_rates[now])
+            std_lr = float(plan.std_rates[now])
             with torch.no_grad():
                 torch._foreach_add_(self._root_stds, self._gradients, alpha=-std_lr)
             self._gradients = []
@@ -239,9 +238,7 @@ class KLStep(TrainerCallback):
             "kl_lr": float(rates[last]),
         }
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attaches to the Trainer's optimiser, at the step it starts from."""
         dataset: Any = getattr(kwargs.get("train_dataloader"), "dataset", None)
         self.attach(
@@ -253,9 +250,7 @@ class KLStep(TrainerCallback):
             step=state.global_step,
         )
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Adds the KL's state to the log line and to the history."""
         logs = kwargs.get("logs") or {}
         if "loss" in logs:
@@ -264,8 +259,6 @@ class KLStep(TrainerCallback):
             if state.log_history:
                 state.log_history[-1].update(values)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Detaches."""
         self.detach()
