@@ -119,7 +119,7 @@ def _batches(scorer: Scorer, rows: Sequence[Question], size: int) -> Iterator[di
 
 
 def best_on_held_out(posterior: Linearised, rows: Iterable[dict[str, Tensor]]) -> float:
-    """The λ of `GRID` with the smallest NLL of labelled batches; the posterior's own is not used."""
+    """The λ of `GRID` with the smallest NLL of labelled batches; the posterior's own is unused."""
     losses = torch.zeros(len(GRID), dtype=torch.float64)
     for batch in rows:
         labels = batch.pop("labels")
