@@ -161,6 +161,7 @@ def _merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str
     merged = dict(settings)
     for key, new in changes.items():
         old = settings.get(key)
-        nested = isinstance(old, Mapping) and isinstance(new, Mapping)
-        merged[key] = _merged(old, new) if nested else new
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            new = _merged(old, new)  # noqa: PLW2901
+        merged[key] = new
     return merged
