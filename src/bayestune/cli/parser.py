@@ -97,8 +97,8 @@ def _add_bayesianise(parser: Parser) -> None:
     parser.option("model", str | None, None, "the base model, where not the adapter's own")
     parser.option("dtype", Dtype, "float32", "of the base model's weights")
     parser.option("bf16", bool, False, "bfloat16 autocast")
-    put = {"task", "options", "scoring", "max_length"}
-    skipped: set[str | int] = {f.name for f in fields(TaskOptions)} - put
+    put = ("task", "options", "scoring", "max_length")
+    skipped: set[str | int] = {f.name for f in fields(TaskOptions) if f.name not in put}
     parser.add_class_arguments(TaskOptions, skip=skipped)
     parser.add_class_arguments(TFB, skip={"base"})
     parser.needed("output", "folder of the posterior")
