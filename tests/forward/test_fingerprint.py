@@ -15,7 +15,9 @@ from tiny import BATCH, converted, end_logits, tiny_llama
 
 @pytest.fixture
 def model() -> nn.Module:
-    return converted(tiny_llama())
+    model = converted(tiny_llama())
+    norm_of_block(model).weight.requires_grad_(True)
+    return model
 
 
 def first(model: nn.Module, side: str = "lora_B") -> nn.Module:
@@ -24,6 +26,11 @@ def first(model: nn.Module, side: str = "lora_B") -> nn.Module:
 
 def inner(model: nn.Module) -> nn.Module:
     return model.get_base_model().model
+
+
+def norm_of_block(model: nn.Module) -> nn.Module:
+    """A layer of the base that is trained beside the adapter."""
+    return inner(model).layers[0].input_layernorm
 
 
 def fused_step(model: nn.Module) -> None:
@@ -51,6 +58,7 @@ CHANGES = {
     "fused step": fused_step,
     "data of the adapter": lambda model: first(model).weight.data.neg_(),
     "data of the deviation": lambda model: first(model, "lora_A").root_std.data.neg_(),
+    "data of a trained weight": lambda model: norm_of_block(model).weight.data.neg_(),
     "swapped": lambda model: first(model).weight.data.copy_(first(model).weight.data.flip(0)),
     "reshaped": reshaped,
     "a frozen weight": lambda model: inner(model).norm.weight.neg_(),

@@ -226,6 +226,30 @@ def test_a_step_that_is_resumed_ends_as_the_whole_run_for_a_second_adapter_alone
         assert torch.equal(after.weight, first.weight)
 
 
+@pytest.mark.parametrize(
+    ("settings", "rate"),
+    [
+        ({"kl_lr": 0.0, "std_lr": 0.3}, 0.3),
+        ({"kl_lr": 0.04}, 0.04),
+        ({}, 0.01),
+        ({"final_std": 0.1}, 0.01),  # not the rate that is solved for
+    ],
+)
+def test_the_likelihood_takes_g_at_a_rate_of_its_own(settings, rate, model):
+    settings = {"period": 1, "warmup_ratio": 0.0, **settings}
+    twin = copy.deepcopy(model)
+    for std_lr, one in (({}, model), ({"std_lr": 0.0}, twin)):
+        optimizer = torch.optim.SGD(trainable(one).values(), 0.0)
+        KLStep(**{**settings, **std_lr}).attach(one, optimizer, total_steps=2)
+        torch.manual_seed(0)
+        likelihood(one)
+        gradients = [layer.root_std.grad for layer in layers_of(one)]
+        optimizer.step()
+    for layer, without, gradient in zip(layers_of(model), layers_of(twin), gradients, strict=True):
+        assert gradient.abs().max() > 0
+        assert_close(without.root_std - layer.root_std, rate * gradient)
+
+
 def test_attaching_again_takes_the_first_hooks_off(model, optimizer):
     step = KLStep(period=1)
     for _ in range(2):

@@ -5,13 +5,14 @@ import torch
 from torch import nn
 from torch.distributions import Bernoulli, kl_divergence
 
+from bayestune.adapters import RowGroups
 from bayestune.methods import DALorRA
 from bayestune.methods.dalorra import GatedLinear, GateKL, gate_kl, gate_kl_gradient
 
 
 def layer(kept=0.5, temperature=0.5):
     torch.manual_seed(0)
-    return GatedLinear(nn.Linear(16, 4, bias=False), kept, temperature)
+    return GatedLinear(nn.Linear(16, 4, bias=False), RowGroups(), kept, temperature)
 
 
 def test_the_kl_is_torchs_and_the_closed_gradient_is_autograds():

@@ -1,5 +1,6 @@
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -13,14 +14,12 @@ from bayestune.methods.scalabl import SingularLinear, factor_kl, factor_kl_step_
 from bayestune.training import start_adapter
 from promises import TRAINING
 
+singular = partial(SingularLinear, init_std=0.05)
 
-def layer(rank=4, width=16, std=0.05, groups=None):
+
+def layer(rank=4, width=16, std=0.05, size=1):
     torch.manual_seed(0)
-    return SingularLinear(nn.Linear(width, rank, bias=False), std, groups)
-
-
-def singular(slot, groups):
-    return SingularLinear(slot, 0.05, groups)
+    return SingularLinear(nn.Linear(width, rank, bias=False), RowGroups(size), std)
 
 
 def test_the_decomposition_keeps_a_up_to_a_turn_of_its_ranks():
@@ -28,7 +27,7 @@ def test_the_decomposition_keeps_a_up_to_a_turn_of_its_ranks():
     plain = nn.Linear(16, 4, bias=False)
     before = plain.weight.detach().clone()
     turn = torch.linalg.svd(before)[0]
-    made = SingularLinear(plain)
+    made = singular(plain, RowGroups())
     torch.testing.assert_close(made.weight @ made.weight.T, torch.eye(4), atol=1e-5, rtol=0)
     kept = made.log_mean.exp() * made.weight
     torch.testing.assert_close(turn @ kept, before, atol=1e-5, rtol=1e-5)
@@ -62,7 +61,7 @@ def test_training_draws_have_the_moments_and_evaluation_is_the_mean():
 
 
 def test_the_sequences_of_a_row_and_its_tokens_share_the_draw():
-    made = layer(std=0.3, groups=RowGroups(3)).train()
+    made = layer(std=0.3, size=3).train()
     through = nn.functional.linear(torch.ones(16), made.weight)
     factors = (made(torch.ones(6, 5, 16)) / through).detach()
     for row in (factors[:3], factors[3:]):

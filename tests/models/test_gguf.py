@@ -156,7 +156,8 @@ def test_the_default_falls_back_to_a_wheel(tiny_gguf, cache, index, tmp_path, mo
     index({"w.gguf": tiny_gguf.read_bytes()})
     loaded = load_default(dtype=torch.bfloat16)
     assert (loaded.name, loaded.model.dtype) == (f"pypi:{WHEEL}", torch.bfloat16)
-    (line,) = [record.getMessage() for record in caplog.records if "bayestune" in record.name]
+    told = [record for record in caplog.records if record.name == "bayestune.models.load"]
+    (line,) = [record.getMessage() for record in told]
     assert line.startswith(f"default model: pypi:{WHEEL}, because the Hub copy is unavailable (")
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from bayestune.adapters import GaussianLinear, Slots, bayesify, evaluating
+from bayestune.adapters import GaussianLinear, Slots, bayesify, evaluating, held_noise
+from bayestune.curvature import Diagonal
 from bayestune.forward import Draws, seeded
 from bayestune.posteriors import (
     KINDS,
@@ -19,10 +20,12 @@ from bayestune.posteriors import (
     LowRank,
     Mixture,
     Point,
+    Sampled,
     Saved,
     Scaled,
     Tempered,
     TokenNoise,
+    gaussian_logits,
 )
 from tiny import BATCH, adapted, converted, end_logits, tiny_llama
 
@@ -109,6 +112,25 @@ def test_low_rank_draws_have_the_stated_covariance_across_slots(model):
     covariance = own.diag() + d.T @ d / (2 * (3 - 1))
     some = torch.arange(0, len(mean), 20)  # of both slots
     assert_moments(draws[:, some], mean[some], covariance[some][:, some])
+
+
+def test_sampled_draws_are_held_noise_times_the_root_of_the_covariance(model):
+    name, mean = slot_of(model, "B")
+    curvature = torch.rand(mean.shape) + 0.1
+    posterior = Sampled(model, end_logits, {name: Diagonal(curvature)}, prior_precision=5.0)
+    noise = held_noise(mean.shape, 2, 7, name)
+    drawn = posterior.draw(7, seed=2)[name]
+    assert_close(drawn, mean.float() + noise / (curvature + 5).sqrt())
+
+
+def test_gaussian_logits_have_the_stated_moments_in_every_row():
+    torch.manual_seed(0)
+    mean = torch.randn(2, 3)
+    root = torch.randn(2, 3, 3)
+    draws = gaussian_logits(mean, root @ root.mT, Draws(COUNT)).double()
+    for row in range(2):
+        covariance = (root[row] @ root[row].T).double()
+        assert_moments(draws[:, row], mean[row].double(), covariance)
 
 
 # Draws that are passes

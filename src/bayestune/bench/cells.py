@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from itertools import product
+from itertools import chain, product
 from typing import Any
 
 from bayestune.bench.keys import digest, lasting, lasting_method, model_facts, place, slug
@@ -32,10 +32,7 @@ class TaskSettings:
 
 @dataclass(frozen=True)
 class Cell:
-    """One method, fitted on one task with one model and seed, and evaluated.
-
-    Its settings are resolved: nothing of the grid or the task is to be added.
-    """
+    """One method, fitted on one task with one model and seed, and evaluated; settings resolved."""
 
     model: str | None
     task: str
@@ -56,7 +53,7 @@ class Cell:
 
     @property
     def label(self) -> str:
-        """The entry's own name; the method's proper name where the entry is called as it."""
+        """The entry's own name; the method's class where the entry is named by the method's key."""
         own = self.name == described(self.method)["method"]
         return METHODS[self.name].__name__ if own else self.name
 
@@ -68,8 +65,7 @@ class Grid:
     Args:
         models: names of models; null for the default one.
         tasks: names of tasks, each with what is different for it.
-        methods: a free name for each entry and its settings, see `make_method`; null where the name
-            is the method's.
+        methods: entries by free names, see `make_method`; null where the name is the method's.
         seeds: of training.
         questions: how questions are put, and how many rows are used; its `task` is not.
         training: of all cells, unless a task or a method changes it; its `seed` is not used.
@@ -93,21 +89,15 @@ class Grid:
         return self.tasks.get(task) or TaskSettings()
 
     def entries(self, task: str) -> dict[str, Settings]:
-        """The methods' settings on a task.
-
-        Raises:
-            ValueError: if the task changes a method that is not in the grid.
-        """
+        """The methods' settings on a task; an error if it changes a method not in the grid."""
         changes = self.settings(task).methods
         if unknown := sorted(set(changes) - set(self.methods)):
             raise ValueError(
                 f"task {task} changes methods that are not in the grid: got {unknown}, expected "
                 f"some of {sorted(self.methods)}; correct the names"
             )
-        return {
-            name: _merged(given or {}, changes.get(name, {}))
-            for name, given in self.methods.items()
-        }
+        given = {name: settings or {} for name, settings in self.methods.items()}
+        return {name: _merged(given[name], changes.get(name, {})) for name in given}
 
     def options(self, task: str) -> TaskOptions:
         """How a task's questions are put."""
@@ -118,32 +108,22 @@ class Grid:
         return self.settings(task).evaluate_on or (task,)
 
     def load_all(self) -> dict[str, Task]:
-        """All tasks that are trained or evaluated on, by the grid's names for them.
-
-        Raises:
-            ValueError: if a task has no rows for its use.
-        """
-        names = dict.fromkeys(self.tasks)
-        for task in self.tasks:
-            names |= dict.fromkeys(self.evaluated(task))
+        """All tasks by the grid's names; an error if one has no rows to train or evaluate on."""
+        tested = dict.fromkeys(chain.from_iterable(map(self.evaluated, self.tasks)))
+        names = dict.fromkeys([*self.tasks, *tested])
         loaded = {name: replace(self.options(name).load(), name=name) for name in names}
-        for task in self.tasks:
-            check_trainable(loaded[task])
-            for name in self.evaluated(task):
-                if not loaded[name].evaluation:
-                    raise ValueError(
-                        f"task {name} has no evaluation rows: got none, expected some; evaluate on "
-                        "others"
-                    )
+        for name in self.tasks:
+            check_trainable(loaded[name])
+        if empty := [name for name in tested if not loaded[name].evaluation]:
+            lack = f"task {empty[0]} has no evaluation rows: got none, expected some"
+            raise ValueError(f"{lack}; evaluate on others")
         return loaded
 
     def cells(self, tasks: Mapping[str, Task]) -> list[Cell]:
         """The cells on the tasks of `load_all`, seed by seed, task by task, method by method.
 
-        So a run that is cut off has whole tables of the first seeds.
-
-        Raises:
-            ValueError: if settings are wrong, or two cells cannot be told apart by name.
+        So a run that is cut off has whole tables of the first seeds. Two cells that their names do
+        not tell apart are an error.
         """
         order = product(self.models, self.seeds, self.tasks, self.methods)
         cells = [self._cell(tasks, model, seed, task, name) for model, seed, task, name in order]
@@ -151,8 +131,7 @@ class Grid:
         if twice := sorted({name for name in places if places.count(name) > 1}):
             raise ValueError(
                 f"cells that cannot be told apart: got {twice[:3]} more than once, expected "
-                "models, tasks, methods and seeds that differ in letters and digits; rename or "
-                "remove some"
+                "models, tasks, methods and seeds that differ in letters and digits; rename some"
             )
         return cells
 
@@ -165,34 +144,24 @@ class Grid:
         training = replace(training, seed=seed, progress=False)
         options = self.options(task)
         own = tasks[task]
-        scoring = (options.scoring, options.max_length)
-        rows = (own.prompt, own.train, own.held_out)
-        context = digest(model_facts(model), self.dtype, scoring, *rows)
-        # rows of other tasks are put as those of the fit
+        put = (options.scoring, options.max_length)
+        context = digest(model_facts(model), self.dtype, put, own.prompt, own.train, own.held_out)
+        # rows of other tasks go under the prompt of the fit
         evaluated = [(own.prompt, tasks[other].evaluation) for other in self.evaluated(task)]
         settings = (lasting_method(method), lasting(training), lasting(self.predicting))
         whole = digest(context, *settings, evaluated)
         parts = (shown(model) if model else "default", task, name, str(seed))
-        return Cell(
-            model,
-            task,
-            name,
-            method,
-            training,
-            options,
-            self.evaluated(task),
-            self.predicting,
-            self.dtype,
-            context,
-            key=f"{'-'.join(map(slug, parts))}--{whole}",
-        )
+        key = f"{'-'.join(map(slug, parts))}--{whole}"
+        resolved = (method, training, options, self.evaluated(task), self.predicting, self.dtype)
+        return Cell(model, task, name, *resolved, context, key)
 
 
 def _merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with changes, nested mappings in part."""
+    """Settings with changes; of nested mappings, only what the changes name."""
     merged = dict(settings)
     for key, new in changes.items():
         old = settings.get(key)
-        part = isinstance(old, Mapping) and isinstance(new, Mapping)
-        merged[key] = _merged(settings[key], new) if part else new
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            new = _merged(old, new)  # noqa: PLW2901
+        merged[key] = new
     return merged

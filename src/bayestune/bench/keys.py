@@ -16,8 +16,8 @@ from typing import Any
 from bayestune.methods import METHODS, Method, described
 from bayestune.session import shown
 
-# To be raised when the same settings give other numbers: a grid that goes on then starts its cells
-# anew instead of mixing. Left out of keys while it is 1.
+# Raised when the same settings give other numbers, so that a grid starts its cells anew instead of
+# mixing. Left out of keys while it is 1.
 ARITHMETIC = 1
 
 
@@ -38,18 +38,17 @@ def _counts(field: Field[Any], value: object) -> bool:
 
 
 def lasting_method(method: Method) -> dict[str, Any]:
-    """A method as `described`, but for the fields that keys leave out, its base likewise."""
-    return _without_later(described(method))
+    """A method as `described`, without the fields that keys leave out; its base likewise."""
+    return _lasting_settings(described(method))
 
 
-def _without_later(settings: Mapping[str, Any]) -> dict[str, Any]:
-    left_out = set()
+def _lasting_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    kept = dict(settings)
     for field in fields(METHODS[settings["method"]]):
-        if field.name in settings and not _counts(field, settings[field.name]):
-            left_out.add(field.name)
-    kept = {name: value for name, value in settings.items() if name not in left_out}
+        if field.name in kept and not _counts(field, kept[field.name]):
+            del kept[field.name]
     if "base" in kept:
-        kept["base"] = _without_later(kept["base"])
+        kept["base"] = _lasting_settings(kept["base"])
     return kept
 
 
@@ -58,8 +57,8 @@ def model_facts(model: str | None) -> list[Any]:
     facts: list[Any] = [shown(model) if model else None]
     folder = Path(model or "")
     if model and folder.is_dir():
-        files = sorted(folder.glob("*.safetensors"))
-        facts += [(file.name, file.stat().st_size) for file in files]
+        weights = sorted(folder.glob("*.safetensors"))
+        facts += [(file.name, file.stat().st_size) for file in weights]
         config = folder / "config.json"
         if config.is_file():
             facts.append(config.read_text(encoding="utf-8"))
@@ -67,10 +66,9 @@ def model_facts(model: str | None) -> list[Any]:
 
 
 def digest(*parts: Any) -> str:
-    """A short hash of JSON-able things and dataclasses."""
-    if ARITHMETIC != 1:
-        parts = (*parts, ARITHMETIC)
-    text = json.dumps(parts, sort_keys=True, default=_jsonable)
+    """A short hash of dataclasses and what JSON can hold."""
+    arithmetic = () if ARITHMETIC == 1 else (ARITHMETIC,)
+    text = json.dumps((*parts, *arithmetic), sort_keys=True, default=_jsonable)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 

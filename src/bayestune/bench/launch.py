@@ -1,9 +1,10 @@
-"""Runs the cells of a grid, one after the other here or spread by Ray; skips finished ones."""
+"""Runs the unfinished cells of a grid, one after the other here or spread by Ray."""
 
 import logging
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,15 +34,12 @@ def run_bench(
         grid: what to run.
         folder: of the results; a run goes on where an earlier one stopped, or beside one that runs.
         launcher: "local" for this process, "ray" for tasks of a Ray cluster that shares the folder.
-        only_tasks: cells of these tasks only, where given.
-        only_methods: cells of these entries only, where given.
+        only_tasks: cells of these tasks only; all if empty, and an error if not in the grid.
+        only_methods: likewise for the entries.
         discard_fits: remove the saved posteriors when all cells are finished.
 
     Returns:
         1 if a cell failed, else 0.
-
-    Raises:
-        ValueError: if settings are wrong, or a task or entry to run is not in the grid.
     """
     _refuse_unknown("tasks", only_tasks, grid.tasks)
     _refuse_unknown("methods", only_methods, grid.methods)
@@ -50,9 +48,8 @@ def run_bench(
     tasks = only_tasks or grid.tasks
     methods = only_methods or grid.methods
     chosen = [cell for cell in worker.cells if cell.task in tasks and cell.name in methods]
-    progress = Progress(folder, chosen)
     run = run_local if launcher == "local" else run_ray
-    failed = run(worker, progress)
+    failed = run(worker, Progress(folder, chosen))
     collect(folder)
     if failed:
         logger.error("%d of %d cells failed; run again to try them again", len(failed), len(chosen))
@@ -98,8 +95,7 @@ def run_local(worker: Worker, progress: Progress) -> list[Cell]:
 def run_ray(worker: Worker, progress: Progress) -> list[Cell]:
     """Makes a Ray task of every unfinished cell; returns those that failed.
 
-    A task has a GPU of its own where the cluster has any. A cell whose fit another one is making
-    comes back at once and is handed out again.
+    A task has a GPU of its own if the cluster has any. A busy cell is handed out again.
     """
     try:
         import ray  # type: ignore[import-not-found]
@@ -109,13 +105,8 @@ def run_ray(worker: Worker, progress: Progress) -> list[Cell]:
         ) from error
     ray.init(ignore_reinit_error=True)
     task = ray.remote(num_gpus=1 if ray.cluster_resources().get("GPU") else 0)(compute_key)
-    running: dict[Any, Cell] = {}
-
-    def hand_out(cell: Cell) -> None:
-        running[task.remote(worker.grid, worker.folder.resolve(), cell.key)] = cell
-
-    for cell in progress.todo():
-        hand_out(cell)
+    run = partial(task.remote, worker.grid, worker.folder.resolve())
+    running: dict[Any, Cell] = {run(cell.key): cell for cell in progress.todo()}
     logger.info("handed out %d cells, %s by one worker", len(running), progress.left())
     failed: list[Cell] = []
     while running:
@@ -127,7 +118,7 @@ def run_ray(worker: Worker, progress: Progress) -> list[Cell]:
             failed.append(cell)
         elif state == "busy":
             time.sleep(PAUSE)
-            hand_out(cell)
+            running[run(cell.key)] = cell
     return failed
 
 

@@ -7,14 +7,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 from torch import nn
 
 from bayestune.bench.keys import digest, lasting, lasting_method, place, slug
-from bayestune.evaluation import RECORDS, Record, read_lines
-from bayestune.jsonl import write_json_lines
+from bayestune.evaluation import RECORDS, Record
+from bayestune.jsonl import read_json_lines, write_json_lines
 from bayestune.methods import Method, WithTraining, changed
 from bayestune.posteriors import DETAILS, Posterior
 from bayestune.scoring import Scorer
@@ -31,13 +30,13 @@ PLAN = "plan.json"
 
 
 def cell_file(folder: Path, key: str) -> Path:
-    """Where the records of a cell are, once it is finished."""
+    """Where the records of a finished cell are."""
     return folder / CELLS / f"{key}.jsonl"
 
 
 def read_cell(folder: Path, key: str) -> list[Record]:
     """The records of a cell; none if it is not finished."""
-    return read_lines(cell_file(folder, key))
+    return read_json_lines(cell_file(folder, key), missing_ok=True)
 
 
 def write_plan(folder: Path, keys: Sequence[str]) -> None:
@@ -91,11 +90,7 @@ def claimed(folder: Path, key: str, *, wait: bool = False) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Kept:
-    """A method whose fits are kept in the results folder and loaded where they are finished.
-
-    Its base is kept likewise, so post-hoc methods of one base, and ensembles, share what they are
-    made of.
-    """
+    """A method whose fits, and those of its base, are kept in the results folder and shared."""
 
     method: Method
     session: Session
@@ -107,30 +102,20 @@ class Kept:
         return self.fitted(training).posterior
 
     def fitted(self, training: Training) -> Fit:
-        """The fit under this training; goes on from a checkpoint where there is one.
-
-        Raises:
-            Busy: if another process is at this fit.
-        """
+        """The fit under this training, from a checkpoint if there is one; `Busy` if locked."""
         if isinstance(self.method, WithTraining):
             inner = replace(self, method=self.method.method)
             return inner.fitted(changed(training, self.method.changes))
         settings = lasting_method(self.method)
         whole = digest(self.context, settings, lasting(training))
         name = f"{slug(self.session.task.name)}-{settings['method']}-{training.seed}--{whole}"
+        output = self.folder / FITS / name
+        base = getattr(self.method, "base", None)
+        kept = replace(self, method=base) if base else None
         with claimed(self.folder / LOCKS, f"fit-{name}"):
-            return self._fit(training, self.folder / FITS / name)
-
-    def _fit(self, training: Training, output: Path) -> Fit:
-        known = ", known from before" if (output / DETAILS).is_file() else ""
-        logger.info("fit %s%s", output.name, known)
-        training = replace(training, output=None, resume=True)
-        fit = self.session.fit(self._with_kept_base(), training, output)
-        shutil.rmtree(output / "checkpoints", ignore_errors=True)
+            known = ", known from before" if (output / DETAILS).is_file() else ""
+            logger.info("fit %s%s", name, known)
+            training = replace(training, output=None, resume=True)
+            fit = self.session.fit(self.method, training, output, base=kept)
+            shutil.rmtree(output / "checkpoints", ignore_errors=True)
         return fit
-
-    def _with_kept_base(self) -> Method:
-        base: Any = getattr(self.method, "base", None)
-        if base is None:
-            return self.method
-        return replace(self.method, base=replace(self, method=base))  # type: ignore[type-var]

@@ -29,7 +29,7 @@ def compute_cell(
 ) -> list[Record]:
     """Fits and evaluates a cell and writes its records, one for each task and number of draws.
 
-    The session is on the cell's model, which is left without adapters, and on its task.
+    The session has the cell's model, which is left without adapters, and the cell's task.
     """
     begin = time.perf_counter()
     fit = Kept(cell.method, session, folder, cell.context).fitted(cell.training)
@@ -59,10 +59,7 @@ class Worker:
         self._held: tuple[tuple[Any, ...], LoadedModel] | None = None
 
     def compute(self, cell: Cell, starting: Callable[[Cell], None] | None = None) -> State:
-        """Computes a cell, unless it is finished or another process is at it.
-
-        `starting` is called when the work begins.
-        """
+        """Computes a cell unless it is finished or busy; calls `starting` when the work begins."""
         try:
             with claimed(self.folder / LOCKS, f"cell-{cell.key}"):
                 if cell_file(self.folder, cell.key).is_file():
@@ -101,7 +98,7 @@ class Worker:
 
 
 class Progress:
-    """Says when cells start and end, and how long the rest may take by the time of like cells."""
+    """Logs when cells start and end, and how long the rest may take by the time of like cells."""
 
     def __init__(self, folder: Path, cells: Sequence[Cell]) -> None:
         self.folder = folder
@@ -112,8 +109,7 @@ class Progress:
 
     def _note(self, cell: Cell) -> None:
         """Notes the seconds that a cell took, if it is finished."""
-        records = read_cell(self.folder, cell.key)
-        if records:
+        if records := read_cell(self.folder, cell.key):
             self._seconds[cell.key] = max(record["seconds"]["cell"] for record in records)
 
     def todo(self) -> list[Cell]:
@@ -136,21 +132,23 @@ class Progress:
         return f"about {_span(total)} left"
 
     def started(self, cell: Cell) -> None:
-        """A cell begins."""
-        number = (len(self._seconds), len(self.cells))
-        logger.info("[%d/%d] %s starts, %s", *number, cell.title, self.left())
+        """Logs that a cell begins."""
+        self._say(cell, f"starts, {self.left()}")
 
     def ended(self, cell: Cell, state: State) -> None:
-        """A cell ended, or is known to be finished."""
+        """Logs that a cell is finished, unless it failed or is busy."""
         if state in ("computed", "finished"):
             self._note(cell)
-            number = (len(self._seconds), len(self.cells))
             seconds = _span(self._seconds.get(cell.key, 0.0))
-            logger.info("[%d/%d] %s %s, %s; %s", *number, cell.title, state, seconds, self.left())
+            self._say(cell, f"{state}, {seconds}; {self.left()}")
+
+    def _say(self, cell: Cell, what: str) -> None:
+        done = len(self._seconds)
+        logger.info("[%d/%d] %s %s", done, len(self.cells), cell.title, what)
 
 
 def _like(cell: Cell) -> list[tuple[str, ...]]:
-    """What cells are like this one, from the most to the least."""
+    """What cells like this one share, from the most to the least alike."""
     return [(cell.name, cell.task), (cell.name,), ()]
 
 

@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from jsonargparse import Namespace
 
@@ -12,12 +11,7 @@ from bayestune.adapters import detach
 from bayestune.bench import PLAN, Grid, collect, run_bench
 from bayestune.cli.options import Output, built, chosen_methods
 from bayestune.data import TASKS, Prompt, Question, load_rows, own_task
-from bayestune.evaluation import (
-    EvaluationOptions,
-    append_results,
-    prediction_rows,
-    read_records,
-)
+from bayestune.evaluation import EvaluationOptions, append_results, prediction_rows, read_records
 from bayestune.forward import Draws
 from bayestune.jsonl import write_json_lines
 from bayestune.methods import MLE, TFB, Method
@@ -61,9 +55,8 @@ def evaluate(o: Namespace) -> None:
 def predict(o: Namespace) -> None:
     """Probabilities and uncertainty for your own rows: JSON lines in, JSON lines out."""
     if o.output and o.output.exists() and not o.overwrite:
-        raise FileExistsError(
-            f"{o.output} is there already: choose another --output, or give --overwrite"
-        )
+        said = f"{o.output} is there already: choose another --output, or give --overwrite"
+        raise FileExistsError(said)
     options = TaskOptions(evaluation_data=o.input, options=tuple(o.options))
     session = Session.of_posterior(o.posterior, options, o.model, labelled=False)
     session = replace(session, progress=o.output is not None)
@@ -97,8 +90,8 @@ def bayesianise(o: Namespace) -> None:
 
 def _prompt(options: TaskOptions, rows: Sequence[Question]) -> Prompt:
     """The templates of the named task; of the user's own rows where it is the default."""
-    known = TASKS.get(options.task) if options.task != TaskOptions.task else None
-    return known.prompt if known else own_task("own", rows, ()).prompt
+    named = options.task in TASKS and options.task != TaskOptions.task
+    return TASKS[options.task].prompt if named else own_task("own", rows, ()).prompt
 
 
 def compare(o: Namespace) -> None:
@@ -118,9 +111,9 @@ def compare_methods(
     output: Output,
     part: Part = "evaluation",
 ) -> None:
-    """Fits and evaluates methods, each into a folder of its name, and writes the report.
+    """Fits and evaluates methods, each in a folder of its name, and writes the report.
 
-    A run that goes on leaves methods that have records, and goes on with one that was cut off.
+    A resumed run skips methods that have records, and goes on with one that was cut off.
     """
     session.rows(part)  # refuses a part without rows before anything is written
     output.prepare()
@@ -146,19 +139,16 @@ def write_report(folder: Path) -> None:
 
 def bench(o: Namespace) -> int:
     """Fit and evaluate a grid of models, tasks, methods and seeds; goes on where it stopped."""
-    names = ("launcher", "only_tasks", "only_methods", "discard_fits")
-    how: dict[str, Any] = {name: o[name] for name in names}
-    return run_bench(built(Grid, o), o.output, **how)
+    only = {"only_tasks": o.only_tasks, "only_methods": o.only_methods}
+    grid = built(Grid, o)
+    return run_bench(grid, o.output, launcher=o.launcher, discard_fits=o.discard_fits, **only)
 
 
 def table(o: Namespace) -> None:
     """The table of a results folder: methods × tasks, mean ± std over seeds, significance.
 
-    Where a method that was trained on OpenBookQA was also evaluated on other tasks, `shift.md` and
-    `risk_coverage.png` are written into the folder as well.
-
-    Raises:
-        FileNotFoundError: if the folder has no records.
+    If a method trained on OpenBookQA was also evaluated on other tasks, it writes `shift.md` and
+    `risk_coverage.png` into the folder as well.
     """
     records = collect(o.results) if (o.results / PLAN).is_file() else read_records(o.results)
     if not records:

@@ -14,13 +14,8 @@ from bayestune.training import Training
 
 # Chosen on the validation questions, see docs/demo.md; the test questions were not looked at.
 QUESTIONS = TaskOptions(task="everyday", scoring="text", train_rows=96, evaluation_rows=240)
-TRAINING = Training(
-    lora=Lora(targets=("q_proj", "v_proj")),
-    steps=144,
-    learning_rate=1e-3,
-    bf16=True,
-    logging_steps=24,
-)
+LORA = Lora(targets=("q_proj", "v_proj"))
+TRAINING = Training(lora=LORA, steps=144, learning_rate=1e-3, bf16=True, logging_steps=24)
 BLOB = BLoB(prior_std=0.4, final_std=0.3, schedule="constant")
 PREDICTING = EvaluationOptions(draws=(0, 10))
 

@@ -14,16 +14,16 @@ T = TypeVar("T")
 
 
 def built(cls: type[T], options: Namespace, **more: Any) -> T:
-    """A dataclass of the options called like its fields, and of what no option stands for."""
-    names = {field.name for field in fields(cls)} - set(more)  # type: ignore[arg-type]
-    return cls(**{name: options[name] for name in names if name in options}, **more)
+    """A dataclass of the options called like its fields; `more` goes before them."""
+    names = [field.name for field in fields(cls) if field.name in options]  # type: ignore[arg-type]
+    return cls(**{name: options[name] for name in names} | more)
 
 
 def chosen_methods(names: Sequence[str], options: Namespace) -> dict[str, Method]:
-    """The methods of these names with their options; `--base` for those that build on another.
+    """The methods of these names with their options; `--base` replaces the base of those with one.
 
     Raises:
-        ValueError: if a name is unknown, or none of the methods has a base to be replaced.
+        ValueError: if a name is unknown, or `--base` is given and no method has a base.
     """
     methods = {name: _method(name, options) for name in names}
     base = options.get("base")
@@ -46,7 +46,7 @@ def _method(name: str, options: Namespace) -> Method:
 
 @dataclass(frozen=True)
 class Output:
-    """A folder that a run writes to, emptied first or gone on in where it holds something."""
+    """A folder that a run writes to; one that holds something is emptied first or resumed."""
 
     folder: Path
     overwrite: bool = False
@@ -54,11 +54,7 @@ class Output:
 
     @classmethod
     def of(cls, options: Namespace) -> Self:
-        """The output of a command.
-
-        Raises:
-            FileExistsError: if the folder holds something that may not be touched.
-        """
+        """The output of a command; an error if the folder holds something that must stay."""
         output = cls(options.output, options.overwrite, options.get("resume", False))
         occupied = output.folder.is_dir() and any(output.folder.iterdir())
         if occupied and not (output.overwrite or output.resume):
@@ -69,7 +65,7 @@ class Output:
         return output
 
     def prepare(self) -> None:
-        """Makes the folder, emptied unless a run goes on in it: when all input was found good."""
+        """Makes the folder, emptied unless a run goes on in it; called when all input is good."""
         if self.folder.is_dir() and not self.resume:
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)

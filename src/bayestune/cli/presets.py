@@ -14,27 +14,15 @@ PACKAGE = Path(__file__).parents[1]
 
 
 def preset_files(package: Path = PACKAGE) -> dict[str, Path]:
-    """The file of each preset, by names such as "small/arc_easy".
-
-    Args:
-        package: the folder of the package, installed or in the `src` of a checkout.
-    """
+    """The file of each preset, by names such as "small/arc_easy"."""
     in_wheel = package / "configs"
-    in_checkout = package.parents[1] / "configs"
-    folder = in_wheel if in_wheel.is_dir() else in_checkout
+    folder = in_wheel if in_wheel.is_dir() else package.parents[1] / "configs"
     files = sorted(folder.glob("*/*.yaml"))
     return {f"{path.parent.name}/{path.stem}": path for path in files}
 
 
 def resolve_preset(value: str) -> str:
-    """The path of the file that `preset:NAME` stands for; any other value as it is.
-
-    Args:
-        value: what the user gave for `--config`.
-
-    Raises:
-        ValueError: if there is no preset of that name.
-    """
+    """The path of the file that `preset:NAME` stands for; any other value as it is."""
     if not value.startswith(PREFIX):
         return value
     known = preset_files()
@@ -52,11 +40,7 @@ class ConfigOrPreset(ActionConfigFile):
     def __call__(
         self, parser: Any, cfg: Any, values: Any, option_string: str | None = None
     ) -> None:
-        """Reads the options into `cfg`.
-
-        Raises:
-            ArgumentError: if there is no preset of that name.
-        """
+        """Reads the options into `cfg`."""
         try:
             path = resolve_preset(values)
         except ValueError as error:

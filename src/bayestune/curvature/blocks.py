@@ -16,10 +16,10 @@ Structure = Literal["kfac", "diagonal"]
 
 @dataclass(frozen=True)
 class Kronecker:
-    """H = F_out ⊗ F_in, each factor by its eigenvectors and eigenvalues; elsewhere H is 0.
+    """H = F_out ⊗ F_in, each factor given by its eigenvectors and eigenvalues; elsewhere H is 0.
 
-    With U the vectors and h_ij = out_i·in_j, (H + λI)⁻¹ shrinks U_outᵀ·X·U_in to 1/(h_ij + λ) and
-    leaves the rest at 1/λ: Woodbury's identity, without a matrix of the large side's size.
+    With U the vectors and h_ij = out_i·in_j, (H + λI)⁻¹ scales U_outᵀ·X·U_in by 1/(h_ij + λ) and
+    the rest by 1/λ: Woodbury's identity, without a matrix of the large side's size.
 
     Args:
         in_vectors: orthonormal columns (in, q); q < in for a low-rank factor.
@@ -41,18 +41,16 @@ class Kronecker:
 
     @property
     def eigenvalues(self) -> Tensor:
-        """The eigenvalues h (p, q); all others of H are 0."""
+        """The eigenvalues h (p, q) of H; all others are 0."""
         return self.out_values[:, None] * self.in_values
 
     def covariance(self, jacobians: Tensor, precisions: Sequence[float]) -> Tensor:
         """J·(H + λI)⁻¹·Jᵀ for each λ: (number of λ, N, C, C), semidefinite up to rounding."""
         inside, outside = self._split(jacobians)
         rest = 0 if outside is None else _gram(outside)
-        covariances = []
-        for precision in precisions:
-            shrunk = inside * (self.eigenvalues + precision).rsqrt()
-            covariances.append(_gram(shrunk) + rest / precision)
-        return torch.stack(covariances)
+        scales = [(self.eigenvalues + precision).rsqrt() for precision in precisions]
+        pairs = zip(scales, precisions, strict=True)
+        return torch.stack([_gram(inside * scale) + rest / precision for scale, precision in pairs])
 
     def spread(self, noise: Tensor, precision: float) -> Tensor:
         """(H + λI)^(-1/2)·E for standard normal E (out, in)."""
@@ -71,11 +69,7 @@ class Kronecker:
 
 @dataclass(frozen=True)
 class Diagonal:
-    """H = diag(values).
-
-    Args:
-        values: the diagonal in the matrix's shape (out, in).
-    """
+    """H = diag(values), `values` in the matrix's shape (out, in)."""
 
     structure: ClassVar[Structure] = "diagonal"
     values: Tensor
@@ -112,10 +106,7 @@ def semidefinite_root(covariance: Tensor) -> Tensor:
     """The Cholesky factor L, lower triangular, of semidefinite matrices that may be singular.
 
     A class without variance (an option that the row does not have) has zeros in its row and column,
-    and the factor of the first classes does not depend on those behind them.
-
-    Args:
-        covariance: L·Lᵀ (…, C, C).
+    and the factor of the first classes does not depend on those after them.
 
     Example:
         >>> semidefinite_root(torch.tensor([[4.0, 2, 0], [2, 1, 0], [0, 0, 0]])).tolist()

@@ -8,7 +8,7 @@ _POWERS = 2  # power iterations; with twice the rank kept, the error is far belo
 
 
 class FullSum:
-    """Σ x·xᵀ as a matrix: for small sides."""
+    """Σ x·xᵀ as a matrix, for small sides."""
 
     def __init__(self, size: int, like: Tensor) -> None:
         self.total = like.new_zeros(size, size)
@@ -26,9 +26,8 @@ class FullSum:
 class LowRankSum:
     """The leading eigenpairs of Σ x·xᵀ without the matrix: L·Lᵀ with L (size, 2·rank).
 
-    Each batch of rows is stacked under Lᵀ and decomposed anew, by a randomised method with power
-    iterations on a fixed seed. Twice the rank is kept between batches, so that little of what
-    belongs to the leading ones is thrown away.
+    Each batch of rows is stacked under Lᵀ and decomposed anew, by randomised power iterations with
+    a fixed seed. Twice the rank is kept between batches, so that the leading pairs lose little.
     """
 
     def __init__(self, size: int, rank: int, like: Tensor) -> None:
@@ -59,14 +58,7 @@ class LowRankSum:
 
 
 def factor_of(weight: Tensor, side: int, rank: int) -> FullSum | LowRankSum:
-    """The factor of a matrix's outputs (side 0) or inputs (side 1), in float32 or more.
-
-    Args:
-        weight: W (out, in).
-        side: 0 or 1.
-        rank: eigenpairs kept where the side is larger than `FULL_UP_TO`.
-    """
+    """The factor of the outputs (side 0) or inputs (side 1) of W (out, in), in float32 or more."""
     size = weight.shape[side]
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    like = weight.detach().new_empty(0, dtype=wide)
+    like = weight.new_empty(0, dtype=torch.promote_types(weight.dtype, torch.float32))
     return FullSum(size, like) if size <= max(FULL_UP_TO, rank) else LowRankSum(size, rank, like)

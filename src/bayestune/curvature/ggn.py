@@ -2,15 +2,14 @@
 
 The GGN of the likelihood is H = Σ_n J_nᵀ·Λ_n·J_n over the training rows, J_n the Jacobian of a
 row's C class logits and Λ_n = diag(p_n) − p_n·p_nᵀ the Hessian of −log softmax: the Fisher matrix
-under the model's own predictive. The sum over classes is exact. With Λ = R·Rᵀ, R (C, C − 1), it
-takes C − 1 backward passes, each on one column of R for all rows.
+under the model's own predictive. With Λ = R·Rᵀ, R (C, C − 1), the exact sum over classes takes
+C − 1 backward passes, each on one column of R for all rows.
 
-"diagonal" keeps the diagonal of H, exactly. "kfac" keeps, for each matrix W (out, in) on its own,
-the approximation KFAC-expand for weights that are shared over tokens: H ≈ 1/M·(Σ g·gᵀ) ⊗ (Σ a·aᵀ),
-with the inputs a and the gradients g of R's columns summed over the M tokens of all rows; terms
-between different tokens of a row are left out. It is exact for one token in all, or if all tokens
-have the same a. A token counts if some gradient at it is not 0: padding and tokens that no logit
-depends on leave no trace.
+"diagonal" keeps the diagonal of H, exactly. "kfac" keeps KFAC-expand's approximation for weights
+that tokens share, each matrix W (out, in) on its own: H ≈ 1/M·(Σ g·gᵀ) ⊗ (Σ a·aᵀ), inputs a and
+gradients g of R's columns summed over the M tokens of all rows, without the terms between tokens of
+a row. It is exact for one token in all, or if all tokens have the same a. A token counts if some
+gradient at it is not 0: padding and tokens that no logit depends on leave no trace.
 """
 
 import math
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from bayestune.adapters import SIDES, Slots
 from bayestune.curvature.blocks import Block, Diagonal, Kronecker, Structure
 from bayestune.curvature.factors import factor_of
-from bayestune.curvature.jacobian import traced
+from bayestune.curvature.jacobian import jacobian_of, traced
 from bayestune.forward import Batch, ClassLogits
 
 
@@ -33,8 +32,7 @@ class Curvature:
 
     Args:
         blocks: H of each LoRA matrix by slot name.
-        log_likelihood: Σ log p(label) over the rows at the fitted adapter, in nats; 0 for batches
-            without labels.
+        log_likelihood: Σ log p(label) at the fitted adapter, in nats; 0 for batches without labels.
     """
 
     blocks: dict[str, Block]
@@ -68,7 +66,8 @@ def gauss_newton(
             f"the rank of the large factors must be 1 or more: got {rank}; the paper's is 10"
         )
     watched = slots.replaceable(slots.names(SIDES) if names is None else names)
-    sums = {name: _sum_of(slot.weight, structure, rank) for name, slot in watched.items()}
+    kind = _DiagonalSum if structure == "diagonal" else _KroneckerSum
+    sums = {name: kind(slot.weight, rank) for name, slot in watched.items()}
     called: set[str] = set()
     log_likelihood = 0.0
     for batch in batches:
@@ -84,7 +83,9 @@ def gauss_newton(
             for part in sums.values():
                 part.close()
             if "labels" in batch:
-                log_likelihood += _log_likelihood(trace.logits, batch["labels"])
+                labels = batch["labels"].to(trace.logits.device)[:, None]
+                chosen = trace.logits.detach().double().log_softmax(-1).gather(1, labels)
+                log_likelihood += chosen.sum().item()
     if silent := sorted(set(watched) - called):
         raise ValueError(
             f"{len(silent)} of {len(watched)} slots were not called by any row, such as "
@@ -121,17 +122,8 @@ def softmax_root(logits: Tensor) -> Tensor:
     return below.tril(-1) + nn.functional.pad(diagonal, (0, 0, 0, 1))
 
 
-def _log_likelihood(logits: Tensor, labels: Tensor) -> float:
-    chosen = logits.detach().double().log_softmax(-1).gather(1, labels.to(logits.device)[:, None])
-    return chosen.sum().item()
-
-
 class _KroneckerSum:
-    """Both factors of one matrix; a batch is added column of R by column, then closed.
-
-    What is added is the inputs a (N, L, in) and the gradients g (N, L, out) of each call of the
-    slot.
-    """
+    """Both factors of one matrix; the columns of R are added one by one, then the batch closed."""
 
     def __init__(self, weight: Tensor, rank: int) -> None:
         self.gradients = factor_of(weight, 0, rank)
@@ -163,13 +155,12 @@ class _KroneckerSum:
 class _DiagonalSum:
     """The diagonal of one matrix's H: Σ over rows and columns of R of the squared Jacobian."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, rank: int) -> None:
         wide = torch.promote_types(weight.dtype, torch.float32)
         self.values = torch.zeros_like(weight.detach(), dtype=wide)
 
     def add(self, calls: list[tuple[Tensor, Tensor]]) -> None:
-        first, *others = [g.mT @ a for a, g in calls]
-        self.values += sum(others, first).square().sum(0)
+        self.values += jacobian_of(calls).square().sum(0)
 
     def close(self) -> None:
         pass
@@ -178,20 +169,12 @@ class _DiagonalSum:
         return Diagonal(self.values)
 
 
-def _sum_of(weight: Tensor, structure: Structure, rank: int) -> _KroneckerSum | _DiagonalSum:
-    return _DiagonalSum(weight) if structure == "diagonal" else _KroneckerSum(weight, rank)
-
-
 def log_evidence(found: Curvature, square_norm: float, precision: float) -> float:
     """The Laplace approximation of log p(D | λ), in nats.
 
     log p(D) ≈ log p(D | θ) − λ/2·‖θ‖² − ½·log det(H + λI) + P/2·log λ, where the last two are −½·Σ
     log(1 + h/λ) over the eigenvalues h of H: those that a low-rank factor leaves out are 0.
-
-    Args:
-        found: blocks and log-likelihood.
-        square_norm: ‖θ‖² over the matrices that have a block.
-        precision: λ.
+    `square_norm` is ‖θ‖² over the matrices that have a block, `precision` is λ.
     """
     volume = 0.0
     for block in found.blocks.values():
@@ -204,10 +187,6 @@ def best_precision(found: Curvature, square_norm: float) -> float:
 
     As a function of log λ the evidence is concave: its slope ½·Σ h/(h + λ) − λ/2·‖θ‖² falls. The
     paper approaches the one maximum by 100 steps of Adam; bisection finds it to rounding.
-
-    Args:
-        found: blocks and log-likelihood.
-        square_norm: ‖θ‖² over the matrices that have a block.
 
     Raises:
         ValueError: if the curvature is 0: the model is sure of every row.

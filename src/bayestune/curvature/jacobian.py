@@ -8,7 +8,7 @@ each other, so one backward pass on a sum over rows gives every row's g.
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,7 @@ Calls = dict[str, list[tuple[Tensor, Tensor]]]
 
 @dataclass(frozen=True)
 class Trace:
-    """A forward pass whose graph is kept.
-
-    Args:
-        logits: class logits (N, C), attached to the graph.
-        calls: inputs, and outputs that are attached to the graph.
-    """
+    """A forward pass: class logits (N, C), and slots' inputs and outputs, attached to its graph."""
 
     logits: Tensor
     calls: Calls
@@ -35,12 +30,8 @@ class Trace:
     def gradients(self, weights: Tensor, *, keep: bool) -> Calls:
         """Inputs a (N, L, in) and gradients g (N, L, out) of Σ_nc weights_nc·logits_nc.
 
-        L counts the tokens of all sequences of a row. Padding has g = 0 exactly, because no logit
-        depends on it. It takes one backward pass.
-
-        Args:
-            weights: (N, C), 0 where a logit is -inf.
-            keep: whether another backward pass follows.
+        L counts the tokens of all sequences of a row; g is exactly 0 at padding, on which no logit
+        depends. Weights (N, C) are 0 where a logit is -inf; `keep` says that another pass follows.
         """
         outputs = []
         for calls in self.calls.values():
@@ -49,9 +40,8 @@ class Trace:
         found = torch.autograd.grad(self.logits, outputs, weights.to(self.logits), **settings)
         remaining = iter(found)
         num_rows = len(self.logits)
-        gradients: Calls = {}
+        gradients: Calls = {name: [] for name in self.calls}
         for name, calls in self.calls.items():
-            gradients[name] = []
             for a, _ in calls:
                 g = _by_row(next(remaining), num_rows, name)
                 gradients[name].append((_by_row(a, num_rows, name), g))
@@ -59,11 +49,14 @@ class Trace:
 
     def jacobian(self, weights: Tensor, *, keep: bool) -> dict[str, Tensor]:
         """J (N, out, in) of Σ_c weights_nc·logits_nc for each slot, from one backward pass."""
-        found = {}
-        for name, calls in self.gradients(weights, keep=keep).items():
-            first, *others = [g.mT @ a for a, g in calls]
-            found[name] = sum(others, first)
-        return found
+        gradients = self.gradients(weights, keep=keep)
+        return {name: jacobian_of(calls) for name, calls in gradients.items()}
+
+
+def jacobian_of(calls: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """J (N, out, in) of one slot, from inputs a and gradients g of its calls."""
+    first, *others = [g.mT @ a for a, g in calls]
+    return sum(others, first)
 
 
 def _by_row(value: Tensor, num_rows: int, name: str) -> Tensor:
@@ -80,13 +73,7 @@ def _by_row(value: Tensor, num_rows: int, name: str) -> Tensor:
 def traced(
     model: nn.Module, score: ClassLogits, inputs: Batch, slots: Mapping[str, nn.Module]
 ) -> Trace:
-    """Runs a batch in evaluation mode with gradients, whatever the caller has set.
-
-    Args:
-        model: a PEFT model.
-        score: maps (model, batch) to class logits (N, C).
-        inputs: the batch.
-        slots: the modules whose inputs and outputs are kept, by slot name.
+    """Runs a batch in evaluation mode with gradients, and keeps the slots' inputs and outputs.
 
     Raises:
         ValueError: if no slot was called: the adapter is merged, disabled or not the active one.
@@ -105,15 +92,12 @@ def traced(
 def _recording(slots: Mapping[str, nn.Module]) -> Iterator[Calls]:
     calls: Calls = {}
 
-    def hook(name: str) -> Any:
-        def record(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if not output.requires_grad:  # a frozen adapter's first slot, where the graph begins
-                output.requires_grad_()
-            calls.setdefault(name, []).append((inputs[0].detach(), output))
+    def record(name: str, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if not output.requires_grad:  # a frozen adapter's first slot, where the graph begins
+            output.requires_grad_()
+        calls.setdefault(name, []).append((inputs[0].detach(), output))
 
-        return record
-
-    handles = [slot.register_forward_hook(hook(name)) for name, slot in slots.items()]
+    handles = [slot.register_forward_hook(partial(record, name)) for name, slot in slots.items()]
     try:
         yield calls
     finally:

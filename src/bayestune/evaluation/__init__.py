@@ -13,7 +13,6 @@ from bayestune.evaluation.records import (
     label_of,
     make_result,
     prediction_rows,
-    read_lines,
     read_records,
 )
 
@@ -29,6 +28,5 @@ __all__ = [
     "make_result",
     "predict_adaptively",
     "prediction_rows",
-    "read_lines",
     "read_records",
 ]

@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 
 from bayestune.data import Question
 from bayestune.forward import Draws
-from bayestune.posteriors import Posterior, Prediction, count_for
+from bayestune.posteriors import Posterior, Prediction
 from bayestune.scoring import Scorer, row_logits
 
 # Maps (which rows, which draws) to their logits (S, N, C), of these rows and draws only.
@@ -22,17 +22,13 @@ _ROUNDING = 1e-9  # more than float64 loses in the sums of any number of draws
 class Adaptive:
     """Stops drawing for a row when its decision is certain to be that of all S draws.
 
-    After n draws the leader's lead in summed probability is n·(p₁ − p₂), and each draw to come
-    takes at most 1 from it, so the leader stays while n·(p₁ − p₂) > S − n. No row can stop before
-    half of the draws. The probabilities of a row that stops are those of its first draws; averages
-    over a number of draws that depends on them are slightly biased.
+    After n draws the leader leads by n·(p₁ − p₂) in summed probability, and each draw to come takes
+    at most 1 from it, so the leader stays while n·(p₁ − p₂) > S − n: never before S/2 draws.
+    A row that stops keeps the mean of its first n draws, slightly biased because n depends on them.
 
     Args:
         most: S, the largest number of draws of a row.
         round_size: draws between two checks; with a shared prefix each round reads it again.
-
-    Raises:
-        ValueError: if a number is not positive.
     """
 
     most: int = 10
@@ -67,23 +63,19 @@ class Adaptive:
 
 @dataclass(frozen=True)
 class AdaptivePrediction(Prediction):
-    """A prediction whose averages are over each row's own number of draws.
-
-    Args:
-        draws_used: how many each row had, (N,).
-    """
+    """A prediction whose averages are over each row's own number of draws, `draws_used` (N,)."""
 
     draws_used: Tensor
 
     @classmethod
     def of(cls, logits: Tensor) -> Self:
-        """That of all draws for every row, of their logits (S, N, C)."""
+        """The prediction of logits (S, N, C): all draws for every row."""
         used = torch.full((logits.shape[1],), len(logits))
         return cls(**vars(Prediction.of(logits)), draws_used=used)
 
 
 def in_rounds(source: Source, num_rows: int, adaptive: Adaptive) -> AdaptivePrediction:
-    """Draws in rounds from any source of logits, such as draws that were saved.
+    """Draws in rounds from any source of logits, such as saved draws.
 
     Example:
         >>> agreed, mixed = [[9.0, 0.0]] * 6, [[9.0, 0.0], [0.0, 9.0]] * 3
@@ -125,15 +117,9 @@ def predict_adaptively(
 ) -> AdaptivePrediction:
     """The predictive of all questions, without further draws for those whose decision is certain.
 
-    After each round the undecided rows are batched anew, by length.
-
-    Args:
-        posterior: one with `atoms` is averaged over all of them, for every row.
-        scorer: the task, bound to the tokenizer.
-        questions: the rows.
-        adaptive: how many draws, in which rounds.
-        draws: their seed, the bounds of a pass and its precision; how many is left to `adaptive`.
-        progress: show a progress bar for each round.
+    After each round the undecided rows are batched anew, by length. A posterior with `atoms` is
+    averaged over all of them, for every row. `draws` gives the seed, the bounds of a pass and its
+    precision; `adaptive` says how many there are.
     """
     encoded = scorer.encode(questions)
 
@@ -144,5 +130,5 @@ def predict_adaptively(
 
     if posterior.atoms is None:
         return in_rounds(source, len(encoded), adaptive)
-    count = count_for(posterior, adaptive.most)
-    return AdaptivePrediction.of(source(list(range(len(encoded))), range(count)))
+    every = list(range(len(encoded)))
+    return AdaptivePrediction.of(source(every, range(posterior.atoms)))

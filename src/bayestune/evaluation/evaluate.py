@@ -25,11 +25,9 @@ class EvaluationOptions:
         bins: of the calibration errors.
         binning: "torchmetrics" (as in the published figures) or "textbook".
         resamples: of the bootstrap.
-        texts: whether the rows' files repeat questions and options; false where their licence
-            forbids to pass them on.
+        texts: whether the rows' files repeat questions and options; false if their licence forbids.
         shared_prefix: m; an approximation, off by default: the mean adapter reads all but the last
-            m tokens of the prompt, once for all draws. Not for the mean, and not for posteriors
-            with `atoms`.
+            m tokens of the prompt, once for all draws. The mean and `atoms` read it all.
     """
 
     draws: tuple[int, ...] = (0, 5, 10)
@@ -47,11 +45,7 @@ class EvaluationOptions:
             raise ValueError("nothing to evaluate: got draws=[], expected such as [0, 10]")
 
     def counts(self, posterior: Posterior) -> list[int]:
-        """The numbers of draws to evaluate a posterior with; one with `atoms` has only that.
-
-        Raises:
-            ValueError: if only the mean is asked for and there is none.
-        """
+        """The numbers of draws to evaluate a posterior with; one with `atoms` has only that."""
         if posterior.atoms is not None:
             return [0 if posterior.atoms == 1 else posterior.atoms]
         counts = [count for count in self.draws if count or posterior.has_mean]
@@ -66,19 +60,12 @@ class EvaluationOptions:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The predictive of all rows for one number of draws.
+    """The predictive of all rows for one number of draws."""
 
-    Args:
-        draws: S; 0 is the mean.
-        prediction: of the rows.
-        seconds: of the pass that the draws were taken from.
-        timed_draws: how many draws that pass had, S or more.
-    """
-
-    draws: int
+    draws: int  # S; 0 is the mean
     prediction: Prediction
-    seconds: float
-    timed_draws: int
+    seconds: float  # of the pass that the draws were taken from
+    timed_draws: int  # S or more: how many draws that pass had
 
 
 def evaluate_posterior(
@@ -96,21 +83,15 @@ def evaluate_posterior(
     `atoms` is evaluated once, with as many draws.
     """
     rows = scorer.encode(questions)
+    size = options.prediction_batch
     counts = options.counts(posterior)
     timed = {count: max(counts) if count else 0 for count in counts}
     passes: dict[int, tuple[Tensor, float]] = {}
     for count in set(timed.values()):
         draws = options.take(count, posterior, bf16=bf16)
-        title = f"predict, {count} draws" if count else "predict, mean"
+        title = (f"predict, {count} draws" if count else "predict, mean") if progress else None
         begin = time.perf_counter()
-        logits = row_logits(
-            posterior,
-            scorer,
-            rows,
-            draws,
-            batch_size=options.prediction_batch,
-            progress=title if progress else None,
-        )
+        logits = row_logits(posterior, scorer, rows, draws, batch_size=size, progress=title)
         passes[count] = (logits, time.perf_counter() - begin)
     found = []
     for count in counts:

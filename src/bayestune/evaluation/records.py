@@ -22,13 +22,13 @@ _UNCERTAINTY = ("confidence", "total_entropy", "expected_entropy", "mutual_infor
 
 @dataclass(frozen=True)
 class Result:
-    """A record that is not kept yet, and the rows that go beside it."""
+    """A record that is not written yet, and the rows that go beside it."""
 
     record: Record
     rows: list[dict[str, Any]]
 
     def keep_rows(self, folder: Path, file: str) -> Record:
-        """Writes the rows to a file of the results folder, which the returned record names."""
+        """Writes the rows to a file of the results folder; returns the record that names it."""
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         write_json_lines(folder / file, self.rows)
         return {**self.record, "predictions": file}
@@ -40,17 +40,14 @@ def make_result(
     evaluated: Evaluated,
     options: EvaluationOptions,
 ) -> Result:
-    """A record with its metrics, and with what a reader needs to trust them.
+    """A record: facts of the run (task, method, label, config, …), metrics, and their origin.
 
-    The facts are task, method, label, config and whatever else describes the run; all questions
-    have an answer.
+    All questions must have an answer.
     """
-    summary = summarise(
-        evaluated.prediction.probabilities,
-        torch.tensor([row.answer for row in questions]),
-        Bins(options.bins, options.binning),
-        options.resamples,
-    )
+    prediction = evaluated.prediction
+    answers = torch.tensor([row.answer for row in questions])
+    bins = Bins(options.bins, options.binning)
+    summary = summarise(prediction.probabilities, answers, bins, options.resamples)
     record = {
         **facts,
         "config": {**facts.get("config", {}), "predicting": asdict(options)},
@@ -65,7 +62,7 @@ def make_result(
         "versions": versions(),
         "revision": revision(),
     }
-    return Result(record, prediction_rows(questions, evaluated.prediction, texts=options.texts))
+    return Result(record, prediction_rows(questions, prediction, texts=options.texts))
 
 
 def label_of(
@@ -111,9 +108,4 @@ def append_results(folder: Path, results: Sequence[Result]) -> None:
 
 def read_records(folder: Path) -> list[Record]:
     """The records of a results folder; none if it has none yet."""
-    return read_lines(folder / RECORDS)
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines; none if there is no such file."""
-    return read_json_lines(path, missing_ok=True)
+    return read_json_lines(folder / RECORDS, missing_ok=True)

@@ -28,8 +28,8 @@ class BLoB:
         schedule: "bursts" or "constant".
         std_optimizer: who takes G along the likelihood, "sgd" or "adamw".
         std_lr: G's learning rate on the likelihood under "sgd", see `KLStep`.
-        layers: "all", or "last": noise on the output head's adapter alone, so that class logits are
-            exactly Gaussian and any number of draws costs one pass.
+        layers: "all", or "last" for noise on the output head's adapter alone: class logits are
+            exactly Gaussian, and any number of draws costs one pass.
 
     Reference:
         Wang, Shi, Han, Metaxas, Wang: BLoB, NeurIPS 2024, https://arxiv.org/abs/2406.11675.
@@ -76,8 +76,7 @@ class BBB(BLoB):
 
     Reference:
         Blundell, Cornebise, Kavukcuoglu, Wierstra: Weight uncertainty in neural networks, ICML
-        2015, https://arxiv.org/abs/1505.05424; as a baseline in Wang et al.,
-        https://arxiv.org/abs/2406.11675, table 1.
+        2015, https://arxiv.org/abs/1505.05424; a baseline in BLoB's table 1.
     """
 
     sides: ClassVar[tuple[str, ...]] = SIDES
@@ -87,13 +86,11 @@ class BBB(BLoB):
 class AuthorsBLoB(BLoB):
     """BLoB with new noise for every token (`noise="token"`), in training and in every drawn pass.
 
-    The other fields are BLoB's; their defaults are the authors' already (bursts, `kl_lr` 0.01, G by
-    SGD). A draw is not a function of the row, so it cannot be exported. docs/fidelity.md has what
-    that changes.
+    BLoB's other defaults are the authors' already. A draw is not a function of the row, so it
+    cannot be exported; docs/fidelity.md says what that changes.
 
     Reference:
-        Wang, Shi, Han, Metaxas, Wang: BLoB, NeurIPS 2024, https://arxiv.org/abs/2406.11675, and its
-        public code, https://github.com/Wang-ML-Lab/bayesian-peft.
+        BLoB's public code, https://github.com/Wang-ML-Lab/bayesian-peft.
     """
 
     noise: Noise = "token"

@@ -1,6 +1,7 @@
 """DALorRA: ranks of LoRA that are kept or dropped at random, with probabilities that are learnt."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,20 +19,11 @@ class GatedLinear(RankLinear):
     """diag(z)·A, z_j ~ Bernoulli(π_j): A (r, k) is `weight`, `gate_logit` (r, 1) is log π/(1 − π).
 
     In training mode z is relaxed: z = sigmoid((log π/(1 − π) + log u/(1 − u))/τ), u ~ U(0, 1).
-
-    Args:
-        linear: the plain layer whose weight is taken, the same Parameter.
-        init_kept: π at the start.
-        temperature: τ.
-        groups: shared by a model's layers, see `RowGroups`.
+    `init_kept` is π at the start, `temperature` is τ; the other arguments are `RankLinear`'s.
     """
 
     def __init__(
-        self,
-        linear: nn.Linear,
-        init_kept: float = 0.5,
-        temperature: float = 0.5,
-        groups: RowGroups | None = None,
+        self, linear: nn.Linear, groups: RowGroups, init_kept: float, temperature: float
     ) -> None:
         super().__init__(linear, groups)
         kept = torch.full_like(linear.weight[:, :1], init_kept)
@@ -53,10 +45,7 @@ class GatedLinear(RankLinear):
 
 
 def gate_kl(logit: Tensor, prior_kept: float) -> Tensor:
-    """KL divergence of gates from their prior, in nats, of the logits log π/(1 − π).
-
-    KL[Bernoulli(π) ‖ Bernoulli(p)] = Σ [π log(π/p) + (1 − π) log((1 − π)/(1 − p))].
-    """
+    """KL[Bernoulli(π) ‖ Bernoulli(p)] = Σ [π log π/p + (1 − π) log (1 − π)/(1 − p)] in nats."""
     prior = torch.tensor(prior_kept, dtype=logit.dtype, device=logit.device)
     kept = logit.sigmoid()
     of_kept = kept * (F.logsigmoid(logit) - prior.log())
@@ -73,7 +62,7 @@ def gate_kl_gradient(logit: Tensor, prior_kept: float) -> Tensor:
 
 @dataclass(eq=False)
 class GateKL(TrainerCallback):
-    """Adds the KL's gradient, by its weight, to the likelihood's before each optimiser step."""
+    """Adds the KL's gradient, times its weight, to the likelihood's before each optimiser step."""
 
     prior_kept: float
     weight: float
@@ -102,17 +91,15 @@ class GateKL(TrainerCallback):
 class DALorRA:
     """ΔW = (α/r)·B·diag(z)·A with z_j ~ Bernoulli(π_j) for each rank; A, B and π are trained.
 
-    Published are the relaxation, the learning rate of π and the exact KL. The prior, where π
-    starts, the temperature and the KL's weight were not at hand: a fair coin, the prior, 1/2, and
-    the weight that makes the objective the evidence's lower bound are this package's choices. Each
-    row has a z of its own.
+    Published are the relaxation, the learning rate of π and the exact KL. The other defaults are
+    this package's choices. Each row has a z of its own.
 
     Args:
         gate_lr: the learning rate of π's logits, at its peak.
         prior_kept: the prior's probability to keep a rank, in (0, 1).
         init_kept: π at the start, in (0, 1).
         temperature: of the relaxation.
-        kl_weight: of the KL beside the mean loss; None for one over the number of training rows.
+        kl_weight: of the KL beside the mean loss; None for 1/(training rows), the evidence's bound.
 
     Raises:
         ValueError: if a value is out of range.
@@ -139,20 +126,15 @@ class DALorRA:
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Scaled:
         """Trains an adapter and its gates; the mean is π ∘ A."""
         weight = 1 / len(scorer.task.train) if self.kl_weight is None else self.kl_weight
+        kl = GateKL(self.prior_kept, weight)
+        optimizer = adamw(training, ["gate_logit"], self.gate_lr)
+        make = partial(GatedLinear, init_kept=self.init_kept, temperature=self.temperature)
+        prepare = partial(make_ranks_random, make=make)
         adapted, report = fit_adapter(
-            model,
-            scorer,
-            training,
-            [GateKL(self.prior_kept, weight)],
-            prepare=lambda adapted: make_ranks_random(adapted, self._gated),
-            optimizer=adamw(training, ["gate_logit"], self.gate_lr),
+            model, scorer, training, [kl], prepare=prepare, optimizer=optimizer
         )
         layers = Slots(adapted).of_kind(GatedLinear)
         put_means(adapted, layers)
-        kept = {}
-        for name, layer in layers.items():
-            kept[name] = layer.mean_factors.detach()[:, None].clamp_min(1e-6)
+        probabilities = {name: layer.mean_factors[:, None] for name, layer in layers.items()}
+        kept = {name: p.detach().clamp_min(1e-6) for name, p in probabilities.items()}
         return Scaled(adapted, scorer, kept, "bernoulli", report=report)
-
-    def _gated(self, slot: nn.Linear, groups: RowGroups) -> GatedLinear:
-        return GatedLinear(slot, self.init_kept, self.temperature, groups)

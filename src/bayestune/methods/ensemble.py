@@ -30,11 +30,8 @@ class Ensemble:
 
     Args:
         base: the method of each member.
-        size: K.
+        size: K, 1 or more.
         seed_step: member k is fitted with the run's seed + k·seed_step.
-
-    Raises:
-        ValueError: if the size is not positive.
 
     Reference:
         Lakshminarayanan, Pritzel, Blundell: Deep ensembles, NeurIPS 2017,

@@ -15,11 +15,7 @@ from bayestune.scoring import Scorer, row_logits
 
 
 def check_point(posterior: Posterior, method: str) -> Point:
-    """The posterior, if it is a point.
-
-    Raises:
-        ValueError: if it is not.
-    """
+    """The posterior if it is a point; raises ValueError if not."""
     if not isinstance(posterior, Point):
         raise ValueError(
             f"{method} builds on a point: got a {type(posterior).__name__} from its base, expected "
@@ -32,7 +28,7 @@ def held_out_rows(scorer: Scorer, method: str) -> tuple[Question, ...]:
     """The task's held-out rows, on which a method may choose.
 
     Raises:
-        ValueError: if there are none, one has no answer, or the training rows hold one of them too.
+        ValueError: if there are none, one has no answer, or one is a training row too.
     """
     rows = scorer.task.held_out
     if not rows:
@@ -56,10 +52,7 @@ def held_out_rows(scorer: Scorer, method: str) -> tuple[Question, ...]:
 def held_out_logits(
     posterior: Posterior, scorer: Scorer, rows: Sequence[Question], draws: Draws
 ) -> tuple[Tensor, Tensor]:
-    """Logits (S, N, C) and labels (N,) of rows.
-
-    S is the posterior's own number of atoms where it has one.
-    """
+    """Logits (S, N, C) and labels (N,) of rows; S is the number of atoms, if there is one."""
     labels = torch.tensor([row.answer for row in rows])
     which = replace(draws, count=count_for(posterior, draws.count))
     return row_logits(posterior, scorer, scorer.encode(rows), which), labels
@@ -72,11 +65,7 @@ def predictive_nll(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def head_slots(slots: Slots, sides: Collection[str] = ("lora_A",)) -> list[str]:
-    """Names of the output head's slots.
-
-    Raises:
-        ValueError: if the head is not adapted.
-    """
+    """Names of the output head's slots; raises ValueError if the head is not adapted."""
     head = output_head(slots.model)
     path = next((path for path, layer in slots.layers.items() if layer is head), None)
     if path is None:

@@ -19,10 +19,14 @@ class IVONOptimizer(torch.optim.Optimizer):
     """q(θ) = N(m, diag σ²), σ = 1/√(ess·(h + δ)): parameters are m between steps, draws within one.
 
     A step is `draw()`, forward and backward passes, `step()`. With g the gradient of the mean loss
-    at θ = m + σ∘ε: ĥ = g∘ε/σ,  ḡ ← β₁ḡ + (1 − β₁)g, h ← β₂h + (1 − β₂)ĥ + ½(1 − β₂)²(h − ĥ)²/(h +
-    δ), m ← m − lr·clip((ḡ/(1 − β₁ᵗ) + δm)/(h + δ)). All batches of a step, and all processes, share
-    the draw: its noise comes from (seed, t) and not from torch's global generator, and a run that
-    is resumed from a checkpoint ends bit by bit as the whole one.
+    at θ = m + σ∘ε:
+
+        ĥ = g∘ε/σ,  ḡ ← β₁ḡ + (1 − β₁)g,
+        h ← β₂h + (1 − β₂)ĥ + ½(1 − β₂)²(h − ĥ)²/(h + δ),
+        m ← m − lr·clip((ḡ/(1 − β₁ᵗ) + δm)/(h + δ)).
+
+    All batches of a step, and all processes, share the draw: its noise comes from (seed, t) and not
+    from torch's global generator, so that a resumed run ends bit by bit as the whole one.
 
     Args:
         params: parameters or groups of them.
@@ -72,24 +76,18 @@ class IVONOptimizer(torch.optim.Optimizer):
 
     def _put_means_back(self) -> dict[Tensor, Tensor]:
         """Ends the draw; returns its noise ε by parameter."""
-        noises = {}
-        for parameter, (mean, noise) in self._pending.items():
+        for parameter, (mean, _) in self._pending.items():
             parameter.copy_(mean)
-            noises[parameter] = noise
+        noises = {parameter: noise for parameter, (_, noise) in self._pending.items()}
         self._pending = {}
         return noises
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Moves m, h and the momentum by the gradients at the draw; then the parameters are m.
-
-        Raises:
-            RuntimeError: if there was no draw.
-        """
+        """Moves m, h and the momentum by the gradients at the draw; then the parameters are m."""
         if not self._pending:
             raise RuntimeError(
-                "a step of IVON without a draw: got no noise, expected draw() before the forward "
-                "pass"
+                "IVON steps from a draw: got no noise, expected draw() before the forward pass"
             )
         with torch.enable_grad():
             loss = closure() if closure else None
@@ -121,7 +119,7 @@ def _generator(device: torch.device, seed: int, step: int) -> torch.Generator:
 
 
 class DrawBeforeStep(TrainerCallback):
-    """Draws before the first forward pass of each step, and keeps the optimiser for later."""
+    """Draws before the first forward pass of each step, and holds the optimiser."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Finds the optimiser, which accelerate wraps."""
@@ -137,16 +135,14 @@ class DrawBeforeStep(TrainerCallback):
 class IVON:
     """Gaussians on both of LoRA's matrices, learnt by `IVONOptimizer` in place of AdamW.
 
-    The values for LoRA are those of the second reference as far as they are known to us: neither
-    paper's tables were at hand when this was written, and their code was not read.
-    `Training.learning_rate`, which is AdamW's, and `Training.weight_decay` are not used; warm-up
-    and decay are. A head that is trained whole is learnt likewise, and the posterior holds its
-    mean.
+    The defaults are the second reference's as far as known: its tables were not at hand and its
+    code was not read. `Training`'s warm-up and decay apply, its learning rate and weight decay do
+    not. A head that is trained whole is learnt likewise, and the posterior holds its mean.
 
     Args:
         learning_rate: at its peak.
-        ess: the effective sample size; None for the number of training rows, the exact Bayesian
-            choice, which needs a larger `hess_init`: noise starts at 1/√(ess·(hess_init + delta)).
+        ess: the effective sample size; None for the number of training rows, exact Bayes, which
+            needs a larger `hess_init`: noise starts at 1/√(ess·(hess_init + delta)).
         hess_init: h at the start.
         delta: δ; the prior is N(0, 1/(ess·δ)).
         beta1: of the momentum.
@@ -182,8 +178,7 @@ class IVON:
 
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Gaussian:
         """Trains an adapter and makes both its slots Gaussian."""
-        ess = float(len(scorer.task.train)) if self.ess is None else self.ess
-        settings = replace(self, ess=ess)
+        settings = replace(self, ess=float(len(scorer.task.train))) if self.ess is None else self
 
         def optimizer(adapted: nn.Module) -> IVONOptimizer:
             trainable = [p for p in adapted.parameters() if p.requires_grad]

@@ -30,12 +30,10 @@ class Laplace:
     Args:
         base: fits θ_MAP; any method that returns a point.
         structure: "kfac" (KFAC-expand, see `bayestune.curvature`) or "diagonal".
-        layers: "all", or "last" for the adapters of the output head, or where it has none, of the
-            last block.
+        layers: "all", or "last": the output head's adapters, or the last block's if it has none.
         rank_kfac: eigenpairs kept of a Kronecker factor whose side is over 100.
         prior_precision: λ; chosen if None.
-        choose: λ by the Laplace evidence of the training rows, or by the NLL of the linearised
-            predictive on the task's held-out rows.
+        choose: λ by the training rows' Laplace evidence or the held-out rows' linearised NLL.
         predictive: "linearised" (Gaussian logits) or "sampled" (draws of adapters).
         batch_size: rows of one pass with gradients, in the fit and in linearised prediction.
 
@@ -70,18 +68,14 @@ class Laplace:
         return self.around(point, scorer, bf16=training.bf16)
 
     def around(self, point: Point, scorer: Scorer, *, bf16: bool = False) -> Linearised | Sampled:
-        """The posterior around an adapter that is fitted already.
+        """The posterior around θ_MAP, an adapter that is fitted already.
 
-        Args:
-            point: θ_MAP.
-            scorer: the task whose training rows give the curvature.
-            bf16: whether the passes run under bfloat16 autocast, as training does.
+        The scorer's training rows give the curvature; `bf16` runs the passes under autocast.
         """
         meter = Meter()
         slots = point.slots
-        names = slots.names(SIDES)
-        if self.layers == "last":
-            names = last_slots(names)
+        every = slots.names(SIDES)
+        names = last_slots(every) if self.layers == "last" else every
         weights = slots.weights()
         norm = sum(weights[name].double().square().sum().item() for name in names)
         rows = _batches(scorer, scorer.task.train, self.batch_size)
@@ -114,10 +108,7 @@ class Laplace:
 
 
 def last_slots(names: Sequence[str]) -> list[str]:
-    """The output head's slots if it is adapted, else those of the last block.
-
-    That is, of the layer whose number the last name holds.
-    """
+    """The output head's slots if it is adapted, else the last block's, the last name's number."""
     numbered = re.match(r".*?\.\d+\.", names[-1])
     prefix = numbered.group() if numbered else names[-1].rpartition(".")[0] + "."
     return [name for name in names if name.startswith(prefix)]
@@ -128,12 +119,7 @@ def _batches(scorer: Scorer, rows: Sequence[Question], size: int) -> Iterator[di
 
 
 def best_on_held_out(posterior: Linearised, rows: Iterable[dict[str, Tensor]]) -> float:
-    """The λ of `GRID` whose linearised predictive has the smallest NLL.
-
-    Args:
-        posterior: whose own λ is not used.
-        rows: labelled batches.
-    """
+    """The λ of `GRID` with the smallest NLL of labelled batches; the posterior's own is unused."""
     losses = torch.zeros(len(GRID), dtype=torch.float64)
     for batch in rows:
         labels = batch.pop("labels")

@@ -17,12 +17,7 @@ from bayestune.training import Training, fit_adapter
 class GaussianPrior(TrainerCallback):
     """Adds the gradient of −log p(θ)/N, θ/(N σ_p²), for p(θ) = N(0, σ_p²) on each entry of A and B.
 
-    The loss is the mean over rows of −log p(answer), so the sum is the negative log posterior over
-    N.
-
-    Args:
-        prior_std: σ_p.
-        num_rows: N, the training rows.
+    The loss is the mean of −log p(answer) over N rows: the sum is −log posterior over N.
     """
 
     prior_std: float
@@ -48,15 +43,13 @@ class MAP:
 
     Args:
         weight_decay: of AdamW, decoupled: θ ← θ·(1 − lr·weight_decay) each step; the paper's MAP.
-        prior_std: σ_p of an explicit prior N(0, σ_p²) instead: its gradient θ/(N σ_p²) joins the
-            mean loss's.
+        prior_std: σ_p of an explicit prior N(0, σ_p²) instead, see `GaussianPrior`.
 
     Raises:
         ValueError: if `prior_std` is not positive, or `weight_decay` is negative.
 
     Reference:
-        Wang et al.: BLoB, NeurIPS 2024, https://arxiv.org/abs/2406.11675, table 1 (weight decay
-        1e-5).
+        Wang et al.: BLoB, NeurIPS 2024, https://arxiv.org/abs/2406.11675, table 1.
     """
 
     weight_decay: float = 1e-5
@@ -71,11 +64,11 @@ class MAP:
 
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Point:
         """Trains an adapter; the prior takes the place of the training's weight decay."""
-        if self.prior_std is None:
-            training = replace(training, weight_decay=self.weight_decay)
-            prior = []
-        else:
-            training = replace(training, weight_decay=0.0)
+        decay = self.weight_decay
+        prior = []
+        if self.prior_std is not None:
+            decay = 0.0
             prior = [GaussianPrior(self.prior_std, len(scorer.task.train))]
+        training = replace(training, weight_decay=decay)
         adapted, report = fit_adapter(model, scorer, training, prior)
         return Point(adapted, scorer, report=report)

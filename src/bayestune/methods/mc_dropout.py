@@ -21,9 +21,8 @@ class MCDropout:
     Args:
         base: what trains the adapter; it must return a point.
         dropout: the probability to drop, in (0, 1).
-        masks: "token", PEFT's masks as in the paper, new for every token, so that a draw is not a
-            function; "held", one mask on A's columns for each draw and layer, so that a draw is an
-            adapter and can be exported.
+        masks: "token", PEFT's as in the paper, new for every token: a draw is not a function;
+            "held", one mask on A's columns for each draw and layer: a draw is an adapter.
 
     Raises:
         ValueError: if the probability is out of range.
@@ -47,9 +46,7 @@ class MCDropout:
         point = check_point(self.base.fit(model, scorer, training), "MCDropout")
         if self.masks == "token":
             return Dropout(point.model, scorer, adapter=point.adapter, report=point.report)
-        slots = point.slots
-        weights = slots.weights()
-        kept = {}
-        for name in slots.names():
-            kept[name] = torch.full((1, weights[name].shape[1]), 1 - self.dropout)
+        shapes = point.slots.shapes()
+        names = point.slots.names()
+        kept = {name: torch.full((1, shapes[name][1]), 1 - self.dropout) for name in names}
         return Scaled(point.model, scorer, kept, adapter=point.adapter, report=point.report)

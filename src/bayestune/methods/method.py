@@ -24,8 +24,8 @@ class Method(Protocol):
             The distribution over adapters.
 
         Raises:
-            ValueError: if there is nothing to train on, or the method cannot work with its base,
-                the model's layers or the task's held-out rows.
+            ValueError: if there are no training rows, or the base, the model's layers or the
+                held-out rows do not suit the method.
             NotFiniteError: if the loss is NaN or infinite.
             Interrupted: at ctrl-C, after a checkpoint.
         """

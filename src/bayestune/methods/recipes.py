@@ -2,7 +2,7 @@
 
 from argparse import ArgumentError
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, Field, asdict, dataclass, fields
 from typing import Any, TypeVar
 
 from jsonargparse import ArgumentParser
@@ -20,12 +20,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class WithTraining:
-    """A method that changes the training it is given.
-
-    Args:
-        method: what is fitted.
-        changes: fields of `Training`, nested ones in part.
-    """
+    """A method that changes fields of the training it is given, nested ones in part."""
 
     method: Method
     changes: Mapping[str, Any]
@@ -36,10 +31,10 @@ class WithTraining:
 
 
 def changed(value: T, changes: Mapping[str, Any]) -> T:
-    """A dataclass with some fields set anew, each checked against its type.
+    """A frozen dataclass with some fields set anew, each checked against its type.
 
     Args:
-        value: a frozen dataclass; one nested in it may change in part.
+        value: the dataclass; one nested in it may change in part.
         changes: new values by field name, as a configuration file gives them.
 
     Raises:
@@ -58,8 +53,8 @@ def make_method(
     """A method from settings such as `{method: tfb, base: mle, training: {learning_rate: 1e-3}}`.
 
     Args:
-        settings: a mapping with the method's name and its fields; or the name of an entry or of a
-            method of `METHODS`. `training` holds changes to the training. `base` is settings again.
+        settings: a mapping with the method's name and fields, or the name of an entry or a method.
+            `training` holds changes to the training, and `base` is settings again.
         entries: named settings, which may be bases.
         name: what the settings are called; their method, where they do not say which.
 
@@ -67,8 +62,8 @@ def make_method(
         The method; in `WithTraining` if the settings change the training.
 
     Raises:
-        ValueError: if a method or a field is unknown, a value is not of its field's type, a base is
-            missing, or a method is its own base.
+        ValueError: if a name is unknown, a value is not of its field's type, a base is missing, or
+            a method is its own base.
 
     Example:
         >>> make_method({"prior_std": 0.1, "final_std": 0.05}, name="blob").final_std
@@ -118,30 +113,23 @@ def _made(
             f"unknown method: got {key!r}, expected one of {sorted(METHODS)}; set `method`"
         )
     cls = METHODS[key]
-    base = _base(cls, given, entries, chain)
-    fields_given = {name: value for name, value in given.items() if name not in base}
-    method = _built(cls, fields_given, {}, base)
+    base: dict[str, Method] = {}
+    for field in fields(cls):
+        if field.name == "base" and "base" in given:
+            base["base"] = _made(given.pop("base"), entries, "", chain)
+        elif field.name == "base":
+            base["base"] = _default_base(cls, field, given)
+    method = _built(cls, given, {}, base)
     return WithTraining(method, changes) if changes else method
 
 
-def _base(
-    cls: type[Method],
-    given: Mapping[str, Any],
-    entries: Mapping[str, Settings],
-    chain: tuple[str, ...],
-) -> dict[str, Method]:
-    """The base as a keyword argument of the method; none for methods without one."""
-    field = next((field for field in fields(cls) if field.name == "base"), None)  # type: ignore[arg-type]
-    if field is None:
-        return {}
-    if "base" in given:
-        return {"base": _made(given["base"], entries, "", chain)}
+def _default_base(cls: type[Method], field: Field[Any], given: Settings) -> Method:
     if field.default_factory is MISSING:
         raise ValueError(
-            f"{cls.__name__} needs a base: got {dict(given)}, expected `base`, a method's name or "
+            f"{cls.__name__} needs a base: got {given}, expected `base`, a method's name or "
             "settings; add it"
         )
-    return {"base": field.default_factory()}
+    return field.default_factory()
 
 
 def _built(

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,24 +19,15 @@ from bayestune.training import Training, adamw, add_to_log, fit_adapter
 class SingularLinear(RankLinear):
     """A = diag(s)·V, s ~ N(μ, diag σ²): V (r, k) is `weight`, log μ and log σ (r, 1) are learnt.
 
-    Args:
-        linear: the plain layer; of its weight U·diag(μ)·V, μ and V are kept, and U, which turns the
-            ranks, is not.
-        init_std: ε; σ starts uniform on (ε/√2, ε).
-        groups: shared by a model's layers, see `RowGroups`.
-
-    Raises:
-        ValueError: if A has more ranks than inputs.
+    Of the plain layer's weight U·diag(μ)·V, μ and V are kept, and U, which turns the ranks, is not.
+    With ε the `init_std`, σ starts uniform on (ε/√2, ε). A may not have more ranks than inputs.
     """
 
-    def __init__(
-        self, linear: nn.Linear, init_std: float = 0.05, groups: RowGroups | None = None
-    ) -> None:
+    def __init__(self, linear: nn.Linear, groups: RowGroups, init_std: float) -> None:
         if linear.out_features > linear.in_features:
             raise ValueError(
                 f"A has more ranks than inputs: got ({linear.out_features}, {linear.in_features}), "
-                f"expected at most rank {linear.in_features}, the number of its singular values; "
-                "lower the rank"
+                f"expected at most rank {linear.in_features}; lower the rank"
             )
         super().__init__(linear, groups)
         with torch.no_grad():
@@ -104,11 +96,10 @@ class FactorKL(TrainerCallback):
 class ScalaBL:
     """q(s) = N(μ, diag σ²) on an r-vector of each layer, A = diag(s)·V; V, B, μ and σ are trained.
 
-    As published: μ and V from the singular value decomposition of A as PEFT starts it, both μ and σ
-    as logarithms, V trained freely after that (the paper learns all its parameters by stochastic
-    variational inference), AdamW on the likelihood of all parameters, and steps of its own on the
-    KL, at 0.2 and with BLoB's schedule. Unlike there, the KL is KL[q ‖ p] (the public code has the
-    two the other way round), and each row has a draw of its own.
+    As published: μ and V start from the singular value decomposition of PEFT's A, μ and σ are
+    learnt as logarithms, AdamW trains all parameters, V too, on the likelihood, and the KL has
+    steps of its own, with BLoB's schedule. Unlike in the public code, the KL is KL[q ‖ p] and not
+    KL[p ‖ q], and each row has a draw of its own.
 
     Args:
         init_std: ε; σ starts uniform on (ε/√2, ε).
@@ -136,20 +127,15 @@ class ScalaBL:
 
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Scaled:
         """Trains an adapter and its factors; the mean is μ ∘ V."""
-        num_rows = len(scorer.task.train)
+        kl = FactorKL(self.kl_lr, self.schedule, len(scorer.task.train), training.warmup_ratio)
+        optimizer = adamw(training, ["log_mean", "log_std"], training.learning_rate)
+        make = partial(SingularLinear, init_std=self.init_std)
+        prepare = partial(make_ranks_random, make=make)
         adapted, report = fit_adapter(
-            model,
-            scorer,
-            training,
-            [FactorKL(self.kl_lr, self.schedule, num_rows, training.warmup_ratio)],
-            prepare=lambda adapted: make_ranks_random(adapted, self._singular),
-            optimizer=adamw(training, ["log_mean", "log_std"], training.learning_rate),
+            model, scorer, training, [kl], prepare=prepare, optimizer=optimizer
         )
         layers = Slots(adapted).of_kind(SingularLinear)
         put_means(adapted, layers)
         stds = {name: layer.log_std.detach().exp() for name, layer in layers.items()}
         directions = {name: layer.weight.detach() for name, layer in layers.items()}
         return Scaled(adapted, scorer, stds, "normal", directions, report=report)
-
-    def _singular(self, slot: nn.Linear, groups: RowGroups) -> SingularLinear:
-        return SingularLinear(slot, self.init_std, groups)

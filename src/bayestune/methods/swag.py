@@ -23,8 +23,8 @@ FILE = "swag.safetensors"
 class Collector(TrainerCallback):
     """Keeps the learning rate constant from a step on, and then collects one iterate in every c.
 
-    With θ_n the n-th iterate: θ̄_n = θ̄_{n−1} + (θ_n − θ̄_{n−1})/n, v the mean square of θ_1 … θ_n
-    about θ̄_n, and D the last K of θ_i − θ̄_i. They are saved in each checkpoint.
+    Each checkpoint holds their mean θ̄_n = θ̄_{n−1} + (θ_n − θ̄_{n−1})/n, their mean square about θ̄_n
+    and the last K of θ_i − θ̄_i.
 
     Args:
         start: the last step before the learning rate is constant.
@@ -66,11 +66,7 @@ class Collector(TrainerCallback):
         del self.deviations[name][: -self.rank]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Makes the schedule constant from the start on; a resumed run loads what was collected.
-
-        Raises:
-            ValueError: if the checkpoint does not hold it.
-        """
+        """Makes the schedule constant from the start on; a resumed run loads what was collected."""
         wrapper = kwargs["lr_scheduler"]
         scheduler = getattr(wrapper, "scheduler", wrapper)  # accelerate wraps torch's scheduler
         scheduler.lr_lambdas = [self._constant_after(own) for own in scheduler.lr_lambdas]
@@ -81,7 +77,7 @@ class Collector(TrainerCallback):
         return lambda step: schedule(step) if step < self.start else self.rate
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Collects, if it is time."""
+        """Collects if it is time."""
         after = state.global_step - self.start
         if after > 0 and after % self.every == 0:
             self.collect(kwargs["model"])
@@ -104,14 +100,12 @@ class Collector(TrainerCallback):
             )
         tensors = load_file(path, device=str(device))
         self.count = int(tensors.pop("count"))
-        for key, value in tensors.items():
+        for key, mean in tensors.items():
             part, _, name = key.partition("/")
-            if part == "deviations":
-                self.deviations[name] = list(value)
-            elif part == "squares":
-                self.squares[name] = value
-            else:
-                self.means[name] = value
+            if part == "mean":
+                self.means[name] = mean
+                self.squares[name] = tensors[f"squares/{name}"]
+                self.deviations[name] = list(tensors[f"deviations/{name}"])
 
 
 def _file(args: Any, state: Any) -> Path:
@@ -122,18 +116,16 @@ def _file(args: Any, state: Any) -> Path:
 class SWAG:
     """Trains as maximum likelihood does, then takes a Gaussian through iterates at a constant rate.
 
-    Collected are the iterates of AdamW, as for LoRA in the second reference, not of SGD. Its
-    settings are collecting from epoch 8 of 15 on, at a tenth of the learning rate, with 5
-    deviations and one iterate an epoch. Unlike there, the first phase keeps the run's own schedule,
-    the rate changes at once, no best checkpoint is sought, and a run with few epochs collects more
-    often. A head that is trained whole is set to its mean.
+    The iterates are AdamW's, as for LoRA in the second reference, whose settings are the defaults.
+    Unlike there, the first phase keeps the run's own schedule, the rate changes at once, no best
+    checkpoint is sought, and a run with few epochs collects more often. A head that is trained
+    whole is set to its mean.
 
     Args:
         start: the part of the steps before the learning rate is constant, in [0, 1).
         rate: the constant learning rate over that of the training at its peak.
         rank: K ≥ 2, how many deviations span the low-rank part.
-        every: c, steps from one iterate to the next; None for an epoch, or less so that there are
-            2·K iterates.
+        every: c, steps between iterates; None for an epoch, or less so that there are 2·K iterates.
 
     Raises:
         ValueError: if a value is out of range.
@@ -175,11 +167,7 @@ class SWAG:
         return LowRank(adapted, scorer, variances, deviations, report=report)
 
     def collector(self, training: Training, num_rows: int) -> Collector:
-        """The callback that collects the iterates of a run over so many rows.
-
-        Raises:
-            ValueError: if the steps suffice for fewer than two iterates.
-        """
+        """The callback for a run over so many rows; raises ValueError if it is too short."""
         steps = training.total_steps(num_rows)
         start = int(self.start * steps)
         epoch = math.ceil(num_rows / (training.batch_size * training.accumulation))

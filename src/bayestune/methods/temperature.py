@@ -57,8 +57,7 @@ class Temperature:
         draws: S of the fit, for a base that is not a point.
 
     Reference:
-        Guo, Pleiss, Sun, Weinberger: On calibration of modern neural networks, ICML 2017,
-        https://arxiv.org/abs/1706.04599.
+        Guo et al., see `best_temperature`.
     """
 
     base: Method = field(default_factory=MLE)
@@ -83,8 +82,7 @@ class PosteriorScale:
         base: a method whose posterior is Gaussian.
         draws: S of the search.
         factors: the grid of c; 0 is the mean.
-        shared_prefix: m of the search; the factor then makes up for the noise that draws with a
-            shared prefix lack, and is meant for predictions with the same m.
+        shared_prefix: m of the search, and of the predictions that the factor is meant for.
     """
 
     base: Method = field(default_factory=BLoB)
@@ -109,7 +107,7 @@ class PosteriorScale:
             _scale(posterior, roots, factor)
             logits, labels = held_out_logits(posterior, scorer, rows, draws)
             losses[factor] = predictive_nll(logits.double(), labels).item()
-        best = min(losses, key=lambda factor: losses[factor])
+        best = min(losses, key=losses.__getitem__)
         _scale(posterior, roots, best)
         report = posterior.report.plus(**meter.read(), scale=best, nll_by_scale=losses)
         return replace(posterior, report=report)

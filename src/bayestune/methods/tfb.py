@@ -20,11 +20,7 @@ from bayestune.training import Meter, Training
 
 
 def as_point(posterior: Posterior) -> Point:
-    """The posterior's mean adapter as a point.
-
-    Raises:
-        ValueError: if it has no mean.
-    """
+    """The posterior's mean adapter as a point; raises ValueError if it has no mean."""
     if not posterior.has_mean:
         raise ValueError(
             f"TFB starts from one adapter: got a {type(posterior).__name__} without a mean; use "
@@ -38,22 +34,15 @@ def as_point(posterior: Posterior) -> Point:
             plain[name] = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
             plain[name].weight = weight
     slots.put(plain)
-    return Point(
-        posterior.model, posterior.scorer, adapter=posterior.adapter, report=posterior.report
-    )
+    facts = {"adapter": posterior.adapter, "report": posterior.report}
+    return Point(posterior.model, posterior.scorer, **facts)
 
 
 def rotate_(slots: Slots) -> dict[str, Tensor]:
     """Rotates each layer's factors in place so that B's columns are orthogonal.
 
     With B = U diag(d) Vᵀ (thin SVD), B ← U diag(d) and A ← Vᵀ A: the product B A, and so the model,
-    stays what it was.
-
-    Args:
-        slots: of a PEFT model, all plain.
-
-    Returns:
-        d (r,) of each layer, float64, by the name of its slot A.
+    stays what it was. Returns d (r,) of each layer, float64, by the name of its slot A.
     """
     values = {}
     modules = slots.modules()
@@ -82,8 +71,8 @@ def set_isotropic_(posterior: Gaussian, values: dict[str, Tensor], std: float) -
 class TFB:
     """q(A') = N(Vᵀ A, Ω²), Ω_ij = σ_q/d_i: the variance of W is isotropic on B's column space.
 
-    One σ_q is shared by all layers. It is the largest at which the anchor rows' loss l stays within
-    the tolerance: |l(σ) − l(0)| ≤ tolerance·l(0) for the NLL, |l(σ) − l(0)| ≤ tolerance for the
+    All layers share one σ_q, the largest at which the anchor rows' metric l stays within the
+    tolerance: |l(σ) − l(0)| ≤ tolerance·l(0) for the NLL, |l(σ) − l(0)| ≤ tolerance for the
     accuracy. It is doubled until that fails, then bisected on a log scale.
 
     Args:
@@ -126,13 +115,7 @@ class TFB:
     def bayesianise(
         self, point: Point, scorer: Scorer, rows: Sequence[Question], *, bf16: bool = False
     ) -> Gaussian:
-        """Gives an adapter, trained by whatever means, its standard deviation.
-
-        Args:
-            point: the adapter.
-            scorer: a task, bound to the tokenizer.
-            rows: anchor rows with answers.
-            bf16: bfloat16 autocast.
+        """Gives an adapter, however trained, the standard deviation that anchor rows allow.
 
         Raises:
             ValueError: if a row has no answer, or there are none.
@@ -153,19 +136,16 @@ class TFB:
         def loss(std: float) -> float:
             set_isotropic_(posterior, values, std)
             draws = Draws(self.draws if std else 0, bf16=bf16)
-            return self._loss(row_logits(posterior, scorer, encoded, draws).double(), labels)
+            logits = row_logits(posterior, scorer, encoded, draws).double()
+            if self.metric == "nll":
+                return predictive_nll(logits, labels).item()
+            return (logits.softmax(-1).mean(0).argmax(-1) == labels).double().mean().item()
 
         best, tried = self._search(loss)
         set_isotropic_(posterior, values, best)
         chosen = {"isotropic_std": best, "search": tried, "base_seconds": point.report.seconds}
         posterior.report = point.report.plus(**meter.read(), **chosen)
         return posterior
-
-    def _loss(self, logits: Tensor, labels: Tensor) -> float:
-        """The metric of logits (S, N, C)."""
-        if self.metric == "nll":
-            return predictive_nll(logits, labels).item()
-        return (logits.softmax(-1).mean(0).argmax(-1) == labels).double().mean().item()
 
     def _search(self, loss: Callable[[float], float]) -> tuple[float, list[tuple[float, float]]]:
         """The largest feasible σ_q, 0 if none was; and each σ_q that was tried with its loss."""

@@ -3,13 +3,7 @@
 These are plain functions that know nothing of models, posteriors or files.
 """
 
-from bayestune.metrics.intervals import (
-    LEVEL,
-    Interval,
-    PairedDifference,
-    paired_bootstrap,
-    summarise,
-)
+from bayestune.metrics.intervals import LEVEL, PairedDifference, paired_bootstrap, summarise
 from bayestune.metrics.ranking import (
     SCORES,
     Row,
@@ -38,7 +32,6 @@ __all__ = [
     "SCORES",
     "Binning",
     "Bins",
-    "Interval",
     "PairedDifference",
     "Reliability",
     "Row",

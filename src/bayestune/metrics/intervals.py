@@ -1,7 +1,7 @@
 """Bootstrap over rows: intervals of metrics, and whether two methods differ by more than chance.
 
-The R resamples are the same in every call with as many rows. ValueError is raised on bad rows, and
-without resamples.
+The R resamples are the same in every call with as many rows. ValueError is raised on bad rows,
+unequal numbers of runs, an unknown metric, and without resamples.
 """
 
 from collections.abc import Callable
@@ -112,9 +112,6 @@ def paired_bootstrap(
 
     Returns:
         d in the metric's unit, its 95 % percentile interval, and p, two-sided, at least 1/(1 + R).
-
-    Raises:
-        ValueError: on unequal numbers of runs or an unknown metric too.
 
     >>> sure = torch.tensor([[0.9, 0.1]]).repeat(9, 1)
     >>> unsure = torch.tensor([[0.6, 0.4]]).repeat(9, 1)

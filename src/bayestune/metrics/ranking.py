@@ -1,9 +1,10 @@
 """Rankings by uncertainty: who is wrong, what is out of distribution, what abstaining gains.
 
 A row is what `bayestune.evaluation.prediction_rows` writes: answer, probabilities of its own
-options, confidence, and entropies in nats. Scores, confidences and flags (bool, or 0 and 1) are
-(N,). Everything is computed in float64, and ValueError is raised on what cannot be ranked: no rows,
-other shapes, NaN, or flags that are all the same where both are needed.
+options, confidence, and entropies in nats; a score is one of `SCORES`. Tensors of scores,
+confidences and flags (bool, or 0 and 1) are (N,). Everything is computed in float64, and ValueError
+is raised on what cannot be ranked: no rows, other shapes, NaN, or flags that are all the same where
+both are needed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -64,12 +65,9 @@ def is_right(rows: Sequence[Row]) -> Tensor:
 def uncertainty(rows: Sequence[Row], score: str, *, normalised: bool = False) -> Tensor:
     """A score of each row that is large where the model is unsure, (N,), in nats if an entropy.
 
-    Args:
-        rows: N of them.
-        score: one of `SCORES`.
-        normalised: divide by the most that the score can be for the row's C options, log C or
-            1 − 1/C, so that rows of different C compare and a uniform row has 1 (but for the
-            mutual information).
+    If `normalised`, it is divided by the most that it can be for the row's C options, log C or
+    1 − 1/C, so that rows of different C compare and a uniform row has 1 (but for the mutual
+    information).
 
     Raises:
         ValueError: if the score is unknown, or a row lacks it or has no second option.
@@ -99,10 +97,6 @@ def uncertainty(rows: Sequence[Row], score: str, *, normalised: bool = False) ->
 def error_auroc(rows: Sequence[Row], score: str) -> float:
     """Right or wrong: the probability that a wrong answer is more uncertain than a right one.
 
-    Args:
-        rows: of one data set, some of them right and some wrong.
-        score: one of `SCORES`.
-
     Reference: Hendrycks, Gimpel (2017), https://arxiv.org/abs/1610.02136
     """
     return auroc(uncertainty(rows, score), ~is_right(rows))
@@ -112,13 +106,8 @@ def shift_auroc(shifted: Sequence[Row], familiar: Sequence[Row], score: str) -> 
     """In domain or not: the probability that an out-of-distribution row is more uncertain.
 
     Scores are normalised, because the two sets may differ in their numbers of options. Where the
-    shifted questions are easier for the model, the result is below one half, which is no fault of
-    its uncertainty.
-
-    Args:
-        shifted: out-of-distribution rows.
-        familiar: in-domain rows of the same model.
-        score: one of `SCORES`.
+    shifted questions are easier for the model than the familiar ones, the result is below one half,
+    which is no fault of its uncertainty.
 
     Reference: Hendrycks, Gimpel (2017), https://arxiv.org/abs/1610.02136
     """

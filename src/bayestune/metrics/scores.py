@@ -106,9 +106,7 @@ def _check(p: Tensor, y: Tensor) -> None:
     off = (p.double().sum(1) - 1).abs().max().item()
     if not off <= 1e-3 or p.min() < 0:  # NaN compares false
         got = f"a sum that differs from 1 by {off:.3g} and a least entry of {p.min():.3g}"
-        expected = (
-            "finite probabilities >= 0 with sums of 1 ± 0.001; apply softmax to finite logits"
-        )
+        expected = "finite probabilities >= 0, sums of 1 ± 0.001; apply softmax to finite logits"
         raise ValueError(f"got rows with {got}; expected {expected}")
 
 

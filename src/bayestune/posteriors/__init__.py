@@ -3,6 +3,7 @@
 Every family gives its draws' logits (S, N, C); those whose draws are adapters can export them.
 """
 
+from bayestune.posteriors.export import export_draw
 from bayestune.posteriors.fit_report import FitReport
 from bayestune.posteriors.gaussian import Gaussian
 from bayestune.posteriors.linearised import Linearised, Sampled, gaussian_logits
@@ -17,7 +18,6 @@ from bayestune.posteriors.storage import (
     DETAILS,
     PosteriorError,
     base_name,
-    export_draw,
     load_adapter,
     load_members,
     load_posterior,

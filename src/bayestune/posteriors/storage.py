@@ -19,7 +19,7 @@ from bayestune.forward import ClassLogits
 from bayestune.posteriors.gaussian import Gaussian
 from bayestune.posteriors.mixture import Mixture
 from bayestune.posteriors.point import Point
-from bayestune.posteriors.posterior import KINDS, AdapterPosterior, Posterior, Saved
+from bayestune.posteriors.posterior import KINDS, Posterior, Saved
 from bayestune.posteriors.tempered import Tempered
 
 FORMAT = 1
@@ -43,7 +43,7 @@ def _mean_digest(slots: Slots) -> str:
 
 
 @contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
+def replacing(folder: Path) -> Iterator[Path]:
     """A scratch folder, whose files are moved to the folder once all are written."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as scratch:
@@ -76,7 +76,7 @@ def save_posterior(
         posterior = (Gaussian if stochastic else Point)(posterior, unbound)
     record: dict[str, Any] = {"format": FORMAT, "bayestune": bayestune.__version__}
     record["posterior"] = posterior.kind
-    with _replacing(folder) as scratch:
+    with replacing(folder) as scratch:
         if isinstance(posterior, Mixture):
             record["members"] = [f"member-{i}" for i in range(len(posterior.members))]
             for member, name in zip(posterior.members, record["members"], strict=True):
@@ -88,7 +88,7 @@ def save_posterior(
             slots = Slots(posterior.model, posterior.adapter)
             tensors, record["facts"] = posterior.state()
             record["mean_digest"] = _mean_digest(slots)
-            _save_adapter(slots, scratch)
+            save_adapter(slots, scratch)
             plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
             save_file(plain, scratch / TENSORS)
         text = json.dumps({**record, **(details or {})}, indent=2, default=str) + "\n"
@@ -96,62 +96,7 @@ def save_posterior(
     return folder
 
 
-def export_draw(
-    posterior: Posterior | nn.Module, draw: int | Mapping[str, Tensor], folder: Path, seed: int = 0
-) -> Path:
-    """Writes one draw as a plain LoRA adapter, which any LoRA server loads; returns the folder.
-
-    Args:
-        posterior: whose draw; or its PEFT model, if it has no other adapter.
-        draw: which draw, from 0; or its weights by slot name, as `posterior.draw` returns them,
-            A (r, k) and B (d, r); the rest is the mean's.
-        folder: made if it is not there.
-        seed: of the set of draws.
-
-    Raises:
-        ValueError: if the posterior's draws are not adapters, a name is not a slot of the adapter,
-            or it is not clear which adapter's configuration, mean and head belong to the weights.
-    """
-    if isinstance(draw, int):
-        if not isinstance(posterior, AdapterPosterior | Mixture):
-            raise ValueError(
-                f"{type(posterior).__name__} draws are not adapters: got draw {draw}, expected a "
-                "posterior whose draws can be exported, such as Gaussian"
-            )
-        owner = posterior.member_of(draw) if isinstance(posterior, Mixture) else posterior
-        slots = Slots(owner.model, owner.adapter)
-        draw = posterior.draw(draw, seed)
-    else:
-        slots = _slots_of(posterior, draw)
-    if unknown := sorted(set(draw) - set(slots.modules())):
-        raise ValueError(
-            f"a draw of another model: got the slots {unknown[:3]}, expected slots of the adapter "
-            f"{slots.adapter!r}; export it with the posterior it is of"
-        )
-    with _replacing(folder) as scratch:
-        _save_adapter(slots, scratch, draw)
-    return folder
-
-
-def _slots_of(posterior: Posterior | nn.Module, draw: Mapping[str, Tensor]) -> Slots:
-    """The slots of the adapter to which the weights of a draw belong."""
-    if isinstance(posterior, nn.Module):
-        slots = Slots(posterior)
-    else:
-        slots = Slots(posterior.model, posterior.adapter)
-        if not isinstance(posterior, Mixture):
-            return slots
-    names: Any = getattr(slots.model, "peft_config", [slots.adapter])
-    complete = set(draw) >= set(slots.modules()) and not slots.heads
-    if len(names) > 1 and not complete:
-        raise ValueError(
-            f"which adapter the draw belongs to is not clear: got a model with the adapters "
-            f"{list(names)}, expected one; give the posterior and the draw's number instead"
-        )
-    return slots
-
-
-def _save_adapter(slots: Slots, folder: Path, draw: Mapping[str, Tensor] | None = None) -> None:
+def save_adapter(slots: Slots, folder: Path, draw: Mapping[str, Tensor] | None = None) -> None:
     """Writes the adapter as PEFT does, its slots' weights alone, some of them replaced."""
     own = tuple(f"{PREFIX}{name}.{slots.adapter}." for name in slots.modules())
     state = {}

@@ -48,11 +48,7 @@ def label_of(record: Record) -> str:
 
 
 def names(records: Sequence[Record]) -> list[str]:
-    """A name for each record: its label, and of task, model, scoring and seed what differs.
-
-    >>> names([{"label": "MLE", "seed": 1}, {"label": "MLE", "seed": 2}])
-    ['MLE, seed 1', 'MLE, seed 2']
-    """
+    """The label of each record, and of task, model, scoring and seed what differs: MLE, seed 1."""
     keys = differing(records, ("task", "model", "scoring", "seed"))
     forms = {"seed": "seed {}", "scoring": "by {}"}
     found = []
@@ -71,11 +67,7 @@ def by_seed(records: Iterable[Record]) -> dict[str, Seeds]:
 
 
 def caption(record: Record, first: object = None, rows: object = None, last: str = "") -> str:
-    """What a table is of: `first`, model, scoring, number of rows, bins, `last`.
-
-    >>> caption({"model": "m", "bins": 15, "binning": "textbook"}, "arc_easy", 300)
-    'arc_easy · m · 300 rows · ECE in 15 bins (textbook)'
-    """
+    """What a table is of, such as: arc_easy · m · 300 rows · ECE in 15 bins (textbook)."""
     scoring = record.get("scoring")
     scored = f"scored by {scoring}" if scoring else ""
     size = f"{rows} rows" if rows is not None else ""

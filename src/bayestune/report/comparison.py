@@ -117,12 +117,6 @@ def significance(
     a difference this large among other questions if there were none, for these very fits: seeds are
     held, and p is not corrected for the choice of the best or for the number of methods.
 
-    Args:
-        records: of one task, model and way of scoring.
-        folder: where their rows are.
-        against: the label of the method that the others are compared with.
-        resamples: of the bootstrap.
-
     Returns:
         By method and metric, that method less `against`; none without a seed or question in common.
 

@@ -67,9 +67,7 @@ def _draw_histogram(axes: Axes, diagram: Reliability) -> None:
 
 
 def reliability_figure(panels: Sequence[tuple[str, str, Reliability]]) -> Figure:
-    """Accuracy against confidence above, where the confidences lie below; a panel a method.
-
-    The lines in the histogram are the mean accuracy (solid) and the mean confidence (dashed).
+    """Accuracy against confidence above, where the confidences lie below, with both means.
 
     Args:
         panels: title, a line under it such as the ECE, and diagram; four of them a row.
@@ -84,19 +82,17 @@ def reliability_figure(panels: Sequence[tuple[str, str, Reliability]]) -> Figure
     legend = 0.35 if columns > 2 else 0.8  # inches
     with styled_figure(2.35 * columns + 0.5, 3.85 * bands + legend) as figure:
         grid = figure.add_gridspec(2 * bands, columns, height_ratios=[3.2, 1] * bands)
+        lower = None
         for i, (title, caption, diagram) in enumerate(panels):
             band, column = divmod(i, columns)
             upper = figure.add_subplot(grid[2 * band, column])
-            lower = figure.add_subplot(grid[2 * band + 1, column])
+            lower = figure.add_subplot(grid[2 * band + 1, column], sharey=lower)
             _draw_diagram(upper, diagram)
             _draw_histogram(lower, diagram)
             upper.set_title(textwrap.fill(title, 26), loc="left", pad=18)
             upper.annotate(caption, (0, 1), (0, 6), "axes fraction", "offset points", fontsize=8)
             upper.set_ylabel("accuracy" if column == 0 else "")
             lower.set_ylabel("rows" if column == 0 else "")
-        top = max(axes.get_ylim()[1] for axes in figure.axes[1::2])
-        for axes in figure.axes[1::2]:
-            axes.set_ylim(0, top)
         keys: list[Any] = [
             Patch(facecolor=BLUE, label="accuracy"),
             Patch(**_OVER, label="confidence above accuracy"),
@@ -133,7 +129,7 @@ def _draw_intervals(axes: Axes, column: Column, records: Sequence[Record]) -> No
 
 
 def summary_figure(records: Sequence[Record]) -> Figure:
-    """Accuracy, ECE, NLL and Brier score of each record with bootstrap intervals, a panel each.
+    """Accuracy, ECE, NLL and Brier score with bootstrap intervals, a panel each.
 
     Args:
         records: one for each evaluated method; the others are read against the first.

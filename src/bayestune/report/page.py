@@ -65,10 +65,6 @@ def write_page(records: Sequence[Record], folder: str | Path, title: str) -> Pat
     return path
 
 
-def _note(text: str) -> str:
-    return f'<p class="note">{escape(text)}</p>'
-
-
 def _paired(first: Evaluation, table: Table) -> str:
     note = (
         f"Each method minus {first.name}, on the rows that both answered: difference, "
@@ -76,7 +72,7 @@ def _paired(first: Evaluation, table: Table) -> str:
         f"resamples). Green: better, the interval leaves out 0 and p < {1 - LEVEL:.2f}. "
         "No correction for looking at several methods and metrics."
     )
-    return _note(note) + render([table], "html")
+    return f'<p class="note">{escape(note)}</p>{render([table], "html")}'
 
 
 def _missing(evaluations: Sequence[Evaluation]) -> str:
@@ -95,11 +91,11 @@ def _diagrams(evaluations: Sequence[Evaluation]) -> str:
     shown = listing([name for name, _, _ in panels])
     label = f"Reliability diagrams and confidence histograms of {shown}"
     picture = inline_svg(reliability_figure(panels), label)
-    note = (
-        "Above: accuracy in each bin of confidence. Below: share of rows per bin, with mean "
-        "accuracy (solid line) and mean confidence (dashed line)."
+    return (
+        f'<figure>{picture}</figure><p class="note">Above: accuracy in each bin of confidence. '
+        "Below: share of rows per bin, with mean accuracy (solid line) and mean confidence "
+        f"(dashed line).</p>{_missing(evaluations)}"
     )
-    return f"<figure>{picture}</figure>{_note(note)}{_missing(evaluations)}"
 
 
 def _question(row: Row, extra: str = "") -> str:
@@ -136,7 +132,7 @@ def _uncertain(last: Evaluation) -> str:
     )
     most = rows[0]["total_entropy"]
     questions = "".join(_question(row, _entropy(row, most)) for row in rows)
-    return f'{_note(note)}<div class="pair">{questions}</div>'
+    return f'<p class="note">{escape(note)}</p><div class="pair">{questions}</div>'
 
 
 def _wrong(one: Evaluation) -> str:

@@ -1,10 +1,9 @@
 """Methods trained on OpenBookQA and evaluated elsewhere: how accuracy and uncertainty hold."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from bayestune.metrics import SCORES, Row, error_auroc, is_right, shift_auroc, uncertainty
 from bayestune.report.columns import ACCURACY, ECE, NLL, Column
@@ -39,13 +38,12 @@ _Rankings = dict[str, list[float]]  # the AUROC of each method, one for each see
 
 @dataclass(frozen=True)
 class _Study:
-    """What one set of tables is of: by task and method, the records and the rows of each seed."""
+    """What one set of tables is of: by task, method and seed, records with their rows `read`."""
 
     first: Record
     methods: list[str]
     seeds: int
-    records: dict[str, dict[str, Seeds]]
-    rows: dict[str, dict[str, dict[Any, list[Row]]]]
+    tasks: dict[str, dict[str, Seeds]]
 
     @classmethod
     def of(cls, group: Sequence[Record], folder: str | Path) -> "_Study":
@@ -53,38 +51,32 @@ class _Study:
         tasks: dict[str, list[Record]] = {SOURCE: []}
         tasks |= {task: [] for task in _TASKS if task in names}
         for task, record in zip(names, group, strict=True):
-            tasks.setdefault(task, []).append(record)
-        records = {task: by_seed(some) for task, some in tasks.items()}
-        rows = {task: _rows(methods, folder) for task, methods in records.items()}
+            tasks.setdefault(task, []).append({**record, "read": read_rows(record, folder)})
         seeds = {record.get("seed") for record in group}
-        return cls(group[0], list(by_seed(group)), len(seeds), records, rows)
+        runs = {task: by_seed(records) for task, records in tasks.items()}
+        return cls(group[0], list(by_seed(group)), len(seeds), runs)
 
     def errors(self, score: str, task: str) -> _Rankings:
         """The AUROC of a score for errors."""
         found: _Rankings = {}
-        for method, seeds in self.rows[task].items():
-            ranked = [rows for rows in seeds.values() if len(is_right(rows).unique()) > 1]
+        for method, seeds in self.tasks[task].items():
+            runs = [record["read"] for record in seeds.values()]
+            ranked = [rows for rows in runs if len(is_right(rows).unique()) > 1]
             found[method] = [error_auroc(rows, score) for rows in ranked if _varies(rows, score)]
         return found
 
     def shifts(self, score: str, task: str) -> _Rankings:
         """The AUROC of a score for a task's rows against in-domain rows of the same seed."""
         found: _Rankings = {}
-        for method, seeds in self.rows[task].items():
-            familiar = self.rows[SOURCE].get(method, {})
-            both = [(rows, familiar[seed]) for seed, rows in seeds.items() if seed in familiar]
-            ranked = [pair for pair in both if _varies([*pair[0], *pair[1]], score)]
-            found[method] = [shift_auroc(*pair, score) for pair in ranked]
+        for method, seeds in self.tasks[task].items():
+            familiar = self.tasks[SOURCE].get(method, {})
+            found[method] = []
+            for seed in [seed for seed in seeds if seed in familiar]:
+                rows = seeds[seed]["read"]
+                own = familiar[seed]["read"]
+                if rows and own and _varies(rows + own, score):
+                    found[method].append(shift_auroc(rows, own, score))
         return found
-
-
-def _rows(methods: Mapping[str, Seeds], folder: str | Path) -> dict[str, dict[Any, list[Row]]]:
-    """The rows of each method and seed that has some."""
-    found = {}
-    for method, seeds in methods.items():
-        read = {seed: read_rows(record, folder) for seed, record in seeds.items()}
-        found[method] = {seed: rows for seed, rows in read.items() if rows}
-    return found
 
 
 def _varies(rows: Sequence[Row], score: str) -> bool:
@@ -99,23 +91,12 @@ def _heading(task: str) -> str:
 def _caption(study: _Study) -> str:
     """What the tables are of, with all numbers of rows where they differ."""
     counts = []
-    for task, methods in study.records.items():
+    for task, methods in study.tasks.items():
         name, _ = _TASKS.get(task, (task, ""))
         runs = chain.from_iterable(seeds.values() for seeds in methods.values())
         numbers = dict.fromkeys(str(record.get("n", "?")) for record in runs)
         counts += [f"{name} {' or '.join(numbers)}"] if numbers else []
     return caption(study.first, "trained on OBQA", ", ".join(counts))
-
-
-def _metrics(study: _Study) -> Table:
-    blocks = []
-    for column in (ACCURACY, ECE, NLL):
-        values = map(column.values, study.records.values())
-        blocks.append(column.block(column.heading, study.methods, values, study.seeds))
-    many = f"Mean ± standard deviation over {study.seeds} seeds; (k): of k seeds only."
-    notes = (f"{many if study.seeds > 1 else 'One seed.'} {_DASHES}",)
-    columns = tuple(map(_heading, study.records))
-    return Table(_caption(study), columns, tuple(blocks), notes, ("Metric", "Method"))
 
 
 def _ranking(
@@ -130,8 +111,16 @@ def _ranking(
 
 
 def _tables(study: _Study) -> list[Table]:
-    tables = [_metrics(study), _ranking(study, study.records, _RIGHT, study.errors)]
-    others = [task for task in study.records if task != SOURCE]
+    blocks = []
+    for column in (ACCURACY, ECE, NLL):
+        values = map(column.values, study.tasks.values())
+        blocks.append(column.block(column.heading, study.methods, values, study.seeds))
+    many = f"Mean ± standard deviation over {study.seeds} seeds; (k): of k seeds only."
+    notes = (f"{many if study.seeds > 1 else 'One seed.'} {_DASHES}",)
+    headings = tuple(map(_heading, study.tasks))
+    metrics = Table(_caption(study), headings, tuple(blocks), notes, ("Metric", "Method"))
+    tables = [metrics, _ranking(study, study.tasks, _RIGHT, study.errors)]
+    others = [task for task in study.tasks if task != SOURCE]
     return [*tables, _ranking(study, others, _DOMAIN, study.shifts)] if others else tables
 
 
@@ -141,10 +130,12 @@ def _panels(studies: Sequence[_Study]) -> dict[str, dict[str, Runs]]:
     panels: dict[str, dict[str, Runs]] = {}
     for study in studies:
         apart = [str(study.first.get(key)) for key in differ]
-        for task, methods in study.rows.items():
+        for task, methods in study.tasks.items():
             title = " · ".join([*apart, _heading(task)])
-            runs: dict[str, Runs] = {m: [*seeds.values()] for m, seeds in methods.items() if seeds}
-            panels |= {title: runs} if runs else {}
+            for method, seeds in methods.items():
+                runs = [record["read"] for record in seeds.values() if record["read"]]
+                if runs:
+                    panels.setdefault(title, {})[method] = runs
     return panels
 
 
@@ -154,16 +145,12 @@ def _own(records: Sequence[Record]) -> list[Record]:
 
 
 def has_shift(records: Sequence[Record]) -> bool:
-    """Whether a method trained on OpenBookQA is evaluated on another task.
-
-    >>> has_shift([{"task": "arc_easy", "trained_on": "openbookqa"}])
-    True
-    """
+    """Whether a method trained on OpenBookQA is evaluated on another task."""
     return any(record.get("task") != SOURCE for record in _own(records))
 
 
 def write_shift(records: Sequence[Record], folder: str | Path) -> list[Path]:
-    """Writes `shift.md`, and `risk_coverage.png` if there are any rows, into the records' folder.
+    """Writes `shift.md`, and `risk_coverage.png` if there are any rows; returns their paths.
 
     Three tables with a column for each task: accuracy, ECE and NLL; the AUROC of each uncertainty
     score for errors; the AUROC of each score for the task's rows against in-domain rows of the same
@@ -172,10 +159,7 @@ def write_shift(records: Sequence[Record], folder: str | Path) -> list[Path]:
 
     Args:
         records: those of methods trained on another task than OpenBookQA are left out.
-        folder: where the records' rows are.
-
-    Returns:
-        The paths written.
+        folder: where the records' rows are and the files go.
 
     Raises:
         ValueError: if no records are left.

@@ -15,7 +15,7 @@ _ABOUT_ECE = (
 
 
 def summary_tables(records: Sequence[Record]) -> list[Table]:
-    """One table for each task, model and number of rows; the best value of a column is marked.
+    """One table for each task, model and number of rows; the best of a column is marked.
 
     Raises:
         ValueError: if there are no records.

@@ -32,7 +32,6 @@ STYLE: dict[Any, Any] = {
     "font.size": 8.5,
     "axes.titlesize": 9.5,
     "axes.titleweight": "bold",
-    "axes.labelsize": 8.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": FAINT,
@@ -88,11 +87,7 @@ def inline_svg(figure: Figure, label: str) -> str:
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Writes a figure on white, in the format that the path ends in; missing folders are made.
-
-    Returns:
-        The path.
-    """
+    """Writes a figure on white, as the path's ending says, and returns the path; makes folders."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=200, facecolor=PAPER)

@@ -5,9 +5,10 @@ It is opened by names, or from a posterior's folder with prompt, scoring and pre
 
 from bayestune.session.fit import Fit, shown
 from bayestune.session.session import Dtype, Part, Session, num_classes, open_model
-from bayestune.session.task_options import TaskOptions
+from bayestune.session.task_options import OF_THE_FIT, TaskOptions
 
 __all__ = [
+    "OF_THE_FIT",
     "Dtype",
     "Fit",
     "Part",

@@ -15,19 +15,12 @@ REPORT = "training.json"
 
 @dataclass(frozen=True)
 class Fit:
-    """A posterior and how it came about.
-
-    Args:
-        posterior: what a method's `fit` returned, or a loaded one.
-        details: method, base model, task, training and the like, as `posterior.json` keeps them.
-        bf16: whether to predict under bfloat16 autocast.
-        label: what its lines of a table are called, before the number of draws.
-    """
+    """A posterior and how it came about."""
 
     posterior: Posterior
-    details: Mapping[str, Any]
-    bf16: bool
-    label: str
+    details: Mapping[str, Any]  # method, base model, task, training …, as `posterior.json` has them
+    bf16: bool  # whether to predict under bfloat16 autocast
+    label: str  # what its lines of a table are called, before the number of draws
 
     @classmethod
     def of(cls, posterior: Posterior, details: Mapping[str, Any], bf16: bool | None = None) -> Self:
@@ -75,9 +68,8 @@ def details_of(folder: Path) -> dict[str, Any]:
             "`fit`; use it with load_posterior"
         )
     keys = {method.__name__.lower(): key for key, method in METHODS.items()}
-    key = details["method"]
-    if key not in METHODS:
-        key = keys.get(key, key)
+    named = details["method"]
+    key = named if named in METHODS else keys.get(named, named)
     return {**details, "method": key, "fields": {"method": key, **details["fields"]}}
 
 
@@ -87,5 +79,5 @@ def shown(model: str) -> str:
 
 
 def _proper_name(method: str) -> str:
-    """A method's name in tables, of its key: "MCDropout" of "mc_dropout"."""
+    """The class's name that tables show for a key: "MCDropout" for "mc_dropout"."""
     return METHODS[method].__name__ if method in METHODS else method

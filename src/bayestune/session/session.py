@@ -42,30 +42,21 @@ Part = Literal["evaluation", "held_out"]
 
 @dataclass(frozen=True)
 class Session:
-    """A model, the task it is asked and how, whether to fit a method or to use a posterior.
-
-    Args:
-        loaded: the base model and its tokenizer.
-        task: rows to train on and to evaluate on, and their prompt.
-        scorer: the task, bound to the tokenizer.
-        options: which questions, and how they are put.
-        progress: whether predictions show progress bars.
-    """
+    """A model, the task it is asked and how, whether to fit a method or to use a posterior."""
 
     loaded: LoadedModel
     task: Task
     scorer: Scorer
     options: TaskOptions
-    progress: bool = True
+    progress: bool = True  # whether predictions show progress bars
 
     @classmethod
     def of(
         cls, loaded: LoadedModel, task: Task, options: TaskOptions, *, progress: bool = True
     ) -> Self:
         """A session of what is loaded already."""
-        scorer = make_scorer(
-            loaded.model, loaded.tokenizer, task, options.scoring, options.max_length
-        )
+        put = (options.scoring, options.max_length)
+        scorer = make_scorer(loaded.model, loaded.tokenizer, task, *put)
         return cls(loaded, task, scorer, options, progress)
 
     @classmethod
@@ -80,13 +71,10 @@ class Session:
     def of_posterior(
         cls, folder: Path, options: TaskOptions, model: str | None = None, *, labelled: bool = True
     ) -> Self:
-        """A session to use a posterior in: prompt, scoring, length and dtype as fitted.
+        """A session to use a folder's posterior in: prompt, scoring, length and dtype as fitted.
 
-        Args:
-            folder: of the posterior.
-            options: which rows; how they are put is left to the posterior.
-            model: the base model's name, where it has moved.
-            labelled: whether the user's own rows must have answers.
+        `options` say which rows, `model` where the base model is if it has moved; with `labelled`
+        the user's own rows must have answers.
         """
         details = details_of(folder)
         fitted = details["task"]["prompt"]
@@ -102,11 +90,7 @@ class Session:
         return self.of(self.loaded, task, self.options, progress=self.progress)
 
     def rows(self, part: Part = "evaluation") -> tuple[Question, ...]:
-        """The rows of a part to evaluate on.
-
-        Raises:
-            ValueError: if there are none.
-        """
+        """The rows of a part to evaluate on; an error if there are none."""
         rows = self.task.evaluation if part == "evaluation" else self.task.held_out
         if not rows:
             raise ValueError(
@@ -115,16 +99,20 @@ class Session:
             )
         return rows
 
-    def fit(self, method: Method, training: Training, output: Path) -> Fit:
+    def fit(
+        self, method: Method, training: Training, output: Path, *, base: Method | None = None
+    ) -> Fit:
         """Fits a method and saves its posterior in `output`, checkpoints in `output/checkpoints`.
 
-        With `training.resume`, a posterior that is there already is loaded instead.
+        With `training.resume`, a posterior that is there already is loaded instead. A `base` stands
+        for the method's own, such as one that takes its fits from a folder.
         """
         if training.resume and (output / DETAILS).is_file():
             return self.load(output)
         logger.info("fitting %s on %d rows", type(method).__name__, len(self.task.train))
         here = replace(training, output=output / "checkpoints")
-        posterior = method.fit(self.loaded.model, self.scorer, here)
+        fitted: Any = method if base is None else replace(method, base=base)  # type: ignore[type-var]
+        posterior = fitted.fit(self.loaded.model, self.scorer, here)
         return self.save(posterior, method, training, output)
 
     def save(self, posterior: Posterior, method: Method, training: Training, output: Path) -> Fit:
@@ -176,10 +164,7 @@ class Session:
     def predict(self, fit: Fit, draws: Draws, *, decided: bool = False) -> Prediction:
         """The predictive of the evaluation rows, in the precision of the fit.
 
-        Args:
-            fit: whose posterior.
-            draws: how many, their seed and the bounds of a pass.
-            decided: whether to stop drawing for rows whose decision is certain, see `Adaptive`.
+        With `decided`, drawing stops for rows whose decision is certain, see `Adaptive`.
         """
         asked = (fit.posterior, self.scorer)
         rows = self.rows()
@@ -205,9 +190,7 @@ def open_model(
 
 def num_classes(task: Task, scoring: Scoring) -> int | None:
     """C of the classification head that a task asks for; None for a language model."""
-    if scoring != "head":
-        return None
-    return len((*task.train, *task.evaluation)[0].options)
+    return len((*task.train, *task.evaluation)[0].options) if scoring == "head" else None
 
 
 def _under(prompt: Prompt, task: Task, scoring: Scoring) -> Task:
@@ -215,7 +198,6 @@ def _under(prompt: Prompt, task: Task, scoring: Scoring) -> Task:
     template = prompt.letter if scoring == "letter" else prompt.text
     lost = sum(bool(row.context) for row in (*task.evaluation, *task.held_out))
     if lost and scoring != "head" and "{context}" not in template:
-        logger.warning(
-            "%d rows of %s have a context, which the fitted prompt leaves out", lost, task.name
-        )
+        said = "%d rows of %s have a context, which the fitted prompt leaves out"
+        logger.warning(said, lost, task.name)
     return replace(task, prompt=prompt)

@@ -7,8 +7,8 @@ from typing import Any
 
 from bayestune.data import Scoring, Task, load_rows, load_task, own_task
 
-# What is a matter of the fit, whichever rows its posterior is evaluated on.
-_OF_THE_FIT = ("data", "scoring", "max_length", "holdout", "train_rows")
+# What a fit settles, whichever rows its posterior is evaluated on.
+OF_THE_FIT = ("data", "scoring", "max_length", "holdout", "train_rows")
 
 
 @dataclass(frozen=True)
@@ -45,25 +45,18 @@ class TaskOptions:
     def load(self, *, labelled: bool = True) -> Task:
         """The task with its rows chosen; `evaluation_data` may lack answers if not `labelled`."""
         train = load_rows(self.data, self.options) if self.data else ()
-        test = ()
-        if self.evaluation_data:
-            test = load_rows(self.evaluation_data, self.options, labelled=labelled)
+        file = self.evaluation_data
+        test = load_rows(file, self.options, labelled=labelled) if file else ()
         if train or test:
-            task = own_task(Path(self.data or self.evaluation_data or "").stem, train, test)
+            task = own_task(Path(self.data or file or "").stem, train, test)
         else:
             task = load_task(self.task, self.data_root)
         return task.subset(self.train_rows, self.evaluation_rows, self.holdout, self.subset_seed)
 
     def recorded(self, fitted: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """The options as records keep them: paths without the folders of this machine.
-
-        Args:
-            fitted: the recorded options of a fit, which hold for what is a matter of the fit.
-        """
+        """The options as records keep them: files by name, and what a fit settled as fitted."""
         found = {}
         for name, value in asdict(self).items():
             found[name] = value.name if isinstance(value, Path) else value
-        for name in _OF_THE_FIT:
-            if fitted and name in fitted:
-                found[name] = fitted[name]
-        return found
+        settled = {name: value for name, value in (fitted or {}).items() if name in OF_THE_FIT}
+        return {**found, **settled}

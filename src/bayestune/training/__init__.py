@@ -6,7 +6,6 @@
 from bayestune.training.callbacks import Interrupted, NotFiniteError, add_to_log
 from bayestune.training.meter import Meter
 from bayestune.training.training import (
-    MakeOptimizer,
     Training,
     adamw,
     fit_adapter,
@@ -17,7 +16,6 @@ from bayestune.training.training import (
 
 __all__ = [
     "Interrupted",
-    "MakeOptimizer",
     "Meter",
     "NotFiniteError",
     "Training",
