@@ -86,12 +86,10 @@ def versions() -> dict[str, str]:
 
 
 def revision() -> str | None:
-    """The revision of bayestune's own checkout, with "-dirty" after changes; None if installed.
-
-    A package in a virtual environment inside somebody's repository does not belong to it.
-    """
+    """The revision of bayestune's own checkout, with "-dirty" after changes; None if installed."""
     root = Path(__file__).parents[2]
     try:
+        # a package in a virtual environment inside somebody's repository does not belong to it
         top = _git(root, "rev-parse", "--show-toplevel")
         ours = Path(top) == root.resolve() and _git(root, "ls-files", "src/bayestune/runtime.py")
         return _git(root, "describe", "--always", "--dirty", "--exclude=*") if ours else None

@@ -14,10 +14,7 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
 
 
 class DrawnLinear(nn.Module):
-    """S fixed weights in a slot of LoRA; the rows come draw by draw.
-
-    Args:
-        weights: the stack of draws (S, r, k).
+    """S fixed weights (S, r, k) in a slot of LoRA; the rows come draw by draw.
 
     Example:
         >>> layer = DrawnLinear(torch.stack([torch.zeros(4, 16), torch.ones(4, 16)]))
@@ -32,11 +29,7 @@ class DrawnLinear(nn.Module):
         self.register_buffer("weight", weights, persistent=False)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Maps (S·N, …, k) to (S·N, …, r).
-
-        Raises:
-            ValueError: if the leading axis is not a multiple of S.
-        """
+        """Maps (S·N, …, k) to (S·N, …, r); refuses a leading axis that S does not divide."""
         draws, rank, width = self.weight.shape
         if input.shape[0] % draws:
             raise ValueError(

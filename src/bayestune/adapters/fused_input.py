@@ -90,10 +90,8 @@ class FusedInput:
     The first layer reads the input once and computes all; the others take their part if they
     receive the same tensor. Each has the law it has alone, and the layers' noises are independent
     in every row. What happens depends on nothing but the calls of one pass, so that a checkpoint's
-    recomputation does the same again.
-
-    Args:
-        layers: with noise "row" and the same width, type and device; the first to be called first.
+    recomputation does the same again. The layers have noise "row" and the same width, type and
+    device; the first of them is called first.
     """
 
     def __init__(self, layers: Sequence[Any]) -> None:

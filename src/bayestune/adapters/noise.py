@@ -47,10 +47,7 @@ def held_noise(shape: Sequence[int], seed: int, index: int, path: str) -> Tensor
 def held_weights(mean: Tensor, std: Tensor, seed: int, index: int, path: str) -> Tensor:
     """The held draw M + Ω∘E (r, k), float32 on the CPU: no bit of it depends on the device.
 
-    Args:
-        mean: M (r, k).
-        std: Ω (r, k).
-        seed, index, path: the address of E, see `held_noise`.
+    E is the `held_noise` of the address (seed, index, path).
     """
     noise = held_noise(mean.shape, seed, index, path)
     return mean.detach().float().cpu() + std.detach().float().cpu() * noise

@@ -15,11 +15,8 @@ class RankLinear(nn.Linear, ABC):
     """x ↦ z ∘ (W x), W (r, k) the `weight`, z (r,) a random factor for each rank.
 
     In training mode each row of the batch has a z of its own, from torch's global generator; in
-    evaluation mode z is its mean.
-
-    Args:
-        linear: the plain layer whose weight is taken, the same Parameter.
-        groups: shared by a model's layers, see `RowGroups`.
+    evaluation mode z is its mean. W is the plain layer's, the same Parameter; a model's layers
+    share their `RowGroups`.
     """
 
     def __init__(self, linear: nn.Linear, groups: RowGroups | None = None) -> None:

@@ -28,11 +28,7 @@ class RowGroups:
             self._next = 1
 
     def rows(self, sequences: int) -> int:
-        """How many rows a batch of so many sequences has.
-
-        Raises:
-            ValueError: if the sequences do not divide into rows.
-        """
+        """How many rows a batch of so many sequences has; refuses a part of a row."""
         count, rest = divmod(sequences, self.size)
         if rest:
             raise ValueError(
@@ -59,10 +55,7 @@ def row_groups_of(model: nn.Module) -> RowGroups:
 
 
 def group_rows(model: nn.Module, size: int) -> None:
-    """Makes `size` consecutive sequences one row, with one draw, in the next training pass.
-
-    The model is one with random layers, whatever wraps it and whichever adapters it has.
-    """
+    """Makes `size` consecutive sequences one row, with one draw, in the next training pass."""
     groups = _found(model) if model.training else None  # the mean and held draws do not ask
     if groups is not None:
         groups.ask(size)

@@ -17,8 +17,7 @@ Arguments = tuple[Any, dict[str, Any]]
 class BeforeFirstDraw:
     """Runs one copy of the rows through what no draw changes, and S copies through the rest.
 
-    `drawn` holds the blocks from the first drawn one on, or the output head if it alone is drawn;
-    nothing where nothing comes before them.
+    `drawn`: the blocks from the first drawn one on; the output head if it alone is drawn; or none.
     """
 
     slots: Slots

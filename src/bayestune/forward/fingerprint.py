@@ -15,9 +15,6 @@ class Fingerprint:
     Parameters that an optimiser may change, the adapters' and all that are trainable, are compared
     by value: fused optimisers and writes to `.data` leave no trace in a tensor's version. The
     frozen ones, by far the most, are compared by identity, version and address.
-
-    Args:
-        model: a PEFT model, or a plain one.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -13,12 +13,8 @@ from bayestune.adapters import is_classifier
 
 _CACHE = ("cache", "past_key_values")  # the argument's name, by the version of transformers
 _CHANGING_ROPE = ("dynamic", "longrope")  # these turn a token by the length of what is read with it
-_BY_MORE_THAN_POSITION = (
-    "alibi",
-    "is_encoder_decoder",
-    "use_bidirectional_attention",
-    "num_kv_shared_layers",
-)
+_ENCODER_LIKE = ("is_encoder_decoder", "use_bidirectional_attention")
+_BY_MORE_THAN_POSITION = ("alibi", "num_kv_shared_layers", *_ENCODER_LIKE)
 
 
 def cache_argument(base: nn.Module) -> str | None:

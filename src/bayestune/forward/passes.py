@@ -57,10 +57,7 @@ def drawn_logits(posterior: Drawable, inputs: Batch, draws: Draws, plan: "Plan")
 
 
 class Plan:
-    """What a posterior keeps between batches: its draws, their slots, and what they share.
-
-    All of it is renewed when the model or the seed changes.
-    """
+    """What a posterior keeps between batches while model and seed stay: draws, slots, prefixes."""
 
     def __init__(self) -> None:
         self._fingerprint: Fingerprint | None = None

@@ -35,15 +35,9 @@ def kl_divergence(mean: Tensor, std: Tensor, prior_std: float) -> Tensor:
 def kl_step_(
     means: Sequence[Tensor], root_stds: Sequence[Tensor], step: float, prior_std: float
 ) -> None:
-    """One gradient step on the KL, in place and fused over all layers.
+    """One gradient step η on the KL in nats, in place and fused over all layers.
 
-    M ← M·(1 − η/σ_p²),  G ← G + η·(2/G − 2G³/σ_p²).
-
-    Args:
-        means: M of each layer, each (r, k).
-        root_stds: G of each layer, the shapes of `means`; no entry may be 0.
-        step: η, the step on the KL in nats.
-        prior_std: σ_p > 0.
+    M ← M·(1 − η/σ_p²),  G ← G + η·(2/G − 2G³/σ_p²), M and G (r, k) of each layer, no entry of G 0.
     """
     if not means:
         return

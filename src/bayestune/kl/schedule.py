@@ -24,14 +24,9 @@ def burst_period(num_rows: int, batch_size: int) -> int:
 
 
 def kl_weights(total_steps: int, period: int, schedule: Schedule = "bursts") -> Tensor:
-    """The weights π (T,) of the KL at each step; both schedules give about one KL a period.
+    """The weights π (T,) of the KL at each step; both schedules give about one KL a period P.
 
     "bursts": π_i = 2^i/(2^(P+1) − 1) for i = 1…P, again and again; "constant": 1/P.
-
-    Args:
-        total_steps: T.
-        period: P.
-        schedule: "bursts" or "constant".
 
     Raises:
         ValueError: if the schedule is unknown.
@@ -47,12 +42,7 @@ def kl_weights(total_steps: int, period: int, schedule: Schedule = "bursts") -> 
 
 
 def warmup_decay(total_steps: int, warmup_ratio: float = 0.06) -> Tensor:
-    """The multiplier (T,) of both learning rates: linear warm-up, then linear decay to 0.
-
-    Args:
-        total_steps: T.
-        warmup_ratio: the part of T that warms up.
-    """
+    """The multiplier (T,) of both learning rates: linear warm-up, then linear decay to 0."""
     steps = torch.arange(total_steps, dtype=torch.float64)
     warmup = int(warmup_ratio * total_steps)
     rise = steps / warmup if warmup else torch.ones_like(steps)

@@ -52,8 +52,7 @@ class KLStep(TrainerCallback):
 
     Example:
         With a Trainer: `Trainer(model, ..., callbacks=[KLStep(prior_std=0.2, final_std=0.1)])`.
-        With a bare loop, once: `KLStep(final_std=0.1).attach(model, optimizer, total_steps=1000,
-        num_rows=640, batch_size=4)`.
+        In a bare loop: `KLStep(final_std=0.1, period=316).attach(model, adam, total_steps=1000)`.
 
     Reference:
         Wang, Shi, Han, Metaxas, Wang: BLoB (section 3), NeurIPS 2024,

@@ -69,10 +69,7 @@ class Posterior(ABC):
 
     @abstractmethod
     def logits(self, inputs: Batch, draws: Draws) -> Tensor:
-        """Class logits (S, N, C) of a batch of N rows, as the scorer collates them.
-
-        With `draws.count` 0 they are the mean's, (1, N, C).
-        """
+        """Class logits (S, N, C) of a batch of N rows; the mean's, (1, N, C), for a count of 0."""
 
     @abstractmethod
     def on(self, scorer: ClassLogits) -> Self:
@@ -105,10 +102,8 @@ class SingleAdapter(Posterior):
     """A posterior around one adapter of a model, which holds its mean.
 
     Args:
-        model: a PEFT model.
-        scorer: maps (model, batch) to class logits (N, C).
+        model, scorer, report: as of every posterior.
         adapter: the adapter's name; None for the active one.
-        report: what the fit took.
     """
 
     model: nn.Module

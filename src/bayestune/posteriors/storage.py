@@ -159,8 +159,7 @@ def load_posterior(
     Args:
         base: the base model, without adapters; the posterior's `model` is the PEFT model around it.
         folder: what `save_posterior` wrote; `read_details` says what else was kept.
-        scorer: maps (model, batch) to class logits (N, C); without one the posterior's `logits`
-            cannot be asked for.
+        scorer: maps (model, batch) to class logits (N, C); the posterior's `logits` need it.
         trainable: whether training shall go on.
 
     Raises:
