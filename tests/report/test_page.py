@@ -25,7 +25,7 @@ def change_rows(folder, record, change):
     """Changes each row in the record's file; returns all of them."""
     rows = read_rows(record, folder)
     for i, row in enumerate(rows):
-        row |= change(i)
+        row.update(change(i))
     (folder / record["predictions"]).write_text("\n".join(map(json.dumps, rows)))
     return rows
 
