@@ -10,8 +10,10 @@ both are needed.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 Row = Mapping[str, Any]
 SCORES = ("one_minus_confidence", "total_entropy", "expected_entropy", "mutual_information")
@@ -128,10 +130,8 @@ def risk_coverage(confidence: Tensor, correct: Tensor) -> Tensor:
     values, right = _checked(confidence, correct, "confidences and correctness")
     _, group, size = torch.unique(-values, return_inverse=True, return_counts=True)
     wrong = torch.zeros(len(size), dtype=torch.float64).index_add_(0, group, (~right).double())
-    ends = size.cumsum(0)
-    total = wrong.cumsum(0)
+    ends = pad(size.cumsum(0), (1, 0))
     place = torch.arange(1, len(values) + 1)
-    own = torch.repeat_interleave(torch.arange(len(size)), size)  # the group of each place
-    # All errors up to the end of a row's group of m, less e/m for each of its rows that come later.
-    errors = total[own] - (ends[own] - place) * wrong[own] / size[own]
-    return errors / place
+    # Expected errors rise evenly within a tied group.
+    errors = np.interp(place, ends, pad(wrong.cumsum(0), (1, 0)))
+    return torch.from_numpy(errors) / place

@@ -31,11 +31,11 @@ class Column:
         return record.get("metrics", {}).get(self.key) or {}
 
     def values(self, methods: Mapping[str, Seeds]) -> dict[str, list[float]]:
-        """The values of each method, one for each seed that has one."""
+        """The values of each method, one for each seed that has a finite one."""
         found = {}
         for method, seeds in methods.items():
-            values = [self.of(record).get("value") for record in seeds.values()]
-            found[method] = [value for value in values if value is not None]
+            values = [self.of(record).get("value", math.nan) for record in seeds.values()]
+            found[method] = list(filter(math.isfinite, values))
         return found
 
     def number(self, value: float | None) -> str:
@@ -57,27 +57,27 @@ class Column:
 
     def over_seeds(self, values: Sequence[float], seeds: int) -> Cell:
         """Mean ± standard deviation (of n − 1), and n where it is not the number of seeds."""
-        found = list(filter(math.isfinite, values))
-        if not found:
+        if not values:
             return Cell()
-        behind = [f"± {self.number(statistics.stdev(found))}"] if len(found) > 1 else []
-        behind += [f"({len(found)})"] if len(found) < seeds else []
-        return Cell(self.number(statistics.fmean(found)), tuple(behind))
+        behind = [f"± {self.number(statistics.stdev(values))}"] if len(values) > 1 else []
+        behind += [f"({len(values)})"] if len(values) < seeds else []
+        return Cell(self.number(statistics.fmean(values)), tuple(behind))
 
     def block(
         self,
-        title: str,
         methods: Sequence[str],
-        values: Iterable[Mapping[str, Sequence[float]]],
+        tasks: Iterable[Mapping[str, Seeds]],
         seeds: int,
         marks: Sequence[Mark] = ("best",),
+        title: str = "",
     ) -> Block:
-        """Means over seeds, with `values` of each method for every column of the table."""
+        """A line for each method and a column for each task: means over seeds."""
         columns = []
-        for of_method in values:
-            cells = [self.over_seeds(of_method.get(method, ()), seeds) for method in methods]
+        for task in tasks:
+            values = self.values(task)
+            cells = [self.over_seeds(values.get(method, ()), seeds) for method in methods]
             columns.append(marked(cells, self.sign, marks))
-        return Block.of(title, methods, columns)
+        return Block.of(title or self.heading, methods, columns)
 
 
 ACCURACY = Column("accuracy", "ACC %", 100, 1, 1)

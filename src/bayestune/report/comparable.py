@@ -18,9 +18,6 @@ def comparable(records: Sequence[Record], *, same_task: bool = True) -> list[lis
 
     Raises:
         ValueError: if there are no records.
-
-    >>> [len(group) for group in comparable([{"task": "a"}, {"task": "b"}, {"task": "a"}])]
-    [2, 1]
     """
     if not records:
         expected = "one for each evaluated method"
@@ -33,7 +30,7 @@ def comparable(records: Sequence[Record], *, same_task: bool = True) -> list[lis
     return list(groups.values())
 
 
-def differing(records: Sequence[Record], keys: Iterable[str]) -> list[str]:
+def differing(records: Sequence[Record], keys: Iterable[str] = SETTING) -> list[str]:
     """The keys in which records differ."""
     found = []
     for key in keys:

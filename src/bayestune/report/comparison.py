@@ -51,10 +51,7 @@ def grid_tables(
             tasks.setdefault(_task(record), []).append(record)
         runs = [by_seed(some) for some in tasks.values()]
         most = max(len(seeds) for methods in runs for seeds in methods.values())
-        blocks = []
-        for column in _BLOCKS:
-            values = [column.values(methods) for methods in runs]
-            blocks.append(column.block(column.heading, labels, values, most, ("best", "second")))
+        blocks = [column.block(labels, runs, most, ("best", "second")) for column in _BLOCKS]
         notes = [_ABOUT_MARKS.format(most)]
         if folder is not None and resamples:
             blocks += _p_blocks(labels, tasks.values(), folder, resamples, against)

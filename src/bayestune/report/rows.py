@@ -13,6 +13,7 @@ from bayestune.jsonl import read_json_lines
 from bayestune.metrics import Row
 
 Record = Mapping[str, Any]
+Pair = tuple[Sequence[Row], Sequence[Row]]  # the rows of two methods in one run
 
 
 def read_rows(record: Record, folder: str | Path) -> list[Row]:
@@ -28,9 +29,7 @@ def tensors(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
     return pad_sequence(listed, batch_first=True), answers
 
 
-def paired_tensors(
-    pairs: Sequence[tuple[Sequence[Row], Sequence[Row]]],
-) -> tuple[Tensor, Tensor, Tensor] | None:
+def paired_tensors(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor, Tensor] | None:
     """K pairs of runs on the rows that all of them have: those of the same id and answer.
 
     Returns:

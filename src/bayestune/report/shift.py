@@ -1,13 +1,13 @@
 """Methods trained on OpenBookQA and evaluated elsewhere: how accuracy and uncertainty hold."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
 from bayestune.metrics import SCORES, Row, error_auroc, is_right, shift_auroc, uncertainty
 from bayestune.report.columns import ACCURACY, ECE, NLL, Column
-from bayestune.report.comparable import SETTING, Seeds, by_seed, caption, comparable, differing
+from bayestune.report.comparable import Seeds, by_seed, caption, comparable, differing, label_of
 from bayestune.report.figures import Runs, risk_coverage_figure
 from bayestune.report.rows import Record, read_rows
 from bayestune.report.svg import save_figure
@@ -22,7 +22,6 @@ _TASKS = {
     "mmlu_chemistry": ("Chem", "large shift"),
     "mmlu_physics": ("Phy", "large shift"),
 }
-_AUROC = Column("auroc", "AUROC %", 100, 1, 1)
 _DASHES = (
     "–: no rows, all right or all wrong, or a score that is the same for every row, as the mutual "
     "information of a single draw."
@@ -33,12 +32,10 @@ _DOMAIN = (
     "the task's rows against those of OBQA, 50 is a coin flip"
 )
 
-_Rankings = dict[str, list[float]]  # the AUROC of each method, one for each seed that has one
-
 
 @dataclass(frozen=True)
 class _Study:
-    """What one set of tables is of: by task, method and seed, records with their rows `read`."""
+    """What one set of tables is of; a record has its rows, and AUROCs among its metrics."""
 
     first: Record
     methods: list[str]
@@ -47,36 +44,26 @@ class _Study:
 
     @classmethod
     def of(cls, group: Sequence[Record], folder: str | Path) -> "_Study":
-        names = [str(record.get("task")) for record in group]
-        tasks: dict[str, list[Record]] = {SOURCE: []}
-        tasks |= {task: [] for task in _TASKS if task in names}
-        for task, record in zip(names, group, strict=True):
-            tasks.setdefault(task, []).append({**record, "read": read_rows(record, folder)})
-        seeds = {record.get("seed") for record in group}
-        runs = {task: by_seed(records) for task, records in tasks.items()}
-        return cls(group[0], list(by_seed(group)), len(seeds), runs)
+        read = [{**record, "rows": read_rows(record, folder)} for record in group]
+        familiar = by_seed(record for record in read if record.get("task") == SOURCE)
+        tasks: dict[str, list[Record]] = {task: [] for task in _TASKS}
+        for record in read:
+            tasks.setdefault(str(record.get("task")), []).append(_ranked(record, familiar))
+        runs = {task: by_seed(some) for task, some in tasks.items() if some or task == SOURCE}
+        return cls(group[0], list(by_seed(group)), len({r.get("seed") for r in group}), runs)
 
-    def errors(self, score: str, task: str) -> _Rankings:
-        """The AUROC of a score for errors."""
-        found: _Rankings = {}
-        for method, seeds in self.tasks[task].items():
-            runs = [record["read"] for record in seeds.values()]
-            ranked = [rows for rows in runs if len(is_right(rows).unique()) > 1]
-            found[method] = [error_auroc(rows, score) for rows in ranked if _varies(rows, score)]
-        return found
 
-    def shifts(self, score: str, task: str) -> _Rankings:
-        """The AUROC of a score for a task's rows against in-domain rows of the same seed."""
-        found: _Rankings = {}
-        for method, seeds in self.tasks[task].items():
-            familiar = self.tasks[SOURCE].get(method, {})
-            found[method] = []
-            for seed in [seed for seed in seeds if seed in familiar]:
-                rows = seeds[seed]["read"]
-                own = familiar[seed]["read"]
-                if rows and own and _varies(rows + own, score):
-                    found[method].append(shift_auroc(rows, own, score))
-        return found
+def _ranked(record: Record, familiar: Mapping[str, Seeds]) -> Record:
+    """The record with the AUROC of each score for errors, and against in-domain rows."""
+    rows = record["rows"]
+    own = familiar.get(label_of(record), {}).get(record.get("seed"), {}).get("rows")
+    metrics = dict(record.get("metrics", {}))
+    for score in SCORES:
+        if _varies(rows, score) and len(is_right(rows).unique()) > 1:
+            metrics[f"error {score}"] = {"value": error_auroc(rows, score)}
+        if rows and own and _varies(rows + own, score):
+            metrics[f"shift {score}"] = {"value": shift_auroc(rows, own, score)}
+    return {**record, "metrics": metrics}
 
 
 def _varies(rows: Sequence[Row], score: str) -> bool:
@@ -99,41 +86,38 @@ def _caption(study: _Study) -> str:
     return caption(study.first, "trained on OBQA", ", ".join(counts))
 
 
-def _ranking(
-    study: _Study, tasks: Collection[str], about: str, measure: Callable[[str, str], _Rankings]
-) -> Table:
+def _ranking(study: _Study, tasks: Iterable[str], about: str, kind: str) -> Table:
     blocks = []
     for score in SCORES:
         title = score.replace("_", " ").replace("one minus", "1 −")
-        values = [measure(score, task) for task in tasks]
-        blocks.append(_AUROC.block(title, study.methods, values, study.seeds))
+        runs = [study.tasks[task] for task in tasks]
+        auroc = Column(f"{kind} {score}", title, 100, 1, 1)
+        blocks.append(auroc.block(study.methods, runs, study.seeds, title=title))
     return Table(about, tuple(map(_heading, tasks)), tuple(blocks), heads=("Score", "Method"))
 
 
 def _tables(study: _Study) -> list[Table]:
-    blocks = []
-    for column in (ACCURACY, ECE, NLL):
-        values = map(column.values, study.tasks.values())
-        blocks.append(column.block(column.heading, study.methods, values, study.seeds))
+    runs = study.tasks.values()
+    blocks = [column.block(study.methods, runs, study.seeds) for column in (ACCURACY, ECE, NLL)]
     many = f"Mean ± standard deviation over {study.seeds} seeds; (k): of k seeds only."
     notes = (f"{many if study.seeds > 1 else 'One seed.'} {_DASHES}",)
     headings = tuple(map(_heading, study.tasks))
     metrics = Table(_caption(study), headings, tuple(blocks), notes, ("Metric", "Method"))
-    tables = [metrics, _ranking(study, study.tasks, _RIGHT, study.errors)]
+    tables = [metrics, _ranking(study, study.tasks, _RIGHT, "error")]
     others = [task for task in study.tasks if task != SOURCE]
-    return [*tables, _ranking(study, others, _DOMAIN, study.shifts)] if others else tables
+    return [*tables, _ranking(study, others, _DOMAIN, "shift")] if others else tables
 
 
 def _panels(studies: Sequence[_Study]) -> dict[str, dict[str, Runs]]:
     """Title of a panel → method → its rows of each seed that has them."""
-    differ = differing([study.first for study in studies], SETTING)
+    differ = differing([study.first for study in studies])
     panels: dict[str, dict[str, Runs]] = {}
     for study in studies:
         apart = [str(study.first.get(key)) for key in differ]
         for task, methods in study.tasks.items():
             title = " · ".join([*apart, _heading(task)])
             for method, seeds in methods.items():
-                runs = [record["read"] for record in seeds.values() if record["read"]]
+                runs = [record["rows"] for record in seeds.values() if record["rows"]]
                 if runs:
                     panels.setdefault(title, {})[method] = runs
     return panels

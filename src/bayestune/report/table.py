@@ -9,6 +9,7 @@ from typing import Literal
 
 Mark = Literal["", "best", "second"]
 Style = Literal["text", "markdown", "html", "latex"]
+Lines = list[list[str]]  # of a block, ready to be joined
 DASH = "–"
 
 
@@ -47,9 +48,7 @@ class Table:
     notes: tuple[str, ...] = ()
     heads: tuple[str, ...] = ("Method",)
 
-    def lines(
-        self, write: Callable[[Cell], str], lead: Callable[[str], str] = str
-    ) -> list[list[list[str]]]:
+    def lines(self, write: Callable[[Cell], str], lead: Callable[[str], str] = str) -> list[Lines]:
         """The headings and each block as lines of strings; the first line has the block's title."""
         blocks = [[[*map(lead, self.heads), *map(lead, self.columns)]]]
         for block in self.blocks:
@@ -66,9 +65,6 @@ def marked(cells: Iterable[Cell], sign: int, marks: Sequence[Mark] = ("best",)) 
 
     What is printed the same is as good; a column of one number only has no marks. The `sign` is 1
     if higher is better, else −1.
-
-    >>> [cell.mark for cell in marked([Cell("0.5"), Cell("0.50"), Cell("0.4"), Cell()], sign=1)]
-    ['best', 'best', '', '']
     """
     cells = list(cells)
     numbers = {cell.number: float(cell.number) for cell in cells if cell.number != DASH}
@@ -174,7 +170,7 @@ def _latex(table: Table) -> str:
             text += f" {escaped(part)}" if part == deviation else rf"$_{{\pm{deviation}}}$"
         return text
 
-    def block(lines: Iterable[Iterable[str]]) -> str:
+    def block(lines: Lines) -> str:
         return "\n".join(f"{' & '.join(line)} \\\\" for line in lines)
 
     return _LATEX_TABLE.substitute(
@@ -195,14 +191,6 @@ def render(tables: Sequence[Table], style: Style = "text") -> str:
 
     Raises:
         ValueError: if the style is unknown.
-
-    >>> print(render([Table("Ages", ("years",), (Block.of("", ["cat"], [[Cell("9")]]),))]))
-    Ages
-    <BLANKLINE>
-    Method  years
-    ------  -----
-    cat     9
-    ------  -----
     """
     if style not in _WRITERS:
         known = tuple(_WRITERS)
