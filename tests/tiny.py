@@ -188,6 +188,20 @@ def converted(
     return model
 
 
+def with_second(model: PeftModel, **changes: Any) -> PeftModel:
+    """The model with an adapter "b" beside its first one, which stays active; evaluation mode.
+
+    "b" has the settings of the first, some of them changed, and weights and heads of its own.
+    """
+    first = model.peft_config[model.active_adapter]
+    model.add_adapter("b", replace(copy.deepcopy(first), **changes))
+    slots = Slots(model, "b")
+    torch.manual_seed(5)
+    for module in (*slots.modules().values(), *slots.heads.values()):
+        nn.init.normal_(module.weight, std=0.3)
+    return model.eval()
+
+
 def end_logits(model: nn.Module, batch: Batch) -> Tensor:
     """A scorer: five logits (N, 5) at the end of each row."""
     return model(**batch).logits[:, -1, :5]

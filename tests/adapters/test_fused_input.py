@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from bayestune.adapters import GaussianLinear, Slots, bayesify
 from bayestune.adapters import fused_input as module
-from tiny import BATCH, CLOSE, converted, row_weights, tiny_llama
+from tiny import BATCH, CLOSE, converted, row_weights, tiny_llama, with_second
 
 QUERY = "block.q_proj"
 VALUE = "block.v_proj"
@@ -170,8 +170,7 @@ def test_in_a_model_queries_and_values_are_one_product_unless_dropout_gives_each
 
 
 def test_a_second_adapter_is_fused_for_itself(products):
-    model = converted(tiny_llama())
-    model.add_adapter("b", LoraConfig(r=3, target_modules=["q_proj", "v_proj"]))
+    model = with_second(converted(tiny_llama()), r=3)
     bayesify(model, adapter="b")
     model.base_model.set_adapter(["default", "b"])
     model.train()(**BATCH)

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from transformers import GPT2LMHeadModel
 
 from bayestune.adapters import GaussianLinear, Slots, bayesify
-from tiny import BATCH, CLOSE, GPT2, adapted, converted, end_logits, row_weights, tiny_llama
+from tiny import BATCH, CLOSE, GPT2, adapted, converted, end_logits, tiny_llama, with_second
 
 NOISES = ["row", "independent", "token"]
 PASSES = 4000
@@ -108,25 +108,6 @@ def test_gradients_are_those_of_the_draw_that_was_used(noise):
     assert torch.autograd.gradcheck(output, (x, module.weight, module.root_std))
 
 
-@pytest.mark.parametrize(("bf16", "close"), [(False, CLOSE), (True, {"rtol": 2e-2, "atol": 2e-2})])
-def test_the_written_out_backward_pass_is_autograds_of_the_plain_form(bf16, close):
-    module = layer().float()
-    x = torch.randn(3, 4, 6, requires_grad=True)
-    cotangent = torch.randn(3, 4, 3)
-
-    def gradients(plain: bool) -> list[torch.Tensor]:
-        torch.manual_seed(7)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            if plain:
-                output = torch.bmm(x, row_weights(module.weight, module.std, 3).transpose(1, 2))
-            else:
-                output = module(x)
-        leaves = (x, module.weight, module.root_std)
-        return [output, *torch.autograd.grad((output * cotangent).sum(), leaves)]
-
-    assert_close(gradients(plain=False), gradients(plain=True), **close)
-
-
 @pytest.mark.parametrize(
     ("noise", "stored"), [("row", False), ("independent", False), ("token", True)]
 )
@@ -194,11 +175,10 @@ def test_merging_unmerging_and_disabling_see_the_mean_and_the_base():
 
 
 def test_a_second_adapter_is_converted_for_itself():
-    model = adapted(tiny_llama())
-    model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
+    model = with_second(adapted(tiny_llama()))
     names = Slots(model).names(layers=("q_proj",))
-    assert bayesify(model, adapter="other", slots=names) == 2
-    assert list(Slots(model, "other").of_kind(GaussianLinear)) == names
+    assert bayesify(model, adapter="b", slots=names) == 2
+    assert list(Slots(model, "b").of_kind(GaussianLinear)) == names
     assert not Slots(model).of_kind(GaussianLinear)
     assert bayesify(model, slots=Slots(model).names(("lora_B",), ("v_proj",))) == 2
 

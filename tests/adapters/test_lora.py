@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig
 from torch import nn
 
 from bayestune.adapters import (
@@ -19,7 +18,7 @@ from bayestune.adapters import (
     output_head,
 )
 from bayestune.adapters.lora import head_is_tied
-from tiny import adapted, tiny_bert, tiny_llama
+from tiny import adapted, tiny_bert, tiny_llama, with_second
 
 
 def leaves(model: nn.Module) -> set[str]:
@@ -118,10 +117,8 @@ def test_evaluating_restores_what_is_switched_inside_and_after_an_error(model):
 
 
 def test_an_adapter_is_active_for_a_time_and_what_is_trainable_is_restored(model):
-    model.add_adapter("b", LoraConfig(target_modules=["q_proj"]))
-    next(p for name, p in model.named_parameters() if "lora_A.default" in name).requires_grad_(
-        False
-    )
+    with_second(model)
+    next(iter(Slots(model).modules().values())).requires_grad_(False)
     before = [parameter.requires_grad for parameter in model.parameters()]
 
     def fail() -> None:

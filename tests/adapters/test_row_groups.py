@@ -8,7 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from bayestune.adapters import GaussianLinear, RowGroups, Slots, bayesify, evaluating, group_rows
-from tiny import BATCH, adapted, converted, tiny_llama
+from tiny import BATCH, converted, tiny_llama, with_second
 
 ALIKE = {"input_ids": BATCH["input_ids"][:1].repeat(4, 1)}
 
@@ -36,9 +36,7 @@ def test_sequences_that_do_not_divide_into_rows_are_refused():
 
 
 def test_a_row_shares_its_draw_in_every_adapter_for_one_pass():
-    model = adapted(tiny_llama())
-    model.add_adapter("b", copy.deepcopy(model.peft_config["default"]))
-    bayesify(model, init_root_std=0.5)
+    model = with_second(converted(tiny_llama()))
     bayesify(model, init_root_std=0.5, adapter="b")
     model.base_model.set_adapter(["default", "b"])
     model.train()

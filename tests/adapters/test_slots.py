@@ -7,7 +7,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from bayestune.adapters import DrawnLinear, GaussianLinear, Slots, bayesify, drawn
-from tiny import BATCH, CLOSE, adapted, converted, end_logits, tiny_bert, tiny_llama
+from tiny import BATCH, CLOSE, adapted, converted, end_logits, tiny_bert, tiny_llama, with_second
 
 PATHS = [f"model.layers.{i}.self_attn.{name}_proj" for i in (0, 1) for name in "qv"]
 
@@ -20,9 +20,7 @@ def model() -> nn.Module:
 @pytest.fixture
 def two() -> nn.Module:
     """A model with the adapters "default" and "b", of which "default" is active."""
-    model = adapted(tiny_llama())
-    model.add_adapter("b", LoraConfig(r=4, target_modules=["q_proj"]))
-    return model
+    return with_second(adapted(tiny_llama()), r=4, target_modules=["q_proj"])
 
 
 # Names
@@ -55,8 +53,7 @@ def test_the_active_adapter_is_taken_unless_one_is_named(two):
 
 
 def test_a_head_that_is_trained_whole_is_the_adapters_own():
-    model = adapted(tiny_bert(), task_type="SEQ_CLS", target_modules=["query"])
-    model.add_adapter("b", model.peft_config["default"])
+    model = with_second(adapted(tiny_bert(), task_type="SEQ_CLS", target_modules=["query"]))
     heads = [Slots(model, adapter).heads["classifier"] for adapter in ("default", "b")]
     assert heads[0] is not heads[1]
     assert Slots(model).names() == [

@@ -1,6 +1,5 @@
 """One suite over all families of posteriors: what their draws promise, whichever they are."""
 
-import copy
 from collections.abc import Callable, Mapping
 
 import pytest
@@ -31,7 +30,7 @@ from bayestune.posteriors import (
     predict,
     save_posterior,
 )
-from tiny import CLOSE, adapted, passes, ragged_batches, tiny_llama
+from tiny import CLOSE, adapted, passes, ragged_batches, tiny_llama, with_second
 
 Make = Callable[[nn.Module, ClassLogits], Posterior]
 
@@ -71,15 +70,12 @@ def sampled(model: nn.Module, scorer: ClassLogits) -> Sampled:
     return Sampled(model, scorer, blocks(model), prior_precision=5.0)
 
 
-def mixture_of(make: Make, other: Callable[..., Posterior], **settings: object) -> Make:
+def mixture_of(make: Make, other: Callable[..., Posterior]) -> Make:
     """A family under the first adapter, another one under a second adapter of the same layers."""
 
     def mixture(model: nn.Module, scorer: ClassLogits) -> Mixture:
-        model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
-        torch.manual_seed(5)
-        for slot in Slots(model, "other").modules().values():
-            nn.init.normal_(slot.weight, std=0.3)
-        return Mixture([make(model, scorer), other(model, scorer, adapter="other", **settings)])
+        with_second(model)
+        return Mixture([make(model, scorer), other(model, scorer, adapter="b")])
 
     return mixture
 

@@ -159,15 +159,6 @@ def test_bounds_hold_and_each_pass_reads_for_its_own_draws(make, bounds):
     assert max(length for _, length in shapes) < tokens  # by then it is read
 
 
-def test_later_draws_and_other_seeds_are_read_anew(make):
-    posterior, (batch, other, _) = make()
-    seen = passes(posterior.model)
-    for draws in (Draws(15, 2), Draws(12, 2, first=3), Draws(3, 2), Draws(12), Draws(12, 5)):
-        same_as_plain(posterior, batch, draws, seen)
-    for seed in (5, 0):
-        same_as_plain(posterior, other, Draws(12, seed), seen)
-
-
 def test_autocast_is_within_rounding_and_reads_for_itself(make):
     posterior, (batch, *_) = make()
     seen = passes(posterior.model)

@@ -1,7 +1,5 @@
 """Many draws in one pass are the draws one by one, for any model, adapter and batch."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -10,7 +8,7 @@ from torch.testing import assert_close
 from bayestune.adapters import GaussianLinear, Slots, bayesify
 from bayestune.forward import Draws
 from bayestune.posteriors import Gaussian, Mixture, Point, predict
-from tiny import BATCH, CLOSE, converted, end_logits, one_by_one, passes, tiny_llama
+from tiny import BATCH, CLOSE, converted, end_logits, one_by_one, passes, tiny_llama, with_second
 
 
 @pytest.fixture
@@ -67,10 +65,7 @@ def test_a_batch_of_embeddings(posterior):
 @pytest.fixture
 def two() -> nn.Module:
     """A model with the Gaussian adapters "default" and "b", of which "default" is active."""
-    model = converted(tiny_llama(), root_std=0.3)
-    model.add_adapter("b", copy.deepcopy(model.peft_config["default"]))
-    for slot in Slots(model, "b").modules().values():
-        nn.init.normal_(slot.weight, std=0.3)
+    model = with_second(converted(tiny_llama(), root_std=0.3))
     bayesify(model, init_root_std=0.6, adapter="b")
     return model.eval()
 

@@ -11,7 +11,7 @@ from transformers import Lfm2Config, Lfm2ForCausalLM
 from bayestune.adapters import Slots
 from bayestune.forward import Batch, Draws
 from bayestune.forward.shared_prefix import SharedPrefix
-from bayestune.posteriors import Gaussian, predict
+from bayestune.posteriors import Gaussian
 from tiny import (
     CAUSAL,
     CLOSE,
@@ -100,13 +100,6 @@ def test_more_tokens_of_the_prompt_have_more_of_the_noise(make, kind):
         logits = posterior.logits(batch, Draws(64, shared_prefix=length))
         spread.append(logits.nan_to_num(neginf=0).var(0).mean())
     assert 0 < spread[0] < spread[1] < spread[2]
-
-
-def test_predict_takes_a_shared_prefix(make):
-    posterior, batch = make()
-    found = predict(posterior, batch, 4, shared_prefix=2).probabilities
-    logits = posterior.logits(batch, Draws(4, shared_prefix=2))
-    assert_close(found, logits.double().softmax(-1).mean(0))
 
 
 def test_the_next_batch_reads_a_prefix_of_its_own(make):

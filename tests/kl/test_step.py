@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.testing import assert_close
@@ -16,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 
 from bayestune.adapters import GaussianLinear, Slots, bayesify
 from bayestune.kl import KLStep, burst_period, kl_divergence, kl_weights, warmup_decay
-from tiny import BATCH, adapted, converted, tiny_llama
+from tiny import BATCH, converted, tiny_llama, with_second
 
 STEPS = 30
 KL_LR = 0.02
@@ -199,9 +198,7 @@ def loop(model: nn.Module, step: KLStep, steps: range) -> None:
 @pytest.fixture
 def second() -> nn.Module:
     """A model whose Gaussian adapter "b" is active beside a Gaussian "default"."""
-    model = adapted(tiny_llama())
-    model.add_adapter("b", LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
-    bayesify(model)
+    model = with_second(converted(tiny_llama()))
     bayesify(model, adapter="b")
     model.set_adapter("b")
     return model.double().train()
@@ -313,10 +310,10 @@ def test_settings_that_make_no_sense_are_refused(settings, reason, model, optimi
         KLStep(**settings).attach(model, optimizer, total_steps=3)
 
 
-def test_an_adapter_that_is_not_gaussian_is_refused_by_name(second, optimizer):
-    second.add_adapter("plain", LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match="got the deterministic adapter 'plain'; call bayesify"):
-        KLStep(period=1, adapter="plain").attach(second, optimizer, total_steps=2)
+def test_an_adapter_that_is_not_gaussian_is_refused_by_name(model, optimizer):
+    with_second(model)
+    with pytest.raises(ValueError, match="got the deterministic adapter 'b'; call bayesify"):
+        KLStep(period=1, adapter="b").attach(model, optimizer, total_steps=2)
 
 
 def test_the_state_of_a_step_that_is_not_attached_is_refused():

@@ -27,7 +27,7 @@ from bayestune.posteriors import (
     TokenNoise,
     gaussian_logits,
 )
-from tiny import BATCH, adapted, converted, end_logits, tiny_llama
+from tiny import BATCH, adapted, converted, end_logits, tiny_llama, with_second
 
 COUNT = 2000
 
@@ -192,11 +192,7 @@ def member_by_member(model: nn.Module) -> Mixture:
 @pytest.fixture
 def two() -> nn.Module:
     """A model with the adapters "default" and "b"."""
-    model = adapted(tiny_llama(), lora_dropout=0.2)
-    model.add_adapter("b", copy.deepcopy(model.peft_config["default"]))
-    for slot in Slots(model, "b").modules().values():
-        nn.init.normal_(slot.weight, std=0.3)
-    return model.eval()
+    return with_second(adapted(tiny_llama(), lora_dropout=0.2))
 
 
 @pytest.mark.parametrize("make", [one_pass, member_by_member])

@@ -17,7 +17,7 @@ from bayestune.posteriors import (
     count_for,
     predict,
 )
-from tiny import BATCH, adapted, converted, end_logits, tiny_llama
+from tiny import BATCH, adapted, converted, end_logits, tiny_llama, with_second
 
 
 @pytest.fixture
@@ -60,15 +60,12 @@ def test_a_single_draw_is_as_sure_as_the_draw():
 
 
 def test_a_posterior_with_atoms_is_averaged_over_them():
-    model = adapted(tiny_llama())
-    model.add_adapter("b", model.peft_config["default"])
+    model = with_second(adapted(tiny_llama()))
     point = Point(model, end_logits)
     both = Mixture([point, Point(model, end_logits, adapter="b")])
     assert (count_for(point, 10), count_for(both, 10), count_for(point, 0)) == (1, 2, 0)
-    assert_close(
-        predict(both, BATCH, 5).probabilities,
-        both.logits(BATCH, Draws(2)).double().softmax(-1).mean(0),
-    )
+    expected = both.logits(BATCH, Draws(2)).double().softmax(-1).mean(0)
+    assert_close(predict(both, BATCH, 5).probabilities, expected)
     assert Linearised(model, end_logits, {}, 1.0).atoms == 1000
 
 

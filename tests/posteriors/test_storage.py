@@ -1,6 +1,5 @@
 """A saved posterior is a stock adapter, comes back as it was, and a damaged one is refused."""
 
-import copy
 import json
 import warnings
 from collections.abc import Callable
@@ -31,7 +30,7 @@ from bayestune.posteriors import (
     save_posterior,
 )
 from bayestune.posteriors.storage import TENSORS
-from tiny import BATCH, CLOSE, adapted, converted, end_logits, tiny_bert, tiny_llama
+from tiny import BATCH, CLOSE, adapted, converted, end_logits, tiny_bert, tiny_llama, with_second
 
 ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors"]
 TARGETS = ["q_proj", "v_proj", "lm_head"]
@@ -148,10 +147,7 @@ def test_a_draw_is_exported_by_its_number_or_its_weights(model, tmp_path):
 
 
 def test_an_adapter_of_another_name_is_saved_and_exported_as_itself(tmp_path):
-    model = adapted(tiny_llama(), "mine", r=4)
-    model.add_adapter("b", copy.deepcopy(model.peft_config["mine"]))
-    for slot in Slots(model, "b").modules().values():
-        nn.init.normal_(slot.weight, std=0.3)
+    model = with_second(adapted(tiny_llama(), "mine", r=4))
     bayesify(model, init_root_std=0.5, adapter="b")
     posterior = Gaussian(model.eval(), end_logits, adapter="b")
     logits = posterior.logits(BATCH, Draws(2))
@@ -167,9 +163,7 @@ def test_an_adapter_of_another_name_is_saved_and_exported_as_itself(tmp_path):
 
 def test_a_member_is_exported_with_a_head_of_its_own(tmp_path):
     model = adapted(tiny_bert(), target_modules=["query", "value"], task_type="SEQ_CLS")
-    model.add_adapter("b", copy.deepcopy(model.peft_config["default"]))
-    for parameter in Slots(model, "b").heads["classifier"].parameters():
-        nn.init.normal_(parameter, std=0.3)
+    with_second(model)
     mixture = Mixture([Point(model, classes), Point(model, classes, adapter="b")])
     logits = mixture.logits(BATCH, Draws(2))
     for index in (0, 1):
