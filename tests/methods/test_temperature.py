@@ -37,8 +37,9 @@ def test_temperature_is_stored_and_applied(case, tmp_path):
     assert loaded.temperature == posterior.temperature
 
 
-def test_the_scale_of_least_held_out_nll_is_kept(case):
-    posterior = case.fit(PosteriorScale(base=WIDE, factors=(0.0, 0.5, 1.0, 4.0)), **LONG)
+@pytest.mark.parametrize("factors", [(0.0, 0.5, 1.0, 4.0), (0.25,)])
+def test_the_scale_of_least_held_out_nll_is_kept(case, factors):
+    posterior = case.fit(PosteriorScale(base=WIDE, factors=factors), **LONG)
     losses, scale = (posterior.report.extra[name] for name in ("nll_by_scale", "scale"))
     assert losses[scale] == min(losses.values())
     plain = case.fit(WIDE, **LONG).layers()
