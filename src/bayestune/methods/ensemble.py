@@ -10,8 +10,14 @@ from torch import nn
 from bayestune.adapters import detach
 from bayestune.methods.method import Method
 from bayestune.methods.mle import MLE
-from bayestune.posteriors import DETAILS, FitReport, Mixture
-from bayestune.posteriors import load_members, read_details, save_posterior
+from bayestune.posteriors import (
+    DETAILS,
+    FitReport,
+    Mixture,
+    load_members,
+    read_details,
+    save_posterior,
+)
 from bayestune.scoring import Scorer
 from bayestune.training import Training
 

@@ -19,9 +19,9 @@ class IVONOptimizer(torch.optim.Optimizer):
     """q(θ) = N(m, diag σ²), σ = 1/√(ess·(h + δ)): parameters are m between steps, draws within one.
 
     A step is `draw()`, forward and backward passes, `step()`. With g the gradient of the mean loss
-    at θ = m + σ∘ε: ĥ = g∘ε/σ, ḡ ← β₁ḡ + (1 − β₁)g, h ← β₂h + (1 − β₂)ĥ + ½(1 − β₂)²(h − ĥ)²/(h + δ),
-    m ← m − lr·clip((ḡ/(1 − β₁ᵗ) + δm)/(h + δ)). All batches of a step, and all processes, share the
-    draw: its noise comes from (seed, t), so a run resumed from a checkpoint ends as the whole one.
+    at θ = m + σ∘ε: ĥ = g∘ε/σ, ḡ ← β₁ḡ + (1 − β₁)g, h ← β₂h + (1 − β₂)ĥ + ½(1 − β₂)²(h − ĥ)²/(h +
+    δ), m ← m − lr·clip((ḡ/(1 − β₁ᵗ) + δm)/(h + δ)). All batches of a step, and all processes, share
+    the draw: its noise is of (seed, t), so a run resumed from a checkpoint ends as the whole one.
 
     Args:
         params: parameters or groups of them.
@@ -82,7 +82,7 @@ class IVONOptimizer(torch.optim.Optimizer):
         """Moves m, h and the momentum by the gradients at the draw; then the parameters are m."""
         if not self._pending:
             raise RuntimeError(
-                "IVON steps from a draw: got none, expected a call of draw() before the forward pass"
+                "IVON steps from a draw: got none, expected draw() before the forward pass"
             )
         with torch.enable_grad():
             loss = closure() if closure else None

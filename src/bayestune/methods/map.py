@@ -17,7 +17,7 @@ from bayestune.training import Training, fit_adapter
 class GaussianPrior(TrainerCallback):
     """Adds the gradient of −log p(θ)/N, θ/(N σ_p²), for p(θ) = N(0, σ_p²) on each entry of A and B.
 
-    The loss is the mean of −log p(answer) over N rows: the sum is the negative log posterior over N.
+    The loss is the mean of −log p(answer) over N rows, so the sum is the negative log posterior/N.
     """
 
     prior_std: float
