@@ -82,7 +82,7 @@ class IVONOptimizer(torch.optim.Optimizer):
         """Moves m, h and the momentum by the gradients at the draw; then the parameters are m."""
         if not self._pending:
             raise RuntimeError(
-                "IVON steps from a draw: got none, expected draw() before the forward pass"
+                "IVON steps from a draw: got no noise, expected draw() before the forward pass"
             )
         with torch.enable_grad():
             loss = closure() if closure else None
