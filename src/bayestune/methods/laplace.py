@@ -80,21 +80,20 @@ class Laplace:
         norm = sum(weights[name].double().square().sum().item() for name in names)
         rows = _batches(scorer, scorer.task.train, self.batch_size)
         settings: dict[str, Any] = {"max_rows": self.batch_size, "adapter": point.adapter}
+        structure: dict[str, Any] = {"structure": self.structure, "rank": self.rank_kfac}
         with Draws(bf16=bf16).precision(point.model):
-            found = gauss_newton(
-                slots, scorer, rows, structure=self.structure, rank=self.rank_kfac, names=names
-            )
+            found = gauss_newton(slots, scorer, rows, **structure, names=names)
             linearised = Linearised(point.model, scorer, found.blocks, 1.0, **settings)
             precision = self._precision(linearised, scorer, found, norm)
         family = Sampled if self.predictive == "sampled" else Linearised
         posterior = family(point.model, scorer, found.blocks, precision, **settings)
         taken = meter.read()
-        posterior.report = point.report.plus(
-            **taken,
-            laplace_seconds=taken["seconds"],
-            prior_precision=precision,
-            log_evidence=log_evidence(found, norm, precision),
-        )
+        chosen = {
+            "prior_precision": precision,
+            "log_evidence": log_evidence(found, norm, precision),
+        }
+        report = point.report.plus(**taken, laplace_seconds=taken["seconds"], **chosen)
+        posterior.report = report
         return posterior
 
     def _precision(
