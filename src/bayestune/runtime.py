@@ -1,5 +1,6 @@
 """The process: the memory it keeps, its peak memory, the versions and the revision that run."""
 
+import contextlib
 import ctypes
 import platform
 import subprocess
@@ -22,16 +23,14 @@ _KEPT = {_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: 2**26}
 _STOCK = {_MMAP_MAX: 65536, _TRIM_THRESHOLD: 2**17, _TOP_PAD: 0}
 
 _PROCESS = Path("/proc/self")
-_RESET_PEAK = "5"  # what to write to clear_refs, see proc_pid_clear_refs(5)
 
 
 def keep_freed_memory(keep: bool = True) -> bool:
     """Lets glibc keep large blocks that were freed for the next tensor, instead of returning them.
 
-    By default every tensor of more than some MiB is new memory, whose pages the system clears and
-    maps one by one when it is first written; on the CPU that takes a third of a pass over many rows
-    (studies/choices.py). The price: the process keeps the most memory it has used until it ends.
-    The commands do this; in your own script call it once at the start.
+    By default the system clears and maps the pages of every large tensor anew; on the CPU that
+    takes a third of a pass over many rows (studies/choices.py). The price: the process keeps the
+    most memory it has used. The commands do this; in your own script call it once at the start.
 
     Args:
         keep: False for the C library's own defaults; what was kept is given back.
@@ -50,8 +49,7 @@ def keep_freed_memory(keep: bool = True) -> bool:
         trim = library.malloc_trim
     except (OSError, AttributeError):
         return False
-    settings = _KEPT if keep else _STOCK
-    took = [mallopt(name, value) == 1 for name, value in settings.items()]
+    took = [mallopt(name, value) == 1 for name, value in (_KEPT if keep else _STOCK).items()]
     if not keep:
         trim(0)
     return all(took)
@@ -62,17 +60,12 @@ def reset_peak_memory() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return
-    try:
-        (_PROCESS / "clear_refs").write_text(_RESET_PEAK, encoding="ascii")
-    except OSError:
-        return  # another system than Linux, or not allowed: the peak is that of the process so far
+    with contextlib.suppress(OSError):  # not Linux, or not allowed: the peak is the process's
+        (_PROCESS / "clear_refs").write_text("5", encoding="ascii")  # see proc_pid_clear_refs(5)
 
 
 def peak_memory_mb() -> float:
-    """Peak memory in MB since the last reset: the accelerator's if there is one, else resident.
-
-    NaN where the system does not tell.
-    """
+    """Peak memory in MB since the last reset: the accelerator's, else resident, NaN if unknown."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     try:
@@ -111,7 +104,5 @@ def revision() -> str | None:
 
 
 def _git(folder: Path, *command: str) -> str:
-    done = subprocess.run(
-        ["git", "-C", str(folder), *command], capture_output=True, text=True, check=True
-    )
-    return done.stdout.strip()
+    command = ("git", "-C", str(folder), *command)
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
