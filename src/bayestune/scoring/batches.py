@@ -35,7 +35,7 @@ def row_logits(
 
     Args:
         posterior: whose draws.
-        scorer: encoded the rows.
+        scorer: of the rows.
         rows: N encoded rows.
         draws: which draws, the bounds of a pass, and its precision.
         batch_size: rows of a batch.
@@ -51,8 +51,7 @@ def row_logits(
             logits = posterior.logits(batch, draws).float().cpu()
             found.update(zip(numbers, logits.unbind(1), strict=True))
             bar.update(len(numbers))
-    options = max(logits.shape[1] for logits in found.values())
+    width = max(logits.shape[1] for logits in found.values())
     in_order = [found[number] for number in range(len(rows))]
-    return torch.stack(
-        [pad(logits, (0, options - logits.shape[1]), value=-torch.inf) for logits in in_order], 1
-    )
+    padded = [pad(logits, (0, width - logits.shape[1]), value=-torch.inf) for logits in in_order]
+    return torch.stack(padded, 1)

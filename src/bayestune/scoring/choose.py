@@ -32,8 +32,7 @@ def make_scorer(
         layout: of text scoring; None packs where the model can.
 
     Raises:
-        ValueError: if `scoring` is unknown or does not fit the model, or under "letter" a label is
-            not one token.
+        ValueError: if `scoring` is unknown or does not fit, or a letter is not one token.
     """
     if scoring not in get_args(Scoring):
         raise ValueError(f"unknown scoring: got {scoring!r}, expected one of {get_args(Scoring)}")
@@ -47,6 +46,6 @@ def make_scorer(
     if scoring == "letter":
         return LetterScorer(tokenizer, task, max_length)
     config: Any = model.config
-    sdpa = config.get_text_config()._attn_implementation == "sdpa"
     layout = layout or ("packed" if can_pack(model) else "expanded")
-    return TextScorer(tokenizer, task, max_length, layout, bool_mask=sdpa)
+    bool_mask = config.get_text_config()._attn_implementation == "sdpa"
+    return TextScorer(tokenizer, task, max_length, layout, bool_mask)

@@ -16,14 +16,11 @@ def last_logits(model: nn.Module, inputs: Mapping[str, Any], keep: int) -> Tenso
     inner: Any = base_of(unwrapped)
     accepted = inspect.signature(inner.forward).parameters
     options = {"position_ids": inputs["position_ids"], "logits_to_keep": keep, "use_cache": False}
+    taken = {name: value for name, value in options.items() if name in accepted}
+    taken |= {name: inputs[name] for name in ("input_ids", "attention_mask")}
     head = inner.get_output_embeddings()
     with nullcontext() if head is None else head.register_forward_pre_hook(_contiguous):
-        output = model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            **{name: value for name, value in options.items() if name in accepted},
-        )
-    return output.logits[:, -keep:]
+        return model(**taken).logits[:, -keep:]
 
 
 def _contiguous(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

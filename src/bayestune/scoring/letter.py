@@ -1,4 +1,4 @@
-"""Letter scoring: class logits are the logits of the labels' tokens at the last position."""
+"""Letter scoring: a language model's logits of the options' labels."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,22 +38,22 @@ class LetterScorer(Scorer):
 
     def _refuse_without_token(self, row: Question) -> None:
         labels = self.task.prompt.answers(row, "letter")
-        if len(labels) > len(self.tokens):
-            label = labels[len(self.tokens)]
-            text = f"{self.task.prompt.render(_ANY_ROW, 'letter')} {label}"
-            last = self.tokenizer.convert_ids_to_tokens(token_ids(self.tokenizer, text)[-3:])
-            raise ValueError(
-                f"label {label!r} is not a token of its own after the prompt: got {last} as the "
-                "last tokens, expected one that is known and no other label's; use one-token "
-                'labels or scoring="text"'
-            )
+        if len(labels) <= len(self.tokens):
+            return
+        label = labels[len(self.tokens)]
+        text = f"{self.task.prompt.render(_ANY_ROW, 'letter')} {label}"
+        last = self.tokenizer.convert_ids_to_tokens(token_ids(self.tokenizer, text)[-3:])
+        raise ValueError(
+            f"label {label!r} is not a token of its own after the prompt: got {last} as the last "
+            "tokens, expected one that is known and no other label's; use one-token labels or "
+            'scoring="text"'
+        )
 
     def encode_row(self, row: Question) -> Encoded:
         """Token ids of the prompt, and the number of options."""
         self._refuse_without_token(row)
-        ids, shortened = prompt_ids(self, row, "letter")
-        count = len(row.options)
-        return {"ids": ids, "options": count, "length": len(ids), "shortened": shortened}
+        ids, cut = prompt_ids(self, row, "letter")
+        return {"ids": ids, "options": len(row.options), "length": len(ids), "shortened": cut}
 
     def pad_rows(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
         """Prompts padded on the left (N, T), and which options the rows have (N, C)."""

@@ -35,9 +35,9 @@ class Scorer(ABC):
     def encode(self, rows: Sequence[Question]) -> list[Encoded]:
         """The tokens, length and answer of each row."""
         encoded = [{**self.encode_row(row), "answer": row.answer} for row in rows]
-        shortened = sum(row["shortened"] for row in encoded)
-        if shortened:
-            what = f"{shortened} of {len(rows)} rows were longer than {self.max_length} tokens"
+        count = sum(row["shortened"] for row in encoded)
+        if count:
+            what = f"{count} of {len(rows)} rows were longer than {self.max_length} tokens"
             logger.warning("%s: %s", what, self.when_shortened)
         return encoded
 
@@ -64,10 +64,9 @@ class Scorer(ABC):
     @property
     def pad(self) -> int:
         """The token that fills a batch up."""
-        token = self.tokenizer.pad_token_id
-        if token is None:
-            token = self.tokenizer.eos_token_id or 0
-        return int(token)  # type: ignore[arg-type]
+        tokenizer: Any = self.tokenizer
+        pad = tokenizer.pad_token_id
+        return pad if pad is not None else tokenizer.eos_token_id or 0
 
 
 def option_mask(counts: Sequence[int]) -> Tensor:

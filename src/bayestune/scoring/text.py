@@ -1,4 +1,4 @@
-"""Text scoring: class logits are the mean log-likelihoods of the options' tokens."""
+"""Text scoring: a language model's likelihoods of the options' texts."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -32,13 +32,12 @@ def can_pack(model: nn.Module) -> bool:
     config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
     kinds = getattr(config, "layer_types", None) or ["full_attention"]
     has_window = getattr(config, "sliding_window", None) is not None
-    sees_all = set(kinds) == {"full_attention"} and not (
-        has_window and getattr(config, "use_sliding_window", True)
-    )
+    slides = has_window and getattr(config, "use_sliding_window", True)
     # a recurrent layer and ALiBi go by a token's place in the sequence, whatever the position ids
     by_place = getattr(model, "_is_stateful", False) or getattr(config, "alibi", False)
     takes_mask = config._attn_implementation in ("sdpa", "eager")
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    sees_all = set(kinds) == {"full_attention"} and not slides
     return takes_mask and takes_positions and sees_all and not by_place
 
 
@@ -64,8 +63,8 @@ class TextScorer(Scorer):
         room = max(len(token_ids(self.tokenizer, f" {text}")) for text in texts)
         ids, shortened = prompt_ids(self, row, "text", room)
         options = [self._option_ids(ids, text) for text in texts]
-        lengths = [len(option) for option in options]
-        length = len(ids) + (sum(lengths) if self.layout == "packed" else max(lengths))
+        total = sum if self.layout == "packed" else max
+        length = len(ids) + total(map(len, options))
         return {"ids": ids, "options": options, "length": length, "shortened": shortened}
 
     def _option_ids(self, prompt: list[int], text: str) -> list[int]:
@@ -102,7 +101,7 @@ class TextScorer(Scorer):
         question = left_padded_inputs([row["ids"] for row in rows], self.pad)
         mask = question["attention_mask"]
         block = torch.cat([torch.where(mask == 1, _QUESTION, _PADDING), option], 1)
-        position = mask.sum(1, keepdim=True) + place  # each option goes on where the question ends
+        position = mask.sum(1, keepdim=True) + place  # each option begins where the question ends
         return {
             "input_ids": torch.cat([question["input_ids"], targets], 1),
             "attention_mask": self._packed_mask(block),
@@ -129,27 +128,26 @@ class TextScorer(Scorer):
         sequences = []
         for row in rows:
             missing = width - len(row["options"])
-            for ids in row["options"] + row["options"][:1] * missing:
-                options.append(ids)
-                sequences.append(row["ids"] + ids)
+            own = row["options"] + row["options"][:1] * missing
+            options += own
+            sequences += [row["ids"] + ids for ids in own]
         targets = left_padded(options, self.pad)
+        option = left_padded([[0] * len(ids) for ids in options], _PADDING)
+        source = torch.arange(targets.shape[1]).expand_as(targets)
         batch = left_padded_inputs(sequences, self.pad)
-        batch["targets"] = targets
-        batch["option"] = left_padded([[0] * len(ids) for ids in options], _PADDING)
-        batch["source"] = torch.arange(targets.shape[1]).expand_as(targets)
-        return batch
+        return {**batch, "targets": targets, "option": option, "source": source}
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Class logits (N, C), -inf for options that a row does not have."""
         mask = batch["option_mask"]
         targets = batch["targets"]
         source = batch["source"]
-        packed = self.layout == "packed"
-        group_rows(model, 1 if packed else mask.shape[1])
+        sequences = mask.shape[1] if self.layout == "expanded" else 1  # of a row
+        group_rows(model, sequences)
         logits = last_logits(model, batch, keep=targets.shape[1] + 1).float()
         sequence = torch.arange(len(targets), device=targets.device)[:, None]
         likelihood = logits[sequence, source, targets] - logits.logsumexp(-1).gather(1, source)
-        numbers = torch.arange(mask.shape[1] if packed else 1, device=targets.device)
+        numbers = torch.arange(mask.shape[1] // sequences, device=targets.device)
         member = batch["option"][..., None] == numbers
         means = (likelihood[..., None] * member).sum(1) / member.sum(1).clamp_min(1)
         return means.reshape(mask.shape).masked_fill(~mask, -torch.inf)

@@ -32,17 +32,17 @@ def prompt_ids(
     shortened = row
     while True:
         ids = token_ids(tokenizer, scorer.task.prompt.render(shortened, scoring))
-        if len(ids) <= limit:
+        excess = len(ids) - limit
+        if excess <= 0:
             return start + ids, shortened is not row
         if keep == 0:
             raise ValueError(
                 f"row {row.id}: the question and its options take more than "
                 f"max_length={scorer.max_length} tokens; raise max_length"
             )
-        keep = max(0, keep - (len(ids) - limit))
+        keep = max(0, keep - excess)
         passage = str(tokenizer.decode(context[:keep], clean_up_tokenization_spaces=False))
-        # the cut may go through a character
-        shortened = replace(row, context=passage.rstrip("\ufffd"))
+        shortened = replace(row, context=passage.rstrip("\ufffd"))  # a character cut in two
 
 
 def _start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

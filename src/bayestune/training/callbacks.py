@@ -1,5 +1,6 @@
 """Stops training when the loss is NaN or infinite; writes a checkpoint at ctrl-C."""
 
+import contextlib
 import math
 import signal
 from collections.abc import Mapping
@@ -23,22 +24,16 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self) -> None:
         self.stopped = False
+        self._before: Any = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Takes the signal over."""
-        self._before = signal.getsignal(signal.SIGINT)
-        try:
-            signal.signal(signal.SIGINT, self._handle)
-        except ValueError:  # not in the main thread: its owner handles signals
-            self._before = None
+        with contextlib.suppress(ValueError):  # not in the main thread: its owner handles signals
+            self._before = signal.signal(signal.SIGINT, self._handle)
 
     def _handle(self, *_: Any) -> None:
         self.stopped = True
-        self._restore()
-
-    def _restore(self) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
+        self.on_train_end()
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         """Saves and stops after ctrl-C."""
@@ -46,17 +41,17 @@ class StopOnSignal(TrainerCallback):
             control.should_save = True
             control.should_training_stop = True
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(self, *_: Any, **__: Any) -> None:
         """Gives the signal back."""
-        self._restore()
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
 
 
 class FiniteLoss(TrainerCallback):
     """Stops training when the loss is NaN or infinite: at once on a CPU, else a step later.
 
-    To read a number from an accelerator is to wait for all that was queued before it, and meanwhile
-    nothing new is queued. So the loss is copied without waiting, and checked when the next step's
-    arrives, or before anything is saved or logged.
+    Reading a number from an accelerator waits for all that is queued. So the loss is copied without
+    waiting, and checked when the next one arrives or before anything is saved or logged.
     """
 
     def __init__(self) -> None:
@@ -65,29 +60,20 @@ class FiniteLoss(TrainerCallback):
         self._where = ""
 
     def record(self, loss: Tensor, state: TrainerState, args: TrainingArguments) -> None:
-        """Takes note of a step's loss, which an accelerator is still computing.
-
-        Raises:
-            NotFiniteError: if this loss, or on an accelerator the one before, is NaN or infinite.
-        """
+        """Takes note of a step's loss, which an accelerator is still computing."""
         self.check()
         self._where = (
             f"step {state.global_step + 1} of {state.max_steps}; training stopped, checkpoints in "
             f"{args.output_dir} are from before"
         )
+        self._loss = loss.detach().to("cpu", non_blocking=True)
         if loss.device.type == "cpu":
-            self._loss = loss.detach()
             self.check()
         else:
-            self._loss = loss.detach().to("cpu", non_blocking=True)
             self._arrival = torch.accelerator.current_stream(loss.device).record_event()
 
     def check(self) -> None:
-        """Reads the loss that was recorded last.
-
-        Raises:
-            NotFiniteError: if it is NaN or infinite.
-        """
+        """Raises `NotFiniteError` if the loss that was recorded last is NaN or infinite."""
         if self._loss is None:
             return
         if self._arrival is not None:
@@ -99,9 +85,7 @@ class FiniteLoss(TrainerCallback):
                 f"the loss is {value} at {self._where}; lower the learning rate or use bf16"
             )
 
-    def on_step_end(
-        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         """Checks before a checkpoint or a log line is written, and at the end."""
         if control.should_save or control.should_log or state.global_step >= state.max_steps:
             self.check()

@@ -14,12 +14,8 @@ SHORT = 192  # tokens, about where both take as long (studies/choices.py)
 def trains_faster_eagerly(model: nn.Module, longest: float, *, bf16: bool) -> bool:
     """Whether the model runs torch's fused attention on a CPU, in bfloat16, over short rows.
 
-    There the fused function's backward pass takes longer than the products and the softmax do.
-
-    Args:
-        model: a transformers model, with or without adapters.
-        longest: tokens of the longest row.
-        bf16: whether it is trained under bfloat16 autocast.
+    There the backward pass takes longer than that of products and softmax. `longest` counts tokens
+    of a row; `bf16` says whether autocast is on.
     """
     weight = next(model.parameters())
     narrow = bf16 or weight.dtype is torch.bfloat16
@@ -29,12 +25,7 @@ def trains_faster_eagerly(model: nn.Module, longest: float, *, bf16: bool) -> bo
 
 @contextmanager
 def eager_attention(model: nn.Module, active: bool = True) -> Iterator[None]:
-    """For the time of the context, attention as products and softmax; equal up to rounding.
-
-    Args:
-        model: a transformers model, with or without adapters.
-        active: False to leave it as it is.
-    """
+    """Attention as products and softmax inside the context, if `active`; equal up to rounding."""
     if not active:
         yield
         return

@@ -14,15 +14,13 @@ def by_length(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) ->
 
     The rows are dealt at random into pools of `POOL` batches, or of a quarter of the epoch if that
     is less; within a pool they are sorted and cut into batches. So the batches differ from epoch to
-    epoch, and no length comes first. Rows too few for a batch of their own are chosen at random and
-    come last.
+    epoch, and no length comes first. A random rest, too small for a batch, comes last.
 
     Args:
         lengths: tokens of each row, (N,).
         batch_size: rows of a batch.
         seed: of the run.
-        epoch: from 0; seed and epoch alone determine the order, so that a resumed run goes on with
-            the same rows.
+        epoch: from 0; a resumed run goes on with the same rows.
 
     Returns:
         The rows' numbers, (N,).
@@ -47,10 +45,7 @@ def by_length(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) ->
 
 @dataclass(eq=False)
 class LengthGroups(Sampler[int]):
-    """The order of `by_length`.
-
-    The epoch is asked for when one begins, because a resumed run begins in the middle.
-    """
+    """The order of `by_length`; asks for the epoch as it begins, which may be a resumed one."""
 
     lengths: Sequence[int]
     batch_size: int

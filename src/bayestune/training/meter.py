@@ -19,5 +19,4 @@ class Meter:
 
     def read(self) -> dict[str, float]:
         """Seconds and peak memory so far, under the names of a `FitReport`."""
-        seconds = time.perf_counter() - self._begin
-        return {"seconds": seconds, "peak_memory_mb": peak_memory_mb()}
+        return {"seconds": time.perf_counter() - self._begin, "peak_memory_mb": peak_memory_mb()}

@@ -13,11 +13,6 @@ from bayestune.training.callbacks import FiniteLoss
 from bayestune.training.length_groups import LengthGroups
 
 
-def _unused(*_: Any, **__: Any) -> Tensor:
-    """With a loss function of its own the Trainer counts the rows of an optimiser step."""
-    raise AssertionError("compute_loss is overridden")
-
-
 class ClassTrainer(Trainer):
     """Minimises the mean over rows of −log p(answer), exactly under gradient accumulation."""
 
@@ -25,7 +20,7 @@ class ClassTrainer(Trainer):
         super().__init__(
             model=model,  # type: ignore[arg-type]
             data_collator=self._collate,
-            compute_loss_func=_unused,
+            compute_loss_func=F.cross_entropy,  # not called: makes the Trainer count a step's rows
             **kwargs,
         )
         self.scorer = scorer
@@ -55,25 +50,16 @@ class ClassTrainer(Trainer):
 
 
 class LengthGroupedTrainer(ClassTrainer):
-    """A `ClassTrainer` whose batches hold rows of like length.
+    """A `ClassTrainer` whose batches hold rows of like length, the same ones in a resumed run.
 
-    The Trainer's own sampler for that wants `input_ids` in each row, and draws its order from the
-    global generator, which a resumed run finds in another state: it would go on with other rows.
+    The Trainer's own sampler wants `input_ids` in each row and uses the global generator.
     """
 
     def get_train_dataloader(self) -> DataLoader:  # noqa: D102
         rows: Any = self.train_dataset
-        sampler = LengthGroups(
-            [row["length"] for row in rows],
-            self.args.train_batch_size,
-            self.args.seed,
-            epoch=lambda: int(self.state.epoch or 0),
-        )
-        loader = DataLoader(
-            rows,
-            self.args.train_batch_size,
-            sampler=sampler,
-            collate_fn=self._collate,
-            pin_memory=self.args.dataloader_pin_memory,
-        )
+        size = self.args.train_batch_size
+        lengths = [row["length"] for row in rows]
+        order = LengthGroups(lengths, size, self.args.seed, lambda: int(self.state.epoch or 0))
+        pin = self.args.dataloader_pin_memory
+        loader = DataLoader(rows, size, sampler=order, collate_fn=self._collate, pin_memory=pin)
         return self.accelerator.prepare(loader)

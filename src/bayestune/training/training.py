@@ -90,7 +90,7 @@ def fit_adapter(
 
     Args:
         model: a transformers model without adapters.
-        scorer: the task, bound to the model's tokenizer.
+        scorer: of the task and the model's tokenizer.
         training: the adapter and how it is trained.
         callbacks: such as `KLStep`.
         prepare: changes the PEFT model before it is trained, as `bayesify` does.
@@ -141,7 +141,11 @@ def train(
             optimizers=(optimizer(model) if optimizer else None, None),
         )
         checkpoint = newest_checkpoint(folder) if training.resume else None
-        with eager_attention(model, _eagerly(model, scorer, rows, training)):
+        # the mask of packed rows fits the model's own attention only
+        packed = isinstance(scorer, TextScorer) and scorer.layout == "packed"
+        longest = max(row.get("length", math.inf) for row in rows)
+        eagerly = not packed and trains_faster_eagerly(model, longest, bf16=training.bf16)
+        with eager_attention(model, eagerly):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state = trainer.state
     if stop.stopped:
@@ -152,21 +156,8 @@ def train(
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that was written to its end; one that a kill cut short is skipped."""
-    written = folder.glob("checkpoint-*/trainer_state.json")
-    return max(
-        (path.parent for path in written),
-        key=lambda checkpoint: int(checkpoint.name.rpartition("-")[2]),
-        default=None,
-    )
-
-
-def _eagerly(
-    model: nn.Module, scorer: Scorer, rows: Sequence[dict[str, Any]], training: Training
-) -> bool:
-    """Whether to train with eager attention; the mask of packed rows fits the model's own only."""
-    packed = isinstance(scorer, TextScorer) and scorer.layout == "packed"
-    longest = max(row.get("length", math.inf) for row in rows)
-    return not packed and trains_faster_eagerly(model, longest, bf16=training.bf16)
+    written = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return max(written, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def _arguments(training: Training, folder: Path, steps: int) -> TrainingArguments:
@@ -198,12 +189,11 @@ def _arguments(training: Training, folder: Path, steps: int) -> TrainingArgument
 
 
 def adamw(training: Training, names: Collection[str], learning_rate: float) -> MakeOptimizer:
-    """AdamW as `training` says, but for some parameters with a learning rate of their own.
+    """AdamW as `training` says, vectors not decayed; some parameters have their own learning rate.
 
     Args:
-        training: gives the learning rate and the weight decay; vectors are not decayed.
-        names: the last parts of the names of the parameters that are not decayed and have a
-            learning rate of their own.
+        training: gives the learning rate and the weight decay of all others.
+        names: last parts of the names of parameters with `learning_rate` and no decay.
         learning_rate: theirs.
     """
 
