@@ -157,9 +157,9 @@ class Grid:
 
 def _merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Settings with changes; of nested mappings, only what the changes name."""
-    merged = dict(settings)
+    merged = {**settings, **changes}
     for key, new in changes.items():
         old = settings.get(key)
-        nested = isinstance(old, Mapping) and isinstance(new, Mapping)
-        merged[key] = _merged(old, new) if nested else new
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            merged[key] = _merged(old, new)
     return merged
