@@ -4,19 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from bayestune.jsonl import append_json_line, read_json_lines, write_json_lines
+from bayestune.jsonl import read_json_lines, write_json_lines
 
 ROWS = [{"text": "é\u2028ü", "path": Path("a") / "b"}, {"n": 1}]
 READ = [{"text": "é\u2028ü", "path": "a/b"}, {"n": 1}]
 
 
-def test_what_is_written_or_appended_is_read(tmp_path):
+def test_what_is_written_is_read(tmp_path):
     write_json_lines(tmp_path / "written", ROWS)
-    for row in ROWS:
-        append_json_line(tmp_path / "appended", row)
-    for name in ("written", "appended"):
-        assert read_json_lines(tmp_path / name) == READ
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["appended", "written"]
+    assert read_json_lines(tmp_path / "written") == READ
+    assert [path.name for path in tmp_path.iterdir()] == ["written"]
 
 
 def test_a_row_that_json_cannot_hold_changes_nothing(tmp_path):
@@ -24,8 +21,6 @@ def test_a_row_that_json_cannot_hold_changes_nothing(tmp_path):
     write_json_lines(path, ROWS)
     with pytest.raises(TypeError, match="object"):
         write_json_lines(path, [{"n": 2}, {"n": object()}])
-    with pytest.raises(TypeError, match="object"):
-        append_json_line(path, {"n": object()})
     assert read_json_lines(path) == READ
 
 

@@ -40,12 +40,5 @@ def write_json_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     scratch.replace(path)
 
 
-def append_json_line(path: Path, row: Mapping[str, Any]) -> None:
-    """Adds one line to a file, which is made if it does not exist."""
-    line = _line(row)  # before the file is opened: a row that JSON cannot hold leaves no trace
-    with path.open("a", encoding="utf-8") as lines:
-        lines.write(line)
-
-
 def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False, default=os.fspath) + "\n"

@@ -92,10 +92,9 @@ class Grid:
         """The methods' settings on a task; an error if it changes a method not in the grid."""
         changes = self.settings(task).methods
         if unknown := sorted(set(changes) - set(self.methods)):
-            raise ValueError(
-                f"task {task} changes methods that are not in the grid: got {unknown}, expected "
-                f"some of {sorted(self.methods)}; correct the names"
-            )
+            expected = f"expected some of {sorted(self.methods)}; correct the names"
+            told = f"task {task} changes methods that are not in the grid: got {unknown}"
+            raise ValueError(f"{told}, {expected}")
         given = {name: settings or {} for name, settings in self.methods.items()}
         return {name: _merged(given[name], changes.get(name, {})) for name in given}
 
@@ -158,10 +157,9 @@ class Grid:
 
 def _merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Settings with changes; of nested mappings, only what the changes name."""
-    merged = dict(settings)
+    merged = {**settings, **changes}
     for key, new in changes.items():
         old = settings.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            new = _merged(old, new)  # noqa: PLW2901
-        merged[key] = new
+            merged[key] = _merged(old, new)
     return merged

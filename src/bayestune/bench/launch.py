@@ -62,10 +62,8 @@ def run_bench(
 
 def _refuse_unknown(what: str, given: Sequence[str], known: Mapping[str, Any]) -> None:
     if unknown := sorted(set(given) - set(known)):
-        raise ValueError(
-            f"{what} to run that are not in the grid: got {unknown}, expected some of "
-            f"{sorted(known)}; correct the names"
-        )
+        expected = f"expected some of {sorted(known)}; correct the names"
+        raise ValueError(f"{what} to run that are not in the grid: got {unknown}, {expected}")
 
 
 def run_local(worker: Worker, progress: Progress) -> list[Cell]:

@@ -1,7 +1,7 @@
 """What the commands do, each a few lines over a session."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from jsonargparse import Namespace
 from bayestune.adapters import detach
 from bayestune.bench import PLAN, Grid, collect, run_bench
 from bayestune.cli.options import Output, built, chosen_methods
-from bayestune.data import TASKS, Prompt, Question, load_rows, own_task
+from bayestune.data import TASKS, load_rows, own_task
 from bayestune.evaluation import EvaluationOptions, append_results, prediction_rows, read_records
 from bayestune.forward import Draws
 from bayestune.jsonl import write_json_lines
@@ -75,7 +75,9 @@ def bayesianise(o: Namespace) -> None:
     method = built(TFB, o, base=MLE())
     options = built(TaskOptions, o, data=o.anchor)
     rows = load_rows(o.anchor, options.options)[: method.anchors]
-    task = replace(own_task(o.anchor.stem, rows, ()), prompt=_prompt(options, rows))
+    task = own_task(o.anchor.stem, rows, ())
+    if options.task in TASKS and options.task != TaskOptions.task:  # a task named for its prompt
+        task = replace(task, prompt=TASKS[options.task].prompt)
     name = o.model or base_name(o.adapter)
     loaded = open_model(name, o.dtype, num_classes(task, options.scoring))
     session = Session.of(loaded, task, options)
@@ -86,12 +88,6 @@ def bayesianise(o: Namespace) -> None:
     found = posterior.report.extra
     tried = len(found["search"])
     print(f"posterior in {output.folder}: sigma_q {found['isotropic_std']:.4g}, {tried} tried")
-
-
-def _prompt(options: TaskOptions, rows: Sequence[Question]) -> Prompt:
-    """The templates of the named task; of the user's own rows where it is the default."""
-    named = options.task in TASKS and options.task != TaskOptions.task
-    return TASKS[options.task].prompt if named else own_task("own", rows, ()).prompt
 
 
 def compare(o: Namespace) -> None:

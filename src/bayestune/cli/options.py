@@ -49,19 +49,16 @@ class Output:
     """A folder that a run writes to; one that holds something is emptied first or resumed."""
 
     folder: Path
-    overwrite: bool = False
     resume: bool = False
 
     @classmethod
     def of(cls, options: Namespace) -> Self:
         """The output of a command; an error if the folder holds something that must stay."""
-        output = cls(options.output, options.overwrite, options.get("resume", False))
+        output = cls(options.output, options.get("resume", False))
         occupied = output.folder.is_dir() and any(output.folder.iterdir())
-        if occupied and not (output.overwrite or output.resume):
-            raise FileExistsError(
-                f"{output.folder} is not empty: choose another --output, or give --overwrite or "
-                "--resume"
-            )
+        if occupied and not (options.overwrite or output.resume):
+            advice = "choose another --output, or give --overwrite or --resume"
+            raise FileExistsError(f"{output.folder} is not empty: {advice}")
         return output
 
     def prepare(self) -> None:

@@ -98,8 +98,8 @@ def _add_bayesianise(parser: Parser) -> None:
     parser.option("dtype", Dtype, "float32", "of the base model's weights")
     parser.option("bf16", bool, False, "bfloat16 autocast")
     put = ("task", "options", "scoring", "max_length")
-    skipped: set[str | int] = {f.name for f in fields(TaskOptions) if f.name not in put}
-    parser.add_class_arguments(TaskOptions, skip=skipped)
+    others = [field.name for field in fields(TaskOptions) if field.name not in put]
+    parser.add_class_arguments(TaskOptions, skip={*others})
     parser.add_class_arguments(TFB, skip={"base"})
     parser.needed("output", "folder of the posterior")
     parser.option("overwrite", bool, False, "empty the output folder")

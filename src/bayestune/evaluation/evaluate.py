@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import Tensor
@@ -51,12 +51,6 @@ class EvaluationOptions:
         counts = [count for count in self.draws if count or posterior.has_mean]
         return counts or [count_for(posterior, 0)]
 
-    def take(self, count: int, posterior: Posterior, *, bf16: bool) -> Draws:
-        """The draws of one pass over the rows; the mean and atoms share no prefix."""
-        prefix = self.shared_prefix if count and posterior.atoms is None else None
-        bound = self.max_tokens
-        return Draws(count, self.draw_seed, max_tokens=bound, shared_prefix=prefix, bf16=bf16)
-
 
 @dataclass(frozen=True)
 class Evaluated:
@@ -84,11 +78,13 @@ def evaluate_posterior(
     """
     rows = scorer.encode(questions)
     size = options.prediction_batch
+    common = Draws(seed=options.draw_seed, max_tokens=options.max_tokens, bf16=bf16)
     counts = options.counts(posterior)
     timed = {count: max(counts) if count else 0 for count in counts}
     passes: dict[int, tuple[Tensor, float]] = {}
     for count in set(timed.values()):
-        draws = options.take(count, posterior, bf16=bf16)
+        prefix = options.shared_prefix if count and posterior.atoms is None else None
+        draws = replace(common, count=count, shared_prefix=prefix)
         title = (f"predict, {count} draws" if count else "predict, mean") if progress else None
         begin = time.perf_counter()
         logits = row_logits(posterior, scorer, rows, draws, batch_size=size, progress=title)

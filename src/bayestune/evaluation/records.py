@@ -85,13 +85,11 @@ def prediction_rows(
     choices = prediction.choice.tolist()
     rows = []
     for i, question in enumerate(questions):
-        row: dict[str, Any] = {"id": question.id}
-        if texts:
-            row |= {"question": question.question, "options": list(question.options)}
+        asked = {"question": question.question, "options": list(question.options)}
+        row = {"id": question.id, **(asked if texts else {})}
         row |= {"answer": question.answer, "choice": choices[i]}
         row["probabilities"] = prediction.probabilities[i, : len(question.options)].tolist()
-        row |= {name: column[i] for name, column in columns.items()}
-        rows.append(row)
+        rows.append(row | {name: column[i] for name, column in columns.items()})
     return rows
 
 

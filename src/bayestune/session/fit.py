@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from torch import nn
+
 from bayestune.methods import METHODS
-from bayestune.posteriors import Posterior, read_details, save_posterior
+from bayestune.posteriors import FitReport, Posterior, load_posterior, read_details, save_posterior
+from bayestune.scoring import Scorer
 from bayestune.session.task_options import TaskOptions
 
 REPORT = "training.json"
@@ -28,6 +31,15 @@ class Fit:
         if bf16 is None:
             bf16 = bool(details["training"]["bf16"])
         return cls(posterior, details, bf16, _proper_name(details["method"]))
+
+    @classmethod
+    def load(cls, model: nn.Module, folder: Path, scorer: Scorer, bf16: bool | None) -> Self:
+        """Reads what `save` wrote."""
+        posterior = load_posterior(model, folder, scorer)
+        report = folder / REPORT
+        if report.is_file():
+            posterior.report = FitReport.of_dict(json.loads(report.read_text(encoding="utf-8")))
+        return cls.of(posterior, details_of(folder), bf16)
 
     def save(self, folder: Path) -> None:
         """Writes the posterior with its details, and the report of its training."""

@@ -1,6 +1,5 @@
 """A model, the task it is asked, and a scorer between them."""
 
-import json
 import logging
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,16 +20,9 @@ from bayestune.evaluation import (
 from bayestune.forward import Draws
 from bayestune.methods import Method, described
 from bayestune.models import LoadedModel, load_default, load_model
-from bayestune.posteriors import (
-    DETAILS,
-    FitReport,
-    Posterior,
-    Prediction,
-    count_for,
-    load_posterior,
-)
+from bayestune.posteriors import DETAILS, Posterior, Prediction, count_for
 from bayestune.scoring import Scorer, make_scorer, row_logits
-from bayestune.session.fit import REPORT, Fit, details_of
+from bayestune.session.fit import Fit, details_of
 from bayestune.session.task_options import TaskOptions
 from bayestune.training import Training
 
@@ -138,11 +130,7 @@ class Session:
 
     def load(self, folder: Path, bf16: bool | None = None) -> Fit:
         """Loads what `fit` wrote; predictions are as precise as the fit unless `bf16` is given."""
-        posterior = load_posterior(self.loaded.model, folder, self.scorer)
-        report = folder / REPORT
-        if report.is_file():
-            posterior.report = FitReport.of_dict(json.loads(report.read_text(encoding="utf-8")))
-        return Fit.of(posterior, details_of(folder), bf16)
+        return Fit.load(self.loaded.model, folder, self.scorer, bf16)
 
     def evaluate(
         self, fit: Fit, options: EvaluationOptions, part: Part = "evaluation"
