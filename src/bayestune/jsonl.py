@@ -1,4 +1,4 @@
-"""JSON lines, one object a line: read, written and appended here and nowhere else."""
+"""JSON lines, one object a line: read and written here and nowhere else."""
 
 import json
 import os
