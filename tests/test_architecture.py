@@ -13,6 +13,7 @@ import bayestune
 
 SOURCE = Path(__file__).parents[1] / "src/bayestune"
 ORDER = [
+    "errors",
     "runtime",
     "jsonl",
     "metrics",

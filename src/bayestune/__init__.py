@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from bayestune.data import Task as Task
     from bayestune.data import load_rows as load_rows
     from bayestune.data import load_task as load_task
+    from bayestune.errors import Refusal as Refusal
     from bayestune.evaluation import Adaptive as Adaptive
     from bayestune.evaluation import predict_adaptively as predict_adaptively
     from bayestune.forward import Draws as Draws
@@ -38,6 +39,7 @@ __version__ = "0.1.0"
 _ROOMS = {
     "adapters": "Lora bayesify drawn",
     "data": "Question Task load_rows load_task",
+    "errors": "Refusal",
     "evaluation": "Adaptive predict_adaptively",
     "forward": "Draws",
     "kl": "KLStep",

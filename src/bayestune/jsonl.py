@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bayestune.errors import Refusal
+
 JsonRow = dict[str, Any]
 
 
@@ -13,7 +15,7 @@ def read_json_lines(path: Path, *, missing_ok: bool = False) -> list[JsonRow]:
     """The rows of a whole file, without blank lines; with `missing_ok`, none if there is no file.
 
     Raises:
-        ValueError: if a line is not a JSON object; the error names the file and the line.
+        Refusal: if a line is not a JSON object; the error names the file and the line.
         FileNotFoundError: if there is no such file, unless `missing_ok`.
     """
     if missing_ok and not path.is_file():
@@ -27,9 +29,9 @@ def _parsed(line: str, place: str) -> JsonRow:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: not a JSON object ({error})") from None
+        raise Refusal(f"{place}: not a JSON object ({error})") from None
     if not isinstance(row, dict):
-        raise ValueError(f"{place}: not a JSON object (got a {type(row).__name__})")
+        raise Refusal(f"{place}: not a JSON object (got a {type(row).__name__})")
     return row
 
 

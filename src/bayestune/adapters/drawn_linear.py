@@ -5,6 +5,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from bayestune.errors import Refusal
+
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
     """The type of a product with this weight: autocast's where it is on, else the weight's."""
@@ -32,7 +34,7 @@ class DrawnLinear(nn.Module):
         """Maps (S·N, …, k) to (S·N, …, r); refuses a leading axis that S does not divide."""
         draws, rank, width = self.weight.shape
         if input.shape[0] % draws:
-            raise ValueError(
+            raise Refusal(
                 f"the rows do not divide into draws: got {input.shape[0]} rows, expected a "
                 f"multiple of {draws}; repeat the batch once for each draw"
             )

@@ -13,6 +13,7 @@ from bayestune.adapters.fused_input import FusedInput, RowNoise, RowProduct, fus
 from bayestune.adapters.noise import independent_weights, random_signs
 from bayestune.adapters.row_groups import RowGroups, row_groups_of
 from bayestune.adapters.slots import Slots
+from bayestune.errors import Refusal
 
 Noise = Literal["row", "independent", "token"]
 
@@ -32,7 +33,7 @@ class GaussianLinear(nn.Linear):
         groups: shared by a model's layers, see `RowGroups`.
 
     Raises:
-        ValueError: if `noise` is unknown or `init_root_std` is not positive.
+        Refusal: if `noise` is unknown or `init_root_std` is not positive.
 
     Reference:
         Wang, Shi, Han, Metaxas, Wang: BLoB, NeurIPS 2024, https://arxiv.org/abs/2406.11675.
@@ -48,11 +49,11 @@ class GaussianLinear(nn.Linear):
         groups: RowGroups | None = None,
     ) -> None:
         if noise not in get_args(Noise):
-            raise ValueError(
+            raise Refusal(
                 f'unknown noise: got {noise!r}, expected one of {get_args(Noise)}; "row" is usual'
             )
         if init_root_std <= 0:
-            raise ValueError(f"init_root_std must be positive: got {init_root_std}; 0.05 is usual")
+            raise Refusal(f"init_root_std must be positive: got {init_root_std}; 0.05 is usual")
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight = linear.weight
         start = torch.empty_like(self.weight)
@@ -125,7 +126,7 @@ def bayesify(
         slots: which slots, as `Slots.names` gives them; None for A of every layer.
 
     Raises:
-        ValueError: if the model has no layer with this adapter, or one of them cannot be made
+        Refusal: if the model has no layer with this adapter, or one of them cannot be made
             stochastic (DoRA and other variants, embeddings, `target_parameters`, a slot that holds
             no plain Linear, a second conversion); each is named with its reason.
 

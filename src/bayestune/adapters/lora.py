@@ -13,6 +13,7 @@ from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from bayestune.adapters.slots import PREFIX
+from bayestune.errors import Refusal
 
 # Llama and most others; BERT; DistilBERT
 _TARGETS = (("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"))
@@ -60,10 +61,10 @@ def attach(model: nn.Module, lora: Lora) -> PeftModel:
     PEFT trains a classification head, if the model has one, beside LoRA.
 
     Raises:
-        ValueError: if no module has a target's name, or the model has an adapter already.
+        Refusal: if no module has a target's name, or the model has an adapter already.
     """
     if any(isinstance(module, PeftModel | LoraLayer) for module in model.modules()):
-        raise ValueError(
+        raise Refusal(
             "the model has an adapter already: got a PEFT model, expected a plain one; call "
             "unload() on it"
         )
@@ -75,7 +76,7 @@ def attach(model: nn.Module, lora: Lora) -> PeftModel:
         if not (is_classifier(model) or head_is_tied(model)):
             targets = (*targets, "lm_head")
     if not any(target.rpartition(".")[2] in leaves for target in targets):
-        raise ValueError(
+        raise Refusal(
             f"no module to adapt: got targets {list(targets)}, expected names among "
             f"{sorted(leaves)}; set the targets"
         )

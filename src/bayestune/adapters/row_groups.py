@@ -4,6 +4,8 @@ from typing import Any
 
 from torch import nn
 
+from bayestune.errors import Refusal
+
 
 class RowGroups:
     """How many consecutive sequences of the batch make one row; shared by a model's random layers.
@@ -31,7 +33,7 @@ class RowGroups:
         """How many rows a batch of so many sequences has; refuses a part of a row."""
         count, rest = divmod(sequences, self.size)
         if rest:
-            raise ValueError(
+            raise Refusal(
                 f"the batch does not divide into rows: got {sequences} sequences, expected a "
                 f"multiple of {self.size} (sequences a row); call group_rows with the batch's size"
             )

@@ -10,6 +10,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from bayestune.adapters.drawn_linear import DrawnLinear
+from bayestune.errors import Refusal
 
 ADAPTER = "default"
 PREFIX = "base_model.model."
@@ -29,7 +30,7 @@ class Slots:
         adapter: the adapter's name; None for the active one.
 
     Raises:
-        ValueError: if `adapter` is None and several adapters are active.
+        Refusal: if `adapter` is None and several adapters are active.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -98,11 +99,11 @@ class Slots:
         Other slots keep their module. A batch must hold S·N rows, draw by draw.
 
         Raises:
-            ValueError: if a name is not a slot of the adapter.
+            Refusal: if a name is not a slot of the adapter.
         """
         present = self.modules()
         if unknown := sorted(set(stacks) - set(present)):
-            raise ValueError(
+            raise Refusal(
                 f"draws for slots the model does not have: got {unknown[:3]}, expected slots of "
                 f"the adapter {self.adapter!r}; take draws of a posterior on this model"
             )
@@ -121,19 +122,19 @@ class Slots:
         """The plain Linear modules in slots, by slot name; None stands for every A.
 
         Raises:
-            ValueError: if there is no such slot, or PEFT does not apply one once as a plain map;
+            Refusal: if there is no such slot, or PEFT does not apply one once as a plain map;
                 each is named with its reason.
         """
         names = [f"{path}.lora_A" for path in self.layers] if names is None else names
         if not self.layers or not names:
             kind = type(self.model).__name__
-            raise ValueError(
+            raise Refusal(
                 f"no LoRA layer holds the adapter {self.adapter!r}: got a {kind}, expected a model "
                 "from peft.get_peft_model with LoraConfig; check target_modules and the name"
             )
         places = [split_name(name) for name in names]
         if unknown := [path for path, _ in places if path not in self.layers]:
-            raise ValueError(
+            raise Refusal(
                 f"no such LoRA layer: got {unknown[:3]}, expected paths among "
                 f"{list(self.layers)[:3]} …; take names from Slots(model).names()"
             )
@@ -141,7 +142,7 @@ class Slots:
         lines = "\n".join(f"  {path}: {reason}" for path, reason in refused.items() if reason)
         if lines:
             count = lines.count("\n") + 1
-            raise ValueError(
+            raise Refusal(
                 f"{count} of {len(places)} LoRA layers cannot be made stochastic, none was "
                 f"converted; leave them out of target_modules or use plain LoRA there:\n{lines}"
             )
@@ -172,7 +173,7 @@ def _active(layers: Mapping[str, LoraLayer]) -> str:
     first = next(iter(layers.values()), None)
     active = [ADAPTER] if first is None else list(first.active_adapters)
     if len(active) != 1:
-        raise ValueError(
+        raise Refusal(
             f"which adapter is meant is not clear: got the active adapters {active}, expected one; "
             "name it with adapter=…"
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 from bayestune.bench.keys import digest, lasting, lasting_method, model_facts, place, slug
 from bayestune.data import Task, check_trainable
+from bayestune.errors import Refusal
 from bayestune.evaluation import EvaluationOptions
 from bayestune.methods import METHODS, Method, Settings, changed, described, make_method
 from bayestune.session import Dtype, TaskOptions, shown
@@ -94,7 +95,7 @@ class Grid:
         if unknown := sorted(set(changes) - set(self.methods)):
             expected = f"expected some of {sorted(self.methods)}; correct the names"
             told = f"task {task} changes methods that are not in the grid: got {unknown}"
-            raise ValueError(f"{told}, {expected}")
+            raise Refusal(f"{told}, {expected}")
         given = {name: settings or {} for name, settings in self.methods.items()}
         return {name: _merged(given[name], changes.get(name, {})) for name in given}
 
@@ -115,7 +116,7 @@ class Grid:
             check_trainable(loaded[name])
         if empty := [name for name in tested if not loaded[name].evaluation]:
             lack = f"task {empty[0]} has no evaluation rows: got none, expected some"
-            raise ValueError(f"{lack}; evaluate on others")
+            raise Refusal(f"{lack}; evaluate on others")
         return loaded
 
     def cells(self, tasks: Mapping[str, Task]) -> list[Cell]:
@@ -128,7 +129,7 @@ class Grid:
         cells = [self._cell(tasks, model, seed, task, name) for model, seed, task, name in order]
         places = [place(cell.key) for cell in cells]
         if twice := sorted({name for name in places if places.count(name) > 1}):
-            raise ValueError(
+            raise Refusal(
                 f"cells that cannot be told apart: got {twice[:3]} more than once, expected "
                 "models, tasks, methods and seeds that differ in letters and digits; rename some"
             )

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from bayestune.bench.cells import Cell, Grid
 from bayestune.bench.store import FITS, collect, write_plan
 from bayestune.bench.worker import Progress, State, Worker
+from bayestune.errors import Refusal
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def run_bench(
 def _refuse_unknown(what: str, given: Sequence[str], known: Mapping[str, Any]) -> None:
     if unknown := sorted(set(given) - set(known)):
         expected = f"expected some of {sorted(known)}; correct the names"
-        raise ValueError(f"{what} to run that are not in the grid: got {unknown}, {expected}")
+        raise Refusal(f"{what} to run that are not in the grid: got {unknown}, {expected}")
 
 
 def run_local(worker: Worker, progress: Progress) -> list[Cell]:

@@ -8,6 +8,7 @@ from typing import Any, Self, TypeVar
 
 from jsonargparse import Namespace
 
+from bayestune.errors import Refusal
 from bayestune.methods import METHODS, Method
 
 T = TypeVar("T")
@@ -23,13 +24,13 @@ def chosen_methods(names: Sequence[str], options: Namespace) -> dict[str, Method
     """The methods of these names with their options; `--base` replaces the base of those with one.
 
     Raises:
-        ValueError: if a name is unknown, or `--base` is given and no method has a base.
+        Refusal: if a name is unknown, or `--base` is given and no method has a base.
     """
     methods = {name: _method(name, options) for name in names}
     base = options.get("base")
     with_base = [name for name, method in methods.items() if hasattr(method, "base")]
     if base and not with_base:
-        raise ValueError(
+        raise Refusal(
             f"--base is for methods that build on another: got {base!r} for {list(names)}, "
             "expected one such as tfb; leave it out"
         )
@@ -40,7 +41,7 @@ def chosen_methods(names: Sequence[str], options: Namespace) -> dict[str, Method
 
 def _method(name: str, options: Namespace) -> Method:
     if name not in METHODS:
-        raise ValueError(f"unknown method: got {name!r}, expected one of {sorted(METHODS)}")
+        raise Refusal(f"unknown method: got {name!r}, expected one of {sorted(METHODS)}")
     return options[name] if name in options else METHODS[name]()
 
 

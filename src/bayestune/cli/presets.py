@@ -9,6 +9,8 @@ from typing import Any
 
 from jsonargparse import ActionConfigFile
 
+from bayestune.errors import Refusal
+
 PREFIX = "preset:"
 PACKAGE = Path(__file__).parents[1]
 
@@ -28,7 +30,7 @@ def resolve_preset(value: str) -> str:
     known = preset_files()
     name = value.removeprefix(PREFIX)
     if name not in known:
-        raise ValueError(
+        raise Refusal(
             f"unknown preset: got {name!r}, expected one of {list(known)}; or give a file's path"
         )
     return str(known[name])

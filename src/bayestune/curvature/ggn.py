@@ -23,6 +23,7 @@ from bayestune.adapters import SIDES, Slots
 from bayestune.curvature.blocks import Block, Diagonal, Kronecker, Structure
 from bayestune.curvature.factors import factor_of
 from bayestune.curvature.jacobian import jacobian_of, traced
+from bayestune.errors import Refusal
 from bayestune.forward import Batch, ClassLogits
 
 
@@ -59,10 +60,10 @@ def gauss_newton(
         names: slots to take; None for A and B of every layer.
 
     Raises:
-        ValueError: if a slot cannot be watched, as `Slots.replaceable`, or one was never called.
+        Refusal: if a slot cannot be watched, as `Slots.replaceable`, or one was never called.
     """
     if rank < 1:
-        raise ValueError(
+        raise Refusal(
             f"the rank of the large factors must be 1 or more: got {rank}; the paper's is 10"
         )
     watched = slots.replaceable(slots.names(SIDES) if names is None else names)
@@ -87,7 +88,7 @@ def gauss_newton(
                 chosen = trace.logits.detach().double().log_softmax(-1).gather(1, labels)
                 log_likelihood += chosen.sum().item()
     if silent := sorted(set(watched) - called):
-        raise ValueError(
+        raise Refusal(
             f"{len(silent)} of {len(watched)} slots were not called by any row, such as "
             f"{silent[0]}; leave their layers out of target_modules"
         )
@@ -189,12 +190,12 @@ def best_precision(found: Curvature, square_norm: float) -> float:
     paper approaches the one maximum by 100 steps of Adam; bisection finds it to rounding.
 
     Raises:
-        ValueError: if the curvature is 0: the model is sure of every row.
+        Refusal: if the curvature is 0: the model is sure of every row.
     """
     values = torch.cat([block.eigenvalues.double().flatten() for block in found.blocks.values()])
     trace = values.sum().item()
     if not (trace > 0 and square_norm > 0):
-        raise ValueError(
+        raise Refusal(
             f"the evidence has no maximum: got curvature of trace {trace:.3g} and ‖θ‖² "
             f"{square_norm:.3g}, expected both positive; train less, or give prior_precision"
         )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bayestune.adapters import evaluating
+from bayestune.errors import Refusal
 from bayestune.forward import Batch, ClassLogits, on_device
 
 Calls = dict[str, list[tuple[Tensor, Tensor]]]
@@ -62,7 +63,7 @@ def jacobian_of(calls: list[tuple[Tensor, Tensor]]) -> Tensor:
 def _by_row(value: Tensor, num_rows: int, name: str) -> Tensor:
     """(sequences, …, width), a row's sequences together, to (N, L, width) in float32 or more."""
     if value[..., 0].numel() % num_rows:
-        raise ValueError(
+        raise Refusal(
             f"the slot {name} sees activations that do not divide into rows: got "
             f"{tuple(value.shape)} for {num_rows} rows; leave its layer out of target_modules"
         )
@@ -76,12 +77,12 @@ def traced(
     """Runs a batch in evaluation mode with gradients, and keeps the slots' inputs and outputs.
 
     Raises:
-        ValueError: if no slot was called: the adapter is merged, disabled or not the active one.
+        Refusal: if no slot was called: the adapter is merged, disabled or not the active one.
     """
     with evaluating(model), torch.enable_grad(), _recording(slots) as calls:
         logits = score(model, on_device(inputs, model))
     if not calls:
-        raise ValueError(
+        raise Refusal(
             f"none of the {len(slots)} slots was called in the forward pass: the adapter is "
             "merged, disabled or not active; unmerge it or call set_adapter"
         )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bayestune.data.questions import LETTERS, Question
+from bayestune.errors import Refusal
 from bayestune.jsonl import JsonRow, read_json_lines
 
 
@@ -23,7 +24,7 @@ def load_rows(
         labelled: whether every row must have an answer.
 
     Raises:
-        ValueError: if there are no rows, or one lacks a column or has an answer but no such option.
+        Refusal: if there are no rows, or one lacks a column or has an answer but no such option.
         FileNotFoundError: if there is no such file.
     """
     if not path.is_file():
@@ -34,7 +35,7 @@ def load_rows(
     else:
         rows = read_json_lines(path)
     if not rows:
-        raise ValueError(f"{path.name} is empty: expected at least one row")
+        raise Refusal(f"{path.name} is empty: expected at least one row")
     return tuple(
         _question(row, f"{path.name}:{number}", options, labelled)
         for number, row in enumerate(rows, 1)
@@ -46,20 +47,20 @@ def _question(row: JsonRow, key: str, options: Sequence[str], labelled: bool) ->
     text = row.get("question") or row.get("text")
     if not text:
         got = sorted(map(str, row))
-        raise ValueError(f"row {key}: no column 'question' or 'text'; got the columns {got}")
+        raise Refusal(f"row {key}: no column 'question' or 'text'; got the columns {got}")
     own = _options(row.get("options") or row.get("choices") or list(options), key)
     answer = None
     if "answer" in given:
         answer = _answer_index(given["answer"], own, key)
     elif labelled:
-        raise ValueError(f"row {key}: no column 'answer'")
+        raise Refusal(f"row {key}: no column 'answer'")
     context = str(row.get("context") or "")
     return Question(str(given.get("id", key)), str(text), own, answer, context)
 
 
 def _options(own: object, key: str) -> tuple[str, ...]:
     if not own:
-        raise ValueError(
+        raise Refusal(
             f"row {key}: no options; give a column 'options' or the same options for all rows"
         )
     if isinstance(own, str) and own.lstrip().startswith("["):
@@ -67,11 +68,11 @@ def _options(own: object, key: str) -> tuple[str, ...]:
             own = json.loads(own)
         except json.JSONDecodeError as error:
             got = f"got options {own!r}, expected a JSON list ({error})"
-            raise ValueError(f"row {key}: {got}") from None
+            raise Refusal(f"row {key}: {got}") from None
     elif isinstance(own, str):
         own = own.split("|")
     if not isinstance(own, list):
-        raise ValueError(f"row {key}: got options {own!r}, expected a list of texts")
+        raise Refusal(f"row {key}: got options {own!r}, expected a list of texts")
     return tuple(str(option).strip() for option in own)
 
 
@@ -83,6 +84,6 @@ def _answer_index(answer: object, options: tuple[str, ...], key: str) -> int:
         return int(text)
     if text in LETTERS[: len(options)]:
         return LETTERS.index(text)
-    raise ValueError(
+    raise Refusal(
         f"row {key}: the right answer {answer!r} is not among its options {list(options)}"
     )

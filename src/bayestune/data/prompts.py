@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from bayestune.data.questions import LETTERS, Question, Scoring
+from bayestune.errors import Refusal
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Prompt:
             return row.options
         count = len(row.options)
         if count > len(self.labels):
-            raise ValueError(
+            raise Refusal(
                 f"row {row.id}: got {count} options, expected at most {len(self.labels)} under "
                 'letter scoring; use scoring="text"'
             )

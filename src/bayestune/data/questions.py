@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from bayestune.errors import Refusal
+
 Scoring = Literal["letter", "text", "head"]
 LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 
@@ -28,9 +30,9 @@ class Question:
     def __post_init__(self) -> None:
         count = len(self.options)
         if count < 2:
-            raise ValueError(f"row {self.id}: got {count} options, expected at least two")
+            raise Refusal(f"row {self.id}: got {count} options, expected at least two")
         if self.answer is not None and not 0 <= self.answer < count:
-            raise ValueError(f"row {self.id}: the right answer is not among its {count} options")
+            raise Refusal(f"row {self.id}: the right answer is not among its {count} options")
 
     @property
     def content(self) -> tuple[str, ...]:

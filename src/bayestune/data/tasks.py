@@ -8,6 +8,7 @@ from pathlib import Path
 from bayestune.data import prompts
 from bayestune.data.prompts import Prompt
 from bayestune.data.questions import Question
+from bayestune.errors import Refusal
 from bayestune.jsonl import JsonRow, read_json_lines
 
 Parse = Callable[[JsonRow, str], Question]
@@ -131,12 +132,12 @@ class Task:
             seed: of the choice.
 
         Raises:
-            ValueError: if `holdout` is out of range or leaves a part empty, or a count is negative.
+            Refusal: if `holdout` is out of range or leaves a part empty, or a count is negative.
         """
         if not 0 <= holdout < 1:
-            raise ValueError(f"holdout must lie in [0, 1): got {holdout}")
+            raise Refusal(f"holdout must lie in [0, 1): got {holdout}")
         if min(train or 0, evaluation or 0) < 0:
-            raise ValueError(
+            raise Refusal(
                 f"rows to keep must not be negative: got train={train}, evaluation={evaluation}"
             )
         rows = list(self.train)
@@ -144,7 +145,7 @@ class Task:
             random.Random(seed).shuffle(rows)
         count = round(holdout * len(rows))
         if holdout and not 0 < count < len(rows):
-            raise ValueError(
+            raise Refusal(
                 f"holdout={holdout} of {len(rows)} training rows leaves a part empty; change it"
             )
         left = rows[count:]
@@ -168,11 +169,11 @@ def load_task(name: str, data_root: Path | None = None) -> Task:
         data_root: has `<hub id>/<config>/<split>.jsonl`; None for the Hub, or for "everyday".
 
     Raises:
-        ValueError: if the name is not in the table, or a row cannot be read.
+        Refusal: if the name is not in the table, or a row cannot be read.
         FileNotFoundError: if the directory lacks a file.
     """
     if name not in TASKS:
-        raise ValueError(
+        raise Refusal(
             f"unknown task: got {name!r}, expected one of {sorted(TASKS)} or your own --data"
         )
     source = TASKS[name]
@@ -191,7 +192,7 @@ def _questions(source: Source, split: str, data_root: Path | None) -> tuple[Ques
             questions.append(source.parse(row, key))
         except KeyError as error:
             got = sorted(row)
-            raise ValueError(f"row {key}: no column {error}; got the columns {got}") from None
+            raise Refusal(f"row {key}: no column {error}; got the columns {got}") from None
     return tuple(questions)
 
 
@@ -218,11 +219,11 @@ def own_task(name: str, train: Sequence[Question], evaluation: Sequence[Question
 def check_trainable(task: Task) -> None:
     """Refuses training rows that teach nothing: none at all, or all with the same answer."""
     if not task.train:
-        raise ValueError(
+        raise Refusal(
             f"task {task.name} has no training rows; train on another task and evaluate on this one"
         )
     if len({row.answer for row in task.train}) == 1:
-        raise ValueError(
+        raise Refusal(
             f"all {len(task.train)} training rows of {task.name} have the same answer, option "
             f"{task.train[0].answer}: got one class, expected two or more"
         )

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from bayestune.data import Question
+from bayestune.errors import Refusal
 from bayestune.forward import Draws
 from bayestune.posteriors import Posterior, Prediction
 from bayestune.scoring import Scorer, row_logits
@@ -36,7 +37,7 @@ class Adaptive:
 
     def __post_init__(self) -> None:
         if self.most < 1 or self.round_size < 1:
-            raise ValueError(
+            raise Refusal(
                 f"too few draws: got most={self.most}, round_size={self.round_size}, expected 1 or "
                 "more of each; the mean (0) needs no rounds"
             )
@@ -85,7 +86,7 @@ def in_rounds(source: Source, num_rows: int, adaptive: Adaptive) -> AdaptivePred
         [4, 6]
     """
     if num_rows < 1:
-        raise ValueError("nothing to predict: got no rows, expected one or more")
+        raise Refusal("nothing to predict: got no rows, expected one or more")
     rows = torch.arange(num_rows)
     used = torch.zeros(num_rows, dtype=torch.long)
     drawn = torch.empty(0)

@@ -8,6 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from bayestune.data import Question
+from bayestune.errors import Refusal
 from bayestune.forward import Draws
 from bayestune.posteriors import Posterior, Prediction, count_for
 from bayestune.scoring import Scorer, row_logits
@@ -42,7 +43,7 @@ class EvaluationOptions:
 
     def __post_init__(self) -> None:
         if not self.draws:
-            raise ValueError("nothing to evaluate: got draws=[], expected such as [0, 10]")
+            raise Refusal("nothing to evaluate: got draws=[], expected such as [0, 10]")
 
     def counts(self, posterior: Posterior) -> list[int]:
         """The numbers of draws to evaluate a posterior with; one with `atoms` has only that."""

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from bayestune.errors import Refusal
+
 Batch = Mapping[str, Tensor]
 
 
@@ -45,7 +47,7 @@ class Draws:
 
     def __post_init__(self) -> None:
         if self.count < 0 or self.first < 0:
-            raise ValueError(
+            raise Refusal(
                 f"draws are counted from 0: got count={self.count}, first={self.first}, expected "
                 "neither to be negative; count=0 means the mean"
             )

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bayestune.adapters import Slots, evaluating
+from bayestune.errors import Refusal
 from bayestune.forward.before_first_draw import BeforeFirstDraw
 from bayestune.forward.common_prefix import CommonPrefix
 from bayestune.forward.draws import Batch, Chunk, ClassLogits, Draws, on_device, repeat_rows
@@ -41,7 +42,7 @@ def drawn_logits(posterior: Drawable, inputs: Batch, draws: Draws, plan: "Plan")
     begin with are read once for each draw, see `CommonPrefix`. The plan is the posterior's own.
 
     Raises:
-        ValueError: if a shared prefix is asked for and the posterior has no mean or the model
+        Refusal: if a shared prefix is asked for and the posterior has no mean or the model
             cannot share one.
     """
     plan.renew(posterior, draws)
@@ -94,7 +95,7 @@ class Plan:
         """How the draws share work."""
         if draws.shared_prefix is not None:
             if not posterior.has_mean:
-                raise ValueError(
+                raise Refusal(
                     f"draws cannot share a prefix: got a {type(posterior).__name__} without a mean "
                     "adapter to read it with; leave shared_prefix out"
                 )

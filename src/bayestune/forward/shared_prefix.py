@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from bayestune.adapters import Slots, base_of
+from bayestune.errors import Refusal
 from bayestune.forward.draws import Chunk
 from bayestune.forward.kept_tokens import cache_argument
 
@@ -29,19 +30,19 @@ class SharedPrefix(nn.Module):
         length: m, at least 1.
 
     Raises:
-        ValueError: if m is not positive, or the model keeps no keys and values of what it has read.
+        Refusal: if m is not positive, or the model keeps no keys and values of what it has read.
     """
 
     def __init__(self, slots: Slots, length: int) -> None:
         super().__init__()
         if length < 1:
-            raise ValueError(
+            raise Refusal(
                 f"shared_prefix must leave the draws one token or more: got {length}; 16 is usual"
             )
         base = base_of(slots.model)
         cache = cache_argument(base)
         if cache is None:
-            raise ValueError(
+            raise Refusal(
                 f"draws cannot share a prefix: got a {type(base).__name__}, expected a causal "
                 "language model, which keeps the keys and values of what it has read; leave "
                 "shared_prefix out"
@@ -110,7 +111,7 @@ def _checked(read: Any, model: str) -> DynamicCache:
     layers = getattr(read, "layers", [])
     if not layers or not all(isinstance(layer, DynamicLayer) for layer in layers):
         kinds = sorted({type(layer).__name__ for layer in layers}) or [type(read).__name__]
-        raise ValueError(
+        raise Refusal(
             f"draws cannot share a prefix: got a {model} that remembers in {kinds}, expected keys "
             "and values of each token in every layer; leave shared_prefix out"
         )

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from bayestune.errors import Refusal
+
 
 def kl_divergence(mean: Tensor, std: Tensor, prior_std: float) -> Tensor:
     """KL divergence of a diagonal Gaussian from its zero-mean prior, a sum over all entries.
@@ -59,14 +61,14 @@ def kl_time_to(final_std: float, prior_std: float, initial_std: float = 0.0) -> 
     dσ/dτ = 4·(1 − σ²/σ_p²), so σ(τ) = σ_p·tanh(4τ/σ_p + artanh(σ_0/σ_p)): the tanh law.
 
     Raises:
-        ValueError: unless σ_0 < σ < σ_p: the KL takes σ from σ_0 towards σ_p.
+        Refusal: unless σ_0 < σ < σ_p: the KL takes σ from σ_0 towards σ_p.
 
     Example:
         >>> round(kl_time_to(0.1, prior_std=0.2), 5)
         0.02747
     """
     if not 0 <= initial_std < final_std < prior_std:
-        raise ValueError(
+        raise Refusal(
             "final_std must lie between the initial standard deviation and prior_std: got "
             f"final_std={final_std}, expected {initial_std:.4g} < final_std < {prior_std}; choose "
             "a smaller final_std or a larger prior_std"
@@ -93,7 +95,7 @@ def rate_to(
     """The learning rate λ with which the KL steps λ·shape (T,) end at `final_std`, by bisection.
 
     Raises:
-        ValueError: if the KL cannot take the standard deviation there, see `kl_time_to`.
+        Refusal: if the KL cannot take the standard deviation there, see `kl_time_to`.
     """
 
     def falls_short(rate: float) -> bool:

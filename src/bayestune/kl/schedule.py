@@ -6,6 +6,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from bayestune.errors import Refusal
+
 Schedule = Literal["bursts", "constant"]
 
 
@@ -29,10 +31,10 @@ def kl_weights(total_steps: int, period: int, schedule: Schedule = "bursts") -> 
     "bursts": π_i = 2^i/(2^(P+1) − 1) for i = 1…P, again and again; "constant": 1/P.
 
     Raises:
-        ValueError: if the schedule is unknown.
+        Refusal: if the schedule is unknown.
     """
     if schedule not in get_args(Schedule):
-        raise ValueError(
+        raise Refusal(
             f"unknown schedule: got {schedule!r}, expected one of {get_args(Schedule)}; correct it"
         )
     if schedule == "constant":

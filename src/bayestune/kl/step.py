@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from bayestune.adapters import GaussianLinear, Slots
+from bayestune.errors import Refusal
 from bayestune.kl.closed_form import kl_divergence, kl_step_, rate_to
 from bayestune.kl.schedule import Schedule, burst_period, kl_weights, warmup_decay
 
@@ -48,7 +49,7 @@ class KLStep(TrainerCallback):
         adapter: which adapter; None for the active one.
 
     Raises:
-        ValueError: if both `final_std` and `kl_lr` are given, or a value is out of range.
+        Refusal: if both `final_std` and `kl_lr` are given, or a value is out of range.
 
     Example:
         With a Trainer: `Trainer(model, ..., callbacks=[KLStep(prior_std=0.2, final_std=0.1)])`.
@@ -71,17 +72,17 @@ class KLStep(TrainerCallback):
 
     def __post_init__(self) -> None:
         if self.final_std is not None and self.kl_lr is not None:
-            raise ValueError(
+            raise Refusal(
                 f"give final_std or kl_lr, not both: got final_std={self.final_std} and "
                 f"kl_lr={self.kl_lr}; with final_std the rate is solved for"
             )
         if self.std_optimizer not in get_args(StdOptimizer):
-            raise ValueError(
+            raise Refusal(
                 f"unknown std_optimizer: got {self.std_optimizer!r}, expected one of "
                 f"{get_args(StdOptimizer)}; correct it"
             )
         if self.prior_std <= 0:
-            raise ValueError(f"prior_std must be positive: got {self.prior_std}; 0.2 is usual")
+            raise Refusal(f"prior_std must be positive: got {self.prior_std}; 0.2 is usual")
         self.step = 0
         self._plan: _Plan | None = None
         self._layers: list[GaussianLinear] = []
@@ -110,13 +111,13 @@ class KLStep(TrainerCallback):
             step: how many steps are done already.
 
         Raises:
-            ValueError: if the adapter has no Gaussian layer, the period cannot be known, or weight
+            Refusal: if the adapter has no Gaussian layer, the period cannot be known, or weight
                 decay would act on G.
         """
         slots = Slots(model, self.adapter)
         self._layers = list(slots.of_kind(GaussianLinear).values())
         if not self._layers:
-            raise ValueError(
+            raise Refusal(
                 "the model has no Gaussian layer: got the deterministic adapter "
                 f"{slots.adapter!r}; call bayesify(model) first, or name the adapter"
             )
@@ -141,7 +142,7 @@ class KLStep(TrainerCallback):
         root_stds = {id(layer.root_std) for layer in self._layers}
         for group in optimizer.param_groups:
             if group.get("weight_decay") and root_stds & {id(p) for p in group["params"]}:
-                raise ValueError(
+                raise Refusal(
                     "weight decay would shrink the standard deviation: got "
                     f"weight_decay={group['weight_decay']} on root_std, expected 0; set "
                     'weight_decay=0 or std_optimizer="sgd"'
@@ -151,7 +152,7 @@ class KLStep(TrainerCallback):
         period = self.period
         if period is None:
             if num_rows is None or batch_size is None:
-                raise ValueError(
+                raise Refusal(
                     "the KL's period is not known: got no period, expected num_rows and "
                     "batch_size, or period; give one of them"
                 )

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from transformers import TrainerCallback
 
 from bayestune.adapters import RankLinear, RowGroups, Slots, make_ranks_random, put_means
+from bayestune.errors import Refusal
 from bayestune.posteriors import Scaled
 from bayestune.scoring import Scorer
 from bayestune.training import Training, adamw, add_to_log, fit_adapter
@@ -102,7 +103,7 @@ class DALorRA:
         kl_weight: of the KL beside the mean loss; None for 1/(training rows), the evidence's bound.
 
     Raises:
-        ValueError: if a value is out of range.
+        Refusal: if a value is out of range.
 
     Reference:
         Zhang, Ren, Zhang, Guo: Bayesian sparse low-rank adaptation for large language model
@@ -118,7 +119,7 @@ class DALorRA:
     def __post_init__(self) -> None:
         inside = 0 < self.prior_kept < 1 and 0 < self.init_kept < 1
         if not inside or self.gate_lr < 0 or self.temperature <= 0 or (self.kl_weight or 0) < 0:
-            raise ValueError(
+            raise Refusal(
                 f"out of range: got {self}, expected prior_kept and init_kept in (0, 1), "
                 "temperature > 0, gate_lr and kl_weight ≥ 0; correct it"
             )

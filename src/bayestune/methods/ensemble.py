@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from bayestune.adapters import detach
+from bayestune.errors import Refusal
 from bayestune.methods.method import Method
 from bayestune.methods.mle import MLE
 from bayestune.posteriors import (
@@ -44,7 +45,7 @@ class Ensemble:
 
     def __post_init__(self) -> None:
         if self.size < 1:
-            raise ValueError(
+            raise Refusal(
                 f"an ensemble needs members: got size={self.size}, expected 1 or more; 3 is usual"
             )
 

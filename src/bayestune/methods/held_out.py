@@ -9,15 +9,16 @@ from torch import Tensor
 
 from bayestune.adapters import Slots, output_head, split_name
 from bayestune.data import Question
+from bayestune.errors import Refusal
 from bayestune.forward import Draws
 from bayestune.posteriors import Point, Posterior, count_for
 from bayestune.scoring import Scorer, row_logits
 
 
 def check_point(posterior: Posterior, method: str) -> Point:
-    """The posterior if it is a point; raises ValueError if not."""
+    """The posterior if it is a point; raises Refusal if not."""
     if not isinstance(posterior, Point):
-        raise ValueError(
+        raise Refusal(
             f"{method} builds on a point: got a {type(posterior).__name__} from its base, expected "
             "a Point; use MLE or MAP as its base"
         )
@@ -28,21 +29,21 @@ def held_out_rows(scorer: Scorer, method: str) -> tuple[Question, ...]:
     """The task's held-out rows, on which a method may choose.
 
     Raises:
-        ValueError: if there are none, one has no answer, or one is a training row too.
+        Refusal: if there are none, one has no answer, or one is a training row too.
     """
     rows = scorer.task.held_out
     if not rows:
-        raise ValueError(
+        raise Refusal(
             f"{method} chooses on held-out rows: got none, expected some; set --holdout 0.1"
         )
     if any(row.answer is None for row in rows):
-        raise ValueError(
+        raise Refusal(
             f"{method} chooses on held-out rows with answers: got a row without one; drop it"
         )
     seen = {row.content for row in scorer.task.train}
     both = [row.id for row in rows if row.content in seen]
     if both:
-        raise ValueError(
+        raise Refusal(
             f"{method} must not choose on rows seen in training: got {len(both)} of {len(rows)}, "
             f"such as {both[0]}; take them out of one part"
         )
@@ -65,11 +66,11 @@ def predictive_nll(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def head_slots(slots: Slots, sides: Collection[str] = ("lora_A",)) -> list[str]:
-    """Names of the output head's slots; raises ValueError if the head is not adapted."""
+    """Names of the output head's slots; raises Refusal if the head is not adapted."""
     head = output_head(slots.model)
     path = next((path for path, layer in slots.layers.items() if layer is head), None)
     if path is None:
-        raise ValueError(
+        raise Refusal(
             'layers="last" puts noise on the output head\'s adapter: got a model whose head has '
             'none, expected one; add "lm_head" to the targets'
         )

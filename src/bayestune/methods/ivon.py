@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from bayestune.adapters import SIDES, Slots, bayesify
+from bayestune.errors import Refusal
 from bayestune.posteriors import Gaussian
 from bayestune.scoring import Scorer
 from bayestune.training import Training, fit_adapter
@@ -150,7 +151,7 @@ class IVON:
         clip_radius: bound on each entry of the preconditioned gradient; infinity for none.
 
     Raises:
-        ValueError: if a value is out of range.
+        Refusal: if a value is out of range.
 
     Reference:
         Shen et al., ICML 2024, https://arxiv.org/abs/2402.17641; for LoRA Cong et al.: Variational
@@ -171,7 +172,7 @@ class IVON:
         positive = min(self.learning_rate, ess, self.clip_radius, prior) > 0
         betas = 0 <= self.beta1 < 1 and 0 <= self.beta2 < 1
         if not positive or not betas or min(self.delta, self.hess_init) < 0:
-            raise ValueError(
+            raise Refusal(
                 f"out of range: got {self}, expected learning_rate, ess, clip_radius > 0, delta, "
                 "hess_init ≥ 0 and not both 0, beta1, beta2 in [0, 1); correct it"
             )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bayestune.adapters import SIDES
 from bayestune.curvature import Curvature, Structure, best_precision, gauss_newton, log_evidence
 from bayestune.data import Question
+from bayestune.errors import Refusal
 from bayestune.forward import Draws
 from bayestune.methods.held_out import check_point, held_out_rows, predictive_nll
 from bayestune.methods.map import MAP
@@ -38,7 +39,7 @@ class Laplace:
         batch_size: rows of one pass with gradients, in the fit and in linearised prediction.
 
     Raises:
-        ValueError: if `prior_precision` is not positive.
+        Refusal: if `prior_precision` is not positive.
 
     Reference:
         Yang, Robeyns, Wang, Aitchison: Bayesian low-rank adaptation for large language models, ICLR
@@ -56,7 +57,7 @@ class Laplace:
 
     def __post_init__(self) -> None:
         if self.prior_precision is not None and not self.prior_precision > 0:
-            raise ValueError(
+            raise Refusal(
                 f"prior_precision must be positive: got {self.prior_precision}; None chooses it"
             )
 

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from bayestune.adapters import Slots
+from bayestune.errors import Refusal
 from bayestune.posteriors import Point
 from bayestune.scoring import Scorer
 from bayestune.training import Training, fit_adapter
@@ -46,7 +47,7 @@ class MAP:
         prior_std: σ_p of an explicit prior N(0, σ_p²) instead, see `GaussianPrior`.
 
     Raises:
-        ValueError: if `prior_std` is not positive, or `weight_decay` is negative.
+        Refusal: if `prior_std` is not positive, or `weight_decay` is negative.
 
     Reference:
         Wang et al.: BLoB, NeurIPS 2024, https://arxiv.org/abs/2406.11675, table 1.
@@ -57,7 +58,7 @@ class MAP:
 
     def __post_init__(self) -> None:
         if self.weight_decay < 0 or (self.prior_std is not None and self.prior_std <= 0):
-            raise ValueError(
+            raise Refusal(
                 f"a prior has a positive scale: got weight_decay={self.weight_decay}, "
                 f"prior_std={self.prior_std}; expected weight_decay >= 0 or prior_std > 0"
             )

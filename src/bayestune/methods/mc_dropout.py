@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from bayestune.errors import Refusal
 from bayestune.methods.held_out import check_point
 from bayestune.methods.method import Method
 from bayestune.methods.mle import MLE
@@ -25,7 +26,7 @@ class MCDropout:
             "held", one mask on A's columns for each draw and layer: a draw is an adapter.
 
     Raises:
-        ValueError: if the probability is out of range.
+        Refusal: if the probability is out of range.
 
     Reference:
         Gal, Ghahramani: Dropout as a Bayesian approximation, ICML 2016,
@@ -38,7 +39,7 @@ class MCDropout:
 
     def __post_init__(self) -> None:
         if not 0 < self.dropout < 1:
-            raise ValueError(f"dropout must lie in (0, 1): got {self.dropout}; the paper uses 0.1")
+            raise Refusal(f"dropout must lie in (0, 1): got {self.dropout}; the paper uses 0.1")
 
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Dropout | Scaled:
         """Fits the base with dropout."""

@@ -24,7 +24,7 @@ class Method(Protocol):
             The distribution over adapters.
 
         Raises:
-            ValueError: if there are no training rows, or the base, the model's layers or the
+            Refusal: if there are no training rows, or the base, the model's layers or the
                 held-out rows do not suit the method.
             NotFiniteError: if the loss is NaN or infinite.
             Interrupted: at ctrl-C, after a checkpoint.

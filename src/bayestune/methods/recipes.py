@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from jsonargparse import ArgumentParser
 from torch import nn
 
+from bayestune.errors import Refusal
 from bayestune.methods.method import Method
 from bayestune.methods.registry import METHODS
 from bayestune.posteriors import Posterior
@@ -38,7 +39,7 @@ def changed(value: T, changes: Mapping[str, Any]) -> T:
         changes: new values by field name, as a configuration file gives them.
 
     Raises:
-        ValueError: if a field is unknown or a value is not of its type.
+        Refusal: if a field is unknown or a value is not of its type.
 
     Example:
         >>> changed(Training(), {"steps": 7, "lora": {"rank": 4}}).lora
@@ -62,7 +63,7 @@ def make_method(
         The method; in `WithTraining` if the settings change the training.
 
     Raises:
-        ValueError: if a name is unknown, a value is not of its field's type, a base is missing, or
+        Refusal: if a name is unknown, a value is not of its field's type, a base is missing, or
             a method is its own base.
 
     Example:
@@ -98,7 +99,7 @@ def _made(
     """The method of settings with a name, reached by a chain of names."""
     if isinstance(settings, str):
         if settings in chain:
-            raise ValueError(
+            raise Refusal(
                 f"a method is its own base: got {' → '.join((*chain, settings))}, expected a chain "
                 "that ends; rename one of the entries"
             )
@@ -109,7 +110,7 @@ def _made(
     key = given.pop("method", name)
     changes = given.pop("training", None)
     if key not in METHODS:
-        raise ValueError(
+        raise Refusal(
             f"unknown method: got {key!r}, expected one of {sorted(METHODS)}; set `method`"
         )
     cls = METHODS[key]
@@ -125,7 +126,7 @@ def _made(
 
 def _default_base(cls: type[Method], field: Field[Any], given: Settings) -> Method:
     if field.default_factory is MISSING:
-        raise ValueError(
+        raise Refusal(
             f"{cls.__name__} needs a base: got {given}, expected `base`, a method's name or "
             "settings; add it"
         )
@@ -138,7 +139,7 @@ def _built(
     """A dataclass of fields from a configuration, each checked against its type, and its base."""
     known = {field.name for field in fields(cls)} - set(base)  # type: ignore[arg-type]
     if unknown := sorted(set(given) - known):
-        raise ValueError(
+        raise Refusal(
             f"unknown settings of {cls.__name__}: got {unknown}, expected some of {sorted(known)}; "
             "correct the name"
         )
@@ -151,7 +152,7 @@ def _built(
         values = parser.instantiate(parser.parse_object(dict(given)))
     except ArgumentError as error:
         reason = " ".join(str(error).split())
-        raise ValueError(
+        raise Refusal(
             f"settings of {cls.__name__}: got {dict(given)}, expected values of its fields' types; "
             f"{reason}"
         ) from None

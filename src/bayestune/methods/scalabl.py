@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from bayestune.adapters import RankLinear, RowGroups, Slots, make_ranks_random, put_means
+from bayestune.errors import Refusal
 from bayestune.kl import Schedule, burst_period, kl_weights, warmup_decay
 from bayestune.posteriors import Scaled
 from bayestune.scoring import Scorer
@@ -25,7 +26,7 @@ class SingularLinear(RankLinear):
 
     def __init__(self, linear: nn.Linear, groups: RowGroups, init_std: float) -> None:
         if linear.out_features > linear.in_features:
-            raise ValueError(
+            raise Refusal(
                 f"A has more ranks than inputs: got ({linear.out_features}, {linear.in_features}), "
                 f"expected at most rank {linear.in_features}; lower the rank"
             )
@@ -107,7 +108,7 @@ class ScalaBL:
         schedule: of the KL, "bursts" or "constant", see `KLStep`.
 
     Raises:
-        ValueError: if a value is out of range.
+        Refusal: if a value is out of range.
 
     Reference:
         Samplawski, Cobb, Acharya, Kaur, Jha: Scalable Bayesian low-rank adaptation of large
@@ -121,7 +122,7 @@ class ScalaBL:
 
     def __post_init__(self) -> None:
         if self.init_std <= 0 or self.kl_lr < 0:
-            raise ValueError(
+            raise Refusal(
                 f"out of range: got {self}, expected init_std > 0 and kl_lr ≥ 0; correct it"
             )
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from bayestune.adapters import PREFIX, Slots
+from bayestune.errors import Refusal
 from bayestune.posteriors import LowRank
 from bayestune.scoring import Scorer
 from bayestune.training import Training, fit_adapter
@@ -94,7 +95,7 @@ class Collector(TrainerCallback):
 
     def _load(self, path: Path, device: torch.device) -> None:
         if not path.is_file():
-            raise ValueError(
+            raise Refusal(
                 f"SWAG cannot go on from this checkpoint: got no {path}, expected the iterates "
                 "collected so far; start anew, or from a checkpoint that SWAG wrote"
             )
@@ -128,7 +129,7 @@ class SWAG:
         every: c, steps between iterates; None for an epoch, or less so that there are 2·K iterates.
 
     Raises:
-        ValueError: if a value is out of range.
+        Refusal: if a value is out of range.
 
     Reference:
         Maddox, Garipov, Izmailov, Vetrov, Wilson: SWAG, NeurIPS 2019,
@@ -144,7 +145,7 @@ class SWAG:
     def __post_init__(self) -> None:
         too_often = self.every is not None and self.every < 1
         if not 0 <= self.start < 1 or self.rate <= 0 or self.rank < 2 or too_often:
-            raise ValueError(
+            raise Refusal(
                 f"out of range: got {self}, expected start in [0, 1), rate > 0, rank ≥ 2 and "
                 "every ≥ 1; correct it"
             )
@@ -167,14 +168,14 @@ class SWAG:
         return LowRank(adapted, scorer, variances, deviations, report=report)
 
     def collector(self, training: Training, num_rows: int) -> Collector:
-        """The callback for a run over so many rows; raises ValueError if it is too short."""
+        """The callback for a run over so many rows; raises Refusal if it is too short."""
         steps = training.total_steps(num_rows)
         start = int(self.start * steps)
         epoch = math.ceil(num_rows / (training.batch_size * training.accumulation))
         every = self.every or max(1, min(epoch, (steps - start) // (2 * self.rank)))
         count = (steps - start) // every
         if count < 2:
-            raise ValueError(
+            raise Refusal(
                 f"SWAG needs two iterates: got {count} in {steps - start} steps, one in every "
                 f"{every}, expected at least 2; train longer, start earlier or collect more often"
             )

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from bayestune.errors import Refusal
 from bayestune.forward import Draws
 from bayestune.methods.blob import BLoB
 from bayestune.methods.held_out import held_out_logits, held_out_rows, predictive_nll
@@ -95,7 +96,7 @@ class PosteriorScale:
         rows = held_out_rows(scorer, "PosteriorScale")
         posterior = self.base.fit(model, scorer, training)
         if not isinstance(posterior, Gaussian):
-            raise ValueError(
+            raise Refusal(
                 f"PosteriorScale scales a Gaussian: got a {type(posterior).__name__} from its "
                 "base, expected BLoB, BBB, TFB or IVON"
             )

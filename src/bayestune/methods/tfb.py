@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bayestune.adapters import Slots, bayesify
 from bayestune.data import Question
+from bayestune.errors import Refusal
 from bayestune.forward import Draws
 from bayestune.methods.held_out import head_slots, predictive_nll
 from bayestune.methods.method import Method
@@ -20,9 +21,9 @@ from bayestune.training import Meter, Training
 
 
 def as_point(posterior: Posterior) -> Point:
-    """The posterior's mean adapter as a point; raises ValueError if it has no mean."""
+    """The posterior's mean adapter as a point; raises Refusal if it has no mean."""
     if not posterior.has_mean:
-        raise ValueError(
+        raise Refusal(
             f"TFB starts from one adapter: got a {type(posterior).__name__} without a mean; use "
             "its base"
         )
@@ -86,7 +87,7 @@ class TFB:
         layers: "all", or "last", noise on the output head's adapter alone.
 
     Raises:
-        ValueError: if the metric is unknown.
+        Refusal: if the metric is unknown.
 
     Reference:
         Shi, Wang, Han, Zhang, Wang: Training-free Bayesianization for low-rank adapters of LLMs,
@@ -104,7 +105,7 @@ class TFB:
 
     def __post_init__(self) -> None:
         if self.metric not in ("nll", "accuracy"):
-            raise ValueError(f"unknown metric: got {self.metric!r}, expected 'nll' or 'accuracy'")
+            raise Refusal(f"unknown metric: got {self.metric!r}, expected 'nll' or 'accuracy'")
 
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Gaussian:
         """Fits the base, then the standard deviation."""
@@ -118,10 +119,10 @@ class TFB:
         """Gives an adapter, however trained, the standard deviation that anchor rows allow.
 
         Raises:
-            ValueError: if a row has no answer, or there are none.
+            Refusal: if a row has no answer, or there are none.
         """
         if not rows or any(row.answer is None for row in rows):
-            raise ValueError(
+            raise Refusal(
                 f"TFB needs anchor rows with answers: got {len(rows)} rows, not all with one"
             )
         meter = Meter()

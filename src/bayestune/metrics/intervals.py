@@ -1,6 +1,6 @@
 """Bootstrap over rows: intervals of metrics, and whether two methods differ by more than chance.
 
-The R resamples are the same in every call with as many rows. ValueError is raised on bad rows,
+The R resamples are the same in every call with as many rows. Refusal is raised on bad rows,
 unequal numbers of runs, an unknown metric, and without resamples.
 """
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bayestune.errors import Refusal
 from bayestune.metrics.scores import DEFAULT_BINS, METRICS, Bins, RowTerms
 
 LEVEL = 0.95
@@ -42,7 +43,7 @@ def _resampled(
 ) -> tuple[Tensor, list[list[float]]]:
     """M statistics of counts (R, N) on all resamples: values (M, R), M low ends, M high ends."""
     if resamples < 1:
-        raise ValueError(f"got resamples={resamples}; expected 1 or more; 1000 is customary")
+        raise Refusal(f"got resamples={resamples}; expected 1 or more; 1000 is customary")
     generator = torch.Generator().manual_seed(0)
     block = max(1, _BLOCK // num_rows)
     blocks = []
@@ -121,11 +122,11 @@ def paired_bootstrap(
     Reference: Davison, Hinkley (1997), ch. 4, https://doi.org/10.1017/CBO9780511802843
     """
     if metric not in METRICS:
-        raise ValueError(f"got metric {metric!r}; expected one of {tuple(METRICS)}; choose one")
+        raise Refusal(f"got metric {metric!r}; expected one of {tuple(METRICS)}; choose one")
     stacked = first.ndim == second.ndim == 3
     if stacked and len(first) != len(second):
         got = f"{len(first)} and {len(second)} runs"
-        raise ValueError(f"got {got}; expected as many of both; compare runs that both have")
+        raise Refusal(f"got {got}; expected as many of both; compare runs that both have")
     runs = zip(first, second, strict=True) if stacked else [(first, second)]
     pairs = [(RowTerms.of(a, labels, bins), RowTerms.of(b, labels, bins)) for a, b in runs]
     weigh = METRICS[metric]

@@ -2,7 +2,7 @@
 
 A row is what `bayestune.evaluation.prediction_rows` writes: answer, probabilities of its own
 options, confidence, and entropies in nats; a score is one of `SCORES`. Tensors of scores,
-confidences and flags (bool, or 0 and 1) are (N,). Everything is computed in float64, and ValueError
+confidences and flags (bool, or 0 and 1) are (N,). Everything is computed in float64, and Refusal
 is raised on what cannot be ranked: no rows, other shapes, NaN, or flags that are all the same where
 both are needed.
 """
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from bayestune.errors import Refusal
+
 Row = Mapping[str, Any]
 SCORES = ("one_minus_confidence", "total_entropy", "expected_entropy", "mutual_information")
 
@@ -22,13 +24,13 @@ SCORES = ("one_minus_confidence", "total_entropy", "expected_entropy", "mutual_i
 def _checked(values: Tensor, flags: Tensor, named: str) -> tuple[Tensor, Tensor]:
     if values.ndim != 1 or flags.shape != values.shape or values.numel() == 0:
         got = f"{named} of shapes {tuple(values.shape)} and {tuple(flags.shape)}"
-        raise ValueError(f"got {got}; expected (N,) and (N,), not empty; give one of each a row")
+        raise Refusal(f"got {got}; expected (N,) and (N,), not empty; give one of each a row")
     if values.isnan().any():
         expected = "numbers that have an order"
-        raise ValueError(f"got {named} with NaN; expected {expected}; look at the predictions")
+        raise Refusal(f"got {named} with NaN; expected {expected}; look at the predictions")
     if not ((flags == 0) | (flags == 1)).all():
         got = f"{named} from {flags.min()} to {flags.max()}"
-        raise ValueError(f"got {got}; expected flags 0 or 1; compare with the answers first")
+        raise Refusal(f"got {got}; expected flags 0 or 1; compare with the answers first")
     return values.detach().cpu().double(), flags.detach().cpu().bool()
 
 
@@ -48,7 +50,7 @@ def auroc(scores: Tensor, positive: Tensor) -> float:
     pairs = len(above) * len(below)
     if pairs == 0:
         got = f"{len(above)} positives and {len(below)} negatives"
-        raise ValueError(f"got {got}; expected some of each, to rank them; take more rows")
+        raise Refusal(f"got {got}; expected some of each, to rank them; take more rows")
     less = torch.searchsorted(below, above)
     less_or_equal = torch.searchsorted(below, above, right=True)
     return (less + less_or_equal).sum().item() / (2 * pairs)
@@ -72,27 +74,27 @@ def uncertainty(rows: Sequence[Row], score: str, *, normalised: bool = False) ->
     information).
 
     Raises:
-        ValueError: if the score is unknown, or a row lacks it or has no second option.
+        Refusal: if the score is unknown, or a row lacks it or has no second option.
 
     >>> rows = [{"probabilities": [1 / c] * c, "confidence": 1 / c} for c in (2, 4)]
     >>> uncertainty(rows, "one_minus_confidence", normalised=True)
     tensor([1., 1.], dtype=torch.float64)
     """
     if score not in SCORES:
-        raise ValueError(f"got score {score!r}; expected one of {SCORES}; choose one")
+        raise Refusal(f"got score {score!r}; expected one of {SCORES}; choose one")
     of_confidence = score == "one_minus_confidence"
     try:
         values = [row["confidence" if of_confidence else score] for row in rows]
     except KeyError as missing:
         got = f"a row without {missing}"
-        raise ValueError(f"got {got}; expected what `evaluate` writes; evaluate again") from missing
+        raise Refusal(f"got {got}; expected what `evaluate` writes; evaluate again") from missing
     found = torch.tensor(values, dtype=torch.float64)
     found = 1 - found if of_confidence else found
     if not normalised:
         return found
     options = torch.tensor([len(row["probabilities"]) for row in rows], dtype=torch.float64)
     if (options < 2).any():
-        raise ValueError("got a row of one option; expected two or more; leave it out")
+        raise Refusal("got a row of one option; expected two or more; leave it out")
     return found / (1 - 1 / options if of_confidence else options.log())
 
 

@@ -1,7 +1,7 @@
 """Scores of probabilities against labels: accuracy, NLL, Brier score, calibration errors, AURC.
 
 Probabilities are (N, C): each row sums to 1 and holds exactly 0 for options it does not have.
-Labels are (N,) class indices. Every function raises ValueError on anything else and computes in
+Labels are (N,) class indices. Every function raises Refusal on anything else and computes in
 float64. Except for accuracy, lower is better.
 
 Inside, a metric is a function of row *weights*: ones give its value, and the counts of a bootstrap
@@ -15,6 +15,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
+
+from bayestune.errors import Refusal
 
 Binning = Literal["torchmetrics", "textbook"]
 # The least probability that a float32 softmax holds at full precision: 87.3 nats for probability 0.
@@ -34,10 +36,10 @@ class Bins:
 
     def __post_init__(self) -> None:
         if self.number < 1:
-            raise ValueError(f"got bins={self.number}; expected 1 or more; 15 is customary")
+            raise Refusal(f"got bins={self.number}; expected 1 or more; 15 is customary")
         if self.binning not in get_args(Binning):
             expected = f"one of {get_args(Binning)}; choose 'textbook' for bins (l, u]"
-            raise ValueError(f"got binning {self.binning!r}; expected {expected}")
+            raise Refusal(f"got binning {self.binning!r}; expected {expected}")
 
     def of(self, confidence: Tensor) -> Tensor:
         """The index of each confidence's bin, (N,)."""
@@ -99,15 +101,15 @@ def _check(p: Tensor, y: Tensor) -> None:
     if p.ndim != 2 or y.shape != p.shape[:1] or p.numel() == 0:
         got = f"probabilities of shape {tuple(p.shape)} and labels of shape {tuple(y.shape)}"
         expected = "(N, C) and (N,), not empty; average the draws first: logits.softmax(-1).mean(0)"
-        raise ValueError(f"got {got}; expected {expected}")
+        raise Refusal(f"got {got}; expected {expected}")
     if y.is_floating_point() or y.min() < 0 or y.max() >= p.shape[1]:
         expected = f"integers in 0…{p.shape[1] - 1}; give class indices"
-        raise ValueError(f"got labels from {y.min()} to {y.max()}; expected {expected}")
+        raise Refusal(f"got labels from {y.min()} to {y.max()}; expected {expected}")
     off = (p.double().sum(1) - 1).abs().max().item()
     if not off <= 1e-3 or p.min() < 0:  # NaN compares false
         got = f"a sum that differs from 1 by {off:.3g} and a least entry of {p.min():.3g}"
         expected = "finite probabilities >= 0, sums of 1 ± 0.001; apply softmax to finite logits"
-        raise ValueError(f"got rows with {got}; expected {expected}")
+        raise Refusal(f"got rows with {got}; expected {expected}")
 
 
 def _binned(rows: RowTerms, weights: Tensor, bins: int = -1) -> tuple[Tensor, Tensor, Tensor]:

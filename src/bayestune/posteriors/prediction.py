@@ -6,6 +6,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from bayestune.errors import Refusal
 from bayestune.forward import Batch, Draws
 from bayestune.posteriors.posterior import Posterior
 
@@ -57,10 +58,10 @@ def count_for(posterior: Posterior, draws: int) -> int:
     """How many draws to take where so many are asked for: the posterior's `atoms` if it has some.
 
     Raises:
-        ValueError: if the mean is asked for, by 0, and there is none.
+        Refusal: if the mean is asked for, by 0, and there is none.
     """
     if draws == 0 and not posterior.has_mean:
-        raise ValueError(
+        raise Refusal(
             f"{type(posterior).__name__} has no mean: got draws=0, which asks for it, "
             "expected 1 or more"
         )
@@ -89,7 +90,7 @@ def predict(
             m tokens of the prompt, once for all draws. docs/calibration_cost.md shows what is lost.
 
     Raises:
-        ValueError: if `draws` is negative, or 0 for a posterior without a mean, or a prefix cannot
+        Refusal: if `draws` is negative, or 0 for a posterior without a mean, or a prefix cannot
             be shared.
     """
     if not isinstance(draws, Draws):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bayestune.adapters import held_noise, split_name
+from bayestune.errors import Refusal
 from bayestune.posteriors.posterior import AdapterPosterior, Saved, State
 
 Law = Literal["bernoulli", "normal"]
@@ -61,7 +62,7 @@ class Scaled(AdapterPosterior):
         for name, value in saved.tensors.items():
             shape = shapes.get(split_name(name)[0], (-1, -1))
             if any(size not in (1, whole) for size, whole in zip(value.shape, shape, strict=True)):
-                raise ValueError(
+                raise Refusal(
                     f"of another model or rank: got {name} of shape {tuple(value.shape)}, expected "
                     f"{shape} or 1"
                 )

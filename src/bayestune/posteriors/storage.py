@@ -1,4 +1,4 @@
-"""Saves a posterior as a stock PEFT adapter (the mean) with two files beside it; exports draws."""
+"""Saves a posterior as a stock PEFT adapter (the mean) with two files beside it, and loads it."""
 
 import hashlib
 import json
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import bayestune
 from bayestune.adapters import ADAPTER, PREFIX, GaussianLinear, Slots
+from bayestune.errors import Refusal
 from bayestune.forward import ClassLogits
 from bayestune.posteriors.gaussian import Gaussian
 from bayestune.posteriors.mixture import Mixture
@@ -29,7 +30,7 @@ DETAILS = "posterior.json"
 _FILES = (CONFIG, "adapter_model.safetensors", TENSORS, DETAILS)
 
 
-class PosteriorError(ValueError):
+class PosteriorError(Refusal):
     """A folder is not a posterior that can be loaded on this model."""
 
 
@@ -146,7 +147,7 @@ def base_name(folder: Path) -> str | None:
 
 def unbound(*_: Any) -> Tensor:
     """The scorer of a posterior that was loaded without one."""
-    raise ValueError(
+    raise Refusal(
         "the posterior has no scorer: got load_posterior(base, folder), expected a scorer as well"
     )
 

@@ -5,6 +5,7 @@ from typing import ClassVar, Self
 
 from torch import Tensor
 
+from bayestune.errors import Refusal
 from bayestune.forward import Batch, ClassLogits, Draws
 from bayestune.posteriors.fit_report import FitReport
 from bayestune.posteriors.posterior import KINDS, Posterior, Saved, State
@@ -20,7 +21,7 @@ class Tempered(Posterior):
         report: what the fit took.
 
     Raises:
-        ValueError: if T is not positive.
+        Refusal: if T is not positive.
     """
 
     kind: ClassVar[str] = "tempered"
@@ -30,7 +31,7 @@ class Tempered(Posterior):
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
-            raise ValueError(
+            raise Refusal(
                 f"the temperature must be positive: got {self.temperature}; 1 changes nothing"
             )
         self.model = self.base.model

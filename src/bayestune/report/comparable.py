@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from bayestune.errors import Refusal
 from bayestune.report.rows import Record
 
 Seeds = dict[Any, Record]  # a method's records, by seed
@@ -17,11 +18,11 @@ def comparable(records: Sequence[Record], *, same_task: bool = True) -> list[lis
         same_task: false for groups of all tasks and sizes.
 
     Raises:
-        ValueError: if there are no records.
+        Refusal: if there are no records.
     """
     if not records:
         expected = "one for each evaluated method"
-        raise ValueError(f"got no records; expected {expected}; run `bayestune bench` first")
+        raise Refusal(f"got no records; expected {expected}; run `bayestune bench` first")
     keys = (*SETTING, "task", "n") if same_task else SETTING
     groups: dict[tuple[str, ...], list[Record]] = {}
     for record in records:

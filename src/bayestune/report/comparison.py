@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 
+from bayestune.errors import Refusal
 from bayestune.metrics import PairedDifference, paired_bootstrap
 from bayestune.report.columns import ACCURACY, BRIER, ECE, ECE_DEBIASED, NLL
 from bayestune.report.comparable import by_seed, caption, comparable
@@ -38,11 +39,11 @@ def grid_tables(
             None for the method of least mean NLL.
 
     Raises:
-        ValueError: if there are no records, or none of `against`.
+        Refusal: if there are no records, or none of `against`.
     """
     known = list(by_seed(records))
     if against is not None and against not in known:
-        raise ValueError(f"got no record of {against!r}; expected one of {known}; choose one")
+        raise Refusal(f"got no record of {against!r}; expected one of {known}; choose one")
     tables = []
     for group in comparable(records, same_task=False):
         labels = list(by_seed(group))

@@ -135,7 +135,7 @@ def summary_figure(records: Sequence[Record]) -> Figure:
         records: one for each evaluated method; the others are read against the first.
 
     Raises:
-        ValueError: if there are no records.
+        Refusal: if there are no records.
     """
     tables = summary_tables(records)
     shown = (ACCURACY, ECE, NLL, BRIER)

@@ -38,7 +38,7 @@ def write_page(records: Sequence[Record], folder: str | Path, title: str) -> Pat
         The path.
 
     Raises:
-        ValueError: if there are no records.
+        Refusal: if there are no records.
     """
     tables = render(summary_tables(records), "html")
     evaluations = []

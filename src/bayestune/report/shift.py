@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
+from bayestune.errors import Refusal
 from bayestune.metrics import SCORES, Row, error_auroc, is_right, shift_auroc, uncertainty
 from bayestune.report.columns import ACCURACY, ECE, NLL, Column
 from bayestune.report.comparable import Seeds, by_seed, caption, comparable, differing, label_of
@@ -146,12 +147,12 @@ def write_shift(records: Sequence[Record], folder: str | Path) -> list[Path]:
         folder: where the records' rows are and the files go.
 
     Raises:
-        ValueError: if no records are left.
+        Refusal: if no records are left.
     """
     own = _own(records)
     if not own:
         got = f"no records of methods trained on {SOURCE!r} among {len(records)}"
-        raise ValueError(f"got {got}; expected some; run `bayestune bench` with this task first")
+        raise Refusal(f"got {got}; expected some; run `bayestune bench` with this task first")
     studies = [_Study.of(group, folder) for group in comparable(own, same_task=False)]
     tables = chain.from_iterable(map(_tables, studies))
     path = Path(folder) / "shift.md"

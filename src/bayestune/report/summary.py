@@ -18,7 +18,7 @@ def summary_tables(records: Sequence[Record]) -> list[Table]:
     """One table for each task, model and number of rows; the best of a column is marked.
 
     Raises:
-        ValueError: if there are no records.
+        Refusal: if there are no records.
 
     >>> metrics = {"accuracy": {"value": 0.84, "low": 0.80, "high": 0.88}}
     >>> (table,) = summary_tables([{"label": "MLE", "task": "arc_easy", "metrics": metrics}])

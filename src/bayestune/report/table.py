@@ -7,6 +7,8 @@ from itertools import chain
 from string import Template
 from typing import Literal
 
+from bayestune.errors import Refusal
+
 Mark = Literal["", "best", "second"]
 Style = Literal["text", "markdown", "html", "latex"]
 Lines = list[list[str]]  # of a block, ready to be joined
@@ -190,9 +192,9 @@ def render(tables: Sequence[Table], style: Style = "text") -> str:
     make them bold and underlined; "html" gives them a class.
 
     Raises:
-        ValueError: if the style is unknown.
+        Refusal: if the style is unknown.
     """
     if style not in _WRITERS:
         known = tuple(_WRITERS)
-        raise ValueError(f"got style {style!r}; expected one of {known}; 'text' is for terminals")
+        raise Refusal(f"got style {style!r}; expected one of {known}; 'text' is for terminals")
     return "\n\n".join(_WRITERS[style](table) for table in tables)

@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bayestune.adapters import is_classifier
 from bayestune.data import Scoring, Task
+from bayestune.errors import Refusal
 from bayestune.scoring.head import HeadScorer
 from bayestune.scoring.letter import LetterScorer
 from bayestune.scoring.scorer import Scorer
@@ -32,12 +33,12 @@ def make_scorer(
         layout: of text scoring; None packs where the model can.
 
     Raises:
-        ValueError: if `scoring` is unknown or does not fit, or a letter is not one token.
+        Refusal: if `scoring` is unknown or does not fit, or a letter is not one token.
     """
     if scoring not in get_args(Scoring):
-        raise ValueError(f"unknown scoring: got {scoring!r}, expected one of {get_args(Scoring)}")
+        raise Refusal(f"unknown scoring: got {scoring!r}, expected one of {get_args(Scoring)}")
     if is_classifier(model) != (scoring == "head"):
-        raise ValueError(
+        raise Refusal(
             f"scoring {scoring!r} does not fit a {type(model).__name__}: expected 'head' for a "
             "model with a classification head and 'letter' or 'text' for a language model"
         )

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from bayestune.adapters import group_rows
 from bayestune.data import Question
+from bayestune.errors import Refusal
 from bayestune.scoring.scorer import Encoded, Scorer
 from bayestune.scoring.tokens import token_ids
 
@@ -30,12 +31,12 @@ class HeadScorer(Scorer):
         """Token ids of each row.
 
         Raises:
-            ValueError: if the rows do not all have the options of the task's rows.
+            Refusal: if the rows do not all have the options of the task's rows.
         """
         options = next(iter((*self.task.train, *self.task.evaluation, *rows))).options
         for row in rows:
             if row.options != options:
-                raise ValueError(
+                raise Refusal(
                     f"row {row.id}: got the options {list(row.options)}, expected {list(options)} "
                     'in every row under scoring="head"; use scoring="letter" or "text"'
                 )
@@ -48,7 +49,7 @@ class HeadScorer(Scorer):
         excess = len(inputs["input_ids"]) - self.max_length
         if excess > 0:
             if row.context and excess >= len(token_ids(self.tokenizer, row.context)):
-                raise ValueError(
+                raise Refusal(
                     f"row {row.id}: the question takes more than max_length={self.max_length} "
                     "tokens; raise max_length"
                 )

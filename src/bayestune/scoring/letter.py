@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from bayestune.adapters import group_rows
 from bayestune.data import Question
+from bayestune.errors import Refusal
 from bayestune.scoring.last_logits import last_logits
 from bayestune.scoring.scorer import Encoded, Scorer, option_mask
 from bayestune.scoring.tokens import answer_tokens, left_padded_inputs, prompt_ids, token_ids
@@ -22,7 +23,7 @@ class LetterScorer(Scorer):
     """Class logits are the logits of the labels' tokens at the last position.
 
     Raises:
-        ValueError: if a label that a row of the task needs is not a token of its own.
+        Refusal: if a label that a row of the task needs is not a token of its own.
     """
 
     def __post_init__(self) -> None:
@@ -43,7 +44,7 @@ class LetterScorer(Scorer):
         label = labels[len(self.tokens)]
         text = f"{self.task.prompt.render(_ANY_ROW, 'letter')} {label}"
         last = self.tokenizer.convert_ids_to_tokens(token_ids(self.tokenizer, text)[-3:])
-        raise ValueError(
+        raise Refusal(
             f"label {label!r} is not a token of its own after the prompt: got {last} as the last "
             "tokens, expected one that is known and no other label's; use one-token labels or "
             'scoring="text"'

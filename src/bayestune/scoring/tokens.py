@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from bayestune.data import Question, Scoring
+from bayestune.errors import Refusal
 from bayestune.scoring.scorer import Scorer
 
 
@@ -22,7 +23,7 @@ def prompt_ids(
     """Token ids of a prompt that leaves `room` tokens, and whether its passage was shortened.
 
     Raises:
-        ValueError: if the prompt is too long without any passage.
+        Refusal: if the prompt is too long without any passage.
     """
     tokenizer = scorer.tokenizer
     start = _start_ids(tokenizer)
@@ -36,7 +37,7 @@ def prompt_ids(
         if excess <= 0:
             return start + ids, shortened is not row
         if keep == 0:
-            raise ValueError(
+            raise Refusal(
                 f"row {row.id}: the question and its options take more than "
                 f"max_length={scorer.max_length} tokens; raise max_length"
             )

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from torch import nn
 
+from bayestune.errors import Refusal
 from bayestune.methods import METHODS
 from bayestune.posteriors import FitReport, Posterior, load_posterior, read_details, save_posterior
 from bayestune.scoring import Scorer
@@ -75,7 +76,7 @@ def details_of(folder: Path) -> dict[str, Any]:
     """What `posterior.json` says, with the method's key where an old one has its class's name."""
     details = read_details(folder)
     if "method" not in details:
-        raise ValueError(
+        raise Refusal(
             f"{folder} does not say how it was fitted: got a posterior alone, expected a folder of "
             "`fit`; use it with load_posterior"
         )

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 import torch
 
 from bayestune.data import Prompt, Question, Scoring, Task, check_trainable
+from bayestune.errors import Refusal
 from bayestune.evaluation import (
     Adaptive,
     EvaluationOptions,
@@ -85,7 +86,7 @@ class Session:
         """The rows of a part to evaluate on; an error if there are none."""
         rows = self.task.evaluation if part == "evaluation" else self.task.held_out
         if not rows:
-            raise ValueError(
+            raise Refusal(
                 f"no rows to evaluate on in {part!r} of {self.task.name}: got none, expected some; "
                 "give --evaluation_data or a --task that has them, or set --holdout"
             )

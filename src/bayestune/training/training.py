@@ -100,7 +100,7 @@ def fit_adapter(
         The PEFT model, and what the training took.
 
     Raises:
-        ValueError: if there is nothing to train on.
+        Refusal: if there is nothing to train on.
         NotFiniteError: if the loss is NaN or infinite.
         Interrupted: at ctrl-C, after a checkpoint.
     """
