@@ -10,18 +10,19 @@ from peft import PeftModel
 import bayestune.methods
 from bayestune.adapters import detach
 from bayestune.forward import Draws
-from bayestune.methods import METHODS, Ensemble
+from bayestune.methods import METHODS, MLE, Distilled, Ensemble
 from bayestune.posteriors import Point, export_draw, load_posterior, predict, save_posterior
 from promises import LONG, Case, exportable, learnt, resumes
 
-WITHOUT_SPREAD = {"mle", "map", "temperature"}
-LEARN_LITTLE = {"bbb", "temperature"}
+WITHOUT_SPREAD = {"mle", "map", "temperature", "early_stopping", "distilled"}
+LEARN_LITTLE = {"bbb", "temperature", "early_stopping", "distilled"}
 SETTINGS = {
     "tfb": {"anchors": 6, "draws": 2, "evaluations": 3},
     "posterior_scale": {"factors": (0.5, 1.0)},
     "ivon": {"learning_rate": 12.0},  # the published steps are too small for sixty of them to show
     "swag": {"rate": 1.0, "every": 1},
     "dalorra": {"init_kept": 0.9},
+    "distilled": {"base": MLE(), "steps": 60, "learning_rate": 1e-2},
 }
 
 
@@ -112,8 +113,8 @@ def test_a_draw_exports_as_a_plain_adapter_with_its_logits_or_is_refused(posteri
 
 
 def test_a_resumed_run_ends_bit_by_bit_as_the_whole_one(method, tmp_path):
-    if isinstance(method, Ensemble):
-        pytest.skip("its members resume one by one: see test_ensemble")
+    if isinstance(method, Ensemble | Distilled):
+        pytest.skip("its parts resume one by one: see test_ensemble and test_distilled")
     assert resumes(method, Case("letter"), tmp_path)
 
 

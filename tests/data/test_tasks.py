@@ -6,6 +6,7 @@ from pathlib import Path
 import datasets
 import pytest
 
+from bayestune import Refusal
 from bayestune.data import TASKS, Prompt, Question, Task, check_trainable, load_task, own_task
 from bayestune.data.prompts import CHOICES, PASSAGE_CHOICES, TRUE_FALSE
 
@@ -310,3 +311,17 @@ def test_what_cannot_be_trained_on():
 def test_a_question_has_options(options, answer):
     with pytest.raises(ValueError, match=f"row 1: got {len(options)} options, expected at least"):
         Question("1", "?", options, answer)
+
+
+def test_spare_rows_of_train_lose_their_answers():
+    task = load_task("everyday")
+    chosen = task.subset(train=20, evaluation=10, holdout=0.1, seed=3, unlabelled=30)
+    assert [len(part) for part in (chosen.train, chosen.unlabelled)] == [20, 30]
+    assert all(row.answer is None for row in chosen.unlabelled)
+    parts = [{row.content for row in part} for part in (chosen.train, chosen.held_out)]
+    assert not {row.content for row in chosen.unlabelled} & (parts[0] | parts[1])
+    assert chosen.train == task.subset(train=20, holdout=0.1, seed=3).train
+    rest = task.subset(unlabelled=30)
+    assert len(rest.train) == len(task.train) - 30
+    with pytest.raises(Refusal, match="too few rows to spare: got .* ask for fewer"):
+        task.subset(train=len(task.train) - 5, unlabelled=6)

@@ -106,6 +106,7 @@ class Task:
         evaluation: rows that nothing is fitted or chosen on.
         held_out: rows taken from train, for choosing anything.
         prompt: the templates.
+        unlabelled: rows without answers, for a student to learn a posterior on.
     """
 
     name: str
@@ -113,6 +114,7 @@ class Task:
     evaluation: tuple[Question, ...]
     held_out: tuple[Question, ...] = ()
     prompt: Prompt = prompts.CHOICES
+    unlabelled: tuple[Question, ...] = ()
 
     def subset(
         self,
@@ -120,6 +122,7 @@ class Task:
         evaluation: int | None = None,
         holdout: float = 0.0,
         seed: int = 0,
+        unlabelled: int = 0,
     ) -> "Task":
         """The task with a seeded part of train held out, then at most so many rows of each part.
 
@@ -130,18 +133,20 @@ class Task:
             evaluation: rows to keep of evaluation; None keeps all.
             holdout: the part of train held out, in [0, 1).
             seed: of the choice.
+            unlabelled: how many further rows of train lose their answers and are kept.
 
         Raises:
             Refusal: if `holdout` is out of range or leaves a part empty, or a count is negative.
         """
         if not 0 <= holdout < 1:
             raise Refusal(f"holdout must lie in [0, 1): got {holdout}")
-        if min(train or 0, evaluation or 0) < 0:
+        if min(train or 0, evaluation or 0, unlabelled) < 0:
             raise Refusal(
-                f"rows to keep must not be negative: got train={train}, evaluation={evaluation}"
+                f"rows to keep must not be negative: got train={train}, evaluation={evaluation}, "
+                f"unlabelled={unlabelled}"
             )
         rows = list(self.train)
-        if holdout or train is not None:  # else all rows stay, in their order
+        if holdout or unlabelled or train is not None:  # else all rows stay, in their order
             random.Random(seed).shuffle(rows)
         count = round(holdout * len(rows))
         if holdout and not 0 < count < len(rows):
@@ -149,16 +154,32 @@ class Task:
                 f"holdout={holdout} of {len(rows)} training rows leaves a part empty; change it"
             )
         left = rows[count:]
+        kept, spare = _spared(left, train, unlabelled)
         known = {row.content for row in left}
         test = self.evaluation
         if evaluation is not None and evaluation < len(test):
             test = tuple(random.Random(seed).sample(test, evaluation))
         return replace(
             self,
-            train=tuple(left[:train]),
+            train=kept,
+            unlabelled=(*self.unlabelled, *spare),
             held_out=tuple(row for row in rows[:count] if row.content not in known),
             evaluation=test,
         )
+
+
+def _spared(
+    rows: Sequence[Question], train: int | None, unlabelled: int
+) -> tuple[tuple[Question, ...], tuple[Question, ...]]:
+    """The training rows, and the rows behind them that lose their answers."""
+    kept = len(rows) - unlabelled if train is None else min(train, len(rows))
+    if (kept < 1 and unlabelled) or kept + unlabelled > len(rows):
+        raise Refusal(
+            f"too few rows to spare: got {len(rows)} of train, expected {max(kept, 1)} with "
+            f"answers and {unlabelled} more without; ask for fewer"
+        )
+    spare = rows[kept : kept + unlabelled]
+    return tuple(rows[:kept]), tuple(replace(row, answer=None) for row in spare)
 
 
 def load_task(name: str, data_root: Path | None = None) -> Task:

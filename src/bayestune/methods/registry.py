@@ -7,6 +7,8 @@ from typing import Any
 
 from bayestune.methods.blob import BBB, AuthorsBLoB, BLoB
 from bayestune.methods.dalorra import DALorRA
+from bayestune.methods.distilled import Distilled
+from bayestune.methods.early_stopping import EarlyStopping
 from bayestune.methods.ensemble import Ensemble
 from bayestune.methods.ivon import IVON
 from bayestune.methods.laplace import Laplace
@@ -34,6 +36,8 @@ METHODS: dict[str, type[Any]] = {
     "swag": SWAG,
     "scalabl": ScalaBL,
     "dalorra": DALorRA,
+    "early_stopping": EarlyStopping,
+    "distilled": Distilled,
 }
 
 __all__ = ["METHODS", *(method.__name__ for method in METHODS.values())]  # noqa: PLE0604 # pyright: ignore[reportUnsupportedDunderAll]

@@ -22,6 +22,7 @@ from bayestune.posteriors.storage import (
     load_members,
     load_posterior,
     read_details,
+    save_adapter,
     save_posterior,
 )
 from bayestune.posteriors.tempered import Tempered
@@ -54,5 +55,6 @@ __all__ = [
     "load_posterior",
     "predict",
     "read_details",
+    "save_adapter",
     "save_posterior",
 ]

@@ -190,7 +190,9 @@ def load_members(
     return loaded
 
 
-def load_adapter(base: nn.Module, folder: Path, scorer: ClassLogits = unbound) -> Point:
+def load_adapter(
+    base: nn.Module, folder: Path, scorer: ClassLogits = unbound, *, trainable: bool = False
+) -> Point:
     """Loads any LoRA adapter folder as a point, whoever trained it; see `load_posterior`.
 
     Raises:
@@ -198,7 +200,7 @@ def load_adapter(base: nn.Module, folder: Path, scorer: ClassLogits = unbound) -
     """
     if not (folder / CONFIG).is_file():
         raise PosteriorError(f"{folder} is not a LoRA adapter: got no {CONFIG}, expected PEFT's")
-    return Point(_load_adapter(base, folder, {}, ADAPTER, trainable=False).eval(), scorer)
+    return Point(_load_adapter(base, folder, {}, ADAPTER, trainable).eval(), scorer)
 
 
 def _load(

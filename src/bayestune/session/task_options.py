@@ -1,14 +1,14 @@
 """Which questions a session is about, and how they are put."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bayestune.data import Scoring, Task, load_rows, load_task, own_task
 
 # What a fit settles, whichever rows its posterior is evaluated on.
-OF_THE_FIT = ("data", "scoring", "max_length", "holdout", "train_rows")
+OF_THE_FIT = ("data", "scoring", "max_length", "holdout", "train_rows", "unlabelled_rows")
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class TaskOptions:
         train_rows: use at most so many training rows.
         evaluation_rows: use at most so many evaluation rows.
         subset_seed: of the choice of rows.
+        unlabelled_data: your own rows without answers, for `distilled` to learn on.
+        unlabelled_rows: so many further rows of train lose their answers for that.
     """
 
     task: str = "everyday"
@@ -41,6 +43,8 @@ class TaskOptions:
     train_rows: int | None = None
     evaluation_rows: int | None = None
     subset_seed: int = 0
+    unlabelled_data: Path | None = None
+    unlabelled_rows: int = 0
 
     def load(self, *, labelled: bool = True) -> Task:
         """The task with its rows chosen; `evaluation_data` may lack answers if not `labelled`."""
@@ -51,7 +55,16 @@ class TaskOptions:
             task = own_task(Path(self.data or file or "").stem, train, test)
         else:
             task = load_task(self.task, self.data_root)
-        return task.subset(self.train_rows, self.evaluation_rows, self.holdout, self.subset_seed)
+        if self.unlabelled_data:
+            spare = load_rows(self.unlabelled_data, self.options, labelled=False)
+            task = replace(task, unlabelled=tuple(replace(row, answer=None) for row in spare))
+        return task.subset(
+            self.train_rows,
+            self.evaluation_rows,
+            self.holdout,
+            self.subset_seed,
+            self.unlabelled_rows,
+        )
 
     def recorded(self, fitted: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The options as records keep them: files by name, and what a fit settled as fitted."""

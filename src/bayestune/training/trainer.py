@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -13,8 +14,28 @@ from bayestune.training.callbacks import FiniteLoss
 from bayestune.training.length_groups import LengthGroups
 
 
+def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """−Σ_n Σ_c y_nc log p_nc of logits (N, C); y are indices (N,) or probabilities (N, C).
+
+    Probabilities may be 0 where a logit is -inf, of an option that a row does not have.
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 0.0, -torch.inf]])
+        >>> round(summed_loss(logits, torch.tensor([[0.5, 0.5, 0.0]])).item(), 4)
+        0.6931
+    """
+    if labels.dim() == 1:
+        return F.cross_entropy(logits, labels, reduction="sum")
+    log_p = logits.log_softmax(-1)
+    labels = labels[:, : log_p.shape[1]]
+    return -(labels * log_p.masked_fill(labels == 0, 0.0)).sum()
+
+
 class ClassTrainer(Trainer):
-    """Minimises the mean over rows of −log p(answer), exactly under gradient accumulation."""
+    """Minimises the mean over rows of −log p(answer), exactly under gradient accumulation.
+
+    A row with a "target" has −Σ_c target_c log p_c instead.
+    """
 
     def __init__(self, model: nn.Module, scorer: Scorer, **kwargs: Any) -> None:
         super().__init__(
@@ -29,8 +50,10 @@ class ClassTrainer(Trainer):
 
     def _collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         batch = self.scorer.collate(rows)
+        if "target" in rows[0]:
+            batch["labels"] = torch.stack([row["target"] for row in rows])
         # The Trainer counts `labels[:, 1:]` for causal models unless it is told what to count.
-        return {**batch, "shift_labels": batch["labels"]}
+        return {**batch, "shift_labels": torch.zeros(len(rows), dtype=torch.long)}
 
     def compute_loss(  # noqa: D102
         self,
@@ -42,7 +65,7 @@ class ClassTrainer(Trainer):
         labels = inputs["labels"]
         logits = self.scorer(model, inputs)
         num_rows = num_items_in_batch or len(labels)
-        loss = F.cross_entropy(logits, labels, reduction="sum") / num_rows
+        loss = summed_loss(logits, labels) / num_rows
         self.finite_loss.record(loss, self.state, self.args)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes

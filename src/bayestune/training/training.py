@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 from bayestune.adapters import Lora, attach
 from bayestune.data import check_trainable
 from bayestune.posteriors import FitReport
-from bayestune.scoring import Scorer, TextScorer
+from bayestune.scoring import Encoded, Scorer, TextScorer
 from bayestune.training.callbacks import Interrupted, StopOnSignal
 from bayestune.training.cpu_attention import eager_attention, trains_faster_eagerly
 from bayestune.training.meter import Meter
@@ -123,11 +123,17 @@ def train(
     callbacks: Sequence[TrainerCallback] = (),
     *,
     optimizer: MakeOptimizer | None = None,
+    rows: Sequence[Encoded] | None = None,
 ) -> FitReport:
-    """Trains a PEFT model in place: `fit_adapter` for a model that has its adapter already."""
+    """Trains a PEFT model in place: `fit_adapter` for a model that has its adapter already.
+
+    `rows` take the place of the task's training rows; one with a "target", probabilities (C,), is
+    trained towards these instead of its answer.
+    """
     meter = Meter()
-    check_trainable(scorer.task)
-    rows = scorer.encode(scorer.task.train)
+    if rows is None:
+        check_trainable(scorer.task)
+        rows = scorer.encode(scorer.task.train)
     stop = StopOnSignal()
     kind = LengthGroupedTrainer if training.group_by_length else ClassTrainer
     with tempfile.TemporaryDirectory() as scratch:
@@ -136,7 +142,7 @@ def train(
             model,
             scorer,
             args=_arguments(training, folder, training.total_steps(len(rows))),
-            train_dataset=rows,
+            train_dataset=list(rows),
             callbacks=[*callbacks, stop],
             optimizers=(optimizer(model) if optimizer else None, None),
         )

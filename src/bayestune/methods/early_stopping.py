@@ -1,0 +1,110 @@
+"""Maximum likelihood, stopped where held-out rows say: the plain rival of every posterior."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from bayestune.errors import Refusal
+from bayestune.forward import Draws
+from bayestune.methods.held_out import held_out_logits, held_out_rows, predictive_nll
+from bayestune.posteriors import Point
+from bayestune.scoring import Scorer
+from bayestune.training import Training, fit_adapter
+
+_WEIGHTS = "best.safetensors"
+_LOSSES = "best.json"
+
+
+class KeepBest(TrainerCallback):
+    """Measures the held-out NLL every few steps, and ends with the weights of the least.
+
+    What it found is kept beside the checkpoints, so that a resumed run knows it.
+    """
+
+    def __init__(self, scorer: Scorer, every: int, folder: Path | None, *, bf16: bool) -> None:
+        self.rows = held_out_rows(scorer, "EarlyStopping")
+        self.scorer = scorer
+        self.every = every
+        self.folder = folder
+        self.draws = Draws(0, bf16=bf16)
+        self.losses: dict[int, float] = {}
+        self._best: dict[str, Tensor] = {}
+
+    @property
+    def step(self) -> int:
+        """The step of the least held-out NLL."""
+        return min(self.losses, key=self.losses.__getitem__)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Takes up what a run that is resumed had found before its checkpoint."""
+        if self.folder and state.global_step and (self.folder / _LOSSES).is_file():
+            losses = json.loads((self.folder / _LOSSES).read_text(encoding="utf-8"))
+            self.losses = {int(step): loss for step, loss in losses.items()}
+            self._best = load_file(self.folder / _WEIGHTS)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measures, every few steps and at the last one."""
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+            self._measure(kwargs["model"], state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Puts the best weights back."""
+        if state.global_step < state.max_steps:
+            return  # interrupted: the checkpoint must go on from the weights it stopped at
+        with torch.no_grad():
+            for name, parameter in _trained(kwargs["model"]).items():
+                parameter.copy_(self._best[name])
+
+    def _measure(self, model: nn.Module, step: int) -> None:
+        posterior = Point(model, self.scorer)
+        logits, labels = held_out_logits(posterior, self.scorer, self.rows, self.draws)
+        loss = predictive_nll(logits.double(), labels).item()
+        if loss < min(self.losses.values(), default=float("inf")):
+            trained = _trained(model)
+            self._best = {name: value.detach().cpu().clone() for name, value in trained.items()}
+        self.losses[step] = loss
+        if self.folder:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file(self._best, self.folder / _WEIGHTS)
+            (self.folder / _LOSSES).write_text(json.dumps(self.losses), encoding="utf-8")
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value for name, value in model.named_parameters() if value.requires_grad}
+
+
+@dataclass(frozen=True)
+class EarlyStopping:
+    """Plain LoRA with the weights of the step whose held-out NLL is least.
+
+    The run has its whole schedule of learning rates, and the last step is always measured.
+
+    Args:
+        every: steps between two measurements.
+
+    Raises:
+        Refusal: if `every` is not positive; without held-out rows.
+
+    Reference:
+        Prechelt: Early stopping, but when?, 1998,
+        https://doi.org/10.1007/3-540-49430-8_3.
+    """
+
+    every: int = 15
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise Refusal(f"steps between measurements: got every={self.every}, expected 1 or more")
+
+    def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Point:
+        """Trains an adapter and takes its best step."""
+        best = KeepBest(scorer, self.every, training.output, bf16=training.bf16)
+        adapted, report = fit_adapter(model, scorer, training, [best])
+        chosen = {"best_step": best.step, "nll_by_step": best.losses}
+        return Point(adapted, scorer, report=report.plus(**chosen))
