@@ -1,3 +1,4 @@
+import hashlib
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -5,12 +6,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bayestune.bench import Grid, TaskSettings, keys
+from bayestune.bench import Grid, TaskSettings, keys, run_bench
 from bayestune.bench.keys import digest, lasting, lasting_method
 from bayestune.cli.options import built
 from bayestune.cli.parser import make_parser
-from bayestune.evaluation import EvaluationOptions
+from bayestune.evaluation import EvaluationOptions, read_records
 from bayestune.methods import METHODS, MLE, changed, make_method
+from bayestune.session import TaskOptions
 from bayestune.training import Training
 from benching import furnish, grid, small
 
@@ -175,3 +177,25 @@ def test_the_settings_of_committed_results_are_what_their_keys_were_made_of():
         config = json.loads(file.read_text(encoding="utf-8").splitlines()[0])["config"]
         for name, usual in (("training", Training()), ("predicting", EvaluationOptions())):
             assert json.loads(json.dumps(lasting(changed(usual, config[name])))) == config[name]
+
+
+def test_a_seed_may_choose_its_own_training_rows(place):
+    questions = TaskOptions(holdout=0.25, train_rows=3, evaluation_rows=2, unlabelled_rows=2)
+    made = small(place, seeds=(1, 2), questions=questions, rows_by_seed=True)
+    loaded = made.load_all()
+    first = loaded[1]["one"]
+    second = loaded[2]["one"]
+    assert first.evaluation == second.evaluation
+    assert first.train != second.train
+    assert len({cell.context for cell in made.cells(loaded)}) == 2
+    shared = replace(made, rows_by_seed=False).load_all()
+    assert shared[1]["one"].evaluation == first.evaluation
+    assert shared[1] == shared[2]
+
+
+def test_records_carry_the_protocols_digest(place):
+    (place / "protocol.md").write_text("what decides\n")
+    made = small(place, methods={"mle": None}, protocol=place / "protocol.md")
+    assert run_bench(made, place / "out") == 0
+    digests = {record["protocol"] for record in read_records(place / "out")}
+    assert digests == {hashlib.sha256(b"what decides\n").hexdigest()}

@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain, product
+from pathlib import Path
 from typing import Any
 
 from bayestune.bench.keys import digest, lasting, lasting_method, model_facts, place, slug
-from bayestune.data import Task, check_trainable
+from bayestune.data import Part, Task, check_trainable
 from bayestune.errors import Refusal
 from bayestune.evaluation import EvaluationOptions
 from bayestune.methods import METHODS, Method, Settings, changed, described, make_method
@@ -46,6 +47,7 @@ class Cell:
     dtype: Dtype
     context: str  # a digest of what any fit on this model and task depends on
     key: str  # a readable name and a digest of all that determines the result
+    on: Part
 
     @property
     def title(self) -> str:
@@ -72,6 +74,10 @@ class Grid:
         training: of all cells, unless a task or a method changes it; its `seed` is not used.
         predicting: numbers of draws and bounds.
         dtype: of the base model's weights.
+        rows_by_seed: whether each seed chooses training, held-out and unlabelled rows of its own;
+            evaluation rows stay.
+        on: the rows to evaluate on: "held_out" for choosing settings.
+        protocol: a file whose sha256 every record carries: what was settled before the run.
     """
 
     models: tuple[str | None, ...] = (None,)
@@ -84,6 +90,9 @@ class Grid:
     training: Training = field(default_factory=Training)
     predicting: EvaluationOptions = field(default_factory=EvaluationOptions)
     dtype: Dtype = "float32"
+    rows_by_seed: bool = False
+    on: Part = "evaluation"
+    protocol: Path | None = None
 
     def settings(self, task: str) -> TaskSettings:
         """What is different for a task; nothing for one that is only evaluated on."""
@@ -99,34 +108,47 @@ class Grid:
         given = {name: settings or {} for name, settings in self.methods.items()}
         return {name: _merged(given[name], changes.get(name, {})) for name in given}
 
-    def options(self, task: str) -> TaskOptions:
-        """How a task's questions are put."""
-        return changed(replace(self.questions, task=task), self.settings(task).questions)
+    def options(self, task: str, seed: int) -> TaskOptions:
+        """How a task's questions are put, and which."""
+        options = changed(replace(self.questions, task=task), self.settings(task).questions)
+        if not self.rows_by_seed:
+            return options
+        fixed = options.evaluation_seed
+        fixed = options.subset_seed if fixed is None else fixed
+        return replace(options, subset_seed=seed, evaluation_seed=fixed)
 
     def evaluated(self, task: str) -> tuple[str, ...]:
         """The tasks that a posterior fitted on a task is evaluated on."""
         return self.settings(task).evaluate_on or (task,)
 
-    def load_all(self) -> dict[str, Task]:
-        """All tasks by the grid's names; an error if one has no rows to train or evaluate on."""
+    def load_all(self) -> dict[int, dict[str, Task]]:
+        """All tasks by seed and name; an error if one has no rows to train or evaluate on."""
+        if self.rows_by_seed:
+            return {seed: self._load(seed) for seed in self.seeds}
+        same = self._load(0)
+        return dict.fromkeys(self.seeds, same)
+
+    def _load(self, seed: int) -> dict[str, Task]:
         tested = dict.fromkeys(chain.from_iterable(map(self.evaluated, self.tasks)))
         names = dict.fromkeys([*self.tasks, *tested])
-        loaded = {name: replace(self.options(name).load(), name=name) for name in names}
+        loaded = {name: replace(self.options(name, seed).load(), name=name) for name in names}
         for name in self.tasks:
             check_trainable(loaded[name])
-        if empty := [name for name in tested if not loaded[name].evaluation]:
-            lack = f"task {empty[0]} has no evaluation rows: got none, expected some"
+        if empty := [name for name in tested if not loaded[name].part(self.on)]:
+            lack = f"task {empty[0]} has no {self.on} rows: got none, expected some"
             raise Refusal(f"{lack}; evaluate on others")
         return loaded
 
-    def cells(self, tasks: Mapping[str, Task]) -> list[Cell]:
+    def cells(self, tasks: Mapping[int, Mapping[str, Task]]) -> list[Cell]:
         """The cells on the tasks of `load_all`, seed by seed, task by task, method by method.
 
         So a run that is cut off has whole tables of the first seeds. Two cells that their names do
         not tell apart are an error.
         """
         order = product(self.models, self.seeds, self.tasks, self.methods)
-        cells = [self._cell(tasks, model, seed, task, name) for model, seed, task, name in order]
+        cells = []
+        for model, seed, task, name in order:
+            cells.append(self._cell(tasks[seed], model, seed, task, name))
         places = [place(cell.key) for cell in cells]
         if twice := sorted({name for name in places if places.count(name) > 1}):
             raise Refusal(
@@ -142,18 +164,20 @@ class Grid:
         method = make_method(entries[name], entries, name=name)
         training = changed(self.training, self.settings(task).training)
         training = replace(training, seed=seed, progress=False)
-        options = self.options(task)
+        options = self.options(task, seed)
         own = tasks[task]
         put = (options.scoring, options.max_length)
-        context = digest(model_facts(model), self.dtype, put, own.prompt, own.train, own.held_out)
+        spare = (own.unlabelled,) if own.unlabelled else ()
+        rows = (own.prompt, own.train, own.held_out, *spare)
+        context = digest(model_facts(model), self.dtype, put, *rows)
         # rows of other tasks go under the prompt of the fit
-        evaluated = [(own.prompt, tasks[other].evaluation) for other in self.evaluated(task)]
+        evaluated = [(own.prompt, tasks[other].part(self.on)) for other in self.evaluated(task)]
         settings = (lasting_method(method), lasting(training), lasting(self.predicting))
         whole = digest(context, *settings, evaluated)
         parts = (shown(model) if model else "default", task, name, str(seed))
         key = f"{'-'.join(map(slug, parts))}--{whole}"
         resolved = (method, training, options, self.evaluated(task), self.predicting, self.dtype)
-        return Cell(model, task, name, *resolved, context, key)
+        return Cell(model, task, name, *resolved, context, key, self.on)
 
 
 def _merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Computes cells: fits, evaluates, writes records; says how far a run is."""
 
+import hashlib
 import logging
 import time
 import traceback
@@ -25,22 +26,27 @@ State = Literal["finished", "computed", "busy", "failed"]
 
 
 def compute_cell(
-    cell: Cell, session: Session, tasks: Mapping[str, Task], folder: Path
+    cell: Cell,
+    session: Session,
+    tasks: Mapping[str, Task],
+    folder: Path,
+    facts: Mapping[str, Any] | None = None,
 ) -> list[Record]:
     """Fits and evaluates a cell and writes its records, one for each task and number of draws.
 
-    The session has the cell's model, which is left without adapters, and the cell's task.
+    The session has the cell's model, which is left without adapters, and the cell's task. `facts`
+    are added to every record.
     """
     begin = time.perf_counter()
     fit = Kept(cell.method, session, folder, cell.context).fitted(cell.training)
     fit = replace(fit, label=cell.label)
     records = []
     for name in cell.evaluate_on:
-        for result in session.on(tasks[name]).evaluate(fit, cell.predicting):
+        for result in session.on(tasks[name]).evaluate(fit, cell.predicting, cell.on):
             file = f"{ROWS}/{cell.key}-{name}-{result.record['draws']}.jsonl"
             record = result.keep_rows(folder, file)
             record["seconds"]["cell"] = round(time.perf_counter() - begin, 1)
-            records.append({"cell": cell.key, "trained_on": cell.task, **record})
+            records.append({"cell": cell.key, "trained_on": cell.task, **(facts or {}), **record})
     file = cell_file(folder, cell.key)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json_lines(file, records)
@@ -56,6 +62,9 @@ class Worker:
         self.folder = folder
         self.tasks = grid.load_all()
         self.cells = grid.cells(self.tasks)
+        self._facts: dict[str, Any] = {}
+        if grid.protocol is not None:
+            self._facts["protocol"] = hashlib.sha256(grid.protocol.read_bytes()).hexdigest()
         self._held: tuple[tuple[Any, ...], LoadedModel] | None = None
 
     def compute(self, cell: Cell, starting: Callable[[Cell], None] | None = None) -> State:
@@ -66,7 +75,8 @@ class Worker:
                     return "finished"
                 if starting:
                     starting(cell)
-                compute_cell(cell, self._session(cell), self.tasks, self.folder)
+                tasks = self.tasks[cell.training.seed]
+                compute_cell(cell, self._session(cell), tasks, self.folder, self._facts)
         except Busy:
             if self._held and Slots(self._held[1].model).layers:  # left by a fit that was given up
                 self._held = None
@@ -79,7 +89,7 @@ class Worker:
         return "computed"
 
     def _session(self, cell: Cell) -> Session:
-        task = self.tasks[cell.task]
+        task = self.tasks[cell.training.seed][cell.task]
         wanted = (cell.model, cell.dtype, num_classes(task, cell.questions.scoring))
         if self._held is None or self._held[0] != wanted:
             self._held = None  # frees the old one first

@@ -10,7 +10,7 @@ from jsonargparse import Namespace
 from bayestune.adapters import detach
 from bayestune.bench import PLAN, Grid, collect, run_bench
 from bayestune.cli.options import Output, built, chosen_methods
-from bayestune.data import TASKS, load_rows, own_task
+from bayestune.data import TASKS, Part, load_rows, own_task
 from bayestune.evaluation import EvaluationOptions, append_results, prediction_rows, read_records
 from bayestune.forward import Draws
 from bayestune.jsonl import write_json_lines
@@ -26,7 +26,7 @@ from bayestune.report import (
     write_page,
     write_shift,
 )
-from bayestune.session import Part, Session, TaskOptions, num_classes, open_model
+from bayestune.session import Session, TaskOptions, num_classes, open_model
 from bayestune.training import Training
 
 

@@ -15,11 +15,12 @@ from bayestune.bench import Grid, Launcher
 from bayestune.cli import commands
 from bayestune.cli.demo import demo
 from bayestune.cli.presets import ConfigOrPreset
+from bayestune.data import Part
 from bayestune.evaluation import EvaluationOptions
 from bayestune.methods import METHODS, TFB
 from bayestune.report import Style
 from bayestune.runtime import keep_freed_memory
-from bayestune.session import OF_THE_FIT, Dtype, Part, TaskOptions
+from bayestune.session import OF_THE_FIT, Dtype, TaskOptions
 from bayestune.training import Interrupted, Training
 
 EXIT_INTERRUPTED = 130

@@ -6,10 +6,11 @@ A row is one `Question`; a `Task` holds the rows to train on, to choose on and t
 from bayestune.data.files import load_rows
 from bayestune.data.prompts import Prompt
 from bayestune.data.questions import Question, Scoring
-from bayestune.data.tasks import TASKS, Task, check_trainable, load_task, own_task
+from bayestune.data.tasks import TASKS, Part, Task, check_trainable, load_task, own_task
 
 __all__ = [
     "TASKS",
+    "Part",
     "Prompt",
     "Question",
     "Scoring",

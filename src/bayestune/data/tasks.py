@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from bayestune.data import prompts
 from bayestune.data.prompts import Prompt
@@ -11,6 +12,7 @@ from bayestune.data.questions import Question
 from bayestune.errors import Refusal
 from bayestune.jsonl import JsonRow, read_json_lines
 
+Part = Literal["evaluation", "held_out"]
 Parse = Callable[[JsonRow, str], Question]
 
 
@@ -115,6 +117,10 @@ class Task:
     held_out: tuple[Question, ...] = ()
     prompt: Prompt = prompts.CHOICES
     unlabelled: tuple[Question, ...] = ()
+
+    def part(self, name: Part) -> tuple[Question, ...]:
+        """The rows of a part."""
+        return self.evaluation if name == "evaluation" else self.held_out
 
     def subset(
         self,

@@ -4,14 +4,13 @@ It is opened by names, or from a posterior's folder with prompt, scoring and pre
 """
 
 from bayestune.session.fit import Fit, shown
-from bayestune.session.session import Dtype, Part, Session, num_classes, open_model
+from bayestune.session.session import Dtype, Session, num_classes, open_model
 from bayestune.session.task_options import OF_THE_FIT, TaskOptions
 
 __all__ = [
     "OF_THE_FIT",
     "Dtype",
     "Fit",
-    "Part",
     "Session",
     "TaskOptions",
     "num_classes",

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 import torch
 
-from bayestune.data import Prompt, Question, Scoring, Task, check_trainable
+from bayestune.data import Part, Prompt, Question, Scoring, Task, check_trainable
 from bayestune.errors import Refusal
 from bayestune.evaluation import (
     Adaptive,
@@ -30,7 +30,6 @@ from bayestune.training import Training
 logger = logging.getLogger(__name__)
 
 Dtype = Literal["float32", "bfloat16"]
-Part = Literal["evaluation", "held_out"]
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ class Session:
 
     def rows(self, part: Part = "evaluation") -> tuple[Question, ...]:
         """The rows of a part to evaluate on; an error if there are none."""
-        rows = self.task.evaluation if part == "evaluation" else self.task.held_out
+        rows = self.task.part(part)
         if not rows:
             raise Refusal(
                 f"no rows to evaluate on in {part!r} of {self.task.name}: got none, expected some; "

@@ -28,6 +28,7 @@ class TaskOptions:
         train_rows: use at most so many training rows.
         evaluation_rows: use at most so many evaluation rows.
         subset_seed: of the choice of rows.
+        evaluation_seed: of the choice of evaluation rows, where not `subset_seed`.
         unlabelled_data: your own rows without answers, for `distilled` to learn on.
         unlabelled_rows: so many further rows of train lose their answers for that.
     """
@@ -43,6 +44,7 @@ class TaskOptions:
     train_rows: int | None = None
     evaluation_rows: int | None = None
     subset_seed: int = 0
+    evaluation_seed: int | None = None
     unlabelled_data: Path | None = None
     unlabelled_rows: int = 0
 
@@ -58,13 +60,11 @@ class TaskOptions:
         if self.unlabelled_data:
             spare = load_rows(self.unlabelled_data, self.options, labelled=False)
             task = replace(task, unlabelled=tuple(replace(row, answer=None) for row in spare))
-        return task.subset(
-            self.train_rows,
-            self.evaluation_rows,
-            self.holdout,
-            self.subset_seed,
-            self.unlabelled_rows,
-        )
+        fixed = self.evaluation_seed
+        seed = self.subset_seed
+        test = task.subset(evaluation=self.evaluation_rows, seed=seed if fixed is None else fixed)
+        chosen = task.subset(self.train_rows, None, self.holdout, seed, self.unlabelled_rows)
+        return replace(chosen, evaluation=test.evaluation)
 
     def recorded(self, fitted: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The options as records keep them: files by name, and what a fit settled as fitted."""
