@@ -47,7 +47,7 @@ class Cell:
     dtype: Dtype
     context: str  # a digest of what any fit on this model and task depends on
     key: str  # a readable name and a digest of all that determines the result
-    on: Part
+    part: Part
 
     @property
     def title(self) -> str:
@@ -76,7 +76,7 @@ class Grid:
         dtype: of the base model's weights.
         rows_by_seed: whether each seed chooses training, held-out and unlabelled rows of its own;
             evaluation rows stay.
-        on: the rows to evaluate on: "held_out" for choosing settings.
+        part: the rows to evaluate on: "held_out" for choosing settings.
         protocol: a file whose sha256 every record carries: what was settled before the run.
     """
 
@@ -91,7 +91,7 @@ class Grid:
     predicting: EvaluationOptions = field(default_factory=EvaluationOptions)
     dtype: Dtype = "float32"
     rows_by_seed: bool = False
-    on: Part = "evaluation"
+    part: Part = "evaluation"
     protocol: Path | None = None
 
     def settings(self, task: str) -> TaskSettings:
@@ -134,8 +134,8 @@ class Grid:
         loaded = {name: replace(self.options(name, seed).load(), name=name) for name in names}
         for name in self.tasks:
             check_trainable(loaded[name])
-        if empty := [name for name in tested if not loaded[name].part(self.on)]:
-            lack = f"task {empty[0]} has no {self.on} rows: got none, expected some"
+        if empty := [name for name in tested if not loaded[name].part(self.part)]:
+            lack = f"task {empty[0]} has no {self.part} rows: got none, expected some"
             raise Refusal(f"{lack}; evaluate on others")
         return loaded
 
@@ -171,13 +171,13 @@ class Grid:
         rows = (own.prompt, own.train, own.held_out, *spare)
         context = digest(model_facts(model), self.dtype, put, *rows)
         # rows of other tasks go under the prompt of the fit
-        evaluated = [(own.prompt, tasks[other].part(self.on)) for other in self.evaluated(task)]
+        evaluated = [(own.prompt, tasks[other].part(self.part)) for other in self.evaluated(task)]
         settings = (lasting_method(method), lasting(training), lasting(self.predicting))
         whole = digest(context, *settings, evaluated)
         parts = (shown(model) if model else "default", task, name, str(seed))
         key = f"{'-'.join(map(slug, parts))}--{whole}"
         resolved = (method, training, options, self.evaluated(task), self.predicting, self.dtype)
-        return Cell(model, task, name, *resolved, context, key, self.on)
+        return Cell(model, task, name, *resolved, context, key, self.part)
 
 
 def _merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

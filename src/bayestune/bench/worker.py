@@ -42,7 +42,7 @@ def compute_cell(
     fit = replace(fit, label=cell.label)
     records = []
     for name in cell.evaluate_on:
-        for result in session.on(tasks[name]).evaluate(fit, cell.predicting, cell.on):
+        for result in session.on(tasks[name]).evaluate(fit, cell.predicting, cell.part):
             file = f"{ROWS}/{cell.key}-{name}-{result.record['draws']}.jsonl"
             record = result.keep_rows(folder, file)
             record["seconds"]["cell"] = round(time.perf_counter() - begin, 1)
