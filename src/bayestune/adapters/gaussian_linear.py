@@ -40,6 +40,7 @@ class GaussianLinear(nn.Linear):
     """
 
     root_std: nn.Parameter
+    takes_kl: bool = False  # a KL step has been attached
 
     def __init__(
         self,
