@@ -55,11 +55,11 @@ class Aim(NamedTuple):
         """Fills what was left open.
 
         `kl_lr` or `period`, the authors' settings, bring the authors' bursts; else the schedule is
-        "early". `final_std` is a share of `prior_std`, unless a rate, a period or bursts are given.
+        "constant". `final_std` is a share of `prior_std`, unless a rate, a period or bursts are given.
         """
         authors = kl_lr is not None or period is not None
         if schedule is None:
-            schedule = "bursts" if authors else "early"
+            schedule = "bursts" if authors else "constant"
         if final_std is None and not authors and schedule != "bursts":
             final_std = share * prior_std
         return cls(prior_std, final_std, kl_lr, schedule)
@@ -130,7 +130,7 @@ class Aim(NamedTuple):
             what = f"all of it falls into the last dozen steps, which leave {kept:.2f} of the mean"
         logger.warning(
             "the run of %d steps ends before the first burst of the KL (period %d): %s; use "
-            'schedule="early", a shorter period, or more steps',
+            'schedule="constant", a shorter period, or more steps',
             total_steps,
             period,
             what,

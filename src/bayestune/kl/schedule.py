@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bayestune.errors import Refusal
 
-Schedule = Literal["early", "constant", "bursts"]
+Schedule = Literal["bursts", "constant", "early"]
 
 
 def burst_period(num_rows: int, batch_size: int) -> int:

@@ -42,9 +42,9 @@ class KLStep(TrainerCallback):
             layers have. None takes half of `prior_std`, unless `kl_lr`, `period` or bursts are
             given.
         kl_lr: the learning rate of the KL instead; the authors' 0.01 where neither holds.
-        schedule: "early", near `final_std` after a third of the run; "constant", with the decay of
-            the learning rate; "bursts", the KL arrives at the end of each period. None takes
-            "early", or the authors' "bursts" if `kl_lr` or `period` is given.
+        schedule: "constant", at the decaying learning rate, so that three quarters of the KL are
+            taken by half time; "early", nine tenths by a third; "bursts", at the end of each
+            period. None takes "constant", or the authors' "bursts" if `kl_lr` or `period` is given.
         period: P in steps; None takes the authors' from the rows and the batch. With `final_std` it
             matters for bursts only.
         warmup_ratio: the part of the steps in which `kl_lr` warms up.

@@ -26,8 +26,8 @@ class BLoB:
         final_std: the standard deviation to end at; the KL's step is solved for. None takes half of
             `prior_std`, unless `kl_lr` or bursts are given.
         kl_lr: the KL's learning rate, instead of `final_std`; 0.01 where neither holds.
-        schedule: "early", "constant" or "bursts", see `KLStep`; None takes "early", or the authors'
-            "bursts" if `kl_lr` is given.
+        schedule: "constant", "early" or "bursts", see `KLStep`; None takes "constant", or the
+            authors' "bursts" if `kl_lr` is given.
         std_optimizer: who takes G along the likelihood, "sgd" or "adamw".
         std_lr: G's learning rate on the likelihood under "sgd", see `KLStep`.
         layers: "all", or "last" for noise on the output head's adapter alone: class logits are
