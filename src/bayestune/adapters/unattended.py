@@ -36,7 +36,7 @@ class Unattended:
         root_std = first.root_std.detach()
         here = root_std.to_local() if hasattr(root_std, "to_local") else root_std
         std = float(here.float().square().mean()) if here.numel() else 0.0
-        if std < 2 * first.init_root_std**2:
+        if first.root_std.requires_grad and std < 2 * first.init_root_std**2:
             logger.warning(
                 "%d training passes without a KL step: the standard deviation stays near its start "
                 "(%.2g), so this trains a point; give the Trainer callbacks=[KLStep()], or call "

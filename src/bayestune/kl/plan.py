@@ -55,7 +55,7 @@ class Aim(NamedTuple):
         """Fills what was left open.
 
         `kl_lr` or `period`, the authors' settings, bring the authors' bursts; else the schedule is
-        "constant". `final_std` is a share of `prior_std`, unless a rate, a period or bursts are given.
+        "constant". Without these and bursts, `final_std` is a share of `prior_std`.
         """
         authors = kl_lr is not None or period is not None
         if schedule is None:
