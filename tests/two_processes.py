@@ -1,4 +1,4 @@
-"""What two gloo processes do with a KL step, a JSON line each kind of run: RANK PORT KIND…"""
+"""What two gloo processes do with a KL step, a JSON line each: RANK PORT KIND, some kinds."""
 
 import json
 import os

@@ -143,7 +143,7 @@ def test_an_optimiser_with_float32_copies_of_its_own_does_not_undo_the_step():
     KLStep(std_lr=0.0).attach(model, optimizer, total_steps=100)
     loop(model, optimizer, 100)
     assert mean_std(model) == pytest.approx(0.1, rel=0.01)
-    assert size(model) / before == pytest.approx(0.25, rel=0.05)
+    assert size(model) / before == pytest.approx(0.25, rel=0.07)
 
 
 def test_a_bfloat16_run_that_is_resumed_goes_on_without_a_jump(tmp_path):
@@ -188,7 +188,9 @@ def test_resumed_to_more_steps_it_still_ends_where_it_is_told(tmp_path):
         assert mean_std(model) == pytest.approx(0.1, rel=0.01)
         roots = zip(layers_of(model), layers_of(whole), strict=True)
         assert all(torch.equal(a.root_std, b.root_std) for a, b in roots) is same
-        assert run.state.log_history[-2]["kl_time"] == pytest.approx(0.0269, rel=0.05)
+        assert run.state.log_history[-2]["kl_time"] == pytest.approx(
+            0.0247, rel=0.01 if same else 0.05
+        )
 
 
 # Gradient scalers

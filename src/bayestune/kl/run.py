@@ -1,7 +1,7 @@
 """A run's KL steps: what happens before and after each step of the optimiser it is hooked to."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,11 +19,11 @@ _SOON = 20  # steps after which what has not happened is told
 
 
 class Progress(NamedTuple):
-    """How far a run is: the steps done, the KL time τ, and the KL of steps that were skipped."""
+    """How far a run is: the steps done, the KL time τ, and the sizes η of steps that are owed."""
 
     step: int
     kl_time: float
-    carried: float = 0.0
+    owed: Sequence[float] = ()
 
 
 class KLRun:
@@ -51,7 +51,7 @@ class KLRun:
         self.prior_std = prior_std
         self.step = progress.step
         self.kl_time = progress.kl_time
-        self.carried = progress.carried
+        self.owed = list(progress.owed)
         self.moves_root_std = moves_root_std
         self._handles: list[Any] = []
         self._gradients: dict[str, Tensor] = {}  # of G: they wait for the optimiser
@@ -114,10 +114,10 @@ class KLRun:
         planned = len(plan.rates)
         self.step += 1
         if now < planned:
-            size = plan.size(now) + self.carried
-            self.carried = 0.0
-            self.kl_time += size
-            self._move(size, float(plan.std_rates[now]) / self._scale)
+            sizes = [*self.owed, plan.size(now)]
+            self.owed = []
+            self.kl_time += sum(sizes)
+            self._move(sizes, float(plan.std_rates[now]) / self._scale)
         elif now == planned:
             logger.warning(
                 "the KL's plan of %d steps is over, but the run goes on: from here neither the KL "
@@ -128,14 +128,15 @@ class KLRun:
             )
 
     @torch.no_grad()
-    def _move(self, size: float, std_rate: float) -> None:
-        """The KL step η, and G's step on the likelihood."""
+    def _move(self, sizes: Sequence[float], std_rate: float) -> None:
+        """The KL steps η, and G's step on the likelihood."""
         values = self._remainders
         means = [one.weight for one in self.layers.values() if one.weight.requires_grad]
         roots = {n: one.root_std for n, one in self.layers.items() if one.root_std.requires_grad}
         mean_values = [values.value(mean) for mean in means]
         root_values = {name: values.value(root) for name, root in roots.items()}
-        kl_step_(mean_values, list(root_values.values()), size, self.prior_std)
+        for size in sizes:
+            kl_step_(mean_values, list(root_values.values()), size, self.prior_std)
         if self._gradients:
             moved = [root_values[name] for name in self._gradients]
             gradients = [
@@ -165,7 +166,7 @@ class KLRun:
     def catch_up(self, step: int) -> None:
         """Goes on to a step, and keeps the KL of those that the optimiser skipped for the next."""
         for skipped in range(self.step, min(step, len(self.plan.rates))):
-            self.carried += self.plan.size(skipped)
+            self.owed.append(self.plan.size(skipped))
         self._idle = self._idle + 1 if self.step < step else 0
         self.step = max(self.step, step)
         if self._idle == _SOON:

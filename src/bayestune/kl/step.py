@@ -135,9 +135,9 @@ class KLStep(TrainerCallback):
         plan = self._plan(total_steps, self._period(total_steps, num_rows, batch_size))
         if self._aim.final_std is not None:
             plan = self._solved(plan, layers, step)
-        saved = self._saved or {"kl_time": plan.kl_time(step), "carried": 0.0}
+        saved = self._saved or {"kl_time": plan.kl_time(step), "owed": ()}
         self._saved = None
-        progress = Progress(step, saved["kl_time"], saved["carried"])
+        progress = Progress(step, saved["kl_time"], saved["owed"])
         self._run = KLRun(layers, plan, self.prior_std, progress, moves_root_std=follows)
         self._run.hook(optimizer)
 
@@ -156,7 +156,7 @@ class KLStep(TrainerCallback):
             "settings": self._settings,
             "rate": self._rate,
             "kl_time": run.kl_time,
-            "carried": run.carried,
+            "owed": run.owed,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
