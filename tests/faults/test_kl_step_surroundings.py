@@ -122,7 +122,7 @@ def test_small_steps_add_up_in_low_precision(dtype, cast):
 
 
 class OwnCopies(torch.optim.SGD):
-    """An optimiser that keeps float32 copies of bfloat16 parameters, and casts them at each step."""
+    """Keeps float32 copies of its parameters and casts them at each step."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
@@ -172,7 +172,7 @@ def test_a_second_run_ends_where_it_is_told(tmp_path, caplog):
     for final_std, reached in ((0.05, 0.05), (0.1, 0.1), (0.1, 0.1)):
         trainer(model, tmp_path, KLStep(final_std=final_std)).train()
         assert mean_std(model) == pytest.approx(reached, rel=0.02)
-    assert caplog.text.count("is at final_std=0.1 already: the KL has nothing left to take") == 1
+    assert caplog.text.count("is at final_std (0.1) already: the KL has nothing left to take") == 1
     with pytest.raises(Refusal, match=r"got final_std=0.05, expected at least 0.*upwards"):
         trainer(model, tmp_path, KLStep(final_std=0.05)).train()
 
@@ -188,9 +188,8 @@ def test_resumed_to_more_steps_it_still_ends_where_it_is_told(tmp_path):
         assert mean_std(model) == pytest.approx(0.1, rel=0.01)
         roots = zip(layers_of(model), layers_of(whole), strict=True)
         assert all(torch.equal(a.root_std, b.root_std) for a, b in roots) is same
-        assert run.state.log_history[-2]["kl_time"] == pytest.approx(
-            0.0247, rel=0.01 if same else 0.05
-        )
+        kl_time = run.state.log_history[-2]["kl_time"]
+        assert kl_time == pytest.approx(0.0247, rel=0.01 if same else 0.05)
 
 
 # Gradient scalers
@@ -324,14 +323,14 @@ def test_two_processes_share_g_and_one_wrapped_too_early_is_refused():
 
 
 def test_trackers_that_stand_before_it_see_the_kl(tmp_path):
-    class Tracker(TrainerCallback):
-        seen: list[set[str]] = []
+    seen: list[set[str]] = []
 
+    class Tracker(TrainerCallback):
         def on_log(self, args, state, control, logs=None, **kwargs):
-            self.seen.append(set(logs))
+            seen.append(set(logs))
 
     trainer(gaussian(), tmp_path, Tracker(), KLStep()).train()
-    losses = [keys for keys in Tracker.seen if "loss" in keys]
+    losses = [keys for keys in seen if "loss" in keys]
     assert len(losses) == 3
     assert all({"kl", "kl_time", "std_over_prior", "kl_weight", "kl_lr"} <= keys for keys in losses)
 

@@ -106,7 +106,7 @@ class Aim(NamedTuple):
         if start >= (1 - 1e-3) * final_std:
             if step == 0:
                 logger.warning(
-                    "the standard deviation is at final_std=%.4g already: the KL has nothing left "
+                    "the standard deviation is at final_std (%.4g) already: the KL has nothing left "
                     "to take, so it moves neither the standard deviation nor the mean",
                     final_std,
                 )
@@ -129,8 +129,8 @@ class Aim(NamedTuple):
             kept = math.exp(-math.atanh(self.final_std / self.prior_std) / (4 * self.prior_std))
             what = f"all of it falls into the last dozen steps, which leave {kept:.2f} of the mean"
         logger.warning(
-            "the run of %d steps ends before the first burst of the KL (period %d): %s; use "
-            'schedule="constant", a shorter period, or more steps',
+            "the run of %d steps ends before the first burst of the KL (period %d): %s; set the "
+            "schedule to constant, or train for more steps",
             total_steps,
             period,
             what,
