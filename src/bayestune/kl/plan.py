@@ -106,8 +106,8 @@ class Aim(NamedTuple):
         if start >= (1 - 1e-3) * final_std:
             if step == 0:
                 logger.warning(
-                    "the standard deviation is at final_std (%.4g) already: the KL has nothing left "
-                    "to take, so it moves neither the standard deviation nor the mean",
+                    "the standard deviation is at final_std (%.4g) already: the KL has nothing "
+                    "left to take, so it moves neither the standard deviation nor the mean",
                     final_std,
                 )
             return 0.0

@@ -120,9 +120,9 @@ class KLRun:
             self._move(sizes, float(plan.std_rates[now]) / self._scale)
         elif now == planned:
             logger.warning(
-                "the KL's plan of %d steps is over, but the run goes on: from here nothing holds the "
-                "mean to the prior, and the standard deviation stays as it is (unless std_optimizer "
-                "is adamw); give the KL step the total_steps of the whole run",
+                "the KL's plan of %d steps is over, but the run goes on: from here nothing holds "
+                "the mean to the prior, and the standard deviation stays as it is (unless "
+                "std_optimizer is adamw); give the KL step the total_steps of the whole run",
                 planned,
             )
 
