@@ -297,6 +297,15 @@ def test_an_optimiser_built_before_bayesify_is_refused(std_optimizer):
         KLStep(std_optimizer=std_optimizer).attach(model, optimizer, total_steps=3)
 
 
+def test_parameters_that_a_wrapper_has_flattened_are_refused():
+    model = gaussian()
+    optimizer = sgd(model)
+    for layer in layers_of(model):
+        layer.root_std.data = layer.root_std.data.flatten()[:5]
+    with pytest.raises(Refusal, match=r"cut into flat pieces.*use FSDP 2"):
+        KLStep().attach(model, optimizer, total_steps=3)
+
+
 def test_two_processes_share_g_and_one_wrapped_too_early_is_refused():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

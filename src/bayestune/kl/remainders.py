@@ -1,8 +1,5 @@
 """Steps on bfloat16 and float16 parameters that are smaller than their last digit."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -17,11 +14,11 @@ class Remainders:
     would undo a step on the parameter: then the copy is the value.
 
     Args:
-        states: an optimiser's state, by parameter.
+        optimizer: whose state may hold such copies.
     """
 
-    def __init__(self, states: Mapping[Any, Mapping[str, Any]]) -> None:
-        self._states = states
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
         self._kept: dict[nn.Parameter, Tensor] = {}
         self._copies: dict[nn.Parameter, str | None] = {}
 
@@ -33,7 +30,7 @@ class Remainders:
             self._copies[parameter] = self._name_of_copy(parameter)
         name = self._copies[parameter]
         if name is not None:
-            return self._states[parameter][name]
+            return self._optimizer.state[parameter][name]
         value = parameter.detach().float()
         kept = self._kept.get(parameter)
         return value if kept is None else value.add_(kept)
@@ -47,7 +44,7 @@ class Remainders:
             self._kept[parameter] = value - parameter.detach().float()
 
     def _name_of_copy(self, parameter: nn.Parameter) -> str | None:
-        for name, held in self._states.get(parameter, {}).items():
+        for name, held in self._optimizer.state.get(parameter, {}).items():
             alike = isinstance(held, Tensor) and held.shape == parameter.shape
             copies = alike and held.dtype is torch.float32 and bool(held.any())
             if copies and torch.equal(held.to(parameter.dtype), parameter.detach()):

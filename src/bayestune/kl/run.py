@@ -63,7 +63,7 @@ class KLRun:
 
     def hook(self, optimizer: torch.optim.Optimizer) -> None:
         """Puts the hooks on."""
-        self._remainders = Remainders(optimizer.state)
+        self._remainders = Remainders(optimizer)
         self._handles = [
             optimizer.register_step_pre_hook(lambda hooked, *_: self.before_step(hooked)),
             optimizer.register_step_post_hook(lambda *_: self.after_step()),

@@ -77,6 +77,11 @@ def check_optimizer(
             f"of {_some(missing)}, expected all trainable parameters; build the optimiser after "
             "bayesify(model), and one that holds the model's own parameters"
         )
+    if flat := [name for name, layer in learnt.items() if layer.root_std.dim() != 2]:
+        raise Refusal(
+            f"the standard deviations are cut into flat pieces: got root_std of {_some(flat)} with "
+            "one axis (FSDP 1?), expected (r, k); use FSDP 2 (fully_shard, fsdp_version: 2)"
+        )
     root_stds = {id(layer.root_std) for layer in learnt.values()}
     for group in optimizer.param_groups if moves_root_std else ():
         if group.get("weight_decay") and root_stds & {id(p) for p in group["params"]}:
