@@ -67,7 +67,8 @@ def test_there_is_a_preset_for_each_set_of_the_table():
 
 
 def test_the_authors_defaults_are_blobs_but_for_the_noise():
-    assert BLoB(noise="token") == BLoB(**vars(AuthorsBLoB()))
+    assert BLoB(noise="token", schedule="bursts") == BLoB(**vars(AuthorsBLoB()))
+    assert BLoB(kl_lr=0.01).schedule == AuthorsBLoB().schedule
     assert BLoB().noise == "row"
 
 

@@ -9,7 +9,13 @@ from torch.distributions import kl_divergence as reference
 from torch.testing import assert_close
 
 from bayestune.kl import burst_period, kl_divergence, kl_weights, warmup_decay
-from bayestune.kl.closed_form import kl_step_, kl_time_to, rate_to, std_after_steps
+from bayestune.kl.closed_form import (
+    kl_step_,
+    kl_time_to,
+    rate_to,
+    start_roots,
+    std_after_steps,
+)
 
 PUBLISHED = {640: 0.187, 1119: 0.174, 2251: 0.152, 2558: 0.148, 4957: 0.122, 9427: 0.098}
 
@@ -63,7 +69,9 @@ def test_the_law_is_inverted():
 @pytest.mark.parametrize(("num_rows", "final_std"), PUBLISHED.items())
 def test_the_published_settings_end_at_the_known_standard_deviations(num_rows, final_std):
     steps = 0.01 * kl_weights(5000, burst_period(num_rows, 4)) * warmup_decay(5000)
-    assert std_after_steps(steps.tolist(), 0.2, 0.05) == pytest.approx(final_std, abs=6e-4)
+    assert std_after_steps(steps.tolist(), 0.2, start_roots(0.05)) == pytest.approx(
+        final_std, abs=6e-4
+    )
 
 
 def test_steps_on_four_points_are_those_on_all_of_g():
@@ -72,15 +80,17 @@ def test_steps_on_four_points_are_those_on_all_of_g():
     for step in steps:
         kl_step_([torch.zeros_like(roots[0])], roots, step, 0.2)
     expected = roots[0].square().mean().item()
-    assert std_after_steps(steps, 0.2, 0.05) == pytest.approx(expected, rel=1e-3)
+    assert std_after_steps(steps, 0.2, start_roots(0.05)) == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("schedule", ["bursts", "constant"])
 @pytest.mark.parametrize("total_steps", [40, 480])
 def test_the_rate_that_is_solved_for_ends_where_asked(schedule, total_steps):
     shape = kl_weights(total_steps, 37, schedule) * warmup_decay(total_steps)
-    rate = rate_to(0.1, shape.tolist(), 0.2, 0.05)
-    assert std_after_steps((rate * shape).tolist(), 0.2, 0.05) == pytest.approx(0.1, rel=1e-5)
+    rate = rate_to(0.1, shape.tolist(), 0.2, start_roots(0.05))
+    assert std_after_steps((rate * shape).tolist(), 0.2, start_roots(0.05)) == pytest.approx(
+        0.1, rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("final", [0.2, 0.3, 0.001, 0.0])

@@ -13,6 +13,7 @@ from bayestune.adapters.fused_input import FusedInput, RowNoise, RowProduct, fus
 from bayestune.adapters.noise import independent_weights, random_signs
 from bayestune.adapters.row_groups import RowGroups, row_groups_of
 from bayestune.adapters.slots import Slots
+from bayestune.adapters.unattended import Unattended
 from bayestune.errors import Refusal
 
 Noise = Literal["row", "independent", "token"]
@@ -40,6 +41,7 @@ class GaussianLinear(nn.Linear):
     """
 
     root_std: nn.Parameter
+    takes_kl: bool = False  # a KL step has been attached
 
     def __init__(
         self,
@@ -145,4 +147,5 @@ def bayesify(
     found.put(gaussian)
     if noise == "row":
         fuse_inputs(found, gaussian)
+    model.register_forward_pre_hook(Unattended(list(gaussian.values())))
     return len(gaussian)

@@ -4,14 +4,17 @@
 """
 
 from bayestune.kl.closed_form import kl_divergence
-from bayestune.kl.schedule import Schedule, burst_period, kl_weights, warmup_decay
+from bayestune.kl.plan import Aim
+from bayestune.kl.schedule import Schedule, burst_period, kl_decay, kl_weights, warmup_decay
 from bayestune.kl.step import KLStep, StdOptimizer
 
 __all__ = [
+    "Aim",
     "KLStep",
     "Schedule",
     "StdOptimizer",
     "burst_period",
+    "kl_decay",
     "kl_divergence",
     "kl_weights",
     "warmup_decay",

@@ -41,13 +41,14 @@ def kl_step_(
 
     M ← M·(1 − η/σ_p²),  G ← G + η·(2/G − 2G³/σ_p²), M and G (r, k) of each layer, no entry of G 0.
     """
-    if not means:
-        return
     means = list(means)
     root_stds = list(root_stds)
     precision = prior_std**-2
     with torch.no_grad():
-        torch._foreach_mul_(means, 1.0 - step * precision)
+        if means:
+            torch._foreach_mul_(means, 1.0 - step * precision)
+        if not root_stds:
+            return
         cubed = torch._foreach_mul(root_stds, root_stds)
         torch._foreach_mul_(cubed, root_stds)
         inverse = torch._foreach_reciprocal(root_stds)
@@ -76,23 +77,52 @@ def kl_time_to(final_std: float, prior_std: float, initial_std: float = 0.0) -> 
     return prior_std / 4 * (math.atanh(final_std / prior_std) - math.atanh(initial_std / prior_std))
 
 
-def std_after_steps(steps: Sequence[float], prior_std: float, init_root_std: float) -> float:
-    """Mean standard deviation after a run's KL steps η (T,); for small steps the tanh law.
+def std_after_steps(steps: Sequence[float], prior_std: float, roots: Sequence[float]) -> float:
+    """Mean standard deviation after KL steps η (T,), from some points of G; see `start_roots`.
 
-    It follows 4 points of G, which starts uniform on (ε/√2, ε).
+    For small steps it follows the tanh law of `kl_time_to`.
     """
-    low = math.sqrt(0.5)
-    roots = [init_root_std * (low + (1 - low) * (i + 0.5) / 4) for i in range(4)]
     precision = prior_std**-2
     for step in steps:
         roots = [g + 2 * step * (1 / g - precision * g * g * g) for g in roots]
-    return sum(g * g for g in roots) / 4
+    return sum(g * g for g in roots) / len(roots)
+
+
+def start_roots(init_root_std: float) -> list[float]:
+    """Four points of G at its start, uniform on (ε/√2, ε)."""
+    low = math.sqrt(0.5)
+    return [init_root_std * (low + (1 - low) * (i + 0.5) / 4) for i in range(4)]
+
+
+@torch.no_grad()
+def points_of(root_stds: Sequence[Tensor], count: int = 8) -> list[float]:
+    """Points that stand for G of several layers: quantiles, each layer with the same weight.
+
+    The mean of their squares is the mean over layers of σ, as far as float64 goes.
+    """
+    of_layers = []
+    means = []
+    for root_std in root_stds:
+        ordered = root_std.detach().double().abs().flatten().sort().values
+        places = (torch.arange(count, dtype=torch.float64) + 0.5) / count * len(ordered)
+        of_layers.append(ordered[places.long().to(ordered.device)].cpu())
+        means.append(ordered.square().mean().item())
+    ordered = torch.cat(of_layers).sort().values
+    points = ordered.view(count, -1).square().mean(1)
+    points *= sum(means) / len(means) / points.mean()
+    return points.sqrt().tolist()
 
 
 def rate_to(
-    final_std: float, shape: Sequence[float], prior_std: float, init_root_std: float
+    final_std: float, shape: Sequence[float], prior_std: float, roots: Sequence[float]
 ) -> float:
     """The learning rate λ with which the KL steps λ·shape (T,) end at `final_std`, by bisection.
+
+    Args:
+        final_std: the mean σ to end at.
+        shape: the steps up to the factor λ, not all 0.
+        prior_std: σ_p.
+        roots: points of G at the start.
 
     Raises:
         Refusal: if the KL cannot take the standard deviation there, see `kl_time_to`.
@@ -100,10 +130,10 @@ def rate_to(
 
     def falls_short(rate: float) -> bool:
         steps = [rate * part for part in shape]
-        return std_after_steps(steps, prior_std, init_root_std) < final_std
+        return std_after_steps(steps, prior_std, roots) < final_std
 
     low = 0.0
-    high = kl_time_to(final_std, prior_std, std_after_steps([], prior_std, init_root_std))
+    high = kl_time_to(final_std, prior_std, std_after_steps([], prior_std, roots))
     high /= sum(shape)
     while falls_short(high):  # single steps may lag behind the law
         high *= 1.5

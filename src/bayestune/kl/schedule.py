@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bayestune.errors import Refusal
 
-Schedule = Literal["bursts", "constant"]
+Schedule = Literal["bursts", "constant", "early"]
 
 
 def burst_period(num_rows: int, batch_size: int) -> int:
@@ -26,26 +26,54 @@ def burst_period(num_rows: int, batch_size: int) -> int:
 
 
 def kl_weights(total_steps: int, period: int, schedule: Schedule = "bursts") -> Tensor:
-    """The weights π (T,) of the KL at each step; both schedules give about one KL a period P.
+    """The weights π (T,) of the KL at each step; all schedules give about one KL a period P.
 
-    "bursts": π_i = 2^i/(2^(P+1) − 1) for i = 1…P, again and again; "constant": 1/P.
+    "bursts": π_i = 2^i/(2^(P+1) − 1) for i = 1…P, again and again; "constant" and "early": 1/P.
 
     Raises:
         Refusal: if the schedule is unknown.
     """
+    check_schedule(schedule)
+    if schedule != "bursts":
+        return torch.full((total_steps,), 1 / period, dtype=torch.float64)
+    place = torch.arange(total_steps, dtype=torch.float64) % period + 1
+    return torch.exp2(place - period - 1) / (1 - 2.0 ** -(period + 1))
+
+
+def check_schedule(schedule: str) -> None:
+    """Refuses a schedule that there is not."""
     if schedule not in get_args(Schedule):
         raise Refusal(
             f"unknown schedule: got {schedule!r}, expected one of {get_args(Schedule)}; correct it"
         )
-    if schedule == "constant":
-        return torch.full((total_steps,), 1 / period, dtype=torch.float64)
-    place = torch.arange(total_steps, dtype=torch.float64) % period + 1
-    return torch.exp2(place - period - 1) / (1 - 2.0 ** -(period + 1))
 
 
 def warmup_decay(total_steps: int, warmup_ratio: float = 0.06) -> Tensor:
     """The multiplier (T,) of both learning rates: linear warm-up, then linear decay to 0."""
     steps = torch.arange(total_steps, dtype=torch.float64)
     warmup = int(warmup_ratio * total_steps)
-    rise = steps / warmup if warmup else torch.ones_like(steps)
-    return torch.minimum(rise, (total_steps - steps) / max(1, total_steps - warmup))
+    decay = (total_steps - steps) / max(1, total_steps - warmup)
+    return torch.minimum(_rise(steps, warmup), decay)
+
+
+def early_decay(total_steps: int, warmup_ratio: float = 0.06) -> Tensor:
+    """The multiplier (T,) of the KL's learning rate under "early".
+
+    Linear warm-up, then 1 for the first third of the run, then from 1/8 linearly to 0. So σ is near
+    its end after a third, and the mean is trained under the noise that it is used with.
+    """
+    steps = torch.arange(total_steps, dtype=torch.float64)
+    warmup = int(warmup_ratio * total_steps)
+    third = total_steps / 3
+    tail = (total_steps - steps) / (total_steps - third) / 8
+    return torch.minimum(_rise(steps, warmup), torch.where(steps < third, 1.0, tail))
+
+
+def kl_decay(total_steps: int, schedule: Schedule, warmup_ratio: float = 0.06) -> Tensor:
+    """The multiplier (T,) of the KL's learning rate under a schedule."""
+    decay = early_decay if schedule == "early" else warmup_decay
+    return decay(total_steps, warmup_ratio)
+
+
+def _rise(steps: Tensor, warmup: int) -> Tensor:
+    return steps / warmup if warmup else torch.ones_like(steps)

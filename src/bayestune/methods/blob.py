@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from bayestune.adapters import SIDES, Noise, Slots, bayesify
-from bayestune.kl import KLStep, Schedule, StdOptimizer
+from bayestune.kl import Aim, KLStep, Schedule, StdOptimizer
 from bayestune.methods.held_out import head_slots
 from bayestune.posteriors import Gaussian, TokenNoise
 from bayestune.scoring import Scorer
@@ -23,13 +23,22 @@ class BLoB:
         prior_std: σ_p.
         init_root_std: ε; G = √Ω starts uniform on (ε/√2, ε).
         noise: how training noise is shared, see `GaussianLinear`.
-        final_std: the standard deviation to end at; the KL's step is solved for.
-        kl_lr: the KL's learning rate, instead of `final_std`; 0.01 if neither is given.
-        schedule: "bursts" or "constant".
+        final_std: the standard deviation to end at; the KL's step is solved for. None takes half of
+            `prior_std`, unless `kl_lr` or bursts are given.
+        kl_lr: the KL's learning rate, instead of `final_std`; 0.01 where neither holds.
+        schedule: "constant", "early" or "bursts", see `KLStep`; None takes "constant", or the
+            authors' "bursts" if `kl_lr` is given.
         std_optimizer: who takes G along the likelihood, "sgd" or "adamw".
         std_lr: G's learning rate on the likelihood under "sgd", see `KLStep`.
         layers: "all", or "last" for noise on the output head's adapter alone: class logits are
             exactly Gaussian, and any number of draws costs one pass.
+
+    Raises:
+        Refusal: if a value is out of range.
+
+    Example:
+        >>> BLoB(prior_std=0.4).final_std
+        0.2
 
     Reference:
         Wang, Shi, Han, Metaxas, Wang: BLoB, NeurIPS 2024, https://arxiv.org/abs/2406.11675.
@@ -40,26 +49,36 @@ class BLoB:
     noise: Noise = "row"
     final_std: float | None = None
     kl_lr: float | None = None
-    schedule: Schedule = "bursts"
+    schedule: Schedule | None = None
     std_optimizer: StdOptimizer = "sgd"
     std_lr: float | None = None
     layers: Literal["all", "last"] = "all"
 
     sides: ClassVar[tuple[str, ...]] = ("lora_A",)
+    share: ClassVar[float] = 0.5  # of prior_std, where final_std is left open
+
+    def __post_init__(self) -> None:
+        aim = Aim.of(self.prior_std, self.final_std, self.kl_lr, self.schedule, share=self.share)
+        object.__setattr__(self, "final_std", aim.final_std)  # records say what was done
+        object.__setattr__(self, "schedule", aim.schedule)
+        self._kl_step(0.0)
 
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Gaussian:
         """Trains a Gaussian adapter."""
-        step = KLStep(
+        step = self._kl_step(training.warmup_ratio)
+        adapted, report = fit_adapter(model, scorer, training, [step], prepare=self._bayesify)
+        return Gaussian(adapted, scorer, report=report)
+
+    def _kl_step(self, warmup_ratio: float) -> KLStep:
+        return KLStep(
             self.prior_std,
             final_std=self.final_std,
             kl_lr=self.kl_lr,
             schedule=self.schedule,
-            warmup_ratio=training.warmup_ratio,
+            warmup_ratio=warmup_ratio,
             std_optimizer=self.std_optimizer,
             std_lr=self.std_lr,
         )
-        adapted, report = fit_adapter(model, scorer, training, [step], prepare=self._bayesify)
-        return Gaussian(adapted, scorer, report=report)
 
     def _bayesify(self, adapted: nn.Module) -> None:
         slots = Slots(adapted)
@@ -73,6 +92,8 @@ class BBB(BLoB):
 
     The paper argues for the asymmetric form with what this symmetric one shows: B starts at 0 with
     noise, so early gradients of A are noise too, and the product of two noises is not Gaussian.
+    Noise in B acts through A's own: with σ in both, an entry of W gets about (α/r)·√r·σ². So
+    `final_std` is a tenth of `prior_std` where it is left open.
 
     Reference:
         Blundell, Cornebise, Kavukcuoglu, Wierstra: Weight uncertainty in neural networks, ICML
@@ -80,20 +101,22 @@ class BBB(BLoB):
     """
 
     sides: ClassVar[tuple[str, ...]] = SIDES
+    share: ClassVar[float] = 0.1
 
 
 @dataclass(frozen=True)
 class AuthorsBLoB(BLoB):
     """BLoB with new noise for every token (`noise="token"`), in training and in every drawn pass.
 
-    BLoB's other defaults are the authors' already. A draw is not a function of the row, so it
-    cannot be exported; docs/fidelity.md says what that changes.
+    The KL has the authors' bursts at their rate by default. A draw is not a function of the row, so
+    it cannot be exported; docs/fidelity.md says what that changes.
 
     Reference:
         BLoB's public code, https://github.com/Wang-ML-Lab/bayesian-peft.
     """
 
     noise: Noise = "token"
+    schedule: Schedule | None = "bursts"
 
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> TokenNoise:  # type: ignore[override]
         """Trains as BLoB; draws are noisy passes, see `TokenNoise`."""

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from bayestune.adapters import RankLinear, RowGroups, Slots, make_ranks_random, put_means
 from bayestune.errors import Refusal
-from bayestune.kl import Schedule, burst_period, kl_weights, warmup_decay
+from bayestune.kl import Schedule, burst_period, kl_decay, kl_weights
 from bayestune.posteriors import Scaled
 from bayestune.scoring import Scorer
 from bayestune.training import Training, adamw, add_to_log, fit_adapter
@@ -78,7 +78,8 @@ class FactorKL(TrainerCallback):
         batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         period = burst_period(self.num_rows, batch_size)
         weights = kl_weights(state.max_steps, period, self.schedule)
-        self.steps = self.kl_lr * weights * warmup_decay(state.max_steps, self.warmup_ratio)
+        decay = kl_decay(state.max_steps, self.schedule, self.warmup_ratio)
+        self.steps = self.kl_lr * weights * decay
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Takes the KL's step."""
@@ -105,7 +106,7 @@ class ScalaBL:
     Args:
         init_std: ε; σ starts uniform on (ε/√2, ε).
         kl_lr: the learning rate of the KL.
-        schedule: of the KL, "bursts" or "constant", see `KLStep`.
+        schedule: of the KL, "bursts", "constant" or "early", see `KLStep`.
 
     Raises:
         Refusal: if a value is out of range.

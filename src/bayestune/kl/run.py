@@ -1,0 +1,193 @@
+"""A run's KL steps: what happens before and after each step of the optimiser it is hooked to."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bayestune.adapters import GaussianLinear
+from bayestune.kl.closed_form import kl_divergence, kl_step_
+from bayestune.kl.plan import Plan
+from bayestune.kl.remainders import Remainders
+from bayestune.kl.surroundings import as_one, check_gradients, check_synchronised
+
+logger = logging.getLogger(__name__)
+
+_SOON = 20  # steps after which what has not happened is told
+
+
+class Progress(NamedTuple):
+    """How far a run is: the steps done, the KL time τ, and the sizes η of steps that are owed."""
+
+    step: int
+    kl_time: float
+    owed: Sequence[float] = ()
+
+
+class KLRun:
+    """Takes the KL's steps of a plan on Gaussian layers, with G's steps on the likelihood.
+
+    Args:
+        layers: by slot name.
+        plan: the steps' sizes.
+        prior_std: σ_p.
+        progress: where it starts.
+        moves_root_std: whether G follows the likelihood here, instead of in the optimiser.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, GaussianLinear],
+        plan: Plan,
+        prior_std: float,
+        progress: Progress,
+        *,
+        moves_root_std: bool,
+    ) -> None:
+        self.layers = layers
+        self.plan = plan
+        self.prior_std = prior_std
+        self.step = progress.step
+        self.kl_time = progress.kl_time
+        self.owed = list(progress.owed)
+        self.moves_root_std = moves_root_std
+        self._handles: list[Any] = []
+        self._gradients: dict[str, Tensor] = {}  # of G: they wait for the optimiser
+        self._unreached: set[str] | None = None
+        self._taken = 0
+        self._idle = 0
+        self._scale = 1.0
+        self._overflowed = False
+
+    def hook(self, optimizer: torch.optim.Optimizer) -> None:
+        """Puts the hooks on."""
+        self._remainders = Remainders(optimizer)
+        self._handles = [
+            optimizer.register_step_pre_hook(lambda hooked, *_: self.before_step(hooked)),
+            optimizer.register_step_post_hook(lambda *_: self.after_step()),
+        ]
+        for layer in self.layers.values():
+            layer.takes_kl = True
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            first = next(iter(self.layers.values()))
+            self._handles.append(first.register_forward_pre_hook(self._before_pass))
+
+    def unhook(self) -> None:
+        """Takes the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _before_pass(self, *_: Any) -> None:
+        self._handles.pop().remove()  # once
+        check_synchronised(self.layers)
+
+    def before_step(self, optimizer: Any) -> None:
+        """Keeps the gradients of G from the optimiser; checks the first ones."""
+        # a fused optimiser unscales the gradients, and skips the step, by itself
+        scale = getattr(optimizer, "grad_scale", None)
+        self._scale = 1.0 if scale is None else float(scale)
+        overflow = getattr(optimizer, "found_inf", None)
+        self._overflowed = overflow is not None and bool(overflow)
+        if self._unreached is None and not self._overflowed:
+            self._unreached = set(check_gradients(self.layers))
+        self._gradients = {}
+        for name, layer in self.layers.items():
+            gradient = layer.root_std.grad
+            if gradient is not None and self._unreached:
+                self._unreached.discard(name)
+            if gradient is not None and self.moves_root_std:
+                self._gradients[name] = gradient
+                layer.root_std.grad = None
+
+    def after_step(self) -> None:
+        """Takes the step, unless the optimiser has skipped its own."""
+        if self._overflowed:
+            return
+        self._taken += 1
+        if self._taken == _SOON:
+            self.name_unreached()
+        now = self.step
+        plan = self.plan
+        planned = len(plan.rates)
+        self.step += 1
+        if now < planned:
+            sizes = [*self.owed, plan.size(now)]
+            self.owed = []
+            self.kl_time += sum(sizes)
+            self._move(sizes, float(plan.std_rates[now]) / self._scale)
+        elif now == planned:
+            logger.warning(
+                "the KL's plan of %d steps is over, but the run goes on: from here nothing holds "
+                "the mean to the prior, and the standard deviation stays as it is (unless "
+                "std_optimizer is adamw); give the KL step the total_steps of the whole run",
+                planned,
+            )
+
+    @torch.no_grad()
+    def _move(self, sizes: Sequence[float], std_rate: float) -> None:
+        """The KL steps η, and G's step on the likelihood."""
+        values = self._remainders
+        means = [one.weight for one in self.layers.values() if one.weight.requires_grad]
+        roots = {n: one.root_std for n, one in self.layers.items() if one.root_std.requires_grad}
+        mean_values = [values.value(mean) for mean in means]
+        root_values = {name: values.value(root) for name, root in roots.items()}
+        for size in sizes:
+            kl_step_(mean_values, list(root_values.values()), size, self.prior_std)
+        if self._gradients:
+            moved = [root_values[name] for name in self._gradients]
+            gradients = [
+                g.to(v.dtype) for g, v in zip(self._gradients.values(), moved, strict=True)
+            ]
+            torch._foreach_add_(moved, gradients, alpha=-std_rate)
+            self._gradients = {}
+        for mean, value in zip(means, mean_values, strict=True):
+            values.put(mean, value)
+        for name, root in roots.items():
+            values.put(root, root_values[name])
+
+    def name_unreached(self) -> None:
+        """Says once which layers have had no gradient so far."""
+        if self._unreached:
+            logger.warning(
+                "no gradient has reached %d of the %d Gaussian layers in %d steps, such as %s: "
+                "no batch called them (unused experts?), or they are in evaluation mode; the KL "
+                "alone moves them",
+                len(self._unreached),
+                len(self.layers),
+                self._taken,
+                min(self._unreached),
+            )
+            self._unreached = set()
+
+    def catch_up(self, step: int) -> None:
+        """Goes on to a step, and keeps the KL of those that the optimiser skipped for the next."""
+        for skipped in range(self.step, min(step, len(self.plan.rates))):
+            self.owed.append(self.plan.size(skipped))
+        self._idle = self._idle + 1 if self.step < step else 0
+        self.step = max(self.step, step)
+        if self._idle == _SOON:
+            logger.warning(
+                "the optimiser has taken none of the last %d steps (overflow under a gradient "
+                "scaler, or an optimiser that does not call its hooks): the KL waits for it",
+                _SOON,
+            )
+
+    def state(self) -> dict[str, float]:
+        """What is logged, see `KLStep.state_of_kl`."""
+        kl = 0.0
+        mean_std = 0.0
+        for layer in self.layers.values():
+            std = as_one(layer.root_std.detach()).square()
+            kl += float(kl_divergence(as_one(layer.weight.detach()), std, self.prior_std))
+            mean_std += float(std.mean()) / len(self.layers)
+        last = min(max(self.step - 1, 0), len(self.plan.rates) - 1)
+        return {
+            "kl_time": self.kl_time,
+            "std_over_prior": mean_std / self.prior_std,
+            "kl": kl,
+            "kl_weight": float(self.plan.weights[last]),
+            "kl_lr": float(self.plan.rates[last]),
+        }

@@ -1,0 +1,164 @@
+"""What a KL step needs of its surroundings: the adapter, the optimiser, gradients, processes."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers.trainer_callback import CallbackHandler
+
+from bayestune.adapters import GaussianLinear, Slots
+from bayestune.errors import Refusal
+
+Layers = Mapping[str, GaussianLinear]
+
+
+def gaussian_layers(model: nn.Module, adapter: str | None) -> Layers:
+    """The Gaussian layers of an adapter by slot name.
+
+    Without a name it is the Gaussian adapter among the active ones.
+
+    Raises:
+        Refusal: if it has no Gaussian layer, or several active adapters have.
+    """
+    active, others = _gaussian_adapters(model)
+    if adapter is None and len(active) > 1:
+        raise Refusal(
+            f"which adapter is meant is not clear: got the active Gaussian adapters {active}, "
+            "expected one; take a KLStep(adapter=…) for each"
+        )
+    slots = Slots(model, active[0] if adapter is None and active else adapter)
+    layers = slots.of_kind(GaussianLinear)
+    if not layers:
+        known = f" among {[*active, *others]}" if active or others else ""
+        raise Refusal(
+            f"the model has no Gaussian layer: got the deterministic adapter {slots.adapter!r}; "
+            f"call bayesify(model) first, or name the Gaussian adapter{known}"
+        )
+    return layers
+
+
+def _gaussian_adapters(model: nn.Module) -> tuple[list[str], list[str]]:
+    """The adapters with Gaussian layers: those that are active, and the others."""
+    active: dict[str, None] = {}
+    others: dict[str, None] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, GaussianLinear):
+            slot, _, adapter = path.rpartition(".")
+            owner: Any = model.get_submodule(slot.rpartition(".")[0])
+            found = active if adapter in owner.active_adapters else others
+            found[adapter] = None
+    return list(active), [name for name in others if name not in active]
+
+
+def check_optimizer(
+    optimizer: torch.optim.Optimizer, layers: Layers, *, moves_root_std: bool
+) -> None:
+    """Refuses an optimiser that was built without G, or would decay it.
+
+    Args:
+        optimizer: the run's.
+        layers: the Gaussian layers.
+        moves_root_std: whether it is the optimiser that moves G.
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    learnt = {name: layer for name, layer in layers.items() if layer.root_std.requires_grad}
+    if not learnt:
+        raise Refusal(
+            f"no standard deviation is trained: got {len(layers)} frozen root_std, expected "
+            "requires_grad; make the adapter the active one with model.set_adapter(…)"
+        )
+    missing = [name for name, layer in learnt.items() if id(layer.root_std) not in held]
+    if missing:
+        kind = type(optimizer).__name__
+        raise Refusal(
+            f"the optimiser does not hold the standard deviations: got a {kind} without root_std "
+            f"of {_some(missing)}, expected all trainable parameters; build the optimiser after "
+            "bayesify(model), and one that holds the model's own parameters"
+        )
+    if flat := [name for name, layer in learnt.items() if layer.root_std.dim() != 2]:
+        raise Refusal(
+            f"the standard deviations are cut into flat pieces: got root_std of {_some(flat)} with "
+            "one axis (FSDP 1?), expected (r, k); use FSDP 2 (fully_shard, fsdp_version: 2)"
+        )
+    root_stds = {id(layer.root_std) for layer in learnt.values()}
+    for group in optimizer.param_groups if moves_root_std else ():
+        if group.get("weight_decay") and root_stds & {id(p) for p in group["params"]}:
+            raise Refusal(
+                "weight decay would shrink the standard deviation: got "
+                f"weight_decay={group['weight_decay']} on root_std, expected 0; set "
+                'weight_decay=0 or std_optimizer="sgd"'
+            )
+
+
+def check_gradients(layers: Layers) -> list[str]:
+    """Refuses the first gradients if the noise of a layer was not in the pass.
+
+    Returns:
+        The layers that no gradient has reached: this batch did not call them, or they are frozen.
+    """
+    learnt = {name: layer for name, layer in layers.items() if layer.root_std.requires_grad}
+    unreached = {name: one for name, one in learnt.items() if one.root_std.grad is None}
+    noisy = [name for name, layer in unreached.items() if layer.training]
+    nowhere = len(unreached) == len(learnt)
+    if nowhere and not noisy:
+        raise Refusal(
+            f"the model is at its mean: got {len(unreached)} Gaussian layers in evaluation mode, "
+            "expected training mode, in which they draw; call model.train()"
+        )
+    # their A has a gradient, though their module was not called
+    bypassed = [name for name in noisy if unreached[name].weight.grad is not None]
+    if bypassed or nowhere:
+        which = "any" if nowhere else len(bypassed)
+        raise Refusal(
+            f"no gradient reached {which} of the {len(learnt)} Gaussian layers: got none for "
+            f"{_some(bypassed or noisy)}, because something applies LoRA without calling its "
+            "modules (a fused kernel?), so the noise would be lost; switch that kernel off"
+        )
+    return list(unreached)
+
+
+def check_synchronised(layers: Layers) -> None:
+    """Refuses, in a pass under DistributedDataParallel, that the wrapper does not know G."""
+    wrapper: Any = DistributedDataParallel._get_active_ddp_module()
+    if wrapper is None:
+        return
+    known = {id(parameter) for parameter in wrapper._module_parameters}
+    unknown = [name for name, layer in layers.items() if id(layer.root_std) not in known]
+    if unknown:
+        raise Refusal(
+            "processes would not share the gradients of the standard deviations: got a "
+            f"DistributedDataParallel made before bayesify, without root_std of {_some(unknown)}, "
+            "expected bayesify first; wrap the model again"
+        )
+
+
+def put_first(callback: Any, frame: Any) -> None:
+    """Moves a callback before the others of its Trainer, so that trackers see what it logs.
+
+    A Trainer puts trackers (`report_to`) before a user's callbacks and hands a callback no way to
+    the others: the list is found in the Trainer's frame that calls it.
+    """
+    handler = frame.f_locals.get("self") if frame else None
+    if isinstance(handler, CallbackHandler) and callback in handler.callbacks:
+        handler.callbacks.remove(callback)
+        handler.callbacks.insert(0, callback)
+
+
+def rows_of(dataloader: Any) -> int | None:
+    """The rows of a data loader's data set; None where it does not know, as an iterable one."""
+    try:
+        return len(dataloader.dataset)
+    except (AttributeError, TypeError, NotImplementedError):
+        return None
+
+
+def as_one(tensor: Tensor) -> Tensor:
+    """A tensor in float32 or better, whole where it is spread over processes (DTensor)."""
+    whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[operator]
+    return whole.to(torch.promote_types(whole.dtype, torch.float32))
+
+
+def _some(names: list[str]) -> str:
+    return f"{names[:3]}{' …' if len(names) > 3 else ''}"

@@ -1,0 +1,397 @@
+"""The KL step asks its surroundings instead of trusting them: every kind of set-up people have."""
+
+import copy
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from bayestune import Refusal
+from bayestune.adapters import GaussianLinear, Slots, bayesify
+from bayestune.kl import KLStep
+from tiny import adapted, tiny_llama, with_second
+
+STEPS = 30
+LEFT_OUT = ["model.layers.0.self_attn.q_proj.lora_A"]
+
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self) -> None:
+        self.ids = torch.randint(3, 400, (64, 6), generator=torch.Generator().manual_seed(0))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.ids[i], "labels": self.ids[i]}
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self) -> Any:
+        return iter(Rows())
+
+
+def gaussian(**how: Any) -> nn.Module:
+    torch.manual_seed(4)
+    model = adapted(tiny_llama(num_hidden_layers=1))
+    bayesify(model, **how)
+    return model.train()
+
+
+def layers_of(model: nn.Module, adapter: str | None = None) -> list[GaussianLinear]:
+    return list(Slots(model, adapter).of_kind(GaussianLinear).values())
+
+
+def mean_std(model: nn.Module, adapter: str | None = None) -> float:
+    stds = [layer.root_std.detach().float().square().mean() for layer in layers_of(model, adapter)]
+    return torch.stack(stds).mean().item()
+
+
+def size(model: nn.Module) -> float:
+    return sum(layer.weight.detach().float().square().sum() for layer in layers_of(model)).item()
+
+
+def sgd(model: nn.Module, rate: float = 0.0) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], rate)
+
+
+def backward(model: nn.Module, factor: float = 1.0) -> torch.Tensor:
+    ids = Rows().ids[:4]
+    loss = model(input_ids=ids, labels=ids).loss * factor
+    loss.backward()
+    return loss
+
+
+def loop(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    for _ in range(steps):
+        backward(model)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def trainer(
+    model: nn.Module, folder: Path, *callbacks: TrainerCallback, rows: Any = None, **changes: Any
+) -> Trainer:
+    settings = {
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "logging_steps": 10,
+        "use_cpu": True,
+    }
+    arguments = TrainingArguments(output_dir=str(folder), **{**settings, **changes})
+    return Trainer(model, arguments, train_dataset=rows or Rows(), callbacks=list(callbacks))
+
+
+# Low precision
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cast", ["before", "after"])
+def test_small_steps_add_up_in_low_precision(dtype, cast):
+    model = gaussian()
+    twin = copy.deepcopy(model)
+    optimizer = sgd(model)
+    before = size(model)
+    if cast == "before":
+        model.to(dtype)
+    step = KLStep(schedule="constant", std_lr=0.0)
+    step.attach(model, optimizer, total_steps=400)
+    if cast == "after":
+        model.to(dtype)
+    precise = sgd(twin)
+    KLStep(schedule="constant", std_lr=0.0).attach(twin, precise, total_steps=400)
+    for one, adam in ((model, optimizer), (twin, precise)):
+        for layer in layers_of(one):
+            layer.root_std.grad = torch.zeros_like(layer.root_std)
+        for _ in range(400):  # the first gradients are checked, the others may be missing
+            adam.step()
+    assert mean_std(model) == pytest.approx(mean_std(twin), rel=0.01)
+    assert size(model) / before == pytest.approx(size(twin) / before, rel=0.01)
+    assert size(twin) / before == pytest.approx(0.5**2, rel=0.05)
+
+
+class OwnCopies(torch.optim.SGD):
+    """Keeps float32 copies of its parameters and casts them at each step."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            state = self.state[parameter]
+            if "master" not in state:
+                state["moment"] = torch.ones_like(parameter, dtype=torch.float32)
+                state["master"] = parameter.detach().float().clone()
+            if parameter.grad is not None:
+                state["master"].add_(parameter.grad.float(), alpha=-self.param_groups[0]["lr"])
+            parameter.copy_(state["master"])
+
+
+def test_an_optimiser_with_float32_copies_of_its_own_does_not_undo_the_step():
+    model = gaussian().to(torch.bfloat16)
+    optimizer = OwnCopies([p for p in model.parameters() if p.requires_grad], 0.0)
+    before = size(model)
+    KLStep(std_lr=0.0).attach(model, optimizer, total_steps=100)
+    loop(model, optimizer, 100)
+    assert mean_std(model) == pytest.approx(0.1, rel=0.01)
+    assert size(model) / before == pytest.approx(0.25, rel=0.07)
+
+
+def test_a_bfloat16_run_that_is_resumed_goes_on_without_a_jump(tmp_path):
+    model = gaussian().to(torch.bfloat16)
+    step = KLStep(std_lr=0.0)
+    optimizer = sgd(model)
+    step.attach(model, optimizer, total_steps=60)
+    loop(model, optimizer, 30)
+    state = json.loads(json.dumps(step.state_dict()))
+    here = mean_std(model)
+    step.detach()
+    other = KLStep(std_lr=0.0)
+    other.load_state_dict(state)
+    other.attach(model, optimizer, total_steps=60, step=30)
+    loop(model, optimizer, 1)
+    assert mean_std(model) == pytest.approx(here, rel=0.05)
+    loop(model, optimizer, 29)
+    assert mean_std(model) == pytest.approx(0.1, rel=0.01)
+
+
+# Where the standard deviation is
+
+
+def test_a_second_run_ends_where_it_is_told(tmp_path, caplog):
+    model = gaussian()
+    for final_std, reached in ((0.05, 0.05), (0.1, 0.1), (0.1, 0.1)):
+        trainer(model, tmp_path, KLStep(final_std=final_std)).train()
+        assert mean_std(model) == pytest.approx(reached, rel=0.02)
+    assert caplog.text.count("is at final_std (0.1) already: the KL has nothing left to take") == 1
+    with pytest.raises(Refusal, match=r"got final_std=0.05, expected at least 0.*upwards"):
+        trainer(model, tmp_path, KLStep(final_std=0.05)).train()
+
+
+def test_resumed_to_more_steps_it_still_ends_where_it_is_told(tmp_path):
+    steps = {"save_strategy": "steps", "save_steps": 10}
+    whole = gaussian()
+    trainer(whole, tmp_path / "whole", KLStep(), **steps).train()
+    for total, same in ((STEPS, True), (2 * STEPS, False)):
+        model = gaussian()
+        run = trainer(model, tmp_path / str(total), KLStep(), max_steps=total, **steps)
+        run.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-10"))
+        assert mean_std(model) == pytest.approx(0.1, rel=0.01)
+        roots = zip(layers_of(model), layers_of(whole), strict=True)
+        assert all(torch.equal(a.root_std, b.root_std) for a, b in roots) is same
+        kl_time = run.state.log_history[-2]["kl_time"]
+        assert kl_time == pytest.approx(0.0247, rel=0.01 if same else 0.05)
+
+
+# Gradient scalers
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("clips", [True, False])
+def test_a_scaler_reaches_neither_g_nor_the_kl_of_a_skipped_step(fused, clips):
+    roots = []
+    for scale in (1.0, 2.0**14):
+        model = gaussian()
+        learnt = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(learnt, 1e-3, fused=fused)
+        step = KLStep(final_std=0.1, std_lr=0.5)
+        step.attach(model, optimizer, total_steps=6)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1000)
+        for i in range(7):
+            torch.manual_seed(i)
+            ids = Rows().ids[:4]
+            loss = scaler.scale(model(input_ids=ids, labels=ids).loss)
+            (loss * float("inf") if i == 3 else loss).backward()
+            if clips:
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update(scale)
+            optimizer.zero_grad()
+            assert step.step == i + 1 - (i >= 3)
+        assert mean_std(model) == pytest.approx(0.1, rel=0.02)
+        roots.append(torch.cat([layer.root_std.detach().flatten() for layer in layers_of(model)]))
+    torch.testing.assert_close(roots[0], roots[1], rtol=1e-4, atol=1e-6)
+
+
+def test_what_a_trainer_skips_is_taken_later(tmp_path):
+    class Skips(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            torch_optimizer = kwargs["optimizer"].optimizer
+            torch_optimizer.found_inf = torch.tensor(float(state.global_step in (2, 3, 11)))
+
+    model = gaussian()
+    step = KLStep(std_lr=0.0)
+    run = trainer(model, tmp_path, step, Skips())
+    run.train()
+    assert step.step == STEPS
+    assert mean_std(model) == pytest.approx(0.1, rel=0.01)
+
+
+# Gradients that are missing
+
+
+def test_a_layer_whose_noise_is_bypassed_is_refused_by_name():
+    model = gaussian()
+    layer = Slots(model).modules()[LEFT_OUT[0]]
+    layer.forward = lambda x: nn.functional.linear(x, layer.weight)  # as a fused kernel does
+    optimizer = sgd(model)
+    KLStep().attach(model, optimizer, total_steps=3)
+    backward(model)
+    with pytest.raises(Refusal, match=r"reached 1 of the 2 .*layers.0.self_attn.q_proj.*fused"):
+        optimizer.step()
+
+
+def test_a_layer_that_no_batch_calls_is_named_once(caplog):
+    model = gaussian()
+    plain = Slots(model).layers["model.layers.0.self_attn.q_proj"]
+    plain.forward = plain.base_layer.forward  # as an expert that no token is sent to
+    optimizer = sgd(model)
+    KLStep().attach(model, optimizer, total_steps=50)
+    loop(model, optimizer, 45)
+    said = "no gradient has reached 1 of the 2 Gaussian layers in 20 steps, such as model.layers.0"
+    assert caplog.text.count(said) == 1
+
+
+def test_a_model_left_in_evaluation_mode_is_refused():
+    model = gaussian().eval()
+    optimizer = sgd(model)
+    KLStep().attach(model, optimizer, total_steps=3)
+    backward(model)
+    with pytest.raises(Refusal, match="at its mean: got 2 .* in evaluation mode.*model.train()"):
+        optimizer.step()
+
+
+def test_frozen_layers_are_left_as_they_are():
+    model = gaussian()
+    frozen, learnt = layers_of(model)
+    frozen.requires_grad_(False)
+    before = copy.deepcopy(frozen.state_dict())
+    optimizer = sgd(model)
+    KLStep(std_lr=0.0).attach(model, optimizer, total_steps=20)
+    loop(model, optimizer, 20)
+    assert all(torch.equal(value, before[name]) for name, value in frozen.state_dict().items())
+    assert learnt.std.mean().item() == pytest.approx(0.1, rel=0.01)
+    learnt.requires_grad_(False)
+    with pytest.raises(Refusal, match="no standard deviation is trained: got 2 frozen root_std"):
+        KLStep().attach(model, optimizer, total_steps=20)
+
+
+# What was built before bayesify
+
+
+@pytest.mark.parametrize("std_optimizer", ["sgd", "adamw"])
+def test_an_optimiser_built_before_bayesify_is_refused(std_optimizer):
+    model = adapted(tiny_llama())
+    optimizer = sgd(model)
+    bayesify(model)
+    with pytest.raises(Refusal, match=r"does not hold the standard deviations.*after bayesify"):
+        KLStep(std_optimizer=std_optimizer).attach(model, optimizer, total_steps=3)
+
+
+def test_parameters_that_a_wrapper_has_flattened_are_refused():
+    model = gaussian()
+    optimizer = sgd(model)
+    for layer in layers_of(model):
+        layer.root_std.data = layer.root_std.data.flatten()[:5]
+    with pytest.raises(Refusal, match=r"cut into flat pieces.*use FSDP 2"):
+        KLStep().attach(model, optimizer, total_steps=3)
+
+
+def test_two_processes_share_g_and_one_wrapped_too_early_is_refused():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    program = [sys.executable, "-W", "ignore", Path(__file__).parents[1] / "two_processes.py"]
+    kinds = ["ddp", "wrapped before", "fsdp2"]
+    started = [
+        subprocess.Popen([*program, rank, port, *kinds], stdout=subprocess.PIPE, text=True)
+        for rank in "01"
+    ]
+    spoken = [process.communicate(timeout=300)[0].splitlines() for process in started]
+    first, second = ([json.loads(line) for line in lines] for lines in spoken)
+    for one, other in zip(first, second, strict=True):
+        assert one == other
+    ddp, wrapped_before, fsdp2 = first
+    assert "made before bayesify, without root_std of ['" in wrapped_before["refused"]
+    for run in (ddp, fsdp2):
+        assert run["std"] == pytest.approx(0.1, rel=0.02)
+    whole, sharded = fsdp2["kl"]
+    assert sharded == pytest.approx(whole, rel=1e-6)
+
+
+# Callbacks, data, adapters
+
+
+def test_trackers_that_stand_before_it_see_the_kl(tmp_path):
+    seen: list[set[str]] = []
+
+    class Tracker(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append(set(logs))
+
+    trainer(gaussian(), tmp_path, Tracker(), KLStep()).train()
+    losses = [keys for keys in seen if "loss" in keys]
+    assert len(losses) == 3
+    assert all({"kl", "kl_time", "std_over_prior", "kl_weight", "kl_lr"} <= keys for keys in losses)
+
+
+def test_a_stream_of_rows_needs_no_length(tmp_path):
+    model = gaussian()
+    trainer(model, tmp_path, KLStep(), rows=Stream()).train()
+    assert mean_std(model) == pytest.approx(0.1, rel=0.01)
+    with pytest.raises(Refusal, match="period is not known.*or final_std without bursts"):
+        trainer(gaussian(), tmp_path, KLStep(kl_lr=0.01), rows=Stream()).train()
+
+
+@pytest.mark.parametrize("name", ["b", "weight", "lora_A", "my-adapter"])
+def test_the_gaussian_adapter_is_found_whatever_its_name(name):
+    model = adapted(tiny_llama(num_hidden_layers=1))
+    model.add_adapter(name, model.peft_config["default"])
+    bayesify(model, adapter=name)
+    model.train()
+    model.set_adapter(name)
+    optimizer = sgd(model)
+    with pytest.raises(Refusal, match=f"deterministic adapter 'default'.*among .'{name}'"):
+        KLStep(adapter="default").attach(model, optimizer, total_steps=9)
+    KLStep().attach(model, optimizer, total_steps=9)
+    loop(model, optimizer, 9)
+    assert mean_std(model, name) == pytest.approx(0.1, rel=0.02)
+
+
+def test_beside_an_active_plain_adapter_the_gaussian_one_is_meant():
+    model = with_second(adapted(tiny_llama(num_hidden_layers=1))).train()
+    bayesify(model, adapter="b")
+    model.base_model.set_adapter(["default", "b"])
+    optimizer = sgd(model)
+    KLStep().attach(model, optimizer, total_steps=9)
+    loop(model, optimizer, 9)
+    assert mean_std(model, "b") == pytest.approx(0.1, rel=0.02)
+    bayesify(model, adapter="default")
+    with pytest.raises(Refusal, match=r"active Gaussian adapters \['default', 'b'\]"):
+        KLStep().attach(model, optimizer, total_steps=9)
+
+
+# Without a KL step
+
+
+def test_a_gaussian_that_trains_without_a_kl_step_is_said_once(caplog):
+    model = gaussian()
+    loop(model, sgd(model), 25)
+    assert caplog.text.count("20 training passes without a KL step") == 1
+    caplog.clear()
+    model = gaussian()
+    optimizer = sgd(model)
+    KLStep().attach(model, optimizer, total_steps=25)
+    loop(model, optimizer, 25)
+    model.eval()
+    copy.deepcopy(model)
+    assert "without a KL step" not in caplog.text
