@@ -156,11 +156,17 @@ def sizes_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sizes | None:
 
 
 def row_axis(model: nn.Module, slot: str) -> int | None:
-    """Which axis of the input of a slot is the rows', 0 or 1; None for experts, who see tokens."""
+    """Which axis of a slot's input is the rows', 0 or 1; None where all rows share one draw.
+
+    Experts are sent tokens of any rows. DeBERTa's queries and keys are projected as the positions
+    are that all rows share, and a row's are one function only if its draw is theirs.
+    """
     path, _ = split_name(slot)
-    if ".experts." in path:
-        return None
     parents = {name.removeprefix(PREFIX): module for name, module in model.named_modules()}
-    parent = type(parents.get(path.rpartition(".")[0], model))
-    kinds = _TIME_FIRST.get(parent.__module__.rpartition(".")[2], ())
-    return 1 if parent.__name__ in kinds else 0
+    parent_path, _, leaf = path.rpartition(".")
+    parent = parents.get(parent_path, model)
+    shared = getattr(parent, "share_att_key", False) and leaf in ("query_proj", "key_proj")
+    if shared or ".experts." in path:
+        return None
+    kinds = _TIME_FIRST.get(type(parent).__module__.rpartition(".")[2], ())
+    return 1 if type(parent).__name__ in kinds else 0

@@ -82,12 +82,12 @@ class RowNoise(torch.autograd.Function):
 class FusedInput:
     """Gaussian layers that receive the very same tensor, computed as one layer of all their ranks.
 
-    The first layer reads the input once and computes all; the others take their part if they
-    receive the same tensor. Each has the law it has alone, and the layers' noises are independent
+    The layer that is called first reads the input once and computes all; the others take their part
+    if they receive the same tensor. Each has the law it has alone, and the layers' noises are independent
     in every row. What happens depends on nothing but the calls of one pass, so that a checkpoint's
     recomputation does the same again. The layers have noise "row" and the same width, type and
-    device; the first of them is called first. Their noise in a pass is drawn as one, and a layer
-    that is computed alone takes its ranks of it.
+    device. Their noise in a pass is drawn as one, and a layer that is computed alone takes its
+    ranks of it.
     """
 
     def __init__(self, layers: Sequence[Any]) -> None:
@@ -111,22 +111,23 @@ class FusedInput:
 
     def output(self, layer: nn.Module, input: Tensor) -> Tensor | None:
         """The layer's output (rows, …, r); None where it is to be computed alone."""
-        first = self.layers[0]
-        # none of them is at its mean or spread over devices
-        noisy = all(one.training and type(one.weight) is nn.Parameter for one in self.layers)
-        if layer is first and noisy:
+        if input is not self._input:
+            self._ready = {}
+        output = self._ready.pop(id(layer), None)
+        if output is None and self._may_compute(layer):
             mean = torch.cat([one.weight for one in self.layers])
             root_std = torch.cat([one.root_std for one in self.layers])
             ranks = [one.out_features for one in self.layers]
-            parts = first.noisy(input, mean, root_std, slice(None)).split(ranks, -1)
-            self._input = input
+            parts = self.layers[0].noisy(input, mean, root_std, slice(None)).split(ranks, -1)
             self._ready = {id(one): part for one, part in zip(self.layers, parts, strict=True)}
-        elif input is not self._input:
-            self._ready = {}
-        output = self._ready.pop(id(layer), None)  # a replica of a layer finds nothing
-        if not self._ready:
-            self._input = None
+            output = self._ready.pop(id(layer))
+        self._input = input if self._ready else None
         return output
+
+    def _may_compute(self, layer: nn.Module) -> bool:
+        """Whether it is no replica, and no layer is at its mean or spread over devices."""
+        noisy = all(one.training and type(one.weight) is nn.Parameter for one in self.layers)
+        return noisy and any(one is layer for one in self.layers)
 
 
 def fuse_inputs(slots: Slots, layers: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from bayestune.adapters.drawn_linear import compute_dtype
 from bayestune.adapters.entrances import passes_of, row_axis
 from bayestune.adapters.fused_input import FusedInput, RowNoise, RowProduct, fuse_inputs
-from bayestune.adapters.noise import FlipoutNoise, random_signs
+from bayestune.adapters.noise import FlipoutNoise, independent_noise, random_signs
 from bayestune.adapters.slots import Slots
 from bayestune.adapters.training_passes import TrainingPasses
 from bayestune.errors import Refusal
@@ -102,15 +102,11 @@ class GaussianLinear(nn.Linear):
         return call.shaped(RowNoise.apply(blocks, mean, root_std, noise))  # type: ignore[arg-type]
 
     def _independent_forward(self, input: Tensor) -> Tensor:
-        call = self.passes.call(self, input, self.row_axis, self._independent_noise)
+        draw = partial(independent_noise, like=self.weight)
+        call = self.passes.call(self, input, self.row_axis, draw)
         weights = torch.addcmul(self.weight, self.std, call.of_blocks(call.noise))
         blocks = call.blocks.to(compute_dtype(self.weight))
         return call.shaped(RowProduct.apply(blocks, weights.to(blocks.dtype)))  # type: ignore[arg-type]
-
-    def _independent_noise(self, num_rows: int) -> Tensor:
-        """E of each row, (N, r, k)."""
-        mean = self.weight
-        return torch.randn(num_rows, *mean.shape, dtype=mean.dtype, device=mean.device)
 
     def _token_forward(self, input: Tensor) -> Tensor:
         sign_in = random_signs(*input.shape, like=input)

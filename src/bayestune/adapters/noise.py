@@ -15,6 +15,11 @@ def random_signs(*shape: int, like: Tensor) -> Tensor:
     return torch.rsub(bits, 1, alpha=2)  # 1 - 2 bits, in one kernel
 
 
+def independent_noise(num_rows: int, like: Tensor) -> Tensor:
+    """E ~ N(0, 1) of each row's own, (N, r, k), for a layer with the weight `like` (r, k)."""
+    return torch.randn(num_rows, *like.shape, dtype=like.dtype, device=like.device)
+
+
 class FlipoutNoise(NamedTuple):
     """E ~ N(0, 1) that the rows share, and signs s_n ∈ {±1}^r and t_n ∈ {±1}^k of each row."""
 

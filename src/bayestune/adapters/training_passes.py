@@ -117,7 +117,7 @@ class TrainingPasses:
             return
         one = _Pass(sizes, torch.is_grad_enabled())
         self._open[_thread()] = (depth, one)  # one that an interrupt left open is dropped
-        if one.gradients:
+        if one.gradients and not torch.compiler.is_compiling():
             self._last = one
 
     def end(self, depth: int, output: Any) -> None:
