@@ -45,17 +45,18 @@ class Entrance:
 class GenerationAtMean:
     """A model's `generate` under the mean adapter: its tokens' passes would not share a draw."""
 
-    def __init__(self, passes: TrainingPasses, model: GenerationMixin) -> None:
+    def __init__(self, passes: TrainingPasses, model: Any) -> None:
         self.passes = passes
         self.model = model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Generates."""
+        before = self.passes.at_mean
         self.passes.at_mean = True
         try:
             return type(self.model).generate(self.model, *args, **kwargs)
         finally:
-            self.passes.at_mean = False
+            self.passes.at_mean = before
 
 
 def _found(model: nn.Module) -> TrainingPasses | None:

@@ -83,11 +83,11 @@ class FusedInput:
     """Gaussian layers that receive the very same tensor, computed as one layer of all their ranks.
 
     The layer that is called first reads the input once and computes all; the others take their part
-    if they receive the same tensor. Each has the law it has alone, and the layers' noises are independent
-    in every row. What happens depends on nothing but the calls of one pass, so that a checkpoint's
-    recomputation does the same again. The layers have noise "row" and the same width, type and
-    device. Their noise in a pass is drawn as one, and a layer that is computed alone takes its
-    ranks of it.
+    if they receive the same tensor. Each has the law it has alone, and the layers' noises are
+    independent in every row. What happens depends on nothing but the calls of one pass, so that a
+    checkpoint's recomputation does the same again. The layers have noise "row" and the same width,
+    type and device. Their noise in a pass is drawn as one, and a layer that is computed alone takes
+    its ranks of it.
     """
 
     def __init__(self, layers: Sequence[Any]) -> None:

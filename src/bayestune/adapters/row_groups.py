@@ -15,7 +15,7 @@ RowOf = Sequence[int] | Callable[[int], Sequence[int]]
 class Rows(NamedTuple):
     """N rows: equal runs of consecutive sequences, or as `row_of` (S,) says of each sequence."""
 
-    count: int
+    num_rows: int
     row_of: Tensor | None = None
 
 

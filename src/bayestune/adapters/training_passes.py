@@ -60,9 +60,9 @@ class _Pass:
         flat = input.dim() == 2 and leading == sequences * tokens
         if leading == sequences or flat:
             if rows.row_of is None:
-                return input.reshape(rows.count, -1, width), None
+                return input.reshape(rows.num_rows, -1, width), None
             return input.reshape(sequences, -1, width), rows.row_of.to(input.device)
-        if leading == rows.count:
+        if leading == rows.num_rows:
             return input.reshape(leading, -1, width), None
         return as_a_whole(input)
 
@@ -130,7 +130,8 @@ class TrainingPasses:
         if one.gradients and one.rows is not None and not torch.compiler.is_compiling():
             for tensor in _tensors(output):
                 if tensor.grad_fn is not None:
-                    tensor.grad_fn.metadata[_KEY] = one
+                    metadata: Any = tensor.grad_fn.metadata
+                    metadata[_KEY] = one
 
     def call(
         self, layer: Any, input: Tensor, row_axis: int | None, draw: Callable[[int], Any]
@@ -161,7 +162,7 @@ class TrainingPasses:
             noise = one.noises[layer]
             torch.empty(1, device=input.device).uniform_()  # moves the generator on
         else:
-            noise = draw(rows.count)
+            noise = draw(rows.num_rows)
         if opened is not None:
             one.noises[layer] = noise
             if again:
@@ -184,7 +185,7 @@ class TrainingPasses:
 
     def _register(self, one: _Pass, input: Tensor, again: bool) -> None:
         """Names a call of a pass that may be recomputed."""
-        if one.gradients and not torch.compiler.is_compiling():
+        if one.gradients and not _captured(input):
             name = _name_of_call(input)
             self._named[name] = one
             if again:
@@ -192,7 +193,7 @@ class TrainingPasses:
 
     def _found(self, input: Tensor) -> tuple[_Pass, bool]:
         """The pass of a recomputed call, and whether the layer had its noise; else a new pass."""
-        if self._last is not None and not torch.compiler.is_compiling():
+        if self._last is not None and not _captured(input):
             name = _name_of_call(input)
             one = self._named.get(name)
             if one is not None:
@@ -208,6 +209,12 @@ class TrainingPasses:
 
 def _thread() -> int:
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+
+def _captured(input: Tensor) -> bool:
+    """Whether calls are compiled or recorded, so that the generator has no state to ask for."""
+    capturing = input.is_cuda and torch.cuda.is_current_stream_capturing()
+    return torch.compiler.is_compiling() or capturing
 
 
 def _name_of_call(input: Tensor) -> int:
