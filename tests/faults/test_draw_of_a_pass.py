@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import bayestune
 from bayestune import bayesify, drawn, group_rows
 from bayestune.adapters import (
+    SIDES,
     GaussianLinear,
     RankLinear,
     Slots,
@@ -212,6 +213,50 @@ def test_a_row_in_training_is_the_row_alone_under_one_draw(family, rows, tokens,
         assert_close(output[row], alone, rtol=1e-4, atol=1e-6)
         apart.append(alone)
     assert torch.stack(apart).std(0).max() > 1e-3
+
+
+def test_noise_in_both_slots_is_a_rows_too(kept):
+    model = adapted("albert")
+    bayesify(model, init_root_std=0.6, slots=Slots(model).names(SIDES))
+    given = inputs("albert", 3, 8)
+    output = model.train()(**given).logits
+    (noises,) = kept
+    model.eval()
+    for row in range(3):
+        own = {name: value[row : row + 1] for name, value in given.items()}
+        with torch.no_grad(), drawn(model, draws_of_row(model, noises, row)):
+            assert_close(output[row], model(**own).logits[0], rtol=1e-4, atol=1e-6)
+
+
+class Routed(nn.Module):
+    """Experts that are sent tokens of any rows, and a layer on positions that all rows share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(6, 6, bias=False) for _ in range(2)])
+        self.positions = nn.Linear(6, 6, bias=False)
+
+    def forward(self, x: Tensor, sent: Tensor) -> Tensor:
+        output = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            output[sent == number] = expert(x[sent == number])
+        return output + self.positions(x[:1])
+
+
+@pytest.mark.parametrize("sent", [4, 3, 0])
+def test_an_input_that_is_no_rows_sees_one_draw(sent):
+    torch.manual_seed(0)
+    targets = ["experts.0", "experts.1", "positions"]
+    model = get_peft_model(Routed(), LoraConfig(r=2, target_modules=targets))
+    for layer in Slots(model).layers.values():
+        nn.init.normal_(layer.lora_B["default"].weight)
+    bayesify(model, init_root_std=0.7)
+    numbers = torch.ones(4, 3).long()
+    numbers.view(-1)[torch.randperm(12)[:sent]] = 0  # as many tokens as rows, fewer, none
+    output = model.train()(torch.ones(4, 3, 6), numbers)
+    for number in (0, 1):
+        own = output[numbers == number]
+        assert_close(own, own[:1].expand_as(own))
 
 
 class Twice(nn.Module):

@@ -167,7 +167,7 @@ def row_axis(model: nn.Module, slot: str) -> int | None:
     parent_path, _, leaf = path.rpartition(".")
     parent = parents.get(parent_path, model)
     shared = getattr(parent, "share_att_key", False) and leaf in ("query_proj", "key_proj")
-    if shared or ".experts." in path:
+    if shared or "experts" in parent_path.split("."):
         return None
     kinds = _TIME_FIRST.get(type(parent).__module__.rpartition(".")[2], ())
     return 1 if type(parent).__name__ in kinds else 0
