@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from bayestune.adapters import Lora as Lora
     from bayestune.adapters import bayesify as bayesify
     from bayestune.adapters import drawn as drawn
+    from bayestune.adapters import group_rows as group_rows
     from bayestune.data import Question as Question
     from bayestune.data import Task as Task
     from bayestune.data import load_rows as load_rows
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _ROOMS = {
-    "adapters": "Lora bayesify drawn",
+    "adapters": "Lora bayesify drawn group_rows",
     "data": "Question Task load_rows load_task",
     "errors": "Refusal",
     "evaluation": "Adaptive predict_adaptively",

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from bayestune.adapters import held_noise, held_weights
-from bayestune.adapters.noise import independent_weights, random_signs
+from bayestune.adapters.noise import independent_noise, random_signs
 from tiny import row_weights
 
 COUNT = 20_000
@@ -15,6 +15,10 @@ FIRST_RELEASE = {  # the bits of three values by seed and index
     (0, 0): ["0x1.f987cc0000000p-1", "-0x1.720f000000000p-2", "0x1.a522280000000p-2"],
     (3, 1): ["0x1.53fe160000000p-1", "0x1.59dcd60000000p-1", "0x1.2785240000000p+0"],
 }
+
+
+def independent_weights(mean: torch.Tensor, std: torch.Tensor, num_rows: int) -> torch.Tensor:
+    return mean + std * independent_noise(num_rows, like=mean)
 
 
 @pytest.fixture

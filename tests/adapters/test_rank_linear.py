@@ -10,6 +10,7 @@ from bayestune.adapters import (
     RankLinear,
     RowGroups,
     Slots,
+    TrainingPasses,
     group_rows,
     make_ranks_random,
     put_means,
@@ -24,14 +25,17 @@ class Counted(RankLinear):
     def mean_factors(self) -> torch.Tensor:
         return torch.arange(1.0, 1 + self.out_features)
 
-    def factors(self, num_rows: int) -> torch.Tensor:
+    def noise(self, num_rows: int) -> torch.Tensor:
         return torch.arange(1.0, 1 + num_rows)[:, None].expand(-1, self.out_features)
+
+    def factors(self, noise: torch.Tensor) -> torch.Tensor:
+        return noise
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (4, 5, 6)])
 def test_a_factor_is_a_rows_in_training_and_a_ranks_mean_in_evaluation(shape):
     plain = nn.Linear(6, 3, bias=False)
-    layer = Counted(plain, RowGroups(2))
+    layer = Counted(plain, TrainingPasses(RowGroups(2)))
     assert layer.weight is plain.weight
     x = torch.randn(shape)
     output = linear(x, plain.weight)

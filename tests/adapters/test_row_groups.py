@@ -30,7 +30,7 @@ def shared(rows: torch.Tensor) -> list[bool]:
 
 
 def test_sequences_that_do_not_divide_into_rows_are_refused():
-    assert RowGroups(3).rows(6) == 2
+    assert RowGroups(3).rows(6).num_rows == 2
     with pytest.raises(ValueError, match="got 4 sequences, expected a multiple of 3"):
         RowGroups(3).rows(4)
 

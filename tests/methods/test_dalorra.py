@@ -5,14 +5,14 @@ import torch
 from torch import nn
 from torch.distributions import Bernoulli, kl_divergence
 
-from bayestune.adapters import RowGroups
+from bayestune.adapters import TrainingPasses
 from bayestune.methods import DALorRA
 from bayestune.methods.dalorra import GatedLinear, GateKL, gate_kl, gate_kl_gradient
 
 
 def layer(kept=0.5, temperature=0.5):
     torch.manual_seed(0)
-    return GatedLinear(nn.Linear(16, 4, bias=False), RowGroups(), kept, temperature)
+    return GatedLinear(nn.Linear(16, 4, bias=False), TrainingPasses(), kept, temperature)
 
 
 def test_the_kl_is_torchs_and_the_closed_gradient_is_autograds():
@@ -34,7 +34,8 @@ def test_the_kl_is_torchs_and_the_closed_gradient_is_autograds():
 )
 def test_a_relaxed_gate_is_open_with_its_probability(temperature, low, high):
     count = 20000
-    gates = layer(0.8, temperature).factors(count).detach()
+    made = layer(0.8, temperature)
+    gates = made.factors(made.noise(count)).detach()
     error = math.sqrt(0.8 * 0.2 / count)
     assert ((gates > 0.5).float().mean(0) - 0.8).abs().max() < 4.5 * error
     assert (torch.corrcoef(gates.T) - torch.eye(4)).abs().max() < 4.5 / math.sqrt(count)
@@ -44,7 +45,7 @@ def test_a_relaxed_gate_is_open_with_its_probability(temperature, low, high):
 def test_the_relaxations_gradient_is_that_of_its_noise_held_fixed():
     made = layer(0.6, 0.7).double()
     torch.manual_seed(3)
-    gates = made.factors(5)
+    gates = made.factors(made.noise(5))
     (gradient,) = torch.autograd.grad(gates.sum(), made.gate_logit)
     torch.testing.assert_close(gradient, (gates * (1 - gates)).sum(0)[:, None] / 0.7)
 
@@ -53,7 +54,7 @@ def test_training_gates_the_ranks_row_by_row_and_evaluation_is_the_mean():
     made, inputs = layer(0.7), torch.randn(3, 5, 16)
     plain = nn.functional.linear(inputs, made.weight)
     torch.manual_seed(1)
-    gates = made.factors(3)
+    gates = made.factors(made.noise(3))
     torch.manual_seed(1)
     torch.testing.assert_close(made.train()(inputs), plain * gates[:, None])
     torch.testing.assert_close(made.eval()(inputs), plain * 0.7)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
-from bayestune.adapters import RowGroups, Slots, make_ranks_random, put_means
+from bayestune.adapters import RowGroups, Slots, TrainingPasses, make_ranks_random, put_means
 from bayestune.kl import kl_weights, warmup_decay
 from bayestune.methods import ScalaBL
 from bayestune.methods.scalabl import SingularLinear, factor_kl, factor_kl_step_
@@ -19,7 +19,7 @@ singular = partial(SingularLinear, init_std=0.05)
 
 def layer(rank=4, width=16, std=0.05, size=1):
     torch.manual_seed(0)
-    return SingularLinear(nn.Linear(width, rank, bias=False), RowGroups(size), std)
+    return SingularLinear(nn.Linear(width, rank, bias=False), TrainingPasses(RowGroups(size)), std)
 
 
 def test_the_decomposition_keeps_a_up_to_a_turn_of_its_ranks():
@@ -27,7 +27,7 @@ def test_the_decomposition_keeps_a_up_to_a_turn_of_its_ranks():
     plain = nn.Linear(16, 4, bias=False)
     before = plain.weight.detach().clone()
     turn = torch.linalg.svd(before)[0]
-    made = singular(plain, RowGroups())
+    made = singular(plain, TrainingPasses())
     torch.testing.assert_close(made.weight @ made.weight.T, torch.eye(4), atol=1e-5, rtol=0)
     kept = made.log_mean.exp() * made.weight
     torch.testing.assert_close(turn @ kept, before, atol=1e-5, rtol=1e-5)
@@ -74,7 +74,7 @@ def test_the_sequences_of_a_row_and_its_tokens_share_the_draw():
 def test_the_mean_is_put_back_as_a_plain_layer(case):
     model = start_adapter(case.make(), TRAINING)
     layers = make_ranks_random(model, singular)
-    assert len({id(made.groups) for made in layers.values()}) == 1
+    assert len({id(made.passes) for made in layers.values()}) == 1
     name, made = next(iter(layers.items()))
     inputs = torch.randn(2, 3, made.in_features)
     expected = made.eval()(inputs)

@@ -4,6 +4,7 @@ Only this package and `posteriors.storage` import peft.
 """
 
 from bayestune.adapters.drawn_linear import DrawnLinear
+from bayestune.adapters.entrances import group_rows
 from bayestune.adapters.gaussian_linear import GaussianLinear, Noise, bayesify
 from bayestune.adapters.lora import (
     Lora,
@@ -17,8 +18,9 @@ from bayestune.adapters.lora import (
 )
 from bayestune.adapters.noise import held_noise, held_weights
 from bayestune.adapters.rank_linear import RankLinear, make_ranks_random, put_means
-from bayestune.adapters.row_groups import RowGroups, group_rows
+from bayestune.adapters.row_groups import RowGroups
 from bayestune.adapters.slots import ADAPTER, PREFIX, SIDES, Slots, drawn, split_name
+from bayestune.adapters.training_passes import TrainingPasses
 
 __all__ = [
     "ADAPTER",
@@ -31,6 +33,7 @@ __all__ = [
     "RankLinear",
     "RowGroups",
     "Slots",
+    "TrainingPasses",
     "active",
     "attach",
     "base_of",

@@ -1,12 +1,13 @@
 """Gaussian layers that receive the same tensor, such as q_proj and v_proj, computed as one."""
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bayestune.adapters.noise import random_signs
+from bayestune.adapters.noise import FlipoutNoise
 from bayestune.adapters.slots import Slots, split_name
 
 Gradients = tuple[Tensor | None, Tensor]
@@ -47,76 +48,86 @@ class RowProduct(torch.autograd.Function):
 class RowNoise(torch.autograd.Function):
     """x (N, T, k) times A_nᵀ for the flipout draws A_n = M + (s_n t_nᵀ)∘(G∘G∘E), in one node.
 
-    E ~ N(0, 1) is shared by the rows; the signs s_n ∈ {±1}^r and t_n ∈ {±1}^k are each row's own.
     Every A_n has the posterior N(M, (G∘G)²) as its marginal law, and two rows' noises are
     uncorrelated. The backward pass is written out: ∂M = Σ_n ∂A_n, ∂G = 2 G∘E∘Σ_n (s_n t_nᵀ)∘∂A_n.
     Autograd would take the same steps one by one and keep three float32 tensors of the draws' size
-    (N, r, k); this keeps G∘E, the signs, and the draws in the type of the product. The noise is
-    drawn inside, so a checkpoint that restores the generator before it recomputes the pass gets the
-    same draws.
+    (N, r, k); this keeps G∘E, the signs, and the draws in the type of the product.
 
     Reference:
         Wen, Vicol, Ba, Tran, Grosse: Flipout, ICLR 2018, https://arxiv.org/abs/1803.04386.
     """
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, mean: Tensor, root_std: Tensor) -> Tensor:  # noqa: D102
-        signs = random_signs(input.shape[0], sum(mean.shape), like=mean)
-        sign_out, sign_in = _split(signs, len(mean))
-        half = root_std * torch.randn_like(mean)  # G∘E: half of ∂(G∘G∘E)/∂G
-        draws = torch.addcmul(mean, sign_out, (root_std * half) * sign_in)
+    def forward(  # noqa: D102
+        ctx: Any, input: Tensor, mean: Tensor, root_std: Tensor, of_rows: FlipoutNoise
+    ) -> Tensor:
+        noise, sign_out, sign_in = of_rows
+        half = root_std * noise  # G∘E: half of ∂(G∘G∘E)/∂G
+        draws = torch.addcmul(mean, sign_out[:, :, None], (root_std * half) * sign_in[:, None])
         weights = draws.to(input.dtype)
-        ctx.save_for_backward(input, weights, signs, half)
+        ctx.save_for_backward(input, weights, half, sign_out, sign_in)
         return torch.bmm(input, weights.transpose(1, 2))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
-        input, weights, signs, half = ctx.saved_tensors
+        input, weights, half, sign_out, sign_in = ctx.saved_tensors
         of_input, of_draws = _products(ctx, gradients[0], input, weights)
         of_mean = of_draws.sum(0, dtype=half.dtype)
-        sign_out, sign_in = _split(signs.to(of_draws.dtype), len(half))
+        sign_in = sign_in[:, None].to(of_draws.dtype)
+        sign_out = sign_out[:, :, None].to(of_draws.dtype)
         of_noise = of_draws.mul_(sign_in).mul_(sign_out).sum(0, dtype=half.dtype)
-        return of_input, of_mean, of_noise.mul_(half).mul_(2)
-
-
-def _split(signs: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """s_n (N, r, 1) and t_n (N, 1, k) of the signs (N, r + k)."""
-    return signs[:, :rank, None], signs[:, None, rank:]
+        return of_input, of_mean, of_noise.mul_(half).mul_(2), None
 
 
 class FusedInput:
     """Gaussian layers that receive the very same tensor, computed as one layer of all their ranks.
 
-    The first layer reads the input once and computes all; the others take their part if they
-    receive the same tensor. Each has the law it has alone, and the layers' noises are independent
-    in every row. What happens depends on nothing but the calls of one pass, so that a checkpoint's
-    recomputation does the same again. The layers have noise "row" and the same width, type and
-    device; the first of them is called first.
+    The layer that is called first reads the input once and computes all; the others take their part
+    if they receive the same tensor. Each has the law it has alone, and the layers' noises are
+    independent in every row. What happens depends on nothing but the calls of one pass, so that a
+    checkpoint's recomputation does the same again. The layers have noise "row" and the same width,
+    type and device. Their noise in a pass is drawn as one, and a layer that is computed alone takes
+    its ranks of it.
     """
 
     def __init__(self, layers: Sequence[Any]) -> None:
         self.layers = layers
         self._input: Tensor | None = None
         self._ready: dict[int, Tensor] = {}
+        self._ends = list(accumulate(one.out_features for one in layers))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has none of the pass's tensors."""
+        return {**self.__dict__, "_input": None, "_ready": {}}
+
+    @property
+    def rank(self) -> int:
+        """Of all layers together."""
+        return self._ends[-1]
+
+    def ranks(self, place: int) -> slice:
+        """Which of all ranks are those of one of the layers."""
+        return slice(self._ends[place] - self.layers[place].out_features, self._ends[place])
 
     def output(self, layer: nn.Module, input: Tensor) -> Tensor | None:
         """The layer's output (rows, …, r); None where it is to be computed alone."""
-        first = self.layers[0]
-        # none of them is at its mean or spread over devices
-        noisy = all(one.training and type(one.weight) is nn.Parameter for one in self.layers)
-        if layer is first and noisy:
+        if input is not self._input:
+            self._ready = {}
+        output = self._ready.pop(id(layer), None)
+        if output is None and self._may_compute(layer):
             mean = torch.cat([one.weight for one in self.layers])
             root_std = torch.cat([one.root_std for one in self.layers])
             ranks = [one.out_features for one in self.layers]
-            parts = first.noisy(input, mean, root_std).split(ranks, -1)
-            self._input = input
+            parts = self.layers[0].noisy(input, mean, root_std, slice(None)).split(ranks, -1)
             self._ready = {id(one): part for one, part in zip(self.layers, parts, strict=True)}
-        elif input is not self._input:
-            self._ready = {}
-        output = self._ready.pop(id(layer), None)  # a replica of a layer finds nothing
-        if not self._ready:
-            self._input = None
+            output = self._ready.pop(id(layer))
+        self._input = input if self._ready else None
         return output
+
+    def _may_compute(self, layer: nn.Module) -> bool:
+        """Whether it is no replica, and no layer is at its mean or spread over devices."""
+        noisy = all(one.training and type(one.weight) is nn.Parameter for one in self.layers)
+        return noisy and any(one is layer for one in self.layers)
 
 
 def fuse_inputs(slots: Slots, layers: Mapping[str, Any]) -> None:
@@ -131,8 +142,9 @@ def fuse_inputs(slots: Slots, layers: Mapping[str, Any]) -> None:
             together.setdefault(key, []).append(layer)
     for group in together.values():
         fused = FusedInput(group) if len(group) > 1 else None
-        for layer in group:
+        for place, layer in enumerate(group):
             layer.fused = fused
+            layer.ranks = fused.ranks(place) if fused else slice(None)
 
 
 def _receives_it_as_is(slots: Slots, path: str, layer: Any) -> bool:

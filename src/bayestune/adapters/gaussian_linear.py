@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -9,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bayestune.adapters.drawn_linear import compute_dtype
+from bayestune.adapters.entrances import passes_of, row_axis
 from bayestune.adapters.fused_input import FusedInput, RowNoise, RowProduct, fuse_inputs
-from bayestune.adapters.noise import independent_weights, random_signs
-from bayestune.adapters.row_groups import RowGroups, row_groups_of
+from bayestune.adapters.noise import FlipoutNoise, independent_noise, random_signs
 from bayestune.adapters.slots import Slots
+from bayestune.adapters.training_passes import TrainingPasses
 from bayestune.adapters.unattended import Unattended
 from bayestune.errors import Refusal
 
@@ -22,16 +24,16 @@ Noise = Literal["row", "independent", "token"]
 class GaussianLinear(nn.Linear):
     """A linear map whose weight is A ~ N(M, Ω²), Ω = G∘G: M is `weight`, G is `root_std`, (r, k).
 
-    In training mode each row of the batch sees one coherent draw; in evaluation mode the map is the
-    mean's.
+    In training mode each row of a pass of the model sees one draw, however often the layer is
+    called; in evaluation mode the map is the mean's.
 
     Args:
         linear: the plain layer whose weight becomes the mean (the same Parameter, not a copy).
         init_root_std: ε; G starts uniform on (ε/√2, ε), so σ starts in (ε²/2, ε²).
         noise: "row", flipout signs per row; "independent", a fresh E per row; "token", flipout
-            signs per token, as in the authors' code. All three have the same marginal variance;
-            only "token" works on activations.
-        groups: shared by a model's layers, see `RowGroups`.
+            signs per token, new in every call, as in the authors' code. All three have the same
+            marginal variance; only "token" works on activations.
+        passes: shared by a model's layers, see `TrainingPasses`.
 
     Raises:
         Refusal: if `noise` is unknown or `init_root_std` is not positive.
@@ -48,7 +50,7 @@ class GaussianLinear(nn.Linear):
         linear: nn.Linear,
         init_root_std: float = 0.05,
         noise: Noise = "row",
-        groups: RowGroups | None = None,
+        passes: TrainingPasses | None = None,
     ) -> None:
         if noise not in get_args(Noise):
             raise Refusal(
@@ -63,8 +65,10 @@ class GaussianLinear(nn.Linear):
         self.root_std = nn.Parameter(start, requires_grad=self.weight.requires_grad)
         self.init_root_std = init_root_std
         self.noise: Noise = noise
-        self.groups = groups if groups is not None else RowGroups()
+        self.passes = passes if passes is not None else TrainingPasses()
+        self.row_axis: int | None = 0
         self.fused: FusedInput | None = None
+        self.ranks = slice(None)  # which of the fused layers' ranks are its own
         self.train(linear.training)
 
     @property
@@ -74,27 +78,37 @@ class GaussianLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps (rows, …, k) to (rows, …, r)."""
-        if not self.training:
+        if not self.training or self.passes.at_mean:
             return F.linear(input, self.weight)
         if self.noise == "token":
             return self._token_forward(input)
-        if self.noise == "row":
-            output = self.fused.output(self, input) if self.fused else None
-            return self.noisy(input, self.weight, self.root_std) if output is None else output
-        rows = self._rows(input)
-        weights = independent_weights(self.weight, self.std, len(rows))
-        output = RowProduct.apply(rows, weights.to(rows.dtype))
-        return output.view(*input.shape[:-1], self.out_features)  # type: ignore[union-attr]
+        if self.noise == "independent":
+            return self._independent_forward(input)
+        output = self.fused.output(self, input) if self.fused else None
+        if output is None:
+            output = self.noisy(input, self.weight, self.root_std, self.ranks)
+        return output
 
-    def noisy(self, input: Tensor, mean: Tensor, root_std: Tensor) -> Tensor:
-        """Maps (rows, …, k) to (rows, …, r), each row under its own draw with M and G (r, k)."""
-        output = RowNoise.apply(self._rows(input), mean, root_std)
-        return output.view(*input.shape[:-1], len(mean))  # type: ignore[union-attr]
+    def noisy(self, input: Tensor, mean: Tensor, root_std: Tensor, ranks: slice) -> Tensor:
+        """Maps (rows, …, k) to (rows, …, r), each row under its draw with M and G (r, k).
 
-    def _rows(self, input: Tensor) -> Tensor:
-        """The input as (N, tokens of a row, k), in the type that the product is computed in."""
-        rows = input.reshape(self.groups.rows(input.shape[0]), -1, self.in_features)
-        return rows.to(compute_dtype(self.weight))
+        They are those of some of the ranks that the layer's noise is drawn for.
+        """
+        rank = self.fused.rank if self.fused else self.out_features
+        draw = partial(FlipoutNoise.drawn, rank=rank, like=self.weight.detach())
+        call = self.passes.call(self.fused or self, input, self.row_axis, draw)
+        noise = call.noise.of_ranks(ranks)
+        if call.which is not None:
+            noise = noise.of_rows(call.which)
+        blocks = call.blocks.to(compute_dtype(self.weight))
+        return call.shaped(RowNoise.apply(blocks, mean, root_std, noise))  # type: ignore[arg-type]
+
+    def _independent_forward(self, input: Tensor) -> Tensor:
+        draw = partial(independent_noise, like=self.weight)
+        call = self.passes.call(self, input, self.row_axis, draw)
+        weights = torch.addcmul(self.weight, self.std, call.of_blocks(call.noise))
+        blocks = call.blocks.to(compute_dtype(self.weight))
+        return call.shaped(RowProduct.apply(blocks, weights.to(blocks.dtype)))  # type: ignore[arg-type]
 
     def _token_forward(self, input: Tensor) -> Tensor:
         sign_in = random_signs(*input.shape, like=input)
@@ -117,8 +131,11 @@ def bayesify(
 ) -> int:
     """Makes A of every LoRA layer Gaussian, in place: q(A) = N(M, Ω²), with M the present A.
 
-    Afterwards training mode draws one A for each row of the batch and evaluation mode uses the
-    mean. All layers are checked before any is converted; how many were is returned.
+    Afterwards training mode, with gradients or without, draws one A for each row of a pass, and
+    evaluation mode uses the mean, as does `generate` in either mode. Sequences that are one row,
+    such as the two sides of a preference, share their draw if `group_rows` says so. An input that
+    is no row's, such as relative positions that all rows share, sees the first row's draw. All
+    layers are checked before any is converted; how many were is returned.
 
     Args:
         model: the model that `peft.get_peft_model` returned.
@@ -140,10 +157,12 @@ def bayesify(
     """
     found = Slots(model, adapter)
     plain = found.replaceable(slots)
-    groups = row_groups_of(model)
+    passes = passes_of(model)
     gaussian = {
-        name: GaussianLinear(slot, init_root_std, noise, groups) for name, slot in plain.items()
+        name: GaussianLinear(slot, init_root_std, noise, passes) for name, slot in plain.items()
     }
+    for name, layer in gaussian.items():
+        layer.row_axis = row_axis(model, name)
     found.put(gaussian)
     if noise == "row":
         fuse_inputs(found, gaussian)

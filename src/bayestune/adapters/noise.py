@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -14,10 +15,33 @@ def random_signs(*shape: int, like: Tensor) -> Tensor:
     return torch.rsub(bits, 1, alpha=2)  # 1 - 2 bits, in one kernel
 
 
-def independent_weights(mean: Tensor, std: Tensor, num_rows: int) -> Tensor:
-    """A draw A_n = M + Ω∘E_n for each row, with noise of its own: (N, r, k), differentiable."""
-    noise = torch.randn(num_rows, *mean.shape, dtype=mean.dtype, device=mean.device)
-    return torch.addcmul(mean, std, noise)
+def independent_noise(num_rows: int, like: Tensor) -> Tensor:
+    """E ~ N(0, 1) of each row's own, (N, r, k), for a layer with the weight `like` (r, k)."""
+    return torch.randn(num_rows, *like.shape, dtype=like.dtype, device=like.device)
+
+
+class FlipoutNoise(NamedTuple):
+    """E ~ N(0, 1) that the rows share, and signs s_n ∈ {±1}^r and t_n ∈ {±1}^k of each row."""
+
+    noise: Tensor  # (r, k)
+    sign_out: Tensor  # (N, r)
+    sign_in: Tensor  # (N, k)
+
+    @classmethod
+    def drawn(cls, num_rows: int, rank: int, like: Tensor) -> Self:
+        """From torch's global generator, for a layer of this rank with the weight `like` (…, k)."""
+        width = like.shape[-1]
+        signs = random_signs(num_rows, rank + width, like=like)
+        noise = torch.randn(rank, width, dtype=like.dtype, device=like.device)
+        return cls(noise, signs[:, :rank], signs[:, rank:])
+
+    def of_ranks(self, ranks: slice) -> Self:
+        """The noise of some of the ranks."""
+        return self._replace(noise=self.noise[ranks], sign_out=self.sign_out[:, ranks])
+
+    def of_rows(self, which: Tensor | slice) -> Self:
+        """The noise of some of the rows, in any order."""
+        return self._replace(sign_out=self.sign_out[which], sign_in=self.sign_in[which])
 
 
 def held_noise(shape: Sequence[int], seed: int, index: int, path: str) -> Tensor:

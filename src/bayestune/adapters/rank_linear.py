@@ -7,22 +7,24 @@ from typing import TypeVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bayestune.adapters.row_groups import RowGroups, row_groups_of
+from bayestune.adapters.entrances import passes_of, row_axis
 from bayestune.adapters.slots import Slots
+from bayestune.adapters.training_passes import TrainingPasses
 
 
 class RankLinear(nn.Linear, ABC):
     """x ↦ z ∘ (W x), W (r, k) the `weight`, z (r,) a random factor for each rank.
 
-    In training mode each row of the batch has a z of its own, from torch's global generator; in
+    In training mode each row of a pass has a z of its own, from torch's global generator; in
     evaluation mode z is its mean. W is the plain layer's, the same Parameter; a model's layers
-    share their `RowGroups`.
+    share their `TrainingPasses`.
     """
 
-    def __init__(self, linear: nn.Linear, groups: RowGroups | None = None) -> None:
+    def __init__(self, linear: nn.Linear, passes: TrainingPasses | None = None) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight = linear.weight
-        self.groups = groups if groups is not None else RowGroups()
+        self.passes = passes if passes is not None else TrainingPasses()
+        self.row_axis: int | None = 0
         self.train(linear.training)
 
     @property
@@ -31,33 +33,39 @@ class RankLinear(nn.Linear, ABC):
         """E[z] (r,)."""
 
     @abstractmethod
-    def factors(self, num_rows: int) -> Tensor:
-        """One z for each row, (N, r), differentiable."""
+    def noise(self, num_rows: int) -> Tensor:
+        """The noise of each row, (N, r), from torch's global generator."""
+
+    @abstractmethod
+    def factors(self, noise: Tensor) -> Tensor:
+        """One z for each row, (N, r), from its noise, differentiable."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps (rows, …, k) to (rows, …, r)."""
         output = F.linear(input, self.weight)
-        if not self.training:
+        if not self.training or self.passes.at_mean:
             return output * self.mean_factors.to(output.dtype)
-        rows = self.groups.rows(input.shape[0])
-        factors = self.factors(rows).to(output.dtype)
-        return (output.reshape(rows, -1, self.out_features) * factors[:, None]).view_as(output)
+        call = self.passes.call(self, output, self.row_axis, self.noise)
+        factors = self.factors(call.of_blocks(call.noise)).to(output.dtype)
+        return call.shaped(call.blocks * factors[:, None])
 
 
 Layer = TypeVar("Layer", bound=RankLinear)
 
 
 def make_ranks_random(
-    model: nn.Module, make: Callable[[nn.Linear, RowGroups], Layer]
+    model: nn.Module, make: Callable[[nn.Linear, TrainingPasses], Layer]
 ) -> dict[str, Layer]:
-    """Replaces each A by a layer that `make` builds from the plain one and the model's row groups.
+    """Replaces each A by a layer that `make` builds from the plain one and the model's passes.
 
     All of them are checked before the first is replaced. Returns the layers by slot name.
     """
     slots = Slots(model)
     plain = slots.replaceable()
-    groups = row_groups_of(model)
-    layers = {name: make(slot, groups) for name, slot in plain.items()}
+    passes = passes_of(model)
+    layers = {name: make(slot, passes) for name, slot in plain.items()}
+    for name, layer in layers.items():
+        layer.row_axis = row_axis(model, name)
     slots.put(layers)
     return layers
 

@@ -1,63 +1,76 @@
-"""How many sequences of a batch make one row, so that they share their draw in training."""
+"""Which sequences of a batch make one row, so that they share their draw in training."""
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor
 
 from bayestune.errors import Refusal
 
+RowOf = Sequence[int] | Callable[[int], Sequence[int]]
 
+
+class Rows(NamedTuple):
+    """N rows: equal runs of consecutive sequences, or as `row_of` (S,) says of each sequence."""
+
+    num_rows: int
+    row_of: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class RowGroups:
-    """How many consecutive sequences of the batch make one row; shared by a model's random layers.
+    """How the sequences of a batch make rows.
 
-    The options of a question that are scored as separate sequences are one row and must see the
-    same draw. A size is asked for before a pass and holds from its beginning to the next pass's, so
-    that a checkpoint's recomputation, which comes after the pass, still finds it.
+    Args:
+        size: so many consecutive sequences are one row.
+        row_of: instead of a size: the number of each sequence's row, from 0, or a function of the
+            number of sequences that gives these.
+
+    Raises:
+        Refusal: if both or none of them is given, or the size is not a positive integer.
     """
 
-    def __init__(self, size: int = 1) -> None:
-        self.size = size
-        self._next = 1
+    size: int | None = None
+    row_of: RowOf | None = None
 
-    def ask(self, size: int) -> None:
-        """Sets the size of the next pass of the model."""
-        self._next = size
+    def __post_init__(self) -> None:
+        if (self.size is None) == (self.row_of is None):
+            raise Refusal(
+                f"rows are given by a size or by row_of: got size={self.size!r} and "
+                f"row_of={self.row_of!r}, expected one of them; leave the other out"
+            )
+        if self.size is not None and (not isinstance(self.size, int) or self.size < 1):
+            raise Refusal(
+                f"the sequences of a row are counted from 1: got {self.size!r}, expected a "
+                "positive integer; 1 makes each sequence a row"
+            )
 
-    def begin(self, model: nn.Module, _: Any) -> None:
-        """A forward pre-hook: takes the size that was asked for, one sequence a row if none was."""
-        if model.training:
-            self.size = self._next
-            self._next = 1
+    def rows(self, sequences: int) -> Rows:
+        """The rows of a batch of so many sequences.
 
-    def rows(self, sequences: int) -> int:
-        """How many rows a batch of so many sequences has; refuses a part of a row."""
+        Raises:
+            Refusal: if the sequences do not divide into rows, or `row_of` does not fit them.
+        """
+        if self.size is None:
+            return self._told(sequences)
         count, rest = divmod(sequences, self.size)
         if rest:
             raise Refusal(
                 f"the batch does not divide into rows: got {sequences} sequences, expected a "
                 f"multiple of {self.size} (sequences a row); call group_rows with the batch's size"
             )
-        return count
+        return Rows(count)
 
-
-def _found(model: nn.Module) -> RowGroups | None:
-    for module in model.modules():
-        if isinstance(groups := getattr(module, "groups", None), RowGroups):
-            return groups
-    return None
-
-
-def row_groups_of(model: nn.Module) -> RowGroups:
-    """The model's row groups, one for all its adapters; made and hooked to its passes if needed."""
-    groups = _found(model)
-    if groups is None:
-        groups = RowGroups()
-        model.register_forward_pre_hook(groups.begin)
-    return groups
-
-
-def group_rows(model: nn.Module, size: int) -> None:
-    """Makes `size` consecutive sequences one row, with one draw, in the next training pass."""
-    groups = _found(model) if model.training else None  # the mean and held draws do not ask
-    if groups is not None:
-        groups.ask(size)
+    def _told(self, sequences: int) -> Rows:
+        told = self.row_of(sequences) if callable(self.row_of) else self.row_of
+        row_of = torch.as_tensor(told)
+        whole = not (row_of.is_floating_point() or row_of.dtype is torch.bool)
+        if row_of.shape != (sequences,) or not whole or row_of.min() < 0:
+            raise Refusal(
+                f"row_of does not fit the batch: got {told}, expected the number of a row, from "
+                f"0, for each of the {sequences} sequences; a function of their number fits every "
+                "batch"
+            )
+        return Rows(int(row_of.max()) + 1, row_of.long())

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import TrainerCallback
 
-from bayestune.adapters import RankLinear, RowGroups, Slots, make_ranks_random, put_means
+from bayestune.adapters import RankLinear, Slots, TrainingPasses, make_ranks_random, put_means
 from bayestune.errors import Refusal
 from bayestune.posteriors import Scaled
 from bayestune.scoring import Scorer
@@ -24,9 +24,9 @@ class GatedLinear(RankLinear):
     """
 
     def __init__(
-        self, linear: nn.Linear, groups: RowGroups, init_kept: float, temperature: float
+        self, linear: nn.Linear, passes: TrainingPasses, init_kept: float, temperature: float
     ) -> None:
-        super().__init__(linear, groups)
+        super().__init__(linear, passes)
         kept = torch.full_like(linear.weight[:, :1], init_kept)
         learnt = linear.weight.requires_grad
         self.gate_logit = nn.Parameter(kept.logit().detach(), requires_grad=learnt)
@@ -37,12 +37,15 @@ class GatedLinear(RankLinear):
         """π (r,)."""
         return self.gate_logit.sigmoid()[:, 0]
 
-    def factors(self, num_rows: int) -> Tensor:
+    def noise(self, num_rows: int) -> Tensor:
+        """log u/(1 − u) of each row, (N, r)."""
+        like = self.gate_logit
+        uniform = torch.rand(num_rows, len(like), dtype=like.dtype, device=like.device)
+        return uniform.clamp_(1e-6, 1 - 1e-6).logit()
+
+    def factors(self, noise: Tensor) -> Tensor:
         """A relaxed z for each row, (N, r)."""
-        logit = self.gate_logit[:, 0]
-        uniform = torch.rand(num_rows, len(logit), dtype=logit.dtype, device=logit.device)
-        noise = uniform.clamp_(1e-6, 1 - 1e-6).logit()
-        return ((logit + noise) / self.temperature).sigmoid()
+        return ((self.gate_logit[:, 0] + noise) / self.temperature).sigmoid()
 
 
 def gate_kl(logit: Tensor, prior_kept: float) -> Tensor:

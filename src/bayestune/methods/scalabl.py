@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from bayestune.adapters import RankLinear, RowGroups, Slots, make_ranks_random, put_means
+from bayestune.adapters import RankLinear, Slots, TrainingPasses, make_ranks_random, put_means
 from bayestune.errors import Refusal
 from bayestune.kl import Schedule, burst_period, kl_decay, kl_weights
 from bayestune.posteriors import Scaled
@@ -24,13 +24,13 @@ class SingularLinear(RankLinear):
     With ε the `init_std`, σ starts uniform on (ε/√2, ε). A may not have more ranks than inputs.
     """
 
-    def __init__(self, linear: nn.Linear, groups: RowGroups, init_std: float) -> None:
+    def __init__(self, linear: nn.Linear, passes: TrainingPasses, init_std: float) -> None:
         if linear.out_features > linear.in_features:
             raise Refusal(
                 f"A has more ranks than inputs: got ({linear.out_features}, {linear.in_features}), "
                 f"expected at most rank {linear.in_features}; lower the rank"
             )
-        super().__init__(linear, groups)
+        super().__init__(linear, passes)
         with torch.no_grad():
             _, values, directions = torch.linalg.svd(linear.weight.float(), full_matrices=False)
             self.weight.copy_(directions)
@@ -44,11 +44,14 @@ class SingularLinear(RankLinear):
         """μ (r,)."""
         return self.log_mean.exp()[:, 0]
 
-    def factors(self, num_rows: int) -> Tensor:
+    def noise(self, num_rows: int) -> Tensor:
+        """ε of each row, (N, r)."""
+        like = self.log_std
+        return torch.randn(num_rows, len(like), dtype=like.dtype, device=like.device)
+
+    def factors(self, noise: Tensor) -> Tensor:
         """s = μ + σ∘ε for each row, (N, r)."""
-        std = self.log_std.exp()[:, 0]
-        noise = torch.randn(num_rows, len(std), dtype=std.dtype, device=std.device)
-        return torch.addcmul(self.mean_factors, std, noise)
+        return torch.addcmul(self.mean_factors, self.log_std.exp()[:, 0], noise)
 
 
 def factor_kl(log_mean: Tensor, log_std: Tensor) -> Tensor:

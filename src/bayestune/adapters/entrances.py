@@ -1,0 +1,173 @@
+"""Where the passes of a model begin and end, and what its inputs say of their rows."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+
+from bayestune.adapters.row_groups import RowGroups, RowOf
+from bayestune.adapters.slots import PREFIX, split_name
+from bayestune.adapters.training_passes import Sizes, TrainingPasses
+
+_IDS = ("input_ids", "decoder_input_ids")
+_EMBEDS = ("inputs_embeds", "decoder_inputs_embeds")
+# modules whose linear layers see (T, N, …), by the end of their file's name and their class
+_TIME_FIRST = {
+    "modeling_longformer": ("LongformerSelfAttention",),
+    "modeling_led": ("LEDEncoderSelfAttention",),
+    "modeling_xlnet": ("XLNetFeedForward",),
+    "modeling_fsmt": ("Attention", "EncoderLayer", "DecoderLayer"),
+}
+
+
+class Entrance:
+    """The hooks of a module at whose calls a pass begins and ends.
+
+    Args:
+        passes: the model's.
+        depth: of the module in the model.
+    """
+
+    def __init__(self, passes: TrainingPasses, depth: int) -> None:
+        self.passes = passes
+        self.depth = depth
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward pre-hook."""
+        self.passes.begin(self.depth, sizes_of(args, kwargs))
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """A forward hook; it is called after an error, too."""
+        self.passes.end(self.depth, output)
+
+
+class GenerationAtMean:
+    """A model's `generate` under the mean adapter: its tokens' passes would not share a draw."""
+
+    def __init__(self, passes: TrainingPasses, model: Any) -> None:
+        self.passes = passes
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Generates."""
+        before = self.passes.at_mean
+        self.passes.at_mean = True
+        try:
+            return type(self.model).generate(self.model, *args, **kwargs)
+        finally:
+            self.passes.at_mean = before
+
+
+def _found(model: nn.Module) -> TrainingPasses | None:
+    for module in model.modules():
+        if isinstance(passes := getattr(module, "passes", None), TrainingPasses):
+            return passes
+    return None
+
+
+def passes_of(model: nn.Module) -> TrainingPasses:
+    """The model's passes, one object for all its adapters; hooked to the model if needed.
+
+    A pass is the outermost call of the model, of a transformers model in it (generation and some
+    losses call the inner one), or of a module between them.
+    """
+    passes = _found(model) or TrainingPasses()
+    modules = dict(model.named_modules())
+    inner = [path for path, module in modules.items() if isinstance(module, PreTrainedModel)]
+    for path, module in modules.items():
+        between = any(f"{one}.".startswith(f"{path}.") for one in inner)
+        if not path or between:
+            _hook(module, Entrance(passes, len(path)))
+    return passes
+
+
+def _hook(module: nn.Module, entrance: Entrance) -> None:
+    """Hooks an entrance to a module, in place of the one that an earlier adapter left there."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key, hook in list(hooks.items()):
+            if isinstance(getattr(hook, "__self__", None), Entrance):
+                del hooks[key]
+    module.register_forward_pre_hook(entrance.before, with_kwargs=True)
+    module.register_forward_hook(entrance.after, always_call=True)
+    if isinstance(module, GenerationMixin):
+        module.generate = GenerationAtMean(entrance.passes, module)  # type: ignore[assignment]
+
+
+def group_rows(
+    model: nn.Module,
+    size: int | None = None,
+    *,
+    row_of: RowOf | None = None,
+    lasting: bool = False,
+) -> None:
+    """Makes sequences of a batch one row, so that they share their draw in the next training pass.
+
+    The options of a multiple-choice head, inputs (N, C, T), are one row without it. Evaluation mode
+    has no noise to share, so a model in it takes no setting for the next pass; nor does a model
+    without random layers.
+
+    Args:
+        model: the model that `bayesify` has converted, or one that contains it.
+        size: so many consecutive sequences are one row, such as the completions of one prompt.
+        row_of: instead of a size, the number of each sequence's row, from 0, such as
+            `[0, 1, 0, 1]`; or a function that gives it for a number of sequences.
+        lasting: whether it holds for all later passes, until the next lasting setting, instead of
+            the next pass with random layers alone. A setting for the next pass goes before it.
+
+    Raises:
+        Refusal: if not exactly one of `size` and `row_of` is given, or `size` is not positive; in
+            the pass, if the batch does not divide into rows or `row_of` does not fit it.
+
+    Example:
+        Preference training gives the model [chosen; rejected]: both sides of a pair are one row.
+
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from bayestune import bayesify, group_rows
+        >>> base = nn.Sequential(nn.Linear(4, 3))
+        >>> model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"]))
+        >>> bayesify(model)
+        1
+        >>> group_rows(model, row_of=[0, 1, 0, 1])
+        >>> def pairs(sequences):
+        ...     return [index % (sequences // 2) for index in range(sequences)]
+        >>> group_rows(model, row_of=pairs, lasting=True)
+    """
+    groups = RowGroups(size, row_of)
+    passes = _found(model) if lasting or model.training else None
+    if passes is not None:
+        passes.ask(groups, lasting=lasting)
+
+
+def sizes_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sizes | None:
+    """The sizes that a model's inputs give a pass; None where no input is a tensor."""
+    given = dict(kwargs)
+    for place, value in enumerate(args):
+        given.update(value if isinstance(value, Mapping) else {f"argument {place}": value})
+    tensors = {name: one for name, one in given.items() if isinstance(one, Tensor) and one.dim()}
+    for name in (*_IDS, *_EMBEDS):
+        if name in tensors:
+            ids = tensors[name] if name in _IDS else tensors[name][..., 0]
+            return Sizes(len(ids), ids.shape[:-1].numel(), ids.shape[-1])
+    if not tensors:
+        return None
+    first = next(iter(tensors.values()))
+    tokens = first.shape[1] if first.dim() == (3 if first.is_floating_point() else 2) else 0
+    return Sizes(len(first), len(first), tokens)
+
+
+def row_axis(model: nn.Module, slot: str) -> int | None:
+    """Which axis of a slot's input is the rows', 0 or 1; None where all rows share one draw.
+
+    Experts are sent tokens of any rows. DeBERTa's queries and keys are projected as the positions
+    are that all rows share, and a row's are one function only if its draw is theirs.
+    """
+    path, _ = split_name(slot)
+    parents = {name.removeprefix(PREFIX): module for name, module in model.named_modules()}
+    parent_path, _, leaf = path.rpartition(".")
+    parent = parents.get(parent_path, model)
+    shared = getattr(parent, "share_att_key", False) and leaf in ("query_proj", "key_proj")
+    if shared or "experts" in parent_path.split("."):
+        return None
+    kinds = _TIME_FIRST.get(type(parent).__module__.rpartition(".")[2], ())
+    return 1 if type(parent).__name__ in kinds else 0
