@@ -3,13 +3,14 @@
 Only this package and `posteriors.storage` import peft.
 """
 
+from bayestune.adapters.arrivals import Arrivals, OtherRows, check_arrived, why_silent
 from bayestune.adapters.drawn_linear import DrawnLinear
+from bayestune.adapters.exclusive import base_of, exclusive, refuse_inside_drawn
 from bayestune.adapters.gaussian_linear import GaussianLinear, Noise, bayesify
 from bayestune.adapters.lora import (
     Lora,
     active,
     attach,
-    base_of,
     detach,
     evaluating,
     is_classifier,
@@ -19,15 +20,18 @@ from bayestune.adapters.noise import held_noise, held_weights
 from bayestune.adapters.rank_linear import RankLinear, make_ranks_random, put_means
 from bayestune.adapters.row_groups import RowGroups, group_rows
 from bayestune.adapters.slots import ADAPTER, PREFIX, SIDES, Slots, drawn, split_name
+from bayestune.adapters.wrapped import eagerly, is_compiled, plain_path, unwrapped
 
 __all__ = [
     "ADAPTER",
     "PREFIX",
     "SIDES",
+    "Arrivals",
     "DrawnLinear",
     "GaussianLinear",
     "Lora",
     "Noise",
+    "OtherRows",
     "RankLinear",
     "RowGroups",
     "Slots",
@@ -35,15 +39,23 @@ __all__ = [
     "attach",
     "base_of",
     "bayesify",
+    "check_arrived",
     "detach",
     "drawn",
+    "eagerly",
     "evaluating",
+    "exclusive",
     "group_rows",
     "held_noise",
     "held_weights",
     "is_classifier",
+    "is_compiled",
     "make_ranks_random",
     "output_head",
+    "plain_path",
     "put_means",
+    "refuse_inside_drawn",
     "split_name",
+    "unwrapped",
+    "why_silent",
 ]
