@@ -3,7 +3,14 @@
 Only this package and `posteriors.storage` import peft.
 """
 
-from bayestune.adapters.arrivals import Arrivals, OtherRows, check_arrived, why_silent
+from bayestune.adapters.arrivals import (
+    Arrivals,
+    OtherRows,
+    check_arrived,
+    check_mean_arrives,
+    watching,
+    why_silent,
+)
 from bayestune.adapters.drawn_linear import DrawnLinear
 from bayestune.adapters.exclusive import base_of, exclusive, refuse_inside_drawn
 from bayestune.adapters.gaussian_linear import GaussianLinear, Noise, bayesify
@@ -40,6 +47,7 @@ __all__ = [
     "base_of",
     "bayesify",
     "check_arrived",
+    "check_mean_arrives",
     "detach",
     "drawn",
     "eagerly",
@@ -57,5 +65,6 @@ __all__ = [
     "refuse_inside_drawn",
     "split_name",
     "unwrapped",
+    "watching",
     "why_silent",
 ]

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from bayestune.errors import Refusal
@@ -44,11 +46,11 @@ class Arrivals:
             self._several = self._several or of_row
             rest = of_row - self._several
         if rest or not of_row:
-            expected = f"{self.rows} rows" if self.rows else f"a multiple of {self.draws}"
+            expected = f"the pass's {self.rows}" if self.rows else f"a multiple of {self.draws}"
             raise OtherRows(
-                f"the rows do not divide into draws: got a leading axis of {leading} in the layer "
-                f"{name or 'at hand'}, expected {expected}; repeat the batch once for each draw, "
-                "or put one draw at a time in the slots"
+                f"the rows do not divide into draws: got {leading} rows, expected {expected}; "
+                f"repeat the batch once for each draw; where the layer {name or 'at hand'} does "
+                "not see the rows as its first axis, hold one draw at a time"
             )
 
     @contextmanager
@@ -98,3 +100,55 @@ def check_arrived(arrivals: Arrivals, layers: Mapping[str, nn.Module], adapter: 
         f"the draws reach nothing: got a pass that called no slot of the adapter {adapter!r}, "
         f"because {reason}; expected the pass to use them; {remedy}"
     )
+
+
+def check_mean_arrives(model: nn.Module, adapter: str) -> None:
+    """Refuses passes of a mean that would be the base's, or another adapter's.
+
+    Raises:
+        Refusal: if the adapter is disabled or not active, or others are merged without it.
+    """
+    layer = _first_layer(model, adapter)
+    if layer is None:  # merged and unloaded: what is left is the mean
+        return
+    merged = list(layer.merged_adapters)
+    if layer.disable_adapters:
+        got = "the adapters disabled"
+        remedy = "leave disable_adapter(), or call enable_adapter_layers()"
+    elif merged and adapter not in merged:
+        got = f"the adapters {merged} merged into the weights"
+        remedy = "call unmerge_adapter()"
+    elif not merged and adapter not in layer.active_adapters:
+        got = f"the adapters {list(layer.active_adapters)} active"
+        remedy = f"call set_adapter({adapter!r})"
+    else:
+        return
+    raise Refusal(f"a pass would not use the adapter {adapter!r}: got {got}; {remedy}")
+
+
+def _first_layer(model: nn.Module, adapter: str) -> Any:
+    """A layer that holds the adapter, found without a walk through all of the model."""
+    if isinstance(model, LoraLayer):
+        held = adapter in model.lora_A or adapter in model.lora_embedding_A
+        return model if held else None
+    found = (_first_layer(child, adapter) for child in model.children())
+    return next((layer for layer in found if layer is not None), None)
+
+
+@contextmanager
+def watching(modules: Mapping[str, nn.Module]) -> Iterator[Arrivals]:
+    """Notes which modules are called in the context's passes."""
+    arrivals = Arrivals(1)
+    hooks = []
+    for name, module in modules.items():
+        note = partial(_note, arrivals, name)
+        hooks.append(module.register_forward_pre_hook(note))
+    try:
+        yield arrivals
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _note(arrivals: Arrivals, name: str, *_: object) -> None:
+    arrivals.called.add(name)

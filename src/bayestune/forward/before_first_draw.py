@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from bayestune.adapters import Arrivals, Slots, base_of, output_head, split_name
 from bayestune.forward.draws import Chunk, repeated
@@ -73,9 +74,14 @@ class BeforeFirstDraw:
             return tuple(_copies(value, times, rows) for value in args), whole
 
         for module in [self.slots.model] if self.only_head else self.before:
-            hooks.enter_context(module.register_forward_pre_hook(keep_first_copy, with_kwargs=True))
+            hooks.enter_context(_before(module, keep_first_copy))
         for module in self.drawn:
-            hooks.enter_context(module.register_forward_pre_hook(repeat_copies, with_kwargs=True))
+            hooks.enter_context(_before(module, repeat_copies))
+
+
+def _before(module: nn.Module, change: Any) -> RemovableHandle:
+    """Changes what a module is given, ahead of others' hooks, which see what it will see."""
+    return module.register_forward_pre_hook(change, prepend=True, with_kwargs=True)
 
 
 def _first_copy(value: Any, times: int, rows: int, axes: int) -> Any:

@@ -21,7 +21,7 @@ from bayestune.forward.common_prefix import CommonPrefix
 from bayestune.forward.draws import Batch, Chunk, ClassLogits, Draws, on_device
 from bayestune.forward.fingerprint import Fingerprint
 from bayestune.forward.shared_prefix import SharedPrefix
-from bayestune.forward.verdicts import Verdicts, agrees, kind_of
+from bayestune.forward.verdicts import Verdicts, agrees, coincidences, kind_of
 from bayestune.forward.ways import Ways, checked
 
 
@@ -43,7 +43,7 @@ def mean_logits(model: nn.Module, scorer: ClassLogits, inputs: Batch) -> Tensor:
     plain = unwrapped(model)
     with evaluating(plain):
         prefix = CommonPrefix.of_mean(plain)
-        kind = ("mean", kind_of(inputs, scorer, frozenset()))
+        kind = ("mean", kind_of(inputs, scorer, frozenset()), coincidences(inputs, 1, plain))
         inputs = on_device(inputs, plain)
         if prefix.compiled:
             return checked(scorer(model, inputs))[None]
