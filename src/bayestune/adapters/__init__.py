@@ -12,8 +12,8 @@ from bayestune.adapters.arrivals import (
     why_silent,
 )
 from bayestune.adapters.drawn_linear import DrawnLinear
-from bayestune.adapters.exclusive import base_of, exclusive, refuse_inside_drawn
 from bayestune.adapters.gaussian_linear import GaussianLinear, Noise, bayesify
+from bayestune.adapters.locks import base_of, exclusive, refuse_inside_drawn
 from bayestune.adapters.lora import (
     Lora,
     active,

@@ -12,7 +12,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
-from bayestune.adapters.exclusive import base_of, exclusive
+from bayestune.adapters.locks import base_of, exclusive
 from bayestune.adapters.slots import PREFIX
 from bayestune.adapters.wrapped import unwrapped
 from bayestune.errors import Refusal

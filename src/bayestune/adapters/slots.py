@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bayestune.adapters.arrivals import Arrivals, check_arrived
 from bayestune.adapters.drawn_linear import DrawnLinear
-from bayestune.adapters.exclusive import base_of, exclusive, marked_as_drawn
+from bayestune.adapters.locks import base_of, exclusive, marked_as_drawn
 from bayestune.adapters.wrapped import eagerly, plain_path, runs_compiled, unwrapped
 from bayestune.errors import Refusal
 

@@ -15,7 +15,7 @@ from bayestune.forward.draws import (
 )
 from bayestune.forward.kept_tokens import has_own_window
 from bayestune.forward.passes import Plan, drawn_logits, mean_logits
-from bayestune.forward.verdicts import Verdicts, agrees, kind_of, without_comparison
+from bayestune.forward.verdicts import Verdicts, agrees, coincidences, kind_of, without_comparison
 from bayestune.forward.ways import checked
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "Verdicts",
     "agrees",
     "checked",
+    "coincidences",
     "drawn_logits",
     "has_own_window",
     "kind_of",

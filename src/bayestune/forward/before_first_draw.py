@@ -39,11 +39,16 @@ class BeforeFirstDraw:
         if head is not None and not inner:
             return cls(slots, (), [head], only_head=True)
         blocks = _blocks_with(base_of(slots.model), inner[0])
-        own = [{*block.modules()} for block in blocks]
-        places = [[i for i, modules in enumerate(own) if layer in modules] for layer in inner]
-        if not all(places):
-            return cls(slots)  # some are in other blocks, or in none
-        first = min(place[0] for place in places)
+        missing = {*inner}
+        drawn = []
+        for place, block in enumerate(blocks):
+            own = missing.intersection(block.modules())
+            missing -= own
+            if own:
+                drawn.append(place)
+        if missing:
+            return cls(slots)  # they are in other blocks, or in none
+        first = drawn[0]
         if first < 1:
             return cls(slots)  # before the first block is only the embedding
         return cls(slots, blocks[:first], blocks[first:])
