@@ -52,6 +52,7 @@ SIZES: dict[str, Any] = {
 NEO = {"attention_types": [[["global", "local"], 1]], "window_size": 4}
 RELATIVE = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8}
 SHARED = {**RELATIVE, "share_att_key": True, "norm_rel_ebd": "layer_norm"}
+SWIN = {"patch_size": 2, "window_size": 2, "depths": [1, 1], "num_heads": [2, 2]}
 FAMILIES: dict[str, dict[str, Any]] = {
     # decoders
     "LlamaForCausalLM": {},
