@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ class _Stance:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.passes = 0
-        self.forced: list[torch.compiler.set_stance] = []
+        self.forced: list[Any] = []
 
     def enter(self) -> None:
         with self.lock:

@@ -63,7 +63,9 @@ class Ways:
         """
         verdicts = Verdicts.of(self.slots.model)
         kind = (self.kind, coincidences(self.inputs, chunk.size, self.slots.model))
-        failed = []
+        failed: list[str] = []
+        logits = torch.empty(0)
+        taken = ALONE
         for way in self._open(chunk, verdicts, kind):
             try:
                 logits, taken = self._run(way, chunk)
