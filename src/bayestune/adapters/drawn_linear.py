@@ -4,8 +4,9 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from bayestune.errors import Refusal
+from bayestune.adapters.arrivals import Arrivals
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
@@ -18,6 +19,13 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
 class DrawnLinear(nn.Module):
     """S fixed weights (S, r, k) in a slot of LoRA; the rows come draw by draw.
 
+    A single weight is a plain linear map, whatever the axes before the last one are.
+
+    Args:
+        weights: (S, r, k), or (S, d, r) for B.
+        name: the slot's.
+        arrivals: of the pass, which are told of every call.
+
     Example:
         >>> layer = DrawnLinear(torch.stack([torch.zeros(4, 16), torch.ones(4, 16)]))
         >>> layer(torch.ones(6, 3, 16))[:, 0, 0].tolist()
@@ -26,26 +34,32 @@ class DrawnLinear(nn.Module):
 
     weight: Tensor
 
-    def __init__(self, weights: Tensor) -> None:
+    def __init__(self, weights: Tensor, name: str = "", arrivals: Arrivals | None = None) -> None:
         super().__init__()
         self.register_buffer("weight", weights, persistent=False)
+        self.name = name
+        self.arrivals = arrivals if arrivals is not None else Arrivals(len(weights))
 
     def forward(self, input: Tensor) -> Tensor:
-        """Maps (S·N, …, k) to (S·N, …, r); refuses a leading axis that S does not divide."""
+        """Maps (S·N, …, k) to (S·N, …, r).
+
+        Raises:
+            Refusal: if the leading axis cannot be the rows of the pass, draw by draw.
+        """
         draws, rank, width = self.weight.shape
-        if input.shape[0] % draws:
-            raise Refusal(
-                f"the rows do not divide into draws: got {input.shape[0]} rows, expected a "
-                f"multiple of {draws}; repeat the batch once for each draw"
-            )
+        self.arrivals.take(self.name, input.shape[0])
+        if draws == 1:
+            return F.linear(input, self.weight[0])
         output = torch.bmm(input.reshape(draws, -1, width), self.weight.transpose(1, 2))
         return output.view(*input.shape[:-1], rank)
 
     @classmethod
-    def of(cls, weights: Tensor, like: Tensor) -> Self:
+    def of(
+        cls, weights: Tensor, like: Tensor, name: str = "", arrivals: Arrivals | None = None
+    ) -> Self:
         """The stack for the slot of the weight `like`: on its device, in the type of its product.
 
         PEFT casts a slot's input to the type of the slot's weight, so under autocast a float32
         stack would have the activations copied to float32 and back.
         """
-        return cls(weights.to(like.device, compute_dtype(like)))
+        return cls(weights.to(like.device, compute_dtype(like)), name, arrivals)

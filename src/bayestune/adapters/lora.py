@@ -12,7 +12,9 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
+from bayestune.adapters.locks import base_of, exclusive
 from bayestune.adapters.slots import PREFIX
+from bayestune.adapters.wrapped import unwrapped
 from bayestune.errors import Refusal
 
 # Llama and most others; BERT; DistilBERT
@@ -102,11 +104,6 @@ def detach(model: nn.Module) -> nn.Module:
     return base
 
 
-def base_of(model: nn.Module) -> Any:
-    """The model inside PEFT's wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-
-
 @contextmanager
 def active(model: nn.Module, adapter: str, *, alone: bool = False) -> Iterator[None]:
     """Has an adapter take part in a PEFT model's passes for the time of the context.
@@ -114,6 +111,7 @@ def active(model: nn.Module, adapter: str, *, alone: bool = False) -> Iterator[N
     With `alone`, adapters that are active beside it are switched off. What was active and what was
     trainable is restored.
     """
+    model = unwrapped(model)
     before = model.active_adapters if isinstance(model, PeftModel) else [adapter]
     if before == [adapter] or (adapter in before and not alone):
         yield
@@ -134,13 +132,17 @@ def active(model: nn.Module, adapter: str, *, alone: bool = False) -> Iterator[N
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's mode is restored afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    if any(modes.values()):
-        model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    """Evaluation mode without gradients; every module's mode is restored afterwards.
+
+    Other threads that ask this package for passes of the model wait for the end of the context.
+    """
+    with exclusive(model):
+        modes = {module: module.training for module in model.modules()}
+        if any(modes.values()):
+            model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for module, training in modes.items():
+                module.training = training

@@ -1,7 +1,7 @@
 """LoRA's slots in a PEFT model: finds them, fills them, refuses what cannot be replaced."""
 
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from peft.tuners.lora import Embedding, LoraLayer
@@ -9,7 +9,10 @@ from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from bayestune.adapters.arrivals import Arrivals, check_arrived
 from bayestune.adapters.drawn_linear import DrawnLinear
+from bayestune.adapters.locks import base_of, exclusive, marked_as_drawn
+from bayestune.adapters.wrapped import eagerly, plain_path, runs_compiled, unwrapped
 from bayestune.errors import Refusal
 
 ADAPTER = "default"
@@ -22,8 +25,9 @@ class Slots:
     """The slots A and B of one adapter, found once; PEFT calls whatever module stands in a slot.
 
     A slot's name is its layer's path in the base model and ".lora_A" or ".lora_B"; it is the same
-    with and without PEFT's wrapper, and for every adapter. `layers` holds the LoRA layers by path,
-    `heads` what PEFT trains and saves whole beside the adapter (`modules_to_save`).
+    with and without PEFT's and other wrappers, and for every adapter. `layers` holds the LoRA
+    layers by path, `heads` what PEFT trains and saves whole beside the adapter
+    (`modules_to_save`), and `model` is the given one without a compiler's or parallel wrapper.
 
     Args:
         model: a model with LoRA layers.
@@ -40,7 +44,12 @@ class Slots:
     """
 
     def __init__(self, model: nn.Module, adapter: str | None = None) -> None:
-        modules = {name.removeprefix(PREFIX): module for name, module in model.named_modules()}
+        self.compiled = runs_compiled(model)  # the model, or a part of it
+        model = unwrapped(model)
+        modules: dict[str, nn.Module] = {}
+        for name, module in model.named_modules():
+            modules[plain_path(name).removeprefix(PREFIX)] = module
+            self.compiled |= runs_compiled(module)
         layers = {path: layer for path, layer in modules.items() if isinstance(layer, LoraLayer)}
         self.model = model
         self.adapter = _active(layers) if adapter is None else adapter
@@ -56,10 +65,11 @@ class Slots:
     def modules(self) -> dict[str, nn.Module]:
         """The module in each slot, by slot name."""
         found: dict[str, nn.Module] = {}
-        for path, layer in self.layers.items():
-            for side in SIDES:
-                if self.adapter in getattr(layer, side):
-                    found[f"{path}.{side}"] = getattr(layer, side)[self.adapter]
+        with exclusive(self.model):  # other threads' draws may stand in the slots
+            for path, layer in self.layers.items():
+                for side in SIDES:
+                    if self.adapter in getattr(layer, side):
+                        found[f"{path}.{side}"] = getattr(layer, side)[self.adapter]
         return found
 
     def of_kind(self, kind: type[Kind]) -> dict[str, Kind]:
@@ -93,30 +103,46 @@ class Slots:
             getattr(self.layers[path], side)[self.adapter] = module
 
     @contextmanager
-    def holding(self, stacks: Mapping[str, Tensor]) -> Iterator[None]:
+    def holding(
+        self, stacks: Mapping[str, Tensor], arrivals: Arrivals | None = None
+    ) -> Iterator[Arrivals]:
         """Puts S fixed weights, (S, r, k) or (S, d, r) by slot name, in slots for the context.
 
-        Other slots keep their module. A batch must hold S·N rows, draw by draw.
+        Other slots keep their module. A batch must hold S·N rows, draw by draw. Other threads that
+        ask this package for passes of the model wait for the end of the context.
+
+        Args:
+            stacks: the weights, S the same for all.
+            arrivals: of the pass; made if it is not given.
 
         Raises:
             Refusal: if a name is not a slot of the adapter.
         """
+        draws = len(next(iter(stacks.values()), ()))
+        arrivals = arrivals if arrivals is not None else Arrivals(draws)
+        with exclusive(self.model), eagerly(self.compiled):
+            kept = self._present(stacks)
+            drawn: dict[str, nn.Module] = {}
+            for name, stack in stacks.items():
+                weight: Any = kept[name].weight  # a draw's is a buffer
+                layer = DrawnLinear.of(stack, weight, name, arrivals)
+                drawn[name] = layer.train(kept[name].training)
+            try:
+                self.put(drawn)
+                with marked_as_drawn(self.model, self.adapter):
+                    yield arrivals
+            finally:
+                self.put(kept)
+
+    def _present(self, names: Collection[str]) -> dict[str, nn.Module]:
+        """The modules in some slots now."""
         present = self.modules()
-        if unknown := sorted(set(stacks) - set(present)):
+        if unknown := sorted(set(names) - set(present)):
             raise Refusal(
                 f"draws for slots the model does not have: got {unknown[:3]}, expected slots of "
                 f"the adapter {self.adapter!r}; take draws of a posterior on this model"
             )
-        kept: dict[str, Any] = {name: present[name] for name in stacks}
-        drawn: dict[str, nn.Module] = {}
-        for name, stack in stacks.items():
-            layer = DrawnLinear.of(stack, like=kept[name].weight)  # a draw's is a buffer
-            drawn[name] = layer.train(kept[name].training)
-        try:
-            self.put(drawn)
-            yield
-        finally:
-            self.put(kept)
+        return {name: present[name] for name in names}
 
     def replaceable(self, names: Collection[str] | None = None) -> dict[str, nn.Linear]:
         """The plain Linear modules in slots, by slot name; None stands for every A.
@@ -186,8 +212,36 @@ def split_name(name: str) -> tuple[str, str]:
     return path, side
 
 
+@contextmanager
 def drawn(
     model: nn.Module, weights: Mapping[str, Tensor], adapter: str | None = None
-) -> AbstractContextManager[None]:
-    """Puts S fixed weights in an adapter's slots for the time of the context, `Slots.holding`."""
-    return Slots(model, adapter).holding(weights)
+) -> Iterator[None]:
+    """Puts S fixed weights in an adapter's slots for the time of the context, `Slots.holding`.
+
+    The model must be called on S·N rows, draw by draw. Where S is 1 every model can be called;
+    otherwise those whose layers see the rows as their first axis.
+
+    Raises:
+        Refusal: if a layer sees other rows than the model was given, or the model was called and
+            used none of the weights.
+    """
+    slots = Slots(model, adapter)
+    passes = 0
+
+    def begin(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        nonlocal passes
+        passes += 1
+        given = (*args, *kwargs.values())
+        arrivals.rows = next((len(x) for x in given if isinstance(x, Tensor) and x.dim()), None)
+
+    with slots.holding(weights) as arrivals:
+        # PEFT goes past the hooks of the model inside it, and `generate` past PEFT's
+        watched = {slots.model, base_of(model)}
+        hooks = [m.register_forward_pre_hook(begin, with_kwargs=True) for m in watched]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+    if passes and weights:
+        check_arrived(arrivals, slots.layers, slots.adapter)

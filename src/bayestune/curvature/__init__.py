@@ -5,7 +5,7 @@
 
 from bayestune.curvature.blocks import Block, Diagonal, Kronecker, Structure, semidefinite_root
 from bayestune.curvature.ggn import Curvature, best_precision, gauss_newton, log_evidence
-from bayestune.curvature.jacobian import Trace, traced
+from bayestune.curvature.jacobian import Trace, some_rows, traced
 
 __all__ = [
     "Block",
@@ -18,5 +18,6 @@ __all__ = [
     "gauss_newton",
     "log_evidence",
     "semidefinite_root",
+    "some_rows",
     "traced",
 ]

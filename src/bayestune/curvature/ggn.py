@@ -13,16 +13,16 @@ gradient at it is not 0: padding and tokens that no logit depends on leave no tr
 """
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from bayestune.adapters import SIDES, Slots
+from bayestune.adapters import SIDES, OtherRows, Slots
 from bayestune.curvature.blocks import Block, Diagonal, Kronecker, Structure
 from bayestune.curvature.factors import factor_of
-from bayestune.curvature.jacobian import jacobian_of, traced
+from bayestune.curvature.jacobian import Trace, jacobian_of, rows_of, some_rows, traced
 from bayestune.errors import Refusal
 from bayestune.forward import Batch, ClassLogits
 
@@ -71,8 +71,7 @@ def gauss_newton(
     sums = {name: kind(slot.weight, rank) for name, slot in watched.items()}
     called: set[str] = set()
     log_likelihood = 0.0
-    for batch in batches:
-        trace = traced(slots.model, scorer, batch, watched)
+    for batch, trace in _traces(slots.model, scorer, batches, watched):
         called |= set(trace.calls)
         with torch.autocast(trace.logits.device.type, enabled=False):
             root = softmax_root(trace.logits)
@@ -93,6 +92,21 @@ def gauss_newton(
             f"{silent[0]}; leave their layers out of target_modules"
         )
     return Curvature({name: part.block() for name, part in sums.items()}, log_likelihood)
+
+
+def _traces(
+    model: nn.Module, scorer: ClassLogits, batches: Iterable[Batch], slots: Mapping[str, nn.Module]
+) -> Iterator[tuple[Batch, Trace]]:
+    """The trace of each batch; row by row where the model's layers do not see the rows."""
+    for batch in batches:
+        try:
+            trace = traced(model, scorer, batch, slots)
+        except OtherRows:
+            for row in range(rows_of(batch)):
+                one = some_rows(batch, row, row + 1)
+                yield one, traced(model, scorer, one, slots)
+        else:
+            yield batch, trace
 
 
 def softmax_root(logits: Tensor) -> Tensor:

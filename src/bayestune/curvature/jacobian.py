@@ -13,9 +13,18 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from bayestune.adapters import evaluating
+from bayestune.adapters import OtherRows, eagerly, evaluating, is_compiled, unwrapped
 from bayestune.errors import Refusal
-from bayestune.forward import Batch, ClassLogits, on_device
+from bayestune.forward import (
+    Batch,
+    ClassLogits,
+    Verdicts,
+    agrees,
+    checked,
+    coincidences,
+    kind_of,
+    on_device,
+)
 
 Calls = dict[str, list[tuple[Tensor, Tensor]]]
 """Two tensors for each call of each slot, by slot name."""
@@ -77,16 +86,75 @@ def traced(
     """Runs a batch in evaluation mode with gradients, and keeps the slots' inputs and outputs.
 
     Raises:
+        OtherRows: if a slot sees something else than the batch's rows along its first axis; a batch
+            of one row can be traced.
         Refusal: if no slot was called: the adapter is merged, disabled or not the active one.
     """
-    with evaluating(model), torch.enable_grad(), _recording(slots) as calls:
-        logits = score(model, on_device(inputs, model))
+    compiled = is_compiled(model)
+    model = unwrapped(model)
+    verdicts = Verdicts.of(model)
+    kind = ("gradients", kind_of(inputs, score, frozenset(slots)), coincidences(inputs, 1, model))
+    with evaluating(model), eagerly(compiled):
+        if verdicts.wrong(kind):
+            _refuse_rows(next(iter(slots)))
+        trace = _traced(model, score, inputs, slots)
+        num_rows = len(trace.logits)
+        whole = num_rows > 1 and num_rows == rows_of(inputs)
+        if whole and verdicts.due(kind):
+            alone = _traced(model, score, some_rows(inputs, num_rows - 1, num_rows), slots)
+            verdicts.put(kind, _has_row(trace, alone, num_rows - 1, model))
+            if verdicts.wrong(kind):
+                _refuse_rows(next(iter(slots)))
+    return trace
+
+
+def _traced(
+    model: nn.Module, score: ClassLogits, inputs: Batch, slots: Mapping[str, nn.Module]
+) -> Trace:
+    with torch.enable_grad(), _recording(slots) as calls:
+        logits = checked(score(model, on_device(inputs, model)))
     if not calls:
         raise Refusal(
             f"none of the {len(slots)} slots was called in the forward pass: the adapter is "
             "merged, disabled or not active; unmerge it or call set_adapter"
         )
     return Trace(logits, calls)
+
+
+def _has_row(trace: Trace, alone: Trace, place: int, model: nn.Module) -> bool:
+    """Whether every slot saw of one row of a batch what it sees of the row alone."""
+    if trace.calls.keys() != alone.calls.keys():
+        return False
+    for name, calls in trace.calls.items():
+        others = alone.calls[name]
+        if len(calls) != len(others):
+            return False
+        for (a, _), (b, _) in zip(calls, others, strict=True):
+            if a[..., 0].numel() % len(trace.logits):
+                return False
+            own = _by_row(a, len(trace.logits), name)[place]
+            if agrees(own[None], _by_row(b, 1, name)[0], 0, model) is False:
+                return False
+    return True
+
+
+def _refuse_rows(name: str) -> None:
+    raise OtherRows(
+        "gradients row by row need layers that see the batch's rows along their first axis: got "
+        f"slots such as {name} that see them in another order or mixed; give one row at a time"
+    )
+
+
+def rows_of(inputs: Batch) -> int:
+    """How many rows a batch has: some of its tensors may have several entries a row."""
+    return min(len(value) for value in inputs.values())
+
+
+def some_rows(inputs: Batch, start: int, stop: int) -> dict[str, Tensor]:
+    """Some rows of a batch, in which a tensor may have several consecutive entries a row."""
+    num_rows = rows_of(inputs)
+    sizes = {name: len(value) // num_rows for name, value in inputs.items()}
+    return {name: inputs[name][start * size : stop * size] for name, size in sizes.items()}
 
 
 @contextmanager

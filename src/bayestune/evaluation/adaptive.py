@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from bayestune.data import Question
 from bayestune.errors import Refusal
 from bayestune.forward import Draws
-from bayestune.posteriors import Posterior, Prediction
+from bayestune.posteriors import Posterior, Prediction, refuse_one_class
 from bayestune.scoring import Scorer, row_logits
 
 # Maps (which rows, which draws) to their logits (S, N, C), of these rows and draws only.
@@ -127,7 +127,11 @@ def predict_adaptively(
     def source(rows: list[int], part: range) -> Tensor:
         which = replace(draws or Draws(), first=part.start, count=len(part))
         title = f"predict, draws {part.start + 1} to {part.stop}" if progress else None
-        return row_logits(posterior, scorer, [encoded[row] for row in rows], which, progress=title)
+        chosen = [encoded[row] for row in rows]
+        logits = row_logits(posterior, scorer, chosen, which, progress=title)
+        if part.start == 0:  # of all rows
+            refuse_one_class(logits)
+        return logits
 
     if posterior.atoms is None:
         return in_rounds(source, len(encoded), adaptive)

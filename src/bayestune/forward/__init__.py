@@ -4,18 +4,37 @@
 """
 
 from bayestune.forward.common_prefix import without_common_prefix
-from bayestune.forward.draws import Batch, ClassLogits, Draws, on_device, repeat_rows, seeded
+from bayestune.forward.draws import (
+    Batch,
+    ClassLogits,
+    Draws,
+    main_input,
+    on_device,
+    repeat_rows,
+    seeded,
+)
+from bayestune.forward.kept_tokens import has_own_window
 from bayestune.forward.passes import Plan, drawn_logits, mean_logits
+from bayestune.forward.verdicts import Verdicts, agrees, coincidences, kind_of, without_comparison
+from bayestune.forward.ways import checked
 
 __all__ = [
     "Batch",
     "ClassLogits",
     "Draws",
     "Plan",
+    "Verdicts",
+    "agrees",
+    "checked",
+    "coincidences",
     "drawn_logits",
+    "has_own_window",
+    "kind_of",
+    "main_input",
     "mean_logits",
     "on_device",
     "repeat_rows",
     "seeded",
     "without_common_prefix",
+    "without_comparison",
 ]

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from bayestune.adapters import Slots, base_of, output_head, split_name
+from bayestune.adapters import Arrivals, Slots, base_of, output_head, split_name
 from bayestune.forward.draws import Chunk, repeated
 
 Arguments = tuple[Any, dict[str, Any]]
@@ -17,71 +18,98 @@ Arguments = tuple[Any, dict[str, Any]]
 class BeforeFirstDraw:
     """Runs one copy of the rows through what no draw changes, and S copies through the rest.
 
-    `drawn`: the blocks from the first drawn one on; the output head if it alone is drawn; or none.
+    All S copies go into the model, and everything but the blocks before the first drawn one sees
+    them: masks, positions, and what a classifier reads of its inputs at its end. Where the output
+    head alone is drawn, one copy goes into the model.
+
+    `before`: the blocks before the first drawn one; `drawn`: the others, or the output head.
     """
 
     slots: Slots
+    before: Sequence[nn.Module] = ()
     drawn: Sequence[nn.Module] = ()
     only_head: bool = False
 
     @classmethod
     def of(cls, slots: Slots, stacks: Mapping[str, Tensor]) -> Self:
         """Finds what comes before the slots that are drawn."""
-        base = base_of(slots.model)
         head = output_head(slots.model)
-        paths = {split_name(name)[0] for name in stacks}
-        inner = [path for path in paths if slots.layers[path] is not head]
+        layers = [slots.layers[split_name(name)[0]] for name in stacks]
+        inner = [layer for layer in layers if layer is not head]
         if head is not None and not inner:
-            return cls(slots, [head], only_head=True)
-        places = [_block_of(base, path) for path in inner]
-        blocks = places[0][0]
-        first = min(index for _, index in places)
-        if first < 1 or any(others is not blocks for others, _ in places):
+            return cls(slots, (), [head], only_head=True)
+        blocks = _blocks_with(base_of(slots.model), inner[0])
+        missing = {*inner}
+        drawn = []
+        for place, block in enumerate(blocks):
+            own = missing.intersection(block.modules())
+            missing -= own
+            if own:
+                drawn.append(place)
+        if missing:
+            return cls(slots)  # they are in other blocks, or in none
+        first = drawn[0]
+        if first < 1:
             return cls(slots)  # before the first block is only the embedding
-        return cls(slots, blocks[first:])
+        return cls(slots, blocks[:first], blocks[first:])
+
+    @property
+    def way(self) -> str:
+        """What the last pass shared."""
+        return "once"
 
     @contextmanager
-    def computing(self, chunk: Chunk) -> Iterator[nn.Module]:
+    def computing(self, chunk: Chunk, arrivals: Arrivals) -> Iterator[nn.Module]:
         """For the time of a pass over as many copies of the rows as the chunk has draws."""
-        with self.slots.holding(chunk.stacks), ExitStack() as hooks:
-            if chunk.size > 1:
-                self._hook(chunk.size, hooks)
+        with self.slots.holding(chunk.stacks, arrivals), ExitStack() as hooks:
+            if chunk.size > 1 and arrivals.rows:
+                self._hook(chunk.size, arrivals.rows, hooks)
             yield self.slots.model
 
-    def _hook(self, times: int, hooks: ExitStack) -> None:
-        def keep_first_copy(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Arguments:
-            cut = {name: _first_copy(value, times) for name, value in kwargs.items()}
-            return tuple(_first_copy(value, times) for value in args), cut
+    def _hook(self, times: int, rows: int, hooks: ExitStack) -> None:
+        """Args: S, S·N, and what takes the hooks off."""
+        axes = 1 if self.only_head else 2  # in blocks, a single axis is not the rows
 
-        def repeat_copies(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Arguments:
-            rows = len(args[0]) // (1 if module is self.drawn[0] else times)
+        def keep_first_copy(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Arguments:
+            cut = {name: _first_copy(value, times, rows, axes) for name, value in kwargs.items()}
+            return tuple(_first_copy(value, times, rows, axes) for value in args), cut
+
+        def repeat_copies(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Arguments:
             whole = {name: _copies(value, times, rows) for name, value in kwargs.items()}
             return tuple(_copies(value, times, rows) for value in args), whole
 
-        model = self.slots.model
-        hooks.enter_context(model.register_forward_pre_hook(keep_first_copy, with_kwargs=True))
+        for module in [self.slots.model] if self.only_head else self.before:
+            hooks.enter_context(_before(module, keep_first_copy))
         for module in self.drawn:
-            hooks.enter_context(module.register_forward_pre_hook(repeat_copies, with_kwargs=True))
+            hooks.enter_context(_before(module, repeat_copies))
 
 
-def _first_copy(value: Any, times: int) -> Any:
-    return value[: len(value) // times] if isinstance(value, Tensor) and value.dim() else value
+def _before(module: nn.Module, change: Any) -> RemovableHandle:
+    """Changes what a module is given, ahead of others' hooks, which see what it will see."""
+    return module.register_forward_pre_hook(change, prepend=True, with_kwargs=True)
 
 
-def _copies(value: Any, times: int, num_rows: int) -> Any:
-    """Repeats tensors of `num_rows` rows; what is broadcast over rows, or is of none, stays."""
+def _first_copy(value: Any, times: int, rows: int, axes: int) -> Any:
+    """The first of S copies, of tensors whose leading axis is S·N or a multiple."""
     if isinstance(value, tuple):
-        return tuple(_copies(part, times, num_rows) for part in value)
-    if not isinstance(value, Tensor) or value.dim() < 2 or len(value) != num_rows:
+        return tuple(_first_copy(part, times, rows, axes) for part in value)
+    if not isinstance(value, Tensor) or value.dim() < axes:
+        return value
+    return value if not len(value) or len(value) % rows else value[: len(value) // times]
+
+
+def _copies(value: Any, times: int, rows: int) -> Any:
+    """Repeats tensors of N rows; what has S·N, is broadcast over rows, or is of none, stays."""
+    if isinstance(value, tuple):
+        return tuple(_copies(part, times, rows) for part in value)
+    if not isinstance(value, Tensor) or value.dim() < 2 or len(value) * times != rows:
         return value
     return repeated(value, times)
 
 
-def _block_of(model: nn.Module, path: str) -> tuple[Any, int]:
-    """The list of blocks that a layer is in, and in which of them; -1 where it is in none."""
-    names = path.split(".")
-    for i, name in enumerate(names):
-        parent = model.get_submodule(".".join(names[:i]))
-        if isinstance(parent, nn.ModuleList):
-            return parent, int(name)
-    return None, -1
+def _blocks_with(model: nn.Module, layer: nn.Module) -> Sequence[nn.Module]:
+    """The outermost list of blocks that a layer is in; empty where it is in none."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and any(layer is part for part in module.modules()):
+            return list(module)
+    return ()

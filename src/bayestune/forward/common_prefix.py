@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from bayestune.adapters import Slots, base_of
+from bayestune.adapters import Arrivals, Slots, base_of, is_compiled
 from bayestune.forward.draws import Chunk, device_of
 from bayestune.forward.fingerprint import Fingerprint
 from bayestune.forward.kept_tokens import KeptTokens, cache_argument, goes_by_position, is_plain
@@ -119,6 +119,9 @@ class CommonPrefix:
     slots: Slots  # where the draws stand, if there are any
 
     def __init__(self) -> None:
+        self.shared = False  # whether the last pass left tokens to what is kept
+        self.compiled = False  # the model whose mean it is of
+        self._arrivals = Arrivals(1)
         self._source: object = None
         self._cast: object = None
         self._fits = True
@@ -139,6 +142,7 @@ class CommonPrefix:
         source = prefix._source
         if not (isinstance(source, Fingerprint) and source.matches(model)):
             source = Fingerprint(model)
+            prefix.compiled = is_compiled(model)
         return prefix.under(model, 1, source)
 
     def under(self, model: nn.Module, count: int, source: object) -> Self:
@@ -151,16 +155,24 @@ class CommonPrefix:
             self._forget(count)
         return self
 
+    @property
+    def way(self) -> str:
+        """What the last pass shared."""
+        return "prefix" if self.shared else "together"
+
     @contextmanager
-    def computing(self, chunk: Chunk) -> Iterator[nn.Module]:
+    def computing(self, chunk: Chunk, arrivals: Arrivals) -> Iterator[nn.Module]:
         """For the time of a pass over S·N rows under some of the draws."""
         model = self.slots.model
-        with self.slots.holding(chunk.stacks), self.sharing(model, chunk.start, chunk.size):
+        self._arrivals = arrivals
+        holding = self.slots.holding(chunk.stacks, arrivals)
+        with holding, self.sharing(model, chunk.start, chunk.size):
             yield model
 
     @contextmanager
     def sharing(self, model: nn.Module, start: int = 0, size: int = 1) -> Iterator[None]:
         """For the time of a pass over S·N rows under what is in the slots now."""
+        self.shared = False
         base = base_of(model)
         name = cache_argument(base)
         if name is None or not (_ON.get() and self._fits and goes_by_position(base)):
@@ -174,6 +186,7 @@ class CommonPrefix:
             length = self._known(rows, start, base, name)
             if length < LEAST or self._kept is None:
                 return None
+            self.shared = True
             return args, {**rows.rest(length), name: self._kept.cache(start, size, length)}
 
         with model.register_forward_pre_hook(share, with_kwargs=True):
@@ -217,7 +230,8 @@ class CommonPrefix:
         given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": places}
         given = {key: value for key, value in given.items() if key in rows.inputs}
         # not `base(…)`: PEFT, too, goes past its hooks, of which this runs in one
-        output = base.forward(**given, use_cache=True, logits_to_keep=1)  # type: ignore[operator]
+        with self._arrivals.expecting(rows.size):
+            output = base.forward(**given, use_cache=True, logits_to_keep=1)  # type: ignore[operator]
         read: Any = getattr(output, name, None)
         if not is_plain(read, rows.size, ids.shape[1]):
             self._fits = False

@@ -1,5 +1,6 @@
 """Which draws of a posterior to take, how many at once, and in which precision."""
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from bayestune.errors import Refusal
 
 Batch = Mapping[str, Tensor]
+_SEEDING = threading.RLock()
 
 
 class ClassLogits(Protocol):
@@ -59,9 +61,8 @@ class Draws:
 
     def at_once(self, inputs: Batch) -> int:
         """How many draws of this batch run in one pass, at least 1."""
-        name = next(name for name in ("input_ids", "inputs_embeds", *inputs) if name in inputs)
-        main = inputs[name]  # (N, T); embeddings (N, T, width); or the first tensor there is
-        tokens = main if name == "input_ids" else main[..., 0]
+        main = main_input(inputs)
+        tokens = main if "input_ids" in inputs else main[..., 0]
         bound = min(self.count, self.max_tokens // max(1, tokens.numel()))
         if self.max_rows is not None:
             bound = min(bound, self.max_rows // len(main))
@@ -79,13 +80,33 @@ class Chunk(NamedTuple):
     size: int
     stacks: Mapping[str, Tensor]  # weights by slot name, (S, r, k) for A and (S, d, r) for B
 
+    def one(self, place: int) -> "Chunk":
+        """One of these draws alone."""
+        stacks = {name: stack[place : place + 1] for name, stack in self.stacks.items()}
+        return Chunk(self.start + place, 1, stacks)
+
+
+def main_input(inputs: Batch) -> Tensor:
+    """Ids (N, T), embeddings (N, T, width), or the first tensor there is."""
+    for name in ("input_ids", "inputs_embeds", *inputs):
+        value = inputs.get(name)
+        if isinstance(value, Tensor) and value.dim():
+            return value
+    raise Refusal(
+        f"a batch without rows: got {sorted(inputs)}, expected tensors whose leading axis is the "
+        "rows; give what the tokenizer or the scorer's collate returns"
+    )
+
 
 @contextmanager
 def seeded(model: nn.Module, seed: int, index: int) -> Iterator[None]:
-    """Seeds torch's generators by (seed, index) for the time of the context."""
+    """Seeds torch's generators by (seed, index) for the time of the context.
+
+    The generators are the process's, so other threads wait that ask for this.
+    """
     device = device_of(model)
     devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices, device_type=device.type):
+    with _SEEDING, torch.random.fork_rng(devices, device_type=device.type):
         torch.manual_seed(1_000_003 * seed + index)
         yield
 
@@ -101,7 +122,10 @@ def device_of(model: nn.Module) -> torch.device:
 def on_device(inputs: Batch, model: nn.Module) -> dict[str, Tensor]:
     """The batch on the model's device."""
     device = device_of(model)
-    return {name: value.to(device) for name, value in inputs.items()}
+    moved = {}
+    for name, value in inputs.items():
+        moved[name] = value.to(device) if isinstance(value, Tensor) else value
+    return moved
 
 
 def repeat_rows(inputs: Batch, times: int) -> dict[str, Tensor]:
@@ -110,5 +134,7 @@ def repeat_rows(inputs: Batch, times: int) -> dict[str, Tensor]:
 
 
 def repeated(value: Tensor, times: int) -> Tensor:
-    """A tensor `times` over along its leading axis."""
+    """A tensor `times` over along its leading axis; what has none stays."""
+    if not isinstance(value, Tensor) or not value.dim():
+        return value
     return value.repeat(times, *[1] * (value.dim() - 1))

@@ -14,6 +14,7 @@ from bayestune.adapters import is_classifier
 _CACHE = ("cache", "past_key_values")  # the argument's name, by the version of transformers
 _CHANGING_ROPE = ("dynamic", "longrope")  # these turn a token by the length of what is read with it
 _ENCODER_LIKE = ("is_encoder_decoder", "use_bidirectional_attention")
+_KNOWN_WINDOWS = ("sliding_window", "use_sliding_window", "max_window_layers")
 _BY_MORE_THAN_POSITION = ("alibi", "num_kv_shared_layers", *_ENCODER_LIKE)
 
 
@@ -25,12 +26,29 @@ def cache_argument(base: nn.Module) -> str | None:
     return next((name for name in _CACHE if name in accepted), None)
 
 
+def has_own_window(config: Any) -> bool:
+    """Whether attention sees a window of columns that caches and masks do not tell of.
+
+    GPT-Neo's local layers do, and whatever else names a window other than the usual sliding one.
+    """
+    kinds = getattr(config, "attention_layers", None)
+    if kinds is not None:
+        return "local" in kinds
+    for name, value in config.to_dict().items():
+        window = "window" in name or name.startswith("local_")
+        if window and name not in _KNOWN_WINDOWS and isinstance(value, int) and value > 0:
+            return True
+    return False
+
+
 def goes_by_position(base: nn.Module) -> bool:
     """Whether keys and values depend on the tokens before and the position id alone."""
     if not isinstance(base, PreTrainedModel) or getattr(base, "_is_stateful", False):
         return False
     config: Any = base.config.get_text_config()
     rope = str(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None))
+    if has_own_window(config):
+        return False
     changing = any(f"'{kind}'" in rope for kind in _CHANGING_ROPE)
     return not changing and not any(getattr(config, name, None) for name in _BY_MORE_THAN_POSITION)
 

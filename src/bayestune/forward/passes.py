@@ -6,13 +6,23 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from bayestune.adapters import Slots, evaluating
+from bayestune.adapters import (
+    Arrivals,
+    Slots,
+    base_of,
+    evaluating,
+    refuse_inside_drawn,
+    unwrapped,
+    why_silent,
+)
 from bayestune.errors import Refusal
 from bayestune.forward.before_first_draw import BeforeFirstDraw
 from bayestune.forward.common_prefix import CommonPrefix
-from bayestune.forward.draws import Batch, Chunk, ClassLogits, Draws, on_device, repeat_rows
+from bayestune.forward.draws import Batch, Chunk, ClassLogits, Draws, on_device
 from bayestune.forward.fingerprint import Fingerprint
 from bayestune.forward.shared_prefix import SharedPrefix
+from bayestune.forward.verdicts import Verdicts, agrees, coincidences, kind_of
+from bayestune.forward.ways import Ways, checked
 
 
 class Drawable(Protocol):
@@ -30,31 +40,41 @@ class Drawable(Protocol):
 
 def mean_logits(model: nn.Module, scorer: ClassLogits, inputs: Batch) -> Tensor:
     """The logits (1, N, C) of the adapter as it stands, in evaluation mode."""
-    inputs = on_device(inputs, model)
-    with evaluating(model), CommonPrefix.of_mean(model).sharing(model):
-        return scorer(model, inputs)[None]
+    plain = unwrapped(model)
+    with evaluating(plain):
+        prefix = CommonPrefix.of_mean(plain)
+        kind = ("mean", kind_of(inputs, scorer, frozenset()), coincidences(inputs, 1, plain))
+        inputs = on_device(inputs, plain)
+        if prefix.compiled:
+            return checked(scorer(model, inputs))[None]
+        verdicts = Verdicts.of(plain)
+        if not verdicts.wrong(kind):
+            with prefix.sharing(plain):
+                logits = checked(scorer(plain, inputs))
+            if not prefix.shared or not verdicts.due(kind):
+                return logits[None]
+            verdicts.put(kind, agrees(logits[None], scorer(plain, inputs), 0, plain))
+            if not verdicts.wrong(kind):
+                return logits[None]
+        return checked(scorer(plain, inputs))[None]
 
 
 def drawn_logits(posterior: Drawable, inputs: Batch, draws: Draws, plan: "Plan") -> Tensor:
     """The draws' logits (S, N, C), S·N rows in one pass within the bounds of `draws`.
 
     What no draw changes is computed once, see `BeforeFirstDraw`. Otherwise the tokens that all rows
-    begin with are read once for each draw, see `CommonPrefix`. The plan is the posterior's own.
+    begin with are read once for each draw, see `CommonPrefix`. What is not exact for the model at
+    hand is not shared, see `Ways`. The plan is the posterior's own.
 
     Raises:
-        Refusal: if a shared prefix is asked for and the posterior has no mean or the model
-            cannot share one.
+        Refusal: if the draws reach no layer, or a shared prefix is asked for and the posterior has
+            no mean or the model cannot share one.
     """
-    plan.renew(posterior, draws)
-    sharing = plan.sharing(posterior, draws)
-    inputs = on_device(inputs, posterior.model)
-    parts = []
-    with evaluating(posterior.model):
-        for chunk in plan.chunks(inputs, draws):
-            with sharing.computing(chunk) as model:
-                logits = posterior.scorer(model, repeat_rows(inputs, chunk.size))
-            parts.append(logits.unflatten(0, (chunk.size, -1)))
-    return torch.cat(parts)
+    with evaluating(unwrapped(posterior.model)):
+        refuse_inside_drawn(posterior.model, posterior.adapter)
+        plan.renew(posterior, draws)
+        ways = plan.ways(posterior, inputs, draws)
+        return torch.cat([ways.logits(chunk) for chunk in plan.chunks(ways.inputs, draws)])
 
 
 class Plan:
@@ -70,15 +90,20 @@ class Plan:
 
     def renew(self, posterior: Drawable, draws: Draws) -> None:
         """Takes the draws that are asked for; keeps earlier ones while the model is the same."""
-        model = posterior.model
+        model = unwrapped(posterior.model)
         same = self._fingerprint is not None and self._fingerprint.matches(model)
         if not same or self._seed != draws.seed:
             self._fingerprint = Fingerprint(model)
             self._seed = draws.seed
-            self._slots = Slots(model, posterior.adapter)
+            self._slots = Slots(posterior.model, posterior.adapter)
             self._draws = {}
-        elif self._indices == draws.indices:
+            self._stacks = {}
+        elif self._stacks and self._indices == draws.indices:
             return
+        silent = why_silent(self._slots.layers, posterior.adapter)
+        if silent is not None:
+            reason, remedy = silent
+            raise Refusal(f"the draws would reach nothing, because {reason}; {remedy}")
         for index in draws.indices:
             if index not in self._draws:
                 self._draws[index] = posterior.draw(index, draws.seed)
@@ -87,23 +112,56 @@ class Plan:
         self._stacks = {}
         for name in chosen[0]:
             self._stacks[name] = torch.stack([draw[name] for draw in chosen])
+        if not self._stacks:
+            raise Refusal(
+                f"the draws hold no weights: got a {type(posterior).__name__} whose model has no "
+                "stochastic layer any more, expected those it was made with; load it anew"
+            )
+        self._names = frozenset(self._stacks)
         self._before = BeforeFirstDraw.of(self._slots, self._stacks)
 
-    def sharing(
-        self, posterior: Drawable, draws: Draws
-    ) -> BeforeFirstDraw | CommonPrefix | SharedPrefix:
-        """How the draws share work."""
+    def ways(self, posterior: Drawable, inputs: Batch, draws: Draws) -> Ways:
+        """How the draws of this batch run."""
+        scorer = posterior.scorer
+        kind = (kind_of(inputs, scorer, self._names), draws.shared_prefix is None)
+        inputs = on_device(inputs, self._slots.model)
         if draws.shared_prefix is not None:
-            if not posterior.has_mean:
-                raise Refusal(
-                    f"draws cannot share a prefix: got a {type(posterior).__name__} without a mean "
-                    "adapter to read it with; leave shared_prefix out"
-                )
-            return SharedPrefix(self._slots, draws.shared_prefix)
+            shared = self._shared_prefix(posterior, draws.shared_prefix)
+            ways = Ways(self._slots, scorer, inputs, shared, kind, approximate=True)
+            self._refuse_inexact_prefix(ways, draws.shared_prefix)
+            return ways
         if self._before.drawn:
-            return self._before
+            only_head = self._before.only_head
+            return Ways(self._slots, scorer, inputs, self._before, kind, only_head)
         self.common.slots = self._slots
-        return self.common.under(self._slots.model, draws.count, self._stacks)
+        common = self.common.under(self._slots.model, draws.count, self._stacks)
+        return Ways(self._slots, scorer, inputs, common, kind)
+
+    def _shared_prefix(self, posterior: Drawable, length: int) -> SharedPrefix:
+        if not posterior.has_mean:
+            raise Refusal(
+                f"draws cannot share a prefix: got a {type(posterior).__name__} without a mean "
+                "adapter to read it with; leave shared_prefix out"
+            )
+        return SharedPrefix(self._slots, length)
+
+    def _refuse_inexact_prefix(self, ways: Ways, length: int) -> None:
+        """Refuses a prefix for a model whose mean reads a prompt in two parts as another one."""
+        model = self._slots.model
+        verdicts = Verdicts.of(model)
+        kind = ("mean in two parts", ways.kind)
+        if verdicts.due(kind):
+            halves = SharedPrefix(self._slots, length)
+            with halves.computing(Chunk(0, 1, {}), Arrivals(1)) as reader:
+                read = checked(ways.scorer(reader, ways.inputs))[None]
+            whole = checked(ways.scorer(model, ways.inputs))
+            verdicts.put(kind, agrees(read, whole, 0, model))
+        if verdicts.wrong(kind):
+            raise Refusal(
+                f"draws cannot share a prefix: a {type(base_of(model)).__name__} gives other "
+                "logits where it reads a prompt in two parts, got a difference beyond rounding, "
+                "expected none; leave shared_prefix out"
+            )
 
     def chunks(self, inputs: Batch, draws: Draws) -> Iterator[Chunk]:
         """The draws of each pass; all of them in one where only the output head is drawn."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from bayestune.adapters import Slots, base_of
+from bayestune.adapters import Arrivals, Slots, base_of
 from bayestune.errors import Refusal
 from bayestune.forward.draws import Chunk
 from bayestune.forward.kept_tokens import cache_argument
@@ -53,16 +53,23 @@ class SharedPrefix(nn.Module):
         self._cache = cache
         self._takes_keep = "logits_to_keep" in inspect.signature(base.forward).parameters
         self._chunk = Chunk(0, 1, {})
+        self._arrivals = Arrivals(1)
         self._read: DynamicCache | None = None
 
     def get_base_model(self) -> nn.Module:
         """The base model, as PEFT gives it."""
         return base_of(self.model)
 
+    @property
+    def way(self) -> str:
+        """What the last pass shared."""
+        return "mean's prefix"
+
     @contextmanager
-    def computing(self, chunk: Chunk) -> Iterator[nn.Module]:
+    def computing(self, chunk: Chunk, arrivals: Arrivals) -> Iterator[nn.Module]:
         """For the time of a pass over S·N rows under some of the draws."""
         self._chunk = chunk
+        self._arrivals = arrivals
         yield self
 
     def forward(
@@ -87,7 +94,7 @@ class SharedPrefix(nn.Module):
         if split > 0:
             rest[self._cache] = self._known(inputs, split, **rest)
             inputs = {name: _end(name, value, split) for name, value in inputs.items()}
-        with self.slots.holding(self._chunk.stacks):
+        with self.slots.holding(self._chunk.stacks, self._arrivals):
             return self.model(**inputs, use_cache=split > 0, **rest)
 
     def _known(self, inputs: Mapping[str, Tensor], split: int, **rest: Any) -> DynamicCache:

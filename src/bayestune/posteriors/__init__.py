@@ -12,7 +12,7 @@ from bayestune.posteriors.mixture import Mixture
 from bayestune.posteriors.noisy_passes import Dropout, TokenNoise
 from bayestune.posteriors.point import Point
 from bayestune.posteriors.posterior import KINDS, AdapterPosterior, Posterior, Saved
-from bayestune.posteriors.prediction import Prediction, count_for, predict
+from bayestune.posteriors.prediction import Prediction, count_for, predict, refuse_one_class
 from bayestune.posteriors.scaled import Scaled
 from bayestune.posteriors.storage import (
     DETAILS,
@@ -55,6 +55,7 @@ __all__ = [
     "load_posterior",
     "predict",
     "read_details",
+    "refuse_one_class",
     "save_adapter",
     "save_posterior",
 ]

@@ -1,5 +1,6 @@
 """Independent Gaussians in the adapter's slots: what BLoB, BBB, TFB and IVON return."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -34,11 +35,29 @@ class Gaussian(AdapterPosterior):
         return self.slots.of_kind(GaussianLinear)
 
     def draw(self, index: int, seed: int = 0) -> dict[str, Tensor]:
-        """One held draw M + Ω∘E of every Gaussian slot."""
-        return {
-            name: held_weights(slot.weight, slot.std, seed, index, name.removesuffix(".lora_A"))
-            for name, slot in self.layers().items()
-        }
+        """One held draw M + Ω∘E of every Gaussian slot.
+
+        Raises:
+            Refusal: if σ is gone from the model: PEFT's hotswap sets it to 0.
+        """
+        layers = self.layers()
+        self._refuse_without_std(layers)
+        weights = {}
+        for name, slot in layers.items():
+            path = name.removesuffix(".lora_A")
+            weights[name] = held_weights(slot.weight, slot.std, seed, index, path)
+        return weights
+
+    def _refuse_without_std(self, layers: Mapping[str, GaussianLinear]) -> None:
+        fits = all(slot.weight.shape == slot.root_std.shape for slot in layers.values())
+        if fits and any(slot.root_std.any() for slot in layers.values()):
+            return
+        got = "standard deviations of 0" if fits else "standard deviations of another rank"
+        raise Refusal(
+            f"the adapter {self.adapter!r} has lost its noise: got {got} in {len(layers)} layers, "
+            "expected positive ones of the weights' shapes; hotswap_adapter exchanges weights and "
+            "sets to 0 what the new adapter does not have; use load_posterior instead"
+        )
 
     def state(self) -> State:
         """G of each Gaussian slot, and how the training noise was made."""

@@ -9,8 +9,16 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from bayestune.adapters import Slots, held_noise, split_name
-from bayestune.curvature import Block, Diagonal, Kronecker, Trace, semidefinite_root, traced
+from bayestune.adapters import OtherRows, Slots, held_noise, split_name
+from bayestune.curvature import (
+    Block,
+    Diagonal,
+    Kronecker,
+    Trace,
+    semidefinite_root,
+    some_rows,
+    traced,
+)
 from bayestune.errors import Refusal
 from bayestune.forward import Batch, Draws, on_device
 from bayestune.posteriors.posterior import AdapterPosterior, Saved, SingleAdapter, State
@@ -108,7 +116,7 @@ class Linearised(_Laplace):
         num_rows = min(len(value) for value in inputs.values())
         pieces: list[tuple[Tensor, Tensor]] = []
         for start in range(0, num_rows, self.max_rows):
-            rows = _rows(inputs, num_rows, start, start + self.max_rows)
+            rows = some_rows(inputs, start, min(start + self.max_rows, num_rows))
             pieces.extend(self._moments(rows, values))
         mean = torch.cat([mean for mean, _ in pieces])
         covariance = torch.cat([covariance for _, covariance in pieces], 1)
@@ -117,18 +125,27 @@ class Linearised(_Laplace):
     def _moments(
         self, inputs: Batch, precisions: Sequence[float]
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The moments of some rows, which are halved until the Jacobians fit in `max_bytes`."""
+        """The moments of some rows, which are halved until the Jacobians fit in `max_bytes`.
+
+        They are also halved, down to one row, where the model's layers do not see the rows.
+        """
         slots = self.slots.replaceable(list(self.blocks))
-        trace = traced(self.model, self.scorer, inputs, slots)
-        num_rows = len(trace.logits)
-        size = sum(math.prod(block.shape) for block in self.blocks.values())
-        if num_rows == 1 or 4 * trace.logits.numel() * size <= self.max_bytes:
-            yield trace.logits.detach(), self._covariance(trace, precisions)
-            return
-        del trace  # frees the graph
+        num_rows = min(len(value) for value in inputs.values())
+        try:
+            trace = traced(self.model, self.scorer, inputs, slots)
+        except OtherRows:
+            if num_rows == 1:
+                raise
+        else:
+            num_rows = len(trace.logits)
+            size = sum(math.prod(block.shape) for block in self.blocks.values())
+            if num_rows == 1 or 4 * trace.logits.numel() * size <= self.max_bytes:
+                yield trace.logits.detach(), self._covariance(trace, precisions)
+                return
+            del trace  # frees the graph
         half = num_rows // 2
-        yield from self._moments(_rows(inputs, num_rows, 0, half), precisions)
-        yield from self._moments(_rows(inputs, num_rows, half, num_rows), precisions)
+        yield from self._moments(some_rows(inputs, 0, half), precisions)
+        yield from self._moments(some_rows(inputs, half, num_rows), precisions)
 
     def _covariance(self, trace: Trace, precisions: Sequence[float]) -> Tensor:
         """Σ over blocks of J·(H + λI)⁻¹·Jᵀ, (number of λ, N, C, C), from C backward passes."""
@@ -187,12 +204,6 @@ def gaussian_logits(mean: Tensor, covariance: Tensor, draws: Draws) -> Tensor:
 def _noise(indices: range, seed: int, classes: int) -> Tensor:
     """z (S, C): the same for all rows, and the first C of a wider batch's."""
     return torch.stack([held_noise((classes,), seed, index, "laplace") for index in indices])
-
-
-def _rows(inputs: Batch, num_rows: int, start: int, stop: int) -> dict[str, Tensor]:
-    """Some rows of a batch, in which a tensor may have several consecutive entries a row."""
-    sizes = {name: len(value) // num_rows for name, value in inputs.items()}
-    return {name: inputs[name][start * size : stop * size] for name, size in sizes.items()}
 
 
 def _on(block: Block, device: torch.device | str) -> Block:

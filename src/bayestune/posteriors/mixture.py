@@ -7,7 +7,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from bayestune.adapters import Slots, active
+from bayestune.adapters import Slots, active, exclusive
 from bayestune.errors import Refusal
 from bayestune.forward import Batch, ClassLogits, Draws, Plan, drawn_logits
 from bayestune.posteriors.fit_report import FitReport
@@ -81,6 +81,10 @@ class Mixture(Posterior):
             raise Refusal(
                 f"a mixture of {len(self.members)} has no mean: got draws=0, expected 1 or more"
             )
+        with exclusive(self.model):
+            return self._logits_of_several(inputs, draws)
+
+    def _logits_of_several(self, inputs: Batch, draws: Draws) -> Tensor:
         if self._runs_in_one_pass():
             with active(self.model, self.adapter, alone=True), draws.precision(self.model):
                 return drawn_logits(self, inputs, draws, self._plan)

@@ -6,9 +6,17 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from bayestune.adapters import GaussianLinear, Noise, Slots, evaluating
+from bayestune.adapters import (
+    GaussianLinear,
+    Noise,
+    Slots,
+    check_arrived,
+    eagerly,
+    evaluating,
+    watching,
+)
 from bayestune.errors import Refusal
-from bayestune.forward import Batch, Draws, on_device, repeat_rows, seeded
+from bayestune.forward import Batch, Draws, checked, on_device, repeat_rows, seeded
 from bayestune.posteriors.gaussian import Gaussian
 from bayestune.posteriors.posterior import Saved, SingleAdapter, State
 
@@ -40,13 +48,18 @@ class Dropout(SingleAdapter):
         inputs = on_device(inputs, self.model)
         step = draws.at_once(inputs)
         parts = []
-        for start in range(0, draws.count, step):
-            size = min(step, draws.count - start)
-            with evaluating(self.model), seeded(self.model, draws.seed, draws.first + start):
-                for module in dropouts(self.slots):
-                    module.train()
-                logits = self.scorer(self.model, repeat_rows(inputs, size))
-            parts.append(logits.unflatten(0, (size, -1)))
+        slots = self.slots
+        modules = dropouts(slots)
+        watched = watching({str(number): module for number, module in enumerate(modules)})
+        with eagerly(slots.compiled), watched as arrivals:
+            for start in range(0, draws.count, step):
+                size = min(step, draws.count - start)
+                with evaluating(slots.model), seeded(slots.model, draws.seed, draws.first + start):
+                    for module in modules:
+                        module.train()
+                    logits = checked(self.scorer(slots.model, repeat_rows(inputs, size)))
+                parts.append(logits.unflatten(0, (size, -1)))
+        check_arrived(arrivals, slots.layers, slots.adapter)
         return torch.cat(parts)
 
 
@@ -79,19 +92,23 @@ class TokenNoise(SingleAdapter):
     def _drawn(self, inputs: Batch, draws: Draws) -> Tensor:
         self.refuse_shared_prefix(draws)
         inputs = on_device(inputs, self.model)
-        layers = list(self.slots.of_kind(GaussianLinear).values())
+        slots = self.slots
+        found = slots.of_kind(GaussianLinear)
+        layers = list(found.values())
         kinds: list[Noise] = [layer.noise for layer in layers]
         passes = []
         try:
-            for index in draws.indices:
-                with evaluating(self.model), seeded(self.model, draws.seed, index):
-                    for layer in layers:
-                        layer.noise = "token"
-                        layer.training = True
-                    passes.append(self.scorer(self.model, inputs))
+            with eagerly(slots.compiled), watching(found) as arrivals:
+                for index in draws.indices:
+                    with evaluating(slots.model), seeded(slots.model, draws.seed, index):
+                        for layer in layers:
+                            layer.noise = "token"
+                            layer.training = True
+                        passes.append(checked(self.scorer(slots.model, inputs)))
         finally:
             for layer, kind in zip(layers, kinds, strict=True):
                 layer.noise = kind
+        check_arrived(arrivals, slots.layers, slots.adapter)
         return torch.stack(passes)
 
     def state(self) -> State:

@@ -8,7 +8,15 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from bayestune.adapters import ADAPTER, Slots, active, split_name
+from bayestune.adapters import (
+    ADAPTER,
+    Slots,
+    active,
+    check_mean_arrives,
+    exclusive,
+    refuse_inside_drawn,
+    split_name,
+)
 from bayestune.errors import Refusal
 from bayestune.forward import Batch, ClassLogits, Draws, Plan, drawn_logits, mean_logits
 from bayestune.posteriors.fit_report import FitReport
@@ -123,8 +131,15 @@ class SingleAdapter(Posterior):
         return Slots(self.model, self.adapter)
 
     def logits(self, inputs: Batch, draws: Draws) -> Tensor:
-        """As of every posterior."""
-        with active(self.model, self.adapter), draws.precision(self.model):
+        """As of every posterior; other threads on the same model wait.
+
+        Raises:
+            Refusal: if the adapter is disabled, or its slots hold other draws.
+        """
+        asked = active(self.model, self.adapter)
+        with exclusive(self.model), asked, draws.precision(self.model):
+            refuse_inside_drawn(self.model, self.adapter)
+            check_mean_arrives(self.model, self.adapter)
             if draws.count == 0:
                 return mean_logits(self.model, self.scorer, inputs)
             return self._drawn(inputs, draws)

@@ -41,17 +41,35 @@ class Prediction:
     def of(cls, logits: Tensor) -> Self:
         """The predictive of logits (S, N, C), in float64; -inf marks options a row does not have.
 
+        Raises:
+            Refusal: if there is a single class, whose probability would be 1 whatever its logit is.
+
         Example:
             >>> two_sure_draws_that_disagree = torch.tensor([[[30.0, 0.0]], [[0.0, 30.0]]])
             >>> prediction = Prediction.of(two_sure_draws_that_disagree)
             >>> prediction.probabilities.tolist(), round(prediction.mutual_information.item(), 4)
             ([[0.5, 0.5]], 0.6931)
         """
+        refuse_one_class(logits)
         draws = logits.double().softmax(-1)
         probabilities = draws.mean(0)
         total = torch.special.entr(probabilities).sum(-1)
         expected = torch.special.entr(draws).sum(-1).mean(0)
         return cls(probabilities, total, expected, (total - expected).clamp_min(0))
+
+
+def refuse_one_class(logits: Tensor) -> None:
+    """Refuses logits (…, C) of a single class.
+
+    Raises:
+        Refusal: if C is 1.
+    """
+    if logits.shape[-1] == 1:
+        raise Refusal(
+            "one logit has no probabilities of classes: got logits of shape "
+            f"{tuple(logits.shape)}, expected two classes or more; use num_labels=2 for a yes or "
+            "no, or take `posterior.logits` as they are, such as for regression"
+        )
 
 
 def count_for(posterior: Posterior, draws: int) -> int:

@@ -1,15 +1,20 @@
 """Text scoring: a language model's likelihoods of the options' texts."""
 
 import inspect
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from types import SimpleNamespace
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from bayestune.adapters import group_rows
-from bayestune.data import Question
+from bayestune.adapters import base_of, evaluating, group_rows
+from bayestune.data import Question, Task
+from bayestune.errors import Refusal
+from bayestune.forward import agrees, has_own_window, on_device
 from bayestune.scoring.last_logits import last_logits
 from bayestune.scoring.scorer import Encoded, Scorer, option_mask
 from bayestune.scoring.tokens import (
@@ -20,6 +25,9 @@ from bayestune.scoring.tokens import (
     token_ids,
 )
 
+# What was found of each model, for as long as it lives.
+_FITS: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+_PACKS: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 Layout = Literal["packed", "expanded"]
 
 # What a position belongs to: the question, nothing, or the option of that number, from 0.
@@ -28,7 +36,16 @@ _PADDING = -1
 
 
 def can_pack(model: nn.Module) -> bool:
-    """Whether a model takes the packed layout: its tokens go by mask and position ids alone."""
+    """Whether a model takes the packed layout: its tokens go by mask and position ids alone.
+
+    Its settings say so, and two options, packed, have the logits that they have expanded.
+    """
+    base = base_of(model)
+    return _goes_by_mask(base) and _packs_exactly(base)
+
+
+def _goes_by_mask(model: nn.Module) -> bool:
+    """What the settings say."""
     config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
     kinds = getattr(config, "layer_types", None) or ["full_attention"]
     has_window = getattr(config, "sliding_window", None) is not None
@@ -37,7 +54,7 @@ def can_pack(model: nn.Module) -> bool:
     by_place = getattr(model, "_is_stateful", False) or getattr(config, "alibi", False)
     takes_mask = config._attn_implementation in ("sdpa", "eager")
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-    sees_all = set(kinds) == {"full_attention"} and not slides
+    sees_all = set(kinds) == {"full_attention"} and not slides and not has_own_window(config)
     return takes_mask and takes_positions and sees_all and not by_place
 
 
@@ -138,7 +155,14 @@ class TextScorer(Scorer):
         return {**batch, "targets": targets, "option": option, "source": source}
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        """Class logits (N, C), -inf for options that a row does not have."""
+        """Class logits (N, C), -inf for options that a row does not have.
+
+        Raises:
+            Refusal: if the layout is "packed" and the model's tokens go by more than mask and
+                position ids.
+        """
+        if self.layout == "packed":
+            _refuse_packing(model)
         mask = batch["option_mask"]
         targets = batch["targets"]
         source = batch["source"]
@@ -151,3 +175,33 @@ class TextScorer(Scorer):
         member = batch["option"][..., None] == numbers
         means = (likelihood[..., None] * member).sum(1) / member.sum(1).clamp_min(1)
         return means.reshape(mask.shape).masked_fill(~mask, -torch.inf)
+
+
+def _refuse_packing(model: nn.Module) -> None:
+    base = base_of(model)
+    if base not in _FITS:
+        _FITS[base] = not isinstance(base, PreTrainedModel) or _goes_by_mask(base)
+    if not _FITS[base]:
+        raise Refusal(
+            f'options cannot be packed for a {type(base).__name__}: got layout="packed", expected '
+            "a model with full attention whose tokens go by mask and position ids; use "
+            'layout="expanded"'
+        )
+
+
+def _packs_exactly(model: Any) -> bool:
+    """What a question with two options of a few tokens says, once for a model."""
+    if model not in _PACKS:
+        config = model.config.get_text_config()
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(config.vocab_size, (13,), generator=generator).tolist()
+        row = {"ids": tokens[:8], "options": [tokens[8:10], tokens[10:]]}
+        tokenizer: Any = SimpleNamespace(pad_token_id=0)
+        found = []
+        for layout in get_args(Layout):
+            bool_mask = config._attn_implementation == "sdpa"
+            scorer = TextScorer(tokenizer, Task("tried", (), ()), 300, layout, bool_mask)
+            with evaluating(model):
+                found.append(scorer(model, on_device(scorer.pad_rows([row]), model)))
+        _PACKS[model] = agrees(found[0][None], found[1], 0, model) is True
+    return _PACKS[model]
