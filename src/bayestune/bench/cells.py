@@ -10,7 +10,7 @@ from bayestune.data import Task, check_trainable
 from bayestune.errors import Refusal
 from bayestune.evaluation import EvaluationOptions
 from bayestune.methods import METHODS, Method, Settings, changed, described, make_method
-from bayestune.session import Dtype, TaskOptions, shown
+from bayestune.session import Dtype, TaskOptions, put_as_fitted, say_seen, shown
 from bayestune.training import Training
 
 
@@ -114,10 +114,21 @@ class Grid:
         loaded = {name: replace(self.options(name).load(), name=name) for name in names}
         for name in self.tasks:
             check_trainable(loaded[name])
+            self._refuse_rows_of_others(name, loaded)
         if empty := [name for name in tested if not loaded[name].evaluation]:
             lack = f"task {empty[0]} has no evaluation rows: got none, expected some"
             raise Refusal(f"{lack}; evaluate on others")
         return loaded
+
+    def _refuse_rows_of_others(self, name: str, loaded: Mapping[str, Task]) -> None:
+        """Refuses rows that could not be put as those of a task's fit, before any fit."""
+        own = loaded[name]
+        scoring = self.options(name).scoring
+        if scoring == "head":
+            own = own.in_class_order()
+        say_seen(name, len(own.seen), len(own.evaluation))
+        for other in self.evaluated(name):
+            put_as_fitted(loaded[other], own.prompt, scoring, own.class_names)
 
     def cells(self, tasks: Mapping[str, Task]) -> list[Cell]:
         """The cells on the tasks of `load_all`, seed by seed, task by task, method by method.

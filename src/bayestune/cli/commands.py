@@ -10,7 +10,7 @@ from jsonargparse import Namespace
 from bayestune.adapters import detach
 from bayestune.bench import PLAN, Grid, collect, run_bench
 from bayestune.cli.options import Output, built, chosen_methods
-from bayestune.data import TASKS, load_rows, own_task
+from bayestune.data import load_rows, own_task, prompt_of
 from bayestune.evaluation import EvaluationOptions, append_results, prediction_rows, read_records
 from bayestune.forward import Draws
 from bayestune.jsonl import write_json_lines
@@ -57,7 +57,8 @@ def predict(o: Namespace) -> None:
     if o.output and o.output.exists() and not o.overwrite:
         said = f"{o.output} is there already: choose another --output, or give --overwrite"
         raise FileExistsError(said)
-    options = TaskOptions(evaluation_data=o.input, options=tuple(o.options))
+    asked = {"options": tuple(o.options), "answer_is": o.answer_is}
+    options = TaskOptions(evaluation_data=o.input, **asked)
     session = Session.of_posterior(o.posterior, options, o.model, labelled=False)
     session = replace(session, progress=o.output is not None)
     draws = Draws(o.draws, o.draw_seed, shared_prefix=o.shared_prefix)
@@ -74,10 +75,10 @@ def bayesianise(o: Namespace) -> None:
     output = Output.of(o)
     method = built(TFB, o, base=MLE())
     options = built(TaskOptions, o, data=o.anchor)
-    rows = load_rows(o.anchor, options.options)[: method.anchors]
+    rows = load_rows(o.anchor, options.options, answer_is=options.answer_is)[: method.anchors]
     task = own_task(o.anchor.stem, rows, ())
-    if options.task in TASKS and options.task != TaskOptions.task:  # a task named for its prompt
-        task = replace(task, prompt=TASKS[options.task].prompt)
+    if options.task is not None:  # a task named for its prompt
+        task = replace(task, prompt=prompt_of(options.task))
     name = o.model or base_name(o.adapter)
     loaded = open_model(name, o.dtype, num_classes(task, options.scoring))
     session = Session.of(loaded, task, options)

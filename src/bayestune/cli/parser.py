@@ -15,6 +15,7 @@ from bayestune.bench import Grid, Launcher
 from bayestune.cli import commands
 from bayestune.cli.demo import demo
 from bayestune.cli.presets import ConfigOrPreset
+from bayestune.data import AnswerIs
 from bayestune.evaluation import EvaluationOptions
 from bayestune.methods import METHODS, TFB
 from bayestune.report import Style
@@ -77,6 +78,7 @@ def _add_predict(parser: Parser) -> None:
     _add_reading(parser)
     parser.needed("input", "JSONL or CSV: question, options, perhaps answer")
     parser.option("options", list[str], [], "the options of rows that have none")
+    parser.option("answer_is", AnswerIs | None, None, "of answers: index, letter or text")
     parser.option("draws", int, 10, "posterior draws; 0 for the mean")
     parser.option("draw_seed", int, 0, "of the held draws")
     parser.option("shared_prefix", int | None, None, "approximate: draw a prompt's end only")
@@ -97,7 +99,7 @@ def _add_bayesianise(parser: Parser) -> None:
     parser.option("model", str | None, None, "the base model, where not the adapter's own")
     parser.option("dtype", Dtype, "float32", "of the base model's weights")
     parser.option("bf16", bool, False, "bfloat16 autocast")
-    put = ("task", "options", "scoring", "max_length")
+    put = ("task", "options", "scoring", "max_length", "answer_is")
     others = [field.name for field in fields(TaskOptions) if field.name not in put]
     parser.add_class_arguments(TaskOptions, skip={*others})
     parser.add_class_arguments(TFB, skip={"base"})

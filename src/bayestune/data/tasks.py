@@ -1,6 +1,7 @@
 """A task: rows to train on, to choose on and to evaluate on; and the table of public tasks."""
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 from bayestune.data import prompts
 from bayestune.data.prompts import Prompt
 from bayestune.data.questions import Question
-from bayestune.errors import Refusal
+from bayestune.errors import Refusal, nearest
 from bayestune.jsonl import JsonRow, read_json_lines
 
 Parse = Callable[[JsonRow, str], Question]
@@ -114,6 +115,47 @@ class Task:
     held_out: tuple[Question, ...] = ()
     prompt: Prompt = prompts.CHOICES
 
+    def __post_init__(self) -> None:
+        for part in ("held_out", "evaluation"):
+            counts = Counter(row.id for row in getattr(self, part))
+            (key, count), *_ = counts.most_common(1) or [("", 0)]
+            if count > 1:
+                raise Refusal(
+                    f"rows of {part} share an id: got {key!r} {count} times, expected an id for "
+                    "each row, by which results are paired; number them"
+                )
+
+    @property
+    def seen(self) -> tuple[Question, ...]:
+        """The evaluation rows that stand in train too, by their content."""
+        known = {row.fingerprint for row in self.train}
+        return tuple(row for row in self.evaluation if row.fingerprint in known)
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """The options that all rows have, in the order of the first one; None if they differ."""
+        rows = (*self.train, *self.held_out, *self.evaluation)
+        alike = {frozenset(row.options) for row in rows}
+        return rows[0].options if len(alike) == 1 else None
+
+    def in_class_order(self, classes: Sequence[str] | None = None) -> "Task":
+        """The task with every row's options in one order, as a classification head has classes.
+
+        Args:
+            classes: the order; None for that of the first row.
+
+        Raises:
+            Refusal: if a row has other options.
+        """
+        rows = (*self.train, *self.held_out, *self.evaluation)
+        if not rows:
+            return self
+        order = tuple(classes or rows[0].options)
+        parts = {}
+        for part in ("train", "held_out", "evaluation"):
+            parts[part] = tuple(row.with_options(order) for row in getattr(self, part))
+        return replace(self, **parts)
+
     def subset(
         self,
         train: int | None = None,
@@ -172,16 +214,27 @@ def load_task(name: str, data_root: Path | None = None) -> Task:
         Refusal: if the name is not in the table, or a row cannot be read.
         FileNotFoundError: if the directory lacks a file.
     """
-    if name not in TASKS:
-        raise Refusal(
-            f"unknown task: got {name!r}, expected one of {sorted(TASKS)} or your own --data"
-        )
-    source = TASKS[name]
+    source = _source(name)
     if source.hub_id == "everyday" and data_root is None:
         data_root = Path(__file__).parent
     train = _questions(source, source.train, data_root) if source.train else ()
     evaluation = _questions(source, source.evaluation, data_root)
     return Task(name, train, evaluation, prompt=source.prompt)
+
+
+def prompt_of(name: str) -> Prompt:
+    """The prompt of a task of the table."""
+    return _source(name).prompt
+
+
+def _source(name: str) -> Source:
+    if name not in TASKS:
+        alike = nearest(name, TASKS)
+        hint = f"; did you mean {alike!r}?" if alike else ""
+        raise Refusal(
+            f"unknown task: got {name!r}, expected one of {sorted(TASKS)} or your own --data{hint}"
+        )
+    return TASKS[name]
 
 
 def _questions(source: Source, split: str, data_root: Path | None) -> tuple[Question, ...]:

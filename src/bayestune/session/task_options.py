@@ -1,11 +1,27 @@
 """Which questions a session is about, and how they are put."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from bayestune.data import Scoring, Task, load_rows, load_task, own_task
+from bayestune.data import (
+    TASKS,
+    AnswerIs,
+    Question,
+    Scoring,
+    Task,
+    checked_options,
+    load_rows,
+    load_task,
+    own_task,
+)
+from bayestune.errors import COUNT, PART, SEED, Refusal, check_fields
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_TASK = "everyday"
 
 # What a fit settles, whichever rows its posterior is evaluated on.
 OF_THE_FIT = ("data", "scoring", "max_length", "holdout", "train_rows")
@@ -16,9 +32,9 @@ class TaskOptions:
     """Which questions, and how they are put.
 
     Args:
-        task: a task of the table; your own rows (`data`, `evaluation_data`) go before it.
+        task: a task of the table, instead of rows of your own; left out, a fit takes "everyday".
         data_root: a directory in the Hub's layout; None for the Hub.
-        data: your own training rows, a JSONL or CSV file.
+        data: your own training rows, a JSONL, CSV or parquet file.
         evaluation_data: your own evaluation rows.
         options: the options of every row of your files that has none of its own.
         scoring: "letter" compares the answer tokens' logits, "text" the likelihoods of the options'
@@ -28,9 +44,11 @@ class TaskOptions:
         train_rows: use at most so many training rows.
         evaluation_rows: use at most so many evaluation rows.
         subset_seed: of the choice of rows.
+        answer_is: what answers are in your files, "index" (from 0), "letter" or "text"; left out,
+            the reading that all rows of a file agree with.
     """
 
-    task: str = "everyday"
+    task: str | None = None
     data_root: Path | None = None
     data: Path | None = None
     evaluation_data: Path | None = None
@@ -41,22 +59,63 @@ class TaskOptions:
     train_rows: int | None = None
     evaluation_rows: int | None = None
     subset_seed: int = 0
+    answer_is: AnswerIs | None = None
+
+    def __post_init__(self) -> None:
+        if self.scoring not in get_args(Scoring):
+            raise Refusal(
+                f"unknown scoring: got {self.scoring!r}, expected one of {get_args(Scoring)}; "
+                "correct it"
+            )
+        if self.options:
+            checked_options(self.options, f"options={list(self.options)}")
+        check_fields(self, max_length=COUNT, train_rows=COUNT, evaluation_rows=COUNT)
+        check_fields(self, holdout=PART, subset_seed=SEED)
 
     def load(self, *, labelled: bool = True) -> Task:
-        """The task with its rows chosen; `evaluation_data` may lack answers if not `labelled`."""
-        train = load_rows(self.data, self.options) if self.data else ()
-        file = self.evaluation_data
-        test = load_rows(file, self.options, labelled=labelled) if file else ()
-        if train or test:
-            task = own_task(Path(self.data or file or "").stem, train, test)
+        """The task with its rows chosen; `evaluation_data` may lack answers if not `labelled`.
+
+        Raises:
+            Refusal: if a task of the table is named beside files, or `options` without files.
+        """
+        given = self.data or self.evaluation_data
+        if given and self.task in TASKS:
+            raise Refusal(
+                f"the rows are named twice: got the task {self.task!r} and the file {given}, "
+                "expected one of them; leave out the other"
+            )
+        if self.options and not given:
+            raise Refusal(
+                f"options are for rows of your own: got {list(self.options)} without a file, "
+                "expected data or evaluation_data; give one"
+            )
+        if not given:
+            task = load_task(self.named, self.data_root)
         else:
-            task = load_task(self.task, self.data_root)
+            train = self._rows(self.data)
+            test = self._rows(self.evaluation_data, labelled=labelled)
+            task = own_task(Path(given).stem, train, test)
         return task.subset(self.train_rows, self.evaluation_rows, self.holdout, self.subset_seed)
+
+    @property
+    def named(self) -> str:
+        """The task of the table, where there are no rows of one's own."""
+        return self.task or DEFAULT_TASK
+
+    def _rows(self, file: Path | None, *, labelled: bool = True) -> tuple[Question, ...]:
+        if file is None:
+            return ()
+        rows = load_rows(file, self.options, labelled=labelled, answer_is=self.answer_is)
+        if self.options and all(set(row.options) != set(self.options) for row in rows):
+            logger.warning("%s: `options` are not used: every row has its own", file.name)
+        return rows
 
     def recorded(self, fitted: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The options as records keep them: files by name, and what a fit settled as fitted."""
-        found = {}
+        found: dict[str, Any] = {}
         for name, value in asdict(self).items():
             found[name] = value.name if isinstance(value, Path) else value
+        if not (self.data or self.evaluation_data):
+            found["task"] = self.named
         settled = {name: value for name, value in (fitted or {}).items() if name in OF_THE_FIT}
         return {**found, **settled}
