@@ -7,8 +7,9 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from functools import cache
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 class Refusal(ValueError):
@@ -53,6 +54,7 @@ class Range:
         return bool(above and below)
 
 
+NUMERIC = Range("a finite number")
 COUNT = Range("a whole number of 1 or more", low=1, whole=True)
 NUMBER = Range("a whole number of 0 or more", low=0, whole=True)
 SEED = Range("a whole number from 0 to 2³² − 1", low=0, high=2**32 - 1, whole=True)
@@ -64,11 +66,21 @@ INNER_PART = Range("a number above 0 and below 1", low=0, high=1, open_low=True,
 
 
 def check_fields(settings: Any, **ranges: Range) -> None:
-    """Checks numbers among a dataclass's fields; None passes where it is the default.
+    """Checks numbers among a dataclass's fields, and every field that has a list of choices.
+
+    None passes where it is the default.
 
     Raises:
-        Refusal: if one lies outside of its range, or is not a number.
+        Refusal: if a number lies outside of its range or is none, or a choice is unknown.
     """
+    for name, choices in _choices(type(settings)).items():
+        value = getattr(settings, name)
+        if value not in choices:
+            alike = nearest(str(value), [str(choice) for choice in choices])
+            hint = f"; did you mean {alike!r}?" if alike else "; correct it"
+            raise Refusal(
+                f"{type(settings).__name__}.{name}: got {value!r}, expected one of {choices}{hint}"
+            )
     defaults = {field.name: field.default for field in fields(settings)}
     for name, allowed in ranges.items():
         value = getattr(settings, name)
@@ -79,3 +91,18 @@ def check_fields(settings: Any, **ranges: Range) -> None:
                 f"{type(settings).__name__}.{name}: got {value!r}, expected {allowed.said}; "
                 "correct it"
             )
+
+
+@cache
+def _choices(kind: type) -> dict[str, tuple[Any, ...]]:
+    """The values that each field of a dataclass may have, of those whose type lists them."""
+    hints = get_type_hints(kind)
+    found = {}
+    for field in fields(kind):
+        hint = hints[field.name]
+        optional = [each for each in get_args(hint) if get_origin(each) is Literal]
+        if get_origin(hint) is Literal:
+            found[field.name] = get_args(hint)
+        elif optional:
+            found[field.name] = (*get_args(optional[0]), None)
+    return found

@@ -7,7 +7,7 @@ from typing import Any
 
 from bayestune.bench.keys import digest, lasting, lasting_method, model_facts, place, slug
 from bayestune.data import Task, check_trainable
-from bayestune.errors import Refusal
+from bayestune.errors import SEED, Refusal
 from bayestune.evaluation import EvaluationOptions
 from bayestune.methods import METHODS, Method, Settings, changed, described, make_method
 from bayestune.session import Dtype, TaskOptions, put_as_fitted, say_seen, shown
@@ -84,6 +84,17 @@ class Grid:
     training: Training = field(default_factory=Training)
     predicting: EvaluationOptions = field(default_factory=EvaluationOptions)
     dtype: Dtype = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("models", "tasks", "methods", "seeds"):
+            given = list(getattr(self, name))
+            if not given or len(set(given)) < len(given):
+                raise Refusal(
+                    f"Grid.{name}: got {given}, expected one or more, each once; correct them"
+                )
+        wrong = [seed for seed in self.seeds if seed not in SEED]
+        if wrong:
+            raise Refusal(f"Grid.seeds: got {wrong}, expected {SEED.said}; correct them")
 
     def settings(self, task: str) -> TaskSettings:
         """What is different for a task; nothing for one that is only evaluated on."""

@@ -15,6 +15,7 @@ from bayestune.bench import Grid, Launcher
 from bayestune.cli import commands
 from bayestune.cli.demo import demo
 from bayestune.cli.presets import ConfigOrPreset
+from bayestune.cli.words import read_options_as_words, spelled_out
 from bayestune.data import AnswerIs
 from bayestune.evaluation import EvaluationOptions
 from bayestune.methods import METHODS, TFB
@@ -32,6 +33,13 @@ METHOD_HELP = ", ".join(METHODS)
 
 class Parser(ArgumentParser):
     """A parser whose options take a line each."""
+
+    def parse_args(self, args: Any = None, *more: Any, **given: Any) -> Any:
+        """Parses arguments in which options of rows are words."""
+        read_options_as_words()
+        return super().parse_args(
+            spelled_out(sys.argv[1:] if args is None else args), *more, **given
+        )
 
     def option(self, name: str, kind: Any, default: Any, text: str) -> None:
         """Adds an option that may be left out."""
@@ -145,7 +153,7 @@ COMMANDS: dict[str, tuple[Callable[[Namespace], int | None], Callable[[Parser], 
 def make_parser() -> ArgumentParser:
     """The parser of all commands; a command's docstring is its help."""
     about = bayestune.__doc__
-    parser = ArgumentParser(prog="bayestune", description=about, version=bayestune.__version__)
+    parser = Parser(prog="bayestune", description=about, version=bayestune.__version__)
     subcommands = parser.add_subcommands(dest="command")
     for name, (run, add_options) in COMMANDS.items():
         summary, _, _ = (run.__doc__ or name).partition("\n")

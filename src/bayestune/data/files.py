@@ -10,10 +10,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from bayestune.data.answers import Answered, AnswerIs, right_options
-from bayestune.data.columns import Columns, Fields, as_text, is_missing
+from bayestune.data.answer_readings import Answered, AnswerIs, right_options
+from bayestune.data.column_roles import Columns, Fields, as_text, is_missing
+from bayestune.data.file_kinds import GivenRow, given_rows
 from bayestune.data.questions import Question
-from bayestune.data.tables import GivenRow, given_rows
 from bayestune.errors import Refusal
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def load_rows(
     options = checked_options(options, f"options={list(options)}") if options else ()
     given = given_rows(path)
     if not given:
-        raise Refusal(f"{path.name} is empty: got no rows, expected at least one row")
+        raise Refusal(f"{path.name} is empty: expected at least one row; check the file")
     columns = Columns(path.name, [row.cells for row in given])
     fields = [columns.fields(row.cells, row.place) for row in given]
     own_options = [field.options is not None for field in fields]
@@ -99,7 +99,7 @@ def _text(row: GivenRow, field: Fields) -> str:
         got = sorted(map(str, row.cells))
         raise Refusal(
             f"row {row.place}: no column 'question' or 'text'; got the columns {got}, expected a "
-            "text in one; name or fill it"
+            "text in one of these; name and fill it"
         )
     if not text:
         raise Refusal(

@@ -116,14 +116,7 @@ class Task:
     prompt: Prompt = prompts.CHOICES
 
     def __post_init__(self) -> None:
-        for part in ("held_out", "evaluation"):
-            counts = Counter(row.id for row in getattr(self, part))
-            (key, count), *_ = counts.most_common(1) or [("", 0)]
-            if count > 1:
-                raise Refusal(
-                    f"rows of {part} share an id: got {key!r} {count} times, expected an id for "
-                    "each row, by which results are paired; number them"
-                )
+        check_ids(self.evaluation)
 
     @property
     def seen(self) -> tuple[Question, ...]:
@@ -201,6 +194,17 @@ class Task:
             held_out=tuple(row for row in rows[:count] if row.content not in known),
             evaluation=test,
         )
+
+
+def check_ids(rows: Sequence[Question]) -> None:
+    """Refuses rows to evaluate on that share an id."""
+    counts = Counter(row.id for row in rows)
+    for key, count in counts.most_common(1):
+        if count > 1:
+            raise Refusal(
+                f"rows to evaluate on share an id: got {key!r} {count} times, expected an id for "
+                "each row, by which results are paired; number them"
+            )
 
 
 def load_task(name: str, data_root: Path | None = None) -> Task:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from bayestune.adapters import PREFIX, Slots
-from bayestune.errors import Refusal
+from bayestune.errors import COUNT, NUMERIC, Refusal, check_fields
 from bayestune.posteriors import LowRank
 from bayestune.scoring import Scorer
 from bayestune.training import Training, fit_adapter
@@ -40,6 +40,7 @@ class Collector(TrainerCallback):
     rate: float
 
     def __post_init__(self) -> None:
+        check_fields(self, start=NUMERIC, rate=NUMERIC, rank=NUMERIC, every=COUNT)
         self.count = 0
         self.means: dict[str, Tensor] = {}
         # Σ (θ_i − θ̄)², summed as Welford does, because E[θ²] − E[θ]² would cancel

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 import torch
 
-from bayestune.data import Prompt, Question, Scoring, Task, check_trainable
+from bayestune.data import Prompt, Question, Scoring, Task, check_ids, check_trainable
 from bayestune.errors import Refusal
 from bayestune.evaluation import (
     Adaptive,
@@ -121,6 +121,7 @@ class Session:
                 f"no rows to evaluate on in {part!r} of {self.task.name}: got none, expected some; "
                 "give --evaluation_data or a --task that has them, or set --holdout"
             )
+        check_ids(rows)
         return rows
 
     def fit(

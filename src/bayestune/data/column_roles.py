@@ -132,9 +132,10 @@ class Columns:
                 continue
             meant = nearest(name, [known for known in _ROLE if known != "id"], cutoff=0.8)
             if meant and self._role(meant) not in found:
+                lacking = " or ".join(map(repr, ROLES[_ROLE[meant]][:2]))
                 raise Refusal(
-                    f"row {place}: got the column {name!r}, expected names such as {meant!r}; did "
-                    f"you mean {meant!r}? rename or drop it"
+                    f"row {place}: no column {lacking}; got the columns {sorted(names)}; did you "
+                    f"mean {meant!r} by {name!r}? rename or drop it"
                 )
             self._unused[name] = None
 
@@ -160,7 +161,9 @@ def _lettered(names: Collection[str]) -> list[str]:
             if stem or mark.isalpha():
                 kind = f"{stem} {'a' if mark.isalpha() else '1'}"
                 kinds.setdefault(kind, {})[mark] = name
-    runs = [[marks[mark] for mark in sorted(marks)] for marks in kinds.values()]
+    runs = []
+    for marks in kinds.values():
+        runs.append([marks[mark] for mark in sorted(marks)])
     starts = [run for run in runs if len(run) > 1 and run[0][-1] in "a01"]
     return max(starts, key=len, default=[])
 

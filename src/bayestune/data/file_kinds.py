@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
-from bayestune.data.columns import known_names, plain_name
+from bayestune.data.column_roles import known_names, plain_name
 from bayestune.errors import Refusal
 from bayestune.jsonl import JsonRow, json_row
 

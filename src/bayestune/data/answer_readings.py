@@ -5,6 +5,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from bayestune.data.questions import LETTERS
@@ -45,7 +46,7 @@ def right_options(rows: Sequence[Answered], answer_is: AnswerIs | None = None) -
         Refusal: if no reading fits all rows, or two fit and differ.
     """
     names = _candidates(rows, answer_is)
-    found = {name: [_read(name, row) for row in rows] for name in names}
+    found = {name: list(map(partial(_read, name), rows)) for name in names}
     fitting = {name: indices for name, indices in found.items() if None not in indices}
     if not fitting:
         raise _refusal(rows, found)
