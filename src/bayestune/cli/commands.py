@@ -37,16 +37,18 @@ def fit(o: Namespace) -> None:
         return
     output = Output.of(o)
     methods = chosen_methods([o.method], o)
+    training = built(Training, o, output=None)  # refused before a model is loaded
     session = Session.open(o.model, built(TaskOptions, o), o.dtype)
     output.prepare()
-    session.fit(methods[o.method], built(Training, o, output=None), output.folder)
+    session.fit(methods[o.method], training, output.folder)
     print(f"posterior in {output.folder}")
 
 
 def evaluate(o: Namespace) -> None:
     """Accuracy and calibration of a posterior on labelled questions."""
+    options = built(EvaluationOptions, o)
     session = Session.of_posterior(o.posterior, built(TaskOptions, o), o.model)
-    results = session.evaluate(session.load(o.posterior, o.bf16), built(EvaluationOptions, o))
+    results = session.evaluate(session.load(o.posterior, o.bf16), options)
     folder = o.output or o.posterior
     append_results(folder, results)
     print(render(summary_tables(read_records(folder))))
@@ -59,9 +61,9 @@ def predict(o: Namespace) -> None:
         raise FileExistsError(said)
     asked = {"options": tuple(o.options), "answer_is": o.answer_is}
     options = TaskOptions(evaluation_data=o.input, **asked)
+    draws = Draws(o.draws, o.draw_seed, shared_prefix=o.shared_prefix)
     session = Session.of_posterior(o.posterior, options, o.model, labelled=False)
     session = replace(session, progress=o.output is not None)
-    draws = Draws(o.draws, o.draw_seed, shared_prefix=o.shared_prefix)
     fitted = session.load(o.posterior, o.bf16)
     lines = prediction_rows(session.rows(), session.predict(fitted, draws, decided=o.decided))
     if o.output:
@@ -95,9 +97,10 @@ def compare(o: Namespace) -> None:
     """Fit and evaluate several methods on one task: table, picture, page."""
     output = Output.of(o)
     methods = chosen_methods(o.methods, o)
-    session = Session.open(o.model, built(TaskOptions, o), o.dtype)
     training = built(Training, o, output=None)
-    compare_methods(session, methods, training, built(EvaluationOptions, o), output, o.on)
+    predicting = built(EvaluationOptions, o)
+    session = Session.open(o.model, built(TaskOptions, o), o.dtype)
+    compare_methods(session, methods, training, predicting, output, o.on)
 
 
 def compare_methods(

@@ -184,9 +184,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given.insert(1, "--config")
     parser = make_parser()
     parsed = parser.parse_args(given)
-    options = parser.instantiate(parsed)
     run, _ = COMMANDS[parsed.command]
     try:
+        options = parser.instantiate(parsed)
         return run(options[parsed.command]) or 0
     except KeyboardInterrupt as error:
         said = error if isinstance(error, Interrupted) else "interrupted"

@@ -1,4 +1,4 @@
-"""Options of rows are words: `[yes, no]` is not two truth values, on the command line or in YAML."""
+"""Options of rows are words: `[yes, no]` is no pair of truth values, as an argument or in YAML."""
 
 import json
 import re
@@ -35,7 +35,7 @@ def spelled_out(arguments: Sequence[str]) -> list[str]:
 def _quoted(text: str) -> str:
     """A list of words in JSON; a text that is none as it stands."""
     try:
-        words = yaml.load(text, Loader=yaml.BaseLoader)  # noqa: S506: it makes texts alone
+        words = yaml.load(text, Loader=yaml.BaseLoader)
     except yaml.YAMLError:
         return text
     if isinstance(words, str):

@@ -127,6 +127,8 @@ def _refuse_without_options(given: Sequence[GivenRow], fields: Sequence[Fields])
     lacking = [row.place for row, field in zip(given, fields, strict=True) if field.options is None]
     if not lacking:
         return
+    for row, field in zip(given, fields, strict=True):
+        _text(row, field)  # a row without a question lacks more
     words = sorted({str(f.answer).strip() for f in fields if isinstance(f.answer, str)})
     advice = f", such as {json.dumps(words, ensure_ascii=False)}" if 1 < len(words) <= 26 else ""
     raise Refusal(

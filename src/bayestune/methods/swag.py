@@ -40,7 +40,6 @@ class Collector(TrainerCallback):
     rate: float
 
     def __post_init__(self) -> None:
-        check_fields(self, start=NUMERIC, rate=NUMERIC, rank=NUMERIC, every=COUNT)
         self.count = 0
         self.means: dict[str, Tensor] = {}
         # Σ (θ_i − θ̄)², summed as Welford does, because E[θ²] − E[θ]² would cancel
@@ -144,6 +143,7 @@ class SWAG:
     every: int | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self, start=NUMERIC, rate=NUMERIC, rank=NUMERIC, every=COUNT)
         too_often = self.every is not None and self.every < 1
         if not 0 <= self.start < 1 or self.rate <= 0 or self.rank < 2 or too_often:
             raise Refusal(

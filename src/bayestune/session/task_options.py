@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from bayestune.data import (
     TASKS,
@@ -62,11 +62,6 @@ class TaskOptions:
     answer_is: AnswerIs | None = None
 
     def __post_init__(self) -> None:
-        if self.scoring not in get_args(Scoring):
-            raise Refusal(
-                f"unknown scoring: got {self.scoring!r}, expected one of {get_args(Scoring)}; "
-                "correct it"
-            )
         if self.options:
             checked_options(self.options, f"options={list(self.options)}")
         check_fields(self, max_length=COUNT, train_rows=COUNT, evaluation_rows=COUNT)
