@@ -134,6 +134,11 @@ def test_quoted_line_ends_and_thousands_of_rows(tmp_path):
         ("own.jsonl", "\n{}\n{", r"own\.jsonl, line 3: not a JSON object"),
         ("own.jsonl", '{"text": "a", "text": "b"}', r"line 1: got \['text'\] more than once"),
         ("own.json", '{"text": {"0": "a"}}', r"got the question .*'0': 'a'.*orient=.records."),
+        (
+            "own.jsonl",
+            '{"text": "a \\ud800"}',
+            "jsonl:1: got the question .* half a character",
+        ),
         ("own.csv", "a ticket,billing\n", r"is empty: expected at least one row"),
     ],
 )
@@ -211,6 +216,8 @@ def test_columns_that_are_not_used_are_named(tmp_path, caplog):
         ),
         ({"question": "q", "options": {"A": "x", "B": "y"}, "answer": "y"}, (), "y"),
         ({"question": "q", "options": {"A": "x", "B": "y"}, "answer": "B"}, (), "y"),
+        ({"question": "q", "article": "p", "options": ["x", "y"], "answer": "B"}, (), "y"),
+        ({"premise": "p", "hypothesis": "q", "label": 2}, ("e", "n", "c"), "c"),
         ({"question": "q", "passage": "p", "answer": True}, ("no", "yes"), "yes"),
         ({"question": "q", "subject": "s", "choices": ["x", "y"], "answer": 1}, (), "y"),
         ({"sentence": "_", "option1": "x", "option2": "y", "answer": "y"}, (), "y"),

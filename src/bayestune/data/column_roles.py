@@ -13,17 +13,24 @@ from bayestune.jsonl import JsonRow
 logger = logging.getLogger(__name__)
 
 ROLES = {
-    "question": ("question", "text", "sentence", "question_stem"),
-    "context": ("context", "passage"),
+    "question": (
+        *("question", "text", "sentence", "question_stem"),
+        *("query", "prompt", "hypothesis", "sentence2"),
+    ),
+    "context": (
+        *("context", "passage", "article", "paragraph"),
+        *("support", "premise", "sentence1"),
+    ),
     "options": ("options", "choices"),
     "answer": ("answer", "label", "answerkey", "answer_key", "correct_answer"),
     "id": ("id",),
 }
+_PLAIN = {"question", "text", "context", "passage", "options", "choices", "answer", "label", "id"}
 _ROLE = {name: role for role, names in ROLES.items() for name in names}
 _UNSAID = re.compile(r"|unnamed:_\d+|index|idx|__index_level_0__|level_0")
 _LETTERED = re.compile(r"(option|choice|opt|op|answer|ending|sol|)_?([a-j]|\d)")
 # how programs write a value that is missing, where a text is expected
-_MISSING = frozenset(("nan", "NaN", "NAN", "null", "NULL", "None", "<NA>", "NaT", "#N/A"))
+MISSING_WORDS = frozenset(("nan", "NaN", "NAN", "null", "NULL", "None", "<NA>", "NaT", "#N/A"))
 
 
 def known_names() -> Collection[str]:
@@ -49,7 +56,7 @@ def as_text(value: object, what: str, place: str) -> str:
     Raises:
         Refusal: if it is a list, an object or a truth value.
     """
-    if is_missing(value) or (isinstance(value, str) and value.strip() in _MISSING):
+    if is_missing(value) or (isinstance(value, str) and value.strip() in MISSING_WORDS):
         return ""
     if isinstance(value, float) and value.is_integer():
         return str(int(value))  # a whole number beside missing ones
@@ -58,7 +65,27 @@ def as_text(value: object, what: str, place: str) -> str:
             f"row {place}: got {what} {value!r}, expected a text; one object for each row (pandas: "
             'to_json(orient="records", lines=True))'
         )
-    return str(value)
+    return _whole(str(value), what, place)
+
+
+def as_option(value: object, place: str) -> str:
+    """One of a row's options as text, as it is written.
+
+    Raises:
+        Refusal: if it holds nothing, or is a list or an object.
+    """
+    if is_missing(value) or isinstance(value, list | dict):
+        raise Refusal(f"{place}: got the option {value!r}, expected a text; fill it or drop it")
+    return _whole(str(value).strip(), "the option", place)
+
+
+def _whole(text: str, what: str, place: str) -> str:
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise Refusal(
+            f"row {place}: got {what} {text!r} with half a character, expected Unicode; mend it "
+            "where it was cut"
+        )
+    return text
 
 
 @dataclass(frozen=True)
@@ -85,6 +112,7 @@ class Columns:
         plain = [_filled(row) for row in rows]
         self._text_is_context = any({"question", "text"} <= cells.keys() for cells in plain)
         self._unused: dict[str, None] = {}
+        self._read_as: dict[str, str] = {}
 
     def fields(self, row: JsonRow, place: str) -> Fields:
         """The cells of a row by what they stand for.
@@ -125,6 +153,9 @@ class Columns:
     ) -> None:
         """Notes what is not used; refuses what looks like a name that the row lacks."""
         used = {*found.values(), *lettered}
+        for role, name in found.items():
+            if name not in _PLAIN or (name == "text" and role == "context"):
+                self._read_as[name] = role
         for name in names:
             if name in used or name in _ROLE or _UNSAID.fullmatch(name):
                 continue
@@ -140,9 +171,9 @@ class Columns:
             self._unused[name] = None
 
     def say(self) -> None:
-        """Names the columns that were not used."""
-        if self._text_is_context:
-            logger.info("%s: the column 'text' is read as the context of 'question'", self.name)
+        """Names the columns that were read as something else, and those that were not used."""
+        for name, role in self._read_as.items():
+            logger.info("%s: the column %r is read as the %s", self.name, name, role)
         if self._unused:
             logger.warning("%s: columns not used: %s", self.name, ", ".join(self._unused))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bayestune.data.answer_readings import Answered, AnswerIs, right_options
-from bayestune.data.column_roles import Columns, Fields, as_text, is_missing
+from bayestune.data.column_roles import Columns, Fields, as_option, as_text, is_missing
 from bayestune.data.file_kinds import GivenRow, given_rows
 from bayestune.data.questions import Question
 from bayestune.errors import Refusal
@@ -184,12 +184,7 @@ def checked_options(options: Collection[Any], place: str) -> tuple[str, ...]:
         raise Refusal(f"{place}: got options {options!r}, expected a list of texts")
     texts = []
     for option in options:
-        if is_missing(option) or isinstance(option, list | dict):
-            raise Refusal(
-                f"{place}: got the option {option!r} among {list(options)}, expected a text; fill "
-                "it or drop it"
-            )
-        texts.append(str(option).strip())
+        texts.append(as_option(option, place))
     if len(texts) < 2:
         raise Refusal(
             f"{place}: got {len(texts)} options, expected at least two; in one cell join them "

@@ -85,6 +85,9 @@ class TaskOptions:
                 "expected data or evaluation_data; give one"
             )
         if not given:
+            if self.task is None:
+                said = "no rows were named: taking the embedded questions %r; yours go in --data"
+                logger.info(said, self.named)
             task = load_task(self.named, self.data_root)
         else:
             train = self._rows(self.data)
