@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,30 @@ def read_json_lines(path: Path, *, missing_ok: bool = False) -> list[JsonRow]:
         return []
     with path.open(encoding="utf-8-sig") as lines:
         numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    return [_parsed(line, f"{path.name}, line {number}") for number, line in numbered]
+    return [json_row(line, f"{path.name}, line {number}") for number, line in numbered]
 
 
-def _parsed(line: str, place: str) -> JsonRow:
+def json_row(line: str, place: str) -> JsonRow:
+    """The JSON object in a line; `place` says where it stands.
+
+    Raises:
+        Refusal: if the line is not a JSON object, or a key stands in it twice.
+    """
     try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=partial(_once_each, place=place))
     except json.JSONDecodeError as error:
         raise Refusal(f"{place}: not a JSON object ({error})") from None
     if not isinstance(row, dict):
         raise Refusal(f"{place}: not a JSON object (got a {type(row).__name__})")
+    return row
+
+
+def _once_each(pairs: list[tuple[str, Any]], *, place: str) -> JsonRow:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise Refusal(f"{place}: got {twice} more than once, expected each key once; drop one")
     return row
 
 

@@ -107,7 +107,7 @@ def test_a_model_that_goes_by_a_tokens_place_is_not_packed(byte_level, kind, con
 # Draws
 
 
-SAME = tuple(Question(str(i), "what is red?", ("the sky",) * 3, i) for i in range(2))
+SAME = tuple(Question(str(i), "what is red?", ("the sky",) * 3, None) for i in range(2))
 
 
 @pytest.fixture(params=["row", "independent"])

@@ -1,11 +1,11 @@
 import json
-import logging
 from dataclasses import replace
 
 import pytest
 import torch
 
 from bayestune.data.prompts import CHOICES, PASSAGE_CHOICES
+from bayestune.errors import Refusal
 from bayestune.evaluation import EvaluationOptions
 from bayestune.forward import Draws
 from bayestune.methods import METHODS, MLE, MCDropout
@@ -104,14 +104,14 @@ def test_a_posterior_alone_does_not_say_how_it_was_fitted(opened, tmp_path):
         Session.of_posterior(out, OPTIONS)
 
 
-def test_other_rows_are_put_as_those_of_the_fit(opened, caplog):
-    """A passage that the fitted prompt has no place for is missed aloud."""
+def test_other_rows_are_put_as_those_of_the_fit(opened):
+    """A passage that the fitted prompt has no place for is refused."""
     passage = replace(opened.task.evaluation[0], context="the sky is blue")
     other = replace(opened.task, name="other", evaluation=(passage,), prompt=PASSAGE_CHOICES)
-    with caplog.at_level(logging.WARNING, "bayestune"):
-        session = opened.on(other)
-    assert session.task.prompt == CHOICES
-    assert "1 rows of other have a context, which the fitted prompt leaves out" in caplog.text
+    with pytest.raises(Refusal, match="1 rows of other have a context: got a fit whose rows had"):
+        opened.on(other)
+    plain = replace(other, evaluation=opened.task.evaluation)
+    assert opened.on(plain).task.prompt == CHOICES
 
 
 def test_records_keep_options_of_the_fit_and_of_the_evaluation(tmp_path):

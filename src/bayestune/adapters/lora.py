@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from bayestune.adapters.locks import base_of, exclusive
 from bayestune.adapters.slots import PREFIX
 from bayestune.adapters.wrapped import unwrapped
-from bayestune.errors import Refusal
+from bayestune.errors import COUNT, PART, POSITIVE, Refusal, check_fields, nearest
 
 # Llama and most others; BERT; DistilBERT
 _TARGETS = (("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"))
@@ -37,6 +37,14 @@ class Lora:
     alpha: int = 16
     dropout: float = 0.0
     targets: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, rank=COUNT, alpha=POSITIVE, dropout=PART)
+        if isinstance(self.targets, str):
+            raise Refusal(
+                f"Lora.targets: got {self.targets!r}, expected names in a list; give "
+                f"({self.targets!r},)"
+            )
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
@@ -77,10 +85,13 @@ def attach(model: nn.Module, lora: Lora) -> PeftModel:
         targets = next((names for names in _TARGETS if leaves >= set(names)), _TARGETS[0])
         if not (is_classifier(model) or head_is_tied(model)):
             targets = (*targets, "lm_head")
-    if not any(target.rpartition(".")[2] in leaves for target in targets):
+    unknown = [name for name in targets if not any(_names(path, name) for path in paths)]
+    if unknown:
+        alike = nearest(unknown[0].rpartition(".")[2], leaves)
+        hint = f"did you mean {alike!r}?" if alike else "set the targets"
         raise Refusal(
-            f"no module to adapt: got targets {list(targets)}, expected names among "
-            f"{sorted(leaves)}; set the targets"
+            f"no module to adapt: got targets {unknown}, expected names among "
+            f"{sorted(leaves)}; {hint}"
         )
     config = LoraConfig(
         r=lora.rank,
@@ -90,6 +101,11 @@ def attach(model: nn.Module, lora: Lora) -> PeftModel:
         task_type="SEQ_CLS" if is_classifier(model) else "CAUSAL_LM",
     )
     return get_peft_model(model, config)  # type: ignore[arg-type]
+
+
+def _names(path: str, target: str) -> bool:
+    """Whether PEFT finds a module under a target's name: all of its path, or the end of it."""
+    return path == target or path.endswith(f".{target}")
 
 
 def detach(model: nn.Module) -> nn.Module:

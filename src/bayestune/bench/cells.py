@@ -8,10 +8,10 @@ from typing import Any
 
 from bayestune.bench.keys import digest, lasting, lasting_method, model_facts, place, slug
 from bayestune.data import Part, Task, check_trainable
-from bayestune.errors import Refusal
+from bayestune.errors import SEED, Refusal
 from bayestune.evaluation import EvaluationOptions
 from bayestune.methods import METHODS, Method, Settings, changed, described, make_method
-from bayestune.session import Dtype, TaskOptions, shown
+from bayestune.session import Dtype, TaskOptions, put_as_fitted, say_seen, shown
 from bayestune.training import Training
 
 
@@ -94,6 +94,17 @@ class Grid:
     part: Part = "evaluation"
     protocol: Path | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("models", "tasks", "methods", "seeds"):
+            given = list(getattr(self, name))
+            if not given or len(set(given)) < len(given):
+                raise Refusal(
+                    f"Grid.{name}: got {given}, expected one or more, each once; correct them"
+                )
+        wrong = [seed for seed in self.seeds if seed not in SEED]
+        if wrong:
+            raise Refusal(f"Grid.seeds: got {wrong}, expected {SEED.said}; correct them")
+
     def settings(self, task: str) -> TaskSettings:
         """What is different for a task; nothing for one that is only evaluated on."""
         return self.tasks.get(task) or TaskSettings()
@@ -134,10 +145,21 @@ class Grid:
         loaded = {name: replace(self.options(name, seed).load(), name=name) for name in names}
         for name in self.tasks:
             check_trainable(loaded[name])
+            self._refuse_rows_of_others(name, loaded)
         if empty := [name for name in tested if not loaded[name].part(self.part)]:
             lack = f"task {empty[0]} has no {self.part} rows: got none, expected some"
             raise Refusal(f"{lack}; evaluate on others")
         return loaded
+
+    def _refuse_rows_of_others(self, name: str, loaded: Mapping[str, Task]) -> None:
+        """Refuses rows that could not be put as those of a task's fit, before any fit."""
+        own = loaded[name]
+        scoring = self.options(name, self.seeds[0]).scoring
+        if scoring == "head":
+            own = own.in_class_order()
+        say_seen(name, len(own.seen), len(own.evaluation))
+        for other in self.evaluated(name):
+            put_as_fitted(loaded[other], own.prompt, scoring, own.class_names)
 
     def cells(self, tasks: Mapping[int, Mapping[str, Task]]) -> list[Cell]:
         """The cells on the tasks of `load_all`, seed by seed, task by task, method by method.

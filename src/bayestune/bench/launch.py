@@ -11,7 +11,7 @@ from typing import Any, Literal
 from bayestune.bench.cells import Cell, Grid
 from bayestune.bench.store import FITS, collect, write_plan
 from bayestune.bench.worker import Progress, State, Worker
-from bayestune.errors import Refusal
+from bayestune.errors import Refusal, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,9 @@ def run_bench(
 
 def _refuse_unknown(what: str, given: Sequence[str], known: Mapping[str, Any]) -> None:
     if unknown := sorted(set(given) - set(known)):
-        expected = f"expected some of {sorted(known)}; correct the names"
+        alike = nearest(unknown[0], known)
+        hint = f"did you mean {alike!r}?" if alike else "correct the names"
+        expected = f"expected some of {sorted(known)}; {hint}"
         raise Refusal(f"{what} to run that are not in the grid: got {unknown}, {expected}")
 
 

@@ -10,7 +10,7 @@ from jsonargparse import Namespace
 from bayestune.adapters import detach
 from bayestune.bench import PLAN, Grid, collect, run_bench
 from bayestune.cli.options import Output, built, chosen_methods
-from bayestune.data import TASKS, Part, load_rows, own_task
+from bayestune.data import Part, load_rows, own_task, prompt_of
 from bayestune.evaluation import EvaluationOptions, append_results, prediction_rows, read_records
 from bayestune.forward import Draws
 from bayestune.jsonl import write_json_lines
@@ -37,16 +37,18 @@ def fit(o: Namespace) -> None:
         return
     output = Output.of(o)
     methods = chosen_methods([o.method], o)
+    training = built(Training, o, output=None)  # refused before a model is loaded
     session = Session.open(o.model, built(TaskOptions, o), o.dtype)
     output.prepare()
-    session.fit(methods[o.method], built(Training, o, output=None), output.folder)
+    session.fit(methods[o.method], training, output.folder)
     print(f"posterior in {output.folder}")
 
 
 def evaluate(o: Namespace) -> None:
     """Accuracy and calibration of a posterior on labelled questions."""
+    options = built(EvaluationOptions, o)
     session = Session.of_posterior(o.posterior, built(TaskOptions, o), o.model)
-    results = session.evaluate(session.load(o.posterior, o.bf16), built(EvaluationOptions, o))
+    results = session.evaluate(session.load(o.posterior, o.bf16), options)
     folder = o.output or o.posterior
     append_results(folder, results)
     print(render(summary_tables(read_records(folder))))
@@ -57,10 +59,11 @@ def predict(o: Namespace) -> None:
     if o.output and o.output.exists() and not o.overwrite:
         said = f"{o.output} is there already: choose another --output, or give --overwrite"
         raise FileExistsError(said)
-    options = TaskOptions(evaluation_data=o.input, options=tuple(o.options))
+    asked = {"options": tuple(o.options), "answer_is": o.answer_is}
+    options = TaskOptions(evaluation_data=o.input, **asked)
+    draws = Draws(o.draws, o.draw_seed, shared_prefix=o.shared_prefix)
     session = Session.of_posterior(o.posterior, options, o.model, labelled=False)
     session = replace(session, progress=o.output is not None)
-    draws = Draws(o.draws, o.draw_seed, shared_prefix=o.shared_prefix)
     fitted = session.load(o.posterior, o.bf16)
     lines = prediction_rows(session.rows(), session.predict(fitted, draws, decided=o.decided))
     if o.output:
@@ -74,10 +77,10 @@ def bayesianise(o: Namespace) -> None:
     output = Output.of(o)
     method = built(TFB, o, base=MLE())
     options = built(TaskOptions, o, data=o.anchor)
-    rows = load_rows(o.anchor, options.options)[: method.anchors]
+    rows = load_rows(o.anchor, options.options, answer_is=options.answer_is)[: method.anchors]
     task = own_task(o.anchor.stem, rows, ())
-    if options.task in TASKS and options.task != TaskOptions.task:  # a task named for its prompt
-        task = replace(task, prompt=TASKS[options.task].prompt)
+    if options.task is not None:  # a task named for its prompt
+        task = replace(task, prompt=prompt_of(options.task))
     name = o.model or base_name(o.adapter)
     loaded = open_model(name, o.dtype, num_classes(task, options.scoring))
     session = Session.of(loaded, task, options)
@@ -94,9 +97,10 @@ def compare(o: Namespace) -> None:
     """Fit and evaluate several methods on one task: table, picture, page."""
     output = Output.of(o)
     methods = chosen_methods(o.methods, o)
-    session = Session.open(o.model, built(TaskOptions, o), o.dtype)
     training = built(Training, o, output=None)
-    compare_methods(session, methods, training, built(EvaluationOptions, o), output, o.on)
+    predicting = built(EvaluationOptions, o)
+    session = Session.open(o.model, built(TaskOptions, o), o.dtype)
+    compare_methods(session, methods, training, predicting, output, o.on)
 
 
 def compare_methods(

@@ -15,7 +15,8 @@ from bayestune.bench import Grid, Launcher
 from bayestune.cli import commands
 from bayestune.cli.demo import demo
 from bayestune.cli.presets import ConfigOrPreset
-from bayestune.data import Part
+from bayestune.cli.words import read_options_as_words, spelled_out
+from bayestune.data import AnswerIs, Part
 from bayestune.evaluation import EvaluationOptions
 from bayestune.methods import METHODS, TFB
 from bayestune.report import Style
@@ -32,6 +33,13 @@ METHOD_HELP = ", ".join(METHODS)
 
 class Parser(ArgumentParser):
     """A parser whose options take a line each."""
+
+    def parse_args(self, args: Any = None, *more: Any, **given: Any) -> Any:
+        """Parses arguments in which options of rows are words."""
+        read_options_as_words()
+        return super().parse_args(
+            spelled_out(sys.argv[1:] if args is None else args), *more, **given
+        )
 
     def option(self, name: str, kind: Any, default: Any, text: str) -> None:
         """Adds an option that may be left out."""
@@ -78,6 +86,7 @@ def _add_predict(parser: Parser) -> None:
     _add_reading(parser)
     parser.needed("input", "JSONL or CSV: question, options, perhaps answer")
     parser.option("options", list[str], [], "the options of rows that have none")
+    parser.option("answer_is", AnswerIs | None, None, "of answers: index, letter or text")
     parser.option("draws", int, 10, "posterior draws; 0 for the mean")
     parser.option("draw_seed", int, 0, "of the held draws")
     parser.option("shared_prefix", int | None, None, "approximate: draw a prompt's end only")
@@ -98,7 +107,7 @@ def _add_bayesianise(parser: Parser) -> None:
     parser.option("model", str | None, None, "the base model, where not the adapter's own")
     parser.option("dtype", Dtype, "float32", "of the base model's weights")
     parser.option("bf16", bool, False, "bfloat16 autocast")
-    put = ("task", "options", "scoring", "max_length")
+    put = ("task", "options", "scoring", "max_length", "answer_is")
     others = [field.name for field in fields(TaskOptions) if field.name not in put]
     parser.add_class_arguments(TaskOptions, skip={*others})
     parser.add_class_arguments(TFB, skip={"base"})
@@ -144,7 +153,7 @@ COMMANDS: dict[str, tuple[Callable[[Namespace], int | None], Callable[[Parser], 
 def make_parser() -> ArgumentParser:
     """The parser of all commands; a command's docstring is its help."""
     about = bayestune.__doc__
-    parser = ArgumentParser(prog="bayestune", description=about, version=bayestune.__version__)
+    parser = Parser(prog="bayestune", description=about, version=bayestune.__version__)
     subcommands = parser.add_subcommands(dest="command")
     for name, (run, add_options) in COMMANDS.items():
         summary, _, _ = (run.__doc__ or name).partition("\n")
@@ -175,9 +184,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given.insert(1, "--config")
     parser = make_parser()
     parsed = parser.parse_args(given)
-    options = parser.instantiate(parsed)
     run, _ = COMMANDS[parsed.command]
     try:
+        options = parser.instantiate(parsed)
         return run(options[parsed.command]) or 0
     except KeyboardInterrupt as error:
         said = error if isinstance(error, Interrupted) else "interrupted"

@@ -3,20 +3,34 @@
 A row is one `Question`; a `Task` holds the rows to train on, to choose on and to evaluate on.
 """
 
-from bayestune.data.files import load_rows
+from bayestune.data.answer_readings import AnswerIs
+from bayestune.data.files import checked_options, load_rows
 from bayestune.data.prompts import Prompt
 from bayestune.data.questions import Question, Scoring
-from bayestune.data.tasks import TASKS, Part, Task, check_trainable, load_task, own_task
+from bayestune.data.tasks import (
+    TASKS,
+    Part,
+    Task,
+    check_ids,
+    check_trainable,
+    load_task,
+    own_task,
+    prompt_of,
+)
 
 __all__ = [
     "TASKS",
+    "AnswerIs",
     "Part",
     "Prompt",
     "Question",
     "Scoring",
     "Task",
+    "check_ids",
     "check_trainable",
+    "checked_options",
     "load_rows",
     "load_task",
     "own_task",
+    "prompt_of",
 ]

@@ -1,7 +1,9 @@
 """One row: a question with fixed options and the index of the right one."""
 
-from dataclasses import dataclass
-from typing import Literal
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from typing import Literal, SupportsIndex
 
 from bayestune.errors import Refusal
 
@@ -28,13 +30,65 @@ class Question:
     context: str = ""
 
     def __post_init__(self) -> None:
-        count = len(self.options)
-        if count < 2:
-            raise Refusal(f"row {self.id}: got {count} options, expected at least two")
-        if self.answer is not None and not 0 <= self.answer < count:
-            raise Refusal(f"row {self.id}: the right answer is not among its {count} options")
+        for name in ("question", "context"):
+            text = getattr(self, name)
+            if not isinstance(text, str) or (name == "question" and not text.strip()):
+                raise Refusal(f"row {self.id}: got the {name} {text!r}, expected a text; fill it")
+        self._check_options()
+        if self.answer is not None:
+            self._check_answer(self.answer)
+
+    def _check_options(self) -> None:
+        options = self.options
+        texts = [option for option in options if isinstance(option, str) and option.strip()]
+        if isinstance(options, str) or len(texts) < len(options):
+            raise Refusal(
+                f"row {self.id}: got the options {options!r}, expected texts, none of them empty; "
+                "make each a text of its own"
+            )
+        if len(options) < 2:
+            raise Refusal(f"row {self.id}: got {len(options)} options, expected at least two")
+
+    def _check_answer(self, answer: int) -> None:
+        if isinstance(answer, bool) or not isinstance(answer, SupportsIndex):
+            raise Refusal(
+                f"row {self.id}: got the answer {answer!r}, expected an index from 0; count the "
+                "options before it"
+            )
+        options = self.options
+        if not 0 <= answer < len(options):
+            raise Refusal(
+                f"row {self.id}: the right answer is not among its {len(options)} options"
+            )
+        if options.count(options[answer]) > 1:
+            raise Refusal(
+                f"row {self.id}: got the right answer twice among the options {list(options)}, "
+                "expected it once; drop one"
+            )
 
     @property
     def content(self) -> tuple[str, ...]:
         """What makes two rows the same question, whatever their ids."""
         return (self.context, self.question, *self.options)
+
+    @property
+    def fingerprint(self) -> str:
+        """A short hash of the text and the set of options, by which a later command knows a row."""
+        text = json.dumps((self.context, self.question, sorted(self.options)))
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def with_options(self, options: tuple[str, ...]) -> "Question":
+        """The question with its options in another order.
+
+        Raises:
+            Refusal: if they are not the same options.
+        """
+        if set(self.options) != set(options) or len(self.options) != len(options):
+            raise Refusal(
+                f"row {self.id}: got the options {list(self.options)}, expected the classes "
+                f"{list(options)} in any order; correct the row's options"
+            )
+        if self.options == options:
+            return self
+        answer = None if self.answer is None else options.index(self.options[self.answer])
+        return replace(self, options=options, answer=answer)

@@ -1,6 +1,7 @@
 """A task: rows to train on, to choose on and to evaluate on; and the table of public tasks."""
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Literal
 from bayestune.data import prompts
 from bayestune.data.prompts import Prompt
 from bayestune.data.questions import Question
-from bayestune.errors import Refusal
+from bayestune.errors import Refusal, nearest
 from bayestune.jsonl import JsonRow, read_json_lines
 
 Part = Literal["evaluation", "held_out"]
@@ -118,9 +119,43 @@ class Task:
     prompt: Prompt = prompts.CHOICES
     unlabelled: tuple[Question, ...] = ()
 
+    def __post_init__(self) -> None:
+        check_ids(self.evaluation)
+
     def part(self, name: Part) -> tuple[Question, ...]:
         """The rows of a part."""
         return self.evaluation if name == "evaluation" else self.held_out
+
+    @property
+    def seen(self) -> tuple[Question, ...]:
+        """The evaluation rows that stand in train too, by their content."""
+        known = {row.fingerprint for row in self.train}
+        return tuple(row for row in self.evaluation if row.fingerprint in known)
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """The options that all rows have, in the order of the first one; None if they differ."""
+        rows = (*self.train, *self.held_out, *self.evaluation)
+        alike = {frozenset(row.options) for row in rows}
+        return rows[0].options if len(alike) == 1 else None
+
+    def in_class_order(self, classes: Sequence[str] | None = None) -> "Task":
+        """The task with every row's options in one order, as a classification head has classes.
+
+        Args:
+            classes: the order; None for that of the first row.
+
+        Raises:
+            Refusal: if a row has other options.
+        """
+        rows = (*self.train, *self.held_out, *self.evaluation)
+        if not rows:
+            return self
+        order = tuple(classes or rows[0].options)
+        parts = {}
+        for part in ("train", "held_out", "evaluation", "unlabelled"):
+            parts[part] = tuple(row.with_options(order) for row in getattr(self, part))
+        return replace(self, **parts)
 
     def subset(
         self,
@@ -188,6 +223,17 @@ def _spared(
     return tuple(rows[:kept]), tuple(replace(row, answer=None) for row in spare)
 
 
+def check_ids(rows: Sequence[Question]) -> None:
+    """Refuses rows to evaluate on that share an id."""
+    counts = Counter(row.id for row in rows)
+    for key, count in counts.most_common(1):
+        if count > 1:
+            raise Refusal(
+                f"rows to evaluate on share an id: got {key!r} {count} times, expected an id for "
+                "each row, by which results are paired; number them"
+            )
+
+
 def load_task(name: str, data_root: Path | None = None) -> Task:
     """Loads a task of the table, without training rows where the table names no such split.
 
@@ -199,16 +245,27 @@ def load_task(name: str, data_root: Path | None = None) -> Task:
         Refusal: if the name is not in the table, or a row cannot be read.
         FileNotFoundError: if the directory lacks a file.
     """
-    if name not in TASKS:
-        raise Refusal(
-            f"unknown task: got {name!r}, expected one of {sorted(TASKS)} or your own --data"
-        )
-    source = TASKS[name]
+    source = _source(name)
     if source.hub_id == "everyday" and data_root is None:
         data_root = Path(__file__).parent
     train = _questions(source, source.train, data_root) if source.train else ()
     evaluation = _questions(source, source.evaluation, data_root)
     return Task(name, train, evaluation, prompt=source.prompt)
+
+
+def prompt_of(name: str) -> Prompt:
+    """The prompt of a task of the table."""
+    return _source(name).prompt
+
+
+def _source(name: str) -> Source:
+    if name not in TASKS:
+        alike = nearest(name, TASKS)
+        hint = f"; did you mean {alike!r}?" if alike else ""
+        raise Refusal(
+            f"unknown task: got {name!r}, expected one of {sorted(TASKS)} or your own --data{hint}"
+        )
+    return TASKS[name]
 
 
 def _questions(source: Source, split: str, data_root: Path | None) -> tuple[Question, ...]:

@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from bayestune.data import Question
-from bayestune.errors import Refusal
+from bayestune.errors import COUNT, NUMBER, Refusal, check_fields
 from bayestune.forward import Draws
 from bayestune.posteriors import Posterior, Prediction, count_for
 from bayestune.scoring import Scorer, row_logits
@@ -44,6 +44,14 @@ class EvaluationOptions:
     def __post_init__(self) -> None:
         if not self.draws:
             raise Refusal("nothing to evaluate: got draws=[], expected such as [0, 10]")
+        wrong = [count for count in self.draws if count not in NUMBER]
+        if wrong or len(set(self.draws)) < len(self.draws):
+            raise Refusal(
+                f"EvaluationOptions.draws: got {list(self.draws)}, expected {NUMBER.said}, each "
+                "once; 0 is the mean"
+            )
+        check_fields(self, prediction_batch=COUNT, max_tokens=COUNT, bins=COUNT, resamples=COUNT)
+        check_fields(self, draw_seed=NUMBER, shared_prefix=COUNT)
 
     def counts(self, posterior: Posterior) -> list[int]:
         """The numbers of draws to evaluate a posterior with; one with `atoms` has only that."""

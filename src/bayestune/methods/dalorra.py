@@ -9,8 +9,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import TrainerCallback
 
-from bayestune.adapters import RankLinear, Slots, TrainingPasses, make_ranks_random, put_means
-from bayestune.errors import Refusal
+from bayestune.adapters import (
+    RankLinear,
+    Slots,
+    TrainingPasses,
+    make_ranks_random,
+    put_means,
+)
+from bayestune.errors import NUMERIC, Refusal, check_fields
 from bayestune.posteriors import Scaled
 from bayestune.scoring import Scorer
 from bayestune.training import Training, adamw, add_to_log, fit_adapter
@@ -120,6 +126,7 @@ class DALorRA:
     kl_weight: float | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self, gate_lr=NUMERIC, temperature=NUMERIC, kl_weight=NUMERIC)
         inside = 0 < self.prior_kept < 1 and 0 < self.init_kept < 1
         if not inside or self.gate_lr < 0 or self.temperature <= 0 or (self.kl_weight or 0) < 0:
             raise Refusal(

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from bayestune.adapters import detach
-from bayestune.errors import Refusal
+from bayestune.errors import COUNT, Refusal, check_fields
 from bayestune.methods.method import Method
 from bayestune.methods.mle import MLE
 from bayestune.posteriors import (
@@ -44,6 +44,7 @@ class Ensemble:
     seed_step: int = 1000
 
     def __post_init__(self) -> None:
+        check_fields(self, seed_step=COUNT)
         if self.size < 1:
             raise Refusal(
                 f"an ensemble needs members: got size={self.size}, expected 1 or more; 3 is usual"

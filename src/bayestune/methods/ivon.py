@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from bayestune.adapters import SIDES, Slots, bayesify
-from bayestune.errors import Refusal
+from bayestune.errors import NUMERIC, Refusal, check_fields
 from bayestune.posteriors import Gaussian
 from bayestune.scoring import Scorer
 from bayestune.training import Training, fit_adapter
@@ -167,6 +167,8 @@ class IVON:
     clip_radius: float = 1e-3
 
     def __post_init__(self) -> None:
+        check_fields(self, learning_rate=NUMERIC, hess_init=NUMERIC, delta=NUMERIC)
+        check_fields(self, clip_radius=NUMERIC, ess=NUMERIC, beta1=NUMERIC, beta2=NUMERIC)
         ess = 1.0 if self.ess is None else self.ess
         prior = self.delta + self.hess_init
         positive = min(self.learning_rate, ess, self.clip_radius, prior) > 0

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bayestune.adapters import SIDES
 from bayestune.curvature import Curvature, Structure, best_precision, gauss_newton, log_evidence
 from bayestune.data import Question
-from bayestune.errors import Refusal
+from bayestune.errors import COUNT, Refusal, check_fields
 from bayestune.forward import Draws
 from bayestune.methods.held_out import check_point, held_out_rows, predictive_nll
 from bayestune.methods.map import MAP
@@ -56,6 +56,7 @@ class Laplace:
     batch_size: int = 4
 
     def __post_init__(self) -> None:
+        check_fields(self, rank_kfac=COUNT, batch_size=COUNT)
         if self.prior_precision is not None and not self.prior_precision > 0:
             raise Refusal(
                 f"prior_precision must be positive: got {self.prior_precision}; None chooses it"

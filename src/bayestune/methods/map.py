@@ -8,7 +8,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from bayestune.adapters import Slots
-from bayestune.errors import Refusal
+from bayestune.errors import NUMERIC, Refusal, check_fields
 from bayestune.posteriors import Point
 from bayestune.scoring import Scorer
 from bayestune.training import Training, fit_adapter
@@ -57,6 +57,7 @@ class MAP:
     prior_std: float | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self, weight_decay=NUMERIC, prior_std=NUMERIC)
         if self.weight_decay < 0 or (self.prior_std is not None and self.prior_std <= 0):
             raise Refusal(
                 f"a prior has a positive scale: got weight_decay={self.weight_decay}, "

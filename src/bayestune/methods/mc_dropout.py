@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from bayestune.errors import Refusal
+from bayestune.errors import NUMERIC, Refusal, check_fields
 from bayestune.methods.held_out import check_point
 from bayestune.methods.method import Method
 from bayestune.methods.mle import MLE
@@ -38,6 +38,7 @@ class MCDropout:
     masks: Literal["token", "held"] = "token"
 
     def __post_init__(self) -> None:
+        check_fields(self, dropout=NUMERIC)
         if not 0 < self.dropout < 1:
             raise Refusal(f"dropout must lie in (0, 1): got {self.dropout}; the paper uses 0.1")
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from bayestune.adapters import RankLinear, Slots, TrainingPasses, make_ranks_random, put_means
-from bayestune.errors import Refusal
+from bayestune.errors import NUMERIC, Refusal, check_fields
 from bayestune.kl import Schedule, burst_period, kl_decay, kl_weights
 from bayestune.posteriors import Scaled
 from bayestune.scoring import Scorer
@@ -125,6 +125,7 @@ class ScalaBL:
     schedule: Schedule = "bursts"
 
     def __post_init__(self) -> None:
+        check_fields(self, init_std=NUMERIC, kl_lr=NUMERIC)
         if self.init_std <= 0 or self.kl_lr < 0:
             raise Refusal(
                 f"out of range: got {self}, expected init_std > 0 and kl_lr ≥ 0; correct it"

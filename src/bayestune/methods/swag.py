@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from bayestune.adapters import PREFIX, Slots
-from bayestune.errors import Refusal
+from bayestune.errors import COUNT, NUMERIC, Refusal, check_fields
 from bayestune.posteriors import LowRank
 from bayestune.scoring import Scorer
 from bayestune.training import Training, fit_adapter
@@ -143,6 +143,7 @@ class SWAG:
     every: int | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self, start=NUMERIC, rate=NUMERIC, rank=NUMERIC, every=COUNT)
         too_often = self.every is not None and self.every < 1
         if not 0 <= self.start < 1 or self.rate <= 0 or self.rank < 2 or too_often:
             raise Refusal(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from bayestune.errors import Refusal
+from bayestune.errors import COUNT, NOT_NEGATIVE, NUMBER, Refusal, check_fields
 from bayestune.forward import Draws
 from bayestune.methods.blob import BLoB
 from bayestune.methods.held_out import held_out_logits, held_out_rows, predictive_nll
@@ -64,6 +64,9 @@ class Temperature:
     base: Method = field(default_factory=MLE)
     draws: int = 10
 
+    def __post_init__(self) -> None:
+        check_fields(self, draws=NUMBER)
+
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Tempered:
         """Fits the base, then T."""
         rows = held_out_rows(scorer, "Temperature")
@@ -90,6 +93,15 @@ class PosteriorScale:
     draws: int = 10
     factors: tuple[float, ...] = (0.0, 0.25, 0.354, 0.5, 0.707, 1.0, 1.414, 2.0, 2.83, 4.0)
     shared_prefix: int | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, draws=NUMBER, shared_prefix=COUNT)
+        wrong = [factor for factor in self.factors if factor not in NOT_NEGATIVE]
+        if wrong or not self.factors:
+            raise Refusal(
+                f"PosteriorScale.factors: got {list(self.factors)}, expected one or more, each "
+                f"{NOT_NEGATIVE.said}; correct them"
+            )
 
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Gaussian:
         """Fits the base, then the factor."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bayestune.adapters import Slots, bayesify
 from bayestune.data import Question
-from bayestune.errors import Refusal
+from bayestune.errors import COUNT, NOT_NEGATIVE, POSITIVE, Refusal, check_fields
 from bayestune.forward import Draws
 from bayestune.methods.held_out import head_slots, predictive_nll
 from bayestune.methods.method import Method
@@ -106,6 +106,8 @@ class TFB:
     def __post_init__(self) -> None:
         if self.metric not in ("nll", "accuracy"):
             raise Refusal(f"unknown metric: got {self.metric!r}, expected 'nll' or 'accuracy'")
+        check_fields(self, anchors=COUNT, draws=COUNT, evaluations=COUNT)
+        check_fields(self, start=POSITIVE, tolerance=NOT_NEGATIVE)
 
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Gaussian:
         """Fits the base, then the standard deviation."""

@@ -77,6 +77,8 @@ def save_posterior(
         posterior = (Gaussian if stochastic else Point)(posterior, unbound)
     record: dict[str, Any] = {"format": FORMAT, "bayestune": bayestune.__version__}
     record["posterior"] = posterior.kind
+    if classes := getattr(posterior.scorer, "class_names", None):  # of a classification head
+        record["class_names"] = list(classes)
     with replacing(folder) as scratch:
         if isinstance(posterior, Mixture):
             record["members"] = [f"member-{i}" for i in range(len(posterior.members))]
@@ -168,6 +170,7 @@ def load_posterior(
             model, rank or mean.
     """
     details = read_details(folder)
+    _refuse_other_classes(folder, details.get("class_names"), scorer)
     if "base" in details:
         mixture = load_posterior(base, folder / details["base"], scorer, trainable=trainable)
         return Tempered(mixture, **details["facts"])
@@ -175,6 +178,16 @@ def load_posterior(
     folders = [folder] if members is None else [folder / member for member in members]
     loaded = load_members(base, folders, scorer, trainable)
     return loaded[0] if members is None else Mixture(loaded)
+
+
+def _refuse_other_classes(folder: Path, saved: list[str] | None, scorer: ClassLogits) -> None:
+    """Refuses a scorer whose head has its classes in another order than the saved one."""
+    own = getattr(scorer, "class_names", None)
+    if saved and own and list(own) != saved:
+        raise PosteriorError(
+            f"{folder} is of a head with other classes: got {list(own)}, expected {saved} in this "
+            "order; give the rows' options in it"
+        )
 
 
 def load_members(

@@ -5,7 +5,7 @@ A scorer encodes rows, collates them into batches, and maps a model and a batch 
 
 from bayestune.scoring.batches import batches_by_length, row_logits
 from bayestune.scoring.choose import make_scorer
-from bayestune.scoring.head import HeadScorer
+from bayestune.scoring.head import HeadScorer, own_classes
 from bayestune.scoring.letter import LetterScorer
 from bayestune.scoring.scorer import Encoded, Scorer
 from bayestune.scoring.text import TextScorer
@@ -18,5 +18,6 @@ __all__ = [
     "TextScorer",
     "batches_by_length",
     "make_scorer",
+    "own_classes",
     "row_logits",
 ]

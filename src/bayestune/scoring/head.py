@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from bayestune.adapters import group_rows
-from bayestune.data import Question
+from bayestune.data import Question, Task
 from bayestune.errors import Refusal
 from bayestune.scoring.scorer import Encoded, Scorer
 from bayestune.scoring.tokens import token_ids
@@ -26,6 +26,11 @@ class HeadScorer(Scorer):
     when_shortened: ClassVar[str] = (
         "the end of their passage, or of a question without one, was cut"
     )
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """The head's classes in order: the options of the task's rows."""
+        return self.task.class_names
 
     def encode(self, rows: Sequence[Question]) -> list[Encoded]:
         """Token ids of each row.
@@ -66,3 +71,11 @@ class HeadScorer(Scorer):
         group_rows(model, 1)
         inputs = {name: value for name, value in batch.items() if name in _INPUTS}
         return model(**inputs).logits.float()
+
+
+def own_classes(model: nn.Module, task: Task) -> tuple[str, ...] | None:
+    """The names that a head's model has for its classes, if they are the options of the rows."""
+    config: Any = model.config
+    names = tuple(str(name) for _, name in sorted((config.id2label or {}).items()))
+    options = set(task.class_names or ())
+    return names if options and options == set(names) and len(names) == len(options) else None

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 import torch
 
-from bayestune.data import Part, Prompt, Question, Scoring, Task, check_trainable
+from bayestune.data import Part, Prompt, Question, Scoring, Task, check_ids, check_trainable
 from bayestune.errors import Refusal
 from bayestune.evaluation import (
     Adaptive,
@@ -19,10 +19,11 @@ from bayestune.evaluation import (
     predict_adaptively,
 )
 from bayestune.forward import Draws
-from bayestune.methods import Method, described
+from bayestune.methods import Method, changed, described
 from bayestune.models import LoadedModel, load_default, load_model
 from bayestune.posteriors import DETAILS, Posterior, Prediction, count_for
-from bayestune.scoring import Scorer, make_scorer, row_logits
+from bayestune.scoring import Scorer, make_scorer, own_classes, row_logits
+from bayestune.session.as_fitted import classes_of, put_as_fitted, say_seen, seen_rows
 from bayestune.session.fit import Fit, details_of
 from bayestune.session.task_options import TaskOptions
 from bayestune.training import Training
@@ -46,7 +47,20 @@ class Session:
     def of(
         cls, loaded: LoadedModel, task: Task, options: TaskOptions, *, progress: bool = True
     ) -> Self:
-        """A session of what is loaded already."""
+        """A session of what is loaded already.
+
+        Under a classification head, all rows have their options in one order: that of the head's
+        own names where it has these, else that of the first row.
+        """
+        if options.scoring == "head":
+            task = task.in_class_order(own_classes(loaded.model, task))
+        return cls._of(loaded, task, options, progress=progress)
+
+    @classmethod
+    def _of(
+        cls, loaded: LoadedModel, task: Task, options: TaskOptions, *, progress: bool = True
+    ) -> Self:
+        """A session of rows that are as they shall be put."""
         put = (options.scoring, options.max_length)
         scorer = make_scorer(loaded.model, loaded.tokenizer, task, *put)
         return cls(loaded, task, scorer, options, progress)
@@ -56,6 +70,7 @@ class Session:
         """A session to fit in, on the model of that name; None is the default one."""
         task = options.load()
         check_trainable(task)
+        say_seen(task.name, len(task.seen), len(task.evaluation))
         loaded = open_model(model, dtype, num_classes(task, options.scoring))
         return cls.of(loaded, task, options)
 
@@ -63,23 +78,39 @@ class Session:
     def of_posterior(
         cls, folder: Path, options: TaskOptions, model: str | None = None, *, labelled: bool = True
     ) -> Self:
-        """A session to use a folder's posterior in: prompt, scoring, length and dtype as fitted.
+        """A session to use a folder's posterior in, all as fitted: prompt, scoring, length, dtype.
 
         `options` say which rows, `model` where the base model is if it has moved; with `labelled`
-        the user's own rows must have answers.
+        the user's own rows must have answers. Rows without options have those of the fit.
+
+        Raises:
+            Refusal: if `options` name no rows, or the rows cannot be put as those of the fit.
         """
         details = details_of(folder)
+        if not (options.task or options.evaluation_data):
+            raise Refusal(
+                "no rows to evaluate on: got neither a task nor a file, expected one; give "
+                "--evaluation_data, or --task"
+            )
         fitted = details["task"]["prompt"]
         prompt = Prompt(fitted["letter"], fitted["text"], tuple(fitted["labels"]))
         options = replace(options, scoring=details["scoring"], max_length=details["max_length"])
-        task = _under(prompt, options.load(labelled=labelled), options.scoring)
+        asked = options
+        if options.evaluation_data and not options.options:
+            of_the_fit = details.get("questions", {}).get("options") or ()
+            asked = replace(options, options=tuple(of_the_fit))
+        task = asked.load(labelled=labelled)
+        task = put_as_fitted(task, prompt, options.scoring, classes_of(details))
+        seen = seen_rows(details, task.evaluation)
+        say_seen(task.name, seen or 0, len(task.evaluation))
         loaded = open_model(model or details["base_model"], details["dtype"], details["classes"])
-        return cls.of(loaded, task, options)
+        return cls._of(loaded, task, options)
 
     def on(self, task: Task) -> Self:
         """The same session with other rows, put as the session's own are."""
-        task = _under(self.task.prompt, task, self.options.scoring)
-        return self.of(self.loaded, task, self.options, progress=self.progress)
+        scoring = self.options.scoring
+        task = put_as_fitted(task, self.task.prompt, scoring, self.task.class_names)
+        return self._of(self.loaded, task, self.options, progress=self.progress)
 
     def rows(self, part: Part = "evaluation") -> tuple[Question, ...]:
         """The rows of a part to evaluate on; an error if there are none."""
@@ -89,6 +120,7 @@ class Session:
                 f"no rows to evaluate on in {part!r} of {self.task.name}: got none, expected some; "
                 "give --evaluation_data or a --task that has them, or set --holdout"
             )
+        check_ids(rows)
         return rows
 
     def fit(
@@ -110,6 +142,7 @@ class Session:
     def save(self, posterior: Posterior, method: Method, training: Training, output: Path) -> Fit:
         """Saves a posterior with all that a later command needs to use it."""
         settings = described(method)
+        training = changed(training, settings.get("training") or {})
         dtype = next(self.loaded.model.parameters()).dtype
         details = {
             "method": settings["method"],
@@ -118,11 +151,13 @@ class Session:
             "task": {"name": self.task.name, "prompt": asdict(self.task.prompt)},
             "scoring": self.options.scoring,
             "classes": num_classes(self.task, self.options.scoring),
+            "class_names": self.task.class_names,
             "dtype": str(dtype).removeprefix("torch."),
             "max_length": self.options.max_length,
             "training": asdict(training),
             "questions": self.options.recorded(),
             "train_rows": len(self.task.train),
+            "seen": "".join(sorted({row.fingerprint for row in self.task.train})),
         }
         fit = Fit.of(posterior, details)
         fit.save(output)
@@ -146,6 +181,8 @@ class Session:
             label = label_of(fit.label, one.draws, posterior, options.shared_prefix)
             facts = {"task": self.task.name, "rows": part, "label": label}
             facts |= fit.facts(self.options)
+            if (seen := seen_rows(fit.details, rows)) is not None:
+                facts["seen_rows"] = seen
             results.append(make_result(facts, rows, one, options))
         return results
 
@@ -179,13 +216,3 @@ def open_model(
 def num_classes(task: Task, scoring: Scoring) -> int | None:
     """C of the classification head that a task asks for; None for a language model."""
     return len((*task.train, *task.evaluation)[0].options) if scoring == "head" else None
-
-
-def _under(prompt: Prompt, task: Task, scoring: Scoring) -> Task:
-    """The task under the prompt of a fit, whatever its own is."""
-    template = prompt.letter if scoring == "letter" else prompt.text
-    lost = sum(bool(row.context) for row in (*task.evaluation, *task.held_out))
-    if lost and scoring != "head" and "{context}" not in template:
-        said = "%d rows of %s have a context, which the fitted prompt leaves out"
-        logger.warning(said, lost, task.name)
-    return replace(task, prompt=prompt)

@@ -1,11 +1,27 @@
 """Which questions a session is about, and how they are put."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bayestune.data import Scoring, Task, load_rows, load_task, own_task
+from bayestune.data import (
+    TASKS,
+    AnswerIs,
+    Question,
+    Scoring,
+    Task,
+    checked_options,
+    load_rows,
+    load_task,
+    own_task,
+)
+from bayestune.errors import COUNT, PART, SEED, Refusal, check_fields
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_TASK = "everyday"
 
 # What a fit settles, whichever rows its posterior is evaluated on.
 OF_THE_FIT = ("data", "scoring", "max_length", "holdout", "train_rows", "unlabelled_rows")
@@ -16,9 +32,9 @@ class TaskOptions:
     """Which questions, and how they are put.
 
     Args:
-        task: a task of the table; your own rows (`data`, `evaluation_data`) go before it.
+        task: a task of the table, instead of rows of your own; left out, a fit takes "everyday".
         data_root: a directory in the Hub's layout; None for the Hub.
-        data: your own training rows, a JSONL or CSV file.
+        data: your own training rows, a JSONL, CSV or parquet file.
         evaluation_data: your own evaluation rows.
         options: the options of every row of your files that has none of its own.
         scoring: "letter" compares the answer tokens' logits, "text" the likelihoods of the options'
@@ -31,9 +47,11 @@ class TaskOptions:
         evaluation_seed: of the choice of evaluation rows, where not `subset_seed`.
         unlabelled_data: your own rows without answers, for `distilled` to learn on.
         unlabelled_rows: so many further rows of train lose their answers for that.
+        answer_is: what answers are in your files, "index" (from 0), "letter" or "text"; left out,
+            the reading that all rows of a file agree with.
     """
 
-    task: str = "everyday"
+    task: str | None = None
     data_root: Path | None = None
     data: Path | None = None
     evaluation_data: Path | None = None
@@ -47,18 +65,42 @@ class TaskOptions:
     evaluation_seed: int | None = None
     unlabelled_data: Path | None = None
     unlabelled_rows: int = 0
+    answer_is: AnswerIs | None = None
+
+    def __post_init__(self) -> None:
+        if self.options:
+            checked_options(self.options, f"options={list(self.options)}")
+        check_fields(self, max_length=COUNT, train_rows=COUNT, evaluation_rows=COUNT)
+        check_fields(self, holdout=PART, subset_seed=SEED, evaluation_seed=SEED)
 
     def load(self, *, labelled: bool = True) -> Task:
-        """The task with its rows chosen; `evaluation_data` may lack answers if not `labelled`."""
-        train = load_rows(self.data, self.options) if self.data else ()
-        file = self.evaluation_data
-        test = load_rows(file, self.options, labelled=labelled) if file else ()
-        if train or test:
-            task = own_task(Path(self.data or file or "").stem, train, test)
+        """The task with its rows chosen; `evaluation_data` may lack answers if not `labelled`.
+
+        Raises:
+            Refusal: if a task of the table is named beside files, or `options` without files.
+        """
+        given = self.data or self.evaluation_data
+        if given and self.task in TASKS:
+            raise Refusal(
+                f"the rows are named twice: got the task {self.task!r} and the file {given}, "
+                "expected one of them; leave out the other"
+            )
+        if self.options and not given:
+            raise Refusal(
+                f"options are for rows of your own: got {list(self.options)} without a file, "
+                "expected data or evaluation_data; give one"
+            )
+        if not given:
+            if self.task is None:
+                said = "no rows were named: taking the embedded questions %r; yours go in --data"
+                logger.info(said, self.named)
+            task = load_task(self.named, self.data_root)
         else:
-            task = load_task(self.task, self.data_root)
-        if self.unlabelled_data:
-            spare = load_rows(self.unlabelled_data, self.options, labelled=False)
+            train = self._rows(self.data)
+            test = self._rows(self.evaluation_data, labelled=labelled)
+            task = own_task(Path(given).stem, train, test)
+        spare = self._rows(self.unlabelled_data, labelled=False)
+        if spare:
             task = replace(task, unlabelled=tuple(replace(row, answer=None) for row in spare))
         fixed = self.evaluation_seed
         seed = self.subset_seed
@@ -66,10 +108,25 @@ class TaskOptions:
         chosen = task.subset(self.train_rows, None, self.holdout, seed, self.unlabelled_rows)
         return replace(chosen, evaluation=test.evaluation)
 
+    @property
+    def named(self) -> str:
+        """The task of the table, where there are no rows of one's own."""
+        return self.task or DEFAULT_TASK
+
+    def _rows(self, file: Path | None, *, labelled: bool = True) -> tuple[Question, ...]:
+        if file is None:
+            return ()
+        rows = load_rows(file, self.options, labelled=labelled, answer_is=self.answer_is)
+        if self.options and all(set(row.options) != set(self.options) for row in rows):
+            logger.warning("%s: `options` are not used: every row has its own", file.name)
+        return rows
+
     def recorded(self, fitted: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The options as records keep them: files by name, and what a fit settled as fitted."""
-        found = {}
+        found: dict[str, Any] = {}
         for name, value in asdict(self).items():
             found[name] = value.name if isinstance(value, Path) else value
+        if not (self.data or self.evaluation_data):
+            found["task"] = self.named
         settled = {name: value for name, value in (fitted or {}).items() if name in OF_THE_FIT}
         return {**found, **settled}

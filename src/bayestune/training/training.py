@@ -14,6 +14,14 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from bayestune.adapters import Lora, attach
 from bayestune.data import check_trainable
+from bayestune.errors import (
+    COUNT,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SEED,
+    WHOLE_PART,
+    check_fields,
+)
 from bayestune.posteriors import FitReport
 from bayestune.scoring import Encoded, Scorer, TextScorer
 from bayestune.training.callbacks import Interrupted, StopOnSignal
@@ -68,6 +76,12 @@ class Training:
     output: Path | None = field(default=None, metadata={"changes_result": False})
     resume: bool = field(default=False, metadata={"changes_result": False})
     progress: bool = field(default=True, metadata={"changes_result": False})
+
+    def __post_init__(self) -> None:
+        check_fields(self, steps=COUNT, epochs=POSITIVE, batch_size=COUNT, accumulation=COUNT)
+        check_fields(self, learning_rate=NOT_NEGATIVE, warmup_ratio=WHOLE_PART, seed=SEED)
+        check_fields(self, weight_decay=NOT_NEGATIVE, max_grad_norm=NOT_NEGATIVE)
+        check_fields(self, save_steps=COUNT, logging_steps=COUNT)
 
     def total_steps(self, num_rows: int) -> int:
         """Optimiser steps of a run over `num_rows` rows."""

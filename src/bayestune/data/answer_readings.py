@@ -1,0 +1,187 @@
+"""Which option is right: answers are indices, letters or texts, by one rule for a whole file."""
+
+import logging
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+from bayestune.data.questions import LETTERS
+from bayestune.errors import Refusal, nearest
+
+logger = logging.getLogger(__name__)
+
+AnswerIs = Literal["index", "letter", "text"]
+READINGS = ("index", "letter", "text")
+_WHOLE = re.compile(r"\d+(\.0*)?")
+_LETTER = re.compile(r"[(\[]?([A-Za-z])[)\].:]*")
+_TRUTH = {True: ("true", "yes"), False: ("false", "no")}
+_ENOUGH_ROWS = 12  # four options: 3 % of files have no answer 0 by chance
+
+
+@dataclass(frozen=True)
+class Answered:
+    """An answer as its file gives it, with what it is about."""
+
+    place: str
+    answer: Any
+    options: tuple[str, ...]
+    labels: tuple[str, ...] = ()  # the options' own names, where the file gives some
+    counted: int | None = None  # the first option column's number, where the columns have numbers
+
+
+def right_options(rows: Sequence[Answered], answer_is: AnswerIs | None = None) -> list[int]:
+    """The index of each row's right option, by the one reading that fits all rows.
+
+    JSON integers are indices. Texts are options' texts, letters or indices, whichever all rows are;
+    where two readings fit, they must agree.
+
+    Args:
+        rows: those that have an answer.
+        answer_is: the reading; None to find it.
+
+    Raises:
+        Refusal: if no reading fits all rows, or two fit and differ.
+    """
+    names = _candidates(rows, answer_is)
+    found = {name: list(map(partial(_read, name), rows)) for name in names}
+    fitting = {name: indices for name, indices in found.items() if None not in indices}
+    if not fitting:
+        raise _refusal(rows, found)
+    for name, indices in fitting.items():
+        for other, others in fitting.items():
+            _refuse_difference(rows, (name, indices), (other, others))
+    name, indices = next(iter(fitting.items()))
+    if name == "index" and answer_is is None:
+        _check_count_from_0(rows, indices)
+    return indices  # type: ignore[return-value]
+
+
+def _candidates(rows: Sequence[Answered], answer_is: AnswerIs | None) -> tuple[str, ...]:
+    if answer_is is not None:
+        if answer_is not in READINGS:
+            raise Refusal(
+                f"unknown answer_is: got {answer_is!r}, expected one of {READINGS}; correct it"
+            )
+        return (answer_is,)
+    if any(row.labels for row in rows):
+        return ("label", "text")
+    if any(_is_number(row.answer) for row in rows):
+        return ("index",)
+    return ("text", "letter", "index")
+
+
+def _is_number(answer: object) -> bool:
+    return isinstance(answer, int | float) and not isinstance(answer, bool)
+
+
+def _read(name: str, row: Answered) -> int | None:
+    """The option that an answer names under a reading; None if it names none."""
+    answer = row.answer
+    if isinstance(answer, list | dict):
+        return None
+    if name == "text":
+        return _of_text(answer, row.options)
+    if isinstance(answer, bool):
+        return None
+    written = str(answer).strip()
+    if name == "label":
+        return row.labels.index(written) if written in row.labels else None
+    if name == "letter":
+        match = _LETTER.fullmatch(written)
+        index = LETTERS.index(match[1].upper()) if match else -1
+    else:
+        index = int(float(written)) if _WHOLE.fullmatch(written) else -1
+    return index if 0 <= index < len(row.options) else None
+
+
+def _of_text(answer: Any, options: tuple[str, ...]) -> int | None:
+    """The option of that text; case and a true for a yes do not matter where one option is meant.
+
+    >>> _of_text("Yes", ("no", "yes"))
+    1
+    """
+    texts = _TRUTH[answer] if isinstance(answer, bool) else (str(answer).strip(),)
+    if texts[0] in options:
+        return options.index(texts[0])
+    folded = [_folded(option) for option in options]
+    if isinstance(answer, str) and _folded(answer) in ("true", "false"):
+        texts = _TRUTH[_folded(answer) == "true"]
+    for text in texts:
+        if folded.count(_folded(text)) == 1:
+            return folded.index(_folded(text))
+    return None
+
+
+def _folded(text: str) -> str:
+    return unicodedata.normalize("NFC", text.strip()).casefold()
+
+
+def _refuse_difference(
+    rows: Sequence[Answered],
+    first: tuple[str, Sequence[int | None]],
+    second: tuple[str, Sequence[int | None]],
+) -> None:
+    name, indices = first
+    other, others = second
+    for row, index, differing in zip(rows, indices, others, strict=True):
+        if index is not None and differing is not None and index != differing:
+            options = f"{row.options[index]!r} as its {name}, {row.options[differing]!r}"
+            raise Refusal(
+                f"row {row.place}: the answer {row.answer!r} can be read in two ways: got "
+                f"{options} as its {other}, expected one reading of the whole file; give "
+                f"answer_is, one of {READINGS}"
+            )
+
+
+def _check_count_from_0(rows: Sequence[Answered], indices: Sequence[int | None]) -> None:
+    """Indices count from 0; refuses where option columns count from 1 and no answer tells."""
+    if 0 in indices:
+        return
+    row = rows[0]
+    if row.counted == 1:
+        raise Refusal(
+            f"row {row.place}: the answer {row.answer!r} can be read in two ways: got option "
+            f"columns that count from 1 and no answer 0, expected indices, which count from 0; "
+            "give letters or texts, or answer_is='index' if they count from 0"
+        )
+    if len(rows) >= _ENOUGH_ROWS and len(row.options) > 2:
+        logger.warning("no row's answer is 0: indices count from 0, perhaps the file's from 1")
+
+
+def _refusal(rows: Sequence[Answered], found: dict[str, list[int | None]]) -> Refusal:
+    """Why no reading fits: the first row that does not, under the reading that fits most rows."""
+    name = max(found, key=lambda name: len(rows) - found[name].count(None))
+    number = found[name].index(None)
+    row = rows[number]
+    options = list(row.options)
+    said = f"row {row.place}: the right answer {row.answer!r} is not among its options {options}"
+    return Refusal(f"{said}; {_hint(row, name, rows, found)}")
+
+
+def _hint(
+    row: Answered, name: str, rows: Sequence[Answered], found: dict[str, list[int | None]]
+) -> str:
+    kinds = {**dict.fromkeys(READINGS), **dict.fromkeys(found)}
+    others = [kind for kind in kinds if kind != name and _read(kind, row) is not None]
+    fits = next((i for i, index in enumerate(found[name]) if index is not None), None)
+    if isinstance(row.answer, list | dict):
+        return "expected one answer, not several; give one row for each, or one answer"
+    if others and fits is not None:
+        example = f"{rows[fits].answer!r} in row {rows[fits].place}"
+        return (
+            f"it is read as the {name}, as {example}, and would be one as the {others[0]}: "
+            "expected one kind of answer in the whole file; write all in the same way"
+        )
+    if others:
+        return f"it is read as the {name}; if it is the {others[0]}, give answer_is={others[0]!r}"
+    alike = nearest(str(row.answer), row.options)
+    if alike:
+        return f"did you mean {alike!r}?"
+    if str(row.answer).strip().startswith("-"):
+        return "leave the answer empty where it is not known"
+    if _is_number(row.answer) or str(row.answer).strip().isdecimal():
+        return f"expected an index from 0 to {len(row.options) - 1}; indices count from 0"
+    return "expected an option's text, its letter, or its index from 0"

@@ -1,0 +1,210 @@
+"""What the columns of a file stand for: the names that are known, and what is said of others."""
+
+import logging
+import math
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bayestune.errors import Refusal, nearest
+from bayestune.jsonl import JsonRow
+
+logger = logging.getLogger(__name__)
+
+ROLES = {
+    "question": (
+        *("question", "text", "sentence", "question_stem"),
+        *("query", "prompt", "hypothesis", "sentence2"),
+    ),
+    "context": (
+        *("context", "passage", "article", "paragraph"),
+        *("support", "premise", "sentence1"),
+    ),
+    "options": ("options", "choices"),
+    "answer": ("answer", "label", "answerkey", "answer_key", "correct_answer"),
+    "id": ("id",),
+}
+_PLAIN = {"question", "text", "context", "passage", "options", "choices", "answer", "label", "id"}
+_ROLE = {name: role for role, names in ROLES.items() for name in names}
+_UNSAID = re.compile(r"|unnamed:_\d+|index|idx|__index_level_0__|level_0")
+_LETTERED = re.compile(r"(option|choice|opt|op|answer|ending|sol|)_?([a-j]|\d)")
+# how programs write a value that is missing, where a text is expected
+MISSING_WORDS = frozenset(("nan", "NaN", "NAN", "null", "NULL", "None", "<NA>", "NaT", "#N/A"))
+
+
+def known_names() -> Collection[str]:
+    """The names of columns that mean something, but for those of single options."""
+    return _ROLE.keys()
+
+
+def plain_name(column: str) -> str:
+    """A column's name without case, outer spaces, and what joins its words."""
+    return re.sub(r"[\s-]+", "_", column.strip().lstrip("\ufeff").casefold())
+
+
+def is_missing(value: object) -> bool:
+    """Whether a cell holds nothing: null, NaN, or no more than spaces."""
+    if isinstance(value, float):
+        return math.isnan(value)
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def as_text(value: object, what: str, place: str) -> str:
+    """A cell as text; "" if it holds nothing, or only the word that a program writes for that.
+
+    Raises:
+        Refusal: if it is a list, an object or a truth value.
+    """
+    if is_missing(value) or (isinstance(value, str) and value.strip() in MISSING_WORDS):
+        return ""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))  # a whole number beside missing ones
+    if isinstance(value, bool | list | dict):
+        raise Refusal(
+            f"row {place}: got {what} {value!r}, expected a text; one object for each row (pandas: "
+            'to_json(orient="records", lines=True))'
+        )
+    return _whole(str(value), what, place)
+
+
+def as_option(value: object, place: str) -> str:
+    """One of a row's options as text, as it is written.
+
+    Raises:
+        Refusal: if it holds nothing, or is a list or an object.
+    """
+    if is_missing(value) or isinstance(value, list | dict):
+        raise Refusal(f"{place}: got the option {value!r}, expected a text; fill it or drop it")
+    return _whole(str(value).strip(), "the option", place)
+
+
+def _whole(text: str, what: str, place: str) -> str:
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise Refusal(
+            f"row {place}: got {what} {text!r} with half a character, expected Unicode; mend it "
+            "where it was cut"
+        )
+    return text
+
+
+@dataclass(frozen=True)
+class Fields:
+    """The cells of a row by what they stand for; None where there is none."""
+
+    question: Any = None
+    context: Any = None
+    options: Any = None
+    answer: Any = None
+    id: Any = None
+    counted: int | None = None  # the first column's number, where options stand in columns of it
+
+
+class Columns:
+    """What the columns of a file stand for, one meaning for all of its rows.
+
+    `text` is the question, or beside `question` the context. Columns that are not used are named
+    once, and refused where they look like the misspelt name of one that a row lacks.
+    """
+
+    def __init__(self, name: str, rows: Sequence[JsonRow]) -> None:
+        self.name = name
+        plain = [_filled(row) for row in rows]
+        self._text_is_context = any({"question", "text"} <= cells.keys() for cells in plain)
+        self._unused: dict[str, None] = {}
+        self._read_as: dict[str, str] = {}
+
+    def fields(self, row: JsonRow, place: str) -> Fields:
+        """The cells of a row by what they stand for.
+
+        Raises:
+            Refusal: if two columns stand for the same, or one looks misspelt.
+        """
+        names = [plain_name(str(column)) for column in row]
+        if twice := sorted({name for name in names if name and names.count(name) > 1}):
+            raise Refusal(f"row {place}: got the columns {twice} twice, but for case; rename one")
+        cells = _filled(row)
+        found: dict[str, str] = {}
+        for name in cells:
+            role = self._role(name)
+            if role in found:
+                raise Refusal(
+                    f"row {place}: got the columns {found[role]!r} and {name!r}, expected one of "
+                    f"them for the {role}; rename or drop the other"
+                )
+            if role:
+                found[role] = name
+        lettered = _lettered(cells.keys() - set(found.values()))
+        counted = None
+        values = {role: cells[name] for role, name in found.items()}
+        if lettered and "options" not in found:
+            values["options"] = _options_of(lettered, row, place)
+            counted = int(lettered[0][-1]) if lettered[0][-1].isdigit() else None
+        self._note(names, found, lettered if "options" not in found else (), place)
+        return Fields(**values, counted=counted)
+
+    def _role(self, name: str) -> str | None:
+        if name == "text" and self._text_is_context:
+            return "context"
+        return _ROLE.get(name)
+
+    def _note(
+        self, names: Sequence[str], found: dict[str, str], lettered: Sequence[str], place: str
+    ) -> None:
+        """Notes what is not used; refuses what looks like a name that the row lacks."""
+        used = {*found.values(), *lettered}
+        for role, name in found.items():
+            if name not in _PLAIN or (name == "text" and role == "context"):
+                self._read_as[name] = role
+        for name in names:
+            if name in used or name in _ROLE or _UNSAID.fullmatch(name):
+                continue
+            if lettered and _LETTERED.fullmatch(name):  # an option that this row does not have
+                continue
+            meant = nearest(name, [known for known in _ROLE if known != "id"], cutoff=0.8)
+            if meant and self._role(meant) not in found:
+                lacking = " or ".join(map(repr, ROLES[_ROLE[meant]][:2]))
+                raise Refusal(
+                    f"row {place}: no column {lacking}; got the columns {sorted(names)}; did you "
+                    f"mean {meant!r} by {name!r}? rename or drop it"
+                )
+            self._unused[name] = None
+
+    def say(self) -> None:
+        """Names the columns that were read as something else, and those that were not used."""
+        for name, role in self._read_as.items():
+            logger.info("%s: the column %r is read as the %s", self.name, name, role)
+        if self._unused:
+            logger.warning("%s: columns not used: %s", self.name, ", ".join(self._unused))
+
+
+def _filled(row: JsonRow) -> JsonRow:
+    """The cells that hold something, by plain names."""
+    return {plain_name(str(name)): cell for name, cell in row.items() if not is_missing(cell)}
+
+
+def _lettered(names: Collection[str]) -> list[str]:
+    """Names such as option_a, option_b or A, B, C: the longest run of one kind from its start."""
+    kinds: dict[str, dict[str, str]] = {}
+    for name in names:
+        if match := _LETTERED.fullmatch(name):
+            stem, mark = match.groups()
+            if stem or mark.isalpha():
+                kind = f"{stem} {'a' if mark.isalpha() else '1'}"
+                kinds.setdefault(kind, {})[mark] = name
+    runs = []
+    for marks in kinds.values():
+        runs.append([marks[mark] for mark in sorted(marks)])
+    starts = [run for run in runs if len(run) > 1 and run[0][-1] in "a01"]
+    return max(starts, key=len, default=[])
+
+
+def _options_of(names: Sequence[str], row: JsonRow, place: str) -> list[Any]:
+    """The options that stand in columns of their own, without empty ones at the end."""
+    marks = [ord(name[-1]) for name in names]
+    if marks != list(range(marks[0], marks[0] + len(marks))):
+        raise Refusal(
+            f"row {place}: got options in the columns {list(names)}, expected no empty one between "
+            "them; fill it, or move the others up"
+        )
+    return [_filled(row)[name] for name in names]

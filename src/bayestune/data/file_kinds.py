@@ -1,0 +1,199 @@
+"""Reads a file of rows as it stands: JSON lines, a JSON array, CSV of any separator, parquet."""
+
+import codecs
+import csv
+import gzip
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+
+from bayestune.data.column_roles import known_names, plain_name
+from bayestune.errors import Refusal
+from bayestune.jsonl import JsonRow, json_row
+
+SEPARATORS = (",", ";", "\t", "|")
+_JSON = (".jsonl", ".ndjson", ".json")
+_DELIMITED = (".csv", ".tsv", ".tab", ".txt", "")
+_PARQUET = (".parquet", ".pq")
+# the longer marks first, because UTF-32's begins with UTF-16's
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+_LONGEST_CELL = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class GivenRow:
+    """One row as its file gives it."""
+
+    key: str  # file:number, the id of a row without one
+    place: str  # where it stands, for messages
+    cells: JsonRow
+
+
+def given_rows(path: Path) -> list[GivenRow]:
+    """The rows of a file, whichever of the known kinds it is; gzipped ones too.
+
+    Raises:
+        Refusal: if the file is of another kind, is not text in UTF-8 or UTF-16, or a line of it
+            cannot be read.
+        FileNotFoundError: if there is no such file.
+    """
+    if path.is_dir():
+        raise Refusal(f"{path} is a folder: got no file, expected one of {_kinds()}; name the file")
+    if not path.exists():
+        raise FileNotFoundError(f"no such file: {path}")
+    data = path.read_bytes()
+    name = PurePath(path.name)
+    if data.startswith(b"\x1f\x8b"):
+        data = gzip.decompress(data)
+        name = name.with_suffix("") if name.suffix.lower() == ".gz" else name
+    kind = name.suffix.lower()
+    if kind in _PARQUET or data.startswith(b"PAR1"):
+        return _parquet(path)
+    if kind not in (*_JSON, *_DELIMITED) or data.startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0")):
+        raise Refusal(
+            f"{path.name} is of a kind that is not read: got {kind or 'an archive'}, expected one "
+            f"of {_kinds()}; save a spreadsheet as CSV (UTF-8)"
+        )
+    text = _decoded(data, path.name)
+    if text.lstrip().startswith("["):
+        return _array(text, path.name)
+    if kind in _JSON or text.lstrip().startswith("{"):
+        return _lines(text, path.name)
+    return _delimited(text, path.name)
+
+
+def _kinds() -> str:
+    return ", ".join((*_JSON, ".csv", ".tsv", ".parquet"))
+
+
+def _decoded(data: bytes, name: str) -> str:
+    encoding = next((known for mark, known in _MARKS if data.startswith(mark)), "utf-8")
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        got = f"byte 0x{data[error.start]:02x}"
+        raise Refusal(
+            f"{name}, line {line}: not {encoding} text: got {got}, expected UTF-8 or UTF-16; save "
+            "it as UTF-8 (Excel: CSV UTF-8)"
+        ) from None
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise Refusal(
+            f"{name}, line {line}: got a zero byte, expected text; save it as UTF-8 (UTF-16 needs "
+            "its byte order mark)"
+        )
+    return text
+
+
+def _array(text: str, name: str) -> list[GivenRow]:
+    try:
+        listed = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise Refusal(f"{name}, line {error.lineno}: not a JSON array ({error})") from None
+    rows = []
+    for number, row in enumerate(listed, 1):
+        key = f"{name}:{number}"
+        if not isinstance(row, dict):
+            raise Refusal(
+                f"row {key}: got a {type(row).__name__}, expected an object with a question"
+            )
+        rows.append(GivenRow(key, key, row))
+    return rows
+
+
+def _lines(text: str, name: str) -> list[GivenRow]:
+    found = []
+    # at "\n" alone, because a text may hold any of Unicode's other line ends
+    for line, written in enumerate(text.split("\n"), 1):
+        if written.strip():
+            key = f"{name}:{len(found) + 1}"
+            place = key if line == len(found) + 1 else f"{key} (line {line})"
+            found.append(GivenRow(key, place, json_row(written, f"{name}, line {line}")))
+    return found
+
+
+def _delimited(text: str, name: str) -> list[GivenRow]:
+    if text[:4].lower() == "sep=":  # Excel's own first line
+        text = text.partition("\n")[2]
+    limit = csv.field_size_limit(_LONGEST_CELL)
+    try:
+        return _records(text, name)
+    except csv.Error as error:
+        advice = 'close every quote and write a quote within one as ""'
+        raise Refusal(f"{name}: not a table of cells ({error}); {advice}") from None
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _records(text: str, name: str) -> list[GivenRow]:
+    reader = _cells(text, _separator(text))
+    _, header = next(reader, (0, []))
+    while header and not header[-1].strip():  # a spreadsheet's empty columns
+        header.pop()
+    names = [cell.strip() for cell in header]
+    if twice := sorted({cell for cell in names if cell and names.count(cell) > 1}):
+        raise Refusal(f"{name}: got the columns {twice} more than once; rename or drop one of each")
+    rows = []
+    for line, cells in reader:
+        key = f"{name}:{len(rows) + 1}"
+        place = f"{key} (line {line})"
+        surplus = [cell for cell in cells[len(names) :] if cell.strip()]
+        if surplus or len(cells) < len(names):
+            raise Refusal(
+                f"row {place}: got {len(cells)} cells, expected {len(names)} as in the header; put "
+                "a cell that holds the separator into quotes"
+            )
+        rows.append(GivenRow(key, place, dict(zip(names, cells, strict=False))))
+    return rows
+
+
+def _cells(text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
+    """The records that are not empty, each with the number of its first line."""
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    before = 0
+    for cells in lines:
+        if any(cell.strip() for cell in cells):
+            yield before + 1, cells
+        before = lines.line_num
+
+
+def _separator(text: str) -> str:
+    """The separator under which the first line names most known columns, then most columns."""
+
+    def named(separator: str) -> tuple[int, int]:
+        try:
+            _, header = next(_cells(text, separator), (0, []))
+        except csv.Error:
+            return (0, 0)
+        return (sum(plain_name(cell) in known_names() for cell in header), len(header))
+
+    return max(SEPARATORS, key=named)
+
+
+def _parquet(path: Path) -> list[GivenRow]:
+    from datasets import ClassLabel, Dataset
+
+    rows = Dataset.from_parquet(str(path), keep_in_memory=True)
+    names: Sequence[tuple[str, list[str]]] = [
+        (column, kind.names)
+        for column, kind in rows.features.items()
+        if isinstance(kind, ClassLabel)
+    ]
+    found = []
+    for number, row in enumerate(rows, 1):
+        cells = dict(row)
+        for column, classes in names:
+            value = cells[column]
+            cells[column] = classes[value] if value is not None and value >= 0 else None
+        key = f"{path.name}:{number}"
+        found.append(GivenRow(key, key, cells))
+    return found

@@ -1,0 +1,72 @@
+"""Rows are put as those of a fit were: its prompt, its classes; and none that it was trained on."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from bayestune.data import Prompt, Question, Scoring, Task
+from bayestune.errors import Refusal
+
+logger = logging.getLogger(__name__)
+
+
+def put_as_fitted(
+    task: Task, prompt: Prompt, scoring: Scoring, classes: Sequence[str] | None
+) -> Task:
+    """The task under the prompt of a fit, whatever its own is.
+
+    Where the options do not stand in what the model reads, as under a classification head, they
+    are the fit's, in its order.
+
+    Args:
+        task: the rows.
+        prompt: of the fit.
+        scoring: of the fit.
+        classes: the options that all rows of the fit had, in order; None if they differed.
+
+    Raises:
+        Refusal: if a row has a context for which the prompt has no place, or other classes.
+    """
+    template = prompt.letter if scoring == "letter" else prompt.text
+    rows = (*task.held_out, *task.evaluation)
+    count = sum(bool(row.context) for row in rows)
+    has_place = scoring == "head" or "{context}" in template
+    if count and not has_place:
+        raise Refusal(
+            f"{count} rows of {task.name} have a context: got a fit whose rows had none, expected "
+            "rows without, because its prompt has no place for one; drop the column, or fit on "
+            "rows that have a context"
+        )
+    if rows and not count and "{context}" in template and scoring != "head":
+        logger.warning("no row of %s has a context, which the fitted prompt shows", task.name)
+    is_shown = scoring == "text" or "{choices}" in template or "{texts_first}" in template
+    if classes and (scoring == "head" or not is_shown):
+        task = task.in_class_order(classes)
+    return replace(task, prompt=prompt)
+
+
+def classes_of(details: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """The options that all rows of a fit had, in their order, as far as its folder tells."""
+    told = details.get("class_names") or details.get("questions", {}).get("options")
+    return tuple(told) if told else None
+
+
+def seen_rows(details: Mapping[str, Any], rows: Sequence[Question]) -> int | None:
+    """How many of the rows a fit was trained on, by their content; None if its folder is older."""
+    if "seen" not in details:
+        return None
+    size = len(next(iter(rows)).fingerprint) if rows else 1
+    text = details["seen"]
+    known = {text[start : start + size] for start in range(0, len(text), size)}
+    return sum(row.fingerprint in known for row in rows)
+
+
+def say_seen(task: str, count: int, total: int) -> None:
+    """Says aloud that rows to evaluate on stand in the training rows."""
+    if count:
+        said = (
+            "%d of the %d evaluation rows of %s stand in the training rows too: figures on them "
+            "say nothing of new rows"
+        )
+        logger.warning(said, count, total, task)
