@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from bayestune.adapters import Lora, attach
 from bayestune.data import check_trainable
 from bayestune.posteriors import FitReport
 from bayestune.scoring import Scorer, TextScorer
-from bayestune.training.callbacks import Interrupted, StopOnSignal
+from bayestune.training.callbacks import LogLines, StopOnSignal
 from bayestune.training.cpu_attention import eager_attention, trains_faster_eagerly
 from bayestune.training.meter import Meter
 from bayestune.training.trainer import ClassTrainer, LengthGroupedTrainer
@@ -128,9 +128,8 @@ def train(
     meter = Meter()
     check_trainable(scorer.task)
     rows = scorer.encode(scorer.task.train)
-    stop = StopOnSignal()
     kind = LengthGroupedTrainer if training.group_by_length else ClassTrainer
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, StopOnSignal() as stop:
         folder = training.output or Path(scratch)
         trainer = kind(
             model,
@@ -140,6 +139,9 @@ def train(
             callbacks=[*callbacks, stop],
             optimizers=(optimizer(model) if optimizer else None, None),
         )
+        if not training.progress:  # instead of printing to standard output, which is for results
+            trainer.pop_callback(PrinterCallback)
+            trainer.add_callback(LogLines)
         checkpoint = newest_checkpoint(folder) if training.resume else None
         # the mask of packed rows fits the model's own attention only
         packed = isinstance(scorer, TextScorer) and scorer.layout == "packed"
@@ -148,8 +150,7 @@ def train(
         with eager_attention(model, eagerly):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state = trainer.state
-    if stop.stopped:
-        raise Interrupted(f"stopped at step {state.global_step}; go on with --resume")
+    stop.raise_if_stopped(state.global_step)
     report = FitReport(steps=state.global_step, history=list(state.log_history))
     return report.plus(**meter.read())
 
