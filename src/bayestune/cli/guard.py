@@ -51,12 +51,10 @@ def run_guarded(given: Sequence[str]) -> int:
 
 def _set_up_output(options: Any) -> None:
     """Bars for a terminal alone; with `--quiet` neither bars nor notes, but warnings."""
-    quiet = options.get("quiet", False)
-    # read by the libraries too, and by `Session`, which is told nothing else
+    quiet = options.quiet
     shown = options.get("progress", True) and not quiet and sys.stderr.isatty()
     show_progress(shown)
-    if "progress" in options:
-        options["progress"] = shown
+    options["progress"] = shown
     logging.getLogger("bayestune").setLevel(logging.WARNING if quiet else logging.INFO)
 
 

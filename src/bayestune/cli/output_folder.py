@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from jsonargparse import Namespace
 
-from bayestune.cli.run_settings import RUN, check_same, read_settings, write_settings
+from bayestune.cli.run_settings import check_same, read_settings, write_settings
 from bayestune.errors import Refusal
 from bayestune.evaluation import RECORDS
 from bayestune.methods import METHODS
@@ -115,7 +115,7 @@ def refuse_both(resume: bool, overwrite: bool) -> None:
 def check_writable(folder: Path) -> None:
     """Refuses a folder that cannot be made or written, by its own name."""
     if folder.is_symlink() and not folder.exists():
-        raise Refusal(f"{folder} is a link to {os.readlink(folder)}, which is not there; make it")
+        raise Refusal(f"{folder} is a link to {folder.readlink()}, which is not there; make it")
     there = folder
     while not there.exists() and there != there.parent:
         there = there.parent
@@ -166,7 +166,8 @@ def _unfinished(folder: Path) -> bool:
 
 
 def _has_results(folder: Path) -> bool:
-    return _holds(folder / DETAILS, "posterior") or _holds(folder / RECORDS, "metrics")
+    # of a posterior the name alone says it, so that a damaged one can be fitted anew
+    return (folder / DETAILS).is_file() or _holds(folder / RECORDS, "metrics")
 
 
 def _holds(path: Path, key: str) -> bool:

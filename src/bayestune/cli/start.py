@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if first else EXIT_BAD_INPUT
     if first not in COMMANDS:
         print(f"bayestune: error: {_unknown(first)}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        raise SystemExit(EXIT_BAD_INPUT)
     return importlib.import_module("bayestune.cli.guard").run_guarded(given)
 
 
