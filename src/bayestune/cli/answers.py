@@ -12,9 +12,8 @@ from jsonargparse import Namespace
 
 from bayestune.cli.output_folder import check_writable, inputs_of, refuse_both
 from bayestune.cli.run_settings import check_same, settings_file, write_settings
-from bayestune.data import Question
 from bayestune.errors import Refusal
-from bayestune.jsonl import json_line, whole_lines
+from bayestune.jsonl import JsonRow, json_line, whole_lines
 
 STANDARD_INPUT = Path("-")
 
@@ -59,7 +58,7 @@ class Answers:
         """The hidden file that takes the place of a finished one at the end."""
         return self.path.with_name(f".{self.path.name}.unfinished") if self.path else None
 
-    def begin(self, rows: Sequence[Question], settings: dict[str, Any]) -> tuple[Path | None, int]:
+    def begin(self, rows: Sequence[JsonRow], settings: dict[str, Any]) -> tuple[Path | None, int]:
         """The file to write to, None for standard output, and how many rows it has already.
 
         Raises:
@@ -96,17 +95,16 @@ class Answers:
             place.replace(self.path)
 
 
-def _whole_rows(path: Path, rows: Sequence[Question]) -> int:
+def _whole_rows(path: Path, rows: Sequence[JsonRow]) -> int:
     """How many lines of a file answer the first rows; a last line that was cut is taken off."""
     lines = whole_lines(path)
     if len(lines) > len(rows):
         raise Refusal(f"--resume: {path} has {len(lines)} lines, but the input {len(rows)} rows")
     for number, (line, row) in enumerate(zip(lines, rows, strict=False), 1):
-        asked = (line.get("id"), line.get("question"), line.get("options"))
-        if asked != (row.id, row.question, list(row.options)):
+        if any(line.get(name) != row.get(name) for name in ("id", "question", "options")):
             raise Refusal(
                 f"--resume: line {number} of {path} answers row {line.get('id')!r}, but the input "
-                f"has {row.id!r} there, or asks it otherwise; give the input it was begun with"
+                f"has {row['id']!r} there, or asks it otherwise; give the input it was begun with"
             )
     return len(lines)
 

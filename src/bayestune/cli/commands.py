@@ -15,6 +15,7 @@ from bayestune.cli.answers import Answers, LineWriter, readable
 from bayestune.cli.options import built, chosen_methods
 from bayestune.cli.output_folder import OutputFolder, check_writable
 from bayestune.cli.run_settings import evaluation_settings, fit_settings, posterior_digest
+from bayestune.cli.sieve import sieved
 from bayestune.data import TASKS, Task, load_rows, own_task
 from bayestune.errors import Refusal
 from bayestune.evaluation import RECORDS, EvaluationOptions, append_results, read_records
@@ -91,27 +92,29 @@ def predict(o: Namespace) -> None:
     A row that cannot be put to the model is answered with an `error`.
     """
     answers = Answers.of(o)
-    with readable(o.input) as file:
-        options = TaskOptions(evaluation_data=file, options=tuple(o.options))
+    with readable(o.input) as file, sieved(file, o.options) as rows:
+        options = TaskOptions(evaluation_data=rows.file, options=tuple(o.options))
         session = Session.of_posterior(o.posterior, options, o.model, labelled=False)
-    rows = session.rows()
-    problems = session.problems(rows)
-    if len(problems) == len(rows):
+    questions = session.rows()
+    problems = session.problems(questions)
+    if len(problems) == len(questions):
         raise problems[0]
     fitted = session.load(o.posterior, o.bf16)
     asked = ("draws", "draw_seed", "shared_prefix", "decided", "bf16")
     settings = {name: o[name] for name in asked}
     settings["the files of --posterior"] = posterior_digest(o.posterior)
-    place, done = answers.begin(rows, settings)
+    place, done = answers.begin(rows.all_ids(questions), settings)
     draws = Draws(o.draws, o.draw_seed, shared_prefix=o.shared_prefix)
-    lines = session.answers(fitted, draws, rows[done:], decided=o.decided)
-    bar = tqdm(lines, "predict", len(rows), initial=done, unit="row", disable=not o.progress)
+    left = questions[done - rows.num_unread(done) :]
+    lines = rows.in_order(session.answers(fitted, draws, left, decided=o.decided), done)
+    count = len(questions) + len(rows.unread)
+    bar = tqdm(lines, "predict", count, initial=done, unit="row", disable=not o.progress)
     with LineWriter(place) as writer:
         for line in bar:
             writer.write(line)
     answers.finish(place)
-    if problems:
-        logger.warning("%d of %d rows could not be put, see their error", len(problems), len(rows))
+    if bad := len(problems) + len(rows.unread):
+        logger.warning("%d of %d rows could not be put, see their error", bad, count)
 
 
 def bayesianise(o: Namespace) -> None:

@@ -15,6 +15,7 @@ from bayestune.evaluation.records import (
     make_result,
     prediction_rows,
     read_records,
+    unread_row,
 )
 
 __all__ = [
@@ -31,4 +32,5 @@ __all__ = [
     "predict_adaptively",
     "prediction_rows",
     "read_records",
+    "unread_row",
 ]

@@ -31,7 +31,8 @@ def check_method(method: Any, scorer: Scorer, slots: Slots) -> None:
         chooses and method.choose == "held_out"
     ):
         held_out_rows(scorer, name)
-    if getattr(method, "layers", "all") == "last":
+    # Laplace takes the last block where the head has no adapter
+    if getattr(method, "layers", "all") == "last" and not isinstance(method, Laplace):
         head_slots(slots, getattr(method, "sides", ("lora_A",)))
     kinds = _posteriors_of(getattr(method, "base", None))
     if isinstance(method, Laplace):

@@ -98,7 +98,7 @@ def load_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if device is not None and torch.device(device).type == "meta":
-            model: Any = _outline(kind, config, attn_implementation)
+            model: Any = _outline(kind, config, dtype, attn_implementation)
         else:
             model = kind.from_pretrained(path, **options)
     if num_labels is not None:
@@ -109,10 +109,10 @@ def load_model(
     return LoadedModel(model if device is None else model.to(device), tokenizer, name)
 
 
-def _outline(kind: Any, config: Any, attention: str | None) -> PreTrainedModel:
+def _outline(kind: Any, config: Any, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
     """A model without weights, on the meta device."""
     with torch.device("meta"):
-        model = kind.from_config(config, attn_implementation=attention)
+        model = kind.from_config(config, dtype=dtype, attn_implementation=attention)
     model.tie_weights()
     return model.eval()
 

@@ -4,7 +4,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +161,11 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return max(written, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
+# transformers has renamed it
+_KNOWN = {field.name for field in fields(TrainingArguments)}
+_CHECKPOINTING = ({"activation_checkpointing"} & _KNOWN or {"gradient_checkpointing"}).pop()
+
+
 def _arguments(training: Training, folder: Path, steps: int) -> TrainingArguments:
     return TrainingArguments(
         output_dir=os.fspath(folder),
@@ -176,7 +181,7 @@ def _arguments(training: Training, folder: Path, steps: int) -> TrainingArgument
         seed=training.seed,
         bf16=training.bf16,
         use_cpu=not torch.accelerator.is_available(),
-        gradient_checkpointing=training.gradient_checkpointing,
+        **{_CHECKPOINTING: training.gradient_checkpointing},
         save_strategy="steps" if training.save_steps else "no",
         save_steps=training.save_steps or steps,
         logging_steps=training.logging_steps,
