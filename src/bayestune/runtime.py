@@ -69,6 +69,17 @@ def show_progress(shown: bool) -> None:
         disable_progress_bars()
 
 
+def follow_umask(folder: Path) -> None:
+    """Gives a folder's files the mode of any new file: safetensors makes them its owner's alone."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for path in folder.iterdir():
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
+
+
 def reset_peak_memory() -> None:
     """Begins a new measurement for `peak_memory_mb`, where the system can."""
     if torch.cuda.is_available():

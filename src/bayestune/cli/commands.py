@@ -103,12 +103,14 @@ def predict(o: Namespace) -> None:
     asked = ("draws", "draw_seed", "shared_prefix", "decided", "bf16")
     settings = {name: o[name] for name in asked}
     settings["the files of --posterior"] = posterior_digest(o.posterior)
-    place, done = answers.begin(rows.all_ids(questions), settings)
+    place, done = answers.begin(rows.told(questions), settings)
     draws = Draws(o.draws, o.draw_seed, shared_prefix=o.shared_prefix)
     left = questions[done - rows.num_unread(done) :]
     lines = rows.in_order(session.answers(fitted, draws, left, decided=o.decided), done)
     count = len(questions) + len(rows.unread)
-    bar = tqdm(lines, "predict", count, initial=done, unit="row", disable=not o.progress)
+    bar = tqdm(
+        lines, "predict", count, initial=done, unit="row", disable=not o.progress or place is None
+    )
     with LineWriter(place) as writer:
         for line in bar:
             writer.write(line)

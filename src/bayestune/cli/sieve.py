@@ -26,7 +26,7 @@ class Sieved:
         """How many of the first so many rows could not be read."""
         return sum(number < before for number in self.unread)
 
-    def all_ids(self, questions: Sequence[Question]) -> list[dict[str, Any]]:
+    def told(self, questions: Sequence[Question]) -> list[dict[str, Any]]:
         """What the answer of each row of the given file repeats of it."""
         asked = (
             {"id": q.id, "question": q.question, "options": list(q.options)} for q in questions

@@ -5,11 +5,14 @@ import logging
 import math
 import signal
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from bayestune.runtime import follow_umask
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +68,16 @@ class StopOnSignal(TrainerCallback):
         if self.stopped_by is not None:
             kind = Terminated if self.stopped_by == signal.SIGTERM else Interrupted
             raise kind(f"stopped at step {step}; go on with --resume")
+
+
+class ReadableCheckpoints(TrainerCallback):
+    """Checkpoints that others may read if the umask says so: they are posteriors too."""
+
+    def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Sets the modes of what was written."""
+        folder = Path(args.output_dir or ".", f"checkpoint-{state.global_step}")
+        if state.is_world_process_zero and folder.is_dir():
+            follow_umask(folder)
 
 
 class LogLines(TrainerCallback):

@@ -16,7 +16,7 @@ from bayestune.adapters import Lora, attach
 from bayestune.data import check_trainable
 from bayestune.posteriors import FitReport
 from bayestune.scoring import Scorer, TextScorer
-from bayestune.training.callbacks import LogLines, StopOnSignal
+from bayestune.training.callbacks import LogLines, ReadableCheckpoints, StopOnSignal
 from bayestune.training.cpu_attention import eager_attention, trains_faster_eagerly
 from bayestune.training.meter import Meter
 from bayestune.training.trainer import ClassTrainer, LengthGroupedTrainer
@@ -136,7 +136,7 @@ def train(
             scorer,
             args=_arguments(training, folder, training.total_steps(len(rows))),
             train_dataset=rows,
-            callbacks=[*callbacks, stop],
+            callbacks=[*callbacks, stop, ReadableCheckpoints()],
             optimizers=(optimizer(model) if optimizer else None, None),
         )
         if not training.progress:  # instead of printing to standard output, which is for results
