@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,12 +50,35 @@ def _once_each(pairs: list[tuple[str, Any]], *, place: str) -> JsonRow:
     return row
 
 
-def write_json_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def whole_lines(path: Path) -> list[JsonRow]:
+    """The rows of a file that a process was writing to; a last line that was cut is taken off."""
+    text = path.read_bytes()
+    end = text.rfind(b"\n") + 1
+    rows = []
+    whole = 0
+    for number, line in enumerate(text[:end].splitlines(keepends=True), 1):
+        try:
+            rows.append(json_row(line.decode("utf-8"), f"{path.name}, line {number}"))
+        except ValueError:
+            if whole + len(line) < end:  # in the middle: not what a cut leaves
+                raise
+            break
+        whole += len(line)
+    if whole < len(text):
+        with path.open("r+b") as file:
+            file.truncate(whole)
+    return rows
+
+
+def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes one JSON object a line, the whole file or nothing; paths are written as text."""
     scratch = path.with_name(f".{path.name}.partial")
-    scratch.write_text("".join(map(_line, rows)), encoding="utf-8")
+    text = "".join(map(json_line, rows))
+    # a lone surrogate becomes the escape \\udXXX, which JSON reads as the same
+    scratch.write_text(text, encoding="utf-8", errors="backslashreplace")
     scratch.replace(path)
 
 
-def _line(row: Mapping[str, Any]) -> str:
+def json_line(row: Mapping[str, Any]) -> str:
+    """A row as a line; paths are written as text."""
     return json.dumps(row, ensure_ascii=False, default=os.fspath) + "\n"

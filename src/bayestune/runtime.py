@@ -1,6 +1,7 @@
 """The process: the memory it keeps, its peak memory, the versions and the revision that run."""
 
 import ctypes
+import os
 import platform
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+from transformers.utils import logging as transformers_logging
 
 try:
     import resource
@@ -51,6 +54,30 @@ def keep_freed_memory(keep: bool = True) -> bool:
     if not keep:
         trim(0)
     return all(took)
+
+
+def show_progress(shown: bool) -> None:
+    """Shows or silences the progress bars of the libraries that load models and data."""
+    quiet = "0" if shown else "1"
+    # datasets is imported late and reads it then
+    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = quiet
+    if shown:
+        transformers_logging.enable_progress_bar()
+        enable_progress_bars()
+    else:
+        transformers_logging.disable_progress_bar()
+        disable_progress_bars()
+
+
+def follow_umask(folder: Path) -> None:
+    """Gives a folder's files the mode of any new file: safetensors makes them its owner's alone."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for path in folder.iterdir():
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
 
 
 def reset_peak_memory() -> None:

@@ -7,6 +7,12 @@ import subprocess
 import sys
 
 import pytest
+from safetensors import safe_open
+
+from bayestune.cli import main, parser
+from bayestune.evaluation import read_records
+from bayestune.training import Interrupted
+from bayestune.training.training import newest_checkpoint
 from running import (
     failed,
     fitting,
@@ -18,12 +24,6 @@ from running import (
     run,
     write_rows,
 )
-from safetensors import safe_open
-
-from bayestune.cli import main, parser
-from bayestune.evaluation import read_records
-from bayestune.training import Interrupted
-from bayestune.training.training import newest_checkpoint
 
 NOISY = {"learning_rate": 0.1, "blob.init_root_std": 0.7, "blob.prior_std": 1.0}
 
@@ -190,7 +190,7 @@ def test_output_is_only_overwritten_when_told_to(place, capsys):
     assert "is not empty: choose another --output, or give --overwrite" in said
     assert (out / "notes.txt").read_text() == "mine"
     run(*fitting(place), "--overwrite")
-    assert not (out / "notes.txt").exists()
+    assert (out / "notes.txt").read_text() == "mine"
     assert (out / "posterior.json").is_file()
 
 
@@ -273,6 +273,7 @@ def test_ctrl_c_is_exit_code_130(monkeypatch, capsys, interrupt):
         raise interrupt
 
     _, options = parser.COMMANDS["predict"]
+    capsys.readouterr()
     monkeypatch.setitem(parser.COMMANDS, "predict", (interrupted, options))
     assert main(["predict", "--posterior=a", "--input=b"]) == 130
     assert capsys.readouterr().err == f"bayestune: {str(interrupt) or 'interrupted'}\n"
@@ -286,7 +287,7 @@ def wait_for(stream, pattern):
         seen += byte
 
 
-def test_ctrl_c_leaves_a_checkpoint_that_resume_goes_on_from(place):
+def test_ctrl_c_leaves_a_checkpoint_that_resume_goes_on_from(place, capsys):
     out = place / "out"
     command = fitting(place, method="blob", steps=100_000, progress="true", logging_steps=1)
     with subprocess.Popen(
@@ -295,7 +296,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_resume_goes_on_from(place):
         stdout=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
     ) as process:
-        wait_for(process.stderr, rb"[ |][1-9]\d*/100000")
+        wait_for(process.stderr, rb"step [1-9]\d* of 100000")
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -307,7 +308,13 @@ def test_ctrl_c_leaves_a_checkpoint_that_resume_goes_on_from(place):
         assert len(list(tensors.keys())) > 0
     assert not (out / "posterior.json").exists()
 
-    run(*fitting(place, method="blob", steps=stopped + 3, logging_steps=1), "--resume")
+    other = fitting(place, method="blob", steps=stopped + 3, logging_steps=1)
+    said = failed([*other, "--resume"], capsys)
+    assert f"steps: got {stopped + 3}, the run has 100000" in said
+    noted = json.loads((out / "run.json").read_text())
+    noted["settings"]["steps"] = stopped + 3  # as if it had been begun with fewer
+    (out / "run.json").write_text(json.dumps(noted))
+    run(*other, "--resume")
     log = json.loads((out / "training.json").read_text())
     before = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
     assert log["history"][: len(before)] == before

@@ -60,7 +60,7 @@ def test_rows_say_all_of_a_prediction():
         assert row["mutual_information"] == pytest.approx(epistemic)
         assert row["mutual_information"] > 0.01
     (bare, _) = prediction_rows(ROWS, PREDICTION, texts=False)
-    assert set(first) - set(bare) == {"question", "options"}
+    assert set(first) - set(bare) == {"question", "options", "choice_text"}
     adaptive = AdaptivePrediction(**vars(PREDICTION), draws_used=torch.tensor([6, 8]))
     assert [row["draws"] for row in prediction_rows(ROWS, adaptive)] == [6, 8]
 

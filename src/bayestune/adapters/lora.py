@@ -1,5 +1,6 @@
 """Attaches LoRA to a model and detaches it, and tells what kind of model it is."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -100,7 +101,10 @@ def attach(model: nn.Module, lora: Lora) -> PeftModel:
         target_modules=list(targets),
         task_type="SEQ_CLS" if is_classifier(model) else "CAUSAL_LM",
     )
-    return get_peft_model(model, config)  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        # PEFT asks transformers for a property by its old name
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        return get_peft_model(model, config)  # type: ignore[arg-type]
 
 
 def _names(path: str, target: str) -> bool:

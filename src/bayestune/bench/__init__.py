@@ -4,7 +4,20 @@ A run can be cut off at any time and goes on where it stopped, here or on a Ray 
 """
 
 from bayestune.bench.cells import Cell, Grid, TaskSettings
+from bayestune.bench.keys import digest, lasting, lasting_method, model_facts
 from bayestune.bench.launch import Launcher, run_bench
 from bayestune.bench.store import PLAN, collect
 
-__all__ = ["PLAN", "Cell", "Grid", "Launcher", "TaskSettings", "collect", "run_bench"]
+__all__ = [
+    "PLAN",
+    "Cell",
+    "Grid",
+    "Launcher",
+    "TaskSettings",
+    "collect",
+    "digest",
+    "lasting",
+    "lasting_method",
+    "model_facts",
+    "run_bench",
+]

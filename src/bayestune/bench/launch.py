@@ -4,6 +4,7 @@ import logging
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from bayestune.bench.cells import Cell, Grid
 from bayestune.bench.store import FITS, collect, write_plan
 from bayestune.bench.worker import Progress, State, Worker
 from bayestune.errors import Refusal, nearest
+from bayestune.posteriors import DETAILS
 
 logger = logging.getLogger(__name__)
 
@@ -50,15 +52,26 @@ def run_bench(
     methods = only_methods or grid.methods
     chosen = [cell for cell in worker.cells if cell.task in tasks and cell.name in methods]
     run = run_local if launcher == "local" else run_ray
-    failed = run(worker, Progress(folder, chosen))
+    progress = Progress(folder, chosen)
+    worker.check(progress.todo())
+    failed = run(worker, progress)
     collect(folder)
     if failed:
         logger.error("%d of %d cells failed; run again to try them again", len(failed), len(chosen))
         return 1
     logger.info("all %d cells finished; see them with: bayestune table %s", len(chosen), folder)
     if discard_fits:
-        shutil.rmtree(folder / FITS, ignore_errors=True)
+        discard(folder / FITS)
     return 0
+
+
+def discard(fits: Path) -> None:
+    """Removes saved posteriors from a folder, and nothing else."""
+    for path in fits.iterdir() if fits.is_dir() else ():
+        if (path / DETAILS).is_file():
+            shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):  # it holds something else
+        fits.rmdir()
 
 
 def _refuse_unknown(what: str, given: Sequence[str], known: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@ import logging
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -87,6 +87,23 @@ class Worker:
             return "failed"
         self._note(cell).unlink(missing_ok=True)
         return "computed"
+
+    def check(self, cells: Iterable[Cell]) -> None:
+        """Refuses what the fits of cells, or evaluating them, would refuse after hours.
+
+        Each model is looked at without its weights, once for each task.
+        """
+        groups: dict[tuple[Any, ...], list[Cell]] = defaultdict(list)
+        for cell in cells:
+            groups[cell.model, cell.task].append(cell)
+        for (model, task), group in groups.items():
+            first = group[0]
+            classes = num_classes(self.tasks[task], first.questions.scoring)
+            loaded = open_model(model, first.dtype, classes, outline=True)
+            session = Session.of(loaded, self.tasks[task], first.questions).quietly()
+            for name in first.evaluate_on:
+                session.on(self.tasks[name]).check_evaluation("evaluation")
+            session.check([cell.method for cell in group], first.training)
 
     def _session(self, cell: Cell) -> Session:
         task = self.tasks[cell.training.seed][cell.task]

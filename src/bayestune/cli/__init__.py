@@ -1,8 +1,9 @@
 """The commands: `bayestune fit | evaluate | predict | compare | …`.
 
-`parser` derives their options from the constructors, `commands` does what they say.
+`start` answers what needs no torch, `parser` derives their options from the constructors,
+`commands` does what they say, and `guard` tells the user in a line what went wrong.
 """
 
-from bayestune.cli.parser import main
+from bayestune.cli.start import main
 
 __all__ = ["main"]

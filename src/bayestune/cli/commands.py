@@ -1,19 +1,25 @@
 """What the commands do, each a few lines over a session."""
 
-import json
+import logging
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import Namespace
+from tqdm import tqdm
 
 from bayestune.adapters import detach
 from bayestune.bench import PLAN, Grid, collect, run_bench
-from bayestune.cli.options import Output, built, chosen_methods
-from bayestune.data import Part, load_rows, own_task, prompt_of
-from bayestune.evaluation import EvaluationOptions, append_results, prediction_rows, read_records
+from bayestune.cli.answers import Answers, LineWriter, readable
+from bayestune.cli.options import built, chosen_methods
+from bayestune.cli.output_folder import OutputFolder, check_writable
+from bayestune.cli.run_settings import evaluation_settings, fit_settings, posterior_digest
+from bayestune.cli.sieve import sieved
+from bayestune.data import Part, Task, load_rows, own_task, prompt_of
+from bayestune.errors import Refusal
+from bayestune.evaluation import RECORDS, EvaluationOptions, append_results, read_records
 from bayestune.forward import Draws
-from bayestune.jsonl import write_json_lines
 from bayestune.methods import MLE, TFB, Method
 from bayestune.posteriors import DETAILS, base_name, load_adapter
 from bayestune.report import (
@@ -26,55 +32,105 @@ from bayestune.report import (
     write_page,
     write_shift,
 )
-from bayestune.session import Session, TaskOptions, num_classes, open_model
+from bayestune.session import (
+    Session,
+    TaskOptions,
+    details_of,
+    num_classes,
+    open_model,
+    options_of,
+)
 from bayestune.training import Training
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a comparison writes, what it was started with, and on which rows it evaluates."""
+
+    output: OutputFolder
+    settings: dict[str, Any] = field(default_factory=dict)
+    part: Part = "evaluation"
 
 
 def fit(o: Namespace) -> None:
-    """Fit one method and save its posterior."""
-    if o.resume and (o.output / DETAILS).is_file():
-        print(f"finished already: posterior in {o.output}")
-        return
-    output = Output.of(o)
+    """Fits one method and saves its posterior."""
+    output = OutputFolder.of(o)
     methods = chosen_methods([o.method], o)
-    training = built(Training, o, output=None)  # refused before a model is loaded
-    session = Session.open(o.model, built(TaskOptions, o), o.dtype)
-    output.prepare()
-    session.fit(methods[o.method], training, output.folder)
+    options = built(TaskOptions, o)
+    training = built(Training, o, output=None)
+    task = options.load()
+    settings = {"method": o.method}
+    settings |= fit_settings(o.model, (options, task, o.dtype), training, methods)
+    if output.resume and (output.place / DETAILS).is_file():
+        output.finish(output.begin(settings))
+        print(f"finished already: posterior in {output.folder}")
+        return
+    session = _opened(o, options, task)
+    session.check(methods.values(), training)
+    place = output.begin(settings)
+    session.fit(methods[o.method], training, place)
+    output.finish(place)
     print(f"posterior in {output.folder}")
 
 
+def _opened(o: Namespace, options: TaskOptions, task: Task) -> Session:
+    """The session to fit in, with or without progress bars."""
+    session = Session.open(o.model, options, o.dtype, task=task)
+    return replace(session, progress=o.progress)
+
+
 def evaluate(o: Namespace) -> None:
-    """Accuracy and calibration of a posterior on labelled questions."""
-    options = built(EvaluationOptions, o)
-    session = Session.of_posterior(o.posterior, built(TaskOptions, o), o.model)
-    results = session.evaluate(session.load(o.posterior, o.bf16), options)
+    """Evaluates a posterior: accuracy and calibration on labelled questions."""
     folder = o.output or o.posterior
+    check_writable(folder)
+    session = Session.of_posterior(o.posterior, built(TaskOptions, o), o.model)
+    session = replace(session, progress=o.progress)
+    session.check_evaluation("evaluation")
+    results = session.evaluate(session.load(o.posterior, o.bf16), built(EvaluationOptions, o))
     append_results(folder, results)
     print(render(summary_tables(read_records(folder))))
 
 
 def predict(o: Namespace) -> None:
-    """Probabilities and uncertainty for your own rows: JSON lines in, JSON lines out."""
-    if o.output and o.output.exists() and not o.overwrite:
-        said = f"{o.output} is there already: choose another --output, or give --overwrite"
-        raise FileExistsError(said)
-    asked = {"options": tuple(o.options), "answer_is": o.answer_is}
-    options = TaskOptions(evaluation_data=o.input, **asked)
-    draws = Draws(o.draws, o.draw_seed, shared_prefix=o.shared_prefix)
-    session = Session.of_posterior(o.posterior, options, o.model, labelled=False)
-    session = replace(session, progress=o.output is not None)
+    """Predicts the user's own rows: JSON lines in, JSON lines out, each as soon as it is known.
+
+    A row that cannot be put to the model is answered with an `error`.
+    """
+    answers = Answers.of(o)
+    shared = tuple(o.options) or options_of(details_of(o.posterior))
+    with readable(o.input) as file, sieved(file, shared, o.answer_is) as rows:
+        asked = {"options": shared, "answer_is": o.answer_is}
+        options = TaskOptions(evaluation_data=rows.file, **asked)
+        session = Session.of_posterior(o.posterior, options, o.model, labelled=False)
+    questions = session.rows()
+    problems = session.problems(questions)
+    if len(problems) == len(questions):
+        raise problems[0]
     fitted = session.load(o.posterior, o.bf16)
-    lines = prediction_rows(session.rows(), session.predict(fitted, draws, decided=o.decided))
-    if o.output:
-        write_json_lines(o.output, lines)
-    else:
-        print("\n".join(json.dumps(line, ensure_ascii=False) for line in lines))
+    asked = ("draws", "draw_seed", "shared_prefix", "decided", "bf16")
+    settings = {name: o[name] for name in asked}
+    settings["the files of --posterior"] = posterior_digest(o.posterior)
+    place, done = answers.begin(rows.told(questions), settings)
+    draws = Draws(o.draws, o.draw_seed, shared_prefix=o.shared_prefix)
+    left = questions[done - rows.num_unread(done) :]
+    lines = rows.in_order(session.answers(fitted, draws, left, decided=o.decided), done)
+    count = len(questions) + len(rows.unread)
+    bar = tqdm(
+        lines, "predict", count, initial=done, unit="row", disable=not o.progress or place is None
+    )
+    with LineWriter(place) as writer:
+        for line in bar:
+            writer.write(line)
+    answers.finish(place)
+    if bad := len(problems) + len(rows.unread):
+        logger.warning("%d of %d rows could not be put, see their error", bad, count)
 
 
 def bayesianise(o: Namespace) -> None:
     """A posterior around any LoRA adapter, without training (TFB)."""
-    output = Output.of(o)
+    output = OutputFolder.of(o)
     method = built(TFB, o, base=MLE())
     options = built(TaskOptions, o, data=o.anchor)
     rows = load_rows(o.anchor, options.options, answer_is=options.answer_is)[: method.anchors]
@@ -86,21 +142,26 @@ def bayesianise(o: Namespace) -> None:
     session = Session.of(loaded, task, options)
     point = load_adapter(loaded.model, o.adapter, session.scorer)
     posterior = method.bayesianise(point, session.scorer, rows, bf16=o.bf16)
-    output.prepare()
-    session.save(posterior, method, Training(bf16=o.bf16), output.folder)
+    place = output.begin()
+    session.save(posterior, method, Training(bf16=o.bf16), place)
+    output.finish(place)
     found = posterior.report.extra
     tried = len(found["search"])
     print(f"posterior in {output.folder}: sigma_q {found['isotropic_std']:.4g}, {tried} tried")
 
 
 def compare(o: Namespace) -> None:
-    """Fit and evaluate several methods on one task: table, picture, page."""
-    output = Output.of(o)
+    """Fits and evaluates several methods on one task: table, picture, page."""
+    output = OutputFolder.of(o)
     methods = chosen_methods(o.methods, o)
+    options = built(TaskOptions, o)
     training = built(Training, o, output=None)
     predicting = built(EvaluationOptions, o)
-    session = Session.open(o.model, built(TaskOptions, o), o.dtype)
-    compare_methods(session, methods, training, predicting, output, o.on)
+    task = options.load()
+    session = _opened(o, options, task)
+    settings = fit_settings(o.model, (options, task, o.dtype), training, methods)
+    settings |= evaluation_settings(session.rows(o.on), predicting)
+    compare_methods(session, methods, training, predicting, Run(output, settings, o.on))
 
 
 def compare_methods(
@@ -108,22 +169,23 @@ def compare_methods(
     methods: Mapping[str, Method],
     training: Training,
     options: EvaluationOptions,
-    output: Output,
-    part: Part = "evaluation",
+    run: Run,
 ) -> None:
     """Fits and evaluates methods, each in a folder of its name, and writes the report.
 
     A resumed run skips methods that have records, and goes on with one that was cut off.
     """
-    session.rows(part)  # refuses a part without rows before anything is written
-    output.prepare()
-    done = {record["method"] for record in read_records(output.folder)}
+    session.check_evaluation(run.part)
+    session.check(methods.values(), training)
+    place = run.output.begin(run.settings)
+    done = {record["method"] for record in read_records(place)}
     for name, method in methods.items():
         if name not in done:
-            fitted = session.fit(method, training, output.folder / name)
-            append_results(output.folder, session.evaluate(fitted, options, part))
+            fitted = session.fit(method, training, place / name)
+            append_results(place, session.evaluate(fitted, options, run.part))
             detach(fitted.posterior.model)
-    write_report(output.folder)
+    run.output.finish(place)
+    write_report(run.output.folder)
 
 
 def write_report(folder: Path) -> None:
@@ -138,7 +200,7 @@ def write_report(folder: Path) -> None:
 
 
 def bench(o: Namespace) -> int:
-    """Fit and evaluate a grid of models, tasks, methods and seeds; goes on where it stopped."""
+    """Fits and evaluates a grid of models, tasks, methods and seeds; goes on where it stopped."""
     only = {"only_tasks": o.only_tasks, "only_methods": o.only_methods}
     grid = built(Grid, o)
     return run_bench(grid, o.output, launcher=o.launcher, discard_fits=o.discard_fits, **only)
@@ -150,6 +212,8 @@ def table(o: Namespace) -> None:
     If a method trained on OpenBookQA was also evaluated on other tasks, it writes `shift.md` and
     `risk_coverage.png` into the folder as well.
     """
+    if o.output and o.output.exists() and o.output.name in (RECORDS, PLAN):
+        raise Refusal(f"--output {o.output} has the records themselves: choose another file")
     records = collect(o.results) if (o.results / PLAN).is_file() else read_records(o.results)
     if not records:
         raise FileNotFoundError(

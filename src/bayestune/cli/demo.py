@@ -1,12 +1,13 @@
 """The demo: MLE and BLoB on embedded questions, evaluated on those that nothing was chosen on."""
 
 import time
+from dataclasses import replace
 
 from jsonargparse import Namespace
 
 from bayestune.adapters import Lora
-from bayestune.cli.commands import compare_methods
-from bayestune.cli.options import Output
+from bayestune.cli.commands import Run, compare_methods
+from bayestune.cli.output_folder import OutputFolder
 from bayestune.evaluation import EvaluationOptions
 from bayestune.methods import MLE, BLoB
 from bayestune.session import Session, TaskOptions
@@ -23,7 +24,8 @@ PREDICTING = EvaluationOptions(draws=(0, 10))
 def demo(o: Namespace) -> None:
     """MLE and BLoB on the embedded questions in a few minutes, with a report."""
     begin = time.perf_counter()
-    output = Output.of(o)
-    session = Session.open(o.model, QUESTIONS)
-    compare_methods(session, {"mle": MLE(), "blob": BLOB}, TRAINING, PREDICTING, output)
+    output = OutputFolder.of(o)
+    session = replace(Session.open(o.model, QUESTIONS), progress=o.progress)
+    training = replace(TRAINING, progress=o.progress)
+    compare_methods(session, {"mle": MLE(), "blob": BLOB}, training, PREDICTING, Run(output))
     print(f"finished in {time.perf_counter() - begin:.0f} s")

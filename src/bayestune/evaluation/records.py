@@ -1,5 +1,7 @@
 """The record of an evaluation and the rows beside it: made, kept and read."""
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +19,8 @@ from bayestune.runtime import peak_memory_mb, revision, versions
 
 RECORDS = "records.jsonl"
 Record = dict[str, Any]
+# what differs between two evaluations of the same
+_VOLATILE = ("seconds", "timed_draws", "peak_memory_mb", "versions", "revision", "predictions")
 _UNCERTAINTY = ("confidence", "total_entropy", "expected_entropy", "mutual_information")
 
 
@@ -88,20 +92,58 @@ def prediction_rows(
         asked = {"question": question.question, "options": list(question.options)}
         row = {"id": question.id, **(asked if texts else {})}
         row |= {"answer": question.answer, "choice": choices[i]}
+        row |= {"choice_text": question.options[choices[i]]} if texts else {}
         row["probabilities"] = prediction.probabilities[i, : len(question.options)].tolist()
         rows.append(row | {name: column[i] for name, column in columns.items()})
     return rows
 
 
+def error_row(question: Question, problem: Exception) -> dict[str, Any]:
+    """The line of a row that could not be put to the model."""
+    asked = {"question": question.question, "options": list(question.options)}
+    return {"id": question.id, **asked, "answer": question.answer, "error": str(problem)}
+
+
+def unread_row(key: str, row: Any, problem: str) -> dict[str, Any]:
+    """The line of a row that could not even be read."""
+    given = row if isinstance(row, dict) else {}
+    return {"id": str(given.get("id") or key), "error": problem}
+
+
 def append_results(folder: Path, results: Sequence[Result]) -> None:
-    """Adds records to `records.jsonl`, all or none, and files of their rows beside it."""
+    """Adds records to `records.jsonl`, all or none, and files of their rows beside it.
+
+    A record that says the same as an earlier one, as after a second `evaluate`, takes its place.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    before = read_records(folder)
-    added = []
-    for number, result in enumerate(results, len(before) + 1):
+    records = read_records(folder)
+    for result in results:
+        places = [i for i, before in enumerate(records) if _says_the_same(before, result.record)]
+        if places:
+            records[places[0]] = result.keep_rows(folder, records[places[0]]["predictions"])
+            continue
         name = "-".join(str(result.record[key]) for key in ("method", "draws", "seed"))
-        added.append(result.keep_rows(folder, f"rows-{number}-{name}.jsonl"))
-    write_json_lines(folder / RECORDS, [*before, *added])
+        records.append(result.keep_rows(folder, f"rows-{len(records) + 1}-{name}.jsonl"))
+    write_json_lines(folder / RECORDS, records)
+
+
+def _says_the_same(before: Record, now: Record) -> bool:
+    """Whether two records are of one evaluation: same facts, same figures but for rounding."""
+    facts = [key for key in now if key not in (*_VOLATILE, "metrics")]
+    plain = json.loads(json.dumps({key: now[key] for key in facts}, default=str))
+    if any(before.get(key) != value for key, value in plain.items()):
+        return False
+    found = before.get("metrics", {})
+    if found.keys() != now["metrics"].keys():
+        return False
+    return all(_same(found[key]["value"], one["value"]) for key, one in now["metrics"].items())
+
+
+def _same(one: float | None, other: float | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    both_nan = math.isnan(one) and math.isnan(other)
+    return both_nan or math.isclose(one, other, abs_tol=1e-5)
 
 
 def read_records(folder: Path) -> list[Record]:

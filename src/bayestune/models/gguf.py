@@ -18,6 +18,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bayestune.errors import Refusal
+from bayestune.runtime import follow_umask
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ def _unpacked(target: Path, gguf: Callable[[Path], Path]) -> str:
         logger.info("converting to bfloat16 safetensors, once: %s", target)
         built = Path(scratch, "model")
         _convert(gguf(Path(scratch)), built)
+        follow_umask(built)  # the cache may be shared
         try:
             built.replace(target)
         except OSError as error:  # never replaces a full directory: another process was first

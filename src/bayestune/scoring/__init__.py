@@ -6,6 +6,7 @@ A scorer encodes rows, collates them into batches, and maps a model and a batch 
 from bayestune.scoring.batches import batches_by_length, row_logits
 from bayestune.scoring.choose import make_scorer
 from bayestune.scoring.head import HeadScorer, own_classes
+from bayestune.scoring.lengths import check_lengths
 from bayestune.scoring.letter import LetterScorer
 from bayestune.scoring.scorer import Encoded, Scorer
 from bayestune.scoring.text import TextScorer
@@ -17,6 +18,7 @@ __all__ = [
     "Scorer",
     "TextScorer",
     "batches_by_length",
+    "check_lengths",
     "make_scorer",
     "own_classes",
     "row_logits",

@@ -23,11 +23,12 @@ class LetterScorer(Scorer):
     """Class logits are the logits of the labels' tokens at the last position.
 
     Raises:
-        Refusal: if a label that a row of the task needs is not a token of its own.
+        Refusal: if a label that a row to fit on needs is not a token of its own; of other rows
+            `encode` says so.
     """
 
     def __post_init__(self) -> None:
-        rows = (*self.task.train, *self.task.held_out, *self.task.evaluation)
+        rows = (*self.task.train, *self.task.held_out)
         if rows:
             self._refuse_without_token(max(rows, key=lambda row: len(row.options)))
 

@@ -3,7 +3,7 @@
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -25,18 +25,20 @@ class Scorer(ABC):
         tokenizer: the model's.
         task: the questions and their prompt.
         max_length: tokens of a row; a longer one loses the end of its passage, with a warning.
+        warns: whether there is that warning.
     """
 
     tokenizer: PreTrainedTokenizerBase
     task: Task
     max_length: int = 300
+    warns: bool = field(default=True, kw_only=True)
     when_shortened: ClassVar[str] = "their passage was shortened, question and options kept"
 
     def encode(self, rows: Sequence[Question]) -> list[Encoded]:
         """The tokens, length and answer of each row."""
         encoded = [{**self.encode_row(row), "answer": row.answer} for row in rows]
         count = sum(row["shortened"] for row in encoded)
-        if count:
+        if count and self.warns:
             what = f"{count} of {len(rows)} rows were longer than {self.max_length} tokens"
             logger.warning("%s: %s", what, self.when_shortened)
         return encoded

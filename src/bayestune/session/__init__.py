@@ -3,8 +3,8 @@
 It is opened by names, or from a posterior's folder with prompt, scoring and precision as fitted.
 """
 
-from bayestune.session.as_fitted import put_as_fitted, say_seen
-from bayestune.session.fit import Fit, shown
+from bayestune.session.as_fitted import options_of, put_as_fitted, say_seen
+from bayestune.session.fit import Fit, details_of, shown
 from bayestune.session.session import Dtype, Session, num_classes, open_model
 from bayestune.session.task_options import OF_THE_FIT, TaskOptions
 
@@ -14,8 +14,10 @@ __all__ = [
     "Fit",
     "Session",
     "TaskOptions",
+    "details_of",
     "num_classes",
     "open_model",
+    "options_of",
     "put_as_fitted",
     "say_seen",
     "shown",

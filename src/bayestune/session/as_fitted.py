@@ -70,3 +70,8 @@ def say_seen(task: str, count: int, total: int) -> None:
             "say nothing of new rows"
         )
         logger.warning(said, count, total, task)
+
+
+def options_of(details: Mapping[str, Any]) -> tuple[str, ...]:
+    """The options that a fit's rows shared, for rows that have none; none if they had their own."""
+    return tuple(details.get("questions", {}).get("options") or ())

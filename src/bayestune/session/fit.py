@@ -87,8 +87,9 @@ def details_of(folder: Path) -> dict[str, Any]:
 
 
 def shown(model: str) -> str:
-    """A model's name in records and tables, without the folders of this machine."""
-    return Path(model).name if Path(model).exists() else model
+    """A model's name in records and tables, without the folders of any machine."""
+    path = Path(model)
+    return path.name if path.is_absolute() or path.exists() else model
 
 
 def _proper_name(method: str) -> str:

@@ -1,6 +1,7 @@
 """A model, the task it is asked, and a scorer between them."""
 
 import logging
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -13,17 +14,26 @@ from bayestune.evaluation import (
     Adaptive,
     EvaluationOptions,
     Result,
+    error_row,
     evaluate_posterior,
     label_of,
     make_result,
     predict_adaptively,
+    prediction_rows,
 )
 from bayestune.forward import Draws
 from bayestune.methods import Method, changed, described
 from bayestune.models import LoadedModel, load_default, load_model
 from bayestune.posteriors import DETAILS, Posterior, Prediction, count_for
-from bayestune.scoring import Scorer, make_scorer, own_classes, row_logits
-from bayestune.session.as_fitted import classes_of, put_as_fitted, say_seen, seen_rows
+from bayestune.scoring import Scorer, check_lengths, make_scorer, own_classes, row_logits
+from bayestune.session.as_fitted import (
+    classes_of,
+    options_of,
+    put_as_fitted,
+    say_seen,
+    seen_rows,
+)
+from bayestune.session.before_fitting import check_answers, check_fits
 from bayestune.session.fit import Fit, details_of
 from bayestune.session.task_options import TaskOptions
 from bayestune.training import Training
@@ -31,6 +41,7 @@ from bayestune.training import Training
 logger = logging.getLogger(__name__)
 
 Dtype = Literal["float32", "bfloat16"]
+WINDOW = 32  # rows that are predicted before their lines are written
 
 
 @dataclass(frozen=True)
@@ -66,9 +77,19 @@ class Session:
         return cls(loaded, task, scorer, options, progress)
 
     @classmethod
-    def open(cls, model: str | None, options: TaskOptions, dtype: Dtype = "float32") -> Self:
-        """A session to fit in, on the model of that name; None is the default one."""
-        task = options.load()
+    def open(
+        cls,
+        model: str | None,
+        options: TaskOptions,
+        dtype: Dtype = "float32",
+        *,
+        task: Task | None = None,
+    ) -> Self:
+        """A session to fit in, on the model of that name; None is the default one.
+
+        `task` is what `options` load, where it is loaded already.
+        """
+        task = task or options.load()
         check_trainable(task)
         say_seen(task.name, len(task.seen), len(task.evaluation))
         loaded = open_model(model, dtype, num_classes(task, options.scoring))
@@ -97,8 +118,7 @@ class Session:
         options = replace(options, scoring=details["scoring"], max_length=details["max_length"])
         asked = options
         if options.evaluation_data and not options.options:
-            of_the_fit = details.get("questions", {}).get("options") or ()
-            asked = replace(options, options=tuple(of_the_fit))
+            asked = replace(options, options=options_of(details))
         task = asked.load(labelled=labelled)
         task = put_as_fitted(task, prompt, options.scoring, classes_of(details))
         seen = seen_rows(details, task.evaluation)
@@ -122,6 +142,16 @@ class Session:
             )
         check_ids(rows)
         return rows
+
+    def check(self, methods: Iterable[Method], training: Training) -> None:
+        """Refuses what the fits of methods would refuse after hours."""
+        check_fits(self.loaded.model, self.scorer, training.lora, methods)
+
+    def check_evaluation(self, part: Part) -> None:
+        """Refuses rows that cannot be evaluated on, before the work that leads there."""
+        rows = self.rows(part)
+        check_answers(rows)
+        check_lengths(self.loaded.model, rows, self.quietly().scorer.encode(rows))
 
     def fit(
         self, method: Method, training: Training, output: Path, *, base: Method | None = None
@@ -186,13 +216,20 @@ class Session:
             results.append(make_result(facts, rows, one, options))
         return results
 
-    def predict(self, fit: Fit, draws: Draws, *, decided: bool = False) -> Prediction:
-        """The predictive of the evaluation rows, in the precision of the fit.
+    def predict(
+        self,
+        fit: Fit,
+        draws: Draws,
+        *,
+        decided: bool = False,
+        rows: Sequence[Question] | None = None,
+    ) -> Prediction:
+        """The predictive of rows, those to evaluate on by default, in the precision of the fit.
 
         With `decided`, drawing stops for rows whose decision is certain, see `Adaptive`.
         """
         asked = (fit.posterior, self.scorer)
-        rows = self.rows()
+        rows = self.rows() if rows is None else rows
         draws = replace(draws, bf16=fit.bf16)
         if decided:
             rule = Adaptive(draws.count)
@@ -201,14 +238,62 @@ class Session:
         title = f"predict, {draws.count} draws" if self.progress else None
         return Prediction.of(row_logits(*asked, self.scorer.encode(rows), draws, progress=title))
 
+    def quietly(self) -> Self:
+        """The same session without progress bars and warnings of shortened rows."""
+        return replace(self, scorer=replace(self.scorer, warns=False), progress=False)
+
+    def problems(self, rows: Sequence[Question]) -> list[Refusal]:
+        """Why rows cannot be put to the model, those alone; warns of rows that are shortened."""
+        try:
+            check_lengths(self.loaded.model, rows, self.scorer.encode(rows))
+        except Refusal:
+            scorer = self.quietly().scorer
+            return [problem for row in rows if (problem := self._problem(scorer, row))]
+        return []
+
+    def _problem(self, scorer: Scorer, row: Question) -> Refusal | None:
+        try:
+            check_lengths(self.loaded.model, [row], scorer.encode([row]))
+        except Refusal as problem:
+            return problem
+        return None
+
+    def answers(
+        self, fit: Fit, draws: Draws, rows: Sequence[Question], *, decided: bool = False
+    ) -> Iterator[dict[str, Any]]:
+        """A line for each row, in order, some rows at a time; with an `error` if it cannot be put.
+
+        Rows of one window are batched by length.
+        """
+        quiet = self.quietly()
+        for start in range(0, len(rows), WINDOW):
+            window = rows[start : start + WINDOW]
+            problems = [self._problem(quiet.scorer, row) for row in window]
+            good = [row for row, problem in zip(window, problems, strict=True) if problem is None]
+            told: Iterator[dict[str, Any]] = iter(())
+            if good:
+                found = quiet.predict(fit, draws, decided=decided, rows=good)
+                told = iter(prediction_rows(good, found))
+            for row, problem in zip(window, problems, strict=True):
+                yield next(told) if problem is None else error_row(row, problem)
+
 
 def open_model(
-    name: str | None, dtype: Dtype = "float32", num_labels: int | None = None
+    name: str | None,
+    dtype: Dtype = "float32",
+    num_labels: int | None = None,
+    *,
+    outline: bool = False,
 ) -> LoadedModel:
-    """Loads a model, without a name the default one, onto the accelerator if there is one."""
+    """Loads a model, without a name the default one, onto the accelerator if there is one.
+
+    An `outline` has no weights: settings can be checked against it.
+    """
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "num_labels": num_labels}
+    if outline:
+        options["device"] = "meta"
     loaded = load_default(**options) if name is None else load_model(name, **options)
-    if torch.accelerator.is_available():
+    if not outline and torch.accelerator.is_available():
         loaded.model.to(torch.accelerator.current_accelerator())  # type: ignore[arg-type]
     return loaded
 

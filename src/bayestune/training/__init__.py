@@ -3,7 +3,7 @@
 `Training` says how; `fit_adapter` is the beginning and the end of every method's fit.
 """
 
-from bayestune.training.callbacks import Interrupted, NotFiniteError, add_to_log
+from bayestune.training.callbacks import Interrupted, NotFiniteError, Terminated, add_to_log
 from bayestune.training.meter import Meter
 from bayestune.training.training import (
     Training,
@@ -18,6 +18,7 @@ __all__ = [
     "Interrupted",
     "Meter",
     "NotFiniteError",
+    "Terminated",
     "Training",
     "adamw",
     "add_to_log",

@@ -1,18 +1,28 @@
-"""Stops training when the loss is NaN or infinite; writes a checkpoint at ctrl-C."""
+"""Stops training when the loss is NaN or infinite; writes a checkpoint at ctrl-C and SIGTERM."""
 
 import contextlib
+import logging
 import math
 import signal
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from bayestune.runtime import follow_umask
+
+logger = logging.getLogger(__name__)
+
 
 class Interrupted(KeyboardInterrupt):
     """Training was stopped by ctrl-C after a checkpoint was written."""
+
+
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end by SIGTERM, as schedulers do; in training after a checkpoint."""
 
 
 class NotFiniteError(FloatingPointError):
@@ -20,31 +30,64 @@ class NotFiniteError(FloatingPointError):
 
 
 class StopOnSignal(TrainerCallback):
-    """The first ctrl-C ends the step, writes a checkpoint and stops; the second stops at once."""
+    """The first ctrl-C or SIGTERM ends the step, writes a checkpoint and stops; the second at once.
+
+    A context, so that the signals are given back however training ends.
+    """
 
     def __init__(self) -> None:
-        self.stopped = False
-        self._before: Any = None
+        self.stopped_by: int | None = None
+        self._before: dict[int, Any] = {}
 
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Takes the signal over."""
-        with contextlib.suppress(ValueError):  # not in the main thread: its owner handles signals
-            self._before = signal.signal(signal.SIGINT, self._handle)
+    def __enter__(self) -> Self:
+        """Takes the signals over."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # not the main thread: its owner handles signals
+                self._before[number] = signal.signal(number, self._handle)
+        return self
 
-    def _handle(self, *_: Any) -> None:
-        self.stopped = True
-        self.on_train_end()
+    def __exit__(self, *_: object) -> None:
+        """Gives the signals back."""
+        while self._before:
+            number, handler = self._before.popitem()
+            # None is a handler that was not set from Python
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def _handle(self, number: int, _: Any) -> None:
+        self.stopped_by = number
+        self.__exit__()
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
-        """Saves and stops after ctrl-C."""
-        if self.stopped:
+        """Saves and stops after a signal."""
+        if self.stopped_by is not None:
             control.should_save = True
             control.should_training_stop = True
 
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        """Gives the signal back."""
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
+    def raise_if_stopped(self, step: int) -> None:
+        """Raises what ends the run, if a signal has stopped training."""
+        if self.stopped_by is not None:
+            kind = Terminated if self.stopped_by == signal.SIGTERM else Interrupted
+            raise kind(f"stopped at step {step}; go on with --resume")
+
+
+class ReadableCheckpoints(TrainerCallback):
+    """Checkpoints that others may read if the umask says so: they are posteriors too."""
+
+    def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Sets the modes of what was written."""
+        folder = Path(args.output_dir or ".", f"checkpoint-{state.global_step}")
+        if state.is_world_process_zero and folder.is_dir():
+            follow_umask(folder)
+
+
+class LogLines(TrainerCallback):
+    """A line of the log every `logging_steps`, where no progress bar shows how far training is."""
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Logs the loss."""
+        loss = (kwargs.get("logs") or {}).get("loss")
+        if loss is not None:
+            logger.info("step %d of %d: loss %.4g", state.global_step, state.max_steps, loss)
 
 
 class FiniteLoss(TrainerCallback):

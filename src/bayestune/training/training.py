@@ -4,13 +4,13 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from bayestune.adapters import Lora, attach
 from bayestune.data import check_trainable
@@ -24,7 +24,7 @@ from bayestune.errors import (
 )
 from bayestune.posteriors import FitReport
 from bayestune.scoring import Encoded, Scorer, TextScorer
-from bayestune.training.callbacks import Interrupted, StopOnSignal
+from bayestune.training.callbacks import LogLines, ReadableCheckpoints, StopOnSignal
 from bayestune.training.cpu_attention import eager_attention, trains_faster_eagerly
 from bayestune.training.meter import Meter
 from bayestune.training.trainer import ClassTrainer, LengthGroupedTrainer
@@ -148,18 +148,20 @@ def train(
     if rows is None:
         check_trainable(scorer.task)
         rows = scorer.encode(scorer.task.train)
-    stop = StopOnSignal()
     kind = LengthGroupedTrainer if training.group_by_length else ClassTrainer
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, StopOnSignal() as stop:
         folder = training.output or Path(scratch)
         trainer = kind(
             model,
             scorer,
             args=_arguments(training, folder, training.total_steps(len(rows))),
             train_dataset=list(rows),
-            callbacks=[*callbacks, stop],
+            callbacks=[*callbacks, stop, ReadableCheckpoints()],
             optimizers=(optimizer(model) if optimizer else None, None),
         )
+        if not training.progress:  # instead of printing to standard output, which is for results
+            trainer.pop_callback(PrinterCallback)
+            trainer.add_callback(LogLines)
         checkpoint = newest_checkpoint(folder) if training.resume else None
         # the mask of packed rows fits the model's own attention only
         packed = isinstance(scorer, TextScorer) and scorer.layout == "packed"
@@ -168,8 +170,7 @@ def train(
         with eager_attention(model, eagerly):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state = trainer.state
-    if stop.stopped:
-        raise Interrupted(f"stopped at step {state.global_step}; go on with --resume")
+    stop.raise_if_stopped(state.global_step)
     report = FitReport(steps=state.global_step, history=list(state.log_history))
     return report.plus(**meter.read())
 
@@ -178,6 +179,11 @@ def newest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that was written to its end; one that a kill cut short is skipped."""
     written = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
     return max(written, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+# transformers has renamed it
+_KNOWN = {field.name for field in fields(TrainingArguments)}
+_CHECKPOINTING = ({"activation_checkpointing"} & _KNOWN or {"gradient_checkpointing"}).pop()
 
 
 def _arguments(training: Training, folder: Path, steps: int) -> TrainingArguments:
@@ -195,7 +201,7 @@ def _arguments(training: Training, folder: Path, steps: int) -> TrainingArgument
         seed=training.seed,
         bf16=training.bf16,
         use_cpu=not torch.accelerator.is_available(),
-        gradient_checkpointing=training.gradient_checkpointing,
+        **{_CHECKPOINTING: training.gradient_checkpointing},
         save_strategy="steps" if training.save_steps else "no",
         save_steps=training.save_steps or steps,
         logging_steps=training.logging_steps,

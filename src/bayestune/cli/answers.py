@@ -1,0 +1,151 @@
+"""The lines of `predict`: written as they come, to standard output or to a file gone on with."""
+
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from jsonargparse import Namespace
+
+from bayestune.cli.output_folder import check_writable, inputs_of, refuse_both
+from bayestune.cli.run_settings import check_same, settings_file, write_settings
+from bayestune.errors import Refusal
+from bayestune.jsonl import JsonRow, json_line, whole_lines
+
+STANDARD_INPUT = Path("-")
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A file of one line a row, or standard output.
+
+    A new run beside a finished file writes to a hidden file, which takes the old one's place at the
+    end. A run that is resumed goes on after the last whole line; a line that was cut is mended.
+    """
+
+    path: Path | None
+    resume: bool = False
+
+    @classmethod
+    def of(cls, options: Namespace) -> Self:
+        """The output of a command; refused before any work if it may not or cannot be written."""
+        path = options.output
+        refuse_both(options.resume, options.overwrite)
+        answers = cls(path, options.resume)
+        if path is None:
+            if options.resume:
+                raise Refusal("--resume goes on with a file: got none, expected --output")
+            return answers
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder: expected a file for --output")
+        for name, given in inputs_of(options):
+            inside = given.is_dir() and path.resolve().is_relative_to(given)
+            if path.resolve() == given or (inside and path.exists()):
+                raise Refusal(f"--output {path} is an input, --{name} {given}; choose another")
+        if path.is_file() and not (options.overwrite or options.resume):
+            raise FileExistsError(
+                f"{path} is there already: choose another --output, or give --overwrite, or "
+                "--resume to go on after its last line"
+            )
+        check_writable(path.absolute().parent)
+        return answers
+
+    @property
+    def replaces(self) -> Path | None:
+        """The hidden file that takes the place of a finished one at the end."""
+        return self.path.with_name(f".{self.path.name}.unfinished") if self.path else None
+
+    def begin(self, rows: Sequence[JsonRow], settings: dict[str, Any]) -> tuple[Path | None, int]:
+        """The file to write to, None for standard output, and how many rows it has already.
+
+        Raises:
+            Refusal: with `--resume`, if the lines there are of other rows or settings.
+        """
+        path = self.path
+        if path is None or (path.exists() and not path.is_file()):  # a device or a pipe
+            return path, 0
+        path.parent.mkdir(parents=True, exist_ok=True)
+        hidden = self.replaces
+        assert hidden is not None
+        if not self.resume:
+            place = hidden if path.exists() else path
+            place.write_text("")
+            write_settings(place, settings)
+            return place, 0
+        place = hidden if hidden.exists() else path
+        if not place.exists():
+            place.write_text("")
+        done = _whole_rows(place, rows)
+        if done and not settings_file(place).is_file():
+            raise Refusal(
+                f"--resume: got {place} without {settings_file(place).name}, which says how its "
+                "lines were made, expected both; give --overwrite to begin anew"
+            )
+        check_same(place, settings)
+        write_settings(place, settings)
+        return place, done
+
+    def finish(self, place: Path | None) -> None:
+        """Puts a new file in the place of the old one."""
+        if place is not None and self.path is not None and place == self.replaces:
+            settings_file(place).replace(settings_file(self.path))
+            place.replace(self.path)
+
+
+def _whole_rows(path: Path, rows: Sequence[JsonRow]) -> int:
+    """How many lines of a file answer the first rows; a last line that was cut is taken off."""
+    lines = whole_lines(path)
+    if len(lines) > len(rows):
+        raise Refusal(f"--resume: {path} has {len(lines)} lines, but the input {len(rows)} rows")
+    for number, (line, row) in enumerate(zip(lines, rows, strict=False), 1):
+        if any(line.get(name) != row.get(name) for name in ("id", "question", "options")):
+            raise Refusal(
+                f"--resume: line {number} of {path} answers row {line.get('id')!r}, but the input "
+                f"has {row['id']!r} there, or asks it otherwise; give the input it was begun with"
+            )
+    return len(lines)
+
+
+class LineWriter:
+    """Writes rows as JSON lines, each flushed at once."""
+
+    def __init__(self, place: Path | None) -> None:
+        self._file = sys.stdout if place is None else place.open("ab")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not sys.stdout:
+            self._file.close()
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Writes a row; what is written is whole lines, whatever ends the process afterwards."""
+        line = json_line(row)
+        if self._file is sys.stdout:
+            sys.stdout.write(line)
+        else:
+            self._file.write(line.encode("utf-8", "backslashreplace"))  # type: ignore[arg-type]
+        self._file.flush()
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[Path]:
+    """A file for rows that come through standard input (`-`) or a pipe; others as they are."""
+    if path != STANDARD_INPUT and (path.is_file() or not path.exists() or path.is_dir()):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        if path == STANDARD_INPUT:
+            text = getattr(sys.stdin, "buffer", sys.stdin).read()
+            text = text.encode() if isinstance(text, str) else text
+        else:
+            with path.open("rb") as pipe:
+                text = pipe.read()
+        is_json = text.lstrip(b"\xef\xbb\xbf \t\r\n").startswith((b"{", b"["))
+        copy = Path(scratch, "input.jsonl" if is_json else "input.csv")
+        copy.write_bytes(text)
+        yield copy

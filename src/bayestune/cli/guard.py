@@ -1,0 +1,130 @@
+"""Runs a command so that the user reads one line of what went wrong, never a traceback."""
+
+import errno
+import logging
+import os
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from bayestune.cli.parser import COMMANDS, parse
+from bayestune.cli.start import EXIT_BAD_INPUT
+from bayestune.runtime import keep_freed_memory, show_progress
+from bayestune.training import Terminated
+
+EXIT_UNEXPECTED = 70
+EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
+EXPECTED = (ValueError, OSError, ArithmeticError, ImportError)
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "bad allocation")
+_FULL = ("no space left", "disk quota", "file write failed", "failed writing file")
+_SPARE_MEMORY = (
+    "lower --batch_size (and raise --accumulation), --max_tokens or --max_length, give --bf16, or "
+    "choose a smaller --model"
+)
+
+
+def run_guarded(given: Sequence[str]) -> int:
+    """Parses and runs a command; returns the exit code that `bayestune.cli.main` documents."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    keep_freed_memory()
+    logging.basicConfig(format="bayestune: %(message)s", level=logging.WARNING)
+    try:
+        with _terminable():
+            command, options = parse(given)
+            _set_up_output(options)
+            run, _ = COMMANDS[command]
+            code = run(options) or 0
+            sys.stdout.flush()  # a full disk is noticed here, not after the end
+            return code
+    except Exception as error:
+        return _told(error)
+    except KeyboardInterrupt as error:
+        said = str(error) or "interrupted"
+        print(f"bayestune: {said}", file=sys.stderr)
+        return EXIT_TERMINATED if isinstance(error, Terminated) else EXIT_INTERRUPTED
+
+
+def _set_up_output(options: Any) -> None:
+    """Bars for a terminal alone; with `--quiet` neither bars nor notes, but warnings."""
+    quiet = options.quiet
+    shown = options.get("progress", True) and not quiet and sys.stderr.isatty()
+    show_progress(shown)
+    options["progress"] = shown
+    logging.getLogger("bayestune").setLevel(logging.WARNING if quiet else logging.INFO)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Makes SIGTERM end the command as ctrl-C does, for the time of the context."""
+
+    def end(*_: Any) -> None:
+        raise Terminated
+
+    before: Any = None
+    with suppress(ValueError):  # not in the main thread: its owner handles signals
+        before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _told(error: Exception) -> int:
+    """Says in a line what went wrong; returns the exit code."""
+    if isinstance(error, BrokenPipeError):  # such as `| head`: the reader has had enough
+        _abandon(sys.stdout)
+        return 0
+    with_remedy = _remedy(error)
+    if with_remedy is None and not isinstance(error, EXPECTED):
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="bayestune-", suffix=".txt", delete=False, encoding="utf-8"
+        ) as file:
+            file.write("".join(traceback.format_exception(error)))
+        said = f"unexpected {type(error).__name__}: {_one_line(error)}"
+        said += f"; a damaged input, or a fault of ours: please report it with {file.name}"
+        print(f"bayestune: error: {said}", file=sys.stderr)
+        return EXIT_UNEXPECTED
+    if isinstance(error, OSError):
+        _abandon_if_full()
+    print(f"bayestune: error: {with_remedy or _one_line(error)}", file=sys.stderr)
+    return EXIT_BAD_INPUT
+
+
+def _remedy(error: Exception) -> str | None:
+    """What to say of a full disk or of memory that ran out, whichever library noticed it."""
+    text = str(error).lower()
+    if isinstance(error, MemoryError) or any(part in text for part in _NO_MEMORY):
+        return f"memory ran out ({_one_line(error) or type(error).__name__}): {_SPARE_MEMORY}"
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or any(part in text for part in _FULL):
+        place = getattr(error, "filename", None) or "the output"
+        return (
+            f"no space left for {place} ({_one_line(error)}): free some, or choose another "
+            "--output; what was whole is kept, and a run goes on with --resume"
+        )
+    return None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _abandon_if_full() -> None:
+    """Gives standard output up if it cannot be written, so that Python's end does not try again."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _abandon(sys.stdout)
+
+
+def _abandon(stream: Any) -> None:
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)

@@ -1,0 +1,81 @@
+"""Where every command begins: help, version and slips of the name need no torch, and take no time.
+
+All else is in modules that import torch, so they are imported by name, once there is work to do.
+"""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+from textwrap import fill
+
+import bayestune
+
+COMMANDS = {
+    "fit": "Fit one method and save its posterior.",
+    "evaluate": "Accuracy and calibration of a posterior on labelled questions.",
+    "predict": "Probabilities and uncertainty for your own rows: JSON lines in, JSON lines out.",
+    "bayesianise": "A posterior around any LoRA adapter, without training (TFB).",
+    "compare": "Fit and evaluate several methods on one task: table, picture, page.",
+    "bench": "Fit and evaluate a grid of models, tasks, methods and seeds; goes on where it "
+    "stopped.",
+    "table": "The table of a results folder: methods × tasks, mean ± std over seeds, significance.",
+    "demo": "MLE and BLoB on the embedded questions in a few minutes, with a report.",
+}
+EXIT_BAD_INPUT = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command, by default that of the process; `bench FILE` means `bench --config FILE`.
+
+    Returns:
+        0; 1 if cells of a grid failed; 2 for bad input, a full disk or memory that ran out; 70 for
+        what should not happen; 130 after ctrl-C; 143 after SIGTERM.
+    """
+    given = [str(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
+    first = given[0] if given else ""
+    for stream in (sys.stdout, sys.stderr):
+        # a row's text may have any character, whatever the terminal's encoding
+        getattr(stream, "reconfigure", _nothing)(encoding="utf-8", errors="backslashreplace")
+    if first in ("--version", "-V"):
+        print(f"bayestune {bayestune.__version__}")
+        return 0
+    if first in ("", "-h", "--help", "help"):
+        print(overview())
+        return 0 if first else EXIT_BAD_INPUT
+    if first not in COMMANDS:
+        print(f"bayestune: error: {_unknown(first)}", file=sys.stderr)
+        raise SystemExit(EXIT_BAD_INPUT)
+    return importlib.import_module("bayestune.cli.guard").run_guarded(given)
+
+
+def _nothing(**_: object) -> None:
+    """What a stream that cannot be reconfigured does."""
+
+
+def overview() -> str:
+    """The text of `bayestune --help`."""
+    lines = ["usage: bayestune COMMAND [--OPTION VALUE …]", "", bayestune.__doc__ or "", ""]
+    for name, summary in COMMANDS.items():
+        indent = {"initial_indent": f"  {name:<13}", "subsequent_indent": " " * 15}
+        lines.append(fill(summary, 88, **indent))  # type: ignore[arg-type]
+    lines += ["", "options of a command: bayestune COMMAND --help; of one method among them:"]
+    lines += ["bayestune fit --method NAME --help; the version: bayestune --version"]
+    return "\n".join(lines)
+
+
+def _unknown(first: str) -> str:
+    if first.startswith("-"):
+        return f"got {first} before a command, expected one of {', '.join(COMMANDS)} first"
+    near = nearest(first, COMMANDS)
+    hint = f"; did you mean {near}?" if near else ""
+    return f"unknown command: got {first!r}, expected one of {', '.join(COMMANDS)}{hint}"
+
+
+def nearest(name: str, known: Sequence[str] | dict[str, str]) -> str | None:
+    """The known name that is most like a mistyped one; None if none is.
+
+    >>> nearest("predcit", ["fit", "predict"])
+    'predict'
+    """
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)), None)

@@ -1,0 +1,63 @@
+"""What a method asks of its base, the model and the rows, told before its base is fitted."""
+
+from collections.abc import Sequence
+from typing import Any, get_type_hints
+
+from bayestune.adapters import Slots
+from bayestune.errors import Refusal
+from bayestune.methods.held_out import head_slots, held_out_rows
+from bayestune.methods.laplace import Laplace
+from bayestune.methods.temperature import PosteriorScale, Temperature
+from bayestune.methods.tfb import TFB
+from bayestune.posteriors import Gaussian, Mixture, Point
+from bayestune.scoring import Scorer
+
+
+def check_method(method: Any, scorer: Scorer, slots: Slots) -> None:
+    """Refuses what a method's fit would refuse after its base was fitted.
+
+    Args:
+        method: whatever it builds on is checked too.
+        scorer: of the task.
+        slots: of the model with a fresh adapter.
+    """
+    name = type(method).__name__
+    inner = getattr(method, "method", None)  # of a method that changes its training
+    for other in (inner, getattr(method, "base", None)):
+        if hasattr(other, "fit"):
+            check_method(other, scorer, slots)
+    chooses = isinstance(method, Laplace) and method.prior_precision is None
+    if isinstance(method, Temperature | PosteriorScale) or (
+        chooses and method.choose == "held_out"
+    ):
+        held_out_rows(scorer, name)
+    # Laplace takes the last block where the head has no adapter
+    if getattr(method, "layers", "all") == "last" and not isinstance(method, Laplace):
+        head_slots(slots, getattr(method, "sides", ("lora_A",)))
+    kinds = _posteriors_of(getattr(method, "base", None))
+    if isinstance(method, Laplace):
+        _check_base(kinds, Point, f"{name} builds on a point", "use MLE or MAP as its base")
+    if isinstance(method, PosteriorScale):
+        said = f"{name} scales a Gaussian"
+        _check_base(kinds, Gaussian, said, "expected BLoB, BBB, TFB or IVON")
+    if isinstance(method, TFB) and any(issubclass(kind, Mixture) for kind in kinds):
+        raise Refusal(
+            f"{name} starts from one adapter: got a Mixture without a mean from its base, expected "
+            "such as MLE; use the base of its base"
+        )
+
+
+def _check_base(kinds: Sequence[type], wanted: type, said: str, advice: str) -> None:
+    """Refuses a base none of whose posteriors can be of the wanted class."""
+    if kinds and not any(issubclass(kind, wanted) or issubclass(wanted, kind) for kind in kinds):
+        got = " or ".join(kind.__name__ for kind in kinds)
+        raise Refusal(f"{said}: got a {got} from its base, expected a {wanted.__name__}; {advice}")
+
+
+def _posteriors_of(base: Any) -> list[type]:
+    """The classes of what a method's fit may return, by its annotation; none if it has no base."""
+    if not hasattr(base, "fit"):
+        return []
+    inner = getattr(base, "method", None)
+    told = get_type_hints(type(inner if hasattr(inner, "fit") else base).fit).get("return", object)
+    return [kind for kind in getattr(told, "__args__", (told,)) if isinstance(kind, type)]

@@ -1,0 +1,44 @@
+"""What can be known before the first fit of a run, so that hours are not lost to the last one."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from bayestune.adapters import Lora, Slots, attach, detach
+from bayestune.data import Question
+from bayestune.errors import Refusal
+from bayestune.methods import Method, check_method
+from bayestune.scoring import Scorer, check_lengths
+
+
+def check_fits(model: nn.Module, scorer: Scorer, lora: Lora, methods: Iterable[Method]) -> None:
+    """Refuses what a fit would refuse, or fail at, once another fit has taken its time.
+
+    Args:
+        model: the base model, which may be on the meta device; left as it was.
+        scorer: of the task.
+        lora: the adapter.
+        methods: that are to be fitted.
+    """
+    quiet = replace(scorer, warns=False)
+    for part in (scorer.task.train, scorer.task.held_out):
+        check_lengths(model, part, quiet.encode(part))
+    with torch.random.fork_rng(devices=[]):
+        adapted = attach(model, lora)
+    try:
+        for method in methods:
+            check_method(method, scorer, Slots(adapted))
+    finally:
+        detach(adapted)
+
+
+def check_answers(rows: Sequence[Question]) -> None:
+    """Refuses rows to evaluate on that have no answer."""
+    unlabelled = [row.id for row in rows if row.answer is None]
+    if unlabelled:
+        raise Refusal(
+            f"rows to evaluate on need answers: got {len(unlabelled)} of {len(rows)} without one, "
+            f"such as {unlabelled[0]}; add them, or take these rows out"
+        )
