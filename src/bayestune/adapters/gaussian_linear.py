@@ -1,5 +1,6 @@
 """A Gaussian over A in LoRA's slot: the layer, and `bayesify`, which puts it there."""
 
+import logging
 import math
 from collections.abc import Collection
 from typing import Literal, get_args
@@ -11,9 +12,12 @@ from torch.nn import functional as F
 from bayestune.adapters.drawn_linear import compute_dtype
 from bayestune.adapters.fused_input import FusedInput, RowNoise, RowProduct, fuse_inputs
 from bayestune.adapters.noise import independent_weights, random_signs
+from bayestune.adapters.own_saving import keep_standard_deviations
 from bayestune.adapters.row_groups import RowGroups, row_groups_of
-from bayestune.adapters.slots import Slots
+from bayestune.adapters.slots import Slots, split_name
 from bayestune.errors import Refusal
+
+logger = logging.getLogger(__name__)
 
 Noise = Literal["row", "independent", "token"]
 
@@ -116,7 +120,12 @@ def bayesify(
     """Makes A of every LoRA layer Gaussian, in place: q(A) = N(M, Ω²), with M the present A.
 
     Afterwards training mode draws one A for each row of the batch and evaluation mode uses the
-    mean. All layers are checked before any is converted; how many were is returned.
+    mean. All layers are checked before any is converted; how many were is returned. The model's own
+    `save_pretrained`, which a Trainer and `push_to_hub` call, then writes the posterior's files
+    beside the stock adapter, for `load_posterior`.
+
+    G starts anew, also on an adapter that has been trained, which a warning says: a saved posterior
+    comes back with `load_posterior`.
 
     Args:
         model: the model that `peft.get_peft_model` returned.
@@ -128,7 +137,8 @@ def bayesify(
     Raises:
         Refusal: if the model has no layer with this adapter, or one of them cannot be made
             stochastic (DoRA and other variants, embeddings, `target_parameters`, a slot that holds
-            no plain Linear, a second conversion); each is named with its reason.
+            no plain Linear, a second conversion); each is named with its reason. Or if the
+            adapter's initialisation changed the base's weights, so that it could not be saved.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -137,8 +147,33 @@ def bayesify(
         2
     """
     found = Slots(model, adapter)
-    plain = found.replaceable(slots)
-    groups = row_groups_of(model)
+    count = make_gaussian(found, slots, init_root_std=init_root_std, noise=noise)
+    if any(bool(weight.any()) for name, weight in found.weights().items() if _is_b(name)):
+        logger.warning(
+            "the adapter %r has been trained (B is not 0), and the standard deviation of its A "
+            "starts anew, below %.2g; a saved posterior is brought back, with its own, by "
+            "load_posterior(base, folder)",
+            found.adapter,
+            init_root_std**2,
+        )
+    return count
+
+
+def _is_b(name: str) -> bool:
+    return split_name(name)[1] == "lora_B"
+
+
+def make_gaussian(
+    found: Slots,
+    names: Collection[str] | None = None,
+    *,
+    init_root_std: float = 0.05,
+    noise: Noise = "row",
+) -> int:
+    """Makes some slots of an adapter Gaussian, None for all A: what `bayesify` does, no warning."""
+    plain = found.replaceable(names)
+    keep_standard_deviations(found.model, found.adapter)
+    groups = row_groups_of(found.model)
     gaussian = {
         name: GaussianLinear(slot, init_root_std, noise, groups) for name, slot in plain.items()
     }

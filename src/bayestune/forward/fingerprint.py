@@ -38,7 +38,7 @@ def _taken(model: nn.Module) -> tuple[list[Any], list[Tensor], list[Tensor]]:
     changing: list[Tensor] = []
     for path, module in model.named_modules():
         if "merged_adapters" in vars(module):
-            facts.append(str([getattr(module, name) for name in _OF_PEFT]))
+            facts.append(str([getattr(module, name, None) for name in _OF_PEFT]))
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is None:
                 continue

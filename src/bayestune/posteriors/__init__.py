@@ -3,8 +3,10 @@
 Every family gives its draws' logits (S, N, C); those whose draws are adapters can export them.
 """
 
+from bayestune.adapters import DETAILS
 from bayestune.posteriors.export import export_draw
 from bayestune.posteriors.fit_report import FitReport
+from bayestune.posteriors.folder_of import PosteriorError, read_details
 from bayestune.posteriors.gaussian import Gaussian
 from bayestune.posteriors.linearised import Linearised, Sampled, gaussian_logits
 from bayestune.posteriors.low_rank import LowRank
@@ -15,13 +17,10 @@ from bayestune.posteriors.posterior import KINDS, AdapterPosterior, Posterior, S
 from bayestune.posteriors.prediction import Prediction, count_for, predict
 from bayestune.posteriors.scaled import Scaled
 from bayestune.posteriors.storage import (
-    DETAILS,
-    PosteriorError,
     base_name,
     load_adapter,
     load_members,
     load_posterior,
-    read_details,
     save_posterior,
 )
 from bayestune.posteriors.tempered import Tempered

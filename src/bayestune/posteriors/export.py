@@ -1,6 +1,7 @@
 """Exports one draw as a plain LoRA adapter, which any LoRA server can load."""
 
 from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ from bayestune.posteriors.storage import replacing, save_adapter
 
 
 def export_draw(
-    posterior: Posterior | nn.Module, draw: int | Mapping[str, Tensor], folder: Path, seed: int = 0
+    posterior: Posterior | nn.Module,
+    draw: int | Mapping[str, Tensor],
+    folder: str | PathLike[str],
+    seed: int = 0,
 ) -> Path:
     """Writes one draw as a plain LoRA adapter, which any LoRA server loads; returns the folder.
 
@@ -45,9 +49,10 @@ def export_draw(
             f"a draw of another model: got the slots {unknown[:3]}, expected slots of the adapter "
             f"{slots.adapter!r}; export it with the posterior it is of"
         )
-    with replacing(folder) as scratch:
+    place = Path(folder).expanduser()
+    with replacing(place) as scratch:
         save_adapter(slots, scratch, draw)
-    return folder
+    return place
 
 
 def _slots_of(posterior: Posterior | nn.Module, draw: Mapping[str, Tensor]) -> Slots:
