@@ -35,6 +35,7 @@ from bayestune.adapters.noise import held_noise, held_weights
 from bayestune.adapters.own_saving import noise_of
 from bayestune.adapters.rank_linear import RankLinear, make_ranks_random, put_means
 from bayestune.adapters.row_groups import RowGroups, group_rows
+from bayestune.adapters.settings import are_alike
 from bayestune.adapters.slots import ADAPTER, PREFIX, SIDES, Slots, drawn, split_name
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "Slots",
     "active",
     "add_beside",
+    "are_alike",
     "attach",
     "base_of",
     "bayesify",

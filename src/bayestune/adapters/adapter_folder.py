@@ -8,7 +8,7 @@ from typing import Any
 
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper, get_peft_model_state_dict
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
@@ -58,10 +58,17 @@ def refuse_unless_saved_whole(slots: Slots) -> None:
     config: Any = model.peft_config[slots.adapter]
     if config.peft_type != "LORA":
         raise Refusal(
-            f"the adapter {slots.adapter!r} is no LoRA: got {config.peft_type}, expected LORA; "
+            f"the adapter {slots.adapter!r} is no LoRA: got {config.peft_type.value}, expected LORA; "
             "save it with model.save_pretrained"
         )
     refuse_changed_base(model, slots.adapter)
+    for module in model.modules():
+        if isinstance(module, TrainableTokensWrapper) and slots.adapter not in module._adapters:
+            raise Refusal(
+                f"PEFT cannot save the adapter {slots.adapter!r}: got one without "
+                f"trainable_token_indices beside {sorted(module._adapters)} with them, expected "
+                "all or none to have them; take the others off with delete_adapter first"
+            )
     for path, layer in slots.layers.items():
         rank = layer.r[slots.adapter] ** (0.5 if config.use_rslora else 1)
         told = layer.lora_alpha[slots.adapter] / rank
@@ -230,7 +237,7 @@ def _weights(slots: Slots, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _samples(slots: Slots, state: Mapping[str, Tensor], beside: list[str]) -> dict[str, Any]:
     """Samples of the weights under the adapters, but for those that the adapter's folder holds."""
     model: Any = slots.model
-    without = set(beside)
+    without = {state[name].data_ptr() for name in beside}  # also under the name of a tied head
     whole: list[str] = []
     for path, module in model.named_modules():
         heads = isinstance(module, ModulesToSaveWrapper)
@@ -241,7 +248,7 @@ def _samples(slots: Slots, state: Mapping[str, Tensor], beside: list[str]) -> di
     adapted = []
     for name, value in state.items():
         inside = "lora_" in name or "trainable_tokens" in name or name.startswith(tuple(whole))
-        if inside or name in without or (biases and name.endswith("bias")):
+        if inside or value.data_ptr() in without or (biases and name.endswith("bias")):
             continue
         plain = name.removeprefix(PREFIX).replace(_COMPILED, "")
         plain = plain.replace(".token_adapter.", ".").replace(".base_layer.", ".")

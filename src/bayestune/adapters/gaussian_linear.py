@@ -150,8 +150,8 @@ def bayesify(
     count = make_gaussian(found, slots, init_root_std=init_root_std, noise=noise)
     if any(bool(weight.any()) for name, weight in found.weights().items() if _is_b(name)):
         logger.warning(
-            "the adapter %r has been trained (B is not 0), and the standard deviation of its A "
-            "starts anew, below %.2g; a saved posterior is brought back, with its own, by "
+            "B of the adapter %r is not 0, as after training, and the standard deviation of its A "
+            "starts anew, at %.2g at most; a saved posterior comes back with its own by "
             "load_posterior(base, folder)",
             found.adapter,
             init_root_std**2,

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bayestune.adapters import Slots
+from bayestune.adapters import Slots, are_alike
 from bayestune.errors import Refusal
 from bayestune.posteriors.mixture import Mixture
 from bayestune.posteriors.posterior import AdapterPosterior, Posterior
@@ -64,7 +64,8 @@ def _slots_of(posterior: Posterior | nn.Module, draw: Mapping[str, Tensor]) -> S
         if not isinstance(posterior, Mixture):
             return slots
     names: Any = getattr(slots.model, "peft_config", [slots.adapter])
-    complete = set(draw) >= set(slots.modules()) and not slots.heads
+    holders = [Slots(slots.model, name) for name in names]
+    complete = set(draw) >= set(slots.modules()) and are_alike(holders)
     if len(names) > 1 and not complete:
         raise Refusal(
             f"which adapter the draw belongs to is not clear: got a model with the adapters "

@@ -153,6 +153,15 @@ class AdapterPosterior(SingleAdapter):
 
     _plan: Plan = field(default_factory=Plan, init=False, repr=False, compare=False, kw_only=True)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+        if name != "_plan":
+            object.__setattr__(self, "_plan", Plan())  # its draws were those of before
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what is kept between batches, which no copy can use."""
+        return {**vars(self), "_plan": Plan()}
+
     @abstractmethod
     def draw(self, index: int, seed: int = 0) -> dict[str, Tensor]:
         """One held draw of a set, counted from 0: what differs from the mean, by slot name.

@@ -289,6 +289,11 @@ def _named(folder: Path, details: Mapping[str, Any]) -> str:
 def _refuse_unlike_bases(folders: Sequence[Path]) -> None:
     """Refuses members which change the base's own weights, each in its way."""
     first: dict[str, Tensor] | None = None
+    if len({bool(_config(folder).get("trainable_token_indices")) for folder in folders}) > 1:
+        raise PosteriorError(
+            f"PEFT cannot load these members on one model: got {len(folders)} of which some have "
+            "trainable_token_indices, expected all or none; fit all of them with the same option"
+        )
     for folder in folders:
         names = _details(folder).get("kept_beside", [])
         weights = load_peft_weights(str(folder), device="cpu") if names else {}
