@@ -471,13 +471,13 @@ def test_merging_and_taking_out_again_is_no_other_base(tmp_path):
     for _ in range(20):
         model.merge_adapter()
         model.unmerge_adapter()
-    same(load_posterior(tiny_llama(), save_posterior(model, tmp_path / "apart")), model)
+    expected = Gaussian(model, end_logits).logits(BATCH, Draws(2))
+    save_posterior(model, tmp_path / "apart")
     model.merge_adapter()
     save_posterior(model, tmp_path / "merged")
-    model.unmerge_adapter()
-    loaded = load_posterior(tiny_llama(), tmp_path / "merged", end_logits)
-    expected = Gaussian(model, end_logits).logits(BATCH, Draws(2))
-    assert_close(loaded.logits(BATCH, Draws(2)), expected, rtol=1e-4, atol=1e-4)
+    for folder in ("apart", "merged"):
+        loaded = load_posterior(tiny_llama(), tmp_path / folder, end_logits)
+        assert_close(loaded.logits(BATCH, Draws(2)), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_folders_without_samples_of_the_base_load_as_before(tmp_path):
