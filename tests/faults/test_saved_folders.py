@@ -1,6 +1,7 @@
-"""A saved folder gives back what was fitted: every option of LoRA, every way to save; or refuses."""
+"""A saved folder gives back what was fitted, by every option and every way to save, or refuses."""
 
 import copy
+import json
 import pickle
 import stat
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -34,10 +35,9 @@ from bayestune import (
     bayesify,
     export_draw,
     load_posterior,
-    predict,
     save_posterior,
 )
-from bayestune.adapters import TENSORS, Slots
+from bayestune.adapters import Slots
 from bayestune.posteriors import (
     DETAILS,
     Posterior,
@@ -46,7 +46,7 @@ from bayestune.posteriors import (
     load_members,
     read_details,
 )
-from tiny import BATCH, GPT2, WIDE, causal, end_logits, tiny_bert, tiny_llama, with_second
+from tiny import BATCH, GPT2, WIDE, causal, end_logits, tiny_bert, tiny_llama
 
 QV = ["q_proj", "v_proj"]
 Make = Callable[[], nn.Module]
@@ -76,7 +76,9 @@ def classes(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def scorer_of(model: nn.Module) -> Any:
-    return end_logits if hasattr(model.config, "tie_word_embeddings") and _speaks(model) else classes
+    return (
+        end_logits if hasattr(model.config, "tie_word_embeddings") and _speaks(model) else classes
+    )
 
 
 def _speaks(model: nn.Module) -> bool:
@@ -189,8 +191,15 @@ def test_running_statistics_come_back(tmp_path):
     assert_close(loaded.logits(rows, Draws(3)), posterior.logits(rows, Draws(3)))
 
 
-@pytest.mark.parametrize("lora", [{}, {"trainable_token_indices": [401]}, {"target_modules": "all-linear"},
-                                  {"modules_to_save": ["embed_tokens", "lm_head"]}])
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {},
+        {"trainable_token_indices": [401]},
+        {"target_modules": "all-linear"},
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+    ],
+)
 @pytest.mark.parametrize("named", [True, False])
 @pytest.mark.parametrize("make", [tiny_llama, tied])
 def test_a_resized_vocabulary_comes_back_also_on_the_base_as_it_was(lora, named, make, tmp_path):
@@ -410,6 +419,18 @@ def test_a_used_posterior_is_copied_and_each_copy_saves_itself(way, tmp_path):
     same(load_posterior(tiny_llama(), tmp_path / "copy"), other.model)
 
 
+def test_a_model_is_moved_where_parameters_are_swapped():
+    posterior = Gaussian(fitted(tiny_llama()), end_logits)
+    posterior.logits(BATCH, Draws(3))
+    torch.__future__.set_swap_module_params_on_conversion(True)  # as tensor subclasses ask for
+    try:
+        posterior.model.to(torch.float64)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    fresh = Gaussian(posterior.model, end_logits).logits(BATCH, Draws(3))
+    assert torch.equal(posterior.logits(BATCH, Draws(3)), fresh)
+
+
 @pytest.mark.parametrize("change", ["train", "double", "bfloat16", "field"])
 def test_predictions_follow_a_model_that_changes(change):
     posterior = Gaussian(fitted(tiny_llama()), end_logits)
@@ -427,18 +448,14 @@ def test_predictions_follow_a_model_that_changes(change):
     assert torch.equal(after, before) == (change == "field")
 
 
-def another(seed: int = 5) -> nn.Module:
-    torch.manual_seed(seed)
-    return type(tiny_llama())(tiny_llama().config)
-
-
 def test_another_base_of_the_same_shapes_is_refused_unless_it_is_meant(tmp_path):
     save_posterior(fitted(tiny_llama()), tmp_path)
-    torch.manual_seed(5)
     other = tiny_llama()
     for parameter in other.parameters():
         parameter.data.mul_(1.01)
-    with pytest.raises(PosteriorError, match="of another base model: got other values of .*other_b"):
+    with pytest.raises(
+        PosteriorError, match="of another base model: got other values of .*other_b"
+    ):
         load_posterior(other, tmp_path)
     assert not [name for name, _ in other.named_modules() if "lora" in name]
     assert load_posterior(other, tmp_path, other_base=True).kind == "gaussian"
@@ -484,14 +501,16 @@ def test_folders_without_samples_of_the_base_load_as_before(tmp_path):
     save_posterior(fitted(tiny_llama()), tmp_path)
     details = read_details(tmp_path)
     del details["base_samples"]
-    (tmp_path / DETAILS).write_text(__import__("json").dumps(details))
+    (tmp_path / DETAILS).write_text(json.dumps(details), encoding="utf-8")
     assert load_posterior(tiny_llama(), tmp_path).kind == "gaussian"
 
 
 def test_a_base_with_an_adapter_is_refused(tmp_path):
     base = tiny_llama()
     save_posterior(fitted(base), tmp_path)
-    with pytest.raises(PosteriorError, match="got a base with an adapter on it, which would be rep"):
+    with pytest.raises(
+        PosteriorError, match="got a base with an adapter on it, which would be rep"
+    ):
         load_posterior(base, tmp_path)
 
 
@@ -519,7 +538,9 @@ def test_paths_are_text_or_paths_and_home_is_known(tmp_path, monkeypatch):
 
 
 def test_a_name_that_is_neither_a_folder_nor_on_the_hub_is_refused():
-    with pytest.raises(PosteriorError, match="got no such folder, and no such repository on the Hu"):
+    with pytest.raises(
+        PosteriorError, match="got no such folder, and no such repository on the Hu"
+    ):
         load_posterior(tiny_llama(), "someone/nothing")
 
 
@@ -626,8 +647,6 @@ def test_a_scaling_that_no_configuration_says_is_refused(tmp_path):
 
 
 def test_other_adapters_than_lora_are_refused(tmp_path):
-    from peft import IA3Config, PromptTuningConfig
-
     config = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
     prompt = get_peft_model(tiny_llama(), config)
     with pytest.raises(ValueError, match="is no LoRA: got PROMPT_TUNING, expected LORA"):
@@ -646,3 +665,9 @@ def test_other_adapters_than_lora_are_refused(tmp_path):
         fitted(tiny_llama()).save_pretrained(
             tmp_path, path_initial_model_for_weight_conversion=str(tmp_path / "start")
         )
+
+
+def test_draws_of_b_with_a_bias_are_refused():
+    model = get_peft_model(tiny_llama(), settings(lora_bias=True))
+    with pytest.raises(ValueError, match=r"its lora_B has a bias \(lora_bias\), which draws of it"):
+        bayesify(model, slots=Slots(model).names(["lora_B"]))

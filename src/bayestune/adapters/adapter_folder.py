@@ -58,8 +58,8 @@ def refuse_unless_saved_whole(slots: Slots) -> None:
     config: Any = model.peft_config[slots.adapter]
     if config.peft_type != "LORA":
         raise Refusal(
-            f"the adapter {slots.adapter!r} is no LoRA: got {config.peft_type.value}, expected LORA; "
-            "save it with model.save_pretrained"
+            f"the adapter {slots.adapter!r} is no LoRA: got {config.peft_type.value}, expected "
+            "LORA; save it with model.save_pretrained"
         )
     refuse_changed_base(model, slots.adapter)
     for module in model.modules():

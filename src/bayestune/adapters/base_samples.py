@@ -1,4 +1,4 @@
-"""Tells whether a base model is the one that an adapter was fitted on, by samples of its weights."""
+"""Tells by samples of its weights whether a base is the one that an adapter was fitted on."""
 
 from collections.abc import Collection, Mapping
 from typing import Any

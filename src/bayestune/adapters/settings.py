@@ -29,9 +29,9 @@ def _scalings(slots: Slots) -> dict[str, Any]:
 def _has_more(slots: Slots) -> bool:
     """Whether an adapter's function is not that of A, B and the scalings alone."""
     for module in slots.model.modules():
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            if slots.adapter in module._get_available_adapters():
-                return True
+        wraps = isinstance(module, AuxiliaryTrainingWrapper)
+        if wraps and slots.adapter in module._get_available_adapters():
+            return True
     variants = [getattr(layer, "lora_variant", {}) for layer in slots.layers.values()]
     if any(slots.adapter in variant for variant in variants):
         return True

@@ -20,7 +20,8 @@ class Mixture(Posterior):
 
     Where all members' draws are adapters of the same layers with the same scalings and nothing else
     was trained, all draws run in one pass: the base weights are read once. Otherwise each member
-    runs under its own adapter. A mixture of one has a mean if the member has one; a mixture of points has K atoms.
+    runs under its own adapter. A mixture of one has a mean if the member has one; a mixture of
+    points has K atoms.
 
     Args:
         members: the posteriors, on the same PEFT model under different adapter names.
