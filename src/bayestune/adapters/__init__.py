@@ -75,7 +75,6 @@ __all__ = [
     "mean_digest",
     "noise_of",
     "output_head",
-    "peft.",
     "place_of",
     "plain_state",
     "put_means",

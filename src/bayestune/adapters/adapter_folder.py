@@ -169,7 +169,7 @@ def plain_state(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> 
 
 
 def add_beside(
-    slots: Slots, state: Mapping[str, Tensor], folder: Path, embeddings: bool | str = False
+    slots: Slots, state: Mapping[str, Tensor], folder: Path, embeddings: Any = False
 ) -> None:
     """Adds to an adapter that PEFT has written what it left out, under the names of a plain model.
 

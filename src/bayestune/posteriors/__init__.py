@@ -15,13 +15,13 @@ from bayestune.posteriors.noisy_passes import Dropout, TokenNoise
 from bayestune.posteriors.point import Point
 from bayestune.posteriors.posterior import KINDS, AdapterPosterior, Posterior, Saved
 from bayestune.posteriors.prediction import Prediction, count_for, predict
+from bayestune.posteriors.saving import save_posterior
 from bayestune.posteriors.scaled import Scaled
 from bayestune.posteriors.storage import (
     base_name,
     load_adapter,
     load_members,
     load_posterior,
-    save_posterior,
 )
 from bayestune.posteriors.tempered import Tempered
 

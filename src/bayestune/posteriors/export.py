@@ -11,7 +11,7 @@ from bayestune.adapters import Slots, are_alike
 from bayestune.errors import Refusal
 from bayestune.posteriors.mixture import Mixture
 from bayestune.posteriors.posterior import AdapterPosterior, Posterior
-from bayestune.posteriors.storage import replacing, save_adapter
+from bayestune.posteriors.saving import replacing, save_adapter
 
 
 def export_draw(

@@ -183,3 +183,10 @@ def check_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int
             f"of another model or rank: got {len(got)} tensors such as {name, got.get(name)}, "
             f"expected shapes such as {name, expected.get(name, 'no such slot')}"
         )
+
+
+def unbound(*_: Any) -> Tensor:
+    """The scorer of a posterior that was loaded without one."""
+    raise Refusal(
+        "the posterior has no scorer: got load_posterior(base, folder), expected a scorer as well"
+    )
