@@ -213,10 +213,15 @@ def test_a_file_that_is_missing_is_refused(saved):
 
 
 def test_another_model_is_refused(saved):
+    other = tiny_llama(hidden_size=48, intermediate_size=96)
+    with pytest.raises(
+        PosteriorError, match="is of another base model: got other values of .*, ti"
+    ):
+        load_posterior(other, saved)
     with pytest.raises(
         PosteriorError, match="does not fit this model or is damaged; its base is t"
     ):
-        load_posterior(tiny_llama(hidden_size=48, intermediate_size=96), saved)
+        load_posterior(other, saved, other_base=True)
 
 
 def test_another_rank_is_refused(saved, tmp_path):

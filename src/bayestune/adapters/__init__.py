@@ -3,6 +3,21 @@
 Only this package and `posteriors.storage` import peft.
 """
 
+from bayestune.adapters.adapter_folder import (
+    CONFIG,
+    DETAILS,
+    FORMAT,
+    TENSORS,
+    WEIGHTS,
+    add_beside,
+    facts_of,
+    make_readable,
+    mean_digest,
+    place_of,
+    plain_state,
+    refuse_unless_saved_whole,
+    write_posterior,
+)
 from bayestune.adapters.arrivals import (
     Arrivals,
     OtherRows,
@@ -11,9 +26,10 @@ from bayestune.adapters.arrivals import (
     watching,
     why_silent,
 )
+from bayestune.adapters.base_samples import differs
 from bayestune.adapters.drawn_linear import DrawnLinear
 from bayestune.adapters.entrances import group_rows
-from bayestune.adapters.gaussian_linear import GaussianLinear, Noise, bayesify
+from bayestune.adapters.gaussian_linear import GaussianLinear, Noise, bayesify, make_gaussian
 from bayestune.adapters.locks import base_of, exclusive, refuse_inside_drawn
 from bayestune.adapters.lora import (
     Lora,
@@ -25,16 +41,23 @@ from bayestune.adapters.lora import (
     output_head,
 )
 from bayestune.adapters.noise import held_noise, held_weights
+from bayestune.adapters.own_saving import noise_of
 from bayestune.adapters.rank_linear import RankLinear, make_ranks_random, put_means
 from bayestune.adapters.row_groups import RowGroups
+from bayestune.adapters.settings import are_alike
 from bayestune.adapters.slots import ADAPTER, PREFIX, SIDES, Slots, drawn, split_name
 from bayestune.adapters.training_passes import TrainingPasses
 from bayestune.adapters.wrapped import eagerly, is_compiled, plain_path, unwrapped
 
 __all__ = [
     "ADAPTER",
+    "CONFIG",
+    "DETAILS",
+    "FORMAT",
     "PREFIX",
     "SIDES",
+    "TENSORS",
+    "WEIGHTS",
     "Arrivals",
     "DrawnLinear",
     "GaussianLinear",
@@ -46,28 +69,40 @@ __all__ = [
     "Slots",
     "TrainingPasses",
     "active",
+    "add_beside",
+    "are_alike",
     "attach",
     "base_of",
     "bayesify",
     "check_arrived",
     "check_mean_arrives",
     "detach",
+    "differs",
     "drawn",
     "eagerly",
     "evaluating",
     "exclusive",
+    "facts_of",
     "group_rows",
     "held_noise",
     "held_weights",
     "is_classifier",
     "is_compiled",
+    "make_gaussian",
     "make_ranks_random",
+    "make_readable",
+    "mean_digest",
+    "noise_of",
     "output_head",
+    "place_of",
     "plain_path",
+    "plain_state",
     "put_means",
     "refuse_inside_drawn",
+    "refuse_unless_saved_whole",
     "split_name",
     "unwrapped",
     "watching",
     "why_silent",
+    "write_posterior",
 ]

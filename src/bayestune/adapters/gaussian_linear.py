@@ -1,5 +1,6 @@
 """A Gaussian over A in LoRA's slot: the layer, and `bayesify`, which puts it there."""
 
+import logging
 import math
 from collections.abc import Collection
 from functools import partial
@@ -13,10 +14,13 @@ from bayestune.adapters.drawn_linear import compute_dtype
 from bayestune.adapters.entrances import passes_of, row_axis
 from bayestune.adapters.fused_input import FusedInput, RowNoise, RowProduct, fuse_inputs
 from bayestune.adapters.noise import FlipoutNoise, independent_noise, random_signs
-from bayestune.adapters.slots import Slots
+from bayestune.adapters.own_saving import keep_standard_deviations
+from bayestune.adapters.slots import Slots, split_name
 from bayestune.adapters.training_passes import TrainingPasses
 from bayestune.adapters.unattended import Unattended
 from bayestune.errors import Refusal
+
+logger = logging.getLogger(__name__)
 
 Noise = Literal["row", "independent", "token"]
 
@@ -137,6 +141,11 @@ def bayesify(
     is no row's, such as relative positions that all rows share, sees the first row's draw. All
     layers are checked before any is converted; how many were is returned.
 
+    The model's own `save_pretrained`, which a Trainer and `push_to_hub` call, then writes the
+    posterior's files beside the stock adapter, for `load_posterior`. G starts anew, also on an
+    adapter that has been trained, which a warning says: a saved posterior comes back with
+    `load_posterior`.
+
     Args:
         model: the model that `peft.get_peft_model` returned.
         init_root_std: ε; G = √Ω starts uniform on (ε/√2, ε).
@@ -147,7 +156,8 @@ def bayesify(
     Raises:
         Refusal: if the model has no layer with this adapter, or one of them cannot be made
             stochastic (DoRA and other variants, embeddings, `target_parameters`, a slot that holds
-            no plain Linear, a second conversion); each is named with its reason.
+            no plain Linear, a second conversion); each is named with its reason. Or if the
+            adapter's initialisation changed the base's weights, so that it could not be saved.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -156,15 +166,40 @@ def bayesify(
         2
     """
     found = Slots(model, adapter)
-    plain = found.replaceable(slots)
-    passes = passes_of(model)
+    count = make_gaussian(found, slots, init_root_std=init_root_std, noise=noise)
+    if any(bool(weight.any()) for name, weight in found.weights().items() if _is_b(name)):
+        logger.warning(
+            "B of the adapter %r is not 0, as after training, and the standard deviation of its A "
+            "starts anew, at %.2g at most; a saved posterior comes back with its own by "
+            "load_posterior(base, folder)",
+            found.adapter,
+            init_root_std**2,
+        )
+    return count
+
+
+def _is_b(name: str) -> bool:
+    return split_name(name)[1] == "lora_B"
+
+
+def make_gaussian(
+    found: Slots,
+    names: Collection[str] | None = None,
+    *,
+    init_root_std: float = 0.05,
+    noise: Noise = "row",
+) -> int:
+    """Makes some slots of an adapter Gaussian, None for all A: what `bayesify` does, no warning."""
+    plain = found.replaceable(names)
+    keep_standard_deviations(found.model, found.adapter)
+    passes = passes_of(found.model)
     gaussian = {
         name: GaussianLinear(slot, init_root_std, noise, passes) for name, slot in plain.items()
     }
     for name, layer in gaussian.items():
-        layer.row_axis = row_axis(model, name)
+        layer.row_axis = row_axis(found.model, name)
     found.put(gaussian)
     if noise == "row":
         fuse_inputs(found, gaussian)
-    model.register_forward_pre_hook(Unattended(list(gaussian.values())))
+    found.model.register_forward_pre_hook(Unattended(list(gaussian.values())))
     return len(gaussian)

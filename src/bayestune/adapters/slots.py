@@ -191,6 +191,8 @@ class Slots:
             return "it has been converted already"
         if type(slot) is not nn.Linear:
             return f"its {side} is a {type(slot).__name__}, not a plain Linear"
+        if slot.bias is not None:
+            return f"its {side} has a bias (lora_bias), which draws of it would leave out"
         return None
 
 

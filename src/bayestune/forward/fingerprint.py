@@ -1,11 +1,12 @@
 """Detects whether a model's weights or adapters changed, so that cached results can be reused."""
 
-import weakref
+import secrets
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+_MARK = "_bayestune_mark"
 _OF_PEFT = ("merged_adapters", "active_adapters", "disable_adapters", "scaling")
 
 
@@ -14,27 +15,25 @@ class Fingerprint:
 
     Parameters that an optimiser may change, the adapters' and all that are trainable, are compared
     by value: fused optimisers and writes to `.data` leave no trace in a tensor's version. The
-    frozen ones, by far the most, are compared by identity, version and address.
+    frozen ones, by far the most, are compared by a mark that is put on them, version and address: a
+    tensor's id may be used again, and one with a weak reference cannot be moved in place.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._facts, frozen, values = _taken(model)
-        self._frozen = [weakref.ref(tensor) for tensor in frozen]
+        self._facts, values = _taken(model)
         self._values = torch.cat(values).clone() if values else torch.empty(0)
 
     def matches(self, model: nn.Module) -> bool:
         """Whether nothing has changed since."""
-        facts, _, values = _taken(model)
-        dead = any(frozen() is None for frozen in self._frozen)  # its id may be used again
-        if facts != self._facts or dead:
+        facts, values = _taken(model)
+        if facts != self._facts:
             return False
         return not values or torch.equal(torch.cat(values), self._values)
 
 
-def _taken(model: nn.Module) -> tuple[list[Any], list[Tensor], list[Tensor]]:
-    """Facts to compare, frozen tensors that must be alive, and values that must be the same."""
+def _taken(model: nn.Module) -> tuple[list[Any], list[Tensor]]:
+    """Facts to compare, and values that must be the same."""
     facts: list[Any] = []
-    frozen: list[Tensor] = []
     changing: list[Tensor] = []
     for path, module in model.named_modules():
         if "merged_adapters" in vars(module):
@@ -46,10 +45,18 @@ def _taken(model: nn.Module) -> tuple[list[Any], list[Tensor], list[Tensor]]:
             if tensor.requires_grad or "lora_" in path or "modules_to_save" in path:
                 changing.append(tensor)
             else:
-                frozen.append(tensor)
                 # a tensor of inference mode has no version: a value equal to no other
                 version = object() if tensor.is_inference() else tensor._version
                 plain = type(tensor) in (Tensor, nn.Parameter)  # others need not have an address
-                facts.append((id(tensor), version, tensor.data_ptr() if plain else 0))
+                facts.append((_mark_of(tensor), version, tensor.data_ptr() if plain else 0))
     first = changing[0].device if changing else None
-    return facts, frozen, [tensor.detach().flatten().to(first) for tensor in changing]
+    return facts, [tensor.detach().flatten().to(first) for tensor in changing]
+
+
+def _mark_of(tensor: Tensor) -> int:
+    """A number of this tensor's own, which no other has that takes its place."""
+    mark = getattr(tensor, _MARK, None)
+    if mark is None:
+        mark = secrets.randbits(62)
+        setattr(tensor, _MARK, mark)
+    return mark

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from bayestune.adapters import Slots, bayesify
+from bayestune.adapters import Slots, make_gaussian
 from bayestune.data import Question
 from bayestune.errors import COUNT, NOT_NEGATIVE, POSITIVE, Refusal, check_fields
 from bayestune.forward import Draws
@@ -131,7 +131,7 @@ class TFB:
         slots = point.slots
         values = rotate_(slots)
         names = head_slots(slots) if self.layers == "last" else list(values)
-        bayesify(point.model, adapter=point.adapter, slots=names)
+        make_gaussian(slots, names)
         posterior = Gaussian(point.model, point.scorer, adapter=point.adapter)
         encoded = scorer.encode(rows)
         labels = torch.tensor([row.answer for row in rows])

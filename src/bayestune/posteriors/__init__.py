@@ -3,8 +3,10 @@
 Every family gives its draws' logits (S, N, C); those whose draws are adapters can export them.
 """
 
+from bayestune.adapters import DETAILS
 from bayestune.posteriors.export import export_draw
 from bayestune.posteriors.fit_report import FitReport
+from bayestune.posteriors.folder_of import PosteriorError, read_details
 from bayestune.posteriors.gaussian import Gaussian
 from bayestune.posteriors.linearised import Linearised, Sampled, gaussian_logits
 from bayestune.posteriors.low_rank import LowRank
@@ -13,17 +15,13 @@ from bayestune.posteriors.noisy_passes import Dropout, TokenNoise
 from bayestune.posteriors.point import Point
 from bayestune.posteriors.posterior import KINDS, AdapterPosterior, Posterior, Saved
 from bayestune.posteriors.prediction import Prediction, count_for, predict, refuse_one_class
+from bayestune.posteriors.saving import save_adapter, save_posterior
 from bayestune.posteriors.scaled import Scaled
 from bayestune.posteriors.storage import (
-    DETAILS,
-    PosteriorError,
     base_name,
     load_adapter,
     load_members,
     load_posterior,
-    read_details,
-    save_adapter,
-    save_posterior,
 )
 from bayestune.posteriors.tempered import Tempered
 

@@ -1,20 +1,24 @@
 """Exports one draw as a plain LoRA adapter, which any LoRA server can load."""
 
 from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from bayestune.adapters import Slots
+from bayestune.adapters import Slots, are_alike
 from bayestune.errors import Refusal
 from bayestune.posteriors.mixture import Mixture
 from bayestune.posteriors.posterior import AdapterPosterior, Posterior
-from bayestune.posteriors.storage import replacing, save_adapter
+from bayestune.posteriors.saving import replacing, save_adapter
 
 
 def export_draw(
-    posterior: Posterior | nn.Module, draw: int | Mapping[str, Tensor], folder: Path, seed: int = 0
+    posterior: Posterior | nn.Module,
+    draw: int | Mapping[str, Tensor],
+    folder: str | PathLike[str],
+    seed: int = 0,
 ) -> Path:
     """Writes one draw as a plain LoRA adapter, which any LoRA server loads; returns the folder.
 
@@ -45,9 +49,10 @@ def export_draw(
             f"a draw of another model: got the slots {unknown[:3]}, expected slots of the adapter "
             f"{slots.adapter!r}; export it with the posterior it is of"
         )
-    with replacing(folder) as scratch:
+    place = Path(folder).expanduser()
+    with replacing(place) as scratch:
         save_adapter(slots, scratch, draw)
-    return folder
+    return place
 
 
 def _slots_of(posterior: Posterior | nn.Module, draw: Mapping[str, Tensor]) -> Slots:
@@ -59,7 +64,8 @@ def _slots_of(posterior: Posterior | nn.Module, draw: Mapping[str, Tensor]) -> S
         if not isinstance(posterior, Mixture):
             return slots
     names: Any = getattr(slots.model, "peft_config", [slots.adapter])
-    complete = set(draw) >= set(slots.modules()) and not slots.heads
+    holders = [Slots(slots.model, name) for name in names]
+    complete = set(draw) >= set(slots.modules()) and are_alike(holders)
     if len(names) > 1 and not complete:
         raise Refusal(
             f"which adapter the draw belongs to is not clear: got a model with the adapters "

@@ -7,7 +7,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from bayestune.adapters import GaussianLinear, bayesify, held_weights
+from bayestune.adapters import GaussianLinear, Slots, held_weights, make_gaussian, noise_of
 from bayestune.errors import Refusal
 from bayestune.posteriors.posterior import AdapterPosterior, Saved, State, check_shapes
 
@@ -62,16 +62,15 @@ class Gaussian(AdapterPosterior):
     def state(self) -> State:
         """G of each Gaussian slot, and how the training noise was made."""
         layers = self.layers()
-        first = next(iter(layers.values()))
         tensors = {f"{name}.root_std": slot.root_std.detach() for name, slot in layers.items()}
-        return tensors, {"noise": first.noise, "init_root_std": first.init_root_std}
+        return tensors, noise_of(self.slots)
 
     @classmethod
     def restore(cls, saved: Saved) -> Self:
         """Converts the slots that the tensors name and gives them their standard deviation."""
         roots = saved.parts()["root_std"]
         check_shapes(roots, saved.shapes)
-        bayesify(saved.model, adapter=saved.adapter, slots=list(roots), **saved.facts)
+        make_gaussian(Slots(saved.model, saved.adapter), list(roots), **saved.facts)
         posterior = super().restore(saved)
         with torch.no_grad():
             for name, slot in posterior.layers().items():

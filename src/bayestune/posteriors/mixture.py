@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from bayestune.adapters import Slots, active, exclusive
+from bayestune.adapters import Slots, active, are_alike, exclusive
 from bayestune.errors import Refusal
 from bayestune.forward import Batch, ClassLogits, Draws, Plan, drawn_logits
 from bayestune.posteriors.fit_report import FitReport
@@ -18,9 +18,10 @@ from bayestune.posteriors.posterior import AdapterPosterior, Posterior, Saved, S
 class Mixture(Posterior):
     """1/K Σ_k q_k: draw s is member s mod K's draw ⌊s/K⌋, so that S draws are spread evenly.
 
-    Where all members' draws are adapters of the same layers and nothing else was trained, all draws
-    run in one pass: the base weights are read once. Otherwise each member runs under its own
-    adapter. A mixture of one has a mean if the member has one; a mixture of points has K atoms.
+    Where all members' draws are adapters of the same layers with the same scalings and nothing else
+    was trained, all draws run in one pass: the base weights are read once. Otherwise each member
+    runs under its own adapter. A mixture of one has a mean if the member has one; a mixture of
+    points has K atoms.
 
     Args:
         members: the posteriors, on the same PEFT model under different adapter names.
@@ -49,6 +50,10 @@ class Mixture(Posterior):
         self.adapter = first.adapter  # in whose slots the draws run
         self.has_mean = len(names) == 1 and first.has_mean
         self.atoms = len(names) if all(member.atoms == 1 for member in self.members) else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what is kept between batches, which no copy can use."""
+        return {**vars(self), "_plan": Plan()}
 
     def on(self, scorer: ClassLogits) -> Self:
         """The same mixture of members on another scorer."""
@@ -92,14 +97,9 @@ class Mixture(Posterior):
         return self._member_by_member(inputs, draws)
 
     def _runs_in_one_pass(self) -> bool:
-        shapes = Slots(self.model, self.adapter).shapes()
-        for member in self.members:
-            if not isinstance(member, AdapterPosterior):
-                return False
-            slots = member.slots
-            if slots.heads or slots.shapes() != shapes:
-                return False
-        return True
+        members = self.members
+        drawn = all(isinstance(member, AdapterPosterior) for member in members)
+        return drawn and are_alike([Slots(self.model, member.adapter) for member in members])
 
     def _member_by_member(self, inputs: Batch, draws: Draws) -> Tensor:
         size = len(self.members)

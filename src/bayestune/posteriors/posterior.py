@@ -168,6 +168,15 @@ class AdapterPosterior(SingleAdapter):
 
     _plan: Plan = field(default_factory=Plan, init=False, repr=False, compare=False, kw_only=True)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+        if name != "_plan":
+            object.__setattr__(self, "_plan", Plan())  # its draws were those of before
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what is kept between batches, which no copy can use."""
+        return {**vars(self), "_plan": Plan()}
+
     @abstractmethod
     def draw(self, index: int, seed: int = 0) -> dict[str, Tensor]:
         """One held draw of a set, counted from 0: what differs from the mean, by slot name.
@@ -189,3 +198,10 @@ def check_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int
             f"of another model or rank: got {len(got)} tensors such as {name, got.get(name)}, "
             f"expected shapes such as {name, expected.get(name, 'no such slot')}"
         )
+
+
+def unbound(*_: Any) -> Tensor:
+    """The scorer of a posterior that was loaded without one."""
+    raise Refusal(
+        "the posterior has no scorer: got load_posterior(base, folder), expected a scorer as well"
+    )

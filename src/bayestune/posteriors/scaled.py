@@ -59,6 +59,8 @@ class Scaled(AdapterPosterior):
     def restore(cls, saved: Saved) -> Self:
         """The posterior of a saved `state`."""
         shapes = saved.shapes
+        if not saved.tensors:
+            raise Refusal("of another model or rank: got no factors, expected some; fit it again")
         for name, value in saved.tensors.items():
             shape = shapes.get(split_name(name)[0], (-1, -1))
             if any(size not in (1, whole) for size, whole in zip(value.shape, shape, strict=True)):

@@ -1,182 +1,85 @@
-"""Saves a posterior as a stock PEFT adapter (the mean) with two files beside it, and loads it."""
+"""Loads a posterior on its base model, or any LoRA adapter as a point."""
 
-import hashlib
 import json
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.utils import load_peft_weights
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-import bayestune
-from bayestune.adapters import ADAPTER, PREFIX, GaussianLinear, Slots
-from bayestune.errors import Refusal
+from bayestune.adapters import (
+    ADAPTER,
+    CONFIG,
+    DETAILS,
+    FORMAT,
+    PREFIX,
+    TENSORS,
+    WEIGHTS,
+    Slots,
+    differs,
+    mean_digest,
+)
 from bayestune.forward import ClassLogits
-from bayestune.posteriors.gaussian import Gaussian
+from bayestune.posteriors.folder_of import PosteriorError, folder_of, read_details
 from bayestune.posteriors.mixture import Mixture
 from bayestune.posteriors.point import Point
-from bayestune.posteriors.posterior import KINDS, Posterior, Saved
+from bayestune.posteriors.posterior import KINDS, Posterior, Saved, unbound
 from bayestune.posteriors.tempered import Tempered
 
-FORMAT = 1
-CONFIG = "adapter_config.json"
-TENSORS = "posterior.safetensors"
-DETAILS = "posterior.json"
-_FILES = (CONFIG, "adapter_model.safetensors", TENSORS, DETAILS)
+Folder = str | PathLike[str]
 
 
-class PosteriorError(Refusal):
-    """A folder is not a posterior that can be loaded on this model."""
-
-
-def _mean_digest(slots: Slots) -> str:
-    """A hash of A and B, so that a standard deviation is never put beside another mean."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(slots.weights().items()):
-        digest.update(name.encode())
-        digest.update(weight.float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-@contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """A scratch folder, whose files are moved to the folder once all are written."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as scratch:
-        yield Path(scratch)
-        _move(Path(scratch), folder)
-
-
-def _move(scratch: Path, folder: Path) -> None:
-    for name in _FILES:
-        if (scratch / name).exists():
-            (scratch / name).replace(folder / name)
-
-
-def save_posterior(
-    posterior: Posterior | nn.Module, folder: Path, details: Mapping[str, Any] | None = None
-) -> Path:
-    """Writes a stock LoRA folder of the mean, with `posterior.safetensors` and `posterior.json`.
-
-    Each file is written elsewhere and moved into place, `posterior.json` last, so a folder that has
-    it is whole. A mixture has no mean: its members are such folders beside its `posterior.json`.
-
-    Args:
-        posterior: what `fit` returned, or a PEFT model, converted by `bayesify` or not, whose
-            active adapter is saved.
-        folder: made if it is not there, and returned.
-        details: what else to keep in `posterior.json`: method, task, base model.
-    """
-    if isinstance(posterior, nn.Module):
-        stochastic = Slots(posterior).of_kind(GaussianLinear)
-        posterior = (Gaussian if stochastic else Point)(posterior, unbound)
-    record: dict[str, Any] = {"format": FORMAT, "bayestune": bayestune.__version__}
-    record["posterior"] = posterior.kind
-    if classes := getattr(posterior.scorer, "class_names", None):  # of a classification head
-        record["class_names"] = list(classes)
-    with replacing(folder) as scratch:
-        if isinstance(posterior, Mixture):
-            record["members"] = [f"member-{i}" for i in range(len(posterior.members))]
-            for member, name in zip(posterior.members, record["members"], strict=True):
-                save_posterior(member, folder / name, details)
-        elif isinstance(posterior, Tempered) and isinstance(posterior.base, Mixture):
-            record |= {"base": "base", "facts": {"temperature": posterior.temperature}}
-            save_posterior(posterior.base, folder / "base", details)
-        else:
-            slots = Slots(posterior.model, posterior.adapter)
-            tensors, record["facts"] = posterior.state()
-            record["mean_digest"] = _mean_digest(slots)
-            save_adapter(slots, scratch)
-            plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-            save_file(plain, scratch / TENSORS)
-        text = json.dumps({**record, **(details or {})}, indent=2, default=str) + "\n"
-        (scratch / DETAILS).write_text(text, encoding="utf-8")
-    return folder
-
-
-def save_adapter(slots: Slots, folder: Path, draw: Mapping[str, Tensor] | None = None) -> None:
-    """Writes the adapter as PEFT does, its slots' weights alone, some of them replaced."""
-    own = tuple(f"{PREFIX}{name}.{slots.adapter}." for name in slots.modules())
-    state = {}
-    for name, value in slots.model.state_dict().items():
-        if name.endswith(".weight") or not name.startswith(own):
-            state[name] = value
-    for slot, weight in (draw or {}).items():
-        name = f"{PREFIX}{slot}.{slots.adapter}.weight"
-        state[name] = weight.to(state[name].dtype)
-    save: Any = slots.model.save_pretrained
-    save(folder, state_dict=state, save_embedding_layers=False, selected_adapters=[slots.adapter])
-    if slots.adapter != ADAPTER:  # PEFT writes it one folder deeper
-        _move(folder / slots.adapter, folder)
-
-
-def read_details(folder: Path) -> dict[str, Any]:
-    """What `posterior.json` says.
-
-    Raises:
-        PosteriorError: if it is not there, cut off, or of a later format.
-    """
-    path = folder / DETAILS
-    if not path.is_file():
-        what = "a plain LoRA adapter" if (folder / CONFIG).is_file() else "no adapter"
-        raise PosteriorError(
-            f"{folder} is not a posterior: got {what} without {DETAILS}, expected a folder of `fit`"
-        )
-    try:
-        details = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        message = f"{path} is damaged or cut off ({error}); restore it or fit again"
-        raise PosteriorError(message) from None
-    if details.get("format") != FORMAT:
-        raise PosteriorError(
-            f"{path} has format {details.get('format')}, expected {FORMAT}: it was written by "
-            f"bayestune {details.get('bayestune')}; upgrade bayestune"
-        )
-    return details
-
-
-def base_name(folder: Path) -> str | None:
+def base_name(folder: Folder) -> str | None:
     """The name of the base model in an adapter's configuration."""
+    return _config(Path(folder).expanduser()).get("base_model_name_or_path")
+
+
+def _config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return config.get("base_model_name_or_path")
-
-
-def unbound(*_: Any) -> Tensor:
-    """The scorer of a posterior that was loaded without one."""
-    raise Refusal(
-        "the posterior has no scorer: got load_posterior(base, folder), expected a scorer as well"
-    )
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def load_posterior(
-    base: nn.Module, folder: Path, scorer: ClassLogits = unbound, *, trainable: bool = False
+    base: nn.Module,
+    folder: Folder,
+    scorer: ClassLogits = unbound,
+    *,
+    trainable: bool = False,
+    other_base: bool = False,
 ) -> Posterior:
     """Loads a posterior on its base model; its draws are the saved one's, bit for bit.
 
     Args:
         base: the base model, without adapters; the posterior's `model` is the PEFT model around it.
-        folder: what `save_posterior` wrote; `read_details` says what else was kept.
+            If the folder holds the embeddings of a resized vocabulary, it is resized.
+        folder: what `save_posterior` wrote, or the own `save_pretrained` of a model that `bayesify`
+            has converted: a Trainer's checkpoint or `save_model`; or such a folder on the Hub by
+            its id. `read_details` says what else was kept.
         scorer: maps (model, batch) to class logits (N, C); the posterior's `logits` need it.
         trainable: whether training shall go on.
+        other_base: whether the base may have other weights than the one that was fitted on.
 
     Raises:
         PosteriorError: if the folder is not a posterior, a file is cut off, or it is of another
             model, rank or mean.
     """
-    details = read_details(folder)
-    _refuse_other_classes(folder, details.get("class_names"), scorer)
+    place = folder_of(folder)
+    details = _details(place)
+    _refuse_other_classes(place, details.get("class_names"), scorer)
+    options = {"trainable": trainable, "other_base": other_base}
     if "base" in details:
-        mixture = load_posterior(base, folder / details["base"], scorer, trainable=trainable)
+        mixture = load_posterior(base, place / details["base"], scorer, **options)
         return Tempered(mixture, **details["facts"])
     members = details.get("members")
-    folders = [folder] if members is None else [folder / member for member in members]
-    loaded = load_members(base, folders, scorer, trainable)
+    folders = [place] if members is None else [place / member for member in members]
+    loaded = load_members(base, folders, scorer, **options)
     return loaded[0] if members is None else Mixture(loaded)
 
 
@@ -191,35 +94,121 @@ def _refuse_other_classes(folder: Path, saved: list[str] | None, scorer: ClassLo
 
 
 def load_members(
-    base: nn.Module, folders: Sequence[Path], scorer: ClassLogits, trainable: bool = False
+    base: nn.Module,
+    folders: Sequence[Folder],
+    scorer: ClassLogits,
+    *,
+    trainable: bool = False,
+    other_base: bool = False,
 ) -> list[Posterior]:
     """Loads several posteriors, each under its own adapter, the first active: `load_posterior`."""
+    places = [folder_of(folder) for folder in folders]
+    for place in places:
+        _prepare(base, place, _details(place), other_base)
+    if len(places) > 1:
+        _refuse_unlike_bases(places)
     model = base
     loaded: list[Posterior] = []
-    for i, folder in enumerate(folders):
+    for i, place in enumerate(places):
         name = f"member{i}" if i else ADAPTER
-        loaded.append(_load(model, folder, scorer, name, trainable))
+        loaded.append(_load(model, place, scorer, name, trainable))
         model = loaded[0].model
     return loaded
 
 
 def load_adapter(
-    base: nn.Module, folder: Path, scorer: ClassLogits = unbound, *, trainable: bool = False
+    base: nn.Module,
+    folder: Folder,
+    scorer: ClassLogits = unbound,
+    *,
+    trainable: bool = False,
+    other_base: bool = False,
 ) -> Point:
     """Loads any LoRA adapter folder as a point, whoever trained it; see `load_posterior`.
 
     Raises:
-        PosteriorError: if the folder holds no adapter, or it does not fit the model.
+        PosteriorError: if the folder holds no LoRA adapter, or it does not fit the model.
     """
-    if not (folder / CONFIG).is_file():
-        raise PosteriorError(f"{folder} is not a LoRA adapter: got no {CONFIG}, expected PEFT's")
-    return Point(_load_adapter(base, folder, {}, ADAPTER, trainable).eval(), scorer)
+    place = folder_of(folder)
+    kind = _config(place).get("peft_type")
+    if kind != "LORA":
+        got = f"no {CONFIG}" if kind is None else f"a {kind} adapter"
+        raise PosteriorError(f"{place} is not a LoRA adapter: got {got}, expected PEFT's LoRA")
+    details = read_details(place) if (place / DETAILS).is_file() else {}
+    _prepare(base, place, details, other_base)
+    model = _load_adapter(base, place, details, ADAPTER, trainable)
+    return Point(model.eval(), scorer)
+
+
+def _details(folder: Path) -> dict[str, Any]:
+    """What `posterior.json` says; of a Trainer's checkpoint without one, what its adapter does."""
+    if (folder / DETAILS).is_file() or not _roots(folder):
+        return read_details(folder)
+    return {"posterior": "gaussian", "facts": {}, "format": FORMAT}
+
+
+def _roots(folder: Path) -> dict[str, Tensor]:
+    """G in the adapter's own file, where earlier versions' checkpoints have it."""
+    if not any((folder / name).is_file() for name in WEIGHTS):
+        return {}
+    try:
+        weights = load_peft_weights(str(folder), device="cpu")
+    except SafetensorError:
+        return {}
+    roots = {name: value for name, value in weights.items() if name.endswith(".root_std")}
+    return {name.removeprefix(PREFIX): value for name, value in roots.items()}
+
+
+def _prepare(base: nn.Module, folder: Path, details: Mapping[str, Any], other_base: bool) -> None:
+    """Refuses a base that is not the one that was fitted on; resizes its vocabulary if it was."""
+    if any(isinstance(module, PeftModel | LoraLayer) for module in base.modules()):
+        raise PosteriorError(
+            f"{folder} cannot be loaded: got a base with an adapter on it, which would be replaced,"
+            " expected the base alone; load the base anew, or call unload() on its PEFT model"
+        )
+    embedding: Any = getattr(base, "get_input_embeddings", lambda: None)()
+    rows = details.get("embedding_rows")
+    if rows is not None and embedding is not None and len(embedding.weight) != rows:
+        base.resize_token_embeddings(rows, mean_resizing=False)  # type: ignore[operator]
+    wrong = differs(details["base_samples"], base) if "base_samples" in details else []
+    if wrong and not other_base:
+        raise PosteriorError(
+            f"{folder} is of another base model: got other values of {wrong[:3]}"
+            f"{' …' if len(wrong) > 3 else ''}, expected those of the base it was fitted on"
+            f"{_named(folder, details)}; load that one, or pass other_base=True to go on with this"
+        )
+
+
+def _named(folder: Path, details: Mapping[str, Any]) -> str:
+    name = details.get("base_model") or base_name(folder)
+    return f", {name}" if name else ""
+
+
+def _refuse_unlike_bases(folders: Sequence[Path]) -> None:
+    """Refuses members which change the base's own weights, each in its way."""
+    first: dict[str, Tensor] | None = None
+    if len({bool(_config(folder).get("trainable_token_indices")) for folder in folders}) > 1:
+        raise PosteriorError(
+            f"PEFT cannot load these members on one model: got {len(folders)} of which some have "
+            "trainable_token_indices, expected all or none; fit all of them with the same option"
+        )
+    for folder in folders:
+        names = _details(folder).get("kept_beside", [])
+        weights = load_peft_weights(str(folder), device="cpu") if names else {}
+        own = {name: weights[name] for name in names}
+        first = own if first is None else first
+        if own.keys() != first.keys() or any(not torch.equal(own[n], first[n]) for n in own):
+            raise PosteriorError(
+                f"members on unlike bases: got {folder}, which changes {sorted(own)[:3]} of the "
+                "base itself, expected members that change nothing but their adapters; use "
+                "modules_to_save for what is trained beside LoRA"
+            )
 
 
 def _load(
     base: nn.Module, folder: Path, scorer: ClassLogits, adapter: str, trainable: bool
 ) -> Posterior:
-    details = read_details(folder)
+    details = _details(folder)
     kind = details["posterior"]
     if kind not in KINDS:
         raise PosteriorError(
@@ -227,16 +216,12 @@ def _load(
             "bayestune"
         )
     model = _load_adapter(base, folder, details, adapter, trainable).eval()
-    if _mean_digest(Slots(model, adapter)) != details["mean_digest"]:
+    if "mean_digest" in details and mean_digest(Slots(model, adapter)) != details["mean_digest"]:
         raise PosteriorError(
             f"the adapter in {folder} is not the one its {DETAILS} was written for, or it is of "
             "another model; restore the folder or fit again"
         )
-    try:
-        tensors = load_file(folder / TENSORS)
-    except (SafetensorError, OSError) as error:
-        message = f"{folder / TENSORS} is missing, damaged or cut off ({error}); fit again"
-        raise PosteriorError(message) from error
+    tensors = _tensors(folder)
     try:
         posterior = KINDS[kind].restore(Saved(model, scorer, tensors, details["facts"], adapter))
     except ValueError as error:
@@ -245,17 +230,35 @@ def _load(
     return posterior
 
 
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    if not (folder / DETAILS).is_file():
+        return _roots(folder)
+    try:
+        return load_file(folder / TENSORS)
+    except (SafetensorError, OSError) as error:
+        message = f"{folder / TENSORS} is missing, damaged or cut off ({error}); fit again"
+        raise PosteriorError(message) from error
+
+
 def _load_adapter(
     base: nn.Module, folder: Path, details: Mapping[str, Any], adapter: str, trainable: bool
 ) -> PeftModel:
     make: Any = PeftModel.from_pretrained
     try:
-        if not isinstance(base, PeftModel):
-            return make(base, folder, adapter_name=adapter, is_trainable=trainable)
-        base.load_adapter(str(folder), adapter, is_trainable=trainable)
-    except (RuntimeError, ValueError, SafetensorError) as error:
+        if isinstance(base, PeftModel):
+            type(base).load_adapter(base, str(folder), adapter, is_trainable=trainable)
+            return base
+        model = make(base, folder, adapter_name=adapter, is_trainable=trainable)
+    except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise PosteriorError(
             f"the adapter in {folder} does not fit this model or is damaged; its base is "
             f"{details.get('base_model', 'not recorded')} ({str(error).splitlines()[0]})"
         ) from error
-    return base
+    if beside := details.get("kept_beside"):
+        if unknown := sorted(set(beside) - set(model.state_dict())):
+            raise PosteriorError(
+                f"{folder} is of another model: got weights of {unknown[:3]}, which this one has "
+                "not, expected the base it was fitted on"
+            )
+        model.kept_beside = tuple(beside)
+    return model

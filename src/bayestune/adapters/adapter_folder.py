@@ -1,0 +1,289 @@
+"""Writes an adapter as PEFT does, with all that its function needs, and what a posterior adds."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper, get_peft_model_state_dict
+from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+
+import bayestune
+from bayestune.adapters.base_samples import base_samples
+from bayestune.adapters.lora import base_of
+from bayestune.adapters.slots import ADAPTER, PREFIX, Slots
+from bayestune.errors import Refusal
+
+FORMAT = 1
+CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+TENSORS = "posterior.safetensors"
+DETAILS = "posterior.json"
+
+# Inits that take B·A out of the base's weights.
+_CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_COMPILED = "_orig_mod."  # in the names of layers that are compiled one by one
+_RUNNING = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def refuse_changed_base(model: nn.Module, adapter: str) -> None:
+    """Refuses an adapter whose initialisation changed the weights of the base under it.
+
+    What is saved is B and A alone, and on the base as it was they are another function.
+    """
+    config: Any = getattr(model, "peft_config", {}).get(adapter)
+    init = getattr(config, "init_lora_weights", True)
+    if isinstance(init, str) and init.lower().startswith(_CHANGE_BASE):
+        raise Refusal(
+            f"the adapter {adapter!r} cannot be saved right: got init_lora_weights={init!r}, which "
+            "changes the base model's weights, expected one that leaves them; use the default, "
+            '"gaussian", "orthogonal" or "eva", or save the changed base first and load it: '
+            "model.unload().save_pretrained(…), with a fresh LoraConfig on it"
+        )
+
+
+def refuse_unless_saved_whole(slots: Slots) -> None:
+    """Refuses an adapter that does something its saved configuration would not say."""
+    model = slots.model
+    if not isinstance(model, PeftModel) or slots.adapter not in model.peft_config:
+        raise Refusal(
+            f"the adapter {slots.adapter!r} cannot be saved: got a {type(model).__name__}, "
+            "expected the model that peft.get_peft_model returned; make the adapter with it"
+        )
+    config: Any = model.peft_config[slots.adapter]
+    if config.peft_type != "LORA":
+        raise Refusal(
+            f"the adapter {slots.adapter!r} is no LoRA: got {config.peft_type.value}, expected "
+            "LORA; save it with model.save_pretrained"
+        )
+    refuse_changed_base(model, slots.adapter)
+    for module in model.modules():
+        if isinstance(module, TrainableTokensWrapper) and slots.adapter not in module._adapters:
+            raise Refusal(
+                f"PEFT cannot save the adapter {slots.adapter!r}: got one without "
+                f"trainable_token_indices beside {sorted(module._adapters)} with them, expected "
+                "all or none to have them; take the others off with delete_adapter first"
+            )
+    for path, layer in slots.layers.items():
+        rank = layer.r[slots.adapter] ** (0.5 if config.use_rslora else 1)
+        told = layer.lora_alpha[slots.adapter] / rank
+        scaling = layer.scaling[slots.adapter]
+        if abs(scaling - told) > 1e-6 * abs(told):
+            raise Refusal(
+                f"a scaling that is not saved: got {scaling:g} in {path}, expected {told:g}, which "
+                "the configuration says; call unscale_layer, or set lora_alpha or alpha_pattern"
+            )
+    together = [name for name in model.active_adapters if name != slots.adapter]
+    if slots.adapter in model.active_adapters and together:
+        raise Refusal(
+            f"the adapter {slots.adapter!r} is used together with others: got the active adapters "
+            f"{model.active_adapters}, expected it alone; merge the others into the base before "
+            "the fit, or activate it alone with set_adapter"
+        )
+
+
+def kept_beside(slots: Slots, state: Mapping[str, Tensor]) -> list[str]:
+    """Names of what changes the function beside what PEFT saves of an adapter.
+
+    These are parameters of the base that are trained, heads that start from random numbers and are
+    not trained, running statistics, and the embeddings of a resized vocabulary.
+    """
+    model: Any = slots.model
+    wrapped: list[str] = []
+    statistics: list[str] = []
+    for path, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            wrapped.append(f"{path}.")
+        elif hasattr(module, _RUNNING[0]):
+            statistics += [f"{path}.{name}" for name in _RUNNING]
+    always = (*_heads(model), *getattr(model, "kept_beside", ()))
+    names = [*statistics, *_embeddings(model)]
+    for name, parameter in model.named_parameters():
+        inside = "lora_" in name or name.startswith(tuple(wrapped))
+        if not inside and (parameter.requires_grad or name.startswith(always)):
+            names.append(name)
+    return [name for name in dict.fromkeys(names) if name in state]
+
+
+def _heads(model: nn.Module) -> list[str]:
+    """Beginnings of the names of what a model for a task has beside its pretrained body."""
+    base = base_of(model)
+    if not isinstance(base, PreTrainedModel) or base.get_output_embeddings() is not None:
+        return []
+    body = base.base_model
+    if body is base:
+        return []
+    return [f"{PREFIX}{name}." for name, child in base.named_children() if child is not body]
+
+
+def _embeddings(model: nn.Module) -> list[str]:
+    """Names of the embeddings' weights, in and out, if the vocabulary was resized."""
+    if not is_resized(model):
+        return []
+    base = base_of(model)
+    embeddings = [base.get_input_embeddings(), base.get_output_embeddings()]
+    paths = []
+    for path, module in model.named_modules():
+        if any(module is embedding for embedding in embeddings):
+            paths.append(f"{path}.")
+    own = ("lora_", "trainable_tokens", "modules_to_save", "original_module")
+    found = []
+    for name, _ in model.named_parameters():
+        if name.startswith(tuple(paths)) and not any(word in name for word in own):
+            found.append(name)
+    return found
+
+
+def is_resized(model: nn.Module) -> bool:
+    """Whether the vocabulary is not that of the model's name, or of the inner model when made."""
+    base = base_of(model)
+    if not isinstance(base, PreTrainedModel):
+        return False
+    present = getattr(base.config.get_text_config(), "vocab_size", None)
+    made = getattr(base.base_model, "vocab_size", present)
+    if present is None or made != present:
+        return present is not None
+    if not base.config.name_or_path:
+        return False
+    try:
+        config = AutoConfig.from_pretrained(base.config.name_or_path, local_files_only=True)
+    except (OSError, ValueError):
+        return False  # not known; samples of the base's weights are compared when it is loaded
+    return getattr(config.get_text_config(), "vocab_size", present) != present
+
+
+def plain_state(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The model's state, or the one given, without what only a stochastic slot has."""
+    state = model.state_dict() if state is None else state
+    sides = (".lora_A.", ".lora_B.")
+    plain = {}
+    for name, value in state.items():
+        if name.endswith((".weight", ".bias")) or not any(side in name for side in sides):
+            plain[name] = value
+    return plain
+
+
+def add_beside(
+    slots: Slots, state: Mapping[str, Tensor], folder: Path, embeddings: Any = False
+) -> None:
+    """Adds to an adapter that PEFT has written what it left out, under the names of a plain model.
+
+    Args:
+        slots: of the adapter.
+        state: the model's plain state.
+        folder: of the adapter's files.
+        embeddings: whether PEFT has saved the embeddings, as `save_embedding_layers` says.
+    """
+    names = kept_beside(slots, state)
+    compiled = any(_COMPILED in name for name in state)
+    if not names and not compiled:
+        return
+    model: Any = slots.model
+    tensors = get_peft_model_state_dict(
+        model, dict(state), slots.adapter, save_embedding_layers=embeddings
+    )
+    tensors |= {name: state[name] for name in names}
+    plain = {}
+    for name, value in tensors.items():
+        plain[name.replace(_COMPILED, "")] = value.detach().cpu().clone().contiguous()
+    save_file(plain, folder / WEIGHTS[0], metadata={"format": "pt"})
+    (folder / WEIGHTS[1]).unlink(missing_ok=True)
+
+
+def facts_of(slots: Slots, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What `posterior.json` says of any adapter: its mean's digest, its base, what is beside it."""
+    beside = kept_beside(slots, state)
+    facts: dict[str, Any] = {"mean_digest": mean_digest(slots, state)}
+    facts["base_samples"] = _samples(slots, state, beside)
+    if beside:
+        facts["kept_beside"] = [name.replace(_COMPILED, "") for name in beside]
+    rows = _rows(slots.model)
+    if rows is not None and is_resized(slots.model):
+        facts["embedding_rows"] = rows
+    return facts
+
+
+def _rows(model: nn.Module) -> int | None:
+    base = base_of(model)
+    embedding: Any = base.get_input_embeddings() if isinstance(base, PreTrainedModel) else None
+    return None if embedding is None else len(embedding.weight)
+
+
+def mean_digest(slots: Slots, state: Mapping[str, Tensor] | None = None) -> str:
+    """A hash of A and B, so that a standard deviation is never put beside another mean."""
+    weights = slots.weights() if state is None else _weights(slots, state)
+    digest = hashlib.sha256()
+    for name, weight in sorted(weights.items()):
+        digest.update(name.encode())
+        digest.update(weight.float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _weights(slots: Slots, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A and B of the state by slot name: where a model is sharded, the state has them whole."""
+    whole = {name.replace(_COMPILED, ""): value for name, value in state.items()}
+    found = {}
+    for name in slots.modules():
+        plain = name.replace(_COMPILED, "")
+        found[plain] = whole[f"{PREFIX}{plain}.{slots.adapter}.weight"].detach()
+    return found
+
+
+def _samples(slots: Slots, state: Mapping[str, Tensor], beside: list[str]) -> dict[str, Any]:
+    """Samples of the weights under the adapters, but for those that the adapter's folder holds."""
+    model: Any = slots.model
+    without = {state[name].data_ptr() for name in beside}  # also under the name of a tied head
+    whole: list[str] = []
+    for path, module in model.named_modules():
+        heads = isinstance(module, ModulesToSaveWrapper)
+        if heads or getattr(module, "merged_adapters", None):
+            whole.append(f"{path}.")
+    biases = model.peft_config[slots.adapter].bias != "none"
+    base = {}
+    adapted = []
+    for name, value in state.items():
+        inside = "lora_" in name or "trainable_tokens" in name or name.startswith(tuple(whole))
+        if inside or value.data_ptr() in without or (biases and name.endswith("bias")):
+            continue
+        plain = name.removeprefix(PREFIX).replace(_COMPILED, "")
+        plain = plain.replace(".token_adapter.", ".").replace(".base_layer.", ".")
+        base[plain] = value
+        if ".base_layer." in name:
+            adapted.append(plain)
+    return base_samples(base_of(model), base, adapted)
+
+
+def write_posterior(
+    folder: Path, record: Mapping[str, Any], tensors: Mapping[str, Tensor] | None
+) -> None:
+    """Writes the two files beside an adapter; without tensors only `posterior.json`."""
+    if tensors is not None:
+        plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        save_file(plain, folder / TENSORS)
+    record = {"format": FORMAT, "bayestune": bayestune.__version__, **record}
+    text = json.dumps(record, indent=2, default=str) + "\n"
+    (folder / DETAILS).write_text(text, encoding="utf-8")
+    make_readable(folder)
+
+
+def make_readable(folder: Path) -> None:
+    """Gives the folder's own files the mode of any new file; some writers leave them private."""
+    mode = (folder / DETAILS).stat().st_mode if (folder / DETAILS).exists() else None
+    if mode is None:
+        probe = folder / ".mode"
+        probe.touch()
+        mode = probe.stat().st_mode
+        probe.unlink()
+    for name in (CONFIG, *WEIGHTS, TENSORS):
+        if (folder / name).is_file():
+            (folder / name).chmod(mode & 0o777)
+
+
+def place_of(folder: Path, adapter: str) -> Path:
+    """Where PEFT writes an adapter: those that are not called "default" one folder deeper."""
+    return folder if adapter == ADAPTER else folder / adapter

@@ -1,0 +1,109 @@
+"""Tells by samples of its weights whether a base is the one that an adapter was fitted on."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+TENSORS = 16
+VALUES = 16
+
+# What changes a model's function and leaves no trace in its weights.
+_SETTINGS = (
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "rope_theta",
+    "sliding_window",
+    "rms_norm_eps",
+    "layer_norm_eps",
+)
+
+
+def base_samples(
+    model: nn.Module, state: Mapping[str, Tensor], adapted: Collection[str] = ()
+) -> dict[str, Any]:
+    """Samples of a base's weights, from the first tensor to the last, and some of its settings.
+
+    Quantised tensors, and those that are elsewhere (sharded, off-loaded), are left out: what is
+    taken is the same in float32, in bfloat16 and where other layers are quantised.
+
+    Args:
+        model: the base, whose `config` is read if it has one.
+        state: its tensors by name.
+        adapted: names of tensors that merging an adapter and taking it out again changes a little.
+    """
+    names = [name for name, value in state.items() if _is_plain(value)]
+    tensors = {}
+    for name in _spread(names):
+        value = state[name]
+        tensors[name] = {
+            "shape": list(value.shape),
+            "dtype": str(value.dtype).removeprefix("torch."),
+            "values": _values(value).tolist(),
+            "adapted": name in adapted,
+        }
+    return {"tensors": tensors, "settings": _settings(model)}
+
+
+def differs(saved: Mapping[str, Any], model: nn.Module) -> list[str]:
+    """Names of tensors and settings of a base that are not as they were sampled."""
+    state = model.state_dict()
+    state = {name.removeprefix("_orig_mod."): value for name, value in state.items()}
+    wrong = []
+    for name, sample in saved["tensors"].items():
+        if name in state and _is_plain(state[name]) and not _agrees(sample, state[name]):
+            wrong.append(name)
+    present = _settings(model)
+    for name, value in saved["settings"].items():
+        if name in present and present[name] != value:
+            wrong.append(name)
+    return wrong
+
+
+def _is_plain(value: Tensor) -> bool:
+    usual = type(value) in (Tensor, nn.Parameter) and value.device.type != "meta"
+    return usual and value.is_floating_point() and value.itemsize > 1 and value.numel() > 0
+
+
+def _spread(names: list[str]) -> list[str]:
+    """Some of the names, evenly from the first to the last."""
+    if len(names) <= TENSORS:
+        return names
+    return [names[i * (len(names) - 1) // (TENSORS - 1)] for i in range(TENSORS)]
+
+
+def _values(tensor: Tensor) -> Tensor:
+    """Evenly from a tensor's first entry to its last, float64 on the CPU."""
+    last = tensor.numel() - 1
+    places = [i * last // (VALUES - 1) for i in range(VALUES)]
+    flat = tensor.detach().flatten()
+    return flat[torch.tensor(places, device=tensor.device)].cpu().double()
+
+
+def _agrees(sample: Mapping[str, Any], present: Tensor) -> bool:
+    """Whether a tensor is the sampled one, in the less precise type of the two."""
+    if list(present.shape) != sample["shape"]:
+        return False
+    before: torch.dtype = getattr(torch, sample["dtype"])
+    coarse = max(before, present.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    saved = torch.tensor(sample["values"], dtype=torch.float64).to(coarse).double()
+    values = _values(present).to(coarse).double()
+    if before == present.dtype and not sample["adapted"]:
+        return torch.equal(saved.nan_to_num(), values.nan_to_num())
+    eps = torch.finfo(coarse).eps
+    rounding = max(4 * eps, 1e-3) if sample["adapted"] else eps
+    close = (saved - values).abs() <= rounding * saved.abs().clamp_min(saved.abs().mean())
+    return bool((close | (saved.isnan() & values.isnan())).all())
+
+
+def _settings(model: nn.Module) -> dict[str, Any]:
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    found = {name: getattr(config, name, None) for name in _SETTINGS}
+    rope = getattr(config, "rope_parameters", None)
+    if isinstance(rope, Mapping):
+        found["rope_theta"] = rope.get("rope_theta", found["rope_theta"])
+    return {name: value for name, value in found.items() if isinstance(value, int | float | str)}

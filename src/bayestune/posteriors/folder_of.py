@@ -1,0 +1,79 @@
+"""Where a posterior lies: a folder, an adapter's folder in a Trainer's, a Hub id; what it says."""
+
+import json
+import re
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+
+from bayestune.adapters import CONFIG, DETAILS, FORMAT
+from bayestune.errors import Refusal
+
+_OF_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+")
+_WANTED = ("*adapter_config.json", "*adapter_model.*", "*posterior.*")
+
+
+class PosteriorError(Refusal):
+    """A folder is not a posterior that can be loaded on this model."""
+
+
+def folder_of(path: str | PathLike[str]) -> Path:
+    """The folder that holds the adapter: the one given, or the only one in it, or the Hub's.
+
+    PEFT writes an adapter that is not called "default" into a folder of its own.
+
+    Raises:
+        PosteriorError: if several folders in it hold an adapter, or the Hub has no such one.
+    """
+    folder = Path(path).expanduser()
+    if isinstance(path, str) and not folder.exists() and _OF_THE_HUB.fullmatch(path):
+        folder = _downloaded(path)
+    if (folder / CONFIG).is_file() or (folder / DETAILS).is_file() or not folder.is_dir():
+        return folder
+    inner = sorted(child for child in folder.iterdir() if (child / CONFIG).is_file())
+    if not inner:
+        return folder
+    if len(inner) > 1 or inner[0].name.startswith("checkpoint-"):
+        raise PosteriorError(
+            f"{folder} is not a posterior: got a folder of the adapters "
+            f"{[child.name for child in inner]}, expected one; give its own folder"
+        )
+    return inner[0]
+
+
+def _downloaded(name: str) -> Path:
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(_WANTED)))
+    except Exception as error:  # the client's transport errors share no public base class
+        raise PosteriorError(
+            f"{name} is not a posterior: got no such folder, and no such repository on the Hub or "
+            f"in its cache ({type(error).__name__}), expected a folder or a Hub id; check the name"
+        ) from error
+
+
+def read_details(folder: str | PathLike[str]) -> dict[str, Any]:
+    """What `posterior.json` says.
+
+    Raises:
+        PosteriorError: if it is not there, cut off, or of a later format.
+    """
+    folder = folder_of(folder)
+    path = folder / DETAILS
+    if not path.is_file():
+        what = "a plain LoRA adapter" if (folder / CONFIG).is_file() else "no adapter"
+        raise PosteriorError(
+            f"{folder} is not a posterior: got {what} without {DETAILS}, expected a folder of `fit`"
+        )
+    try:
+        details = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        message = f"{path} is damaged or cut off ({error}); restore it or fit again"
+        raise PosteriorError(message) from None
+    if details.get("format") != FORMAT:
+        raise PosteriorError(
+            f"{path} has format {details.get('format')}, expected {FORMAT}: it was written by "
+            f"bayestune {details.get('bayestune')}; upgrade bayestune"
+        )
+    return details

@@ -1,0 +1,136 @@
+"""Saves a posterior as a stock PEFT adapter (the mean) with two files beside it."""
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from bayestune.adapters import (
+    CONFIG,
+    DETAILS,
+    PREFIX,
+    TENSORS,
+    WEIGHTS,
+    GaussianLinear,
+    Slots,
+    add_beside,
+    facts_of,
+    make_readable,
+    place_of,
+    plain_state,
+    refuse_unless_saved_whole,
+    write_posterior,
+)
+from bayestune.errors import Refusal
+from bayestune.posteriors.gaussian import Gaussian
+from bayestune.posteriors.mixture import Mixture
+from bayestune.posteriors.point import Point
+from bayestune.posteriors.posterior import Posterior, unbound
+from bayestune.posteriors.tempered import Tempered
+
+Folder = str | PathLike[str]
+_FILES = (CONFIG, *WEIGHTS, TENSORS, DETAILS)
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A scratch folder, whose files are moved to the folder once all are written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as scratch:
+        yield Path(scratch)
+        make_readable(Path(scratch))
+        _move(Path(scratch), folder)
+
+
+def _move(scratch: Path, folder: Path) -> None:
+    for name in _FILES:
+        if (scratch / name).exists():
+            (scratch / name).replace(folder / name)
+
+
+def save_posterior(
+    posterior: Posterior | nn.Module,
+    folder: Folder,
+    details: Mapping[str, Any] | None = None,
+    *,
+    adapter: str | None = None,
+) -> Path:
+    """Writes a stock LoRA folder of the mean, with `posterior.safetensors` and `posterior.json`.
+
+    Each file is written elsewhere and moved into place, `posterior.json` last, so a folder that has
+    it is whole. A mixture has no mean: its members are such folders beside its `posterior.json`.
+
+    Args:
+        posterior: what `fit` returned, or a PEFT model, converted by `bayesify` or not.
+        folder: made if it is not there, and returned.
+        details: what else to keep in `posterior.json`: method, task, base model.
+        adapter: which adapter of a PEFT model; None for the active one.
+
+    Raises:
+        Refusal: if what is saved would not give back the same predictions: the adapter's
+            initialisation changed the base, its scaling is not its configuration's, other adapters
+            take part in the passes, or the model is not PEFT's. Or if it is not clear which adapter
+            is meant.
+    """
+    place = Path(folder).expanduser()
+    if isinstance(posterior, nn.Module):
+        posterior = _of_model(posterior, adapter)
+    record: dict[str, Any] = {"posterior": posterior.kind}
+    if classes := getattr(posterior.scorer, "class_names", None):  # of a classification head
+        record["class_names"] = list(classes)
+    with replacing(place) as scratch:
+        tensors = None
+        if isinstance(posterior, Mixture):
+            record["members"] = [f"member-{i}" for i in range(len(posterior.members))]
+            for member, name in zip(posterior.members, record["members"], strict=True):
+                save_posterior(member, place / name, details)
+        elif isinstance(posterior, Tempered) and isinstance(posterior.base, Mixture):
+            record |= {"base": "base", "facts": {"temperature": posterior.temperature}}
+            save_posterior(posterior.base, place / "base", details)
+        else:
+            tensors, record["facts"] = posterior.state()
+            slots = Slots(posterior.model, posterior.adapter)
+            record |= facts_of(slots, save_adapter(slots, scratch))
+        write_posterior(scratch, {**record, **(details or {})}, tensors)
+    return place
+
+
+def _of_model(model: nn.Module, adapter: str | None) -> Posterior:
+    """The posterior of a PEFT model's adapter: a Gaussian if `bayesify` has converted it."""
+    if Slots(model, adapter).of_kind(GaussianLinear):
+        return Gaussian(model, unbound, adapter=adapter)  # type: ignore[arg-type]
+    names = [] if adapter else list(getattr(model, "peft_config", []))
+    if others := [name for name in names if Slots(model, name).of_kind(GaussianLinear)]:
+        raise Refusal(
+            f"which adapter is meant is not clear: got the plain adapter {Slots(model).adapter!r} "
+            f"active, while {others} are Gaussian; name it with adapter=…"
+        )
+    return Point(model, unbound, adapter=adapter)  # type: ignore[arg-type]
+
+
+def save_adapter(
+    slots: Slots, folder: Path, draw: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Writes the adapter as PEFT does, its slots' weights alone, some of them replaced.
+
+    Returns the state that was written from.
+    """
+    refuse_unless_saved_whole(slots)
+    state = plain_state(slots.model)
+    for slot, weight in (draw or {}).items():
+        name = f"{PREFIX}{slot}.{slots.adapter}.weight"
+        state[name] = weight.to(state[name].dtype)
+    model: Any = slots.model
+    # the class's own: the instance's writes a posterior
+    save: Any = type(model).save_pretrained
+    names = [slots.adapter]
+    save(model, folder, state_dict=state, save_embedding_layers=False, selected_adapters=names)
+    place = place_of(folder, slots.adapter)
+    add_beside(slots, state, place)
+    if place != folder:
+        _move(place, folder)
+    return state
