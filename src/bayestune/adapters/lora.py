@@ -1,7 +1,7 @@
 """Attaches LoRA to a model and detaches it, and tells what kind of model it is."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -86,7 +86,7 @@ def attach(model: nn.Module, lora: Lora) -> PeftModel:
         targets = next((names for names in _TARGETS if leaves >= set(names)), _TARGETS[0])
         if not (is_classifier(model) or head_is_tied(model)):
             targets = (*targets, "lm_head")
-    unknown = [name for name in targets if not any(_names(path, name) for path in paths)]
+    unknown = [name for name in targets if not _is_named(name, paths)]
     if unknown:
         alike = nearest(unknown[0].rpartition(".")[2], leaves)
         hint = f"did you mean {alike!r}?" if alike else "set the targets"
@@ -107,9 +107,9 @@ def attach(model: nn.Module, lora: Lora) -> PeftModel:
         return get_peft_model(model, config)  # type: ignore[arg-type]
 
 
-def _names(path: str, target: str) -> bool:
+def _is_named(target: str, paths: Sequence[str]) -> bool:
     """Whether PEFT finds a module under a target's name: all of its path, or the end of it."""
-    return path == target or path.endswith(f".{target}")
+    return any(path == target or path.endswith(f".{target}") for path in paths)
 
 
 def detach(model: nn.Module) -> nn.Module:

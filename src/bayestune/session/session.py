@@ -209,7 +209,7 @@ class Session:
         results = []
         for one in evaluated:
             label = label_of(fit.label, one.draws, posterior, options.shared_prefix)
-            facts = {"task": self.task.name, "rows": part, "label": label}
+            facts: dict[str, Any] = {"task": self.task.name, "rows": part, "label": label}
             facts |= fit.facts(self.options)
             if (seen := seen_rows(fit.details, rows)) is not None:
                 facts["seen_rows"] = seen
