@@ -24,7 +24,7 @@ _NORMAL = NormalDist()
 _BLOCK = 2**21  # numbers in one block of resamples: 16 MiB
 _LEAST_SPREAD = 0.25  # of a resample, as a share of the rows' own: one without any error has none
 _FEWEST = 5  # wrong rows, and right ones, without which AURC has no interval
-_LEFT_OUT = 1000  # groups of rows that are left out in turn
+_LEFT_OUT = 200  # groups of rows that are left out in turn
 
 
 @dataclass(frozen=True)
