@@ -22,11 +22,11 @@ from bayestune.metrics import accuracy, aurc, brier, ece, nll, paired_bootstrap,
 from studies.calibration_table import share_kept
 from studies.coverage_page import page
 
-POPULATION = 1_000_000  # rows, whose values count as true
+POPULATION = 500_000  # rows, whose values count as true
 CLASSES = 4
 METRICS = {"accuracy": accuracy, "nll": nll, "brier": brier, "ece": ece, "aurc": aurc}
 PAIRED = ("accuracy", "nll", "brier")
-SIMS = {50: 600, 200: 400, 1000: 150}
+SIMS = {50: 400, 200: 250, 1000: 100}
 RESULTS = Path(__file__).parents[1] / "results/coverage/records.jsonl"
 PAGE = Path(__file__).parents[1] / "docs/intervals.md"
 Record = dict[str, Any]
