@@ -1,5 +1,6 @@
 """The page of `studies.coverage`: a note, and how often each interval covers, from the records."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,19 +34,17 @@ Record = Mapping[str, Any]
 
 def exact_coverage(share: float, num_rows: int) -> float:
     """The chance that the interval of a share holds it, by summing over all outcomes."""
-    from math import comb
-
     covered = 0.0
     for right in range(num_rows + 1):
         low, high = share_interval(right, num_rows, LEVEL)
         if low <= share <= high:
-            covered += comb(num_rows, right) * share**right * (1 - share) ** (num_rows - right)
+            covered += math.comb(num_rows, right) * share**right * (1 - share) ** (num_rows - right)
     return covered
 
 
 def _mark(value: float) -> str:
-    text = f"{value:.2f}" if value < 0.995 else f"{value:.3f}"
-    return text if LEAST <= float(f"{value:.2f}") <= MOST else f"**{text}**"
+    text = f"{value:.2f}"
+    return text if LEAST <= float(text) <= MOST else f"**{text}**"
 
 
 def _row(cells: Sequence[str]) -> str:
