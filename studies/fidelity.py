@@ -224,9 +224,8 @@ def _compare(title: str, logits: Tensor, labels: Tensor) -> None:
     both = averaged(logits)
     for name, probabilities in both.items():
         say(f"  {title}, averaging {name}: {figures(probabilities, labels)}")
-    for metric in ("nll", "ece"):
-        found = paired_bootstrap(both["logits"], both["probabilities"], labels, metric)
-        say(f"    {metric} of logits − of probabilities {shown(found)}")
+    found = paired_bootstrap(both["logits"], both["probabilities"], labels, "nll")
+    say(f"    nll of logits − of probabilities {shown(found)}")
 
 
 def logit_averaging(options: Namespace) -> None:

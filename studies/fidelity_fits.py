@@ -130,7 +130,7 @@ def _difference(one: Key, other: Key, of: Mapping[Key, Prediction], labels: Tens
     if one == other or one not in of or other not in of:
         return
     title = f"{'/'.join(one)} − {'/'.join(other)}"
-    for metric in ("nll", "ece", "accuracy"):
+    for metric in ("nll", "accuracy"):
         found = paired_bootstrap(of[one].probabilities, of[other].probabilities, labels, metric)
         say(f"  {metric}, {title}: {shown(found)}")
     gap = of[one].mutual_information - of[other].mutual_information

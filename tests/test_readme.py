@@ -6,6 +6,9 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
+from bayestune.evaluation import read_records
+from bayestune.report import render, renewed, summary_tables
+
 README = Path(__file__).parents[1] / "README.md"
 
 
@@ -31,6 +34,15 @@ def test_the_code_of_the_readme_runs(llama, tmp_path):
         exec(compile(block, "README.md", "exec"), namespace)
     assert namespace["prediction"].probabilities.shape == (2, 2)
     assert (tmp_path / "posterior" / "posterior.json").is_file()
+
+
+def test_the_tables_are_what_the_kept_rows_give_today():
+    readme = README.read_text(encoding="utf-8")
+    for name in ("demo", "arc_easy"):
+        folder = README.parent / "results" / name
+        text = render(summary_tables(renewed(read_records(folder), folder)), "markdown")
+        assert (folder / "table.md").read_text(encoding="utf-8") == text + "\n"
+        assert name != "demo" or all(line in readme for line in text.splitlines()[2:7])
 
 
 def test_the_links_of_the_readme_exist():

@@ -57,7 +57,7 @@ def test_rows_say_all_of_a_prediction():
     for row in (first, second):
         assert sum(row["probabilities"]) == pytest.approx(1)
         epistemic = row["total_entropy"] - row["expected_entropy"]
-        assert row["mutual_information"] == pytest.approx(epistemic)
+        assert row["mutual_information"] == pytest.approx(2 * epistemic)
         assert row["mutual_information"] > 0.01
     (bare, _) = prediction_rows(ROWS, PREDICTION, texts=False)
     assert set(first) - set(bare) == {"question", "options", "choice_text"}
@@ -85,7 +85,10 @@ def test_a_record_holds_what_a_table_needs(tmp_path):
         assert got["value"] == pytest.approx(interval.value, nan_ok=True)
         assert {"value", "low", "high"} <= set(got)
     assert record["metrics"]["accuracy"]["value"] == 1.0
-    assert read_rows(record, tmp_path) == prediction_rows(ROWS, PREDICTION)
+    rows = read_rows(record, tmp_path)
+    losses = [row.pop("nll") for row in rows]
+    assert rows == prediction_rows(ROWS, PREDICTION)
+    assert sum(losses) / 2 == pytest.approx(record["metrics"]["nll"]["value"])
     assert read_rows({**record, "predictions": "gone.jsonl"}, tmp_path) == []
 
 

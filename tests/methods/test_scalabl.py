@@ -10,7 +10,7 @@ from torch.distributions import Normal, kl_divergence
 from bayestune.adapters import RowGroups, Slots, TrainingPasses, make_ranks_random, put_means
 from bayestune.kl import kl_weights, warmup_decay
 from bayestune.methods import ScalaBL
-from bayestune.methods.scalabl import SingularLinear, factor_kl, factor_kl_step_
+from bayestune.methods.scalabl import SingularLinear, factor_kl, factor_kl_step_, std_after
 from bayestune.training import start_adapter
 from promises import TRAINING
 
@@ -100,7 +100,7 @@ def test_the_posteriors_draws_are_gaussian_along_the_directions(case):
 @pytest.mark.parametrize("schedule", ["constant", "bursts"])
 def test_without_a_likelihood_the_run_is_the_kls_descent(case, schedule):
     still = {"learning_rate": 0.0, "batch_size": 2, "accumulation": 2, "warmup_ratio": 0.25}
-    posterior = case.fit(ScalaBL(schedule=schedule), **still)
+    posterior = case.fit(ScalaBL(schedule=schedule, kl_lr=0.2), **still)
     layers = make_ranks_random(start_adapter(case.make(), replace(TRAINING, **still)), singular)
     weights = kl_weights(8, int(100 * 12 ** (math.pi / 8) / 4), schedule)
     for name, made in layers.items():
@@ -113,10 +113,42 @@ def test_without_a_likelihood_the_run_is_the_kls_descent(case, schedule):
     assert {"kl", "loss"} <= set(posterior.report.history[0])
 
 
-@pytest.mark.parametrize("change", [{"init_std": 0.0}, {"kl_lr": -1.0}])
+@pytest.mark.parametrize("end", [None, 0.3])
+def test_the_kl_ends_at_final_std(case, end):
+    still = {"learning_rate": 0.0, "steps": 40, "warmup_ratio": 0.1}
+    posterior = case.fit(ScalaBL(final_std=end), **still)
+    stds = torch.cat([std.flatten() for std in posterior.factors.values()])
+    assert stds.mean().item() == pytest.approx(end or 0.9, rel=0.06)  # starts are random
+
+
+@pytest.mark.parametrize(
+    ("rows", "at_published_rate", "rate"),
+    [(640, 0.20, 0.49), (4957, 0.08, 1.2), (9427, 0.07, 1.53)],
+)
+def test_the_published_rate_is_another_method(rows, at_published_rate, rate):
+    facts = (5000, int(100 * rows ** (math.pi / 8) / 4), 0.06)
+    published = ScalaBL(kl_lr=0.2, schedule="bursts").kl_steps(*facts)
+    assert std_after(published.tolist(), 0.05) == pytest.approx(at_published_rate, abs=0.006)
+    solved = ScalaBL(schedule="bursts").kl_steps(*facts)
+    assert std_after(solved.tolist(), 0.05) == pytest.approx(0.9, abs=1e-4)
+    assert (solved.max() / published.max() * 0.2).item() == pytest.approx(rate, rel=0.04)
+
+
+def test_sigma_rises_early_under_the_default():
+    steps = ScalaBL().kl_steps(150, 280, 0.06).tolist()
+    assert std_after(steps[:75], 0.05) > 0.5
+    with pytest.raises(ValueError, match="in the last steps alone: got 150 steps, expected a per"):
+        ScalaBL(schedule="bursts").kl_steps(150, 280, 0.06)
+
+
+@pytest.mark.parametrize(
+    "change", [{"init_std": 0.0}, {"kl_lr": -1.0}, {"final_std": 0.04}, {"final_std": 1.0}]
+)
 def test_values_out_of_range_are_refused(change):
     with pytest.raises(ValueError, match="out of range: got ScalaBL.*expected init_std > 0"):
         ScalaBL(**change)
+    with pytest.raises(ValueError, match="got final_std=0.5 and kl_lr=0.2; expected one of them"):
+        ScalaBL(final_std=0.5, kl_lr=0.2)
 
 
 def test_more_ranks_than_inputs_are_refused():

@@ -46,10 +46,28 @@ def test_the_largest_feasible_scale_that_was_tried_is_kept(case, metric, toleran
     extra = case.fit(method, **LONG).report.extra
     (_, reference), *tried = extra["search"]
     bound = tolerance * reference if metric == "nll" else tolerance
-    feasible = [std for std, loss in tried if abs(loss - reference) <= bound]
-    infeasible = [std for std, loss in tried if abs(loss - reference) > bound]
+    sign = 1 if metric == "nll" else -1
+    feasible = [std for std, loss in tried if sign * (loss - reference) <= bound]
+    infeasible = [std for std, loss in tried if sign * (loss - reference) > bound]
+    assert extra["too_much_found"]
     assert extra["isotropic_std"] == max(feasible)
     assert min(infeasible) / max(feasible) < 2.01  # and it cannot be much larger
+
+
+def test_a_noise_that_improves_the_nll_is_feasible():
+    best, tried = TFB(start=0.1, evaluations=4)._search(lambda std: 1 - min(std, 0.5))
+    assert (best, len(tried)) == (0.8, 5)
+    worse = TFB(metric="accuracy", evaluations=3)._search(lambda std: 0.5 - 20 * std)
+    assert worse[0] < 0.001
+
+
+def test_it_says_so_when_no_noise_was_too_much(case, caplog):
+    found = case.fit(TFB(tolerance=100.0, anchors=6, draws=2, evaluations=3), **LONG).report.extra
+    assert found["isotropic_std"] == 0.004
+    assert not found["too_much_found"]
+    (said,) = [one.getMessage() for one in caplog.records if one.name.endswith("tfb")]
+    assert "none of 3 standard deviations was too much" in said
+    assert "0.004, the largest tried" in said
 
 
 def test_tfb_starts_from_the_mean_of_a_gaussian(case):

@@ -65,9 +65,17 @@ def test_padding_changes_nothing():
     assert [f(padded, y) for f in FUNCTIONS] == pytest.approx(expected, abs=1e-15)
 
 
-def test_nll_of_probability_zero_is_the_documented_clip():
-    assert metrics.nll(*two_class([1.0], [False])) == pytest.approx(126 * math.log(2))
+def test_nll_of_small_probabilities():
     assert metrics.nll(*two_class([1e-30], [True])) == pytest.approx(30 * math.log(10))
+    assert metrics.nll(*two_class([1e-300], [True])) == pytest.approx(300 * math.log(10))
+    least = torch.tensor([[5e-324, 1.0]], dtype=torch.float64)
+    assert metrics.nll(least, torch.tensor([0])) == pytest.approx(1074 * math.log(2))
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.float64, 1074), (torch.float32, 149)])
+def test_nll_of_probability_zero_is_the_least_of_its_type(dtype, bits):
+    p = torch.tensor([[1.0, 0.0]], dtype=dtype)
+    assert metrics.nll(p, torch.tensor([1])) == pytest.approx(bits * math.log(2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -34,7 +34,8 @@ def test_predict_averages_probabilities_and_splits_entropy(posterior):
     total = Categorical(probs=mean).entropy()
     assert_close(prediction.expected_entropy, expected)
     assert_close(prediction.total_entropy, total)
-    assert_close(prediction.mutual_information, total - expected)
+    assert_close(prediction.mutual_information, (total - expected) * 6 / 5)
+    assert_close(prediction.log_probabilities, mean.log())
     assert prediction.mutual_information.min() > 0
     assert_close(prediction.confidence, mean.max(-1).values)
     assert torch.equal(prediction.choice, mean.argmax(-1))
@@ -65,7 +66,9 @@ def test_a_posterior_with_atoms_is_averaged_over_them():
     both = Mixture([point, Point(model, end_logits, adapter="b")])
     assert (count_for(point, 10), count_for(both, 10), count_for(point, 0)) == (1, 2, 0)
     expected = both.logits(BATCH, Draws(2)).double().softmax(-1).mean(0)
-    assert_close(predict(both, BATCH, 5).probabilities, expected)
+    found = predict(both, BATCH, 5)
+    assert_close(found.probabilities, expected)
+    assert_close(found.mutual_information, found.total_entropy - found.expected_entropy)
     assert Linearised(model, end_logits, {}, 1.0).atoms == 1000
 
 

@@ -9,7 +9,7 @@ import torch
 
 from bayestune.metrics import summarise
 
-METRICS = ("accuracy", "ece", "ece_debiased", "nll", "brier", "aurc")
+METRICS = ("accuracy", "ece", "nll", "brier", "aurc")
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 
 

@@ -8,7 +8,7 @@ from recorded import evaluated, row
 
 from bayestune.metrics import PairedDifference
 from bayestune.report.claims import Evaluation, compare, listing, sentence, verdict
-from bayestune.report.columns import ACCURACY, BRIER, ECE, NLL
+from bayestune.report.columns import ACCURACY, BRIER, NLL
 from bayestune.report.rows import paired_tensors, read_rows, tensors
 
 
@@ -22,14 +22,14 @@ def test_claims_follow_the_intervals(tmp_path):
     compared = compare(bad, good)
     values = [one.record["metrics"]["nll"]["value"] for one in (good, bad)]
     assert compared[NLL].difference == pytest.approx(values[0] - values[1], abs=1e-12)
-    ece, nll, brier = (-compared[column].difference for column in (ECE, NLL, BRIER))
+    nll, brier = (-compared[column].difference for column in (NLL, BRIER))
     assert sentence(bad, good, compared) == (
-        "good against bad on the same 400 questions: better in calibration error (ECE) "
-        f"(by {100 * ece:.1f} points), NLL (by {nll:.3f}) and Brier score (by {brier:.3f}); "
+        "good against bad on the same 400 questions: better in "
+        f"NLL (by {nll:.3f}) and Brier score (by {brier:.3f}); "
         "not settled by these rows: accuracy."
     )
     turned = sentence(good, bad, compare(good, bad))
-    start = "bad against good on the same 400 questions: worse in calibration error (ECE) (by "
+    start = "bad against good on the same 400 questions: worse in NLL (by "
     assert turned.startswith(start)
     assert "better" not in turned
 
@@ -38,7 +38,7 @@ def test_equal_methods_are_not_told_apart(tmp_path):
     one, two = (read(tmp_path, evaluated(tmp_path, label)) for label in ("a", "b"))
     assert sentence(one, two, compare(one, two)) == (
         "b against a on the same 120 questions: "
-        "not settled by these rows: accuracy, calibration error (ECE), NLL and Brier score."
+        "not settled by these rows: accuracy, NLL and Brier score."
     )
 
 

@@ -89,7 +89,7 @@ def test_most_uncertain_and_most_confidently_wrong(tmp_path):
     by_confidence = sorted(bad, key=lambda i: -rows[i]["confidence"])[:10]
     assert re.findall(r'question">\[(\d+)\]', wrong) == [str(i) for i in by_confidence]
     total, expected = (rows[by_entropy[0]][key] for key in ("total_entropy", "expected_entropy"))
-    told = f"total {total:.3f} = expected {expected:.3f} + mutual information 0.010 nats"
+    told = f"total {total:.3f} nats, in each draw {expected:.3f}; mutual information 0.010"
     assert told in uncertain
     widths = [f'style="width:{100 * part / total:.1f}%"' for part in (expected, 0.01)]
     assert f"<i {widths[0]}></i><i {widths[1]}></i>" in uncertain

@@ -4,46 +4,50 @@ import math
 import re
 
 import pytest
-from recorded import record
+from recorded import evaluated, record
 
 from bayestune.report import render, summary_tables
 from bayestune.report.comparable import caption, comparable, names
 
 
 def test_a_line_per_record_with_intervals_and_the_best_marked():
-    numbers = {"ece": 0.12, "ece_debiased": 0.10, "aurc": 0.2}
     records = [
-        record("MLE", accuracy=0.80, nll=0.9, brier=0.5, **numbers),
+        record("MLE", accuracy=0.80, nll=0.9, brier=0.5, ece=0.12, aurc=0.2),
         record("BLoB N=10", accuracy=0.79, nll=0.4, brier=0.3, ece=0.04, aurc=0.2),
     ]
+    level = {"value": 0.066, "low": 0.042, "high": 0.093, "n": 10, "p_value": 0.014}
+    records[0]["metrics"]["ece_if_calibrated"] = level
     lines = render(summary_tables(records)).splitlines()
     assert lines[0] == "arc_easy · tiny · scored by letter · 10 rows · ECE in 15 bins (textbook)"
     assert re.split(r"  +", lines[2]) == [
         "Method",
-        *("ACC % ↑", "ECE % ↓", "ECE debiased % ↓", "NLL ↓", "Brier ↓", "AURC ↓"),
+        *("ACC % ↑", "ECE % ↓", "ECE if calibrated %", "NLL ↓", "Brier ↓", "AURC ↓"),
     ]
     assert re.split(r"  +", lines[4]) == [
         "MLE",
-        *("80.0* [79.0, 81.0]", "12.0 [11.0, 13.0]", "10.0 [9.0, 11.0]"),
+        *("80.0* [79.0, 81.0]", "12.0 [11.0, 13.0]", "6.6 (4.2–9.3, p 0.014)"),
         *("0.900 [0.890, 0.910]", "0.500 [0.490, 0.510]", "0.200 [0.190, 0.210]"),
     ]
     assert re.split(r"  +", lines[5])[1:] == [
-        *("79.0 [78.0, 80.0]", "4.0* [3.0, 5.0]", "–"),
+        *("79.0 [78.0, 80.0]", "4.0*", "–"),
         *("0.400* [0.390, 0.410]", "0.300* [0.290, 0.310]", "0.200 [0.190, 0.210]"),
     ]
 
 
 @pytest.mark.parametrize("style", ["text", "markdown", "html", "latex"])
-def test_a_note_says_why_an_interval_of_ece_can_exclude_its_estimate(style):
-    with_ece = render(summary_tables([record("MLE", ece=0.1)]), style)
-    assert "so the intervals of ECE lie too high and can exclude their estimate." in with_ece
-    assert "estimate" not in render(summary_tables([record("MLE", nll=0.1)]), style)
+def test_a_note_says_what_stands_beside_ece(tmp_path, style):
+    known = render(summary_tables([evaluated(tmp_path, "MLE")]), style)
+    assert "what a perfectly calibrated model with the same confidences would score" in known
+    old = render(summary_tables([record("MLE", ece=0.1)]), style)
+    assert "calibrated" not in old
+    assert "10.0" in old
+    assert "[9.0, 11.0]" not in old  # it does not cover
 
 
 def test_nan_is_a_dash_and_never_the_best():
     records = [record("a", nll=math.nan), record("b", nll=2.0), record("c", nll=3.0)]
     text = render(summary_tables(records), "markdown")
-    assert "| – [–, –] |" in text
+    assert "| a | – | – | – | – | – |" in text
     assert "**2.000**" in text
 
 

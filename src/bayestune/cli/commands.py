@@ -26,6 +26,7 @@ from bayestune.report import (
     grid_tables,
     has_shift,
     render,
+    renewed,
     save_figure,
     summary_figure,
     summary_tables,
@@ -90,7 +91,7 @@ def evaluate(o: Namespace) -> None:
     session.check_evaluation("evaluation")
     results = session.evaluate(session.load(o.posterior, o.bf16), built(EvaluationOptions, o))
     append_results(folder, results)
-    print(render(summary_tables(read_records(folder))))
+    print(render(summary_tables(renewed(read_records(folder), folder))))
 
 
 def predict(o: Namespace) -> None:
@@ -190,7 +191,7 @@ def compare_methods(
 
 def write_report(folder: Path) -> None:
     """Table, picture and page of a results folder, from its records alone."""
-    records = read_records(folder)
+    records = renewed(read_records(folder), folder)
     table = render(summary_tables(records), "markdown")
     (folder / "table.md").write_text(f"{table}\n", encoding="utf-8")
     save_figure(summary_figure(records), folder / "summary.png")

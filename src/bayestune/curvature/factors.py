@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 FULL_UP_TO = 100  # sides up to this size are kept whole
-_POWERS = 2  # power iterations; with twice the rank kept, the error is far below 1 %
+_POWERS = 2  # power iterations
 
 
 class FullSum:
@@ -27,7 +27,9 @@ class LowRankSum:
     """The leading eigenpairs of Σ x·xᵀ without the matrix: L·Lᵀ with L (size, 2·rank).
 
     Each batch of rows is stacked under Lᵀ and decomposed anew, by randomised power iterations with
-    a fixed seed. Twice the rank is kept between batches, so that the leading pairs lose little.
+    a fixed seed. Twice the rank is kept between batches, and what is beyond is lost: of ten
+    eigenvalues the mean is low by 5 to 10 %, and the last one by up to a quarter, where the
+    spectrum falls as slowly as k^(−1/2); as 1/k the mean is low by 1 %, the last one by 3 %.
     """
 
     def __init__(self, size: int, rank: int, like: Tensor) -> None:

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from bayestune.data import Question
 from bayestune.errors import Refusal
 from bayestune.forward import Draws
-from bayestune.posteriors import Posterior, Prediction, refuse_one_class
+from bayestune.posteriors import Posterior, Prediction, mutual_information, refuse_one_class
 from bayestune.scoring import Scorer, row_logits
 
 # Maps (which rows, which draws) to their logits (S, N, C), of these rows and draws only.
@@ -26,6 +26,7 @@ class Adaptive:
     After n draws the leader leads by n·(p₁ − p₂) in summed probability, and each draw to come takes
     at most 1 from it, so the leader stays while n·(p₁ − p₂) > S − n: never before S/2 draws.
     A row that stops keeps the mean of its first n draws, slightly biased because n depends on them.
+    Its mutual information is corrected for its own n, so that rows of unlike n can be ranked.
 
     Args:
         most: S, the largest number of draws of a row.
@@ -69,10 +70,10 @@ class AdaptivePrediction(Prediction):
     draws_used: Tensor
 
     @classmethod
-    def of(cls, logits: Tensor) -> Self:
+    def of(cls, logits: Tensor, *, exact: bool = False) -> Self:
         """The prediction of logits (S, N, C): all draws for every row."""
         used = torch.full((logits.shape[1],), len(logits))
-        return cls(**vars(Prediction.of(logits)), draws_used=used)
+        return cls(**vars(Prediction.of(logits, exact=exact)), draws_used=used)
 
 
 def in_rounds(source: Source, num_rows: int, adaptive: Adaptive) -> AdaptivePrediction:
@@ -89,22 +90,25 @@ def in_rounds(source: Source, num_rows: int, adaptive: Adaptive) -> AdaptivePred
         raise Refusal("nothing to predict: got no rows, expected one or more")
     rows = torch.arange(num_rows)
     used = torch.zeros(num_rows, dtype=torch.long)
-    drawn = torch.empty(0)
+    drawn = torch.empty(0)  # log-probabilities
     for part in adaptive.rounds():
         logits = source(rows.tolist(), part).cpu()
         if part.start == 0:  # of all rows, so that C is that of the widest
             shape = (adaptive.most, num_rows, logits.shape[-1])
-            drawn = torch.zeros(shape, dtype=torch.float64)
-        probabilities = logits.double().softmax(-1)
-        drawn[part.start : part.stop, rows, : logits.shape[-1]] = probabilities
+            drawn = torch.full(shape, -torch.inf, dtype=torch.float64)
+        logs = logits.double().log_softmax(-1)
+        drawn[part.start : part.stop, rows, : logits.shape[-1]] = logs
         used[rows] = part.stop
-        rows = rows[~adaptive.decided(drawn[: part.stop, rows].mean(0), part.stop)]
+        rows = rows[~adaptive.decided(drawn[: part.stop, rows].exp().mean(0), part.stop)]
         if not len(rows):
             break
+    known = drawn.logsumexp(0) - used[:, None].log()
+    drawn = drawn.exp()
     means = drawn.sum(0) / used[:, None]
     total = torch.special.entr(means).sum(-1)
     expected = torch.special.entr(drawn).sum((0, -1)) / used
-    return AdaptivePrediction(means, total, expected, (total - expected).clamp_min(0), used)
+    information = mutual_information(total, expected, used)
+    return AdaptivePrediction(means, total, expected, information, used, log_probabilities=known)
 
 
 def predict_adaptively(
@@ -136,4 +140,4 @@ def predict_adaptively(
     if posterior.atoms is None:
         return in_rounds(source, len(encoded), adaptive)
     every = list(range(len(encoded)))
-    return AdaptivePrediction.of(source(every, range(posterior.atoms)))
+    return AdaptivePrediction.of(source(every, range(posterior.atoms)), exact=True)

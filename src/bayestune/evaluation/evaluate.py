@@ -101,6 +101,7 @@ def evaluate_posterior(
     found = []
     for count in counts:
         logits, seconds = passes[timed[count]]
-        prediction = Prediction.of(logits[: max(count, 1)])
+        exact = posterior.atoms is not None
+        prediction = Prediction.of(logits[: max(count, 1)], exact=exact)
         found.append(Evaluated(count, prediction, seconds, timed[count]))
     return found

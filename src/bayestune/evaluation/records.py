@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bayestune.data import Question
 from bayestune.evaluation.adaptive import AdaptivePrediction
@@ -51,7 +52,8 @@ def make_result(
     prediction = evaluated.prediction
     answers = torch.tensor([row.answer for row in questions])
     bins = Bins(options.bins, options.binning)
-    summary = summarise(prediction.probabilities, answers, bins, options.resamples)
+    losses = _losses(prediction, answers)
+    summary = summarise(prediction.probabilities, answers, bins, options.resamples, losses)
     record = {
         **facts,
         "config": {**facts.get("config", {}), "predicting": asdict(options)},
@@ -66,7 +68,16 @@ def make_result(
         "versions": versions(),
         "revision": revision(),
     }
-    return Result(record, prediction_rows(questions, prediction, texts=options.texts))
+    rows = prediction_rows(questions, prediction, texts=options.texts)
+    if losses is not None:
+        rows = [{**row, "nll": loss} for row, loss in zip(rows, losses.tolist(), strict=True)]
+    return Result(record, rows)
+
+
+def _losses(prediction: Prediction, answers: Tensor) -> Tensor | None:
+    """−log p of each row's answer in nats, (N,), also of probabilities that are rounded to 0."""
+    known = prediction.log_probabilities
+    return None if known is None else -known.gather(1, answers[:, None])[:, 0]
 
 
 def label_of(

@@ -1,5 +1,6 @@
 """TFB: training-free Bayesianisation of an adapter that is trained already."""
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from bayestune.methods.mle import MLE
 from bayestune.posteriors import Gaussian, Point, Posterior
 from bayestune.scoring import Scorer, row_logits
 from bayestune.training import Meter, Training
+
+logger = logging.getLogger(__name__)
 
 
 def as_point(posterior: Posterior) -> Point:
@@ -72,9 +75,13 @@ def set_isotropic_(posterior: Gaussian, values: dict[str, Tensor], std: float) -
 class TFB:
     """q(A') = N(Vᵀ A, Ω²), Ω_ij = σ_q/d_i: the variance of W is isotropic on B's column space.
 
-    All layers share one σ_q, the largest at which the anchor rows' metric l stays within the
-    tolerance: |l(σ) − l(0)| ≤ tolerance·l(0) for the NLL, |l(σ) − l(0)| ≤ tolerance for the
-    accuracy. It is doubled until that fails, then bisected on a log scale.
+    All layers share one σ_q, the largest found at which the anchor rows' metric l is not worse by
+    more than the tolerance: l(σ) − l(0) ≤ tolerance·l(0) for the NLL, l(0) − l(σ) ≤ tolerance for
+    the accuracy. It is doubled until that fails, then bisected on a log scale. The published rule
+    bounds |l(σ) − l(0)|, so a noise that improves the NLL would be too much; here it is not.
+
+    If no σ_q that was tried is too much, the largest of them is taken, a warning says so, and the
+    report's `too_much_found` is false: the anchor rows would allow more.
 
     Args:
         base: what fits the adapter; its posterior's mean is taken.
@@ -146,7 +153,16 @@ class TFB:
 
         best, tried = self._search(loss)
         set_isotropic_(posterior, values, best)
-        chosen = {"isotropic_std": best, "search": tried, "base_seconds": point.report.seconds}
+        bounded = any(std > best for std, _ in tried)
+        if not bounded:
+            logger.warning(
+                "TFB: none of %d standard deviations was too much for the anchor rows; %.4g, the "
+                "largest tried, is taken, and more would be allowed: raise start or evaluations",
+                len(tried) - 1,
+                best,
+            )
+        chosen = {"isotropic_std": best, "search": tried, "too_much_found": bounded}
+        chosen["base_seconds"] = point.report.seconds
         posterior.report = point.report.plus(**meter.read(), **chosen)
         return posterior
 
@@ -155,6 +171,7 @@ class TFB:
         reference = loss(0.0)
         published = 0.003 if self.metric == "nll" else 0.01
         bound = published if self.tolerance is None else self.tolerance
+        sign = 1 if self.metric == "nll" else -1  # what is worse: more NLL, less accuracy
         if self.metric == "nll":
             bound *= reference
         tried = [(0.0, reference)]
@@ -164,7 +181,7 @@ class TFB:
         for _ in range(self.evaluations):
             value = loss(std)
             tried.append((std, value))
-            if abs(value - reference) <= bound:
+            if sign * (value - reference) <= bound:
                 low = std
             else:
                 high = std

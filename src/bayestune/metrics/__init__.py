@@ -1,9 +1,17 @@
-"""Numbers from probabilities and labels: proper scores, calibration, rankings, bootstrap intervals.
+"""Numbers from probabilities and labels: proper scores, calibration, rankings, intervals.
 
 These are plain functions that know nothing of models, posteriors or files.
 """
 
-from bayestune.metrics.intervals import LEVEL, PairedDifference, paired_bootstrap, summarise
+from bayestune.metrics.intervals import (
+    LEVEL,
+    CalibratedLevel,
+    Interval,
+    PairedDifference,
+    calibrated_level,
+    paired_bootstrap,
+    summarise,
+)
 from bayestune.metrics.ranking import (
     SCORES,
     Row,
@@ -32,6 +40,8 @@ __all__ = [
     "SCORES",
     "Binning",
     "Bins",
+    "CalibratedLevel",
+    "Interval",
     "PairedDifference",
     "Reliability",
     "Row",
@@ -39,6 +49,7 @@ __all__ = [
     "aurc",
     "auroc",
     "brier",
+    "calibrated_level",
     "ece",
     "ece_debiased",
     "error_auroc",

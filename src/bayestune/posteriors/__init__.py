@@ -14,7 +14,13 @@ from bayestune.posteriors.mixture import Mixture
 from bayestune.posteriors.noisy_passes import Dropout, TokenNoise
 from bayestune.posteriors.point import Point
 from bayestune.posteriors.posterior import KINDS, AdapterPosterior, Posterior, Saved
-from bayestune.posteriors.prediction import Prediction, count_for, predict, refuse_one_class
+from bayestune.posteriors.prediction import (
+    Prediction,
+    count_for,
+    mutual_information,
+    predict,
+    refuse_one_class,
+)
 from bayestune.posteriors.saving import save_adapter, save_posterior
 from bayestune.posteriors.scaled import Scaled
 from bayestune.posteriors.storage import (
@@ -51,6 +57,7 @@ __all__ = [
     "load_adapter",
     "load_members",
     "load_posterior",
+    "mutual_information",
     "predict",
     "read_details",
     "refuse_one_class",

@@ -1,6 +1,7 @@
 """The predictive: probabilities averaged over draws, and the uncertainty of each row."""
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
@@ -19,13 +20,18 @@ class Prediction:
         probabilities: mean over draws of softmax(logits), (N, C).
         total_entropy: entropy of the averaged probabilities, (N,).
         expected_entropy: mean entropy of the draws' probabilities (aleatoric), (N,).
-        mutual_information: their difference (epistemic), (N,); 0 for a single draw.
+        mutual_information: their difference (epistemic) times S/(S − 1), (N,); 0 for one draw. Of
+            S draws the difference is low by (S − 1)/S, so without the factor five draws would not
+            compare with ten. Where the draws are all there is (`atoms`), there is no factor.
+        log_probabilities: logarithms of `probabilities`, (N, C), also where those are rounded to 0;
+            None if they are not known.
     """
 
     probabilities: Tensor
     total_entropy: Tensor
     expected_entropy: Tensor
     mutual_information: Tensor
+    log_probabilities: Tensor | None = field(default=None, kw_only=True)
 
     @property
     def confidence(self) -> Tensor:
@@ -38,24 +44,49 @@ class Prediction:
         return self.probabilities.argmax(-1)
 
     @classmethod
-    def of(cls, logits: Tensor) -> Self:
+    def of(cls, logits: Tensor, *, exact: bool = False) -> Self:
         """The predictive of logits (S, N, C), in float64; -inf marks options a row does not have.
+
+        Args:
+            logits: of S draws.
+            exact: whether the draws are all there is, such as the members of an ensemble, and not a
+                sample.
 
         Raises:
             Refusal: if there is a single class, whose probability would be 1 whatever its logit is.
 
         Example:
             >>> two_sure_draws_that_disagree = torch.tensor([[[30.0, 0.0]], [[0.0, 30.0]]])
-            >>> prediction = Prediction.of(two_sure_draws_that_disagree)
+            >>> prediction = Prediction.of(two_sure_draws_that_disagree, exact=True)
             >>> prediction.probabilities.tolist(), round(prediction.mutual_information.item(), 4)
             ([[0.5, 0.5]], 0.6931)
         """
         refuse_one_class(logits)
-        draws = logits.double().softmax(-1)
+        logs = logits.double().log_softmax(-1)
+        draws = logs.exp()
         probabilities = draws.mean(0)
         total = torch.special.entr(probabilities).sum(-1)
         expected = torch.special.entr(draws).sum(-1).mean(0)
-        return cls(probabilities, total, expected, (total - expected).clamp_min(0))
+        information = mutual_information(total, expected, 1 if exact else len(logits))
+        known = logs.logsumexp(0) - math.log(len(logits))
+        return cls(probabilities, total, expected, information, log_probabilities=known)
+
+
+def mutual_information(total: Tensor, expected: Tensor, draws: int | Tensor) -> Tensor:
+    """(H[mean of p_s] − mean of H[p_s])·S/(S − 1) in nats, at least 0; S = 1 has no factor.
+
+    The entropy of the average of S draws is low by about 1/S of what the draws disagree on, because
+    the average follows the draws. The factor makes up for it to first order, so it can lie above
+    log C on a single row; total and expected entropy stay as they are.
+
+    Args:
+        total: entropy of the averaged probabilities, (N,).
+        expected: mean entropy of the draws' probabilities, (N,).
+        draws: S, or each row's own number of draws, (N,).
+    """
+    others = torch.as_tensor(draws).clamp(min=2) - 1.0
+    factor = torch.where(torch.as_tensor(draws) > 1, (others + 1) / others, 1.0)
+    return (total - expected).clamp_min(0) * factor
 
 
 def refuse_one_class(logits: Tensor) -> None:
@@ -114,4 +145,5 @@ def predict(
     if not isinstance(draws, Draws):
         draws = Draws(draws, seed, max_tokens=max_tokens, shared_prefix=shared_prefix)
     draws = replace(draws, count=count_for(posterior, draws.count))
-    return Prediction.of(posterior.logits(inputs, draws))
+    exact = posterior.atoms is not None
+    return Prediction.of(posterior.logits(inputs, draws), exact=exact)

@@ -7,7 +7,7 @@ one is drawn.
 from bayestune.report.comparison import grid_tables, significance
 from bayestune.report.figures import reliability_figure, risk_coverage_figure, summary_figure
 from bayestune.report.page import write_page
-from bayestune.report.rows import read_rows
+from bayestune.report.rows import read_rows, renewed
 from bayestune.report.shift import has_shift, write_shift
 from bayestune.report.summary import summary_tables
 from bayestune.report.svg import BLUE, FAINT, INK, STYLE, VERMILLION, save_figure
@@ -26,6 +26,7 @@ __all__ = [
     "read_rows",
     "reliability_figure",
     "render",
+    "renewed",
     "risk_coverage_figure",
     "save_figure",
     "significance",

@@ -3,15 +3,15 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from bayestune.metrics import LEVEL, Bins, PairedDifference, Row, accuracy, paired_bootstrap
-from bayestune.report.columns import ACCURACY, BRIER, ECE, NLL, Column
+from bayestune.metrics import LEVEL, PairedDifference, Row, accuracy, paired_bootstrap
+from bayestune.report.columns import ACCURACY, BRIER, CALIBRATED, ECE, NLL, Column
 from bayestune.report.rows import Record, paired_tensors, tensors
 from bayestune.report.table import Block, Cell, Table
 
 RESAMPLES = 1000
-COMPARED = (ACCURACY, ECE, NLL, BRIER)
+COMPARED = (ACCURACY, NLL, BRIER)  # no interval of a difference of ECEs covers
 Compared = Mapping[Column, PairedDifference] | str  # or why there is none
-_WORDS = {ACCURACY: "accuracy", ECE: "calibration error (ECE)", NLL: "NLL", BRIER: "Brier score"}
+_WORDS = {ACCURACY: "accuracy", NLL: "NLL", BRIER: "Brier score"}
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,19 @@ class Evaluation:
         text = (
             f"On {self.record.get('n', '?')} questions of {self.record.get('task', '?')}, "
             f"{self.name} has {self.told(ACCURACY)} right, with an NLL of {self.told(NLL)} and a "
-            f"calibration error (ECE) of {self.told(ECE)}."
+            f"calibration error (ECE) of {self.told(ECE)}"
         )
+        calibrated = CALIBRATED.of(self.record)
+        would = f", where a perfectly calibrated model would score {self.told(CALIBRATED)}"
+        text = f"{text}{would if calibrated else ''}."
         if not self.rows:
             return text
         p, labels = tensors(self.rows)
         gap = 100 * (p.max(1).values.mean().item() - accuracy(p, labels))
-        size = f"{abs(gap):.1f} points {'above' if gap > 0 else 'below'} its accuracy"
-        return f"{text} Its confidence is on average {size} on these questions."
+        size = f"{abs(gap):.1f} points {'above' if gap > 0 else 'below'}"
+        if float(f"{gap:.1f}") == 0:
+            size = "less than 0.1 points from"
+        return f"{text} Its confidence is on average {size} its accuracy on these questions."
 
 
 def compare(first: Evaluation, other: Evaluation) -> Compared:
@@ -53,8 +58,7 @@ def compare(first: Evaluation, other: Evaluation) -> Compared:
     paired = paired_tensors([(other.rows, first.rows)])
     if paired is None:
         return "they have no row in common"
-    bins = Bins(first.record.get("bins", 15), first.record.get("binning", "torchmetrics"))
-    return {column: paired_bootstrap(*paired, column.key, RESAMPLES, bins) for column in COMPARED}
+    return {column: paired_bootstrap(*paired, column.key, RESAMPLES) for column in COMPARED}
 
 
 def verdict(column: Column, paired: PairedDifference) -> int:
@@ -70,13 +74,20 @@ def sentence(first: Evaluation, other: Evaluation, compared: Compared) -> str:
     found: dict[int, list[str]] = {1: [], -1: [], 0: []}
     for column, paired in compared.items():
         side = verdict(column, paired)
-        unit = " points" if column.scale == 100 else ""
-        size = f" (by {column.number(abs(paired.difference))}{unit})" if side else ""
+        size = f" (by {_size(column, abs(paired.difference))})" if side else ""
         found[side].append(_WORDS[column] + size)
     heads = {1: "better in ", -1: "worse in ", 0: "not settled by these rows: "}
     parts = [heads[side] + listing(words) for side, words in found.items() if words]
     on = f"on the same {compared[NLL].n} questions"
     return f"{other.name} against {first.name} {on}: {'; '.join(parts)}."
+
+
+def _size(column: Column, difference: float) -> str:
+    """A difference with its unit; one that is printed as 0 is less than the last digit."""
+    unit = " points" if column.scale == 100 else ""
+    if column.is_zero(difference):
+        return f"less than {10**-column.digits:.{column.digits}f}{unit}"
+    return f"{column.number(difference)}{unit}"
 
 
 def paired_table(compared: Sequence[tuple[Evaluation, Compared]]) -> Table:
@@ -89,7 +100,8 @@ def paired_table(compared: Sequence[tuple[Evaluation, Compared]]) -> Table:
             for column, paired in differences.items():
                 value, low, high = map(column.signed, (paired.difference, paired.low, paired.high))
                 behind = (f"[{low}, {high}]", f"p = {paired.p_value:.3f}")
-                cells.append(Cell(value, behind, "best" if verdict(column, paired) > 0 else ""))
+                better = verdict(column, paired) > 0 and not column.is_zero(paired.difference)
+                cells.append(Cell(value, behind, "better" if better else ""))
         lines.append((other.name, tuple(cells)))
     headings = ("Rows", *(column.heading for column in COMPARED))
     return Table("", headings, (Block("", tuple(lines)),))

@@ -13,7 +13,10 @@ from bayestune.report.table import DASH, Block, Cell, Mark, marked
 
 @dataclass(frozen=True)
 class Column:
-    """A metric: value × `scale`, with `digits` decimals; `sign` 1 if higher is better, else −1."""
+    """A metric: value × `scale`, with `digits` decimals.
+
+    The `sign` is 1 if higher is better, −1 if lower is, and 0 if neither.
+    """
 
     key: str
     title: str
@@ -24,7 +27,7 @@ class Column:
     @property
     def heading(self) -> str:
         """The title and an arrow to the better side."""
-        return f"{self.title} {'↑' if self.sign > 0 else '↓'}"
+        return f"{self.title} {' ↑↓'[self.sign]}".rstrip()
 
     def of(self, record: Record) -> Mapping[str, Any]:
         """The value and interval in a record; empty if it has none."""
@@ -44,16 +47,39 @@ class Column:
             return DASH
         return f"{value * self.scale:.{self.digits}f}"
 
+    def is_zero(self, value: float) -> bool:
+        """Whether a value is printed as 0."""
+        return float(self.number(abs(value))) == 0
+
     def signed(self, value: float) -> str:
         """A difference with its sign, unless it is printed as 0."""
         text = self.number(abs(value))
-        return text if float(text) == 0 else ("+" if value > 0 else "−") + text
+        return text if self.is_zero(value) else ("+" if value > 0 else "−") + text
+
+    def interval(self, record: Record) -> tuple[float, float] | None:
+        """The ends of a record's interval; None if it has none that holds.
+
+        Intervals of ECE that older versions wrote, without what a calibrated model scores, do not.
+        """
+        if self == ECE and not CALIBRATED.of(record):
+            return None
+        metric = self.of(record)
+        ends = (metric.get("low"), metric.get("high"))
+        if any(end is None or not math.isfinite(end) for end in ends):
+            return None
+        return ends
 
     def with_interval(self, record: Record) -> Cell:
-        """A record's value and interval."""
+        """A record's value and interval; of a calibrated model's ECE, the range and p too."""
         metric = self.of(record)
-        value, low, high = (self.number(metric.get(key)) for key in ("value", "low", "high"))
-        return Cell(value, (f"[{low}, {high}]",) if metric else ())
+        value = self.number(metric.get("value"))
+        ends = self.interval(record)
+        if ends is None:
+            return Cell(value)
+        low, high = map(self.number, ends)
+        p_value = metric.get("p_value")
+        behind = f"[{low}, {high}]" if p_value is None else f"({low}–{high}, p {p_value:.3f})"
+        return Cell(value, (behind,))
 
     def over_seeds(self, values: Sequence[float], seeds: int) -> Cell:
         """Mean ± standard deviation (of n − 1), and n where it is not the number of seeds."""
@@ -82,7 +108,7 @@ class Column:
 
 ACCURACY = Column("accuracy", "ACC %", 100, 1, 1)
 ECE = Column("ece", "ECE %", 100, 1, -1)
-ECE_DEBIASED = Column("ece_debiased", "ECE debiased %", 100, 1, -1)
+CALIBRATED = Column("ece_if_calibrated", "ECE if calibrated %", 100, 1, 0)
 NLL = Column("nll", "NLL", 1, 3, -1)
 BRIER = Column("brier", "Brier", 1, 3, -1)
 AURC = Column("aurc", "AURC", 1, 3, -1)

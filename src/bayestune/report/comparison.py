@@ -6,12 +6,12 @@ from statistics import fmean
 
 from bayestune.errors import Refusal
 from bayestune.metrics import PairedDifference, paired_bootstrap
-from bayestune.report.columns import ACCURACY, BRIER, ECE, ECE_DEBIASED, NLL
+from bayestune.report.columns import ACCURACY, BRIER, CALIBRATED, ECE, NLL
 from bayestune.report.comparable import by_seed, caption, comparable
-from bayestune.report.rows import Record, paired_tensors, read_rows
+from bayestune.report.rows import Record, paired_tensors, read_rows, renewed
 from bayestune.report.table import Block, Cell, Table
 
-_BLOCKS = (ACCURACY, ECE, NLL, BRIER, ECE_DEBIASED)
+_BLOCKS = (ACCURACY, ECE, CALIBRATED, NLL, BRIER)
 _TESTED = (NLL, BRIER, ACCURACY)
 _ABOUT_MARKS = (
     "Best and runner-up of a column are marked; in brackets how many seeds where it is not {}."
@@ -33,7 +33,8 @@ def grid_tables(
 
     Args:
         records: one for each method, task, seed and number of draws; what is missing is a dash.
-        folder: where the rows of the records are, for p-values; None for none.
+        folder: where the rows of the records are, for p-values and for what a calibrated model
+            scores where a record does not say it; None for none.
         resamples: of the paired bootstrap; 0 for no p-values.
         against: the label of the method to compare with, whose differences are then shown too;
             None for the method of least mean NLL.
@@ -41,6 +42,7 @@ def grid_tables(
     Raises:
         Refusal: if there are no records, or none of `against`.
     """
+    records = records if folder is None else renewed(records, folder)
     known = list(by_seed(records))
     if against is not None and against not in known:
         raise Refusal(f"got no record of {against!r}; expected one of {known}; choose one")
@@ -52,7 +54,8 @@ def grid_tables(
             tasks.setdefault(_task(record), []).append(record)
         runs = [by_seed(some) for some in tasks.values()]
         most = max(len(seeds) for methods in runs for seeds in methods.values())
-        blocks = [column.block(labels, runs, most, ("best", "second")) for column in _BLOCKS]
+        shown = [column for column in _BLOCKS if column.sign or any(map(column.of, group))]
+        blocks = [column.block(labels, runs, most, ("best", "second")) for column in shown]
         notes = [_ABOUT_MARKS.format(most)]
         if folder is not None and resamples:
             blocks += _p_blocks(labels, tasks.values(), folder, resamples, against)

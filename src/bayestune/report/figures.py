@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bayestune.metrics import Reliability, Row, is_right, risk_coverage
-from bayestune.report.columns import ACCURACY, BRIER, ECE, NLL, Column
+from bayestune.report.columns import ACCURACY, BRIER, CALIBRATED, ECE, NLL, Column
 from bayestune.report.comparable import names
 from bayestune.report.rows import Record
 from bayestune.report.summary import summary_tables
@@ -103,24 +103,38 @@ def reliability_figure(panels: Sequence[tuple[str, str, Reliability]]) -> Figure
     return figure
 
 
+def _draw_range(
+    axes: Axes, ends: tuple[float, float] | None, column: Column, y: float, look: Any
+) -> None:
+    """A horizontal line from end to end; none without ends."""
+    if ends is not None:
+        scaled = [end * column.scale for end in ends]
+        axes.plot(scaled, [y, y], solid_capstyle="butt", **look)
+
+
 def _draw_intervals(axes: Axes, column: Column, records: Sequence[Record]) -> None:
-    """A point and its interval a record, and a thin line to read the others against the first."""
+    """A point and its interval a record, and a thin line to read the others against the first.
+
+    Under an ECE lies what a calibrated model would score, in grey.
+    """
     for y, record in enumerate(records):
         metric = column.of(record)
         if not metric:
             continue
-        value, low, high = (metric[key] * column.scale for key in ("value", "low", "high"))
-        reference = y == 0 and len(records) > 1
-        colour = INK if reference else BLUE
-        axes.plot([low, high], [y, y], color=colour, linewidth=1.6, solid_capstyle="butt")
-        axes.plot([value], [y], marker="o", markersize=5, color=colour, linestyle="none")
+        value = metric["value"] * column.scale
+        _draw_range(axes, column.interval(record), column, y, {"color": INK, "linewidth": 1.6})
+        axes.plot([value], [y], marker="o", markersize=5, color=INK, linestyle="none")
         text = column.number(metric["value"])
         number = axes.annotate(text, (value, y), (0, 6), textcoords="offset points", ha="center")
         number.set_bbox({"facecolor": PAPER, "edgecolor": "none", "pad": 0.6})
-        if reference:
+        if y == 0 and len(records) > 1:
             axes.axvline(value, linewidth=0.8, zorder=0, **_DASHED)
+        if column == ECE:
+            calibrated = CALIBRATED.interval(record)
+            _draw_range(axes, calibrated, column, y + 0.2, {"color": FAINT, "linewidth": 3})
     axes.set_title(column.title, loc="left")
-    axes.set_xlabel("higher is better →" if column.sign > 0 else "← lower is better")
+    direction = "higher is better →" if column.sign > 0 else "← lower is better"
+    axes.set_xlabel(direction + ("; grey: if calibrated" if column == ECE else ""))
     axes.set(ylim=(len(records) - 0.45, -0.65), yticks=range(len(records)))
     axes.margins(x=0.12)
     axes.locator_params("x", nbins=4, steps=None)
@@ -129,7 +143,7 @@ def _draw_intervals(axes: Axes, column: Column, records: Sequence[Record]) -> No
 
 
 def summary_figure(records: Sequence[Record]) -> Figure:
-    """Accuracy, ECE, NLL and Brier score with bootstrap intervals, a panel each.
+    """Accuracy, ECE, NLL and Brier score with their intervals, a panel each.
 
     Args:
         records: one for each evaluated method; the others are read against the first.

@@ -12,7 +12,7 @@ from bayestune.report.claims import RESAMPLES, Evaluation, compare, listing, pai
 from bayestune.report.columns import ECE
 from bayestune.report.comparable import names
 from bayestune.report.figures import reliability_figure, summary_figure
-from bayestune.report.rows import Record, read_rows, tensors
+from bayestune.report.rows import Record, read_rows, renewed, tensors
 from bayestune.report.summary import summary_tables
 from bayestune.report.svg import inline_svg
 from bayestune.report.table import DASH, Block, Cell, Table, render
@@ -40,6 +40,7 @@ def write_page(records: Sequence[Record], folder: str | Path, title: str) -> Pat
     Raises:
         Refusal: if there are no records.
     """
+    records = renewed(records, folder)
     tables = render(summary_tables(records), "html")
     evaluations = []
     for name, record in zip(names(records), records, strict=True):
@@ -47,7 +48,7 @@ def write_page(records: Sequence[Record], folder: str | Path, title: str) -> Pat
     first, *others = evaluations
     compared = [(other, compare(first, other)) for other in others]
     words = [first.opening(), *(sentence(first, *pair) for pair in compared)]
-    picture = inline_svg(summary_figure(records), "Metrics of each method with bootstrap intervals")
+    picture = inline_svg(summary_figure(records), "Metrics of each method with intervals")
     ends = [first, evaluations[-1]] if others else [first]
     template = files("bayestune.report").joinpath("page.html").read_text(encoding="utf-8")
     page = Template(template).substitute(
@@ -70,7 +71,8 @@ def _paired(first: Evaluation, table: Table) -> str:
         f"Each method minus {first.name}, on the rows that both answered: difference, "
         f"{LEVEL:.0%} interval and two-sided p-value of a paired bootstrap ({RESAMPLES} "
         f"resamples). Green: better, the interval leaves out 0 and p < {1 - LEVEL:.2f}. "
-        "No correction for looking at several methods and metrics."
+        "No correction for looking at several methods and metrics. ECE is not here, because no "
+        "interval of its differences covers: compare each with its ECE if calibrated."
     )
     return f'<p class="note">{escape(note)}</p>{render([table], "html")}'
 
@@ -112,13 +114,13 @@ def _question(row: Row, extra: str = "") -> str:
 
 
 def _entropy(row: Row, most: float) -> str:
-    """The two parts of the total entropy, and a bar of them as shares of the most."""
+    """The total entropy and its parts, and a bar of the parts as shares of the most."""
+    total = row["total_entropy"]
     expected = row["expected_entropy"]
-    mutual = row["mutual_information"]
-    shares = [100 * part / most if most else 0 for part in (expected, mutual)]
+    shares = [100 * part / most if most else 0 for part in (expected, max(0, total - expected))]
     bar = "".join(f'<i style="width:{share:.1f}%"></i>' for share in shares)
-    text = f"total {row['total_entropy']:.3f} = expected {expected:.3f}"
-    text += f" + mutual information {mutual:.3f} nats"
+    text = f"total {total:.3f} nats, in each draw {expected:.3f}"
+    text += f"; mutual information {row['mutual_information']:.3f}"
     return f'<div class="bar">{bar}</div><span class="note">{text}</span>'
 
 
@@ -127,8 +129,9 @@ def _uncertain(last: Evaluation) -> str:
     if not rows:
         return _missing([last])
     note = (
-        f"By total entropy under {last.name}. Grey: expected entropy, what every draw is unsure "
-        "of. Orange: mutual information, what the draws disagree on."
+        f"By total entropy under {last.name}. The bar's first part: expected entropy, what every "
+        "draw is unsure of; its second part: what these draws disagree on. Mutual information is "
+        "that times S/(S − 1), its estimate for infinitely many draws from S."
     )
     most = rows[0]["total_entropy"]
     questions = "".join(_question(row, _entropy(row, most)) for row in rows)

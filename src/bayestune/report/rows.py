@@ -1,6 +1,7 @@
 """The rows beside records: read, matched between runs, turned into tensors."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from bayestune.jsonl import read_json_lines
-from bayestune.metrics import Row
+from bayestune.metrics import Bins, Row, summarise
 
 Record = Mapping[str, Any]
 Pair = tuple[Sequence[Row], Sequence[Row]]  # the rows of two methods in one run
@@ -20,6 +21,27 @@ def read_rows(record: Record, folder: str | Path) -> list[Row]:
     """The rows in the file of `folder` that a record names; none if it is missing."""
     path = Path(folder, record.get("predictions") or "")
     return list(read_json_lines(path)) if path.is_file() else []
+
+
+def renewed(records: Sequence[Record], folder: str | Path) -> list[Record]:
+    """Records whose metrics an older version made, with those that their rows have today.
+
+    Such records have no `ece_if_calibrated`. Without their rows they stay as they are.
+    """
+    found = []
+    for record in records:
+        known = record.get("metrics", {})
+        rows = [] if "ece_if_calibrated" in known else read_rows(record, folder)
+        found.append({**record, "metrics": _metrics(record, rows)} if rows else record)
+    return found
+
+
+def _metrics(record: Record, rows: Sequence[Row]) -> dict[str, Any]:
+    bins = Bins(record.get("bins", 15), record.get("binning", "torchmetrics"))
+    losses = [row.get("nll") for row in rows]  # not always written
+    known = None if None in losses else torch.tensor(losses, dtype=torch.float64)
+    summary = summarise(*tensors(rows), bins, losses=known)
+    return {key: asdict(interval) for key, interval in summary.items()}
 
 
 def tensors(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:

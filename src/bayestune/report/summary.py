@@ -2,20 +2,24 @@
 
 from collections.abc import Sequence
 
-from bayestune.report.columns import ACCURACY, AURC, BRIER, ECE, ECE_DEBIASED, NLL
+from bayestune.report.columns import ACCURACY, AURC, BRIER, CALIBRATED, ECE, NLL
 from bayestune.report.comparable import caption, comparable, names
 from bayestune.report.rows import Record
 from bayestune.report.table import Block, Table, marked
 
-_COLUMNS = (ACCURACY, ECE, ECE_DEBIASED, NLL, BRIER, AURC)
+_COLUMNS = (ACCURACY, ECE, CALIBRATED, NLL, BRIER, AURC)
+_ABOUT_INTERVALS = "In brackets: 95 % intervals over the rows; none where the rows cannot give one."
 _ABOUT_ECE = (
-    "In brackets: bootstrap interval over the rows. Resampling adds noise, which ECE counts as "
-    "miscalibration, so the intervals of ECE lie too high and can exclude their estimate."
+    "ECE is never 0 on finitely many rows. ECE if calibrated: what a perfectly calibrated model "
+    "with the same confidences would score on average (5–95 %), and p, its chance to score as much "
+    "as was observed."
 )
 
 
 def summary_tables(records: Sequence[Record]) -> list[Table]:
     """One table for each task, model and number of rows; the best of a column is marked.
+
+    Intervals of ECE from older versions, which do not hold, are left out: see `renewed`.
 
     Raises:
         Refusal: if there are no records.
@@ -27,9 +31,10 @@ def summary_tables(records: Sequence[Record]) -> list[Table]:
     """
     tables = []
     for group in comparable(records):
-        cells = [marked(map(column.with_interval, group), column.sign) for column in _COLUMNS]
-        headings = tuple(column.heading for column in _COLUMNS)
-        notes = (_ABOUT_ECE,) if any(map(ECE.of, group)) else ()
+        columns = [column for column in _COLUMNS if column.sign or any(map(column.of, group))]
+        cells = [marked(map(column.with_interval, group), column.sign) for column in columns]
+        headings = tuple(column.heading for column in columns)
+        notes = [_ABOUT_INTERVALS] + [_ABOUT_ECE] * (CALIBRATED in columns)
         of = caption(group[0], group[0].get("task"), group[0].get("n"))
-        tables.append(Table(of, headings, (Block.of("", names(group), cells),), notes))
+        tables.append(Table(of, headings, (Block.of("", names(group), cells),), tuple(notes)))
     return tables

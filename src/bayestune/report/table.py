@@ -9,7 +9,7 @@ from typing import Literal
 
 from bayestune.errors import Refusal
 
-Mark = Literal["", "best", "second"]
+Mark = Literal["", "best", "second", "better"]
 Style = Literal["text", "markdown", "html", "latex"]
 Lines = list[list[str]]  # of a block, ready to be joined
 DASH = "–"
@@ -66,19 +66,19 @@ def marked(cells: Iterable[Cell], sign: int, marks: Sequence[Mark] = ("best",)) 
     """Marks the best cells of a column, and the runners-up if `marks` has one for them.
 
     What is printed the same is as good; a column of one number only has no marks. The `sign` is 1
-    if higher is better, else −1.
+    if higher is better, −1 if lower is, and 0 for no marks.
     """
     cells = list(cells)
     numbers = {cell.number: float(cell.number) for cell in cells if cell.number != DASH}
     ranked = sorted(set(numbers.values()), reverse=sign > 0)
-    mark_of = dict(zip(ranked, marks, strict=False)) if len(ranked) > 1 else {}
+    mark_of = dict(zip(ranked, marks, strict=False)) if sign and len(ranked) > 1 else {}
     found = {text: mark_of.get(number, "") for text, number in numbers.items()}
     return [replace(cell, mark=found.get(cell.number, "")) for cell in cells]
 
 
 def _text(table: Table) -> str:
-    signs = {"": "", "best": "*", "second": "+"}
-    legend = {"best": "* best", "second": "+ runner-up"}
+    signs = {"": "", "best": "*", "second": "+", "better": "*"}
+    legend = {"best": "* best", "second": "+ runner-up", "better": "* better"}
 
     def write(cell: Cell) -> str:
         return " ".join([cell.number + signs[cell.mark], *cell.behind])
@@ -97,7 +97,7 @@ def _text(table: Table) -> str:
 
 
 def _markdown(table: Table) -> str:
-    forms = {"": "{}", "best": "**{}**", "second": "<u>{}</u>"}
+    forms = {"": "{}", "best": "**{}**", "second": "<u>{}</u>", "better": "**{}**"}
 
     def write(cell: Cell) -> str:
         return " ".join([forms[cell.mark].format(cell.number), *cell.behind])
@@ -160,7 +160,8 @@ $rows
 
 
 def _latex(table: Table) -> str:
-    forms = {"": "{}", "best": r"\textbf{{{}}}", "second": r"\underline{{{}}}"}
+    bold = r"\textbf{{{}}}"
+    forms = {"": "{}", "best": bold, "second": r"\underline{{{}}}", "better": bold}
 
     def escaped(text: str) -> str:
         return text.translate(str.maketrans(_LATEX))
@@ -189,7 +190,8 @@ def render(tables: Sequence[Table], style: Style = "text") -> str:
     """Tables one below the other.
 
     "text" marks the best number with * and the runner-up with +; "markdown" and "latex" (booktabs)
-    make them bold and underlined; "html" gives them a class.
+    make them bold and underlined; "html" gives them a class. What is "better" by a test looks like
+    the best, but in "html" it has a class of its own.
 
     Raises:
         Refusal: if the style is unknown.

@@ -236,7 +236,8 @@ class Session:
             return predict_adaptively(*asked, rows, rule, draws=draws, progress=self.progress)
         draws = replace(draws, count=count_for(fit.posterior, draws.count))
         title = f"predict, {draws.count} draws" if self.progress else None
-        return Prediction.of(row_logits(*asked, self.scorer.encode(rows), draws, progress=title))
+        logits = row_logits(*asked, self.scorer.encode(rows), draws, progress=title)
+        return Prediction.of(logits, exact=fit.posterior.atoms is not None)
 
     def quietly(self) -> Self:
         """The same session without progress bars and warnings of shortened rows."""
