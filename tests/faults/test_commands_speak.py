@@ -206,7 +206,7 @@ def in_a_process(stdout, stderr, others=()):
             os.dup2(stdout, 1)
             os.dup2(stderr, 2)
             sys.stdout = os.fdopen(1, "w", encoding="ascii")
-            sys.stderr = os.fdopen(2, "w", encoding="ascii")
+            sys.stderr = os.fdopen(2, "w", buffering=1, encoding="ascii")
             parser.COMMANDS["predict"] = (write_many, parser.COMMANDS["predict"][1])
             code = main(["predict", "--posterior=a", "--input=b"])
             sys.stdout.close()
