@@ -64,6 +64,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "swag": {"rate": 1.0, "every": 1},
     "scalabl": {},
     "dalorra": {"init_kept": 0.9},
+    "early_stopping": {"every": 2},
+    "distilled": {"base": {"method": "blob", **BLOB}, "steps": 3, "learning_rate": 1e-3},
 }
 TRAINING = {
     "steps": 4,
@@ -103,9 +105,9 @@ def make_method(name: str, settings: dict[str, Any]) -> Any:
     return METHODS[name](**settings)
 
 
-def training(seed: int) -> Training:
+def training(seed: int, scoring: str = "letter") -> Training:
     """The training of a seed, every field given."""
-    targets = ("q_proj", "v_proj", "query", "value")
+    targets = ("query", "value") if scoring == "head" else ("q_proj", "v_proj")
     return Training(lora=Lora(rank=2, alpha=4, dropout=0.0, targets=targets), seed=seed, **TRAINING)
 
 
@@ -117,7 +119,7 @@ def fitted(name: str, scoring: str, seed: int) -> dict[str, Tensor]:
         else (tiny_llama, coloured_questions())
     )
     scorer = make_scorer(base(), byte_level_tokenizer(), task, scoring)
-    posterior = make_method(name, SETTINGS[name]).fit(base(), scorer, training(seed))
+    posterior = make_method(name, SETTINGS[name]).fit(base(), scorer, training(seed, scoring))
     batch = scorer.collate(scorer.encode(task.evaluation))
     batch.pop("labels")
     found = {"logits": posterior.logits(batch, Draws(3)).nan_to_num(neginf=-100.0)}
