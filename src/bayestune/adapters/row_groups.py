@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bayestune.errors import Refusal
 
-RowOf = Sequence[int] | Callable[[int], Sequence[int]]
+RowOf = Sequence[int] | Tensor | Callable[[int], Sequence[int]]
 
 
 class Rows(NamedTuple):
