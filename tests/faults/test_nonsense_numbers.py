@@ -123,6 +123,11 @@ def test_every_target_is_a_module(llama, targets):
         attach(llama(), Lora(targets=targets))
 
 
+def test_targets_of_several_families_may_stand_together(llama):
+    adapted = attach(llama(), Lora(targets=("q_proj", "query")))
+    assert sum("lora_A" in name for name, _ in adapted.named_parameters()) == 2
+
+
 def test_a_target_may_be_a_path(llama):
     path = "model.layers.0.self_attn.q_proj"
     adapted = attach(llama(), Lora(targets=(path, "mlp.up_proj")))

@@ -87,7 +87,9 @@ def attach(model: nn.Module, lora: Lora) -> PeftModel:
         if not (is_classifier(model) or head_is_tied(model)):
             targets = (*targets, "lm_head")
     unknown = [name for name in targets if not _is_named(name, paths)]
-    if unknown:
+    # names of other families may stand in a list for several models
+    elsewhere = {name for names in _TARGETS for name in names}
+    if unknown and (len(unknown) == len(targets) or not elsewhere.issuperset(unknown)):
         alike = nearest(unknown[0].rpartition(".")[2], leaves)
         hint = f"did you mean {alike!r}?" if alike else "set the targets"
         raise Refusal(
