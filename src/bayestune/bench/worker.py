@@ -91,18 +91,19 @@ class Worker:
     def check(self, cells: Iterable[Cell]) -> None:
         """Refuses what the fits of cells, or evaluating them, would refuse after hours.
 
-        Each model is looked at without its weights, once for each task.
+        Each model is looked at without its weights, once for each task and seed.
         """
         groups: dict[tuple[Any, ...], list[Cell]] = defaultdict(list)
         for cell in cells:
-            groups[cell.model, cell.task].append(cell)
-        for (model, task), group in groups.items():
+            groups[cell.model, cell.task, cell.training.seed].append(cell)
+        for (model, task, seed), group in groups.items():
+            tasks = self.tasks[seed]
             first = group[0]
-            classes = num_classes(self.tasks[task], first.questions.scoring)
+            classes = num_classes(tasks[task], first.questions.scoring)
             loaded = open_model(model, first.dtype, classes, outline=True)
-            session = Session.of(loaded, self.tasks[task], first.questions).quietly()
+            session = Session.of(loaded, tasks[task], first.questions).quietly()
             for name in first.evaluate_on:
-                session.on(self.tasks[name]).check_evaluation("evaluation")
+                session.on(tasks[name]).check_evaluation(first.part)
             session.check([cell.method for cell in group], first.training)
 
     def _session(self, cell: Cell) -> Session:

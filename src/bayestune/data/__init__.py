@@ -6,17 +6,9 @@ A row is one `Question`; a `Task` holds the rows to train on, to choose on and t
 from bayestune.data.answer_readings import AnswerIs
 from bayestune.data.files import checked_options, load_rows
 from bayestune.data.prompts import Prompt
+from bayestune.data.public_tasks import TASKS, load_task, prompt_of
 from bayestune.data.questions import Question, Scoring
-from bayestune.data.tasks import (
-    TASKS,
-    Part,
-    Task,
-    check_ids,
-    check_trainable,
-    load_task,
-    own_task,
-    prompt_of,
-)
+from bayestune.data.tasks import Part, Task, check_ids, check_trainable, own_task
 
 __all__ = [
     "TASKS",

@@ -5,7 +5,8 @@ It is opened by names, or from a posterior's folder with prompt, scoring and pre
 
 from bayestune.session.as_fitted import options_of, put_as_fitted, say_seen
 from bayestune.session.fit import Fit, details_of, shown
-from bayestune.session.session import Dtype, Session, num_classes, open_model
+from bayestune.session.opened_model import Dtype, num_classes, open_model
+from bayestune.session.session import Session
 from bayestune.session.task_options import OF_THE_FIT, TaskOptions
 
 __all__ = [

@@ -4,11 +4,9 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
-import torch
-
-from bayestune.data import Part, Prompt, Question, Scoring, Task, check_ids, check_trainable
+from bayestune.data import Part, Prompt, Question, Task, check_ids, check_trainable
 from bayestune.errors import Refusal
 from bayestune.evaluation import (
     Adaptive,
@@ -23,7 +21,7 @@ from bayestune.evaluation import (
 )
 from bayestune.forward import Draws
 from bayestune.methods import Method, changed, described
-from bayestune.models import LoadedModel, load_default, load_model
+from bayestune.models import LoadedModel
 from bayestune.posteriors import DETAILS, Posterior, Prediction, count_for
 from bayestune.scoring import Scorer, check_lengths, make_scorer, own_classes, row_logits
 from bayestune.session.as_fitted import (
@@ -35,12 +33,12 @@ from bayestune.session.as_fitted import (
 )
 from bayestune.session.before_fitting import check_answers, check_fits
 from bayestune.session.fit import Fit, details_of
+from bayestune.session.opened_model import Dtype, num_classes, open_model
 from bayestune.session.task_options import TaskOptions
 from bayestune.training import Training
 
 logger = logging.getLogger(__name__)
 
-Dtype = Literal["float32", "bfloat16"]
 WINDOW = 32  # rows that are predicted before their lines are written
 
 
@@ -277,28 +275,3 @@ class Session:
                 told = iter(prediction_rows(good, found))
             for row, problem in zip(window, problems, strict=True):
                 yield next(told) if problem is None else error_row(row, problem)
-
-
-def open_model(
-    name: str | None,
-    dtype: Dtype = "float32",
-    num_labels: int | None = None,
-    *,
-    outline: bool = False,
-) -> LoadedModel:
-    """Loads a model, without a name the default one, onto the accelerator if there is one.
-
-    An `outline` has no weights: settings can be checked against it.
-    """
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "num_labels": num_labels}
-    if outline:
-        options["device"] = "meta"
-    loaded = load_default(**options) if name is None else load_model(name, **options)
-    if not outline and torch.accelerator.is_available():
-        loaded.model.to(torch.accelerator.current_accelerator())  # type: ignore[arg-type]
-    return loaded
-
-
-def num_classes(task: Task, scoring: Scoring) -> int | None:
-    """C of the classification head that a task asks for; None for a language model."""
-    return len((*task.train, *task.evaluation)[0].options) if scoring == "head" else None

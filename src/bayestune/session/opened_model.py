@@ -1,0 +1,35 @@
+"""A model, opened by name with the head and the precision that a session asks for."""
+
+from typing import Any, Literal
+
+import torch
+
+from bayestune.data import Scoring, Task
+from bayestune.models import LoadedModel, load_default, load_model
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+def open_model(
+    name: str | None,
+    dtype: Dtype = "float32",
+    num_labels: int | None = None,
+    *,
+    outline: bool = False,
+) -> LoadedModel:
+    """Loads a model, without a name the default one, onto the accelerator if there is one.
+
+    An `outline` has no weights: settings can be checked against it.
+    """
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "num_labels": num_labels}
+    if outline:
+        options["device"] = "meta"
+    loaded = load_default(**options) if name is None else load_model(name, **options)
+    if not outline and torch.accelerator.is_available():
+        loaded.model.to(torch.accelerator.current_accelerator())  # type: ignore[arg-type]
+    return loaded
+
+
+def num_classes(task: Task, scoring: Scoring) -> int | None:
+    """C of the classification head that a task asks for; None for a language model."""
+    return len((*task.train, *task.evaluation)[0].options) if scoring == "head" else None
