@@ -257,7 +257,7 @@ def test_a_missing_library_is_told_in_a_line(place, capsys, monkeypatch):
     def missing(*_, **__):
         raise ImportError("got a GGUF model, expected gguf to be installed")
 
-    monkeypatch.setattr("bayestune.session.session.load_model", missing)
+    monkeypatch.setattr("bayestune.session.opened_model.load_model", missing)
     said = failed(fitting(place), capsys)
     assert said == "bayestune: error: got a GGUF model, expected gguf to be installed"
 

@@ -7,7 +7,7 @@ import pytest
 
 from bayestune.adapters import Lora, attach
 from bayestune.bench import Grid, run_bench
-from bayestune.cli.parser import main
+from bayestune.cli import main
 from bayestune.data import load_task
 from bayestune.errors import Refusal
 from bayestune.evaluation import EvaluationOptions
@@ -103,7 +103,7 @@ def test_a_command_says_so_before_it_loads_a_model(option, tmp_path, capsys, mon
     def unwanted(*_, **__):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("bayestune.session.session.load_model", unwanted)
+    monkeypatch.setattr("bayestune.session.opened_model.load_model", unwanted)
     output = f"--output={tmp_path / 'out'}"
     try:
         code = main(["fit", "--model=no/such", "--task=everyday", output, option])

@@ -7,7 +7,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from bayestune.cli.start import nearest
+from bayestune.errors import nearest
 from bayestune.methods import METHODS
 
 _WORDS = {

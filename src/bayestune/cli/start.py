@@ -3,13 +3,13 @@
 All else is in modules that import torch, so they are imported by name, once there is work to do.
 """
 
-import difflib
 import importlib
 import sys
 from collections.abc import Sequence
 from textwrap import fill
 
 import bayestune
+from bayestune.errors import nearest
 
 COMMANDS = {
     "fit": "Fit one method and save its posterior.",
@@ -70,12 +70,3 @@ def _unknown(first: str) -> str:
     near = nearest(first, COMMANDS)
     hint = f"; did you mean {near}?" if near else ""
     return f"unknown command: got {first!r}, expected one of {', '.join(COMMANDS)}{hint}"
-
-
-def nearest(name: str, known: Sequence[str] | dict[str, str]) -> str | None:
-    """The known name that is most like a mistyped one; None if none is.
-
-    >>> nearest("predcit", ["fit", "predict"])
-    'predict'
-    """
-    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)), None)
