@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from bayestune.adapters import Slots, bayesify
 from bayestune.data import Question
+from bayestune.decisions import predictive_nll
 from bayestune.errors import Refusal
 from bayestune.forward import Draws
-from bayestune.methods.held_out import head_slots, predictive_nll
+from bayestune.methods.held_out import head_slots
 from bayestune.methods.method import Method
 from bayestune.methods.mle import MLE
 from bayestune.posteriors import Gaussian, Point, Posterior
