@@ -5,11 +5,13 @@ them are what they are made of: scores, thresholds with a promise, sets, a gate'
 and which rows to label.
 """
 
+from bayestune.decisions.bands import band_thresholds, class_thresholds
 from bayestune.decisions.bounds import (
     Promise,
     binomial_p_value,
     bounded_loss_p_value,
     risk_bound,
+    rows_for_rate,
     rows_needed,
     smallest_risk,
 )
@@ -34,8 +36,6 @@ from bayestune.decisions.sets import SetKind, SetRule, fit_sets, option_scores, 
 from bayestune.decisions.tempering import best_temperature, log_predictive, predictive_nll
 from bayestune.decisions.thresholds import (
     Threshold,
-    band_thresholds,
-    class_thresholds,
     likely_start,
     threshold,
 )
@@ -85,6 +85,7 @@ __all__ = [
     "rank_rows",
     "risk_bound",
     "row_uniforms",
+    "rows_for_rate",
     "rows_needed",
     "score_rows",
     "shrunk_covariance",

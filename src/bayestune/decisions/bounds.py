@@ -83,9 +83,7 @@ def bounded_loss_p_value(losses: float, rows: int, risk: float) -> float:
     if rows == 0:
         return 1.0
     mean = min(losses / rows, risk)
-    entropy = (1 - mean) * math.log((1 - mean) / (1 - risk))
-    if mean > 0:
-        entropy += mean * math.log(mean / risk)
+    entropy = relative_entropy(mean, risk)
     ceiling = math.ceil(losses - 1e-9)
     return min(1.0, math.exp(-rows * entropy), math.e * binomial_p_value(ceiling, rows, risk))
 
@@ -137,6 +135,25 @@ def rows_needed(promise: Promise, errors: int = 0) -> int:
         middle = (low + high) // 2
         low, high = (low, middle) if _enough(promise, errors, middle) else (middle, high)
     return high
+
+
+def relative_entropy(mean: float, risk: float) -> float:
+    """h(r, α) = r log(r/α) + (1 − r) log((1 − r)/(1 − α)), of coins, for r in [0, 1)."""
+    rest = (1 - mean) * math.log((1 - mean) / (1 - risk))
+    return rest + (mean * math.log(mean / risk) if mean > 0 else 0.0)
+
+
+def rows_for_rate(rate: float, promise: Promise) -> int | None:
+    """How many rows acted on surely suffice if their error rate is `rate`; None if it is α or more.
+
+    n = ⌈−log δ / h(r, α)⌉ by Hoeffding's bound, for errors and costs alike.
+
+    >>> [rows_for_rate(rate, Promise(0.05, 0.9)) for rate in (0.0, 0.02, 0.05)]
+    [45, 190, None]
+    """
+    if rate >= promise.risk:
+        return None
+    return math.ceil(-math.log(promise.delta) / relative_entropy(rate, promise.risk))
 
 
 def _enough(promise: Promise, errors: int, rows: int) -> bool:

@@ -13,6 +13,7 @@ from typing import Self, get_args
 import torch
 from torch import Tensor
 
+from bayestune.decisions.bands import band_thresholds, class_thresholds
 from bayestune.decisions.bounds import Promise
 from bayestune.decisions.calibration import Calibration
 from bayestune.decisions.comparing import HeldOut, Variant, check_variants, compare, kept
@@ -22,9 +23,7 @@ from bayestune.decisions.sets import SetKind, SetRule, fit_sets, row_uniforms
 from bayestune.decisions.tempering import best_temperature
 from bayestune.decisions.thresholds import (
     Threshold,
-    band_thresholds,
     check_enough,
-    class_thresholds,
     likely_start,
     threshold,
 )
@@ -153,7 +152,7 @@ def calibrate(
         variant=trial.variant,
         temperature=temperature,
         score=score,
-        thresholds=_thresholds(choosing, promising, asked.promise),
+        thresholds=_thresholds(choosing, promising, asked),
         sets=_sets(promising, asked.set_coverage),
         set_kind=asked.set_kind,
         num_choosing=num_choosing,
@@ -187,11 +186,13 @@ def _area(scores: Tensor, losses: Tensor) -> float:
     return (ranked.cumsum(0) / place).mean().item()
 
 
-def _thresholds(choosing: _Part, promising: _Part, promise: Promise) -> dict[str, Threshold]:
+def _thresholds(choosing: _Part, promising: _Part, asked: Asked) -> dict[str, Threshold]:
     found = {}
+    promise = asked.promise
+    bounded = asked.costs is not None
     for name, scores in promising.scores.items():
         start = likely_start(choosing.scores[name], choosing.losses, len(scores), promise)
-        found[name] = threshold(scores, promising.losses, promise, start)
+        found[name] = threshold(scores, promising.losses, promise, start, bounded=bounded)
     return found
 
 
@@ -200,12 +201,14 @@ def _finer(
 ) -> tuple[dict[str, Threshold], dict[int, Threshold]]:
     """Thresholds of bands and of classes, on the chosen score, if asked for."""
     scores = part.scores[score]
+    bounded = asked.costs is not None
     if asked.bands:
         confidence = asked.promise.confidence
-        return band_thresholds(scores, part.losses, asked.bands, confidence), {}
+        found = band_thresholds(scores, part.losses, asked.bands, confidence, bounded=bounded)
+        return found, {}
     if asked.per_class:
-        choices = part.spread.choice
-        return {}, class_thresholds(scores, part.losses, choices, asked.promise, num_classes)
+        classes = (part.spread.choice, asked.promise, num_classes)
+        return {}, class_thresholds(scores, part.losses, *classes, bounded=bounded)
     return {}, {}
 
 

@@ -56,7 +56,7 @@ def row_uniforms(contents: Sequence[str]) -> Tensor:
     """A number in [0, 1) of each row's content, (N,): a row always gets the same set.
 
     >>> row_uniforms(["Is the sky blue?"])
-    tensor([0.9154], dtype=torch.float64)
+    tensor([0.9715], dtype=torch.float64)
     """
     digests = [hashlib.sha256(f"ties\0{content}".encode()).digest() for content in contents]
     values = [int.from_bytes(digest[:6], "big") / 2**48 for digest in digests]

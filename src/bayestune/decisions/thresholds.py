@@ -17,7 +17,6 @@ References:
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,6 +27,7 @@ from bayestune.decisions.bounds import (
     bounded_loss_p_value,
     p_value,
     risk_bound,
+    rows_for_rate,
     rows_needed,
     smallest_risk,
 )
@@ -49,6 +49,8 @@ class Threshold:
         losses: the sum of their losses: their errors, if errors have no costs.
         supported: the smallest risk that the strictest threshold can promise on these rows, with
             the same confidence.
+        needed: how many rows must be acted on for the promise, at the loss of the strictest
+            threshold; None if that is as great as the risk.
     """
 
     value: float | None
@@ -58,6 +60,7 @@ class Threshold:
     acted: int
     losses: float
     supported: float
+    needed: int | None = None
 
     @property
     def coverage(self) -> float:
@@ -76,12 +79,17 @@ class Threshold:
             return (
                 f"no threshold keeps the risk at {self.risk:g} with confidence "
                 f"{self.confidence:g} on {self.rows} rows: nothing is acted on; the smallest risk "
-                f"they support is {self.supported:.3f}"
+                f"they support is {self.supported:.3f}; {self._need()}"
             )
         return (
             f"acts on {self.acted} of {self.rows} rows; risk at most {self.risk:g} with "
             f"confidence {self.confidence:g}"
         )
+
+    def _need(self) -> str:
+        if self.needed is None:
+            return "no number of rows would, at the error rate of the surest ones"
+        return f"{self.needed} rows acted on would, at the error rate of the surest ones"
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,15 +125,17 @@ def _sequence(scores: Tensor, losses: Tensor, start: int) -> _Sequence:
     return _Sequence(values, rows, cumulative[rows - 1])
 
 
-def _checked(scores: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, bool]:
+def checked(scores: Tensor, losses: Tensor, *, bounded: bool) -> tuple[Tensor, Tensor]:
+    """Scores and losses in float64; refuses what cannot be ranked or is no loss."""
     if scores.ndim != 1 or losses.shape != scores.shape or len(scores) == 0:
         got = f"scores and losses of shapes {tuple(scores.shape)} and {tuple(losses.shape)}"
         raise Refusal(f"got {got}; expected (N,) and (N,), not empty; give one of each a row")
-    if scores.isnan().any() or not ((losses >= 0) & (losses <= 1)).all():
-        expected = "scores that have an order and losses from 0 to 1"
-        raise Refusal(f"got NaN or losses outside [0, 1]; expected {expected}; scale the costs")
     values = losses.detach().cpu().double()
-    return scores.detach().cpu().double(), values, bool(((values == 0) | (values == 1)).all())
+    allowed = (values >= 0) & (values <= 1) if bounded else (values == 0) | (values == 1)
+    if scores.isnan().any() or not allowed.all():
+        expected = "losses from 0 to 1" if bounded else "0 or 1 (costs: bounded=True)"
+        raise Refusal(f"got NaN scores or other losses; expected {expected}; scale the costs")
+    return scores.detach().cpu().double(), values
 
 
 def check_enough(rows: int, promise: Promise, share: float = 1.0) -> None:
@@ -148,7 +158,12 @@ def check_enough(rows: int, promise: Promise, share: float = 1.0) -> None:
 
 
 def threshold(
-    scores: Tensor, losses: Tensor, promise: Promise, start: int | None = None
+    scores: Tensor,
+    losses: Tensor,
+    promise: Promise,
+    start: int | None = None,
+    *,
+    bounded: bool = False,
 ) -> Threshold:
     """The largest λ of a fixed sequence that keeps a promise.
 
@@ -158,6 +173,7 @@ def threshold(
         promise: α and 1 − δ.
         start: how many rows the strictest threshold acts on, decided without these losses; the
             fewest that can keep the promise unless given (see `likely_start`).
+        bounded: whether losses may lie between 0 and 1, as costs do; the bound is then wider.
 
     Raises:
         Refusal: if there are fewer rows than the promise needs without any error.
@@ -167,15 +183,15 @@ def threshold(
     >>> found.acted, found.losses, round(found.supported, 3)
     (80, 0.0, 0.05)
     """
-    values, sums, whole = _checked(scores, losses)
+    values, sums = checked(scores, losses, bounded=bounded)
     check_enough(len(values), promise)
-    return _threshold((values, sums, whole), promise, start)
+    return last_kept(values, sums, promise, start, whole=not bounded)
 
 
-def _threshold(
-    checked: tuple[Tensor, Tensor, bool], promise: Promise, start: int | None
+def last_kept(
+    scores: Tensor, losses: Tensor, promise: Promise, start: int | None, *, whole: bool
 ) -> Threshold:
-    scores, losses, whole = checked
+    """The last threshold kept of checked scores and losses; none if there are too few rows."""
     num_rows = len(scores)
     nothing = Threshold(None, promise.risk, promise.confidence, num_rows, 0, 0.0, 1.0)
     fewest = rows_needed(promise)
@@ -186,7 +202,8 @@ def _threshold(
     sequence = _sequence(scores, losses, first)
     strictest = (sequence.losses[0].item(), int(sequence.rows[0]))
     supported = risk_bound(*strictest, promise.confidence, whole=whole)
-    nothing = replace(nothing, supported=supported)
+    needed = rows_for_rate(strictest[0] / strictest[1], promise)
+    nothing = replace(nothing, supported=supported, needed=needed)
     passed = sequence.passed(promise, whole=whole)
     if passed == 0:
         return nothing
@@ -212,7 +229,7 @@ def likely_start(scores: Tensor, losses: Tensor, rows: int, promise: Promise) ->
         rows: n of the rows for the threshold.
         promise: what they must keep.
     """
-    values, sums, _ = _checked(scores, losses)
+    values, sums = checked(scores, losses, bounded=True)
     fewest = rows_needed(promise)
     finite = int(values.isfinite().sum())
     if finite == 0 or rows <= fewest:
@@ -226,56 +243,3 @@ def likely_start(scores: Tensor, losses: Tensor, rows: int, promise: Promise) ->
         taken = place * rows // len(values)
         found[taken] = bounded_loss_p_value(rate * taken, taken, promise.risk)
     return max(fewest, min(found, key=found.__getitem__))
-
-
-def class_thresholds(
-    scores: Tensor, losses: Tensor, choices: Tensor, promise: Promise, num_classes: int
-) -> dict[int, Threshold]:
-    """A threshold for the rows of each choice, so that the risk holds for each answer by itself.
-
-    δ is divided by the number of classes, so all hold at once. A class with too few rows has no
-    threshold and is never acted on.
-
-    Args:
-        scores: (N,).
-        losses: (N,), in [0, 1].
-        choices: ĉ (N,); classes must mean the same in every row.
-        promise: for each class.
-        num_classes: C.
-
-    Raises:
-        Refusal: if no class has enough rows.
-    """
-    values, sums, whole = _checked(scores, losses)
-    each = promise.shared_by(num_classes)
-    most = int(torch.bincount(choices, minlength=num_classes).max())
-    check_enough(most, each, most / len(values))
-    found = {}
-    for index in range(num_classes):
-        own = choices == index
-        if own.any():
-            found[index] = _threshold((values[own], sums[own], whole), each, None)
-        else:
-            found[index] = Threshold(None, each.risk, each.confidence, 0, 0, 0.0, 1.0)
-    return found
-
-
-def band_thresholds(
-    scores: Tensor, losses: Tensor, risks: Mapping[str, float], confidence: float
-) -> dict[str, Threshold]:
-    """Thresholds of several bands, strictest first: {"act": 0.05, "flag": 0.2}.
-
-    Among the rows in a band or a stricter one the mean loss is at most the band's risk; δ is
-    divided by the number of bands, so all hold at once. Rows beyond the last are asked about.
-
-    Raises:
-        Refusal: if the risks do not rise, or there are too few rows for the first.
-    """
-    asked = list(risks.values())
-    if not asked or sorted(set(asked)) != asked:
-        raise Refusal(f"got bands {dict(risks)}; expected rising risks; put the strictest first")
-    delta = (1 - confidence) / len(asked)
-    found = {}
-    for name, risk in risks.items():
-        found[name] = threshold(scores, losses, Promise(risk, 1 - delta))
-    return found
