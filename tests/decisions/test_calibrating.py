@@ -228,6 +228,8 @@ def test_refusals():
     match = "got 45 rows to choose thresholds on; expected 59 or more .* give 118 held-out rows"
     with pytest.raises(ValueError, match=match):
         calibrate(variants, held_out, Asked(Promise(0.05, 0.95)))
+    with pytest.raises(ValueError, match="expected 59 or more .* give 118 held-out rows"):
+        calibrate(variants, held_out, Asked(bands={"act": 0.05, "flag": 0.2}))
     with pytest.raises(ValueError, match="got 2 of 89 rows that training saw, such as '0.1'"):
         replace(held_out, seen={"0.1", "0.2", "other"})
     with pytest.raises(ValueError, match="got no variants; expected one or more"):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bayestune.decisions.bands import band_thresholds, class_thresholds
-from bayestune.decisions.bounds import Promise
+from bayestune.decisions.bounds import Promise, rows_needed
 from bayestune.decisions.calibration import Calibration
 from bayestune.decisions.comparing import HeldOut, Variant, check_variants, compare, kept
 from bayestune.decisions.costs import losses_of
@@ -94,7 +94,7 @@ class _Part:
             scores = {name: s.masked_fill(abstains, torch.inf) for name, s in scores.items()}
         labels = held_out.labels[rows]
         losses = losses_of(spread.choice, labels, asked.costs)
-        contents: list[str] = [held_out.contents[index] for index in rows.tolist()]
+        contents = [held_out.contents[int(index)] for index in rows.tolist()]
         return cls(scores, losses, spread, labels, contents)
 
 
@@ -170,10 +170,10 @@ def calibrate(
 
 def _strictest(asked: Asked) -> Promise:
     """The promise that needs the most rows."""
-    if not asked.bands:
-        return asked.promise
-    first = Promise(min(asked.bands.values()), asked.promise.confidence)
-    return first.shared_by(len(asked.bands))
+    promises = [asked.promise]
+    for risk in (asked.bands or {}).values():
+        promises.append(Promise(risk, asked.promise.confidence).shared_by(len(asked.bands or {})))
+    return max(promises, key=rows_needed)
 
 
 def _area(scores: Tensor, losses: Tensor) -> float:
