@@ -238,22 +238,23 @@ def run(models: list[str], sizes: list[int], repetitions: int, path: Path) -> No
 def table(path: Path) -> str:
     """The records as two Markdown tables."""
     lines = [
-        "| model | rows | refused | promise broken | acts at all | acted on | sets' cover | size |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | rows | runs | refused | broken | acts at all | acted on | sets' cover | size |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    drifts = ["", "| rows | false alarms of drift at 5 % |", "|---|---|"]
+    drifts = ["", "| rows | runs | false alarms of drift at 5 % |", "|---|---|---|"]
     for r in read_json_lines(path):
         if r["study"] == "drift":
             rate = f"{r['false_alarms']:.3f} ± {r['false_alarms_error']:.3f}"
-            drifts.append(f"| {r['rows']} | {rate} |")
-        elif "broken" not in r:
-            lines.append(f"| {r['model']} | {r['rows']} | all | | | | | |")
+            drifts.append(f"| {r['rows']} | {r['repetitions']} | {rate} |")
+            continue
+        front = f"| {r['model']} | {r['rows']} | {r['repetitions']} | {r['refused']}"
+        if "broken" not in r:
+            lines.append(f"{front} | | | | | |")
         else:
             broken = f"{r['broken']:.3f} ± {r['broken_error']:.3f}"
             cover = f"{r['cover']:.3f} ± {r['cover_error']:.3f}"
             acted = f"{r['acts']:.2f} | {r['share_acted']:.2f}"
-            front = f"| {r['model']} | {r['rows']} | {r['refused']} | {broken}"
-            lines.append(f"{front} | {acted} | {cover} | {r['size']:.2f} |")
+            lines.append(f"{front} | {broken} | {acted} | {cover} | {r['size']:.2f} |")
     return "\n".join(lines + drifts) + "\n"
 
 

@@ -16,5 +16,5 @@ def test_cells_are_kept_and_go_into_the_table(tmp_path):
     decisions.run(["calibrated", "drift"], [60], 3, path)
     assert read_json_lines(path) == records
     text = decisions.table(path)
-    assert "| calibrated | 60 | all |" in text
+    assert "| calibrated | 60 | 3 | 3 |" in text
     assert text.count("\n| 60 |") == 1
