@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bayestune.methods.temperature import best_temperature
+from bayestune.decisions import best_temperature
 from bayestune.metrics import accuracy, ece, nll
 
 MEAN, EXACT, PREFIX, BLOCKS = "mean", "exact", "prefix", "blocks"

@@ -17,6 +17,7 @@ ORDER = [
     "runtime",
     "jsonl",
     "metrics",
+    "decisions",
     "adapters",
     "kl",
     "forward",

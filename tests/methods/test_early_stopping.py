@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from bayestune import Refusal
+from bayestune.decisions import predictive_nll
 from bayestune.forward import Draws
 from bayestune.methods import MLE, EarlyStopping
-from bayestune.methods.held_out import held_out_logits, predictive_nll
+from bayestune.methods.held_out import held_out_logits
 from promises import LONG, TRAINING
 
 

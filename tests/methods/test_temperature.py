@@ -1,10 +1,9 @@
 import pytest
 import torch
 
+from bayestune.decisions import best_temperature, predictive_nll
 from bayestune.forward import Draws
 from bayestune.methods import MLE, BLoB, PosteriorScale, Temperature
-from bayestune.methods.held_out import predictive_nll
-from bayestune.methods.temperature import best_temperature
 from bayestune.posteriors import load_posterior, save_posterior
 from bayestune.runtime import keep_freed_memory
 from bayestune.scoring import row_logits

@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from bayestune.decisions import predictive_nll
 from bayestune.errors import Refusal
 from bayestune.forward import Draws
-from bayestune.methods.held_out import held_out_logits, held_out_rows, predictive_nll
+from bayestune.methods.held_out import held_out_logits, held_out_rows
 from bayestune.posteriors import Point
 from bayestune.scoring import Scorer
 from bayestune.training import Training, fit_adapter

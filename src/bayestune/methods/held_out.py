@@ -1,6 +1,5 @@
-"""For methods that build on others: held-out rows and their NLL, a point, the head's slots."""
+"""For methods that build on others: held-out rows and their logits, a point, the head's slots."""
 
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
@@ -57,12 +56,6 @@ def held_out_logits(
     labels = torch.tensor([row.answer for row in rows])
     which = replace(draws, count=count_for(posterior, draws.count))
     return row_logits(posterior, scorer, scorer.encode(rows), which), labels
-
-
-def predictive_nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """−mean_n log 1/S Σ_s softmax(f_s)_{n, y_n} in nats, f (S, N, C), y (N,)."""
-    own = logits.log_softmax(-1).gather(-1, labels.expand(len(logits), -1)[..., None])[..., 0]
-    return -(own.logsumexp(0) - math.log(len(logits))).mean()
 
 
 def head_slots(slots: Slots, sides: Collection[str] = ("lora_A",)) -> list[str]:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from bayestune.adapters import SIDES
 from bayestune.curvature import Curvature, Structure, best_precision, gauss_newton, log_evidence
 from bayestune.data import Question
+from bayestune.decisions import predictive_nll
 from bayestune.errors import COUNT, Refusal, check_fields
 from bayestune.forward import Draws
-from bayestune.methods.held_out import check_point, held_out_rows, predictive_nll
+from bayestune.methods.held_out import check_point, held_out_rows
 from bayestune.methods.map import MAP
 from bayestune.methods.method import Method
 from bayestune.posteriors import Linearised, Point, Sampled, gaussian_logits

@@ -6,47 +6,16 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from bayestune.decisions import best_temperature, predictive_nll
 from bayestune.errors import COUNT, NOT_NEGATIVE, NUMBER, Refusal, check_fields
 from bayestune.forward import Draws
 from bayestune.methods.blob import BLoB
-from bayestune.methods.held_out import held_out_logits, held_out_rows, predictive_nll
+from bayestune.methods.held_out import held_out_logits, held_out_rows
 from bayestune.methods.method import Method
 from bayestune.methods.mle import MLE
 from bayestune.posteriors import Gaussian, Tempered
 from bayestune.scoring import Scorer
 from bayestune.training import Meter, Training
-
-
-def best_temperature(logits: Tensor, labels: Tensor) -> float:
-    """T = argmin −mean log 1/S Σ_s softmax(f_s/T)_y, by LBFGS on log T.
-
-    Args:
-        logits: f (S, N, C), -inf where a row has fewer options.
-        labels: y (N,).
-
-    Example:
-        >>> logits = torch.tensor([[[4.0, 0.0], [4.0, 0.0], [4.0, 0.0], [4.0, 0.0]]])
-        >>> round(best_temperature(logits, torch.tensor([0, 0, 0, 1])), 3)  # 4/T = log 3
-        3.641
-
-    Reference:
-        Guo, Pleiss, Sun, Weinberger: On calibration of modern neural networks, ICML 2017, section
-        4.2, https://arxiv.org/abs/1706.04599.
-    """
-    log_temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    logits = logits.double().nan_to_num(neginf=-1e30)  # -inf times a gradient of 0 would be NaN
-    optimizer = torch.optim.LBFGS([log_temperature], max_iter=100, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        with torch.enable_grad():
-            loss = predictive_nll(logits * torch.exp(-log_temperature), labels)
-            loss.backward()
-        return loss
-
-    optimizer.step(closure)  # type: ignore[arg-type]
-    bounded = min(max(log_temperature.item(), -5.0), 5.0)  # separable rows have no finite optimum
-    return math.exp(bounded)
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from bayestune.adapters import Slots, make_gaussian
 from bayestune.data import Question
+from bayestune.decisions import predictive_nll
 from bayestune.errors import COUNT, NOT_NEGATIVE, POSITIVE, Refusal, check_fields
 from bayestune.forward import Draws
-from bayestune.methods.held_out import head_slots, predictive_nll
+from bayestune.methods.held_out import head_slots
 from bayestune.methods.method import Method
 from bayestune.methods.mle import MLE
 from bayestune.posteriors import Gaussian, Point, Posterior

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bayestune.errors import Refusal
-from bayestune.metrics.calibration import calibrated_scores, ece_interval
+from bayestune.metrics.ece_interval import calibrated_scores, ece_interval
 from bayestune.metrics.proportions import share_interval
 from bayestune.metrics.scores import DEFAULT_BINS, METRICS, Bins, RowTerms
 

@@ -1,0 +1,94 @@
+"""From draws to decisions: functions of logits (S, N, C) and labels that know nothing of models.
+
+`calibrate` chooses on held-out rows how to predict and when to act, `decide` applies it; beside
+them are what they are made of: scores, thresholds with a promise, sets, a gate's figures, drift,
+and which rows to label.
+"""
+
+from bayestune.decisions.bands import band_thresholds, class_thresholds
+from bayestune.decisions.bounds import (
+    Promise,
+    binomial_p_value,
+    bounded_loss_p_value,
+    risk_bound,
+    rows_for_rate,
+    rows_needed,
+    smallest_risk,
+)
+from bayestune.decisions.calibrating import Asked, calibrate
+from bayestune.decisions.calibration import FILE_NAME, Calibration
+from bayestune.decisions.comparing import HeldOut, Trial, Variant, compare, kept
+from bayestune.decisions.costs import losses_of
+from bayestune.decisions.deciding import Decision, decide
+from bayestune.decisions.drift import Drift, drift_test, false_alarm_rate
+from bayestune.decisions.features import Distance, shrunk_covariance
+from bayestune.decisions.gating import (
+    ClassFigures,
+    Gate,
+    class_figures,
+    confusion,
+    free_baselines,
+    gate,
+)
+from bayestune.decisions.rank import Acquisition, rank_rows
+from bayestune.decisions.row_scores import ONE_PASS, OVER_DRAWS, ROW_SCORES, Spread, score_rows
+from bayestune.decisions.sets import SetKind, SetRule, fit_sets, option_scores, row_uniforms
+from bayestune.decisions.tempering import best_temperature, log_predictive, predictive_nll
+from bayestune.decisions.thresholds import (
+    Threshold,
+    likely_start,
+    threshold,
+)
+
+__all__ = [
+    "FILE_NAME",
+    "ONE_PASS",
+    "OVER_DRAWS",
+    "ROW_SCORES",
+    "Acquisition",
+    "Asked",
+    "Calibration",
+    "ClassFigures",
+    "Decision",
+    "Distance",
+    "Drift",
+    "Gate",
+    "HeldOut",
+    "Promise",
+    "SetKind",
+    "SetRule",
+    "Spread",
+    "Threshold",
+    "Trial",
+    "Variant",
+    "band_thresholds",
+    "best_temperature",
+    "binomial_p_value",
+    "bounded_loss_p_value",
+    "calibrate",
+    "class_figures",
+    "class_thresholds",
+    "compare",
+    "confusion",
+    "decide",
+    "drift_test",
+    "false_alarm_rate",
+    "fit_sets",
+    "free_baselines",
+    "gate",
+    "kept",
+    "likely_start",
+    "log_predictive",
+    "losses_of",
+    "option_scores",
+    "predictive_nll",
+    "rank_rows",
+    "risk_bound",
+    "row_uniforms",
+    "rows_for_rate",
+    "rows_needed",
+    "score_rows",
+    "shrunk_covariance",
+    "smallest_risk",
+    "threshold",
+]

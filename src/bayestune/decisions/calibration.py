@@ -1,0 +1,133 @@
+"""What a calibration is: everything chosen on held-out rows, kept as `calibration.json`."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from bayestune.decisions.sets import SetKind, SetRule
+from bayestune.decisions.thresholds import Threshold
+from bayestune.errors import Refusal
+
+FILE_NAME = "calibration.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was chosen on held-out rows, and for which posterior.
+
+    Args:
+        posterior: digest of the posterior that it belongs to.
+        method: how that was fitted, for people.
+        variant: the way of predicting that was kept, and in `settings` how to do it again.
+        temperature: T on its logits; 1 if it is kept as it is.
+        score: the name of the score that decisions are made by.
+        thresholds: one for each score on offer, by name; each promise holds for its own score.
+        sets: the rules of sets, by kind.
+        set_kind: the kind that decisions carry.
+        num_choosing: rows that variant, temperature and score were chosen on.
+        num_thresholds: rows that thresholds and sets were chosen on.
+        rows: digest of the held-out rows.
+        bands: thresholds of bands on the score, strictest first; none unless asked for.
+        classes: thresholds by index of the choice, as text; none unless asked for.
+        costs: of errors, (C, C); none if all are the same.
+        table: the variants compared.
+        versions: of the libraries.
+        date: of the calibration, ISO 8601.
+        settings: see `variant`.
+    """
+
+    posterior: str
+    method: str
+    variant: str
+    temperature: float
+    score: str
+    thresholds: Mapping[str, Threshold]
+    sets: Mapping[str, SetRule]
+    set_kind: SetKind
+    num_choosing: int
+    num_thresholds: int
+    rows: str
+    bands: Mapping[str, Threshold] = field(default_factory=dict)
+    classes: Mapping[str, Threshold] = field(default_factory=dict)
+    costs: list[list[float]] | None = None
+    table: list[dict[str, Any]] = field(default_factory=list)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    date: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def threshold(self) -> Threshold:
+        """That of the score that decisions are made by."""
+        return self.thresholds[self.score]
+
+    def applied(self) -> dict[str, Any]:
+        """What a prediction says was applied to it."""
+        return {
+            "variant": self.variant,
+            "temperature": self.temperature,
+            "score": self.score,
+            "risk": self.threshold.risk,
+            "confidence": self.threshold.confidence,
+            "rows": self.num_choosing + self.num_thresholds,
+            "date": self.date,
+        }
+
+    def check(self, posterior: str) -> None:
+        """Refuses another posterior than the one it was made for, such as a refitted one.
+
+        Args:
+            posterior: its digest.
+        """
+        if posterior != self.posterior:
+            raise Refusal(
+                f"got a calibration of another posterior ({self.posterior[:12]}…, not "
+                f"{posterior[:12]}…); expected its own: it was fitted again or changed; run "
+                "`bayestune calibrate` again"
+            )
+
+    def to_json(self) -> str:
+        """The text of `calibration.json`."""
+        return json.dumps({"format": _FORMAT, **asdict(self)}, indent=2, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The calibration that `to_json` wrote.
+
+        Raises:
+            Refusal: if it is something else, or of a later format.
+        """
+        try:
+            facts = json.loads(text)
+            found = facts.pop("format")
+            for name in ("thresholds", "bands", "classes"):
+                facts[name] = {key: Threshold(**value) for key, value in facts[name].items()}
+            facts["sets"] = {key: SetRule(**value) for key, value in facts["sets"].items()}
+            calibration = cls(**facts)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            expected = "what `bayestune calibrate` writes"
+            raise Refusal(f"got {error}; expected {expected}; calibrate again") from error
+        if found != _FORMAT:
+            got = f"a calibration of format {found}"
+            raise Refusal(f"got {got}; expected {_FORMAT}; update bayestune")
+        return calibration
+
+    def write(self, folder: Path) -> Path:
+        """Writes `calibration.json` into a folder, whole or not at all; returns its path."""
+        path = folder / FILE_NAME
+        scratch = folder / f".{FILE_NAME}.partial"
+        scratch.write_text(self.to_json(), encoding="utf-8")
+        scratch.replace(path)
+        return path
+
+    @classmethod
+    def read(cls, folder: Path, posterior: str) -> Self | None:
+        """That of a folder, or None if it has none; refused if it is of another posterior."""
+        path = folder / FILE_NAME
+        if not path.is_file():
+            return None
+        calibration = cls.from_json(path.read_text(encoding="utf-8"))
+        calibration.check(posterior)
+        return calibration

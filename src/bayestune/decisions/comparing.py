@@ -1,0 +1,195 @@
+"""Which way of predicting is worth its price on these rows: variants compared, cross-fitted."""
+
+import hashlib
+import logging
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bayestune.decisions.tempering import (
+    LOG_GRID,
+    check_draws,
+    log_predictive,
+    nll_by_temperature,
+)
+from bayestune.errors import Refusal
+from bayestune.metrics import accuracy, aurc, brier
+
+_log = logging.getLogger(__name__)
+_Z = 1.645  # one-sided 5 %
+
+
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """A way of predicting, such as the mean, ten draws, or the student.
+
+    Args:
+        logits: (S, N, C) of all held-out rows, -inf where a row has fewer options.
+        milliseconds: of one decision.
+        settings: what a prediction needs to do the same again, as JSON; kept and not looked at.
+    """
+
+    logits: Tensor
+    milliseconds: float
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOut:
+    """Labelled rows that training did not see.
+
+    Args:
+        labels: y (N,), indices into each row's options.
+        contents: what makes two rows the same, a text each; it also decides which part a row is in.
+        unsure: index of the option that means "I do not know", (N,); −1 in rows without one.
+        extra: further scores by name, (N,) each: the distance, the prompt's length.
+        seen: contents of the rows that training saw.
+    """
+
+    labels: Tensor
+    contents: Sequence[str]
+    unsure: Tensor | None = None
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    seen: Collection[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        count = len(self.labels)
+        columns = [self.contents, *self.extra.values()]
+        columns += [] if self.unsure is None else [self.unsure]
+        if any(len(column) != count for column in columns):
+            got = f"columns of {[len(column) for column in columns]} rows for {count} labels"
+            raise Refusal(f"got {got}; expected as many of each; give one a row")
+        both = [content for content in self.contents if content in self.seen]
+        if both:
+            raise Refusal(
+                f"got {len(both)} of {count} rows that training saw, such as {both[0][:60]!r}; "
+                "expected others: a model is surer of what it was fitted on; hold rows out first"
+            )
+
+    def order(self) -> Tensor:
+        """Indices of the rows in the order of their contents' digests, each content once.
+
+        The order is as good as random, and the same whatever order the rows came in.
+        """
+        digests: dict[str, int] = {}
+        for index, content in enumerate(self.contents):
+            digests.setdefault(hashlib.sha256(f"part\0{content}".encode()).hexdigest(), index)
+        repeated = len(self.contents) - len(digests)
+        if repeated:
+            _log.warning("%d rows repeat the content of others: each content counts once", repeated)
+        return torch.tensor([digests[digest] for digest in sorted(digests)])
+
+    def digest(self) -> str:
+        """SHA-256 of contents and labels, whatever their order."""
+        pairs = zip(self.contents, self.labels.tolist(), strict=True)
+        lines = sorted(f"{content}\0{label}" for content, label in pairs)
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """A variant, with a temperature or without, on the rows that one may choose on.
+
+    Args:
+        variant: its name.
+        tempered: whether a temperature was fitted, on the other folds each time.
+        milliseconds: of one decision.
+        losses: −log p̄(y) of each row, (N,), in nats.
+        figures: means over the rows: accuracy, nll, brier, aurc.
+    """
+
+    variant: str
+    tempered: bool
+    milliseconds: float
+    losses: Tensor
+    figures: dict[str, float]
+
+    def worse_by(self, other: "Trial") -> tuple[float, float]:
+        """Mean difference of the losses and its standard error over rows, in nats."""
+        difference = self.losses - other.losses
+        error = difference.std().item() / math.sqrt(len(difference))
+        return difference.mean().item(), error
+
+
+def check_variants(variants: Mapping[str, Variant], held_out: HeldOut) -> None:
+    """Refuses no variants, and variants of other rows than the held-out ones."""
+    if not variants:
+        raise Refusal("got no variants; expected one or more; give the mean's logits at least")
+    sizes = {tuple(variant.logits.shape[1:]) for variant in variants.values()}
+    if len(sizes) > 1:
+        raise Refusal(f"got variants of (N, C) {sorted(sizes)}; expected one; use the same rows")
+    for variant in variants.values():
+        check_draws(variant.logits, held_out.labels)
+
+
+def compare(variants: Mapping[str, Variant], labels: Tensor, folds: int = 5) -> list[Trial]:
+    """Each variant as it is, and with a temperature fitted on the other folds.
+
+    Args:
+        variants: by name.
+        labels: y (N,).
+        folds: K; row n is in fold n mod K.
+    """
+    trials = []
+    for name, variant in variants.items():
+        plain = log_predictive(variant.logits)
+        tempered = _cross_fitted(variant.logits, labels, folds)
+        for log_p, is_tempered in ((plain, False), (tempered, True)):
+            p = log_p.exp()
+            losses = -log_p.gather(-1, labels[:, None])[:, 0]
+            figures = {
+                "accuracy": accuracy(p, labels),
+                "nll": losses.mean().item(),
+                "brier": brier(p, labels),
+                "aurc": aurc(p, labels),
+            }
+            trials.append(Trial(name, is_tempered, variant.milliseconds, losses, figures))
+    return trials
+
+
+def _cross_fitted(logits: Tensor, labels: Tensor, folds: int) -> Tensor:
+    """log p̄ (N, C), each row at the temperature that the rows of the other folds ask for."""
+    losses = nll_by_temperature(logits, labels)
+    fold = torch.arange(len(labels)) % folds
+    found = torch.empty(logits.shape[1:], dtype=torch.float64)
+    for index in range(folds):
+        own = fold == index
+        best = losses[:, ~own].sum(1).argmin()
+        found[own] = log_predictive(logits[:, own], LOG_GRID[best].exp().item())
+    return found
+
+
+def kept(trials: Sequence[Trial]) -> tuple[Trial, list[dict[str, Any]]]:
+    """The cheapest trial that is not significantly worse than the best, and the table.
+
+    Worse: the mean difference of −log p̄(y) over the same rows exceeds 1.645 standard errors
+    (one-sided, 5 %, not corrected for the number of trials). Of equally cheap ones it is the one of
+    the lowest NLL.
+
+    Returns:
+        The trial, and one row a trial: variant, temperature (whether there is one), milliseconds,
+        accuracy, nll, brier, aurc, worse_by and its standard_error in nats, kept.
+    """
+    best = min(trials, key=lambda trial: trial.figures["nll"])
+    table = []
+    good = []
+    for trial in sorted(trials, key=lambda trial: (trial.milliseconds, trial.figures["nll"])):
+        difference, error = trial.worse_by(best)
+        if difference <= _Z * error:
+            good.append(trial)
+        table.append(
+            {
+                "variant": trial.variant,
+                "temperature": trial.tempered,
+                "milliseconds": trial.milliseconds,
+                **trial.figures,
+                "worse_by": difference,
+                "standard_error": error,
+                "kept": good[:1] == [trial],
+            }
+        )
+    return good[0], table

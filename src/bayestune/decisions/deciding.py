@@ -1,0 +1,199 @@
+"""From draws to decisions, as a calibration says: the one function that every surface calls."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bayestune.decisions.calibration import Calibration
+from bayestune.decisions.row_scores import ROW_SCORES, Spread, score_rows
+from bayestune.decisions.sets import row_uniforms
+from bayestune.errors import Refusal
+
+
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """What is said of N rows, and on which ground; entropies in nats.
+
+    Args:
+        probabilities: p̄ (N, C), at the calibration's temperature.
+        total_entropy: (N,).
+        expected_entropy: (N,).
+        mutual_information: (N,), their difference.
+        options: (N, C) bool, the options that each row has.
+        decisions: "act" or "abstain", or the name of a band or "ask", a row; none if uncalibrated.
+        score: name of the score behind it; none if uncalibrated.
+        values: of the score, (N,); infinite where the choice is the row's unsure option.
+        thresholds: λ̂ of each row, NaN where nothing is ever acted on, (N,).
+        sets: (N, C) bool; all options if uncalibrated.
+        calibration: what was applied, or "none".
+    """
+
+    probabilities: Tensor
+    total_entropy: Tensor
+    expected_entropy: Tensor
+    mutual_information: Tensor
+    options: Tensor
+    decisions: list[str] | None
+    score: str | None
+    values: Tensor
+    thresholds: Tensor
+    sets: Tensor
+    calibration: dict[str, Any] | str
+
+    @property
+    def choice(self) -> Tensor:
+        """The index of the likeliest option, the first of equals, (N,)."""
+        return self.probabilities.argmax(-1)
+
+    @property
+    def confidence(self) -> Tensor:
+        """The probability of the choice, (N,)."""
+        return self.probabilities.amax(-1)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One JSON object a row; "probabilities" holds the row's own options, "set" indices.
+
+        Numbers that JSON cannot hold, infinite scores and thresholds that act on nothing, are null.
+        """
+        columns = {
+            "choice": self.choice.tolist(),
+            "confidence": self.confidence.tolist(),
+            "total_entropy": self.total_entropy.tolist(),
+            "expected_entropy": self.expected_entropy.tolist(),
+            "mutual_information": self.mutual_information.tolist(),
+        }
+        found = []
+        for index, own in enumerate(self.options):
+            row: dict[str, Any] = {"probabilities": self.probabilities[index][own].tolist()}
+            row |= {name: values[index] for name, values in columns.items()}
+            row["calibration"] = self.calibration
+            if self.decisions is not None:
+                row["decision"] = self.decisions[index]
+                row["score"] = {
+                    "name": self.score,
+                    "value": _number(self.values[index]),
+                    "threshold": _number(self.thresholds[index]),
+                }
+                row["set"] = self.sets[index].nonzero()[:, 0].tolist()
+            found.append(row)
+        return found
+
+
+def _number(value: Tensor) -> float | None:
+    return value.item() if value.isfinite() else None
+
+
+def decide(
+    calibration: Calibration | None,
+    logits: Tensor,
+    contents: Sequence[str] | None = None,
+    unsure: Tensor | None = None,
+    extra: Mapping[str, Tensor] | None = None,
+) -> Decision:
+    """Decisions of N rows: acted on where the score is at most the threshold.
+
+    Args:
+        calibration: of this posterior (see `Calibration.check`); None for probabilities alone.
+        logits: (S, N, C) of the calibration's variant, -inf where a row has fewer options.
+        contents: the rows' contents, which a random tie-break of sets is made from.
+        unsure: as in `HeldOut`: rows whose choice it is are never acted on, (N,).
+        extra: further scores by name, (N,), if the calibration's score is one of them.
+
+    Raises:
+        Refusal: if the logits are none, or contents or the score are needed and missing.
+
+    >>> found = decide(None, torch.tensor([[[2.0, 0.0]]]))
+    >>> found.calibration, found.decisions, round(found.confidence.item(), 3)
+    ('none', None, 0.881)
+    """
+    temperature = calibration.temperature if calibration else 1.0
+    spread = Spread.of(logits, temperature)
+    num_rows = logits.shape[1]
+    options = logits[0] > -torch.inf
+    nan = torch.full((num_rows,), torch.nan, dtype=torch.float64)
+    facts = {
+        "probabilities": spread.mean,
+        "total_entropy": spread.total_entropy(),
+        "expected_entropy": spread.expected_entropy(),
+        "mutual_information": spread.mutual_information(),
+        "options": options,
+    }
+    if calibration is None:
+        return Decision(
+            **facts,
+            decisions=None,
+            score=None,
+            values=nan,
+            thresholds=nan,
+            sets=options,
+            calibration="none",
+        )
+    values = _values(calibration, logits, extra or {})
+    if unsure is not None:
+        values = values.masked_fill(spread.choice == unsure, torch.inf)
+    decisions, thresholds = _decisions(calibration, values, spread.choice)
+    return Decision(
+        **facts,
+        decisions=decisions,
+        score=calibration.score,
+        values=values,
+        thresholds=thresholds,
+        sets=_sets(calibration, spread.mean, options, contents),
+        calibration=calibration.applied(),
+    )
+
+
+def _values(calibration: Calibration, logits: Tensor, extra: Mapping[str, Tensor]) -> Tensor:
+    name = calibration.score
+    if name in extra:
+        return extra[name].double()
+    if name not in ROW_SCORES:
+        got = f"no score {name!r}"
+        raise Refusal(f"got {got}; expected the one the calibration decides by; give it in extra")
+    return score_rows(logits, (name,), calibration.temperature)[name]
+
+
+def _decisions(
+    calibration: Calibration, values: Tensor, choices: Tensor
+) -> tuple[list[str], Tensor]:
+    """Each row's decision and the threshold λ̂ behind it, that of the widest band for "ask"."""
+    if calibration.bands:
+        return _banded(calibration, values)
+    cut = torch.full_like(values, _cut(calibration.threshold.value))
+    if calibration.classes:
+        by_class = [_cut(found.value) for found in calibration.classes.values()]
+        cut = torch.tensor(by_class, dtype=values.dtype)[choices]
+    acts = (values <= cut).tolist()  # False for NaN
+    return ["act" if act else "abstain" for act in acts], cut
+
+
+def _banded(calibration: Calibration, values: Tensor) -> tuple[list[str], Tensor]:
+    decisions = ["ask"] * len(values)
+    cut = torch.full_like(values, torch.nan)
+    # From the widest to the strictest, which has the last word.
+    for name, found in reversed(list(calibration.bands.items())):
+        if cut.isnan().all():
+            cut = torch.full_like(values, _cut(found.value))
+        for index in found.acts(values).nonzero()[:, 0].tolist():
+            decisions[index] = name
+            cut[index] = _cut(found.value)
+    return decisions, cut
+
+
+def _cut(value: float | None) -> float:
+    return float("nan") if value is None else value
+
+
+def _sets(
+    calibration: Calibration, p: Tensor, options: Tensor, contents: Sequence[str] | None
+) -> Tensor:
+    rule = calibration.sets[calibration.set_kind]
+    if rule.kind != "aps":
+        return rule.sets(p, options)
+    if contents is None:
+        got = "no contents"
+        raise Refusal(f'got {got}; expected one a row, for the tie-break of "aps"; give contents')
+    return rule.sets(p, options, row_uniforms(contents))

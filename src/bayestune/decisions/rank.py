@@ -1,0 +1,114 @@
+"""Which unlabelled rows to label next."""
+
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.special import entr
+
+from bayestune.decisions.row_scores import Spread
+from bayestune.errors import Refusal
+
+Acquisition = Literal["bald", "batch_bald", "entropy", "margin", "random"]
+_MOST_OUTCOMES = 2**10  # joint answers of a batch
+_POOL = 5  # candidates for each row that is taken
+
+
+def rank_rows(
+    logits: Tensor,
+    number: int,
+    acquisition: Acquisition = "bald",
+    features: Tensor | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """Indices of the rows to label, the first one first, (b,).
+
+    "bald": of the 5b rows of largest mutual information the greedy k-centre of size b, beginning
+    with the largest, so that no two say the same. "batch_bald": greedily the largest joint mutual
+    information I(y_1…y_b; A), exact, for a handful of rows. "entropy" and "margin": the largest of
+    the score. "random": a permutation.
+
+    Args:
+        logits: (S, N, C) of unlabelled rows, -inf where a row has fewer options.
+        number: b, at most N.
+        acquisition: the rule.
+        features: (N, k), where rows are near that are alike; the draws' probabilities about their
+            average unless given: rows near in these would teach the draws the same.
+        seed: of "random".
+
+    Raises:
+        Refusal: if b is not in 1…N, a rule over draws has one draw, or too many joint answers.
+
+    >>> sure, torn = [[9.0, 0.0], [9.0, 0.0]], [[9.0, 0.0], [0.0, 9.0]]
+    >>> rank_rows(torch.tensor([sure, torn, torn]).transpose(0, 1), 2, "batch_bald").tolist()[0]
+    1
+
+    References:
+        BALD: Houlsby et al. (2011), https://arxiv.org/abs/1112.5745; BatchBALD: Kirsch, van
+        Amersfoort, Gal (2019), https://arxiv.org/abs/1906.08158; k-centre: Sener, Savarese (2018),
+        https://arxiv.org/abs/1708.00489.
+    """
+    spread = Spread.of(logits)
+    num_rows = logits.shape[1]
+    if acquisition not in get_args(Acquisition):
+        expected = f"one of {get_args(Acquisition)}"
+        raise Refusal(f"got {acquisition!r}; expected {expected}; choose one")
+    if not 1 <= number <= num_rows:
+        raise Refusal(f"got number={number}; expected 1 to {num_rows}; there are so many rows")
+    if acquisition in ("bald", "batch_bald") and len(logits) < 2:
+        raise Refusal(f"got one draw for {acquisition!r}; expected two or more; set --draws 10")
+    if acquisition == "random":
+        return torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed))[:number]
+    if acquisition == "batch_bald":
+        return _batch_bald(spread, number)
+    if acquisition == "bald":
+        return _diverse(spread, number, features)
+    score = spread.total_entropy() if acquisition == "entropy" else spread.negative_margin()
+    return score.argsort(descending=True, stable=True)[:number]
+
+
+def _diverse(spread: Spread, number: int, features: Tensor | None) -> Tensor:
+    """The k-centre of size b among the 5b rows of largest mutual information."""
+    order = spread.mutual_information().argsort(descending=True, stable=True)
+    candidates = order[: _POOL * number]
+    own = (spread.draws - spread.mean).transpose(0, 1).flatten(1)
+    points = own if features is None else features.detach().cpu().double()
+    if points.ndim != 2 or len(points) != len(order):
+        got = f"features of shape {tuple(points.shape)}"
+        raise Refusal(f"got {got}; expected ({len(order)}, k); give one vector for each row")
+    return candidates[_centres(points[candidates], number)]
+
+
+def _centres(points: Tensor, number: int) -> Tensor:
+    """Greedily the point farthest from those taken, from the first on; the first of equals."""
+    taken = [0]
+    nearest = (points - points[0]).square().sum(-1)
+    for _ in range(number - 1):
+        nearest[taken] = -1  # a point taken is never taken again, even among points all alike
+        farthest = int(nearest.argmax())
+        taken.append(farthest)
+        nearest = torch.minimum(nearest, (points - points[farthest]).square().sum(-1))
+    return torch.tensor(taken)
+
+
+def _batch_bald(spread: Spread, number: int) -> Tensor:
+    """Greedily the row that adds most to H[y_1…y_b] − Σ E_s H[p_s]."""
+    draws, _, num_classes = spread.draws.shape
+    most = int(math.log(_MOST_OUTCOMES) / math.log(max(2, num_classes)))
+    if number > most:
+        raise Refusal(
+            f"got number={number} for 'batch_bald'; expected {most} or fewer with {num_classes} "
+            "options: joint answers are counted exactly; take 'bald'"
+        )
+    conditional = entr(spread.draws).sum(-1).mean(0)
+    joint = torch.ones(draws, 1, dtype=torch.float64)  # P(answers of the batch | draw)
+    taken: list[int] = []
+    for _ in range(number):
+        outcomes = torch.einsum("sj,snc->njc", joint, spread.draws) / draws
+        gains = entr(outcomes).sum((1, 2)) - conditional
+        gains[taken] = -torch.inf
+        best = int(gains.argmax())
+        taken.append(best)
+        joint = (joint[:, :, None] * spread.draws[:, best, None, :]).flatten(1)
+    return torch.tensor(taken)

@@ -1,0 +1,103 @@
+"""The average over draws at a temperature, and the temperature that held-out rows ask for."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from bayestune.errors import Refusal
+
+# T from 1/8 to 20: log T in steps of 1/8.
+LOG_GRID = torch.arange(-16, 25, dtype=torch.float64) / 8
+
+
+def check_draws(logits: Tensor, labels: Tensor | None = None) -> None:
+    """Refuses what are not logits of draws with a label a row.
+
+    Raises:
+        Refusal: if the logits are not (S, N, C) and non-empty, hold NaN, or a row has no option, or
+            a label is not one of its row's options.
+    """
+    shape = tuple(logits.shape)
+    if logits.ndim != 3 or 0 in shape:
+        raise Refusal(f"got logits of shape {shape}; expected (S, N, C); put the draws first")
+    if logits.isnan().any() or (logits == -torch.inf).all(-1).any():
+        raise Refusal("got logits with NaN or rows of no option; expected numbers; look at the fit")
+    if labels is None:
+        return
+    if labels.shape != shape[1:2]:
+        got = f"labels of shape {tuple(labels.shape)} for {shape[1]} rows"
+        raise Refusal(f"got {got}; expected (N,); give one label a row")
+    inside = (labels >= 0) & (labels < shape[2])
+    own = logits[0].gather(-1, labels.clamp(0, shape[2] - 1).long()[:, None])[:, 0]
+    bad = (~inside | (own == -torch.inf)).nonzero()[:, 0].tolist()
+    if bad:
+        got = f"label {int(labels[bad[0]])} at row {bad[0]}"
+        raise Refusal(f"got {got}; expected one of the row's options; look at the labels")
+
+
+def log_predictive(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """log 1/S Σ_s softmax(f_s/T), (N, C), in float64.
+
+    Args:
+        logits: f (S, N, C), -inf where a row has fewer options.
+        temperature: T > 0.
+
+    >>> log_predictive(torch.zeros(3, 1, 2)).exp()
+    tensor([[0.5000, 0.5000]], dtype=torch.float64)
+    """
+    draws = (logits.double() / temperature).log_softmax(-1)
+    return draws.logsumexp(0) - math.log(len(logits))
+
+
+def predictive_nll(logits: Tensor, labels: Tensor) -> Tensor:
+    """−mean_n log 1/S Σ_s softmax(f_s)_{n, y_n} in nats, f (S, N, C), y (N,)."""
+    own = logits.log_softmax(-1).gather(-1, labels.expand(len(logits), -1)[..., None])[..., 0]
+    return -(own.logsumexp(0) - math.log(len(logits))).mean()
+
+
+def best_temperature(logits: Tensor, labels: Tensor) -> float:
+    """T = argmin −mean log 1/S Σ_s softmax(f_s/T)_y, by LBFGS on log T.
+
+    Args:
+        logits: f (S, N, C), -inf where a row has fewer options.
+        labels: y (N,).
+
+    Example:
+        >>> logits = torch.tensor([[[4.0, 0.0], [4.0, 0.0], [4.0, 0.0], [4.0, 0.0]]])
+        >>> round(best_temperature(logits, torch.tensor([0, 0, 0, 1])), 3)  # 4/T = log 3
+        3.641
+
+    Reference:
+        Guo, Pleiss, Sun, Weinberger: On calibration of modern neural networks, ICML 2017, section
+        4.2, https://arxiv.org/abs/1706.04599.
+    """
+    log_temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    logits = logits.double().nan_to_num(neginf=-1e30)  # -inf times a gradient of 0 would be NaN
+    optimizer = torch.optim.LBFGS([log_temperature], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        with torch.enable_grad():
+            loss = predictive_nll(logits * torch.exp(-log_temperature), labels)
+            loss.backward()
+        return loss
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+    bounded = min(max(log_temperature.item(), -5.0), 5.0)  # separable rows have no finite optimum
+    return math.exp(bounded)
+
+
+def nll_by_temperature(logits: Tensor, labels: Tensor) -> Tensor:
+    """Each row's −log 1/S Σ_s softmax(f_s/T)_y at every T of the grid, (G, N), in nats.
+
+    One table serves the temperatures of all folds: a fold's T is the grid's point with the least
+    sum over the other folds' columns.
+    """
+    index = labels.expand(len(logits), -1)[..., None]
+    top = logits.double()
+    losses = []
+    for log_temperature in LOG_GRID.tolist():
+        own = (top * math.exp(-log_temperature)).log_softmax(-1).gather(-1, index)[..., 0]
+        losses.append(math.log(len(logits)) - own.logsumexp(0))
+    return torch.stack(losses)

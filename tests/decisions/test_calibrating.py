@@ -1,0 +1,252 @@
+"""The whole of it: calibrate, store, decide; what is chosen where, and what is refused."""
+
+import json
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bayestune.decisions import (
+    Asked,
+    Calibration,
+    HeldOut,
+    Promise,
+    Variant,
+    calibrate,
+    compare,
+    decide,
+    kept,
+    losses_of,
+    score_rows,
+)
+
+
+def some_rows(count=400, seed=0, sharpness=3.0, draws=4):
+    """Easy rows of four options, and logits that are `sharpness` times too large."""
+    g = torch.Generator().manual_seed(seed)
+    truth = 8 * torch.randn(count, 4, generator=g, dtype=torch.float64)
+    labels = torch.multinomial(truth.softmax(-1), 1, generator=g)[:, 0]
+    noise = torch.randn(draws, count, 4, generator=g, dtype=torch.float64)
+    return sharpness * truth + noise, HeldOut(labels, [f"{seed}.{i}" for i in range(count)])
+
+
+def some_calibration(asked=None, **options):
+    logits, held_out = some_rows(**options)
+    variants = {"mean": Variant(logits.mean(0, keepdim=True), 1.0, {"draws": 0})}
+    variants["draws"] = Variant(logits, 4.0, {"draws": 4})
+    return calibrate(variants, held_out, asked, "abc", "BLoB"), logits, held_out
+
+
+def test_the_temperature_is_found_and_the_cheap_variant_kept():
+    found, _, _ = some_calibration()
+    assert (found.variant, found.settings) == ("mean", {"draws": 0})
+    assert 2 < found.temperature < 4.5
+    assert (found.num_choosing, found.num_thresholds) == (200, 200)
+    assert [row["kept"] for row in found.table].count(True) == 1
+    assert [row["milliseconds"] for row in found.table] == [1, 1, 4, 4]
+    assert found.threshold.acted > 45
+
+
+def test_a_dear_variant_is_kept_only_if_it_is_worth_its_price():
+    logits, held_out = some_rows(sharpness=1.0)
+    spoilt = logits[:1] + 6 * torch.randn(1, 400, 4, generator=torch.Generator().manual_seed(1))
+    variants = {"mean": Variant(spoilt, 1.0), "draws": Variant(logits, 4.0)}
+    assert calibrate(variants, held_out).variant == "draws"
+    same = {"mean": Variant(logits, 1.0), "draws": Variant(logits, 4.0)}
+    assert calibrate(same, held_out).variant == "mean"
+
+
+def test_losses_of_the_comparison_are_cross_fitted():
+    """Labels of a row's own fold must not reach its temperature."""
+    logits, held_out = some_rows(100)
+    labels = held_out.labels
+    changed = labels.clone()
+    changed[0] = (labels[0] + 1) % 4
+    before = compare({"a": Variant(logits, 1.0)}, labels)[1]
+    after = compare({"a": Variant(logits, 1.0)}, changed)[1]
+    mine = torch.arange(100) % 5 == 0
+    mine[0] = False
+    assert torch.equal(before.losses[mine], after.losses[mine])
+    assert before.tempered
+
+
+def test_worse_means_by_more_than_chance_over_the_same_rows():
+    logits, held_out = some_rows()
+    trials = compare({"a": Variant(logits, 1.0), "b": Variant(logits * 5, 0.5)}, held_out.labels)
+    chosen, table = kept(trials)
+    assert chosen.tempered
+    plain = next(row for row in table if row["variant"] == "b" and not row["temperature"])
+    assert plain["worse_by"] > 1.645 * plain["standard_error"] > 0
+
+
+def test_thresholds_are_set_on_rows_that_nothing_was_chosen_on():
+    """Wrong labels on one part change the table alone, on the other the thresholds alone."""
+    found, logits, held_out = some_calibration()
+    order = held_out.order()
+    variants = {"mean": Variant(logits.mean(0, keepdim=True), 1.0)}
+    plain = calibrate(variants, held_out)
+    for part, rows in (("choosing", order[:200]), ("promising", order[200:])):
+        labels = held_out.labels.clone()
+        labels[rows[:60]] = (labels[rows[:60]] + 1) % 4
+        other = calibrate(variants, replace(held_out, labels=labels))
+        assert (other.table == plain.table) == (part == "promising")
+        assert (other.temperature == plain.temperature) == (part == "promising")
+        assert (other.threshold.rows, plain.threshold.rows) == (200, 200)
+    assert found.threshold.losses <= 0.05 * found.threshold.acted
+
+
+def test_the_order_of_the_rows_changes_nothing_and_repeats_count_once(caplog):
+    logits, held_out = some_rows()
+    plain = calibrate({"draws": Variant(logits, 1.0)}, held_out)
+    back = torch.arange(399, -1, -1)
+    contents = [held_out.contents[index] for index in back.tolist()]
+    turned = HeldOut(held_out.labels[back], contents)
+    other = calibrate({"draws": Variant(logits[:, back], 1.0)}, turned)
+    assert replace(other, date="") == replace(plain, date="")
+    twice = HeldOut(held_out.labels.repeat(2), [*held_out.contents] * 2)
+    with caplog.at_level(logging.WARNING):
+        doubled = calibrate({"draws": Variant(logits.repeat(1, 2, 1), 1.0)}, twice)
+    assert (doubled.num_choosing, doubled.thresholds) == (200, plain.thresholds)
+    assert "400 rows repeat the content of others" in caplog.text
+
+
+def test_a_calibration_survives_its_file(tmp_path):
+    costs = torch.ones(4, 4) - torch.eye(4)
+    asked = Asked(Promise(0.1, 0.9), bands={"act": 0.1, "flag": 0.2}, costs=costs)
+    found, _, _ = some_calibration(asked)
+    path = found.write(tmp_path)
+    assert path.name == "calibration.json"
+    assert Calibration.read(tmp_path, "abc") == found
+    assert Calibration.read(tmp_path / "none", "abc") is None
+    assert [entry.name for entry in tmp_path.iterdir()] == ["calibration.json"]
+    with pytest.raises(ValueError, match=r"a calibration of another posterior \(abc…, not xyz…"):
+        Calibration.read(tmp_path, "xyz")
+    facts = json.loads(path.read_text())
+    path.write_text(json.dumps(facts | {"format": 2}))
+    with pytest.raises(ValueError, match="got a calibration of format 2; expected 1; update"):
+        Calibration.read(tmp_path, "abc")
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="expected what `bayestune calibrate` writes"):
+        Calibration.read(tmp_path, "abc")
+
+
+def test_decisions_are_the_calibrations_row_by_row():
+    found, logits, held_out = some_calibration()
+    mean = logits.mean(0, keepdim=True)
+    got = decide(found, mean, held_out.contents)
+    torch.testing.assert_close(got.probabilities, (mean[0] / found.temperature).softmax(-1))
+    scores = score_rows(mean, (found.score,), found.temperature)[found.score]
+    acts = torch.tensor([word == "act" for word in got.decisions])
+    assert torch.equal(acts, scores <= found.threshold.value)
+    second = held_out.order()[200:]
+    assert acts[second].sum() == found.threshold.acted
+    errors = losses_of(got.choice, held_out.labels)[second][acts[second]].sum()
+    assert errors == found.threshold.losses
+    row = got.rows()[0]
+    assert row["score"]["name"] == found.score
+    assert row["score"]["threshold"] == found.threshold.value
+    assert row["calibration"]["temperature"] == found.temperature
+    assert row["set"] == got.sets[0].nonzero()[:, 0].tolist()
+    assert json.loads(json.dumps(row, allow_nan=False)) == row
+    one = decide(found, mean[:, 5:6])
+    assert one.decisions == got.decisions[5:6]
+
+
+def test_without_a_calibration_there_are_probabilities_alone():
+    got = decide(None, torch.tensor([[[1.0, 0.0, -torch.inf]], [[0.0, 1.0, -torch.inf]]]))
+    row = got.rows()[0]
+    assert (row["calibration"], row["probabilities"]) == ("none", pytest.approx([0.5, 0.5]))
+    assert "decision" not in row
+    assert row["total_entropy"] == pytest.approx(
+        row["expected_entropy"] + row["mutual_information"]
+    )
+
+
+def test_bands_ask_beyond_the_last():
+    found, logits, _ = some_calibration(Asked(bands={"act": 0.05, "flag": 0.2}), count=1000)
+    mean = logits.mean(0, keepdim=True)
+    got = decide(found, mean)
+    assert set(got.decisions) == {"act", "flag", "ask"} or set(got.decisions) == {"act", "flag"}
+    cut = {name: band.value for name, band in found.bands.items()}
+    for word, value, threshold in zip(got.decisions, got.values, got.thresholds, strict=True):
+        assert (word == "act") == (value <= cut["act"])
+        assert (word == "ask") == (value > cut["flag"])
+        assert threshold == cut["flag" if word == "ask" else word]
+
+
+def test_each_class_has_its_threshold():
+    found, logits, _ = some_calibration(Asked(per_class=True), count=1500)
+    assert set(found.classes) == {"0", "1", "2", "3"}
+    got = decide(found, logits.mean(0, keepdim=True))
+    for word, value, choice in zip(got.decisions, got.values, got.choice.tolist(), strict=True):
+        cut = found.classes[str(choice)].value
+        assert (word == "act") == (cut is not None and value.item() <= cut)
+
+
+def test_unsure_is_an_abstention():
+    logits, held_out = some_rows()
+    unsure = torch.full((400,), 2)
+    unsure[::2] = -1  # every other row has no such option
+    held_out = replace(held_out, unsure=unsure)
+    found = calibrate({"draws": Variant(logits, 1.0)}, held_out)
+    got = decide(found, logits, unsure=unsure)
+    says_so = got.choice == unsure
+    assert says_so.any()
+    assert all(got.decisions[index] == "abstain" for index in says_so.nonzero()[:, 0].tolist())
+    second = held_out.order()[200:]
+    acts = torch.tensor([word == "act" for word in got.decisions])[second]
+    assert acts.sum() == found.threshold.acted
+    row = got.rows()[int(says_so.nonzero()[0])]
+    assert row["score"]["value"] is None
+
+
+def test_a_score_of_ones_own_can_be_chosen():
+    logits, held_out = some_rows()
+    choice = logits.softmax(-1).mean(0).argmax(-1)
+    oracle = (choice != held_out.labels).double() + torch.rand(400) / 10
+    held_out = replace(held_out, extra={"oracle": oracle})
+    found = calibrate({"draws": Variant(logits, 1.0)}, held_out)
+    assert found.score == "oracle"
+    assert decide(found, logits, extra={"oracle": oracle}).decisions.count("act") > 200
+    with pytest.raises(ValueError, match="got no score 'oracle'; expected the one"):
+        decide(found, logits)
+
+
+def test_random_ties_need_contents():
+    found, logits, held_out = some_calibration(Asked(set_kind="aps"))
+    with pytest.raises(ValueError, match="got no contents; expected one a row"):
+        decide(found, logits)
+    first = decide(found, logits, held_out.contents).sets
+    again = decide(found, logits[:, :7], held_out.contents[:7]).sets
+    assert torch.equal(first[:7], again)
+
+
+def test_refusals():
+    logits, held_out = some_rows(89)
+    variants = {"draws": Variant(logits, 1.0)}
+    match = "got 45 rows to choose thresholds on; expected 59 or more .* give 118 held-out rows"
+    with pytest.raises(ValueError, match=match):
+        calibrate(variants, held_out, Asked(Promise(0.05, 0.95)))
+    with pytest.raises(ValueError, match="expected 59 or more .* give 118 held-out rows"):
+        calibrate(variants, held_out, Asked(bands={"act": 0.05, "flag": 0.2}))
+    with pytest.raises(ValueError, match="got 2 of 89 rows that training saw, such as '0.1'"):
+        replace(held_out, seen={"0.1", "0.2", "other"})
+    with pytest.raises(ValueError, match="got no variants; expected one or more"):
+        calibrate({}, held_out)
+    with pytest.raises(ValueError, match=r"got variants of \(N, C\) \[\(88, 4\), \(89, 4\)\]"):
+        calibrate(variants | {"mean": Variant(logits[:, 1:], 1.0)}, held_out)
+    wrong = replace(held_out, labels=torch.full((89,), 4))
+    with pytest.raises(ValueError, match="got label 4 at row 0; expected one of the row's options"):
+        calibrate(variants, wrong)
+    with pytest.raises(ValueError, match="got labels of shape"):
+        calibrate({"draws": Variant(logits[:, 1:], 1.0)}, held_out)
+    with pytest.raises(ValueError, match=r"got columns of \[3\] rows for 2 labels"):
+        HeldOut(torch.zeros(2, dtype=torch.long), ["a", "b", "c"])
+    for options, match in [
+        ({"choosing_share": 1.0}, "got choosing_share=1.0; expected between 0 and 1"),
+        ({"bands": {"act": 0.1}, "per_class": True}, "got bands and per_class; expected one"),
+        ({"folds": 1}, "got folds=1; expected 2 or more"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            Asked(**options)
