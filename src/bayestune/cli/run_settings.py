@@ -13,7 +13,6 @@ from bayestune.data import Question, Task
 from bayestune.errors import Refusal
 from bayestune.evaluation import EvaluationOptions
 from bayestune.methods import Method
-from bayestune.posteriors import DETAILS
 from bayestune.session import TaskOptions, shown
 from bayestune.training import Training
 
@@ -50,11 +49,6 @@ def fit_settings(
 def evaluation_settings(rows: Sequence[Question], options: EvaluationOptions) -> Settings:
     """What determines the records of a run beside its fits."""
     return _plain({**lasting(options), "the rows of --evaluation_data": rows_digest(rows)})
-
-
-def posterior_digest(folder: Path) -> str:
-    """A digest of what a posterior's folder says of it, its mean's digest included."""
-    return digest((folder / DETAILS).read_text(encoding="utf-8"))
 
 
 def rows_digest(rows: Sequence[Question]) -> str:

@@ -16,6 +16,9 @@ COMMANDS = {
     "evaluate": "Accuracy and calibration of a posterior on labelled questions.",
     "predict": "Probabilities and uncertainty for your own rows: JSON lines in, JSON lines out.",
     "bayesianise": "A posterior around any LoRA adapter, without training (TFB).",
+    "calibrate": "On held-out rows: how to predict, and when to act; kept beside the posterior.",
+    "rank": "Which unlabelled rows to label next: JSON lines in, ranked JSON lines out.",
+    "drift": "Are new rows like the held-out ones of the calibration?",
     "compare": "Fit and evaluate several methods on one task: table, picture, page.",
     "bench": "Fit and evaluate a grid of models, tasks, methods and seeds; goes on where it "
     "stopped.",
@@ -29,8 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command, by default that of the process; `bench FILE` means `bench --config FILE`.
 
     Returns:
-        0; 1 if cells of a grid failed; 2 for bad input, a full disk or memory that ran out; 70 for
-        what should not happen; 130 after ctrl-C; 143 after SIGTERM.
+        0; 1 if cells of a grid failed, a gate is not passed or rows drift; 2 for bad input, a full
+        disk or memory that ran out; 70 for what should not happen; 130 after ctrl-C; 143 after
+        SIGTERM.
     """
     given = [str(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
     first = given[0] if given else ""

@@ -15,7 +15,7 @@ from bayestune.decisions.bounds import (
     rows_needed,
     smallest_risk,
 )
-from bayestune.decisions.calibrating import Asked, calibrate
+from bayestune.decisions.calibrating import Asked, calibrate, parts
 from bayestune.decisions.calibration import FILE_NAME, Calibration
 from bayestune.decisions.comparing import HeldOut, Trial, Variant, compare, kept
 from bayestune.decisions.costs import losses_of
@@ -81,6 +81,7 @@ __all__ = [
     "log_predictive",
     "losses_of",
     "option_scores",
+    "parts",
     "predictive_nll",
     "rank_rows",
     "risk_bound",

@@ -128,11 +128,7 @@ def calibrate(
     """
     asked = asked or Asked()
     check_variants(variants, held_out)
-    order = held_out.order()
-    num_choosing = round(asked.choosing_share * len(order))
-    num_thresholds = len(order) - num_choosing
-    check_enough(num_thresholds, _strictest(asked), 1 - asked.choosing_share)
-    first, second = order[:num_choosing], order[num_choosing:]
+    first, second = parts(held_out, asked)
     labels = held_out.labels[first]
     of_first = {
         name: Variant(variant.logits[:, first], variant.milliseconds)
@@ -155,8 +151,8 @@ def calibrate(
         thresholds=_thresholds(choosing, promising, asked),
         sets=_sets(promising, asked.set_coverage),
         set_kind=asked.set_kind,
-        num_choosing=num_choosing,
-        num_thresholds=num_thresholds,
+        num_choosing=len(first),
+        num_thresholds=len(second),
         rows=held_out.digest(),
         bands=bands,
         classes={str(index): found for index, found in classes.items()},
@@ -166,6 +162,18 @@ def calibrate(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         settings=dict(variants[trial.variant].settings),
     )
+
+
+def parts(held_out: HeldOut, asked: Asked) -> tuple[Tensor, Tensor]:
+    """Indices of the rows for the choices, and of those for the promises.
+
+    Raises:
+        Refusal: if there are too few rows for what is asked, whatever the model.
+    """
+    order = held_out.order()
+    num_choosing = round(asked.choosing_share * len(order))
+    check_enough(len(order) - num_choosing, _strictest(asked), 1 - asked.choosing_share)
+    return order[:num_choosing], order[num_choosing:]
 
 
 def _strictest(asked: Asked) -> Promise:

@@ -37,6 +37,7 @@ class Calibration:
         versions: of the libraries.
         date: of the calibration, ISO 8601.
         settings: see `variant`.
+        held_out: scores of the held-out rows by name, which new rows are compared with (`drift`).
     """
 
     posterior: str
@@ -57,6 +58,7 @@ class Calibration:
     versions: Mapping[str, str] = field(default_factory=dict)
     date: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
+    held_out: Mapping[str, list[float]] = field(default_factory=dict)
 
     @property
     def threshold(self) -> Threshold:

@@ -4,7 +4,8 @@ Records are made and read here and nowhere else.
 """
 
 from bayestune.evaluation.adaptive import Adaptive, predict_adaptively
-from bayestune.evaluation.evaluate import EvaluationOptions, evaluate_posterior
+from bayestune.evaluation.evaluate import Evaluated, EvaluationOptions, evaluate_posterior
+from bayestune.evaluation.gates import Bar, gate_record
 from bayestune.evaluation.records import (
     RECORDS,
     Record,
@@ -21,12 +22,15 @@ from bayestune.evaluation.records import (
 __all__ = [
     "RECORDS",
     "Adaptive",
+    "Bar",
+    "Evaluated",
     "EvaluationOptions",
     "Record",
     "Result",
     "append_results",
     "error_row",
     "evaluate_posterior",
+    "gate_record",
     "label_of",
     "make_result",
     "predict_adaptively",

@@ -13,6 +13,7 @@ from torch import Tensor
 from bayestune.data import Question
 from bayestune.evaluation.adaptive import AdaptivePrediction
 from bayestune.evaluation.evaluate import Evaluated, EvaluationOptions
+from bayestune.evaluation.gates import gate_record
 from bayestune.jsonl import read_json_lines, write_json_lines
 from bayestune.metrics import Bins, summarise
 from bayestune.posteriors import Posterior, Prediction
@@ -22,6 +23,7 @@ RECORDS = "records.jsonl"
 Record = dict[str, Any]
 # what differs between two evaluations of the same
 _VOLATILE = ("seconds", "timed_draws", "peak_memory_mb", "versions", "revision", "predictions")
+_VOLATILE += ("gate",)  # follows from the rows, as the metrics do
 _UNCERTAINTY = ("confidence", "total_entropy", "expected_entropy", "mutual_information")
 
 
@@ -64,6 +66,7 @@ def make_result(
         "bins": options.bins,
         "binning": options.binning,
         "metrics": {key: asdict(interval) for key, interval in summary.items()},
+        "gate": gate_record(prediction.probabilities, questions),
         "peak_memory_mb": round(peak_memory_mb()),
         "versions": versions(),
         "revision": revision(),

@@ -23,6 +23,7 @@ from bayestune.posteriors.prediction import (
 )
 from bayestune.posteriors.saving import save_adapter, save_posterior
 from bayestune.posteriors.scaled import Scaled
+from bayestune.posteriors.signature import artefact_folder, posterior_digest
 from bayestune.posteriors.storage import (
     base_name,
     load_adapter,
@@ -50,6 +51,7 @@ __all__ = [
     "Scaled",
     "Tempered",
     "TokenNoise",
+    "artefact_folder",
     "base_name",
     "count_for",
     "export_draw",
@@ -58,6 +60,7 @@ __all__ = [
     "load_members",
     "load_posterior",
     "mutual_information",
+    "posterior_digest",
     "predict",
     "read_details",
     "refuse_one_class",

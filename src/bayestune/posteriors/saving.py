@@ -25,6 +25,7 @@ from bayestune.adapters import (
     refuse_unless_saved_whole,
     write_posterior,
 )
+from bayestune.decisions import FILE_NAME as CALIBRATION
 from bayestune.errors import Refusal
 from bayestune.posteriors.gaussian import Gaussian
 from bayestune.posteriors.mixture import Mixture
@@ -43,6 +44,7 @@ def replacing(folder: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as scratch:
         yield Path(scratch)
         make_readable(Path(scratch))
+        (folder / CALIBRATION).unlink(missing_ok=True)  # of what the folder held before
         _move(Path(scratch), folder)
 
 

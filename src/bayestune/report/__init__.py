@@ -6,6 +6,7 @@ one is drawn.
 
 from bayestune.report.comparison import grid_tables, significance
 from bayestune.report.figures import reliability_figure, risk_coverage_figure, summary_figure
+from bayestune.report.gate_figures import gate_tables, promises, variant_table
 from bayestune.report.page import write_page
 from bayestune.report.rows import read_rows, renewed
 from bayestune.report.shift import has_shift, write_shift
@@ -21,8 +22,10 @@ __all__ = [
     "VERMILLION",
     "Style",
     "Table",
+    "gate_tables",
     "grid_tables",
     "has_shift",
+    "promises",
     "read_rows",
     "reliability_figure",
     "render",
@@ -32,6 +35,7 @@ __all__ = [
     "significance",
     "summary_figure",
     "summary_tables",
+    "variant_table",
     "write_page",
     "write_shift",
 ]

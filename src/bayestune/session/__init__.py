@@ -3,23 +3,39 @@
 It is opened by names, or from a posterior's folder with prompt, scoring and precision as fitted.
 """
 
+from bayestune.session.artefact import Artefact, Put, load_way, rows_of
 from bayestune.session.as_fitted import options_of, put_as_fitted, say_seen
 from bayestune.session.fit import Fit, details_of, shown
+from bayestune.session.gated import Gated, decide, extra_scores, read_calibration
 from bayestune.session.opened_model import Dtype, num_classes, open_model
 from bayestune.session.session import Session
 from bayestune.session.task_options import OF_THE_FIT, TaskOptions
+from bayestune.session.ways import Way, joined
+from bayestune.session.with_labels import Compared, calibrate
 
 __all__ = [
     "OF_THE_FIT",
+    "Artefact",
+    "Compared",
     "Dtype",
     "Fit",
+    "Gated",
+    "Put",
     "Session",
     "TaskOptions",
+    "Way",
+    "calibrate",
+    "decide",
     "details_of",
+    "extra_scores",
+    "joined",
+    "load_way",
     "num_classes",
     "open_model",
     "options_of",
     "put_as_fitted",
+    "read_calibration",
+    "rows_of",
     "say_seen",
     "shown",
 ]

@@ -56,10 +56,14 @@ def seen_rows(details: Mapping[str, Any], rows: Sequence[Question]) -> int | Non
     """How many of the rows a fit was trained on, by their content; None if its folder is older."""
     if "seen" not in details:
         return None
-    size = len(next(iter(rows)).fingerprint) if rows else 1
-    text = details["seen"]
-    known = {text[start : start + size] for start in range(0, len(text), size)}
+    known = seen_fingerprints(details, len(next(iter(rows)).fingerprint) if rows else 1)
     return sum(row.fingerprint in known for row in rows)
+
+
+def seen_fingerprints(details: Mapping[str, Any], size: int) -> set[str]:
+    """The fingerprints, of so many characters, of a fit's training rows; none in older folders."""
+    text = details.get("seen", "")
+    return {text[start : start + size] for start in range(0, len(text), size)}
 
 
 def say_seen(task: str, count: int, total: int) -> None:

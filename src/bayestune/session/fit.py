@@ -10,8 +10,18 @@ from torch import nn
 
 from bayestune.errors import Refusal
 from bayestune.methods import METHODS
-from bayestune.posteriors import FitReport, Posterior, load_posterior, read_details, save_posterior
+from bayestune.posteriors import (
+    DETAILS,
+    FitReport,
+    Posterior,
+    artefact_folder,
+    load_adapter,
+    load_posterior,
+    read_details,
+    save_posterior,
+)
 from bayestune.scoring import Scorer
+from bayestune.session.plain_adapter import calibrated_details
 from bayestune.session.task_options import TaskOptions
 
 REPORT = "training.json"
@@ -36,7 +46,8 @@ class Fit:
     @classmethod
     def load(cls, model: nn.Module, folder: Path, scorer: Scorer, bf16: bool | None) -> Self:
         """Reads what `save` wrote."""
-        posterior = load_posterior(model, folder, scorer)
+        is_fitted = (artefact_folder(folder) / DETAILS).is_file()
+        posterior = (load_posterior if is_fitted else load_adapter)(model, folder, scorer)
         report = folder / REPORT
         if report.is_file():
             posterior.report = FitReport.of_dict(json.loads(report.read_text(encoding="utf-8")))
@@ -73,8 +84,11 @@ class Fit:
 
 
 def details_of(folder: Path) -> dict[str, Any]:
-    """What `posterior.json` says, with the method's key where an old one has its class's name."""
-    details = read_details(folder)
+    """What `posterior.json` says, with the method's key where an old one has its class's name.
+
+    Of a plain adapter it is what `calibrate` was told of it.
+    """
+    details = calibrated_details(folder) or read_details(folder)
     if "method" not in details:
         raise Refusal(
             f"{folder} does not say how it was fitted: got a posterior alone, expected a folder of "

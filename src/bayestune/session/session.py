@@ -1,7 +1,7 @@
 """A model, the task it is asked, and a scorer between them."""
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -265,13 +265,23 @@ class Session:
         Rows of one window are batched by length.
         """
         quiet = self.quietly()
+
+        def tell(good: Sequence[Question]) -> list[dict[str, Any]]:
+            return prediction_rows(good, quiet.predict(fit, draws, decided=decided, rows=good))
+
+        return self.told(rows, tell)
+
+    def told(
+        self,
+        rows: Sequence[Question],
+        tell: Callable[[Sequence[Question]], Iterable[dict[str, Any]]],
+    ) -> Iterator[dict[str, Any]]:
+        """The lines that `tell` makes of some rows at a time, and of those that cannot be put."""
+        quiet = self.quietly()
         for start in range(0, len(rows), WINDOW):
             window = rows[start : start + WINDOW]
             problems = [self._problem(quiet.scorer, row) for row in window]
             good = [row for row, problem in zip(window, problems, strict=True) if problem is None]
-            told: Iterator[dict[str, Any]] = iter(())
-            if good:
-                found = quiet.predict(fit, draws, decided=decided, rows=good)
-                told = iter(prediction_rows(good, found))
+            told = iter(tell(good) if good else ())
             for row, problem in zip(window, problems, strict=True):
                 yield next(told) if problem is None else error_row(row, problem)

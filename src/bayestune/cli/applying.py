@@ -1,0 +1,80 @@
+"""A calibration in `predict` and `evaluate`: which one applies, and what it makes of the rows."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+
+from bayestune.adapters import detach
+from bayestune.data import Question
+from bayestune.decisions import Calibration
+from bayestune.evaluation import Bar, EvaluationOptions, Result
+from bayestune.forward import Draws
+from bayestune.posteriors import artefact_folder
+from bayestune.session import Fit, Gated, Session, Way, load_way, read_calibration
+
+logger = logging.getLogger(__name__)
+
+EXIT_BELOW_GATE = 1
+
+
+def chosen_way(o: Namespace) -> tuple[Calibration | None, Way]:
+    """The calibration that applies to these options, and how to predict.
+
+    It applies unless the user asks for other draws or another way than was calibrated.
+    """
+    calibration = None if o.uncalibrated else read_calibration(o.posterior)
+    given = {"draws": o.draws, "draw_seed": o.draw_seed, "bf16": o.bf16}
+    given = {name: value for name, value in given.items() if value is not None}
+    if calibration is None:
+        return None, Way(**given)
+    way = Way.of(calibration.settings)
+    differ = [name for name, value in given.items() if getattr(way, name) != value]
+    differ += [name for name in ("shared_prefix", "decided") if o[name]]
+    if not differ:
+        return calibration, way
+    said = "--%s is not what was calibrated: the calibration is not applied, there is no decision"
+    logger.warning(said, ", --".join(differ))
+    return None, Way(**given)
+
+
+def answered(gated: Gated, rows: Sequence[Question], o: Namespace) -> Iterator[dict[str, Any]]:
+    """The lines of `predict` for some rows."""
+    if not (o.shared_prefix or o.decided):
+        way = gated.way
+        if o.bf16 is None and gated.calibration is None:
+            way = replace(way, bf16=gated.fit.bf16)
+        yield from replace(gated, way=way).answers(rows)
+        return
+    draws = Draws(gated.way.draws, gated.way.draw_seed, shared_prefix=o.shared_prefix)
+    for line in gated.session.answers(gated.fit, draws, rows, decided=o.decided):
+        yield line if "error" in line else {**line, "calibration": "none"}
+
+
+def calibrated_result(
+    session: Session, fit: Fit, calibration: Calibration, folder: Path, options: EvaluationOptions
+) -> Result:
+    """What a calibration makes of the session's rows; a student takes the posterior's place."""
+    way = Way.of(calibration.settings)
+    if way.student is not None:
+        detach(fit.posterior.model)
+        fit = load_way(session, artefact_folder(folder), way)
+    return Gated(session, fit, way, calibration).evaluated(options)
+
+
+def passed(bars: Sequence[Bar], results: Sequence[Result]) -> int:
+    """Says of each bar whether it holds; 1 if one does not.
+
+    Bars are for the calibrated record if there is one, for every record of this run if not.
+    """
+    records = [result.record for result in results]
+    records = [record for record in records if "calibration" in record] or records
+    code = 0
+    for bar in bars:
+        for record in records:
+            print(bar.said(record))
+            code = code if bar.holds(record) else EXIT_BELOW_GATE
+    return code

@@ -1,0 +1,173 @@
+"""`calibrate`, `rank` and `drift`: what held-out rows promise, what to label next, what is new."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from torch import Tensor
+
+from bayestune import session
+from bayestune.cli.answers import LineWriter, readable
+from bayestune.cli.options import built
+from bayestune.cli.output_folder import check_writable
+from bayestune.data import Question
+from bayestune.decisions import (
+    FILE_NAME,
+    Asked,
+    Calibration,
+    Drift,
+    Promise,
+    drift_test,
+    false_alarm_rate,
+    rank_rows,
+    score_rows,
+)
+from bayestune.errors import INNER_PART, Refusal
+from bayestune.jsonl import write_json_lines
+from bayestune.posteriors import artefact_folder
+from bayestune.report import promises, render, variant_table
+from bayestune.session import (
+    Artefact,
+    Compared,
+    Put,
+    Way,
+    extra_scores,
+    read_calibration,
+    rows_of,
+)
+
+_LEAST_ALARMS = 100  # repetitions of the simulated false alarms
+_SHOWN = 10
+EXIT_DRIFT = 1
+
+
+def calibrate(o: Namespace) -> None:
+    """Chooses on held-out rows how an artefact predicts, and when one may act on it."""
+    place = artefact_folder(o.posterior)
+    check_writable(place)
+    costs = torch.tensor(o.costs, dtype=torch.float64) if o.costs else None
+    promise = Promise(o.risk, o.confidence)
+    asked = built(Asked, o, promise=promise, costs=costs, bands=dict(o.bands) or None)
+    compared = built(Compared, o)
+    found = session.calibrate(place, o.rows, asked, compared, built(Put, o), o.model)
+    print(render([variant_table(found)]))
+    print()
+    print(promises(found))
+    print(f"calibration in {place / FILE_NAME}")
+
+
+def rank(o: Namespace) -> None:
+    """Ranks unlabelled rows: which to label next."""
+    output = _new_file(o)
+    put = None if read_calibration(o.posterior) else built(Put, o)
+    with readable(o.rows) as file:
+        rows = rows_of(file, o.posterior, put, labelled=False)
+    artefact = Artefact.open(o.posterior, rows, put, o.model)
+    rows = artefact.rows
+    bf16 = artefact.fit.bf16 if o.bf16 is None else o.bf16
+    logits = artefact.logits(Way(o.draws, o.draw_seed, bf16))
+    by = o.by or ("bald" if len(logits) > 1 else "entropy")
+    number = len(rows) if o.number is None else o.number
+    order = rank_rows(logits, number, by, seed=o.draw_seed).tolist()
+    scores = score_rows(logits)
+    lines = []
+    for place, index in enumerate(order, 1):
+        row = rows[index]
+        line = {"rank": place, "id": row.id, "question": row.question, "by": by}
+        line |= {"options": list(row.options), "context": row.context}
+        lines.append(line | {name: values[index].item() for name, values in scores.items()})
+    _write(lines, output)
+
+
+def drift(o: Namespace) -> int:
+    """Compares new rows with the held-out rows of a calibration."""
+    output = _new_file(o)
+    calibration = read_calibration(o.posterior)
+    if calibration is None:
+        raise Refusal(
+            f"{o.posterior} has no calibration, whose held-out rows new ones are compared with: "
+            "expected one; run `bayestune calibrate` first"
+        )
+    if o.level not in INNER_PART:
+        raise Refusal(f"got level={o.level}; expected {INNER_PART.said}; 0.05 is customary")
+    held_out = _compared(calibration, o.scores)
+    with readable(o.rows) as file:
+        rows = rows_of(file, o.posterior, labelled=False)
+    way = Way.of(calibration.settings)
+    artefact = Artefact.open(o.posterior, rows, None, o.model, way)
+    logits = artefact.logits(way)
+    new = score_rows(logits, temperature=calibration.temperature)
+    new |= extra_scores(artefact.session, artefact.rows)
+    found = drift_test(held_out, {name: new[name] for name in held_out})
+    size = min(len(rows), len(next(iter(held_out.values()))) // 2)
+    alarms = false_alarm_rate(held_out, size, o.level, _LEAST_ALARMS)
+    differs = found.p_value <= o.level
+    told = _told(found, artefact.rows) | {"level": o.level, "differs": differs}
+    told |= {"false_alarm_rate": alarms, "false_alarms_of": size}
+    _say(told)
+    if output is not None:
+        write_json_lines(output, [told])
+    return EXIT_DRIFT if differs else 0
+
+
+def _compared(calibration: Calibration, names: Sequence[str]) -> dict[str, Tensor]:
+    """The held-out scores to compare: the one that decides, and others that say something else."""
+    kept = calibration.held_out
+    unknown = set(names) - set(kept)
+    if unknown:
+        raise Refusal(f"got the score {min(unknown)!r}; expected some of {[*kept]}; choose those")
+    few = (calibration.score, "total_entropy", "corrected_mutual_information", "prompt_length")
+    chosen = [name for name in dict.fromkeys(names or few) if name in kept]
+    return {name: torch.tensor(kept[name], dtype=torch.float64) for name in chosen}
+
+
+def _told(found: Drift, rows: Sequence[Question]) -> dict[str, Any]:
+    odd = [{"id": rows[i].id, "p_value": found.row_p_values[i].item()} for i in found.odd]
+    return {
+        "rows": len(rows),
+        "p_value": found.p_value,
+        "distances": found.statistics,
+        "p_values": found.p_values,
+        "odd": odd,
+    }
+
+
+def _say(told: Mapping[str, Any]) -> None:
+    verdict = "differ from" if told["differs"] else "are not told from"
+    print(f"The {told['rows']} rows {verdict} the held-out ones: p = {told['p_value']:.3g}.")
+    for name, distance in told["distances"].items():
+        print(f"  {name}: distance {distance:.3f}, p = {told['p_values'][name]:.3g}")
+    print(
+        f"At the level {told['level']:g}, {told['false_alarms_of']} held-out rows differ from the "
+        f"others in {told['false_alarm_rate']:.0%} of {_LEAST_ALARMS} simulations."
+    )
+    for row in told["odd"][:_SHOWN]:
+        print(f"  sticks out: {row['id']}, p = {row['p_value']:.3g}")
+
+
+def _new_file(o: Namespace) -> Path | None:
+    """The output file; refused before any work if it is there or cannot be written."""
+    path: Path | None = o.output
+    if path is None:
+        return None
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: expected a file for --output")
+    if path.resolve() == o.rows.resolve():
+        raise Refusal(f"--output {path} is an input, --rows {o.rows}; choose another")
+    if path.exists() and not o.overwrite:
+        advice = "choose another --output, or give --overwrite"
+        raise FileExistsError(f"{path} is there already: {advice}")
+    check_writable(path.absolute().parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _write(lines: Sequence[Mapping[str, Any]], path: Path | None) -> None:
+    if path is not None:
+        write_json_lines(path, lines)
+        return
+    with LineWriter(None) as writer:
+        for line in lines:
+            writer.write(line)

@@ -1,0 +1,97 @@
+"""What a gate lets through, as tables: of records, and of a calibration with its promises."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bayestune.decisions import Calibration
+from bayestune.report.comparable import caption, comparable, names
+from bayestune.report.rows import Record
+from bayestune.report.table import DASH, Block, Cell, Table, marked
+
+_COLUMNS = (
+    ("wrong_at_80", "wrong ≥ 0.8 ↓", 1, 0, -1),
+    ("wrong_at_90", "wrong ≥ 0.9 ↓", 1, 0, -1),
+    ("acted_at_90", "rows ≥ 0.9", 1, 0, 0),
+    ("coverage_at_risk_5", "cov@5 % risk ↑", 100, 1, 1),
+    ("risk_at_coverage_80", "risk@80 % cov ↓", 100, 1, -1),
+    ("aurc", "AURC ↓", 1, 3, -1),
+    ("augrc", "AUGRC ↓", 1, 3, -1),
+    ("acted", "acted on %", 100, 1, 0),
+    ("risk", "wrong of these %", 100, 1, 0),
+)
+
+
+def gate_tables(records: Sequence[Record]) -> list[Table]:
+    """One table for each task, model and number of rows: wrong answers that a gate lets through.
+
+    Records of older versions, which have no such figures, are left out.
+
+    >>> gate_tables([{"label": "MLE", "task": "arc_easy", "metrics": {}}])
+    []
+    """
+    tables = []
+    told = [record for record in records if "gate" in record]
+    for group in comparable(told) if told else ():
+        figures = [record["gate"] for record in group]
+        columns = [column for column in _COLUMNS if any(column[0] in found for found in figures)]
+        cells = []
+        for key, _, scale, digits, sign in columns:
+            numbers = [_cell(found.get(key), scale, digits) for found in figures]
+            cells.append(marked(numbers, sign))
+        of = caption(group[0], group[0].get("task"), group[0].get("n"), "the gate")
+        headings = tuple(column[1] for column in columns)
+        lines = Block.of("", names(group), cells)
+        tables.append(Table(of, headings, (lines,), (_baselines(figures[0]),)))
+    return tables
+
+
+def _cell(value: float | None, scale: float, digits: int) -> Cell:
+    return Cell() if value is None else Cell(f"{value * scale:.{digits}f}")
+
+
+def _baselines(figures: Mapping[str, Any]) -> str:
+    return (
+        "wrong ≥ 0.9: wrong answers with a confidence of 0.9 or more, a count. Beside it, for "
+        f"nothing: a guess is right on {figures['chance']:.1%}, the commonest answer on "
+        f"{figures['majority']:.1%}; always asking acts on none."
+    )
+
+
+def variant_table(calibration: Calibration) -> Table:
+    """The ways of predicting that a calibration compared, the kept one marked."""
+    lines = []
+    for row in calibration.table:
+        name = row["variant"] + (" + temperature" if row["temperature"] else "")
+        kept = "kept" if row["kept"] else ""
+        worse = f"{row['worse_by']:+.3f}"
+        behind = (f"± {row['standard_error']:.3f}",)
+        cells = [Cell(f"{row['milliseconds']:.1f}"), Cell(f"{100 * row['accuracy']:.1f}")]
+        cells += [Cell(f"{row[key]:.3f}") for key in ("nll", "brier", "aurc")]
+        lines.append((name, (*cells, Cell(worse, behind), Cell(kept or DASH))))
+    heads = ("ms ↓", "ACC % ↑", "NLL ↓", "Brier ↓", "AURC ↓", "NLL above the best", "")
+    title = (
+        f"ways of predicting · {calibration.num_choosing} held-out rows to choose on, cross-fitted"
+    )
+    note = "Kept: the cheapest whose NLL is not significantly above the best (one-sided, 5 %)."
+    return Table(title, heads, (Block("", tuple(lines)),), (note,), ("Way",))
+
+
+def promises(calibration: Calibration) -> str:
+    """What a calibration promises, in sentences; the score that decides comes first."""
+    kept = f"{calibration.variant}, temperature {calibration.temperature:.3g}"
+    lines = [f"Kept: {kept}; decides by {calibration.score}."]
+    first = calibration.threshold
+    if calibration.bands or calibration.classes:
+        for name, found in (calibration.bands or calibration.classes).items():
+            what = "band" if calibration.bands else "choice"
+            lines.append(f"  {what} {name}: {found.sentence()}")
+    lines.append(f"{calibration.score}: {first.sentence()}.")
+    if first.value is not None:
+        lines.append(f"The smallest risk that these rows support is {first.supported:.3f}.")
+    for name, found in calibration.thresholds.items():
+        if name != calibration.score:
+            lines.append(f"  by {name}: {found.sentence()}")
+    for kind, rule in calibration.sets.items():
+        mark = " (in predictions)" if kind == calibration.set_kind else ""
+        lines.append(f"Sets {kind}{mark}: the right option is in with {rule.coverage:.0%} or more.")
+    return "\n".join(lines)

@@ -1,0 +1,230 @@
+"""Opens what is calibrated and decides: a posterior's folder, or any plain LoRA adapter's."""
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Self
+
+from torch import Tensor
+
+from bayestune.adapters import detach
+from bayestune.data import (
+    AnswerIs,
+    Prompt,
+    Question,
+    Scoring,
+    check_ids,
+    load_rows,
+    own_task,
+    prompt_of,
+)
+from bayestune.errors import Refusal
+from bayestune.posteriors import (
+    artefact_folder,
+    base_name,
+    load_adapter,
+    posterior_digest,
+)
+from bayestune.scoring import make_scorer
+from bayestune.session.as_fitted import classes_of, options_of, put_as_fitted
+from bayestune.session.fit import Fit, details_of
+from bayestune.session.opened_model import Dtype, num_classes, open_model
+from bayestune.session.plain_adapter import is_plain, told_details
+from bayestune.session.session import WINDOW, Session
+from bayestune.session.task_options import TaskOptions
+from bayestune.session.ways import Way, joined
+
+Rows = Path | str | Sequence[Question]
+
+
+@dataclass(frozen=True)
+class Put:
+    """How rows are read, and how they are put to a plain adapter: a posterior knows that itself.
+
+    Args:
+        task: a task of the table, for its prompt; of a plain adapter.
+        scoring: "letter", "text" or "head", as `fit` explains; of a plain adapter.
+        max_length: tokens of a prompt; of a plain adapter.
+        dtype: of the base model's weights; of a plain adapter.
+        options: of every row that has none of its own.
+        answer_is: what answers are, "index", "letter" or "text"; left out, as all rows agree.
+        unsure: the option that means "I do not know", where there is one: it is never acted on.
+        trained_on: rows that training saw, where the folder does not say it.
+    """
+
+    task: str | None = None
+    scoring: Scoring = "letter"
+    max_length: int = 300
+    dtype: Dtype = "float32"
+    options: tuple[str, ...] = ()
+    answer_is: AnswerIs | None = None
+    unsure: str | None = None
+    trained_on: Path | None = None
+
+    def check(self, place: Path) -> None:
+        """Refuses to put rows to a posterior otherwise than it was fitted."""
+        defaults = {field.name: field.default for field in fields(self)}
+        own = ("task", "scoring", "max_length", "dtype")
+        given = [name for name in own if getattr(self, name) != defaults[name]]
+        if given and not is_plain(place):
+            raise Refusal(
+                f"got --{given[0]} for a posterior; expected a plain adapter: rows are put to a "
+                "posterior as they were in its fit; leave it out"
+            )
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A folder of a posterior or a plain adapter, the session it is used in, and what it holds."""
+
+    place: Path
+    session: Session
+    fit: Fit
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path | str,
+        rows: Sequence[Question],
+        put: Put | None = None,
+        model: str | None = None,
+        way: Way | None = None,
+    ) -> Self:
+        """Loads what predicts: the artefact, or the student in its place.
+
+        Args:
+            folder: of `fit`, or an adapter's.
+            rows: that it shall predict.
+            put: how, to a plain adapter; None for what its calibration says.
+            model: the base model, where it has moved, or where the adapter does not name it.
+            way: how to predict.
+
+        Raises:
+            Refusal: if the folder does not tell how its rows are put, and nobody else does.
+        """
+        place = artefact_folder(folder)
+        if put is not None and is_plain(place):
+            return cls._plain(place, rows, put, model)
+        details = details_of(place)
+        told = details["task"]["prompt"]
+        prompt = Prompt(told["letter"], told["text"], tuple(told["labels"]))
+        options = TaskOptions(scoring=details["scoring"], max_length=details["max_length"])
+        task = own_task("rows", (), rows)
+        task = put_as_fitted(task, prompt, options.scoring, classes_of(details))
+        name = model or details["base_model"]
+        loaded = open_model(name, details["dtype"], details["classes"])
+        asked = (options.scoring, options.max_length)
+        scorer = make_scorer(loaded.model, loaded.tokenizer, task, *asked)
+        session = Session(loaded, task, scorer, options)
+        return cls(place, session, load_way(session, place, way))
+
+    @classmethod
+    def _plain(cls, place: Path, rows: Sequence[Question], put: Put, model: str | None) -> Self:
+        name = model or base_name(place)
+        if name is None:
+            raise Refusal(f"{place} does not name its base model; expected a name; give --model")
+        task = own_task("rows", (), rows)
+        if put.task is not None:
+            task = replace(task, prompt=prompt_of(put.task))
+        options = TaskOptions(scoring=put.scoring, max_length=put.max_length, options=put.options)
+        loaded = open_model(name, put.dtype, num_classes(task, options.scoring))
+        session = Session.of(loaded, task, options)
+        details = told_details(loaded.name, session.task, options, put.dtype)
+        posterior = load_adapter(loaded.model, place, session.scorer)
+        return cls(place, session, Fit.of(posterior, details))
+
+    @property
+    def rows(self) -> tuple[Question, ...]:
+        """The rows that it was opened for, as they are put."""
+        return self.session.task.evaluation
+
+    def logits(self, way: Way) -> Tensor:
+        """Logits (S, N, C) of its rows, some at a time, as predictions take them."""
+        parts = []
+        scorer = self.session.quietly().scorer
+        for start in range(0, len(self.rows), WINDOW):
+            window = self.rows[start : start + WINDOW]
+            parts.append(way.logits(self.fit.posterior, scorer, window))
+        return joined(parts)
+
+    def student(self, folder: Path) -> Self:
+        """The same with a student in its place; what was loaded is taken off the model."""
+        detach(self.fit.posterior.model)
+        session = self.session
+        point = load_adapter(session.loaded.model, folder, session.scorer)
+        return replace(self, fit=replace(self.fit, posterior=point))
+
+
+def load_way(
+    session: Session, place: Path, way: Way | None = None, bf16: bool | None = None
+) -> Fit:
+    """What a folder holds, or the student that predicts in its place.
+
+    Raises:
+        Refusal: if the student is gone, or another one than was calibrated.
+    """
+    if way is None or way.student is None:
+        return session.load(place, bf16)
+    folder = Path(os.path.normpath(place / way.student))
+    again = "put it back, or run `bayestune calibrate` again"
+    if not folder.is_dir():
+        got = f"a calibration that predicts with the student in {folder}"
+        raise Refusal(f"got {got}; expected it there: it was moved; {again}")
+    if posterior_digest(folder) != way.student_digest:
+        got = f"another student in {folder} than the one calibrated"
+        raise Refusal(f"got {got}; expected that one: it was trained again; {again}")
+    point = load_adapter(session.loaded.model, folder, session.scorer)
+    return Fit.of(point, details_of(place), bf16)
+
+
+def rows_of(
+    rows: Rows,
+    folder: Path | str,
+    put: Put | None = None,
+    *,
+    labelled: bool,
+) -> tuple[Question, ...]:
+    """Rows that are given, or read from a file; those without options have the fit's.
+
+    Raises:
+        Refusal: if some cannot be read, lack an answer that is needed, or share an id.
+    """
+    if isinstance(rows, str | Path):
+        place = artefact_folder(folder)
+        shared = put.options if put is not None else ()
+        if not shared and (put is None or not is_plain(place)):
+            shared = options_of(details_of(place))
+        answer_is = put.answer_is if put is not None else None
+        rows = load_rows(rows, shared, labelled=labelled, answer_is=answer_is)
+    found = tuple(rows)
+    if not found:
+        raise Refusal("got no rows; expected one or more; give a file or questions")
+    unlabelled = [row.id for row in found if row.answer is None]
+    if labelled and unlabelled:
+        got = f"{len(unlabelled)} of {len(found)} rows without an answer, such as {unlabelled[0]}"
+        raise Refusal(f"got {got}; expected labelled rows; add the answers or take them out")
+    check_ids(found)
+    return found
+
+
+def content_of(row: Question) -> str:
+    """What makes two rows the same, as one text: the same at calibration and at prediction."""
+    return "\n".join(row.content)
+
+
+def unsure_options(rows: Iterable[Question], text: str | None) -> list[int] | None:
+    """Index of each row's option that means "I do not know", −1 without one; None if none is so.
+
+    Args:
+        rows: whose options.
+        text: of that option, whatever its case; None if the data has none.
+    """
+    if text is None:
+        return None
+    wanted = text.strip().casefold()
+    found = []
+    for row in rows:
+        texts = [option.strip().casefold() for option in row.options]
+        found.append(texts.index(wanted) if wanted in texts else -1)
+    return found

@@ -1,0 +1,236 @@
+"""Calibrate once, decide everywhere: the same decisions by `predict`, `evaluate` and Python."""
+
+import json
+import random
+import shutil
+
+import pytest
+
+import bayestune
+from bayestune.cli import main
+from bayestune.decisions import FILE_NAME, Calibration
+from bayestune.evaluation import read_records
+from bayestune.posteriors import posterior_digest
+from running import failed, fitting, furnish, read_rows, run, write_rows
+
+NOISY = {"learning_rate": 0.1, "blob.init_root_std": 0.7, "blob.prior_std": 1.0}
+DRAWS = ("--draws=[0,2]", "--factors=[0.5]")
+EASY = ("--risk=0.6", "--confidence=0.8")
+COLOURS = ("red", "green", "I do not know")
+
+
+def labelled(count, start=0):
+    generator = random.Random(start)
+    rows = []
+    for i in range(start, start + count):
+        options = COLOURS[: 2 + i % 2]
+        row = {"question": f"what is number {i}?", "options": options}
+        rows.append({**row, "answer": generator.randrange(2)})
+    return rows
+
+
+@pytest.fixture
+def place(tmp_path, llama, byte_level):
+    """A model whose answers are not all alike, and rows: training, held-out, new."""
+    folder = furnish(tmp_path, llama(initializer_range=0.3), byte_level)
+    write_rows(folder / "train.jsonl", labelled(8))
+    write_rows(folder / "held_out.jsonl", labelled(60, 100))
+    write_rows(folder / "new.jsonl", labelled(40, 300))
+    return folder
+
+
+def calibrating(place, *options, folder="out", rows="held_out.jsonl"):
+    return ["calibrate", place / folder, f"--rows={place / rows}", *EASY, *options]
+
+
+def predicting(place, *options, folder="out", rows="new.jsonl"):
+    """What `predict` says of rows."""
+    out = place / "said.jsonl"
+    given = [f"--posterior={place / folder}", f"--input={place / rows}", f"--output={out}"]
+    run("predict", *given, "--overwrite", *options)
+    return read_rows(out)
+
+
+@pytest.mark.parametrize("method", ["blob", "mle", "ensemble"])
+def test_decisions_are_the_same_by_every_way(place, capsys, method):
+    options = NOISY if method == "blob" else {"learning_rate": 0.1}
+    run(*fitting(place, method=method, **options))
+    capsys.readouterr()
+    run(*calibrating(place, *DRAWS, "--unsure=i do not KNOW"))
+    said = capsys.readouterr().out
+    assert "ways of predicting" in said
+    assert "risk at most 0.6 with confidence 0.8" in said
+    lines = predicting(place)
+    calibration = Calibration.read(place / "out", posterior_digest(place / "out"))
+    assert calibration is not None
+    assert {line["decision"] for line in lines} <= {"act", "abstain"}
+    for line in lines:
+        assert line["calibration"] == calibration.applied()
+        assert line["confidence"] == line["probabilities"][line["choice"]]
+        assert line["choice_text"] == line["options"][line["choice"]]
+        score = line["score"]
+        is_unsure = line["choice_text"] == COLOURS[2]
+        assert score["threshold"] == calibration.threshold.value
+        assert (score["value"] is None) == is_unsure
+        acts = not is_unsure and score["value"] <= (score["threshold"] or -1)
+        assert (line["decision"] == "act") == acts
+        assert all(0 <= index < len(line["options"]) for index in line["set"])
+
+    assert bayestune.decide(place / "out", place / "new.jsonl") == lines
+    given = [f"--posterior={place / 'out'}", f"--evaluation_data={place / 'new.jsonl'}"]
+    run("evaluate", *given, "--resamples=20", "--draws=[0]")
+    record = read_records(place / "out")[-1]
+    assert record["label"].endswith(", calibrated")
+    assert record["calibration"] == calibration.applied()
+    rows = read_rows(place / "out" / record["predictions"])
+    for row, line in zip(rows, lines, strict=True):
+        assert {**row, "nll": 0} == {**line, "nll": 0}
+    acted = [line for line in lines if line["decision"] == "act"]
+    assert record["gate"]["acted"] == pytest.approx(len(acted) / len(lines))
+
+
+def test_other_draws_than_calibrated_are_not_decided_on(place, caplog):
+    run(*fitting(place, **NOISY))
+    run(*calibrating(place, "--draws=[2]", "--factors=[]"))
+    assert all("decision" in line for line in predicting(place, "--draws=2"))
+    for option in ("--draws=3", "--draw_seed=1", "--shared_prefix=3", "--uncalibrated"):
+        caplog.clear()
+        lines = predicting(place, option)
+        assert [line["calibration"] for line in lines] == ["none"] * len(lines)
+        assert not any("decision" in line for line in lines)
+        assert ("is not what was calibrated" in caplog.text) == (option != "--uncalibrated")
+
+
+def test_a_plain_adapter_takes_two_commands(place, capsys):
+    run(*fitting(place, method="mle", learning_rate=0.1))
+    plain = place / "plain"
+    plain.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(place / "out" / name, plain)
+    given = [f"--posterior={plain}", f"--input={place / 'new.jsonl'}"]
+    assert "plain LoRA adapter" in failed(["predict", *given], capsys)
+    seen = calibrating(place, "--trained_on", place / "train.jsonl", folder="plain")
+    seen[2] = f"--rows={place / 'train.jsonl'}"
+    assert "8 of 8 rows that training saw" in failed(seen, capsys)
+    model = f"--model={place / 'model'}"
+    run(*calibrating(place, model, folder="plain"))
+    lines = predicting(place, folder="plain")
+    run(*calibrating(place))
+    same = ("probabilities", "choice", "decision", "score", "set")
+    fitted = predicting(place)
+    assert [[line[name] for name in same] for line in lines] == [
+        [line[name] for name in same] for line in fitted
+    ]
+    evaluation = [f"--posterior={plain}", f"--evaluation_data={place / 'new.jsonl'}"]
+    run("evaluate", *evaluation, "--resamples=20")
+    labels = [record["label"] for record in read_records(plain)]
+    assert labels == ["lora", "lora, calibrated"]
+
+
+def test_a_student_that_is_kept_predicts(place, capsys):
+    run(*fitting(place, **NOISY))
+    run(*fitting(place, method="mle", output="student", learning_rate=0.1))
+    run(*calibrating(place, "--draws=[2]", "--factors=[]", f"--student={place / 'student'}"))
+    path = place / "out" / FILE_NAME
+    facts = json.loads(path.read_text())
+    assert {row["variant"] for row in facts["table"]} == {"2 draws", "student"}
+    if facts["variant"] != "student":  # which one is kept depends on the machine's time
+        digest = posterior_digest(place / "student")
+        facts |= {"variant": "student", "temperature": 1.0}
+        facts["settings"] |= {"draws": 0, "student": "../student", "student_digest": digest}
+        path.write_text(json.dumps(facts))
+    lines = predicting(place)
+    alone = predicting(place, folder="student")
+    if facts["temperature"] == 1.0:
+        for line, other in zip(lines, alone, strict=True):
+            assert line["probabilities"] == pytest.approx(other["probabilities"], abs=1e-6)
+    assert all(line["calibration"]["variant"] == "student" for line in lines)
+    run(*fitting(place, method="mle", output="student", learning_rate=0.2), "--overwrite")
+    ask = ["predict", f"--posterior={place / 'out'}", f"--input={place / 'new.jsonl'}"]
+    assert "another student" in failed(ask, capsys)
+    shutil.rmtree(place / "student")
+    assert "it was moved" in failed(ask, capsys)
+
+
+def test_refit_and_change_end_a_calibration(place, capsys):
+    run(*fitting(place, **NOISY))
+    run(*calibrating(place, "--draws=[2]", "--factors=[]"))
+    path = place / "out" / FILE_NAME
+    kept = path.read_text()
+    run(*fitting(place, **{**NOISY, "blob.seed_of_nothing": 1} if False else NOISY), "--overwrite")
+    assert not path.exists()
+    assert predicting(place)[0]["calibration"] == "none"
+    details = place / "out" / "posterior.json"
+    details.write_text(details.read_text() + " ")
+    path.write_text(kept)
+    ask = ["predict", f"--posterior={place / 'out'}", f"--input={place / 'new.jsonl'}"]
+    assert "a calibration of another posterior" in failed(ask, capsys)
+    run(*ask, "--uncalibrated")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--rows=train.jsonl",), "8 of 8 rows that training saw"),
+        (("--risk=0.01",), "rows to choose thresholds on; expected"),
+        (("--scoring=text",), "got --scoring for a posterior"),
+        (("--unsure=perhaps",), "no row with the option 'perhaps'"),
+        (("--per_class",), "rows of unlike options"),
+        (("--draws=[]",), "got draws=[]"),
+        (("--factors=[-1]",), "got factors=[-1.0]"),
+        (("--risk=2",), "risk"),
+    ],
+)
+def test_what_cannot_be_promised_is_refused_before_any_pass(place, capsys, options, said):
+    run(*fitting(place, method="mle"))
+    shutil.rmtree(place / "model")  # a pass would need it
+    options = [o.replace("=train", f"={place}/train") for o in options]
+    assert said in failed(calibrating(place, *options), capsys)
+    assert not (place / "out" / FILE_NAME).exists()
+
+
+def test_evaluate_fails_below_its_gate(place, capsys):
+    run(*fitting(place, method="mle"))
+    given = [f"--posterior={place / 'out'}", f"--evaluation_data={place / 'new.jsonl'}"]
+    command = ["evaluate", *map(str, given), "--resamples=20"]
+    assert main([*command, "--gate", "['nll<=100','wrong_at_0.9<=1000']"]) == 0
+    out = capsys.readouterr().out
+    assert "holds  nll <= 100" in out
+    assert "wrong ≥ 0.9" in out
+    assert main([*command, "--gate", "['nll<=100','accuracy>1']"]) == 1
+    assert "FAILS  accuracy > 1" in capsys.readouterr().out
+    assert main([*command, "--gate", "nll<=0.001"]) == 1
+    assert "did you mean 'wrong_at_90'" in failed([*command, "--gate", "wrong_at90<=2"], capsys)
+    assert "expected such as" in failed([*command, "--gate", "nll"], capsys)
+
+
+def test_rank_and_drift(place, capsys):
+    run(*fitting(place, **NOISY))
+    pool = write_rows(place / "pool.jsonl", [{**row, "answer": None} for row in labelled(12, 500)])
+    ranking = ["rank", place / "out", f"--rows={pool}", "--draws=3", "--number=4"]
+    capsys.readouterr()
+    run(*ranking)
+    lines = [json.loads(text) for text in capsys.readouterr().out.splitlines()]
+    assert [line["rank"] for line in lines] == [1, 2, 3, 4]
+    assert {line["by"] for line in lines} == {"bald"}
+    assert len({line["id"] for line in lines}) == 4
+    first = max(lines, key=lambda line: line["corrected_mutual_information"])
+    assert first["rank"] == 1
+    run(*ranking, "--by=entropy", f"--output={place / 'ranked.jsonl'}")
+    entropies = [row["total_entropy"] for row in read_rows(place / "ranked.jsonl")]
+    assert entropies == sorted(entropies, reverse=True)
+
+    drifting = ["drift", place / "out", f"--rows={place / 'new.jsonl'}"]
+    assert "has no calibration" in failed(drifting, capsys)
+    run(*calibrating(place, "--draws=[2]", "--factors=[]"))
+    figures = place / "drift.jsonl"
+    run(*drifting, f"--output={figures}", "--level=0.001")
+    assert "are not told from the held-out ones" in capsys.readouterr().out
+    long = [{**row, "question": "red green blue " * 9 + row["question"]} for row in labelled(30, 7)]
+    other = write_rows(place / "other.jsonl", long)
+    code = main([str(part) for part in ("drift", place / "out", f"--rows={other}")])
+    assert code == 1
+    said = capsys.readouterr().out
+    assert "differ from the held-out ones" in said
+    assert "sticks out: other.jsonl:" in said
+    assert 0 <= read_rows(figures)[0]["false_alarm_rate"] <= 0.05
