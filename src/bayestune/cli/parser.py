@@ -17,7 +17,7 @@ from bayestune.cli.presets import ConfigOrPreset
 from bayestune.cli.slips import asks_for_help, help_text, methods_of_interest, one_line
 from bayestune.cli.start import COMMANDS as SUMMARIES
 from bayestune.cli.start import EXIT_BAD_INPUT
-from bayestune.cli.words import read_options_as_words, spelled_out
+from bayestune.cli.words import gathered, read_options_as_words, spelled_out
 from bayestune.data import AnswerIs, Part
 from bayestune.decisions import Acquisition, SetKind
 from bayestune.evaluation import EvaluationOptions
@@ -105,7 +105,8 @@ def _add_evaluate(parser: Parser) -> None:
     parser.add_class_arguments(TaskOptions, skip=set(OF_THE_FIT))
     parser.add_class_arguments(EvaluationOptions)
     parser.option("output", Path | None, None, "folder of the records; left out: the posterior's")
-    parser.option("gate", list[str], [], "such as 'nll<=0.7' 'wrong_at_0.9<=2': else exit code 1")
+    about = "such as 'nll<=0.7' or 'wrong_at_0.9<=2', perhaps several times: else exit code 1"
+    parser.option("gate", list[str], [], about)
     parser.option("uncalibrated", bool, False, UNCALIBRATED_HELP)
 
 
@@ -243,7 +244,7 @@ def make_parser(only: Collection[str] = METHODS) -> Parser:
 
 def parse(given: Sequence[str]) -> tuple[str, Namespace]:
     """The command and its options, as objects; ends the process after help and for slips."""
-    given = list(given)
+    given = gathered(given)
     if given[:1] == ["bench"] and len(given) > 1 and not given[1].startswith("-"):
         given.insert(1, "--config")
     if asks_for_help(given):

@@ -32,6 +32,28 @@ def spelled_out(arguments: Sequence[str]) -> list[str]:
     return spelled
 
 
+def gathered(arguments: Sequence[str], name: str = "--gate") -> list[str]:
+    """Arguments in which an option that stands several times is one list at the end.
+
+    >>> gathered(["evaluate", "--gate", "nll<=1", "--gate=ece<=0.1", "--bf16"])
+    ['evaluate', '--bf16', '--gate=["nll<=1", "ece<=0.1"]']
+    """
+    found: list[str] = []
+    values: list[str] = []
+    follows = False
+    for argument in arguments:
+        if follows:
+            values.append(argument)
+        elif argument.startswith(f"{name}="):
+            values.append(argument.partition("=")[2])
+        elif argument != name:
+            found.append(argument)
+        follows = argument == name and not follows
+    if follows or any(value.startswith("[") for value in values):  # a list already, or cut off
+        return list(arguments)
+    return [*found, f"{name}={json.dumps(values)}"] if values else found
+
+
 def _quoted(text: str) -> str:
     """A list of words in JSON; a text that is none as it stands."""
     try:

@@ -20,8 +20,8 @@ def artefact_folder(folder: str | PathLike[str]) -> Path:
     place = folder_of(folder)
     if not ((place / DETAILS).is_file() or (place / CONFIG).is_file()):
         raise Refusal(
-            f"{place} holds no adapter: got neither {DETAILS} nor {CONFIG}, expected a folder of "
-            "`fit` or a LoRA adapter as PEFT saves it; look at the path"
+            f"{place} is not a posterior: got no adapter, neither {DETAILS} nor {CONFIG}, expected "
+            "a folder of `fit` or a LoRA adapter as PEFT saves it; look at the path"
         )
     return place
 

@@ -33,7 +33,8 @@ def gate_tables(records: Sequence[Record]) -> list[Table]:
     told = [record for record in records if "gate" in record]
     for group in comparable(told) if told else ():
         figures = [record["gate"] for record in group]
-        columns = [column for column in _COLUMNS if any(column[0] in found for found in figures)]
+        known = set().union(*figures)
+        columns = [column for column in _COLUMNS if column[0] in known]
         cells = []
         for key, _, scale, digits, sign in columns:
             numbers = [_cell(found.get(key), scale, digits) for found in figures]

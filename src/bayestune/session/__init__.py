@@ -8,9 +8,9 @@ from bayestune.session.as_fitted import options_of, put_as_fitted, say_seen
 from bayestune.session.fit import Fit, details_of, shown
 from bayestune.session.gated import Gated, decide, extra_scores, read_calibration
 from bayestune.session.opened_model import Dtype, num_classes, open_model
+from bayestune.session.prediction_ways import Way, joined
 from bayestune.session.session import Session
 from bayestune.session.task_options import OF_THE_FIT, TaskOptions
-from bayestune.session.ways import Way, joined
 from bayestune.session.with_labels import Compared, calibrate
 
 __all__ = [

@@ -31,9 +31,9 @@ from bayestune.session.as_fitted import classes_of, options_of, put_as_fitted
 from bayestune.session.fit import Fit, details_of
 from bayestune.session.opened_model import Dtype, num_classes, open_model
 from bayestune.session.plain_adapter import is_plain, told_details
+from bayestune.session.prediction_ways import Way, joined
 from bayestune.session.session import WINDOW, Session
 from bayestune.session.task_options import TaskOptions
-from bayestune.session.ways import Way, joined
 
 Rows = Path | str | Sequence[Question]
 

@@ -11,10 +11,8 @@ from torch import nn
 from bayestune.errors import Refusal
 from bayestune.methods import METHODS
 from bayestune.posteriors import (
-    DETAILS,
     FitReport,
     Posterior,
-    artefact_folder,
     load_adapter,
     load_posterior,
     read_details,
@@ -46,8 +44,8 @@ class Fit:
     @classmethod
     def load(cls, model: nn.Module, folder: Path, scorer: Scorer, bf16: bool | None) -> Self:
         """Reads what `save` wrote."""
-        is_fitted = (artefact_folder(folder) / DETAILS).is_file()
-        posterior = (load_posterior if is_fitted else load_adapter)(model, folder, scorer)
+        is_told = calibrated_details(folder) is not None
+        posterior = (load_adapter if is_told else load_posterior)(model, folder, scorer)
         report = folder / REPORT
         if report.is_file():
             posterior.report = FitReport.of_dict(json.loads(report.read_text(encoding="utf-8")))

@@ -23,14 +23,16 @@ from bayestune.evaluation import (
 from bayestune.posteriors import Prediction, artefact_folder, posterior_digest
 from bayestune.session.artefact import Artefact, Rows, content_of, rows_of, unsure_options
 from bayestune.session.fit import Fit
+from bayestune.session.prediction_ways import Way, joined
 from bayestune.session.session import WINDOW, Session
-from bayestune.session.ways import Way, joined
 
 PROMPT_LENGTH = "prompt_length"  # the score that every artefact has for nothing
 
 
 def read_calibration(folder: Path | str) -> Calibration | None:
     """That of an artefact, or None if it has none; refused if the artefact has changed since."""
+    if not Path(folder).is_dir():
+        return None
     place = artefact_folder(folder)
     if not (place / decisions.FILE_NAME).is_file():
         return None

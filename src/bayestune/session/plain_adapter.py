@@ -42,7 +42,7 @@ def calibrated_details(folder: Path) -> dict[str, Any] | None:
     Raises:
         Refusal: if the adapter has changed since.
     """
-    if not folder.is_dir() or not is_plain(folder):
+    if not Path(folder).is_dir() or not is_plain(folder):
         return None
     place = artefact_folder(folder)
     if not (place / FILE_NAME).is_file():

@@ -28,7 +28,7 @@ from bayestune.session.as_fitted import seen_fingerprints
 from bayestune.session.fit import details_of
 from bayestune.session.gated import extra_scores
 from bayestune.session.plain_adapter import is_plain
-from bayestune.session.ways import Way
+from bayestune.session.prediction_ways import Way
 
 _WARM_UP = 8  # rows predicted before time is taken: a model's first pass is slower
 _DIGITS = 8  # of the held-out scores that are kept
