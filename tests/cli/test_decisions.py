@@ -2,7 +2,9 @@
 
 import json
 import random
+import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -249,3 +251,22 @@ def test_rank_and_drift(place, capsys):
     assert "differ from the held-out ones" in said
     assert "sticks out: other.jsonl:" in said
     assert 0 <= read_rows(figures)[0]["false_alarm_rate"] <= 0.05
+
+
+def test_the_commands_of_the_readme_run(place, monkeypatch, capsys):
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    block = readme.split("## Decide")[1].split("```bash\n")[1].split("```")[0]
+    monkeypatch.chdir(place)
+    write_rows(place / "test.jsonl", labelled(20, 400))
+    write_rows(place / "pool.jsonl", labelled(30, 500))
+    ran = []
+    for line in block.splitlines():
+        command, *arguments = shlex.split(line, comments=True)
+        assert command == "bayestune"
+        if arguments[0] == "fit":
+            arguments += ["--steps=3", "--batch_size=2", "--lora.rank=2", "--progress=false"]
+        code = main([str(place / "model") if part == "MODEL" else part for part in arguments])
+        assert code in ((0, 1) if arguments[0] in ("evaluate", "drift") else (0,))
+        ran.append(arguments[0])
+    assert ran == ["fit", "calibrate", "predict", "evaluate", "rank", "drift"]
+    assert '"decision": "abstain"' in capsys.readouterr().out
