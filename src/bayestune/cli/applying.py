@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +42,10 @@ def chosen_way(o: Namespace) -> tuple[Calibration | None, Way]:
 
 def answered(gated: Gated, rows: Sequence[Question], o: Namespace) -> Iterator[dict[str, Any]]:
     """The lines of `predict` for some rows."""
-    if not (o.shared_prefix or o.decided):
-        way = gated.way
-        if o.bf16 is None and gated.calibration is None:
-            way = replace(way, bf16=gated.fit.bf16)
-        yield from replace(gated, way=way).answers(rows)
-        return
+    if gated.calibration is not None:
+        return gated.answers(rows)
     draws = Draws(gated.way.draws, gated.way.draw_seed, shared_prefix=o.shared_prefix)
-    for line in gated.session.answers(gated.fit, draws, rows, decided=o.decided):
-        yield line if "error" in line else {**line, "calibration": "none"}
+    return gated.undecided(rows, draws, decided=o.decided)
 
 
 def calibrated_result(

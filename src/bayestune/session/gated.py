@@ -20,6 +20,7 @@ from bayestune.evaluation import (
     make_result,
     prediction_rows,
 )
+from bayestune.forward import Draws
 from bayestune.posteriors import Prediction, artefact_folder, posterior_digest
 from bayestune.session.artefact import Artefact, Rows, content_of, rows_of, unsure_options
 from bayestune.session.fit import Fit
@@ -76,7 +77,16 @@ class Gated:
 
     def answers(self, rows: Sequence[Question]) -> Iterator[dict[str, Any]]:
         """The lines of `predict`, in order; with an `error` where a row cannot be put."""
+        if self.calibration is None:
+            return self.undecided(rows, Draws(self.way.draws, self.way.draw_seed))
         return self.session.told(rows, self.lines)
+
+    def undecided(
+        self, rows: Sequence[Question], draws: Draws, *, decided: bool = False
+    ) -> Iterator[dict[str, Any]]:
+        """The same without a calibration, in the precision of the fit; see `Session.predict`."""
+        for line in self.session.answers(self.fit, draws, rows, decided=decided):
+            yield line if "error" in line else {**line, "calibration": "none"}
 
     def evaluated(self, options: EvaluationOptions) -> Result:
         """The record of the calibrated predictions of the session's labelled rows."""
@@ -160,5 +170,4 @@ def decide(
     way = Way.of(calibration.settings) if calibration else None
     opened = Artefact.open(folder, asked, None, model, way)
     session = replace(opened.session, progress=progress)
-    way = way or Way(bf16=opened.fit.bf16)
-    return list(Gated(session, opened.fit, way, calibration).answers(opened.rows))
+    return list(Gated(session, opened.fit, way or Way(), calibration).answers(opened.rows))
