@@ -188,6 +188,7 @@ def test_experts_see_their_own_draw(rows):
 def test_experts_that_no_row_uses_are_named_once(caplog):
     posterior = experts(["0", "1"])
     batch = {"x": torch.ones(1, 6)}
+    caplog.clear()
     with caplog.at_level(logging.WARNING, "bayestune"):
         for _ in range(3):
             posterior.logits(batch, Draws(1))
@@ -311,6 +312,7 @@ def test_draws_are_compared_once_for_a_kind_of_batch(posterior):
 def test_ways_that_are_found_wrong_are_not_taken_again(caplog):
     posterior = Gaussian(time_major(), class_logits)
     batch = {"input_ids": torch.arange(3, 13).reshape(2, 5)}
+    caplog.clear()
     with caplog.at_level(logging.WARNING, "bayestune"):
         posterior.logits(batch, Draws(3))
         calls = []

@@ -48,6 +48,8 @@ class GaussianLinear(nn.Linear):
 
     root_std: nn.Parameter
     takes_kl: bool = False  # a KL step has been attached
+    called: bool = False  # in training mode, since then
+    noiseless: bool = False  # σ was set to 0 on purpose
 
     def __init__(
         self,
@@ -75,6 +77,12 @@ class GaussianLinear(nn.Linear):
         self.ranks = slice(None)  # which of the fused layers' ranks are its own
         self.train(linear.training)
 
+    @torch.no_grad()
+    def set_root_std(self, root_std: Tensor) -> None:
+        """Sets G (r, k), which may be 0 everywhere: then the layer is a point."""
+        self.root_std.copy_(root_std)
+        self.noiseless = not bool(root_std.any())
+
     @property
     def std(self) -> Tensor:
         """Ω = G∘G (r, k), differentiable."""
@@ -84,6 +92,7 @@ class GaussianLinear(nn.Linear):
         """Maps (rows, …, k) to (rows, …, r)."""
         if not self.training or self.passes.at_mean:
             return F.linear(input, self.weight)
+        self.called = True
         if self.noise == "token":
             return self._token_forward(input)
         if self.noise == "independent":

@@ -11,7 +11,7 @@ from bayestune.adapters import GaussianLinear
 from bayestune.kl.closed_form import kl_divergence, kl_step_
 from bayestune.kl.plan import Plan
 from bayestune.kl.remainders import Remainders
-from bayestune.kl.surroundings import as_one, check_gradients, check_synchronised
+from bayestune.kl.surroundings import as_one, check_gradients, check_synchronised, is_reached
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +70,7 @@ class KLRun:
         ]
         for layer in self.layers.values():
             layer.takes_kl = True
+            layer.called = False
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             first = next(iter(self.layers.values()))
             self._handles.append(first.register_forward_pre_hook(self._before_pass))
@@ -96,7 +97,7 @@ class KLRun:
         self._gradients = {}
         for name, layer in self.layers.items():
             gradient = layer.root_std.grad
-            if gradient is not None and self._unreached:
+            if self._unreached and is_reached(layer):
                 self._unreached.discard(name)
             if gradient is not None and self.moves_root_std:
                 self._gradients[name] = gradient

@@ -92,6 +92,16 @@ def check_optimizer(
             )
 
 
+def is_reached(layer: GaussianLinear) -> bool:
+    """Whether a gradient has reached a layer, other than the zeros of one that was not called.
+
+    Layers that receive one input are computed together, whichever of them is called.
+    """
+    together = [] if layer.fused is None else layer.fused.layers
+    left_out = not layer.called and any(one.called for one in together)
+    return layer.root_std.grad is not None and not left_out
+
+
 def check_gradients(layers: Layers) -> list[str]:
     """Refuses the first gradients if the noise of a layer was not in the pass.
 
@@ -99,7 +109,7 @@ def check_gradients(layers: Layers) -> list[str]:
         The layers that no gradient has reached: this batch did not call them, or they are frozen.
     """
     learnt = {name: layer for name, layer in layers.items() if layer.root_std.requires_grad}
-    unreached = {name: one for name, one in learnt.items() if one.root_std.grad is None}
+    unreached = {name: one for name, one in learnt.items() if not is_reached(one)}
     noisy = [name for name, layer in unreached.items() if layer.training]
     nowhere = len(unreached) == len(learnt)
     if nowhere and not noisy:
@@ -108,7 +118,11 @@ def check_gradients(layers: Layers) -> list[str]:
             "expected training mode, in which they draw; call model.train()"
         )
     # their A has a gradient, though their module was not called
-    bypassed = [name for name in noisy if unreached[name].weight.grad is not None]
+    bypassed = []
+    for name in noisy:
+        gradient = unreached[name].weight.grad
+        if gradient is not None and (unreached[name].fused is None or bool(gradient.any())):
+            bypassed.append(name)
     if bypassed or nowhere:
         which = "any" if nowhere else len(bypassed)
         raise Refusal(
