@@ -135,7 +135,8 @@ class KLRun:
     def _move(self, sizes: Sequence[float], std_rate: float) -> None:
         """The KL steps η, and G's step on the likelihood."""
         values = self._remainders
-        means = [one.weight for one in self.layers.values() if one.weight.requires_grad]
+        layers: list[Any] = list(self.layers.values())
+        means = [layer.weight for layer in layers if layer.weight.requires_grad]
         roots = {n: one.root_std for n, one in self.layers.items() if one.root_std.requires_grad}
         mean_values = [values.value(mean) for mean in means]
         root_values = {name: values.value(root) for name, root in roots.items()}

@@ -129,7 +129,7 @@ def without_gradient(layers: Layers, names: Collection[str]) -> list[str]:
     return list(found)
 
 
-def _is_moved(parameter: nn.Parameter) -> bool:
+def _is_moved(parameter: Tensor) -> bool:
     return parameter.grad is not None and bool(parameter.grad.any())
 
 
