@@ -48,7 +48,6 @@ class GaussianLinear(nn.Linear):
 
     root_std: nn.Parameter
     takes_kl: bool = False  # a KL step has been attached
-    called: bool = False  # in training mode, since then
     noiseless: bool = False  # σ was set to 0 on purpose
 
     def __init__(
@@ -92,7 +91,6 @@ class GaussianLinear(nn.Linear):
         """Maps (rows, …, k) to (rows, …, r)."""
         if not self.training or self.passes.at_mean:
             return F.linear(input, self.weight)
-        self.called = True
         if self.noise == "token":
             return self._token_forward(input)
         if self.noise == "independent":

@@ -54,10 +54,19 @@ def output_head(model: nn.Module) -> nn.Module | None:
     return base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
 
 
+def input_embedding(model: nn.Module) -> nn.Module | None:
+    """The layer that looks a model's tokens up; None for models of images, speech and the like."""
+    try:
+        embedding = base_of(model).get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return embedding if hasattr(embedding, "weight") else None
+
+
 def head_is_tied(model: nn.Module) -> bool:
     """Whether the output head and the embedding are one matrix."""
     head = output_head(model)
-    embedding = base_of(model).get_input_embeddings()
+    embedding = input_embedding(model)
     return head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", None)
 
 

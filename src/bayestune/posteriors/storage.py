@@ -24,6 +24,7 @@ from bayestune.adapters import (
     WEIGHTS,
     Slots,
     differs,
+    input_embedding,
     mean_digest,
 )
 from bayestune.forward import ClassLogits
@@ -166,7 +167,7 @@ def _prepare(base: nn.Module, folder: Path, details: Mapping[str, Any], other_ba
             f"{folder} cannot be loaded: got a base with an adapter on it, which would be replaced,"
             " expected the base alone; load the base anew, or call unload() on its PEFT model"
         )
-    embedding: Any = getattr(base, "get_input_embeddings", lambda: None)()
+    embedding: Any = input_embedding(base)
     rows = details.get("embedding_rows")
     if rows is not None and embedding is not None and len(embedding.weight) != rows:
         base.resize_token_embeddings(rows, mean_resizing=False)  # type: ignore[operator]
