@@ -4,7 +4,7 @@ import ast
 import json
 import logging
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -25,6 +25,7 @@ def load_rows(
     *,
     labelled: bool = True,
     answer_is: AnswerIs | None = None,
+    otherwise: Sequence[str] = (),
 ) -> tuple[Question, ...]:
     """Reads the user's own questions from a file.
 
@@ -38,6 +39,8 @@ def load_rows(
         options: of every row that has none of its own.
         labelled: whether every row must have an answer.
         answer_is: "index" (from 0), "letter" or "text"; None to find what all rows agree with.
+        otherwise: options of rows that have none, without `options`; nothing is said if none needs
+            them.
 
     Returns:
         The questions. Ids that several rows share are told apart by numbers, with a warning.
@@ -47,50 +50,148 @@ def load_rows(
             options as its answer, or answers can be read in two ways; file and line are named.
         FileNotFoundError: if there is no such file.
     """
-    path = Path(path)
+    file = _read(Path(path), options or otherwise)
+    for problem in file.problems.values():
+        raise problem
+    answers = _answers(file.drafts.values(), labelled, answer_is)
+    file.say_unused(options)
+    return file.questions(answers)
+
+
+@dataclass(frozen=True)
+class SortedRows:
+    """The rows of a file that can be read, and the others.
+
+    Args:
+        questions: those that can be read.
+        problems: an id and what is wrong, for each row that cannot, by its number from 0.
+    """
+
+    questions: tuple[Question, ...]
+    problems: dict[int, tuple[str, Refusal]]
+
+
+def sort_rows(
+    path: Path,
+    options: Sequence[str] = (),
+    *,
+    answer_is: AnswerIs | None = None,
+    otherwise: Sequence[str] = (),
+) -> SortedRows:
+    """Reads rows that need no answers as `load_rows` does, but a bad one spoils no other.
+
+    Raises:
+        Refusal: if no row can be read, or the answers of those that can do not go together.
+    """
+    file = _read(path, options or otherwise)
+    file.say_unused(options)
+    try:
+        answers = _answers(file.drafts.values(), False, answer_is)
+    except Refusal:
+        file.take_out_bad_answers(answer_is)
+        answers = _answers(file.drafts.values(), False, answer_is)
+    if not file.drafts:
+        raise next(iter(file.problems.values()))
+    problems = {}
+    for number in sorted(file.problems):
+        problems[number] = (file.ids[number], file.problems[number])
+    return SortedRows(file.questions(answers), problems)
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file's rows whose right options are not known yet, each by its number from 0."""
+
+    name: str
+    columns: Columns
+    ids: dict[int, str]
+    drafts: dict[int, "_Draft"]
+    problems: dict[int, Refusal]
+
+    def take_out_bad_answers(self, answer_is: AnswerIs | None) -> None:
+        """Puts rows whose answers cannot be read, even alone, among those that cannot be read."""
+        for number, draft in list(self.drafts.items()):
+            try:
+                _answers([draft], False, answer_is)
+            except Refusal as problem:
+                self.problems[number] = problem
+                del self.drafts[number]
+
+    def say_unused(self, options: Sequence[str]) -> None:
+        """Says that options of all rows were given and no row has them."""
+        chosen = {frozenset(draft.answered.options) for draft in self.drafts.values()}
+        if options and frozenset(map(str.strip, options)) not in chosen and chosen:
+            logger.warning("%s: `options` are not used: every row has its own", self.name)
+
+    def questions(self, answers: Sequence[int | None]) -> tuple[Question, ...]:
+        """The questions with their answers; says what is odd about ids and columns."""
+        ids = _unique_ids(self.name, [self.ids[number] for number in self.drafts])
+        self.columns.say()
+        questions = []
+        for key, draft, answer in zip(ids, self.drafts.values(), answers, strict=True):
+            question = Question(key, draft.question, draft.answered.options, answer, draft.context)
+            questions.append(question)
+        return tuple(questions)
+
+
+def _read(path: Path, options: Sequence[str]) -> _File:
+    """The rows of a file, each read by itself."""
     options = checked_options(options, f"options={list(options)}") if options else ()
     given = given_rows(path)
     if not given:
         raise Refusal(f"{path.name} is empty: expected at least one row; check the file")
-    columns = Columns(path.name, [row.cells for row in given])
-    fields = [columns.fields(row.cells, row.place) for row in given]
-    own_options = [field.options is not None for field in fields]
-    if not options:
-        _refuse_without_options(given, fields)
-    elif all(own_options):
-        logger.warning("%s: `options` are not used: every row has its own", path.name)
-    drafts = [_draft(row, field, options) for row, field in zip(given, fields, strict=True)]
-    answers = _answers(drafts, labelled, answer_is)
-    ids = _unique_ids(path.name, [draft.id for draft in drafts])
-    columns.say()
-    questions = []
-    for key, draft, answer in zip(ids, drafts, answers, strict=True):
-        question = Question(key, draft.question, draft.answered.options, answer, draft.context)
-        questions.append(question)
-    return tuple(questions)
+    columns = Columns(path.name, [row.cells for row in given if row.problem is None])
+    file = _File(path.name, columns, {}, {}, {})
+    fields = {}
+    for number, row in enumerate(given):
+        file.ids[number] = str(row.cells.get("id") or row.key)
+        try:
+            if row.problem:
+                raise row.problem
+            fields[number] = columns.fields(row.cells, row.place)
+            own = as_text(fields[number].id, "the id", row.place).strip()
+            file.ids[number] = own or row.key
+        except Refusal as problem:
+            file.problems[number] = problem
+    advice = _possible_options(fields.values())
+    for number in [number for number in fields if number not in file.problems]:
+        try:
+            file.drafts[number] = _draft(given[number], fields[number], options, advice)
+        except Refusal as problem:
+            file.problems[number] = problem
+    return file
 
 
 @dataclass(frozen=True)
 class _Draft:
     """A row whose right option is not known yet."""
 
-    id: str
     question: str
     context: str
     answered: Answered
 
 
-def _draft(row: GivenRow, field: Fields, options: Sequence[str]) -> _Draft:
+def _draft(row: GivenRow, field: Fields, options: Sequence[str], advice: str) -> _Draft:
     """A row's texts, and its answer with its options, its own before those of all rows."""
+    question = _text(row, field)
     labels: tuple[str, ...] = ()
     own = tuple(options)
     if field.options is not None:
         texts, labels = _options(field.options, row.place)
         own = checked_options(texts, f"row {row.place}")
+    elif not own:
+        raise Refusal(
+            f"row {row.place}: no options; give a column 'options' or the same options for all "
+            f"rows{advice}"
+        )
     answered = Answered(row.place, field.answer, own, labels, field.counted)
-    context = as_text(field.context, "the context", row.place)
-    key = as_text(field.id, "the id", row.place).strip() or row.key
-    return _Draft(key, _text(row, field), context, answered)
+    return _Draft(question, as_text(field.context, "the context", row.place), answered)
+
+
+def _possible_options(fields: Iterable[Fields]) -> str:
+    """Advice that offers the answers of a file as its options; "" where they can be none."""
+    words = sorted({str(f.answer).strip() for f in fields if isinstance(f.answer, str)})
+    return f", such as {json.dumps(words, ensure_ascii=False)}" if 1 < len(words) <= 26 else ""
 
 
 def _text(row: GivenRow, field: Fields) -> str:
@@ -110,7 +211,7 @@ def _text(row: GivenRow, field: Fields) -> str:
 
 
 def _answers(
-    drafts: Sequence[_Draft], labelled: bool, answer_is: AnswerIs | None
+    drafts: Collection[_Draft], labelled: bool, answer_is: AnswerIs | None
 ) -> list[int | None]:
     """The right option of each row; None where there is no answer and none is needed."""
     rows = [draft.answered for draft in drafts]
@@ -120,21 +221,6 @@ def _answers(
         raise Refusal(f"row {place}: no column 'answer': got an empty one or none, expected one")
     right = iter(right_options(known, answer_is) if known else ())
     return [None if is_missing(row.answer) else next(right) for row in rows]
-
-
-def _refuse_without_options(given: Sequence[GivenRow], fields: Sequence[Fields]) -> None:
-    """Refuses rows without options; the message offers the answers that the file has."""
-    lacking = [row.place for row, field in zip(given, fields, strict=True) if field.options is None]
-    if not lacking:
-        return
-    for row, field in zip(given, fields, strict=True):
-        _text(row, field)  # a row without a question lacks more
-    words = sorted({str(f.answer).strip() for f in fields if isinstance(f.answer, str)})
-    advice = f", such as {json.dumps(words, ensure_ascii=False)}" if 1 < len(words) <= 26 else ""
-    raise Refusal(
-        f"row {lacking[0]}: no options; give a column 'options' or the same options for all "
-        f"rows{advice}"
-    )
 
 
 def _options(own: Any, place: str) -> tuple[list[Any], tuple[str, ...]]:

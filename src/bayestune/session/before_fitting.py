@@ -23,7 +23,7 @@ def check_fits(model: nn.Module, scorer: Scorer, lora: Lora, methods: Iterable[M
         methods: that are to be fitted.
     """
     quiet = replace(scorer, warns=False)
-    for part in (scorer.task.train, scorer.task.held_out):
+    for part in (scorer.task.train, scorer.task.held_out, scorer.task.unlabelled):
         check_lengths(model, part, quiet.encode(part))
     with torch.random.fork_rng(devices=[]):
         adapted = attach(model, lora)
