@@ -4,13 +4,13 @@ import json
 
 import pytest
 import yaml
-from running import fitting, furnish, own_rows, predicted, probabilities, run, write_rows
 
 from bayestune.bench.keys import lasting
 from bayestune.evaluation import read_records
 from bayestune.methods import changed
 from bayestune.report.rows import read_rows as rows_of
 from bayestune.training import Training
+from running import fitting, furnish, own_rows, predicted, probabilities, run, write_rows
 
 CASES = {
     # rows whose passages the fitted prompt shows, evaluated on some that have none

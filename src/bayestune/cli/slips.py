@@ -63,7 +63,7 @@ def _no_option(given: str, parser: ArgumentParser) -> str:
 
 def _missing(names: str, parser: ArgumentParser) -> tuple[str, str]:
     """The command that lacks something, and what: positionals by name, options with dashes."""
-    found = [name.strip().rpartition(".") for name in names.split(",")]
+    found: list[tuple[str, str, str]] = [name.strip().rpartition(".") for name in names.split(",")]
     command = found[0][0] or parser.prog.rpartition(" ")[2]
     placed = {"adapter", "results"}
     return command, ", ".join(last if last in placed else f"--{last}" for _, _, last in found)

@@ -4,7 +4,8 @@ A row is one `Question`; a `Task` holds the rows to train on, to choose on and t
 """
 
 from bayestune.data.answer_readings import AnswerIs
-from bayestune.data.files import SortedRows, checked_options, load_rows, sort_rows
+from bayestune.data.files import SortedRows, load_rows, sort_rows
+from bayestune.data.option_lists import checked_options
 from bayestune.data.prompts import Prompt
 from bayestune.data.public_tasks import TASKS, load_task, prompt_of
 from bayestune.data.questions import Question, Scoring

@@ -60,5 +60,6 @@ def _posteriors_of(base: Any) -> list[type]:
     if not hasattr(base, "fit"):
         return []
     inner = getattr(base, "method", None)
-    told = get_type_hints(type(inner if hasattr(inner, "fit") else base).fit).get("return", object)
+    kind: Any = type(inner if hasattr(inner, "fit") else base)
+    told = get_type_hints(kind.fit).get("return", object)
     return [kind for kind in getattr(told, "__args__", (told,)) if isinstance(kind, type)]
