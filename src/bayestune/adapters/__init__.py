@@ -38,6 +38,7 @@ from bayestune.adapters.lora import (
     detach,
     evaluating,
     is_classifier,
+    old_names_unsaid,
     output_head,
 )
 from bayestune.adapters.noise import held_noise, held_weights
@@ -93,6 +94,7 @@ __all__ = [
     "make_readable",
     "mean_digest",
     "noise_of",
+    "old_names_unsaid",
     "output_head",
     "place_of",
     "plain_path",

@@ -72,7 +72,7 @@ def _missing(names: str, parser: ArgumentParser) -> tuple[str, str]:
 def _bad_value(name: str, why: str) -> str:
     got = _GOT.search(why)
     literal = re.search(r"Literal\[(.*?)\]", why)
-    classes = re.findall(r"<class '(\w+)'>", why.partition("Errors:")[0])
+    classes: list[str] = re.findall(r"<class '(\w+)'>", why.partition("Errors:")[0])
     if "Subtypes:" in why:
         classes = [*re.findall(r"(tuple|list|dict)\[", why), *classes]
     if literal and got:

@@ -5,6 +5,7 @@ import csv
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -53,7 +54,7 @@ def given_rows(path: Path) -> list[GivenRow]:
     data = path.read_bytes()
     name = PurePath(path.name)
     if data.startswith(b"\x1f\x8b"):
-        data = gzip.decompress(data)
+        data = _unpacked(data, path.name)
         name = name.with_suffix("") if name.suffix.lower() == ".gz" else name
     kind = name.suffix.lower()
     if kind in _PARQUET or data.startswith(b"PAR1"):
@@ -73,6 +74,13 @@ def given_rows(path: Path) -> list[GivenRow]:
 
 def _kinds() -> str:
     return ", ".join((*_JSON, ".csv", ".tsv", ".parquet"))
+
+
+def _unpacked(data: bytes, name: str) -> bytes:
+    try:
+        return gzip.decompress(data)
+    except (EOFError, OSError, zlib.error) as error:
+        raise Refusal(f"{name} is damaged or cut off ({error}); fetch or pack it again") from None
 
 
 def _decoded(data: bytes, name: str) -> str:
@@ -186,8 +194,13 @@ def _separator(text: str) -> str:
 
 def _parquet(path: Path) -> list[GivenRow]:
     from datasets import ClassLabel, Dataset
+    from datasets.exceptions import DatasetGenerationError
 
-    rows = Dataset.from_parquet(str(path), keep_in_memory=True)
+    try:
+        rows = Dataset.from_parquet(str(path), keep_in_memory=True)
+    except (ValueError, OSError, DatasetGenerationError) as error:
+        said = " ".join(str(error).split())
+        raise Refusal(f"{path.name} is no whole parquet file ({said}); save it again") from None
     names: Sequence[tuple[str, list[str]]] = [
         (column, kind.names)
         for column, kind in rows.features.items()
