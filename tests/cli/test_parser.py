@@ -40,7 +40,8 @@ def assert_given(given, got):
         if isinstance(value, dict):
             assert_given(value, got[key])
         else:
-            assert got[key] == (tuple(value) if isinstance(got[key], tuple) else value), key
+            kind = type(got[key])
+            assert got[key] == (kind(value) if kind in (tuple, type(Path())) else value), key
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
