@@ -68,6 +68,8 @@ def show_progress(shown: bool) -> None:
     else:
         transformers_logging.disable_progress_bar()
         disable_progress_bars()
+        if "datasets" in sys.modules:  # it has read its variable already
+            sys.modules["datasets"].disable_progress_bars()
 
 
 def follow_umask(folder: Path, names: Collection[str] | None = None) -> None:

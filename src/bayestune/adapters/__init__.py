@@ -39,6 +39,7 @@ from bayestune.adapters.lora import (
     evaluating,
     input_embedding,
     is_classifier,
+    old_names_unsaid,
     output_head,
 )
 from bayestune.adapters.noise import held_noise, held_weights
@@ -95,6 +96,7 @@ __all__ = [
     "make_ranks_random",
     "mean_digest",
     "noise_of",
+    "old_names_unsaid",
     "output_head",
     "place_of",
     "plain_path",

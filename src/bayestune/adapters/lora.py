@@ -112,10 +112,16 @@ def attach(model: nn.Module, lora: Lora) -> PeftModel:
         target_modules=list(targets),
         task_type="SEQ_CLS" if is_classifier(model) else "CAUSAL_LM",
     )
-    with warnings.catch_warnings():
-        # PEFT asks transformers for a property by its old name
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+    with old_names_unsaid():
         return get_peft_model(model, config)  # type: ignore[arg-type]
+
+
+@contextmanager
+def old_names_unsaid() -> Iterator[None]:
+    """Without the warning that PEFT asks transformers for a property by its old name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        yield
 
 
 def _is_named(target: str, paths: Sequence[str]) -> bool:

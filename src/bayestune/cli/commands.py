@@ -15,8 +15,8 @@ from bayestune.cli.answers import Answers, LineWriter, readable
 from bayestune.cli.options import built, chosen_methods
 from bayestune.cli.output_folder import OutputFolder, check_writable
 from bayestune.cli.run_settings import evaluation_settings, fit_settings, posterior_digest
-from bayestune.cli.sieve import sieved
-from bayestune.data import Part, Task, load_rows, own_task, prompt_of
+from bayestune.cli.sieve import in_order, told
+from bayestune.data import Part, Task, load_rows, own_task, prompt_of, sort_rows
 from bayestune.errors import Refusal
 from bayestune.evaluation import RECORDS, EvaluationOptions, append_results, read_records
 from bayestune.forward import Draws
@@ -38,6 +38,7 @@ from bayestune.session import (
     TaskOptions,
     details_of,
     num_classes,
+    of_its_classes,
     open_model,
     options_of,
 )
@@ -100,11 +101,13 @@ def predict(o: Namespace) -> None:
     A row that cannot be put to the model is answered with an `error`.
     """
     answers = Answers.of(o)
-    shared = tuple(o.options) or options_of(details_of(o.posterior))
-    with readable(o.input) as file, sieved(file, shared, o.answer_is) as rows:
-        asked = {"options": shared, "answer_is": o.answer_is}
-        options = TaskOptions(evaluation_data=rows.file, **asked)
-        session = Session.of_posterior(o.posterior, options, o.model, labelled=False)
+    details = details_of(o.posterior)
+    with readable(o.input) as file:
+        found = sort_rows(file, o.options, answer_is=o.answer_is, otherwise=options_of(details))
+    rows = of_its_classes(found, details)
+    task = own_task(o.input.stem, (), rows.questions)
+    options = TaskOptions(evaluation_data=o.input)
+    session = Session.of_posterior(o.posterior, options, o.model, task=task)
     questions = session.rows()
     problems = session.problems(questions)
     if len(problems) == len(questions):
@@ -113,11 +116,11 @@ def predict(o: Namespace) -> None:
     asked = ("draws", "draw_seed", "shared_prefix", "decided", "bf16")
     settings = {name: o[name] for name in asked}
     settings["the files of --posterior"] = posterior_digest(o.posterior)
-    place, done = answers.begin(rows.told(questions), settings)
+    place, done = answers.begin(told(rows), settings)
     draws = Draws(o.draws, o.draw_seed, shared_prefix=o.shared_prefix)
-    left = questions[done - rows.num_unread(done) :]
-    lines = rows.in_order(session.answers(fitted, draws, left, decided=o.decided), done)
-    count = len(questions) + len(rows.unread)
+    left = questions[done - sum(number < done for number in rows.problems) :]
+    lines = in_order(rows, session.answers(fitted, draws, left, decided=o.decided), done)
+    count = len(questions) + len(rows.problems)
     bar = tqdm(
         lines, "predict", count, initial=done, unit="row", disable=not o.progress or place is None
     )
@@ -125,7 +128,7 @@ def predict(o: Namespace) -> None:
         for line in bar:
             writer.write(line)
     answers.finish(place)
-    if bad := len(problems) + len(rows.unread):
+    if bad := len(problems) + len(rows.problems):
         logger.warning("%d of %d rows could not be put, see their error", bad, count)
 
 

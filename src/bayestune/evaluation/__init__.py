@@ -15,7 +15,6 @@ from bayestune.evaluation.records import (
     make_result,
     prediction_rows,
     read_records,
-    unread_row,
 )
 
 __all__ = [
@@ -32,5 +31,4 @@ __all__ = [
     "predict_adaptively",
     "prediction_rows",
     "read_records",
-    "unread_row",
 ]

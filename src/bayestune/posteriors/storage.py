@@ -26,6 +26,7 @@ from bayestune.adapters import (
     differs,
     input_embedding,
     mean_digest,
+    old_names_unsaid,
 )
 from bayestune.forward import ClassLogits
 from bayestune.posteriors.folder_of import PosteriorError, folder_of, read_details
@@ -249,7 +250,8 @@ def _load_adapter(
         if isinstance(base, PeftModel):
             type(base).load_adapter(base, str(folder), adapter, is_trainable=trainable)
             return base
-        model = make(base, folder, adapter_name=adapter, is_trainable=trainable)
+        with old_names_unsaid():
+            model = make(base, folder, adapter_name=adapter, is_trainable=trainable)
     except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise PosteriorError(
             f"the adapter in {folder} does not fit this model or is damaged; its base is "

@@ -3,7 +3,7 @@
 It is opened by names, or from a posterior's folder with prompt, scoring and precision as fitted.
 """
 
-from bayestune.session.as_fitted import options_of, put_as_fitted, say_seen
+from bayestune.session.as_fitted import of_its_classes, options_of, put_as_fitted, say_seen
 from bayestune.session.fit import Fit, details_of, shown
 from bayestune.session.opened_model import Dtype, num_classes, open_model
 from bayestune.session.session import Session
@@ -17,6 +17,7 @@ __all__ = [
     "TaskOptions",
     "details_of",
     "num_classes",
+    "of_its_classes",
     "open_model",
     "options_of",
     "put_as_fitted",
