@@ -19,6 +19,9 @@ from torch import Tensor
 
 from bayestune.jsonl import read_json_lines, write_json_lines
 from bayestune.metrics import accuracy, aurc, brier, ece, nll, paired_bootstrap, summarise
+from bayestune.metrics.intervals import resampled
+from bayestune.metrics.scores import METRICS as WEIGHTED
+from bayestune.metrics.scores import RowTerms
 from studies.calibration_table import share_kept
 from studies.coverage_page import page
 
@@ -26,7 +29,8 @@ POPULATION = 500_000  # rows, whose values count as true
 CLASSES = 4
 METRICS = {"accuracy": accuracy, "nll": nll, "brier": brier, "ece": ece, "aurc": aurc}
 PAIRED = ("accuracy", "nll", "brier")
-SIMS = {50: 400, 200: 250, 1000: 100}
+PLAIN = ("nll", "ece")  # whose percentile intervals are tried too, to show why they are not used
+NUMBERS = (50, 200, 1000)
 RESULTS = Path(__file__).parents[1] / "results/coverage/records.jsonl"
 PAGE = Path(__file__).parents[1] / "docs/intervals.md"
 Record = dict[str, Any]
@@ -99,6 +103,8 @@ def true_values(setting: Setting, generator: torch.Generator) -> dict[str, float
     first, second, between = (
         _losses(part, rows.labels).mean().item() for part in (rows.first, rows.second, rows.between)
     )
+    for name in PLAIN:
+        values[f"percentiles {name}"] = values[name]
     if setting.temperature == 1:  # else there may be no gain to share
         values["share kept"] = (second - between) / (second - first)
     gap = _entropy(rows.first) - _entropy(rows.second)
@@ -107,6 +113,19 @@ def true_values(setting: Setting, generator: torch.Generator) -> dict[str, float
 
 
 Ends = tuple[float | None, float | None]
+
+
+def percentiles(rows: Rows) -> dict[str, Ends]:
+    """The plain bootstrap intervals."""
+    terms = RowTerms.of(rows.first, rows.labels)
+
+    def statistics(weights: Tensor) -> Tensor:
+        return torch.stack([WEIGHTED[name](terms, weights) for name in PLAIN])
+
+    drawn = resampled(statistics, len(rows.labels), 1000)
+    low, high = drawn.quantile(drawn.new_tensor([0.025, 0.975]), dim=1).tolist()
+    names = (f"percentiles {name}" for name in PLAIN)
+    return dict(zip(names, zip(low, high, strict=True), strict=True))
 
 
 def intervals(rows: Rows) -> tuple[dict[str, Ends], float, bool]:
@@ -119,6 +138,7 @@ def intervals(rows: Rows) -> tuple[dict[str, Ends], float, bool]:
         found[name] = (interval.low, interval.high)
         if interval.low is not None and interval.high is not None:
             inside &= interval.low <= interval.value <= interval.high
+    found |= percentiles(rows)
     for name in PAIRED:
         paired = paired_bootstrap(rows.first, rows.second, rows.labels, name)
         found[f"difference {name}"] = (paired.low, paired.high)
@@ -177,8 +197,8 @@ def missing(records: Sequence[Record], numbers: Sequence[int]) -> Iterator[tuple
 def parser() -> ArgumentParser:
     """The command's options."""
     made = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
-    made.add_argument("--rows", type=int, nargs="*", default=list(SIMS), help="n")
-    made.add_argument("--sims", type=int, default=None, help="of each; left out: by n")
+    made.add_argument("--rows", type=int, nargs="*", default=NUMBERS, help="n")
+    made.add_argument("--sims", type=int, default=400, help="of each population and n")
     made.add_argument("--seed", type=int, default=1)
     made.add_argument("--json", type=Path, default=RESULTS, help="records")
     made.add_argument("--page", type=Path, default=PAGE, help="written anew from all records")
@@ -192,8 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.json.parent.mkdir(parents=True, exist_ok=True)
     records = read_json_lines(options.json, missing_ok=True)
     for setting, number in missing(records, options.rows):
-        sims = options.sims or SIMS.get(number, 400)
-        record = simulate(setting, number, sims, options.seed)
+        record = simulate(setting, number, options.sims, options.seed)
         records = [*read_json_lines(options.json, missing_ok=True), record]
         write_json_lines(options.json, records)
         print(f"{setting.name}, n {number}: {record['cpu_seconds']} s", flush=True)

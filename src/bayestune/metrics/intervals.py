@@ -5,8 +5,9 @@ resamples are the same in every call with as many rows. Refusal is raised on bad
 numbers of runs, a metric whose differences have no interval, and without resamples.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import NormalDist
 
 import torch
@@ -58,19 +59,29 @@ class PairedDifference:
     n: int
 
 
-def _resampled(statistic: Callable[[Tensor], Tensor], num_rows: int, resamples: int) -> Tensor:
+def resampled(statistic: Callable[[Tensor], Tensor], num_rows: int, resamples: int) -> Tensor:
     """M statistics of counts (R, N) on all resamples, (M, R)."""
     if resamples < 1:
         raise Refusal(f"got resamples={resamples}; expected 1 or more; 1000 is customary")
+    small = resamples * num_rows <= _BLOCK
+    blocks = [_one_block(num_rows, resamples)] if small else _counts(num_rows, resamples)
+    return torch.cat([statistic(counts) for counts in blocks], 1)
+
+
+def _counts(num_rows: int, resamples: int) -> Iterator[Tensor]:
+    """How often each resample has each row, in blocks (≤ R, N)."""
     generator = torch.Generator().manual_seed(0)
     block = max(1, _BLOCK // num_rows)
-    blocks = []
     for start in range(0, resamples, block):
         size = (min(block, resamples - start), num_rows)
         drawn = torch.randint(num_rows, size, generator=generator)
         counts = torch.zeros_like(drawn).scatter_add_(1, drawn, torch.ones_like(drawn))
-        blocks.append(statistic(counts.double()))
-    return torch.cat(blocks, 1)
+        yield counts.double()
+
+
+@lru_cache(maxsize=1)  # a table has many statistics of the same rows
+def _one_block(num_rows: int, resamples: int) -> Tensor:
+    return next(_counts(num_rows, resamples))
 
 
 def _quantiles(values: Tensor, low: float, high: float) -> tuple[float, float]:
@@ -199,7 +210,7 @@ def summarise(
         means = [_studentised(rows.nll, weights), _studentised(rows.brier, weights)]
         return torch.stack([*means, METRICS["aurc"](rows, weights)])
 
-    nll, brier, aurc = _resampled(statistics, num_rows, resamples)
+    nll, brier, aurc = resampled(statistics, num_rows, resamples)
     right = int(rows.correct.sum())
     ece = METRICS["ece"](rows, rows.ones).item()
     return {
@@ -259,7 +270,7 @@ def paired_bootstrap(
         return torch.stack([weigh(a, weights) - weigh(b, weights) for a, b in pairs]).mean(0)[None]
 
     d = difference(pairs[0][0].ones).item()
-    drawn = _resampled(difference, len(labels), resamples)[0]
+    drawn = resampled(difference, len(labels), resamples)[0]
     extreme = int(((drawn - d).abs() >= abs(d) - 1e-12).sum())  # equal but for rounding is extreme
     if metric == "accuracy":
         each = torch.stack([a.correct - b.correct for a, b in pairs]).mean(0)
