@@ -8,6 +8,7 @@ hardly ever where calibration is good; docs/intervals.md has the coverage of wha
 import torch
 from torch import Tensor
 
+from bayestune.metrics.proportions import share_interval
 from bayestune.metrics.scores import RowTerms
 
 _BLOCK = 2**21  # numbers in one block of redrawn labels: 16 MiB
@@ -15,7 +16,7 @@ _REDRAWN = 1000  # sets of labels of a calibrated model
 _TRIED = 16  # strengths of miscalibration
 _STRONGEST = 2.0  # times the observed gap of each bin
 _PER_STRENGTH = 300
-_TAIL = 0.01  # of either side; with 0.02 a slight overconfidence is covered in 0.87 (n = 1000)
+_TAIL = 0.02  # of either side
 _ROUNDING = 1e-12
 
 
@@ -46,11 +47,13 @@ def calibrated_scores(rows: RowTerms, redrawn: int = _REDRAWN) -> Tensor:
 def ece_interval(rows: RowTerms, observed: float) -> tuple[float, float]:
     """An interval of the ECE that infinitely many such rows would have.
 
-    It is the union of three. (1) A test inverted: rows are resampled, and correctness is redrawn
+    It is the union of four. (1) A test inverted: rows are resampled, and correctness is redrawn
     with probability confidence + t·(the bin's observed gap), t from 0, calibrated, to 2; each t is
-    kept whose ECEs do not leave the observed one in a tail of 1 %. (2) The basic bootstrap,
-    2·observed − the 1 % quantiles of resampled rows, at least 0. (3) The observed value, which is
-    biased upwards and can lie above (1) and (2).
+    kept whose ECEs do not leave the observed one in a tail of 2 %. (2) The basic bootstrap,
+    2·observed − the 2 % quantiles of resampled rows, at least 0. (3) The observed value, which is
+    biased upwards and can lie above (1) and (2). (4) The distance from the mean confidence to
+    either end of accuracy's interval: no ECE is below |accuracy − mean confidence|, and where
+    nearly all rows share a bin whose gap is small by chance, (1) and (2) do not look beyond it.
 
     Args:
         rows: what the metrics need of N rows.
@@ -74,7 +77,9 @@ def ece_interval(rows: RowTerms, observed: float) -> tuple[float, float]:
     tails = resampled.new_tensor([1 - _TAIL, _TAIL])
     basic = (2 * observed - torch.quantile(resampled, tails)).clamp(min=0).tolist()
     ends = [observed, *basic, *kept]
-    return min(ends), max(ends)
+    shares = share_interval(int(rows.correct.sum()), len(rows.bin), 0.95)
+    mean = rows.confidence.mean().item()
+    return min(ends), max(*ends, *(abs(share - mean) for share in shares))
 
 
 def _redrawn(rows: RowTerms, gap: Tensor, num_bins: int) -> tuple[Tensor, Tensor]:

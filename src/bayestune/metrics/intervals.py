@@ -24,6 +24,7 @@ _TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
 _NORMAL = NormalDist()
 _BLOCK = 2**21  # numbers in one block of resamples: 16 MiB
 _LEAST_SPREAD = 0.25  # of a resample, as a share of the rows' own: one without any error has none
+_ROUNDING = 1e-12  # of equal losses: their spread as a share of their mean
 _FEWEST = 5  # wrong rows, and right ones, without which AURC has no interval
 _LEFT_OUT = 200  # groups of rows that are left out in turn
 
@@ -103,7 +104,7 @@ def _mean_interval(losses: Tensor, studentised: Tensor) -> Interval:
     """The bootstrap-t interval of a mean of losses ≥ 0; none where all are the same."""
     value = losses.mean().item()
     spread = losses.std(correction=0).item()
-    if not spread > 0:  # or NaN
+    if not spread > _ROUNDING * abs(value):  # or NaN
         return Interval(value, None, None, len(losses))
     low, high = _quantiles(studentised, *_TAILS)
     return Interval(value, max(0.0, value - spread * high), value - spread * low, len(losses))
