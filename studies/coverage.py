@@ -77,7 +77,7 @@ class Rows:
         labels = torch.multinomial(chances, 1, generator=generator)[:, 0]
         second = 0.8 * logits + 0.3 * noise
         between = 0.6 * logits + 0.4 * second
-        return cls(*(part.softmax(1) for part in (logits, second, between)), labels)
+        return cls(logits.softmax(1), second.softmax(1), between.softmax(1), labels)
 
     def swapped(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Both models with the rows of one exchanged for the other's at random: no difference."""
