@@ -40,8 +40,8 @@ FILES = {
     "semicolons.csv": table(";"),
     "excel.csv": table("\t", "utf-16"),
     "own.tsv": table("\t"),
-    "own.csv.gz": gzip.compress(table(",")),
-    "own.jsonl.gz": gzip.compress(lines(BAD)),
+    "own.csv.gz": gzip.compress(table(","), mtime=0),
+    "own.jsonl.gz": gzip.compress(lines(BAD), mtime=0),
 }
 
 
@@ -97,7 +97,7 @@ def test_a_bad_answer_spoils_no_other_but_one_rule_holds(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("own.csv.gz", gzip.compress(table(","))[:30]),
+        ("own.csv.gz", gzip.compress(table(","), mtime=0)[:30]),
         ("own.gz", b"\x1f\x8b nothing"),
         ("own.parquet", b"PAR1 and no more"),
     ],
