@@ -20,6 +20,8 @@ NAMES = {
     "difference brier": "paired difference, Brier score",
     "share kept": "share of a gain in NLL",
     "difference of a row's number": "mean ± 1.96 standard errors",
+    "percentiles nll": "*not printed:* NLL, by percentiles",
+    "percentiles ece": "*not printed:* ECE, by percentiles",
 }
 SIZES = {
     "calibrated": "ECE at least that of a calibrated model",
@@ -47,6 +49,32 @@ def _mark(value: float) -> str:
     return text if LEAST <= float(text) <= MOST else f"**{text}**"
 
 
+def covering(covered: int, printed: int) -> str:
+    """A share with its standard error, from at least one simulation that is not covered."""
+    share = covered / printed
+    off = min(max(share, 1 / printed), 1 - 1 / printed)
+    return f"{_mark(share)} ± {math.sqrt(off * (1 - off) / printed):.3f}"
+
+
+def _outside(records: Sequence[Record]) -> str:
+    """What does not cover as it should, in words."""
+    found = []
+    for record in records:
+        for key, name in NAMES.items():
+            printed = record["printed"].get(key, 0)
+            if name.startswith("*") or printed < record["sims"] / 2:
+                continue
+            share = record["covered"].get(key, 0) / printed
+            if not LEAST <= float(f"{share:.2f}") <= MOST:
+                found.append(f"* {name}, n = {record['n']}, {record['setting']}: {share:.2f}")
+    return "\n".join(found) or "* none"
+
+
+def _span(numbers: Sequence[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low} to {high}"
+
+
 def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
@@ -57,7 +85,7 @@ def coverage_table(records: Sequence[Record], number: int) -> str:
     if not own:
         return ""
     lines = [
-        f"**n = {number}** ({own[0]['sims']} simulations each)",
+        f"**n = {number}** ({_span([one['sims'] for one in own])} simulations each)",
         "",
         _row(["95 % interval of", *(record["setting"] for record in own)]),
         _row(["---", *(["---:"] * len(own))]),
@@ -67,7 +95,7 @@ def coverage_table(records: Sequence[Record], number: int) -> str:
         for record in own:
             printed = record["printed"].get(key, 0)
             few = printed < record["sims"] / 2
-            cells.append("–" if few else _mark(record["covered"].get(key, 0) / printed))
+            cells.append("–" if few else covering(record["covered"].get(key, 0), printed))
         lines.append(_row([name, *cells]))
     return "\n".join(lines)
 
@@ -87,7 +115,7 @@ def size_table(records: Sequence[Record]) -> str:
                 null = key != "calibrated" or record["setting"].startswith("calibrated")
                 if record["n"] == number and null:
                     shares.append(record["small_p"].get(key, 0) / record["sims"])
-            cells.append(f"{min(shares):.3f} to {max(shares):.3f}" if shares else "–")
+            cells.append(f"{min(shares):.3f} to {max(shares):.3f}")
         lines.append(_row([name, *cells]))
     return "\n".join(lines)
 
@@ -112,6 +140,7 @@ def page(records: Sequence[Record]) -> str:
     return (
         NOTE.read_text(encoding="utf-8")
         .replace("{coverage}", "\n\n".join(tables))
+        .replace("{beyond}", _outside(records))
         .replace("{sizes}", size_table(records))
         .replace("{shares}", share_table(numbers))
         .replace("{outside}", str(outside))

@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Collection
 from importlib.metadata import version
 from pathlib import Path
 
@@ -67,16 +68,24 @@ def show_progress(shown: bool) -> None:
     else:
         transformers_logging.disable_progress_bar()
         disable_progress_bars()
+        if "datasets" in sys.modules:  # it has read its variable already
+            sys.modules["datasets"].disable_progress_bars()
 
 
-def follow_umask(folder: Path) -> None:
-    """Gives a folder's files the mode of any new file: safetensors makes them its owner's alone."""
+def follow_umask(folder: Path, names: Collection[str] | None = None) -> None:
+    """Gives files the mode of any new file: safetensors makes them their owner's alone.
+
+    Args:
+        folder: that holds them.
+        names: which of its files; None for all.
+    """
     probe = folder / ".mode"
     probe.touch()
     mode = probe.stat().st_mode & 0o777
     probe.unlink()
     for path in folder.iterdir():
-        if path.is_file() and not path.is_symlink():
+        own = names is None or path.name in names
+        if own and path.is_file() and not path.is_symlink():
             path.chmod(mode)
 
 

@@ -168,7 +168,7 @@ REFUSED = {
         r"it adapts a bare parameter \(target_parameters\)",
     ),
     "another layer": (with_another_layer, "its lora_A is a Other, not a plain Linear"),
-    "convolution": (lambda: of_one(nn.Conv2d(3, 4, 3)), "layer: its lora_A is a Conv2d"),
+    "convolution": (lambda: of_one(nn.Conv2d(3, 4, 3)), "layer: it adapts a convolution"),
     "attention": (lambda: of_one(nn.MultiheadAttention(8, 2)), "nn.MultiheadAttention merges A"),
 }
 

@@ -115,7 +115,7 @@ def test_a_shared_prefix_is_told_and_changes_the_predictive(place, capsys):
 
 
 def test_rows_that_are_decided_are_drawn_no_more(place, capsys):
-    run(*fitting(place, **{**NOISY, "blob.init_root_std": 0.05}))
+    run(*fitting(place, **{**NOISY, "blob.init_root_std": 0.05, "blob.final_std": 0.02}))
     every = predicted(place, "--draws=9")
     decided = predicted(place, "--draws=9", "--decided")
     assert [row["choice"] for row in decided] == [row["choice"] for row in every]

@@ -40,7 +40,8 @@ def assert_given(given, got):
         if isinstance(value, dict):
             assert_given(value, got[key])
         else:
-            assert got[key] == (tuple(value) if isinstance(got[key], tuple) else value), key
+            found = str(got[key]) if isinstance(got[key], Path) else got[key]
+            assert found == (tuple(value) if isinstance(found, tuple) else value), key
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -28,7 +28,7 @@ def test_a_preset_is_its_file_and_a_path_stays_as_it_is():
 
 
 def test_an_unknown_preset_is_told_with_the_known_ones():
-    message = re.escape("unknown preset: got 'small/nothing', expected one of ['faithful/")
+    message = re.escape("unknown preset: got 'small/nothing', expected one of ['evidence/")
     with pytest.raises(ValueError, match=message):
         resolve_preset("preset:small/nothing")
 

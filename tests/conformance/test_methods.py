@@ -15,7 +15,7 @@ from bayestune.posteriors import Point, export_draw, load_posterior, predict, sa
 from promises import LONG, Case, exportable, learnt, resumes
 
 WITHOUT_SPREAD = {"mle", "map", "temperature", "early_stopping", "distilled"}
-LEARN_LITTLE = {"bbb", "temperature", "early_stopping", "distilled"}
+LEARN_LITTLE = {"bbb", "scalabl", "temperature", "early_stopping", "distilled"}
 SETTINGS = {
     "tfb": {"anchors": 6, "draws": 2, "evaluations": 3},
     "posterior_scale": {"factors": (0.5, 1.0)},

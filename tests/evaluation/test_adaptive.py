@@ -94,7 +94,7 @@ def test_decided_rows_decide_as_all_draws_do(scale, most, round_size):
         assert torch.equal(found.choice, Prediction.of(logits).choice)
         assert (2 * found.draws_used > most).all()
         stopped += (found.draws_used < most).sum().item()
-    assert stopped > 0
+    assert stopped > 1000  # of 12000; many more where the draws agree
 
 
 def test_a_row_is_decided_as_soon_as_it_can_be_and_not_before():

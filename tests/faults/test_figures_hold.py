@@ -1,6 +1,5 @@
 """Intervals cover, p-values have their size, and figures say no more than their rows do."""
 
-import json
 import math
 from pathlib import Path
 
@@ -13,13 +12,15 @@ from bayestune.data import Question
 from bayestune.evaluation import Adaptive, EvaluationOptions, make_result
 from bayestune.evaluation.adaptive import in_rounds
 from bayestune.evaluation.evaluate import Evaluated
+from bayestune.jsonl import read_json_lines
 from bayestune.metrics import PairedDifference, paired_bootstrap, summarise
 from bayestune.metrics.proportions import share_interval
 from bayestune.posteriors import Prediction
 from bayestune.report import grid_tables, render, renewed, summary_tables, write_page
 from bayestune.report.claims import Evaluation, paired_table, sentence
 from bayestune.report.columns import ACCURACY, BRIER, NLL
-from report.recorded import evaluated, record
+from report.recorded import evaluated, record, row, with_rows
+from studies import coverage, coverage_page
 
 RESULTS = Path(__file__).parents[2] / "results"
 
@@ -99,15 +100,31 @@ def test_paired_p_values_have_their_size():
     assert all(count / 100 <= most for count in small.values()), small
 
 
-def test_the_study_has_a_record_for_what_tables_print():
-    lines = (RESULTS / "coverage/records.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
-    assert {one["n"] for one in records} == {50, 200, 1000}
+def test_the_study_has_records_and_its_page_is_theirs():
+    records = read_json_lines(RESULTS / "coverage/records.jsonl")
+    assert {one["n"] for one in records} == set(coverage.NUMBERS)
     printed = {"accuracy", "nll", "brier", "ece", "difference accuracy", "difference nll"}
     for one in records:
         assert one["value_outside"] == 0
         for key in printed:
             assert within(one["covered"][key], one["printed"][key]), (one["setting"], one["n"], key)
+    text = coverage.PAGE.read_text(encoding="utf-8")
+    assert text == coverage_page.page(records), "run python -m studies.coverage"
+
+
+def test_rows_in_one_bin_do_not_prove_calibration():
+    p = torch.tensor([[0.7, 0.3]] * 100)
+    chance = summarise(p, torch.tensor([0] * 70 + [1] * 30), resamples=10)["ece"]
+    assert chance.value == pytest.approx(0, abs=1e-6)
+    assert 0.08 < chance.high < 0.11  # of 100 rows, accuracy is known to ±0.09
+    sure = summarise(torch.eye(2)[[0] * 30], torch.zeros(30, dtype=torch.long), resamples=10)
+    assert sure["ece"].high == pytest.approx(1 - sure["accuracy"].low)
+
+
+def test_equal_losses_have_no_interval():
+    for p in (torch.tensor([[0.7, 0.3]] * 30), torch.eye(2, dtype=torch.float64)[[1] * 30]):
+        found = summarise(p, torch.zeros(30, dtype=torch.long), resamples=50)
+        assert found["nll"].low is found["brier"].high is None
 
 
 # Mutual information
@@ -138,12 +155,12 @@ def test_adaptive_rows_have_the_factor_of_their_own_draws():
     )
     found = in_rounds(lambda rows, part: logits[part.start : part.stop, rows], 30, Adaptive(10))
     assert len(found.draws_used.unique()) > 1
-    for row, used in enumerate(found.draws_used.tolist()):
-        plain = Prediction.of(logits[:used, row : row + 1])
-        assert found.mutual_information[row].item() == pytest.approx(
+    for i, used in enumerate(found.draws_used.tolist()):
+        plain = Prediction.of(logits[:used, i : i + 1])
+        assert found.mutual_information[i].item() == pytest.approx(
             plain.mutual_information.item(), abs=1e-12
         )
-        torch.testing.assert_close(found.log_probabilities[row], plain.log_probabilities[0])
+        torch.testing.assert_close(found.log_probabilities[i], plain.log_probabilities[0])
 
 
 # NLL
@@ -193,6 +210,14 @@ def test_what_is_printed_as_nothing_is_not_called_a_gain():
     table = paired_table([(two, better)])
     marks = [cell.mark for cell in table.blocks[0].lines[0][1]]
     assert marks == ["", "", "", "better"]
+
+
+def test_a_tie_is_right_or_wrong_everywhere_on_the_page(tmp_path):
+    rows = [row(i, [0.5, 0.5], 1) for i in range(6)]
+    page = write_page([with_rows(tmp_path, rows, "MLE", accuracy=0.0)], tmp_path, "t").read_text()
+    assert "No answer is wrong" not in page
+    assert page.count('class="chosen"') == 12  # the first of equals, as accuracy has it
+    assert 'class="answer chosen"' not in page
 
 
 def test_a_colour_of_the_page_has_one_meaning(tmp_path):

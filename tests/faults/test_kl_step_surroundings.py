@@ -395,3 +395,29 @@ def test_a_gaussian_that_trains_without_a_kl_step_is_said_once(caplog):
     model.eval()
     copy.deepcopy(model)
     assert "without a KL step" not in caplog.text
+
+
+# Runs that are too short, and copies
+
+
+@pytest.mark.parametrize("given", [{"final_std": 0.19}, {"kl_lr": 0.05, "period": 1}])
+def test_steps_that_overshoot_the_prior_are_refused(given):
+    model = gaussian()
+    with pytest.raises(Refusal, match="a step of the KL is too long: got .* train for more steps"):
+        KLStep(**given).attach(model, sgd(model), total_steps=3)
+
+
+def test_a_copy_of_a_step_goes_on_where_the_run_is_once_it_is_attached():
+    model = gaussian()
+    optimizer = sgd(model)
+    step = KLStep()
+    step.attach(model, optimizer, total_steps=40)
+    loop(model, optimizer, 20)
+    twin, again = copy.deepcopy((model, step))
+    assert again.step == 0  # an optimiser's copy has no hooks
+    other = sgd(twin)
+    again.attach(twin, other, total_steps=40, step=20)
+    loop(model, optimizer, 20)
+    loop(twin, other, 20)
+    assert mean_std(model) == pytest.approx(0.1, rel=0.02)
+    assert mean_std(twin) == pytest.approx(0.1, rel=0.02)

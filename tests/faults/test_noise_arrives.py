@@ -20,6 +20,7 @@ from transformers import (
     XLNetForSequenceClassification,
 )
 
+from bayestune import Refusal
 from bayestune.adapters import Arrivals, DrawnLinear, Slots, bayesify, drawn
 from bayestune.curvature import gauss_newton
 from bayestune.forward import Batch, Draws
@@ -188,6 +189,7 @@ def test_experts_see_their_own_draw(rows):
 def test_experts_that_no_row_uses_are_named_once(caplog):
     posterior = experts(["0", "1"])
     batch = {"x": torch.ones(1, 6)}
+    caplog.clear()
     with caplog.at_level(logging.WARNING, "bayestune"):
         for _ in range(3):
             posterior.logits(batch, Draws(1))
@@ -311,6 +313,7 @@ def test_draws_are_compared_once_for_a_kind_of_batch(posterior):
 def test_ways_that_are_found_wrong_are_not_taken_again(caplog):
     posterior = Gaussian(time_major(), class_logits)
     batch = {"input_ids": torch.arange(3, 13).reshape(2, 5)}
+    caplog.clear()
     with caplog.at_level(logging.WARNING, "bayestune"):
         posterior.logits(batch, Draws(3))
         calls = []
@@ -519,3 +522,28 @@ def test_heads_of_one_class_beside_lora_are_named():
     )
     with pytest.raises(ValueError, match="num_labels=2"):
         predict(posterior, BATCH)
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+def test_draws_of_b_keep_its_bias(draws):
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    batch = {name: value.repeat(draws, 1) for name, value in BATCH.items()}
+    stacks = {n: w.expand(draws, *w.shape) for n, w in Slots(model).weights().items()}
+    model.eval()
+    with torch.no_grad():
+        expected = model(**batch).logits
+        with drawn(model, stacks):
+            assert_close(model(**batch).logits, expected)
+
+
+def test_layers_that_are_no_plain_maps_hold_no_draws():
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
+    stacks = {name: weight[None] for name, weight in Slots(model).weights().items()}
+    with (
+        pytest.raises(Refusal, match=r"4 of 4 slots cannot hold draws, expected plain LoRA"),
+        drawn(model, stacks),
+    ):
+        pass

@@ -323,7 +323,7 @@ def test_a_line_that_is_no_json_is_marked(fitted):
         file.write("{broken\n")
     *good, bad = predicted(fitted)
     assert len(good) == 7
-    assert "ask.jsonl:8: not a JSON object" in bad["error"]
+    assert "ask.jsonl, line 8: not a JSON object" in bad["error"]
 
 
 def test_rows_none_of_which_can_be_put_are_refused(fitted, capsys):

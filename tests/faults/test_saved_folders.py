@@ -24,6 +24,8 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 from bayestune import (
@@ -678,3 +680,16 @@ def test_draws_of_b_with_a_bias_are_refused():
     model = get_peft_model(tiny_llama(), settings(lora_bias=True))
     with pytest.raises(ValueError, match=r"its lora_B has a bias \(lora_bias\), which draws of it"):
         bayesify(model, slots=Slots(model).names(["lora_B"]))
+
+
+def test_models_without_an_embedding_of_tokens_are_saved(tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = ViTConfig(**sizes, intermediate_size=16, image_size=8, patch_size=4)
+    torch.manual_seed(0)
+    base = ViTForImageClassification(config)
+    linear = [name for name, part in base.named_modules() if isinstance(part, nn.Linear)]
+    names = [name for name in linear if "attention" in name]
+    model = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=names))
+    bayesify(model)
+    model.save_pretrained(tmp_path)
+    assert load_posterior(base, tmp_path).kind == "gaussian"

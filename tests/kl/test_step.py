@@ -227,7 +227,7 @@ def test_a_step_that_is_resumed_ends_as_the_whole_run_for_a_second_adapter_alone
     ("settings", "rate"),
     [
         ({"kl_lr": 0.0, "std_lr": 0.3}, 0.3),
-        ({"kl_lr": 0.04}, 0.04),
+        ({"kl_lr": 0.004}, 0.004),
         ({}, 0.01),
         ({"final_std": 0.1}, 0.01),  # not the rate that is solved for
     ],

@@ -87,7 +87,7 @@ def test_a_label_without_a_known_token_of_its_own_is_refused(
     with pytest.raises(
         ValueError, match=rf"label '{wrong}' is not a token .*{last}.*expected one that is known"
     ):
-        make_scorer(None, sentencepiece, task, "letter")
+        make_scorer(None, sentencepiece, task, "letter").encode(task.evaluation)
 
 
 def test_only_labels_that_a_row_needs_must_have_a_token(byte_level):

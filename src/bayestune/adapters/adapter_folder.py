@@ -15,15 +15,18 @@ from transformers import AutoConfig, PreTrainedModel
 
 import bayestune
 from bayestune.adapters.base_samples import base_samples
-from bayestune.adapters.lora import base_of
+from bayestune.adapters.locks import base_of
+from bayestune.adapters.lora import input_embedding, output_head
 from bayestune.adapters.slots import ADAPTER, PREFIX, Slots
 from bayestune.errors import Refusal
+from bayestune.runtime import follow_umask
 
 FORMAT = 1
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 TENSORS = "posterior.safetensors"
 DETAILS = "posterior.json"
+FILES = (CONFIG, *WEIGHTS, TENSORS, DETAILS)  # the last one says that the others are whole
 
 # Inits that take B·A out of the base's weights.
 _CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -125,12 +128,8 @@ def _embeddings(model: nn.Module) -> list[str]:
     """Names of the embeddings' weights, in and out, if the vocabulary was resized."""
     if not is_resized(model):
         return []
-    base = base_of(model)
-    embeddings = [base.get_input_embeddings(), base.get_output_embeddings()]
-    paths = []
-    for path, module in model.named_modules():
-        if any(module is embedding for embedding in embeddings):
-            paths.append(f"{path}.")
+    embeddings = (input_embedding(model), output_head(model))
+    paths = [f"{path}." for path, module in model.named_modules() if module in embeddings]
     own = ("lora_", "trainable_tokens", "modules_to_save", "original_module")
     found = []
     for name, _ in model.named_parameters():
@@ -209,8 +208,7 @@ def facts_of(slots: Slots, state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _rows(model: nn.Module) -> int | None:
-    base = base_of(model)
-    embedding: Any = base.get_input_embeddings() if isinstance(base, PreTrainedModel) else None
+    embedding: Any = input_embedding(model)
     return None if embedding is None else len(embedding.weight)
 
 
@@ -268,20 +266,7 @@ def write_posterior(
     record = {"format": FORMAT, "bayestune": bayestune.__version__, **record}
     text = json.dumps(record, indent=2, default=str) + "\n"
     (folder / DETAILS).write_text(text, encoding="utf-8")
-    make_readable(folder)
-
-
-def make_readable(folder: Path) -> None:
-    """Gives the folder's own files the mode of any new file; some writers leave them private."""
-    mode = (folder / DETAILS).stat().st_mode if (folder / DETAILS).exists() else None
-    if mode is None:
-        probe = folder / ".mode"
-        probe.touch()
-        mode = probe.stat().st_mode
-        probe.unlink()
-    for name in (CONFIG, *WEIGHTS, TENSORS):
-        if (folder / name).is_file():
-            (folder / name).chmod(mode & 0o777)
+    follow_umask(folder, FILES)
 
 
 def place_of(folder: Path, adapter: str) -> Path:

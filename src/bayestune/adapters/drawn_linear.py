@@ -1,6 +1,6 @@
 """S fixed weights applied to S·N rows in one batched product."""
 
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ class DrawnLinear(nn.Module):
         weights: (S, r, k), or (S, d, r) for B.
         name: the slot's.
         arrivals: of the pass, which are told of every call.
+        bias: of the slot (`lora_bias`), which all draws share.
 
     Example:
         >>> layer = DrawnLinear(torch.stack([torch.zeros(4, 16), torch.ones(4, 16)]))
@@ -33,10 +34,18 @@ class DrawnLinear(nn.Module):
     """
 
     weight: Tensor
+    bias: Tensor | None
 
-    def __init__(self, weights: Tensor, name: str = "", arrivals: Arrivals | None = None) -> None:
+    def __init__(
+        self,
+        weights: Tensor,
+        name: str = "",
+        arrivals: Arrivals | None = None,
+        bias: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.register_buffer("weight", weights, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
         self.name = name
         self.arrivals = arrivals if arrivals is not None else Arrivals(len(weights))
 
@@ -49,17 +58,20 @@ class DrawnLinear(nn.Module):
         draws, rank, width = self.weight.shape
         self.arrivals.take(self.name, input.shape[0])
         if draws == 1:
-            return F.linear(input, self.weight[0])
+            return F.linear(input, self.weight[0], self.bias)
         output = torch.bmm(input.reshape(draws, -1, width), self.weight.transpose(1, 2))
+        if self.bias is not None:
+            output += self.bias
         return output.view(*input.shape[:-1], rank)
 
     @classmethod
-    def of(
-        cls, weights: Tensor, like: Tensor, name: str = "", arrivals: Arrivals | None = None
-    ) -> Self:
-        """The stack for the slot of the weight `like`: on its device, in the type of its product.
+    def of(cls, weights: Tensor, slot: nn.Module, name: str, arrivals: Arrivals) -> Self:
+        """The stack for a slot that holds a module now: on its device, in the type of its product.
 
         PEFT casts a slot's input to the type of the slot's weight, so under autocast a float32
         stack would have the activations copied to float32 and back.
         """
-        return cls(weights.to(like.device, compute_dtype(like)), name, arrivals)
+        present: Any = slot  # the weight of a draw is a buffer
+        dtype = compute_dtype(present.weight)
+        bias = None if present.bias is None else present.bias.detach().to(dtype)
+        return cls(weights.to(present.weight.device, dtype), name, arrivals, bias)

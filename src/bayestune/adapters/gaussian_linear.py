@@ -48,6 +48,7 @@ class GaussianLinear(nn.Linear):
 
     root_std: nn.Parameter
     takes_kl: bool = False  # a KL step has been attached
+    noiseless: bool = False  # σ was set to 0 on purpose
 
     def __init__(
         self,
@@ -74,6 +75,12 @@ class GaussianLinear(nn.Linear):
         self.fused: FusedInput | None = None
         self.ranks = slice(None)  # which of the fused layers' ranks are its own
         self.train(linear.training)
+
+    @torch.no_grad()
+    def set_root_std(self, root_std: Tensor) -> None:
+        """Sets G (r, k), which may be 0 everywhere: then the layer is a point."""
+        self.root_std.copy_(root_std)
+        self.noiseless = not bool(root_std.any())
 
     @property
     def std(self) -> Tensor:

@@ -54,10 +54,19 @@ def output_head(model: nn.Module) -> nn.Module | None:
     return base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
 
 
+def input_embedding(model: nn.Module) -> nn.Module | None:
+    """The layer that looks a model's tokens up; None for models of images, speech and the like."""
+    try:
+        embedding = base_of(model).get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return embedding if hasattr(embedding, "weight") else None
+
+
 def head_is_tied(model: nn.Module) -> bool:
     """Whether the output head and the embedding are one matrix."""
     head = output_head(model)
-    embedding = base_of(model).get_input_embeddings()
+    embedding = input_embedding(model)
     return head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", None)
 
 
@@ -103,10 +112,16 @@ def attach(model: nn.Module, lora: Lora) -> PeftModel:
         target_modules=list(targets),
         task_type="SEQ_CLS" if is_classifier(model) else "CAUSAL_LM",
     )
-    with warnings.catch_warnings():
-        # PEFT asks transformers for a property by its old name
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+    with old_names_unsaid():
         return get_peft_model(model, config)  # type: ignore[arg-type]
+
+
+@contextmanager
+def old_names_unsaid() -> Iterator[None]:
+    """Without the warning that PEFT asks transformers for a property by its old name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        yield
 
 
 def _is_named(target: str, paths: Sequence[str]) -> bool:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from peft.tuners.lora import Embedding, LoraLayer
-from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
+from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper, _ConvNd
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
@@ -116,7 +116,8 @@ class Slots:
             arrivals: of the pass; made if it is not given.
 
         Raises:
-            Refusal: if a name is not a slot of the adapter.
+            Refusal: if a name is not a slot of the adapter, or its layer does not apply it as a
+                plain map, such as DoRA's.
         """
         draws = len(next(iter(stacks.values()), ()))
         arrivals = arrivals if arrivals is not None else Arrivals(draws)
@@ -124,8 +125,7 @@ class Slots:
             kept = self._present(stacks)
             drawn: dict[str, nn.Module] = {}
             for name, stack in stacks.items():
-                weight: Any = kept[name].weight  # a draw's is a buffer
-                layer = DrawnLinear.of(stack, weight, name, arrivals)
+                layer = DrawnLinear.of(stack, kept[name], name, arrivals)
                 drawn[name] = layer.train(kept[name].training)
             try:
                 self.put(drawn)
@@ -141,6 +141,12 @@ class Slots:
             raise Refusal(
                 f"draws for slots the model does not have: got {unknown[:3]}, expected slots of "
                 f"the adapter {self.adapter!r}; take draws of a posterior on this model"
+            )
+        refused = {name: self._reason_of_layer(split_name(name)[0]) for name in names}
+        if lines := [f"  {name}: {reason}" for name, reason in refused.items() if reason]:
+            raise Refusal(
+                f"{len(lines)} of {len(names)} slots cannot hold draws, expected plain LoRA on "
+                "linear layers; leave them out:\n" + "\n".join(lines)
             )
         return {name: present[name] for name in names}
 
@@ -175,7 +181,8 @@ class Slots:
         found: dict[str, Any] = self.modules()
         return {name: found[name] for name in names}
 
-    def _reason_to_refuse(self, path: str, side: str) -> str | None:
+    def _reason_of_layer(self, path: str) -> str | None:
+        """Why a layer does not apply what stands in its slots as plain maps."""
         layer: Any = self.layers[path]
         if isinstance(layer, Embedding) or self.adapter in layer.lora_embedding_A:
             return "it adapts an embedding, which looks A up instead of applying it"
@@ -186,6 +193,14 @@ class Slots:
         if self.adapter in getattr(layer, "lora_variant", {}):
             variant = type(layer.lora_variant[self.adapter]).__name__
             return f"its variant {variant} does not apply A once as a plain map"
+        if isinstance(layer, _ConvNd):
+            return "it adapts a convolution"
+        return None
+
+    def _reason_to_refuse(self, path: str, side: str) -> str | None:
+        layer: Any = self.layers[path]
+        if reason := self._reason_of_layer(path):
+            return reason
         slot = getattr(layer, side)[self.adapter]
         if hasattr(slot, "root_std"):
             return "it has been converted already"

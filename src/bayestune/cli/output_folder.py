@@ -20,7 +20,11 @@ from bayestune.posteriors import DETAILS
 UNFINISHED = ".unfinished"
 CHECKPOINTS = "checkpoints"
 INPUTS = ("model", "adapter", "posterior", "data", "evaluation_data", "data_root", "input")
+<<<<<<< HEAD
 INPUTS += ("anchor", "config", "rows", "student", "trained_on")
+=======
+INPUTS += ("unlabelled_data", "anchor", "config", "protocol")
+>>>>>>> integrate
 
 _OF_SYSTEM = {"lost+found", ".DS_Store", "Thumbs.db"}
 _FILES = re.compile(
@@ -29,7 +33,8 @@ _FILES = re.compile(
 )
 _REPORT = {"table.md", "summary.png", "report.html"}
 _FOLDERS = re.compile(rf"member-\d+|base|{CHECKPOINTS}|\.partial-.*|{'|'.join(METHODS)}")
-_CHECKPOINT = re.compile(r"checkpoint-\d+")
+# what fits leave in `checkpoints` beside what has such names too
+_CHECKPOINT = re.compile(r"checkpoint-\d+|taught|student|best\.(json|safetensors)")
 
 
 @dataclass(frozen=True)
@@ -201,6 +206,8 @@ def _delete(folder: Path) -> None:
             whole = folder.parts[-2:].count(CHECKPOINTS) and _CHECKPOINT.fullmatch(path.name)
             if whole and path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
+            elif whole:
+                path.unlink()
         elif path.is_dir():
             _delete(path)
             if not (path.is_symlink() or os.path.ismount(path) or any(path.iterdir())):

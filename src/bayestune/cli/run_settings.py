@@ -19,7 +19,12 @@ from bayestune.training import Training
 logger = logging.getLogger(__name__)
 
 RUN = "run.json"
-_FILES = ("data_root", "data", "evaluation_data")  # their rows count, not where they lie
+_FILES = (
+    "data_root",
+    "data",
+    "evaluation_data",
+    "unlabelled_data",
+)  # their rows count, not where they lie
 _OF_EVALUATION = ("evaluation_rows",)
 
 Settings = dict[str, Any]
@@ -41,6 +46,7 @@ def fit_settings(
     found |= dict(_flat(lasting(training)))
     found["the rows of --data"] = rows_digest(task.train)
     found["the held-out rows"] = rows_digest(task.held_out)
+    found["the rows of --unlabelled_data"] = rows_digest(task.unlabelled)
     for name, method in methods.items():
         found |= dict(_flat(lasting_method(method), f"{name}."))
     return _plain(found)

@@ -63,7 +63,7 @@ def _no_option(given: str, parser: ArgumentParser) -> str:
 
 def _missing(names: str, parser: ArgumentParser) -> tuple[str, str]:
     """The command that lacks something, and what: positionals by name, options with dashes."""
-    found = [name.strip().rpartition(".") for name in names.split(",")]
+    found: list[tuple[str, str, str]] = [name.strip().rpartition(".") for name in names.split(",")]
     command = found[0][0] or parser.prog.rpartition(" ")[2]
     placed = {"adapter", "results"}
     return command, ", ".join(last if last in placed else f"--{last}" for _, _, last in found)
@@ -72,7 +72,7 @@ def _missing(names: str, parser: ArgumentParser) -> tuple[str, str]:
 def _bad_value(name: str, why: str) -> str:
     got = _GOT.search(why)
     literal = re.search(r"Literal\[(.*?)\]", why)
-    classes = re.findall(r"<class '(\w+)'>", why.partition("Errors:")[0])
+    classes: list[str] = re.findall(r"<class '(\w+)'>", why.partition("Errors:")[0])
     if "Subtypes:" in why:
         classes = [*re.findall(r"(tuple|list|dict)\[", why), *classes]
     if literal and got:

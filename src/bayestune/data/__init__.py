@@ -4,11 +4,12 @@ A row is one `Question`; a `Task` holds the rows to train on, to choose on and t
 """
 
 from bayestune.data.answer_readings import AnswerIs
-from bayestune.data.files import checked_options, load_rows
+from bayestune.data.files import SortedRows, load_rows, sort_rows
+from bayestune.data.option_lists import checked_options
 from bayestune.data.prompts import Prompt
 from bayestune.data.public_tasks import TASKS, load_task, prompt_of
 from bayestune.data.questions import Question, Scoring
-from bayestune.data.tasks import Part, Task, check_ids, check_trainable, own_task
+from bayestune.data.tasks import Part, Task, check_ids, check_trainable, own_task, with_unlabelled
 
 __all__ = [
     "TASKS",
@@ -17,6 +18,7 @@ __all__ = [
     "Prompt",
     "Question",
     "Scoring",
+    "SortedRows",
     "Task",
     "check_ids",
     "check_trainable",
@@ -25,4 +27,6 @@ __all__ = [
     "load_task",
     "own_task",
     "prompt_of",
+    "sort_rows",
+    "with_unlabelled",
 ]

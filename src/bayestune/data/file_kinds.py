@@ -5,6 +5,7 @@ import csv
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -35,14 +36,15 @@ class GivenRow:
     key: str  # file:number, the id of a row without one
     place: str  # where it stands, for messages
     cells: JsonRow
+    problem: Refusal | None = None  # why it cannot be read, where others can
 
 
 def given_rows(path: Path) -> list[GivenRow]:
     """The rows of a file, whichever of the known kinds it is; gzipped ones too.
 
     Raises:
-        Refusal: if the file is of another kind, is not text in UTF-8 or UTF-16, or a line of it
-            cannot be read.
+        Refusal: if the file is of another kind, or is not text in UTF-8 or UTF-16; what is wrong
+            with single rows stands in these.
         FileNotFoundError: if there is no such file.
     """
     if path.is_dir():
@@ -52,7 +54,7 @@ def given_rows(path: Path) -> list[GivenRow]:
     data = path.read_bytes()
     name = PurePath(path.name)
     if data.startswith(b"\x1f\x8b"):
-        data = gzip.decompress(data)
+        data = _unpacked(data, path.name)
         name = name.with_suffix("") if name.suffix.lower() == ".gz" else name
     kind = name.suffix.lower()
     if kind in _PARQUET or data.startswith(b"PAR1"):
@@ -72,6 +74,13 @@ def given_rows(path: Path) -> list[GivenRow]:
 
 def _kinds() -> str:
     return ", ".join((*_JSON, ".csv", ".tsv", ".parquet"))
+
+
+def _unpacked(data: bytes, name: str) -> bytes:
+    try:
+        return gzip.decompress(data)
+    except (EOFError, OSError, zlib.error) as error:
+        raise Refusal(f"{name} is damaged or cut off ({error}); fetch or pack it again") from None
 
 
 def _decoded(data: bytes, name: str) -> str:
@@ -102,11 +111,11 @@ def _array(text: str, name: str) -> list[GivenRow]:
     rows = []
     for number, row in enumerate(listed, 1):
         key = f"{name}:{number}"
+        problem = None
         if not isinstance(row, dict):
-            raise Refusal(
-                f"row {key}: got a {type(row).__name__}, expected an object with a question"
-            )
-        rows.append(GivenRow(key, key, row))
+            got = f"row {key}: got a {type(row).__name__}"
+            problem = Refusal(f"{got}, expected an object with a question; mend or drop it")
+        rows.append(GivenRow(key, key, {} if problem else row, problem))
     return rows
 
 
@@ -117,7 +126,10 @@ def _lines(text: str, name: str) -> list[GivenRow]:
         if written.strip():
             key = f"{name}:{len(found) + 1}"
             place = key if line == len(found) + 1 else f"{key} (line {line})"
-            found.append(GivenRow(key, place, json_row(written, f"{name}, line {line}")))
+            try:
+                found.append(GivenRow(key, place, json_row(written, f"{name}, line {line}")))
+            except Refusal as problem:
+                found.append(GivenRow(key, place, {}, problem))
     return found
 
 
@@ -147,12 +159,13 @@ def _records(text: str, name: str) -> list[GivenRow]:
         key = f"{name}:{len(rows) + 1}"
         place = f"{key} (line {line})"
         surplus = [cell for cell in cells[len(names) :] if cell.strip()]
+        problem = None
         if surplus or len(cells) < len(names):
-            raise Refusal(
+            problem = Refusal(
                 f"row {place}: got {len(cells)} cells, expected {len(names)} as in the header; put "
                 "a cell that holds the separator into quotes"
             )
-        rows.append(GivenRow(key, place, dict(zip(names, cells, strict=False))))
+        rows.append(GivenRow(key, place, dict(zip(names, cells, strict=False)), problem))
     return rows
 
 
@@ -181,8 +194,13 @@ def _separator(text: str) -> str:
 
 def _parquet(path: Path) -> list[GivenRow]:
     from datasets import ClassLabel, Dataset
+    from datasets.exceptions import DatasetGenerationError
 
-    rows = Dataset.from_parquet(str(path), keep_in_memory=True)
+    try:
+        rows = Dataset.from_parquet(str(path), keep_in_memory=True)
+    except (ValueError, OSError, DatasetGenerationError) as error:
+        said = " ".join(str(error).split())
+        raise Refusal(f"{path.name} is no whole parquet file ({said}); save it again") from None
     names: Sequence[tuple[str, list[str]]] = [
         (column, kind.names)
         for column, kind in rows.features.items()

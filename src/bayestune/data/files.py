@@ -1,18 +1,17 @@
 """Reads the user's own rows from files of the usual kinds."""
 
-import ast
 import json
 import logging
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 from bayestune.data.answer_readings import Answered, AnswerIs, right_options
-from bayestune.data.column_roles import Columns, Fields, as_option, as_text, is_missing
+from bayestune.data.column_roles import Columns, Fields, as_text, is_missing
 from bayestune.data.file_kinds import GivenRow, given_rows
+from bayestune.data.option_lists import checked_options, option_list
 from bayestune.data.questions import Question
 from bayestune.errors import Refusal
 
@@ -25,6 +24,7 @@ def load_rows(
     *,
     labelled: bool = True,
     answer_is: AnswerIs | None = None,
+    otherwise: Sequence[str] = (),
 ) -> tuple[Question, ...]:
     """Reads the user's own questions from a file.
 
@@ -38,6 +38,8 @@ def load_rows(
         options: of every row that has none of its own.
         labelled: whether every row must have an answer.
         answer_is: "index" (from 0), "letter" or "text"; None to find what all rows agree with.
+        otherwise: options of rows that have none, without `options`; nothing is said if none needs
+            them.
 
     Returns:
         The questions. Ids that several rows share are told apart by numbers, with a warning.
@@ -47,50 +49,148 @@ def load_rows(
             options as its answer, or answers can be read in two ways; file and line are named.
         FileNotFoundError: if there is no such file.
     """
-    path = Path(path)
+    file = _read(Path(path), options or otherwise)
+    for problem in file.problems.values():
+        raise problem
+    answers = _answers(file.drafts.values(), labelled, answer_is)
+    file.say_unused(options)
+    return file.questions(answers)
+
+
+@dataclass(frozen=True)
+class SortedRows:
+    """The rows of a file that can be read, and the others.
+
+    Args:
+        questions: those that can be read.
+        problems: an id and what is wrong, for each row that cannot, by its number from 0.
+    """
+
+    questions: tuple[Question, ...]
+    problems: dict[int, tuple[str, Refusal]]
+
+
+def sort_rows(
+    path: Path,
+    options: Sequence[str] = (),
+    *,
+    answer_is: AnswerIs | None = None,
+    otherwise: Sequence[str] = (),
+) -> SortedRows:
+    """Reads rows that need no answers as `load_rows` does, but a bad one spoils no other.
+
+    Raises:
+        Refusal: if no row can be read, or the answers of those that can do not go together.
+    """
+    file = _read(path, options or otherwise)
+    file.say_unused(options)
+    try:
+        answers = _answers(file.drafts.values(), False, answer_is)
+    except Refusal:
+        file.take_out_bad_answers(answer_is)
+        answers = _answers(file.drafts.values(), False, answer_is)
+    if not file.drafts:
+        raise next(iter(file.problems.values()))
+    problems = {}
+    for number in sorted(file.problems):
+        problems[number] = (file.ids[number], file.problems[number])
+    return SortedRows(file.questions(answers), problems)
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file's rows whose right options are not known yet, each by its number from 0."""
+
+    name: str
+    columns: Columns
+    ids: dict[int, str]
+    drafts: dict[int, "_Draft"]
+    problems: dict[int, Refusal]
+
+    def take_out_bad_answers(self, answer_is: AnswerIs | None) -> None:
+        """Puts rows whose answers cannot be read, even alone, among those that cannot be read."""
+        for number, draft in list(self.drafts.items()):
+            try:
+                _answers([draft], False, answer_is)
+            except Refusal as problem:
+                self.problems[number] = problem
+                del self.drafts[number]
+
+    def say_unused(self, options: Sequence[str]) -> None:
+        """Says that options of all rows were given and no row has them."""
+        chosen = {frozenset(draft.answered.options) for draft in self.drafts.values()}
+        if options and frozenset(map(str.strip, options)) not in chosen and chosen:
+            logger.warning("%s: `options` are not used: every row has its own", self.name)
+
+    def questions(self, answers: Sequence[int | None]) -> tuple[Question, ...]:
+        """The questions with their answers; says what is odd about ids and columns."""
+        ids = _unique_ids(self.name, [self.ids[number] for number in self.drafts])
+        self.columns.say()
+        questions = []
+        for key, draft, answer in zip(ids, self.drafts.values(), answers, strict=True):
+            question = Question(key, draft.question, draft.answered.options, answer, draft.context)
+            questions.append(question)
+        return tuple(questions)
+
+
+def _read(path: Path, options: Sequence[str]) -> _File:
+    """The rows of a file, each read by itself."""
     options = checked_options(options, f"options={list(options)}") if options else ()
     given = given_rows(path)
     if not given:
         raise Refusal(f"{path.name} is empty: expected at least one row; check the file")
-    columns = Columns(path.name, [row.cells for row in given])
-    fields = [columns.fields(row.cells, row.place) for row in given]
-    own_options = [field.options is not None for field in fields]
-    if not options:
-        _refuse_without_options(given, fields)
-    elif all(own_options):
-        logger.warning("%s: `options` are not used: every row has its own", path.name)
-    drafts = [_draft(row, field, options) for row, field in zip(given, fields, strict=True)]
-    answers = _answers(drafts, labelled, answer_is)
-    ids = _unique_ids(path.name, [draft.id for draft in drafts])
-    columns.say()
-    questions = []
-    for key, draft, answer in zip(ids, drafts, answers, strict=True):
-        question = Question(key, draft.question, draft.answered.options, answer, draft.context)
-        questions.append(question)
-    return tuple(questions)
+    columns = Columns(path.name, [row.cells for row in given if row.problem is None])
+    file = _File(path.name, columns, {}, {}, {})
+    fields = {}
+    for number, row in enumerate(given):
+        file.ids[number] = str(row.cells.get("id") or row.key)
+        try:
+            if row.problem:
+                raise row.problem
+            fields[number] = columns.fields(row.cells, row.place)
+            own = as_text(fields[number].id, "the id", row.place).strip()
+            file.ids[number] = own or row.key
+        except Refusal as problem:
+            file.problems[number] = problem
+    advice = _possible_options(fields.values())
+    for number in [number for number in fields if number not in file.problems]:
+        try:
+            file.drafts[number] = _draft(given[number], fields[number], options, advice)
+        except Refusal as problem:
+            file.problems[number] = problem
+    return file
 
 
 @dataclass(frozen=True)
 class _Draft:
     """A row whose right option is not known yet."""
 
-    id: str
     question: str
     context: str
     answered: Answered
 
 
-def _draft(row: GivenRow, field: Fields, options: Sequence[str]) -> _Draft:
+def _draft(row: GivenRow, field: Fields, options: Sequence[str], advice: str) -> _Draft:
     """A row's texts, and its answer with its options, its own before those of all rows."""
+    question = _text(row, field)
     labels: tuple[str, ...] = ()
     own = tuple(options)
     if field.options is not None:
-        texts, labels = _options(field.options, row.place)
+        texts, labels = option_list(field.options, row.place)
         own = checked_options(texts, f"row {row.place}")
+    elif not own:
+        raise Refusal(
+            f"row {row.place}: no options; give a column 'options' or the same options for all "
+            f"rows{advice}"
+        )
     answered = Answered(row.place, field.answer, own, labels, field.counted)
-    context = as_text(field.context, "the context", row.place)
-    key = as_text(field.id, "the id", row.place).strip() or row.key
-    return _Draft(key, _text(row, field), context, answered)
+    return _Draft(question, as_text(field.context, "the context", row.place), answered)
+
+
+def _possible_options(fields: Iterable[Fields]) -> str:
+    """Advice that offers the answers of a file as its options; "" where they can be none."""
+    words = sorted({str(f.answer).strip() for f in fields if isinstance(f.answer, str)})
+    return f", such as {json.dumps(words, ensure_ascii=False)}" if 1 < len(words) <= 26 else ""
 
 
 def _text(row: GivenRow, field: Fields) -> str:
@@ -110,7 +210,7 @@ def _text(row: GivenRow, field: Fields) -> str:
 
 
 def _answers(
-    drafts: Sequence[_Draft], labelled: bool, answer_is: AnswerIs | None
+    drafts: Collection[_Draft], labelled: bool, answer_is: AnswerIs | None
 ) -> list[int | None]:
     """The right option of each row; None where there is no answer and none is needed."""
     rows = [draft.answered for draft in drafts]
@@ -120,82 +220,6 @@ def _answers(
         raise Refusal(f"row {place}: no column 'answer': got an empty one or none, expected one")
     right = iter(right_options(known, answer_is) if known else ())
     return [None if is_missing(row.answer) else next(right) for row in rows]
-
-
-def _refuse_without_options(given: Sequence[GivenRow], fields: Sequence[Fields]) -> None:
-    """Refuses rows without options; the message offers the answers that the file has."""
-    lacking = [row.place for row, field in zip(given, fields, strict=True) if field.options is None]
-    if not lacking:
-        return
-    for row, field in zip(given, fields, strict=True):
-        _text(row, field)  # a row without a question lacks more
-    words = sorted({str(f.answer).strip() for f in fields if isinstance(f.answer, str)})
-    advice = f", such as {json.dumps(words, ensure_ascii=False)}" if 1 < len(words) <= 26 else ""
-    raise Refusal(
-        f"row {lacking[0]}: no options; give a column 'options' or the same options for all "
-        f"rows{advice}"
-    )
-
-
-def _options(own: Any, place: str) -> tuple[list[Any], tuple[str, ...]]:
-    """A row's options, and their own labels if the cell names some."""
-    if isinstance(own, str):
-        own = _parsed_cell(own, place)
-    labels: list[Any] = []
-    if isinstance(own, dict) and isinstance(own.get("text"), list):
-        labels = own.get("label") or []
-        own = own["text"]
-    elif isinstance(own, dict):
-        labels = list(own)
-        own = list(own.values())
-    elif isinstance(own, list) and own and all(isinstance(each, dict) for each in own):
-        labels = [each["label"] for each in own if "label" in each]
-        own = [each.get("text") for each in own]
-    if not isinstance(own, list):
-        raise Refusal(f"row {place}: got options {own!r}, expected a list of texts")
-    if labels and len(labels) != len(own):
-        raise Refusal(
-            f"row {place}: got {len(labels)} labels of {len(own)} options, expected one for each"
-        )
-    return own, tuple(str(label).strip() for label in labels)
-
-
-def _parsed_cell(text: str, place: str) -> Any:
-    """A cell of text as a list: in JSON, as Python prints it, or joined by bars."""
-    if text.lstrip()[:1] not in ("[", "{"):
-        return text.split("|")
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        try:
-            return ast.literal_eval(text.strip())
-        except (ValueError, SyntaxError):
-            got = f"got options {text!r}, expected a JSON list ({error})"
-            raise Refusal(f"row {place}: {got}") from None
-
-
-def checked_options(options: Collection[Any], place: str) -> tuple[str, ...]:
-    """Options as texts.
-
-    Raises:
-        Refusal: if there are fewer than two, one is empty or no text, or two are the same.
-    """
-    if isinstance(options, str):
-        raise Refusal(f"{place}: got options {options!r}, expected a list of texts")
-    texts = []
-    for option in options:
-        texts.append(as_option(option, place))
-    if len(texts) < 2:
-        raise Refusal(
-            f"{place}: got {len(texts)} options, expected at least two; in one cell join them "
-            'by "|"'
-        )
-    if twice := [text for text, count in Counter(texts).items() if count > 1]:
-        raise Refusal(
-            f"{place}: got the options {twice} more than once in {texts}, expected each once; "
-            "drop or reword one"
-        )
-    return tuple(texts)
 
 
 def _unique_ids(name: str, ids: Sequence[str]) -> list[str]:

@@ -156,6 +156,21 @@ def own_task(name: str, train: Sequence[Question], evaluation: Sequence[Question
     return Task(name, tuple(train), tuple(evaluation), prompt=prompt)
 
 
+def with_unlabelled(task: Task, rows: Sequence[Question]) -> Task:
+    """A task with further rows for a student to learn on, whose answers are dropped.
+
+    Raises:
+        Refusal: if one has a context for which the task's prompt has no place.
+    """
+    templates = task.prompt.letter + task.prompt.text
+    if any(row.context for row in rows) and "{context}" not in templates:
+        raise Refusal(
+            f"unlabelled rows have a context: got training rows of {task.name} without, expected "
+            "both or neither, because its prompt has no place for one; drop the column"
+        )
+    return replace(task, unlabelled=tuple(replace(row, answer=None) for row in rows))
+
+
 def check_trainable(task: Task) -> None:
     """Refuses training rows that teach nothing: none at all, or all with the same answer."""
     if not task.train:

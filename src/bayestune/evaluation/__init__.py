@@ -16,7 +16,6 @@ from bayestune.evaluation.records import (
     make_result,
     prediction_rows,
     read_records,
-    unread_row,
 )
 
 __all__ = [
@@ -36,5 +35,4 @@ __all__ = [
     "predict_adaptively",
     "prediction_rows",
     "read_records",
-    "unread_row",
 ]

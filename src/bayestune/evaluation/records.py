@@ -118,12 +118,6 @@ def error_row(question: Question, problem: Exception) -> dict[str, Any]:
     return {"id": question.id, **asked, "answer": question.answer, "error": str(problem)}
 
 
-def unread_row(key: str, row: Any, problem: str) -> dict[str, Any]:
-    """The line of a row that could not even be read."""
-    given = row if isinstance(row, dict) else {}
-    return {"id": str(given.get("id") or key), "error": problem}
-
-
 def append_results(folder: Path, results: Sequence[Result]) -> None:
     """Adds records to `records.jsonl`, all or none, and files of their rows beside it.
 

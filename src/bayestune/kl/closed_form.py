@@ -88,6 +88,31 @@ def std_after_steps(steps: Sequence[float], prior_std: float, roots: Sequence[fl
     return sum(g * g for g in roots) / len(roots)
 
 
+def refuse_long_steps(steps: Sequence[float], prior_std: float, roots: Sequence[float]) -> None:
+    """Refuses KL steps η (T,) that overshoot: M would change its sign, or σ end beyond σ_p.
+
+    The flow that they follow never does: M only shrinks, and σ rises to σ_p from below.
+
+    Args:
+        steps: the sizes η.
+        prior_std: σ_p.
+        roots: points of G at the start.
+
+    Raises:
+        Refusal: if a step is too long.
+    """
+    top = max(1.5 * math.sqrt(prior_std), *roots)
+    precision = prior_std**-2
+    for place, step in enumerate(steps):
+        roots = [g + 2 * step * (1 / g - precision * g * g * g) for g in roots]
+        if step >= prior_std**2 or not all(0 < g <= top for g in roots):
+            raise Refusal(
+                f"a step of the KL is too long: got {step:.3g} in step {place + 1} of {len(steps)},"
+                f" which overshoots the prior (prior_std={prior_std}); train for more steps, or "
+                "set a smaller final_std or kl_lr"
+            )
+
+
 def start_roots(init_root_std: float) -> list[float]:
     """Four points of G at its start, uniform on (ε/√2, ε)."""
     low = math.sqrt(0.5)

@@ -11,7 +11,12 @@ from bayestune.adapters import GaussianLinear
 from bayestune.kl.closed_form import kl_divergence, kl_step_
 from bayestune.kl.plan import Plan
 from bayestune.kl.remainders import Remainders
-from bayestune.kl.surroundings import as_one, check_gradients, check_synchronised
+from bayestune.kl.surroundings import (
+    as_one,
+    check_gradients,
+    check_synchronised,
+    without_gradient,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +60,7 @@ class KLRun:
         self.moves_root_std = moves_root_std
         self._handles: list[Any] = []
         self._gradients: dict[str, Tensor] = {}  # of G: they wait for the optimiser
-        self._unreached: set[str] | None = None
+        self._unreached: list[str] | None = None
         self._taken = 0
         self._idle = 0
         self._scale = 1.0
@@ -92,12 +97,12 @@ class KLRun:
         overflow = getattr(optimizer, "found_inf", None)
         self._overflowed = overflow is not None and bool(overflow)
         if self._unreached is None and not self._overflowed:
-            self._unreached = set(check_gradients(self.layers))
+            self._unreached = check_gradients(self.layers)
+        elif self._unreached and not self._overflowed:
+            self._unreached = without_gradient(self.layers, self._unreached)
         self._gradients = {}
         for name, layer in self.layers.items():
             gradient = layer.root_std.grad
-            if gradient is not None and self._unreached:
-                self._unreached.discard(name)
             if gradient is not None and self.moves_root_std:
                 self._gradients[name] = gradient
                 layer.root_std.grad = None
@@ -130,7 +135,8 @@ class KLRun:
     def _move(self, sizes: Sequence[float], std_rate: float) -> None:
         """The KL steps η, and G's step on the likelihood."""
         values = self._remainders
-        means = [one.weight for one in self.layers.values() if one.weight.requires_grad]
+        layers: list[Any] = list(self.layers.values())
+        means = [layer.weight for layer in layers if layer.weight.requires_grad]
         roots = {n: one.root_std for n, one in self.layers.items() if one.root_std.requires_grad}
         mean_values = [values.value(mean) for mean in means]
         root_values = {name: values.value(root) for name, root in roots.items()}
@@ -160,7 +166,7 @@ class KLRun:
                 self._taken,
                 min(self._unreached),
             )
-            self._unreached = set()
+            self._unreached = []
 
     def catch_up(self, step: int) -> None:
         """Goes on to a step, and keeps the KL of those that the optimiser skipped for the next."""

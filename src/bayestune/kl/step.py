@@ -1,7 +1,7 @@
 """The KL step of BLoB: a callback that takes it after the optimiser's step."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -10,12 +10,11 @@ from torch import nn
 from transformers import TrainerCallback
 
 from bayestune.errors import Refusal
-from bayestune.kl.closed_form import points_of
+from bayestune.kl.closed_form import points_of, refuse_long_steps
 from bayestune.kl.plan import AUTHORS_KL_LR, Aim, Plan
 from bayestune.kl.run import KLRun, Progress
 from bayestune.kl.schedule import Schedule, burst_period, check_schedule
 from bayestune.kl.surroundings import (
-    Layers,
     as_one,
     check_optimizer,
     gaussian_layers,
@@ -125,7 +124,8 @@ class KLStep(TrainerCallback):
 
         Raises:
             Refusal: if the adapter has no Gaussian layer, the period cannot be known, the
-                optimiser does not hold G or would decay it, or σ is beyond `final_std`.
+                optimiser does not hold G or would decay it, σ is beyond `final_std`, or so few
+                steps take it there that one overshoots.
         """
         self.detach()
         layers = gaussian_layers(model, self.adapter)
@@ -133,13 +133,24 @@ class KLStep(TrainerCallback):
         follows = self.std_optimizer == "sgd"
         check_optimizer(optimizer, layers, moves_root_std=not follows)
         plan = self._plan(total_steps, self._period(total_steps, num_rows, batch_size))
+        learnt = [layer for layer in layers.values() if layer.root_std.requires_grad]
+        points = points_of([as_one(layer.root_std) for layer in learnt])
         if self._aim.final_std is not None:
-            plan = self._solved(plan, layers, step)
+            plan = self._solved(plan, points, step)
+        refuse_long_steps((plan.weights * plan.rates)[step:].tolist(), self.prior_std, points)
         saved = self._saved or {"kl_time": plan.kl_time(step), "owed": ()}
         self._saved = None
         progress = Progress(step, saved["kl_time"], saved["owed"])
         self._run = KLRun(layers, plan, self.prior_std, progress, moves_root_std=follows)
         self._run.hook(optimizer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is attached to nothing, for an optimiser's copy has no hooks.
+
+        Its next `attach` goes on where this run is.
+        """
+        saved = self.state_dict() if self._run else self._saved
+        return {**vars(self), "_run": None, "_saved": saved}
 
     def detach(self) -> None:
         """Takes the hooks off."""
@@ -184,14 +195,12 @@ class KLStep(TrainerCallback):
             std_rates=plan.std_rates * (kl_lr if self.std_lr is None else self.std_lr)
         )
 
-    def _solved(self, plan: Plan, layers: Layers, step: int) -> Plan:
+    def _solved(self, plan: Plan, points: Sequence[float], step: int) -> Plan:
         """The plan at the rate that ends at `final_std`: from here, or as the run began with."""
         saved = self._saved
         if saved is not None and saved["settings"] == self._settings:
             self._rate = saved["rate"]
         else:
-            learnt = [layer for layer in layers.values() if layer.root_std.requires_grad]
-            points = points_of([as_one(layer.root_std) for layer in learnt])
             self._rate = self._aim.solved(plan, points, step)
         return plan._replace(rates=plan.rates * self._rate)
 

@@ -1,6 +1,6 @@
 """What a KL step needs of its surroundings: the adapter, the optimiser, gradients, processes."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -96,7 +96,7 @@ def check_gradients(layers: Layers) -> list[str]:
     """Refuses the first gradients if the noise of a layer was not in the pass.
 
     Returns:
-        The layers that no gradient has reached: this batch did not call them, or they are frozen.
+        The layers that no gradient has reached, see `without_gradient`.
     """
     learnt = {name: layer for name, layer in layers.items() if layer.root_std.requires_grad}
     unreached = {name: one for name, one in learnt.items() if one.root_std.grad is None}
@@ -107,16 +107,38 @@ def check_gradients(layers: Layers) -> list[str]:
             f"the model is at its mean: got {len(unreached)} Gaussian layers in evaluation mode, "
             "expected training mode, in which they draw; call model.train()"
         )
-    # their A has a gradient, though their module was not called
     bypassed = [name for name in noisy if unreached[name].weight.grad is not None]
     if bypassed or nowhere:
-        which = "any" if nowhere else len(bypassed)
-        raise Refusal(
-            f"no gradient reached {which} of the {len(learnt)} Gaussian layers: got none for "
-            f"{_some(bypassed or noisy)}, because something applies LoRA without calling its "
-            "modules (a fused kernel?), so the noise would be lost; switch that kernel off"
-        )
-    return list(unreached)
+        _refuse_bypassed(bypassed or noisy, "any" if nowhere else len(bypassed), len(learnt))
+    return without_gradient(layers, learnt)
+
+
+def without_gradient(layers: Layers, names: Collection[str]) -> list[str]:
+    """Those of some layers whose G has no gradient, or none but 0: they were not called, or B is 0.
+
+    A layer may have a gradient of 0 because another one, which receives the same tensor, computes
+    its ranks too.
+
+    Raises:
+        Refusal: if the mean of one has a gradient beyond 0, though its module was not called.
+    """
+    found = {name: layers[name] for name in names if not _is_moved(layers[name].root_std)}
+    noisy = {name: layer for name, layer in found.items() if layer.training}
+    if bypassed := [name for name, layer in noisy.items() if _is_moved(layer.weight)]:
+        _refuse_bypassed(bypassed, len(bypassed), len(layers))
+    return list(found)
+
+
+def _is_moved(parameter: Tensor) -> bool:
+    return parameter.grad is not None and bool(parameter.grad.any())
+
+
+def _refuse_bypassed(names: list[str], which: int | str, count: int) -> None:
+    raise Refusal(
+        f"no gradient reached {which} of the {count} Gaussian layers: got none for {_some(names)}, "
+        "because something applies LoRA without calling its modules (a fused kernel?), so the "
+        "noise would be lost; switch that kernel off"
+    )
 
 
 def check_synchronised(layers: Layers) -> None:

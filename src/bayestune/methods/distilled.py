@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from bayestune.adapters import Slots, detach
 from bayestune.data import Question
-from bayestune.errors import Refusal
+from bayestune.errors import COUNT, POSITIVE, check_fields
 from bayestune.forward import Draws
 from bayestune.methods.blob import BLoB
 from bayestune.methods.method import Method
@@ -67,12 +67,7 @@ class Distilled:
     labelled: bool = False
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.learning_rate <= 0 or (self.draws is not None and self.draws < 1):
-            raise Refusal(
-                f"a student needs steps, a rate and a teacher: got steps={self.steps}, "
-                f"learning_rate={self.learning_rate}, draws={self.draws}; expected steps >= 1, "
-                "learning_rate > 0, and draws >= 1 or None"
-            )
+        check_fields(self, steps=COUNT, learning_rate=POSITIVE, draws=COUNT)
 
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Point:
         """Fits the base, asks it about the rows, and trains the student on what it says."""

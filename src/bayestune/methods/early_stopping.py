@@ -10,8 +10,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+<<<<<<< HEAD
 from bayestune.decisions import predictive_nll
 from bayestune.errors import Refusal
+=======
+from bayestune.errors import COUNT, check_fields
+>>>>>>> integrate
 from bayestune.forward import Draws
 from bayestune.methods.held_out import held_out_logits, held_out_rows
 from bayestune.posteriors import Point
@@ -72,7 +76,9 @@ class KeepBest(TrainerCallback):
         self.losses[step] = loss
         if self.folder:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_file(self._best, self.folder / _WEIGHTS)
+            scratch = self.folder / f".{_WEIGHTS}.partial"  # a kill leaves the old or the new
+            save_file(self._best, scratch)
+            scratch.replace(self.folder / _WEIGHTS)
             (self.folder / _LOSSES).write_text(json.dumps(self.losses), encoding="utf-8")
 
 
@@ -100,8 +106,7 @@ class EarlyStopping:
     every: int = 15
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise Refusal(f"steps between measurements: got every={self.every}, expected 1 or more")
+        check_fields(self, every=COUNT)
 
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Point:
         """Trains an adapter and takes its best step."""

@@ -168,7 +168,7 @@ class IVON:
 
     def __post_init__(self) -> None:
         check_fields(self, learning_rate=NUMERIC, hess_init=NUMERIC, delta=NUMERIC)
-        check_fields(self, clip_radius=NUMERIC, ess=NUMERIC, beta1=NUMERIC, beta2=NUMERIC)
+        check_fields(self, beta1=NUMERIC, beta2=NUMERIC)  # no clip is inf, no ess the rows'
         ess = 1.0 if self.ess is None else self.ess
         prior = self.delta + self.hess_init
         positive = min(self.learning_rate, ess, self.clip_radius, prior) > 0

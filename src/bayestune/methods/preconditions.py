@@ -5,6 +5,7 @@ from typing import Any, get_type_hints
 
 from bayestune.adapters import Slots
 from bayestune.errors import Refusal
+from bayestune.methods.early_stopping import EarlyStopping
 from bayestune.methods.held_out import head_slots, held_out_rows
 from bayestune.methods.laplace import Laplace
 from bayestune.methods.temperature import PosteriorScale, Temperature
@@ -27,7 +28,7 @@ def check_method(method: Any, scorer: Scorer, slots: Slots) -> None:
         if hasattr(other, "fit"):
             check_method(other, scorer, slots)
     chooses = isinstance(method, Laplace) and method.prior_precision is None
-    if isinstance(method, Temperature | PosteriorScale) or (
+    if isinstance(method, Temperature | PosteriorScale | EarlyStopping) or (
         chooses and method.choose == "held_out"
     ):
         held_out_rows(scorer, name)
@@ -59,5 +60,6 @@ def _posteriors_of(base: Any) -> list[type]:
     if not hasattr(base, "fit"):
         return []
     inner = getattr(base, "method", None)
-    told = get_type_hints(type(inner if hasattr(inner, "fit") else base).fit).get("return", object)
+    kind: Any = type(inner if hasattr(inner, "fit") else base)
+    told = get_type_hints(kind.fit).get("return", object)
     return [kind for kind in getattr(told, "__args__", (told,)) if isinstance(kind, type)]

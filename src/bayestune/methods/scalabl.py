@@ -143,7 +143,8 @@ class ScalaBL:
     The published rate, kl_lr = 0.2 in bursts, belongs to KL[p ‖ q], whose steps take σ to 0.89 to
     1.04 in the published runs. With KL[q ‖ p] that rate ends at 0.07 to 0.20: another method, of 4
     to 13 times less noise. So σ is said by where it ends, `final_std`, and the rate is solved for;
-    in bursts σ = 0.9 takes a kl_lr of about 0.49 (WG-S), 1.2 (OBQA) and 1.5 (BoolQ).
+    in bursts σ = 0.9 takes a kl_lr of about 0.49 (WG-S), 1.2 (OBQA) and 1.5 (BoolQ). That so much
+    noise under a constant schedule trains as well is tried on tiny models only.
 
     Args:
         init_std: ε; σ starts uniform on (ε/√2, ε).

@@ -96,6 +96,5 @@ class PosteriorScale:
 
 
 def _scale(posterior: Gaussian, roots: dict[str, Tensor], factor: float) -> None:
-    with torch.no_grad():
-        for name, slot in posterior.layers().items():
-            slot.root_std.copy_(roots[name] * math.sqrt(factor))
+    for name, slot in posterior.layers().items():
+        slot.set_root_std(roots[name] * math.sqrt(factor))

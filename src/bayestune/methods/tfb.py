@@ -64,12 +64,11 @@ def rotate_(slots: Slots) -> dict[str, Tensor]:
 
 def set_isotropic_(posterior: Gaussian, values: dict[str, Tensor], std: float) -> None:
     """Sets Ω_ij = σ_q/d_i, d as of `rotate_`; 0 where B has no direction."""
-    with torch.no_grad():
-        for name, slot in posterior.layers().items():
-            d = values[name]
-            present = d > 1e-6 * d.max().clamp_min(1e-12)
-            row = torch.where(present, std / d.clamp_min(1e-12), 0.0).sqrt()
-            slot.root_std.copy_(row[:, None].expand_as(slot.root_std))
+    for name, slot in posterior.layers().items():
+        d = values[name]
+        present = d > 1e-6 * d.max().clamp_min(1e-12)
+        row = torch.where(present, std / d.clamp_min(1e-12), 0.0).sqrt()
+        slot.set_root_std(row[:, None].expand_as(slot.root_std))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ hardly ever where calibration is good; docs/intervals.md has the coverage of wha
 import torch
 from torch import Tensor
 
+from bayestune.metrics.proportions import share_interval
 from bayestune.metrics.scores import RowTerms
 
 _BLOCK = 2**21  # numbers in one block of redrawn labels: 16 MiB
@@ -15,7 +16,7 @@ _REDRAWN = 1000  # sets of labels of a calibrated model
 _TRIED = 16  # strengths of miscalibration
 _STRONGEST = 2.0  # times the observed gap of each bin
 _PER_STRENGTH = 300
-_TAIL = 0.02  # of either side; with 0.025 one setting in ten covers less than 0.90
+_TAIL = 0.02  # of either side
 _ROUNDING = 1e-12
 
 
@@ -46,11 +47,13 @@ def calibrated_scores(rows: RowTerms, redrawn: int = _REDRAWN) -> Tensor:
 def ece_interval(rows: RowTerms, observed: float) -> tuple[float, float]:
     """An interval of the ECE that infinitely many such rows would have.
 
-    It is the union of three. (1) A test inverted: rows are resampled, and correctness is redrawn
+    It is the union of four. (1) A test inverted: rows are resampled, and correctness is redrawn
     with probability confidence + t·(the bin's observed gap), t from 0, calibrated, to 2; each t is
     kept whose ECEs do not leave the observed one in a tail of 2 %. (2) The basic bootstrap,
     2·observed − the 2 % quantiles of resampled rows, at least 0. (3) The observed value, which is
-    biased upwards and can lie above (1) and (2).
+    biased upwards and can lie above (1) and (2). (4) The distance from the mean confidence to
+    either end of accuracy's interval: no ECE is below |accuracy − mean confidence|, and where
+    nearly all rows share a bin whose gap is small by chance, (1) and (2) do not look beyond it.
 
     Args:
         rows: what the metrics need of N rows.
@@ -63,30 +66,34 @@ def ece_interval(rows: RowTerms, observed: float) -> tuple[float, float]:
     errors = rows.correct - rows.confidence
     sizes = torch.bincount(rows.bin).clamp(min=1)
     gaps = torch.zeros(num_bins, dtype=torch.float64).index_add_(0, rows.bin, errors) / sizes
-    chances = []
-    for strength in torch.linspace(0, _STRONGEST, _TRIED).tolist():
-        chances.append((rows.confidence + strength * gaps[rows.bin]).clamp(0, 1))
-    tried = torch.stack(chances)
+    gap = gaps[rows.bin]
+    strengths = torch.linspace(0, _STRONGEST, _TRIED, dtype=torch.float64)
+    tried = (rows.confidence + strengths[:, None] * gap).clamp(0, 1)
     truths = _eces(rows.bin.expand_as(tried), tried - rows.confidence, num_bins)
-    redrawn, resampled = _redrawn(rows, tried, num_bins)
+    redrawn, resampled = _redrawn(rows, gap, num_bins)
     above = (redrawn >= observed - _ROUNDING).double().mean(1)
     below = (redrawn <= observed + _ROUNDING).double().mean(1)
     kept = truths[(above > _TAIL) & (below > _TAIL)].tolist()
     tails = resampled.new_tensor([1 - _TAIL, _TAIL])
     basic = (2 * observed - torch.quantile(resampled, tails)).clamp(min=0).tolist()
     ends = [observed, *basic, *kept]
-    return min(ends), max(ends)
+    shares = share_interval(int(rows.correct.sum()), len(rows.bin), 0.95)
+    mean = rows.confidence.mean().item()
+    return min(ends), max(*ends, *(abs(share - mean) for share in shares))
 
 
-def _redrawn(rows: RowTerms, tried: Tensor, num_bins: int) -> tuple[Tensor, Tensor]:
+def _redrawn(rows: RowTerms, gap: Tensor, num_bins: int) -> tuple[Tensor, Tensor]:
     """ECEs of resampled rows: with redrawn correctness for each t (T, R), and with their own (R,).
 
-    All t share the resampled rows and the uniform numbers, so that one differs little from the
-    next.
+    All t share the resampled rows and the uniform numbers u, so that one differs little from the
+    next, and a row is told once: it is right where confidence + t·gap > u, that is from some t on,
+    or up to it where the gap is below 0.
     """
     generator = torch.Generator().manual_seed(1)
     num_rows = len(rows.bin)
     block = max(1, _BLOCK // num_rows)
+    step = _STRONGEST / (_TRIED - 1)
+    starts = torch.where(gap < 0, 1.0, 0.0)  # right at t = 0 less, or none
     redrawn = []
     resampled = []
     for start in range(0, _PER_STRENGTH, block):
@@ -94,11 +101,15 @@ def _redrawn(rows: RowTerms, tried: Tensor, num_bins: int) -> tuple[Tensor, Tens
         drawn = torch.randint(num_rows, size, generator=generator)
         uniform = torch.rand(size, generator=generator, dtype=torch.float64)
         bins = rows.bin[drawn]
-        confidence = rows.confidence[drawn]
-        resampled.append(_eces(bins, rows.correct[drawn] - confidence, num_bins))
-        eces = []
-        for chance in tried:
-            correct = (uniform < chance[drawn]).double()
-            eces.append(_eces(bins, correct - confidence, num_bins))
-        redrawn.append(torch.stack(eces))
+        errors = (rows.correct - rows.confidence)[drawn]
+        resampled.append(_eces(bins, errors, num_bins))
+        place = ((uniform - rows.confidence[drawn]) / (gap[drawn] * step)).nan_to_num(nan=0.0)
+        place = torch.where(gap[drawn] < 0, place.ceil(), place.floor() + 1)
+        turns = place.clamp(0, _TRIED).long() * num_bins + bins
+        change = torch.where(gap < 0, -1.0, 1.0).double()[drawn]
+        turned = change.new_zeros(size[0], (_TRIED + 1) * num_bins).scatter_add_(1, turns, change)
+        right = turned.view(size[0], _TRIED + 1, num_bins)[:, :_TRIED].cumsum(1)
+        offset = (starts - rows.confidence)[drawn]
+        base = right.new_zeros(size[0], num_bins).scatter_add_(1, bins, offset)
+        redrawn.append((right + base[:, None]).abs().sum(2).T / num_rows)
     return torch.cat(redrawn, 1), torch.cat(resampled)

@@ -5,8 +5,9 @@ resamples are the same in every call with as many rows. Refusal is raised on bad
 numbers of runs, a metric whose differences have no interval, and without resamples.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import NormalDist
 
 import torch
@@ -23,6 +24,7 @@ _TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
 _NORMAL = NormalDist()
 _BLOCK = 2**21  # numbers in one block of resamples: 16 MiB
 _LEAST_SPREAD = 0.25  # of a resample, as a share of the rows' own: one without any error has none
+_ROUNDING = 1e-12  # of equal losses: their spread as a share of their mean
 _FEWEST = 5  # wrong rows, and right ones, without which AURC has no interval
 _LEFT_OUT = 200  # groups of rows that are left out in turn
 
@@ -58,19 +60,29 @@ class PairedDifference:
     n: int
 
 
-def _resampled(statistic: Callable[[Tensor], Tensor], num_rows: int, resamples: int) -> Tensor:
+def resampled(statistic: Callable[[Tensor], Tensor], num_rows: int, resamples: int) -> Tensor:
     """M statistics of counts (R, N) on all resamples, (M, R)."""
     if resamples < 1:
         raise Refusal(f"got resamples={resamples}; expected 1 or more; 1000 is customary")
+    small = resamples * num_rows <= _BLOCK
+    blocks = [_one_block(num_rows, resamples)] if small else _counts(num_rows, resamples)
+    return torch.cat([statistic(counts) for counts in blocks], 1)
+
+
+def _counts(num_rows: int, resamples: int) -> Iterator[Tensor]:
+    """How often each resample has each row, in blocks (≤ R, N)."""
     generator = torch.Generator().manual_seed(0)
     block = max(1, _BLOCK // num_rows)
-    blocks = []
     for start in range(0, resamples, block):
         size = (min(block, resamples - start), num_rows)
         drawn = torch.randint(num_rows, size, generator=generator)
         counts = torch.zeros_like(drawn).scatter_add_(1, drawn, torch.ones_like(drawn))
-        blocks.append(statistic(counts.double()))
-    return torch.cat(blocks, 1)
+        yield counts.double()
+
+
+@lru_cache(maxsize=1)  # a table has many statistics of the same rows
+def _one_block(num_rows: int, resamples: int) -> Tensor:
+    return next(_counts(num_rows, resamples))
 
 
 def _quantiles(values: Tensor, low: float, high: float) -> tuple[float, float]:
@@ -92,7 +104,7 @@ def _mean_interval(losses: Tensor, studentised: Tensor) -> Interval:
     """The bootstrap-t interval of a mean of losses ≥ 0; none where all are the same."""
     value = losses.mean().item()
     spread = losses.std(correction=0).item()
-    if not spread > 0:  # or NaN
+    if not spread > _ROUNDING * abs(value):  # or NaN
         return Interval(value, None, None, len(losses))
     low, high = _quantiles(studentised, *_TAILS)
     return Interval(value, max(0.0, value - spread * high), value - spread * low, len(losses))
@@ -199,7 +211,7 @@ def summarise(
         means = [_studentised(rows.nll, weights), _studentised(rows.brier, weights)]
         return torch.stack([*means, METRICS["aurc"](rows, weights)])
 
-    nll, brier, aurc = _resampled(statistics, num_rows, resamples)
+    nll, brier, aurc = resampled(statistics, num_rows, resamples)
     right = int(rows.correct.sum())
     ece = METRICS["ece"](rows, rows.ones).item()
     return {
@@ -259,7 +271,7 @@ def paired_bootstrap(
         return torch.stack([weigh(a, weights) - weigh(b, weights) for a, b in pairs]).mean(0)[None]
 
     d = difference(pairs[0][0].ones).item()
-    drawn = _resampled(difference, len(labels), resamples)[0]
+    drawn = resampled(difference, len(labels), resamples)[0]
     extreme = int(((drawn - d).abs() >= abs(d) - 1e-12).sum())  # equal but for rounding is extreme
     if metric == "accuracy":
         each = torch.stack([a.correct - b.correct for a, b in pairs]).mean(0)

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
-import torch
 from torch import Tensor
 
 from bayestune.adapters import GaussianLinear, Slots, held_weights, make_gaussian, noise_of
@@ -50,7 +49,7 @@ class Gaussian(AdapterPosterior):
 
     def _refuse_without_std(self, layers: Mapping[str, GaussianLinear]) -> None:
         fits = all(slot.weight.shape == slot.root_std.shape for slot in layers.values())
-        if fits and any(slot.root_std.any() for slot in layers.values()):
+        if fits and any(slot.noiseless or slot.root_std.any() for slot in layers.values()):
             return
         got = "standard deviations of 0" if fits else "standard deviations of another rank"
         raise Refusal(
@@ -72,7 +71,6 @@ class Gaussian(AdapterPosterior):
         check_shapes(roots, saved.shapes)
         make_gaussian(Slots(saved.model, saved.adapter), list(roots), **saved.facts)
         posterior = super().restore(saved)
-        with torch.no_grad():
-            for name, slot in posterior.layers().items():
-                slot.root_std.copy_(roots[name])
+        for name, slot in posterior.layers().items():
+            slot.set_root_std(roots[name])
         return posterior

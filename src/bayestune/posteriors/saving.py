@@ -10,16 +10,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from bayestune.adapters import (
-    CONFIG,
-    DETAILS,
+    FILES,
     PREFIX,
-    TENSORS,
-    WEIGHTS,
     GaussianLinear,
     Slots,
     add_beside,
     facts_of,
-    make_readable,
     place_of,
     plain_state,
     refuse_unless_saved_whole,
@@ -32,9 +28,9 @@ from bayestune.posteriors.mixture import Mixture
 from bayestune.posteriors.point import Point
 from bayestune.posteriors.posterior import Posterior, unbound
 from bayestune.posteriors.tempered import Tempered
+from bayestune.runtime import follow_umask
 
 Folder = str | PathLike[str]
-_FILES = (CONFIG, *WEIGHTS, TENSORS, DETAILS)
 
 
 @contextmanager
@@ -43,13 +39,17 @@ def replacing(folder: Path) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as scratch:
         yield Path(scratch)
+<<<<<<< HEAD
         make_readable(Path(scratch))
         (folder / CALIBRATION).unlink(missing_ok=True)  # of what the folder held before
+=======
+        follow_umask(Path(scratch))
+>>>>>>> integrate
         _move(Path(scratch), folder)
 
 
 def _move(scratch: Path, folder: Path) -> None:
-    for name in _FILES:
+    for name in FILES:
         if (scratch / name).exists():
             (scratch / name).replace(folder / name)
 

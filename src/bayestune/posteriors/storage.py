@@ -24,7 +24,9 @@ from bayestune.adapters import (
     WEIGHTS,
     Slots,
     differs,
+    input_embedding,
     mean_digest,
+    old_names_unsaid,
 )
 from bayestune.forward import ClassLogits
 from bayestune.posteriors.folder_of import PosteriorError, folder_of, read_details
@@ -166,7 +168,7 @@ def _prepare(base: nn.Module, folder: Path, details: Mapping[str, Any], other_ba
             f"{folder} cannot be loaded: got a base with an adapter on it, which would be replaced,"
             " expected the base alone; load the base anew, or call unload() on its PEFT model"
         )
-    embedding: Any = getattr(base, "get_input_embeddings", lambda: None)()
+    embedding: Any = input_embedding(base)
     rows = details.get("embedding_rows")
     if rows is not None and embedding is not None and len(embedding.weight) != rows:
         base.resize_token_embeddings(rows, mean_resizing=False)  # type: ignore[operator]
@@ -248,7 +250,8 @@ def _load_adapter(
         if isinstance(base, PeftModel):
             type(base).load_adapter(base, str(folder), adapter, is_trainable=trainable)
             return base
-        model = make(base, folder, adapter_name=adapter, is_trainable=trainable)
+        with old_names_unsaid():
+            model = make(base, folder, adapter_name=adapter, is_trainable=trainable)
     except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise PosteriorError(
             f"the adapter in {folder} does not fit this model or is damaged; its base is "

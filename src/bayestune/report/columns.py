@@ -64,10 +64,11 @@ class Column:
         if self == ECE and not CALIBRATED.of(record):
             return None
         metric = self.of(record)
-        ends = (metric.get("low"), metric.get("high"))
-        if any(end is None or not math.isfinite(end) for end in ends):
+        low = metric.get("low")
+        high = metric.get("high")
+        if low is None or high is None or not math.isfinite(low + high):
             return None
-        return ends
+        return low, high
 
     def with_interval(self, record: Record) -> Cell:
         """A record's value and interval; of a calibrated model's ECE, the range and p too."""

@@ -1,12 +1,14 @@
 """What a gate lets through, as tables: of records, and of a calibration with its promises."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bayestune.decisions import Calibration
 from bayestune.report.comparable import caption, comparable, names
 from bayestune.report.rows import Record
 from bayestune.report.table import DASH, Block, Cell, Table, marked
+
+if TYPE_CHECKING:  # tables are made without the libraries that calibrating takes
+    from bayestune.decisions import Calibration
 
 _COLUMNS = (
     ("wrong_at_80", "wrong ≥ 0.8 ↓", 1, 0, -1),
@@ -58,7 +60,7 @@ def _baselines(figures: Mapping[str, Any]) -> str:
     )
 
 
-def variant_table(calibration: Calibration) -> Table:
+def variant_table(calibration: "Calibration") -> Table:
     """The ways of predicting that a calibration compared, the kept one marked."""
     lines = []
     for row in calibration.table:
@@ -77,7 +79,7 @@ def variant_table(calibration: Calibration) -> Table:
     return Table(title, heads, (Block("", tuple(lines)),), (note,), ("Way",))
 
 
-def promises(calibration: Calibration) -> str:
+def promises(calibration: "Calibration") -> str:
     """What a calibration promises, in sentences; the score that decides comes first."""
     kept = f"{calibration.variant}, temperature {calibration.temperature:.3g}"
     lines = [f"Kept: {kept}; decides by {calibration.score}."]

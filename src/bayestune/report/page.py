@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
-from bayestune.metrics import LEVEL, Row, reliability
+from bayestune.metrics import LEVEL, Row, is_right, reliability
 from bayestune.report.claims import RESAMPLES, Evaluation, compare, listing, paired_table, sentence
 from bayestune.report.columns import ECE
 from bayestune.report.comparable import names
@@ -105,9 +105,10 @@ def _question(row: Row, extra: str = "") -> str:
     probabilities = row["probabilities"]
     options = row.get("options") or [f"option {i + 1}" for i in range(len(probabilities))]
     items = ""
+    chosen = probabilities.index(max(probabilities))
     for i, (option, p) in enumerate(zip(options, probabilities, strict=True)):
         answer = i == row["answer"]
-        marks = ["answer"] * answer + ["chosen"] * (p == max(probabilities))
+        marks = ["answer"] * answer + ["chosen"] * (i == chosen)
         items += f'<li class="{" ".join(marks)}"><span>{p:.1%}</span>'
         items += f"<span>{escape(str(option))}{' ✓' if answer else ''}</span></li>"
     text = escape(str(row.get("question") or row["id"]))
@@ -132,7 +133,8 @@ def _uncertain(last: Evaluation) -> str:
     note = (
         f"By total entropy under {last.name}. The bar's first part: expected entropy, what every "
         "draw is unsure of; its second part: what these draws disagree on. Mutual information is "
-        "that times S/(S − 1), its estimate for infinitely many draws from S."
+        "that times S/(S − 1), its estimate for infinitely many draws from S; without the factor "
+        "where the draws are all there is, and in older records."
     )
     most = rows[0]["total_entropy"]
     questions = "".join(_question(row, _entropy(row, most)) for row in rows)
@@ -140,7 +142,8 @@ def _uncertain(last: Evaluation) -> str:
 
 
 def _wrong(one: Evaluation) -> str:
-    wrong = [r for r in one.rows if r["probabilities"][r["answer"]] < max(r["probabilities"])]
+    right = is_right(one.rows) if one.rows else ()
+    wrong = [row for row, correct in zip(one.rows, right, strict=True) if not correct]
     rows = sorted(wrong, key=lambda row: -row["confidence"])[:_SHOWN]
     text = "".join(map(_question, rows)) or _missing([one]) or "<p>No answer is wrong.</p>"
     return f"<div><h3>{escape(one.name)}</h3>{text}</div>"

@@ -10,7 +10,7 @@ from bayestune.report.table import Block, Table, marked
 _COLUMNS = (ACCURACY, ECE, CALIBRATED, NLL, BRIER, AURC)
 _ABOUT_INTERVALS = "In brackets: 95 % intervals over the rows; none where the rows cannot give one."
 _ABOUT_ECE = (
-    "ECE is never 0 on finitely many rows. ECE if calibrated: what a perfectly calibrated model "
+    "ECE is above 0 by chance alone. ECE if calibrated: what a perfectly calibrated model "
     "with the same confidences would score on average (5–95 %), and p, its chance to score as much "
     "as was observed."
 )

@@ -41,7 +41,8 @@ def can_pack(model: nn.Module) -> bool:
     Its settings say so, and two options, packed, have the logits that they have expanded.
     """
     base = base_of(model)
-    return _goes_by_mask(base) and _packs_exactly(base)
+    outlined = next(base.parameters()).is_meta  # without weights there is nothing to try
+    return _goes_by_mask(base) and (outlined or _packs_exactly(base))
 
 
 def _goes_by_mask(model: nn.Module) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from bayestune.data import Prompt, Question, Scoring, Task
+from bayestune.data import Prompt, Question, Scoring, SortedRows, Task
 from bayestune.errors import Refusal
 
 logger = logging.getLogger(__name__)
@@ -40,10 +40,40 @@ def put_as_fitted(
         )
     if rows and not count and "{context}" in template and scoring != "head":
         logger.warning("no row of %s has a context, which the fitted prompt shows", task.name)
-    is_shown = scoring == "text" or "{choices}" in template or "{texts_first}" in template
-    if classes and (scoring == "head" or not is_shown):
+    if classes and not _is_shown(template, scoring):
         task = task.in_class_order(classes)
     return replace(task, prompt=prompt)
+
+
+def _is_shown(template: str, scoring: Scoring) -> bool:
+    """Whether the options stand in what the model reads."""
+    if scoring == "head":
+        return False
+    return scoring == "text" or "{choices}" in template or "{texts_first}" in template
+
+
+def of_its_classes(rows: SortedRows, details: Mapping[str, Any]) -> SortedRows:
+    """The rows of a file without those whose options are not the classes of a fit.
+
+    Raises:
+        Refusal: if none is left.
+    """
+    classes = classes_of(details)
+    scoring = details["scoring"]
+    template = details["task"]["prompt"]["letter" if scoring == "letter" else "text"]
+    if not classes or _is_shown(template, scoring):
+        return rows
+    kept = []
+    problems = dict(rows.problems)
+    numbers = [n for n in range(len(rows.questions) + len(problems)) if n not in problems]
+    for number, row in zip(numbers, rows.questions, strict=True):
+        try:
+            kept.append(row.with_options(classes))
+        except Refusal as problem:
+            problems[number] = (row.id, problem)
+    if not kept:
+        raise problems[numbers[0]][1]
+    return SortedRows(tuple(kept), problems)
 
 
 def classes_of(details: Mapping[str, Any]) -> tuple[str, ...] | None:

@@ -1,7 +1,9 @@
 """What can be known before the first fit of a run, so that hours are not lost to the last one."""
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,8 +11,10 @@ from torch import nn
 from bayestune.adapters import Lora, Slots, attach, detach
 from bayestune.data import Question
 from bayestune.errors import Refusal
-from bayestune.methods import Method, check_method
+from bayestune.methods import Distilled, Method, check_method
 from bayestune.scoring import Scorer, check_lengths
+
+logger = logging.getLogger(__name__)
 
 
 def check_fits(model: nn.Module, scorer: Scorer, lora: Lora, methods: Iterable[Method]) -> None:
@@ -22,8 +26,11 @@ def check_fits(model: nn.Module, scorer: Scorer, lora: Lora, methods: Iterable[M
         lora: the adapter.
         methods: that are to be fitted.
     """
+    methods = list(methods)
+    if scorer.warns and scorer.task.unlabelled and not any(map(_learns_unlabelled, methods)):
+        logger.warning("no method learns on the unlabelled rows: expected distilled among them")
     quiet = replace(scorer, warns=False)
-    for part in (scorer.task.train, scorer.task.held_out):
+    for part in (scorer.task.train, scorer.task.held_out, scorer.task.unlabelled):
         check_lengths(model, part, quiet.encode(part))
     with torch.random.fork_rng(devices=[]):
         adapted = attach(model, lora)
@@ -32,6 +39,11 @@ def check_fits(model: nn.Module, scorer: Scorer, lora: Lora, methods: Iterable[M
             check_method(method, scorer, Slots(adapted))
     finally:
         detach(adapted)
+
+
+def _learns_unlabelled(method: Any) -> bool:
+    inner = (getattr(method, "base", None), getattr(method, "method", None))
+    return isinstance(method, Distilled) or any(map(_learns_unlabelled, filter(None, inner)))
 
 
 def check_answers(rows: Sequence[Question]) -> None:

@@ -95,12 +95,19 @@ class Session:
 
     @classmethod
     def of_posterior(
-        cls, folder: Path, options: TaskOptions, model: str | None = None, *, labelled: bool = True
+        cls,
+        folder: Path,
+        options: TaskOptions,
+        model: str | None = None,
+        *,
+        labelled: bool = True,
+        task: Task | None = None,
     ) -> Self:
         """A session to use a folder's posterior in, all as fitted: prompt, scoring, length, dtype.
 
         `options` say which rows, `model` where the base model is if it has moved; with `labelled`
-        the user's own rows must have answers. Rows without options have those of the fit.
+        the user's own rows must have answers. Rows without options have those of the fit. `task`
+        is what `options` load, where it is loaded already.
 
         Raises:
             Refusal: if `options` name no rows, or the rows cannot be put as those of the fit.
@@ -114,10 +121,7 @@ class Session:
         fitted = details["task"]["prompt"]
         prompt = Prompt(fitted["letter"], fitted["text"], tuple(fitted["labels"]))
         options = replace(options, scoring=details["scoring"], max_length=details["max_length"])
-        asked = options
-        if options.evaluation_data and not options.options:
-            asked = replace(options, options=options_of(details))
-        task = asked.load(labelled=labelled)
+        task = task or options.load(labelled=labelled, otherwise=options_of(details))
         task = put_as_fitted(task, prompt, options.scoring, classes_of(details))
         seen = seen_rows(details, task.evaluation)
         say_seen(task.name, seen or 0, len(task.evaluation))

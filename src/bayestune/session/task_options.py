@@ -16,15 +16,17 @@ from bayestune.data import (
     load_rows,
     load_task,
     own_task,
+    with_unlabelled,
 )
-from bayestune.errors import COUNT, PART, SEED, Refusal, check_fields
+from bayestune.errors import COUNT, NUMBER, PART, SEED, Refusal, check_fields
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_TASK = "everyday"
 
 # What a fit settles, whichever rows its posterior is evaluated on.
-OF_THE_FIT = ("data", "scoring", "max_length", "holdout", "train_rows", "unlabelled_rows")
+OF_THE_FIT = ("data", "scoring", "max_length", "holdout", "train_rows")
+OF_THE_FIT += ("unlabelled_data", "unlabelled_rows")
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,12 @@ class TaskOptions:
             checked_options(self.options, f"options={list(self.options)}")
         check_fields(self, max_length=COUNT, train_rows=COUNT, evaluation_rows=COUNT)
         check_fields(self, holdout=PART, subset_seed=SEED, evaluation_seed=SEED)
+        check_fields(self, unlabelled_rows=NUMBER)
 
-    def load(self, *, labelled: bool = True) -> Task:
+    def load(self, *, labelled: bool = True, otherwise: tuple[str, ...] = ()) -> Task:
         """The task with its rows chosen; `evaluation_data` may lack answers if not `labelled`.
+
+        Rows of files that have no options, neither of their own nor in `options`, have `otherwise`.
 
         Raises:
             Refusal: if a task of the table is named beside files, or `options` without files.
@@ -96,12 +101,12 @@ class TaskOptions:
                 logger.info(said, self.named)
             task = load_task(self.named, self.data_root)
         else:
-            train = self._rows(self.data)
-            test = self._rows(self.evaluation_data, labelled=labelled)
+            train = self._rows(self.data, otherwise)
+            test = self._rows(self.evaluation_data, otherwise, labelled=labelled)
             task = own_task(Path(given).stem, train, test)
-        spare = self._rows(self.unlabelled_data, labelled=False)
-        if spare:
-            task = replace(task, unlabelled=tuple(replace(row, answer=None) for row in spare))
+        if self.unlabelled_data:
+            spare = self._rows(self.unlabelled_data, otherwise, labelled=False)
+            task = with_unlabelled(task, spare)
         fixed = self.evaluation_seed
         seed = self.subset_seed
         test = task.subset(evaluation=self.evaluation_rows, seed=seed if fixed is None else fixed)
@@ -113,13 +118,13 @@ class TaskOptions:
         """The task of the table, where there are no rows of one's own."""
         return self.task or DEFAULT_TASK
 
-    def _rows(self, file: Path | None, *, labelled: bool = True) -> tuple[Question, ...]:
+    def _rows(
+        self, file: Path | None, otherwise: tuple[str, ...], *, labelled: bool = True
+    ) -> tuple[Question, ...]:
         if file is None:
             return ()
-        rows = load_rows(file, self.options, labelled=labelled, answer_is=self.answer_is)
-        if self.options and all(set(row.options) != set(self.options) for row in rows):
-            logger.warning("%s: `options` are not used: every row has its own", file.name)
-        return rows
+        read: dict[str, Any] = {"labelled": labelled, "answer_is": self.answer_is}
+        return load_rows(file, self.options, otherwise=otherwise, **read)
 
     def recorded(self, fitted: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The options as records keep them: files by name, and what a fit settled as fitted."""

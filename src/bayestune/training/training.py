@@ -187,6 +187,7 @@ _CHECKPOINTING = ({"activation_checkpointing"} & _KNOWN or {"gradient_checkpoint
 
 
 def _arguments(training: Training, folder: Path, steps: int) -> TrainingArguments:
+    renamed: dict[str, Any] = {_CHECKPOINTING: training.gradient_checkpointing}
     return TrainingArguments(
         output_dir=os.fspath(folder),
         max_steps=steps,
@@ -201,7 +202,7 @@ def _arguments(training: Training, folder: Path, steps: int) -> TrainingArgument
         seed=training.seed,
         bf16=training.bf16,
         use_cpu=not torch.accelerator.is_available(),
-        **{_CHECKPOINTING: training.gradient_checkpointing},
+        **renamed,
         save_strategy="steps" if training.save_steps else "no",
         save_steps=training.save_steps or steps,
         logging_steps=training.logging_steps,
