@@ -15,15 +15,9 @@ from bayestune.cli.answers import Answers, LineWriter, readable
 from bayestune.cli.applying import answered, calibrated_result, chosen_way, passed
 from bayestune.cli.options import built, chosen_methods
 from bayestune.cli.output_folder import OutputFolder, check_writable
-<<<<<<< HEAD
 from bayestune.cli.run_settings import evaluation_settings, fit_settings
-from bayestune.cli.sieve import sieved
-from bayestune.data import Part, Task, load_rows, own_task, prompt_of
-=======
-from bayestune.cli.run_settings import evaluation_settings, fit_settings, posterior_digest
 from bayestune.cli.sieve import in_order, told
 from bayestune.data import Part, Task, load_rows, own_task, prompt_of, sort_rows
->>>>>>> integrate
 from bayestune.errors import Refusal
 from bayestune.evaluation import RECORDS, Bar, EvaluationOptions, append_results, read_records
 from bayestune.methods import MLE, TFB, Method
@@ -128,14 +122,7 @@ def predict(o: Namespace) -> None:
     A row that cannot be put to the model is answered with an `error`.
     """
     answers = Answers.of(o)
-<<<<<<< HEAD
     calibration, way = chosen_way(o)
-    shared = tuple(o.options) or options_of(details_of(o.posterior))
-    with readable(o.input) as file, sieved(file, shared, o.answer_is) as rows:
-        asked = {"options": shared, "answer_is": o.answer_is}
-        options = TaskOptions(evaluation_data=rows.file, **asked)
-        session = Session.of_posterior(o.posterior, options, o.model, labelled=False)
-=======
     details = details_of(o.posterior)
     with readable(o.input) as file:
         found = sort_rows(file, o.options, answer_is=o.answer_is, otherwise=options_of(details))
@@ -143,7 +130,6 @@ def predict(o: Namespace) -> None:
     task = own_task(o.input.stem, (), rows.questions)
     options = TaskOptions(evaluation_data=o.input)
     session = Session.of_posterior(o.posterior, options, o.model, task=task)
->>>>>>> integrate
     questions = session.rows()
     problems = session.problems(questions)
     if len(problems) == len(questions):
@@ -152,20 +138,11 @@ def predict(o: Namespace) -> None:
     settings = {**way.settings, "shared_prefix": o.shared_prefix, "decided": o.decided}
     settings["bf16"] = o.bf16
     settings["the files of --posterior"] = posterior_digest(o.posterior)
-<<<<<<< HEAD
     settings["the calibration"] = calibration and calibration.applied()
-    place, done = answers.begin(rows.told(questions), settings)
-    left = questions[done - rows.num_unread(done) :]
-    told = answered(Gated(session, fitted, way, calibration), left, o)
-    lines = rows.in_order(told, done)
-    count = len(questions) + len(rows.unread)
-=======
     place, done = answers.begin(told(rows), settings)
-    draws = Draws(o.draws, o.draw_seed, shared_prefix=o.shared_prefix)
     left = questions[done - sum(number < done for number in rows.problems) :]
-    lines = in_order(rows, session.answers(fitted, draws, left, decided=o.decided), done)
+    lines = in_order(rows, answered(Gated(session, fitted, way, calibration), left, o), done)
     count = len(questions) + len(rows.problems)
->>>>>>> integrate
     bar = tqdm(
         lines, "predict", count, initial=done, unit="row", disable=not o.progress or place is None
     )

@@ -20,11 +20,7 @@ from bayestune.posteriors import DETAILS
 UNFINISHED = ".unfinished"
 CHECKPOINTS = "checkpoints"
 INPUTS = ("model", "adapter", "posterior", "data", "evaluation_data", "data_root", "input")
-<<<<<<< HEAD
-INPUTS += ("anchor", "config", "rows", "student", "trained_on")
-=======
-INPUTS += ("unlabelled_data", "anchor", "config", "protocol")
->>>>>>> integrate
+INPUTS += ("unlabelled_data", "anchor", "config", "protocol", "rows", "student", "trained_on")
 
 _OF_SYSTEM = {"lost+found", ".DS_Store", "Thumbs.db"}
 _FILES = re.compile(

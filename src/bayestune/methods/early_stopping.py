@@ -10,12 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-<<<<<<< HEAD
 from bayestune.decisions import predictive_nll
-from bayestune.errors import Refusal
-=======
 from bayestune.errors import COUNT, check_fields
->>>>>>> integrate
 from bayestune.forward import Draws
 from bayestune.methods.held_out import held_out_logits, held_out_rows
 from bayestune.posteriors import Point

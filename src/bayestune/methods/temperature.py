@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor, nn
 
 from bayestune.decisions import best_temperature, predictive_nll

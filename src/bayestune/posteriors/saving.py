@@ -39,12 +39,8 @@ def replacing(folder: Path) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as scratch:
         yield Path(scratch)
-<<<<<<< HEAD
-        make_readable(Path(scratch))
-        (folder / CALIBRATION).unlink(missing_ok=True)  # of what the folder held before
-=======
         follow_umask(Path(scratch))
->>>>>>> integrate
+        (folder / CALIBRATION).unlink(missing_ok=True)  # of what the folder held before
         _move(Path(scratch), folder)
 
 

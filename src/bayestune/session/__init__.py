@@ -3,12 +3,8 @@
 It is opened by names, or from a posterior's folder with prompt, scoring and precision as fitted.
 """
 
-<<<<<<< HEAD
 from bayestune.session.artefact import Artefact, Put, load_way, rows_of
-from bayestune.session.as_fitted import options_of, put_as_fitted, say_seen
-=======
 from bayestune.session.as_fitted import of_its_classes, options_of, put_as_fitted, say_seen
->>>>>>> integrate
 from bayestune.session.fit import Fit, details_of, shown
 from bayestune.session.gated import Gated, decide, extra_scores, read_calibration
 from bayestune.session.opened_model import Dtype, num_classes, open_model
