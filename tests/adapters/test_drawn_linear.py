@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
 
-from bayestune.adapters import DrawnLinear
+from bayestune.adapters import Arrivals, DrawnLinear
 
 
 def test_each_draw_is_applied_to_its_rows():
@@ -24,11 +25,15 @@ def test_rows_that_do_not_divide_into_draws_are_refused():
 
 def test_a_stack_is_held_in_the_type_its_product_is_computed_in():
     stack = torch.randn(2, 3, 4)
-    weight = torch.zeros(3, 4)
-    assert DrawnLinear.of(stack, like=weight).weight.dtype is torch.float32
-    assert DrawnLinear.of(stack, like=weight.bfloat16()).weight.dtype is torch.bfloat16
+    slot = nn.Linear(4, 3, bias=False)
+
+    def held(slot):
+        return DrawnLinear.of(stack, slot, "slot", Arrivals(2))
+
+    assert held(slot).weight.dtype is torch.float32
+    assert held(nn.Linear(4, 3, bias=False).bfloat16()).weight.dtype is torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16):
-        drawn = DrawnLinear.of(stack, like=weight)
+        drawn = held(slot)
         x = torch.randn(2, 5, 4)
         assert drawn.weight.dtype is torch.bfloat16
         assert torch.equal(drawn(x), DrawnLinear(stack)(x))  # autocast's own rounding

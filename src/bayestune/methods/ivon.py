@@ -168,10 +168,12 @@ class IVON:
 
     def __post_init__(self) -> None:
         check_fields(self, learning_rate=NUMERIC, hess_init=NUMERIC, delta=NUMERIC)
-        check_fields(self, beta1=NUMERIC, beta2=NUMERIC)  # no clip is inf, no ess the rows'
+        check_fields(self, beta1=NUMERIC, beta2=NUMERIC)
+        if self.ess is not None:
+            check_fields(self, ess=NUMERIC)
         ess = 1.0 if self.ess is None else self.ess
         prior = self.delta + self.hess_init
-        positive = min(self.learning_rate, ess, self.clip_radius, prior) > 0
+        positive = min(self.learning_rate, ess, prior) > 0 and self.clip_radius > 0  # may be inf
         betas = 0 <= self.beta1 < 1 and 0 <= self.beta2 < 1
         if not positive or not betas or min(self.delta, self.hess_init) < 0:
             raise Refusal(
