@@ -3,7 +3,7 @@
 `KLStep` is all that a Trainer or a bare loop needs of it.
 """
 
-from bayestune.kl.closed_form import kl_divergence
+from bayestune.kl.closed_form import bisected, kl_divergence
 from bayestune.kl.plan import Aim
 from bayestune.kl.schedule import Schedule, burst_period, kl_decay, kl_weights, warmup_decay
 from bayestune.kl.step import KLStep, StdOptimizer
@@ -13,6 +13,7 @@ __all__ = [
     "KLStep",
     "Schedule",
     "StdOptimizer",
+    "bisected",
     "burst_period",
     "kl_decay",
     "kl_divergence",

@@ -1,7 +1,7 @@
 """The KL divergence of N(M, Ω²) from its prior, its gradient step, and how it moves Ω."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -157,9 +157,13 @@ def rate_to(
         steps = [rate * part for part in shape]
         return std_after_steps(steps, prior_std, roots) < final_std
 
+    time = kl_time_to(final_std, prior_std, std_after_steps([], prior_std, roots))
+    return bisected(falls_short, time / sum(shape))
+
+
+def bisected(falls_short: Callable[[float], bool], high: float) -> float:
+    """The rate up to which `falls_short` is true; `high` is what small steps would need."""
     low = 0.0
-    high = kl_time_to(final_std, prior_std, std_after_steps([], prior_std, roots))
-    high /= sum(shape)
     while falls_short(high):  # single steps may lag behind the law
         high *= 1.5
     for _ in range(30):

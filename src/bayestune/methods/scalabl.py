@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from bayestune.adapters import RankLinear, Slots, TrainingPasses, make_ranks_random, put_means
 from bayestune.errors import NUMERIC, Refusal, check_fields
-from bayestune.kl import Schedule, burst_period, kl_decay, kl_weights
+from bayestune.kl import Schedule, bisected, burst_period, kl_decay, kl_weights
 from bayestune.posteriors import Scaled
 from bayestune.scoring import Scorer
 from bayestune.training import Training, adamw, add_to_log, fit_adapter
@@ -90,17 +90,8 @@ def rate_for(final_std: float, shape: Sequence[float], init_std: float) -> float
     def odds(std: float) -> float:
         return std**2 / (1 - std**2)
 
-    low = 0.0
-    high = math.log(odds(final_std) / odds(std_after([], init_std))) / 2 / sum(shape)
-    while falls_short(high):  # single steps may lag behind the law
-        high *= 1.5
-    for _ in range(30):
-        middle = (low + high) / 2
-        if falls_short(middle):
-            low = middle
-        else:
-            high = middle
-    return (low + high) / 2
+    time = math.log(odds(final_std) / odds(std_after([], init_std))) / 2
+    return bisected(falls_short, time / sum(shape))
 
 
 @dataclass(eq=False)
