@@ -1,9 +1,8 @@
 """One scalar on the logits, or on the standard deviation, fitted on held-out rows."""
 
-import math
 from dataclasses import dataclass, field, replace
 
-from torch import Tensor, nn
+from torch import nn
 
 from bayestune.decisions import best_temperature, predictive_nll
 from bayestune.errors import COUNT, NOT_NEGATIVE, NUMBER, Refusal, check_fields
@@ -85,15 +84,10 @@ class PosteriorScale:
         draws = Draws(self.draws, shared_prefix=self.shared_prefix, bf16=training.bf16)
         losses = {}
         for factor in self.factors:
-            _scale(posterior, roots, factor)
+            posterior.scale_std(roots, factor)
             logits, labels = held_out_logits(posterior, scorer, rows, draws)
             losses[factor] = predictive_nll(logits.double(), labels).item()
         best = min(losses, key=losses.__getitem__)
-        _scale(posterior, roots, best)
+        posterior.scale_std(roots, best)
         report = posterior.report.plus(**meter.read(), scale=best, nll_by_scale=losses)
         return replace(posterior, report=report)
-
-
-def _scale(posterior: Gaussian, roots: dict[str, Tensor], factor: float) -> None:
-    for name, slot in posterior.layers().items():
-        slot.set_root_std(roots[name] * math.sqrt(factor))

@@ -1,5 +1,6 @@
 """Independent Gaussians in the adapter's slots: what BLoB, BBB, TFB and IVON return."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Self
@@ -57,6 +58,11 @@ class Gaussian(AdapterPosterior):
             "expected positive ones of the weights' shapes; hotswap_adapter exchanges weights and "
             "sets to 0 what the new adapter does not have; use load_posterior instead"
         )
+
+    def scale_std(self, roots: Mapping[str, Tensor], factor: float) -> None:
+        """Sets Ω of every Gaussian slot to `factor` times that of some G (r, k), by slot name."""
+        for name, slot in self.layers().items():
+            slot.set_root_std(roots[name] * math.sqrt(factor))
 
     def state(self) -> State:
         """G of each Gaussian slot, and how the training noise was made."""

@@ -1,6 +1,5 @@
 """Ways to predict with one artefact: its mean, so many draws, narrower or wider ones, a student."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -84,13 +83,7 @@ def _widened(posterior: Posterior, factor: float) -> Iterator[None]:
         return
     kept = {name: slot.root_std.detach().clone() for name, slot in posterior.layers().items()}
     try:
-        _scale(posterior, kept, math.sqrt(factor))
+        posterior.scale_std(kept, factor)
         yield
     finally:
-        _scale(posterior, kept, 1)
-
-
-def _scale(posterior: Gaussian, roots: Mapping[str, Tensor], by: float) -> None:
-    with torch.no_grad():
-        for name, slot in posterior.layers().items():
-            slot.root_std.copy_(roots[name] * by)
+        posterior.scale_std(kept, 1)
