@@ -105,15 +105,16 @@ def load_members(
 ) -> list[Posterior]:
     """Loads several posteriors, each under its own adapter, the first active: `load_posterior`."""
     places = [folder_of(folder) for folder in folders]
-    for place in places:
-        _prepare(base, place, _details(place), other_base)
+    told = [_details(place) for place in places]
+    for place, details in zip(places, told, strict=True):
+        _prepare(base, place, details, other_base)
     if len(places) > 1:
-        _refuse_unlike_bases(places)
+        _refuse_unlike_bases(places, told)
     model = base
     loaded: list[Posterior] = []
-    for i, place in enumerate(places):
+    for i, (place, details) in enumerate(zip(places, told, strict=True)):
         name = f"member{i}" if i else ADAPTER
-        loaded.append(_load(model, place, scorer, name, trainable))
+        loaded.append(_load(model, place, details, scorer, name, trainable))
         model = loaded[0].model
     return loaded
 
@@ -186,7 +187,7 @@ def _named(folder: Path, details: Mapping[str, Any]) -> str:
     return f", {name}" if name else ""
 
 
-def _refuse_unlike_bases(folders: Sequence[Path]) -> None:
+def _refuse_unlike_bases(folders: Sequence[Path], told: Sequence[Mapping[str, Any]]) -> None:
     """Refuses members which change the base's own weights, each in its way."""
     first: dict[str, Tensor] | None = None
     if len({bool(_config(folder).get("trainable_token_indices")) for folder in folders}) > 1:
@@ -194,8 +195,8 @@ def _refuse_unlike_bases(folders: Sequence[Path]) -> None:
             f"PEFT cannot load these members on one model: got {len(folders)} of which some have "
             "trainable_token_indices, expected all or none; fit all of them with the same option"
         )
-    for folder in folders:
-        names = _details(folder).get("kept_beside", [])
+    for folder, details in zip(folders, told, strict=True):
+        names = details.get("kept_beside", [])
         weights = load_peft_weights(str(folder), device="cpu") if names else {}
         own = {name: weights[name] for name in names}
         first = own if first is None else first
@@ -208,9 +209,13 @@ def _refuse_unlike_bases(folders: Sequence[Path]) -> None:
 
 
 def _load(
-    base: nn.Module, folder: Path, scorer: ClassLogits, adapter: str, trainable: bool
+    base: nn.Module,
+    folder: Path,
+    details: Mapping[str, Any],
+    scorer: ClassLogits,
+    adapter: str,
+    trainable: bool,
 ) -> Posterior:
-    details = _details(folder)
     kind = details["posterior"]
     if kind not in KINDS:
         raise PosteriorError(
