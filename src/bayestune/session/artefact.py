@@ -11,7 +11,6 @@ from torch import Tensor
 from bayestune.adapters import detach
 from bayestune.data import (
     AnswerIs,
-    Prompt,
     Question,
     Scoring,
     check_ids,
@@ -26,8 +25,7 @@ from bayestune.posteriors import (
     load_adapter,
     posterior_digest,
 )
-from bayestune.scoring import make_scorer
-from bayestune.session.as_fitted import classes_of, options_of, put_as_fitted
+from bayestune.session.as_fitted import options_of
 from bayestune.session.fit import Fit, details_of
 from bayestune.session.opened_model import Dtype, num_classes, open_model
 from bayestune.session.plain_adapter import is_plain, told_details
@@ -107,16 +105,8 @@ class Artefact:
         if put is not None and is_plain(place):
             return cls._plain(place, rows, put, model)
         details = details_of(place)
-        told = details["task"]["prompt"]
-        prompt = Prompt(told["letter"], told["text"], tuple(told["labels"]))
-        options = TaskOptions(scoring=details["scoring"], max_length=details["max_length"])
         task = own_task("rows", (), rows)
-        task = put_as_fitted(task, prompt, options.scoring, classes_of(details))
-        name = model or details["base_model"]
-        loaded = open_model(name, details["dtype"], details["classes"])
-        asked = (options.scoring, options.max_length)
-        scorer = make_scorer(loaded.model, loaded.tokenizer, task, *asked)
-        session = Session(loaded, task, scorer, options)
+        session = Session.as_fitted(details, task, TaskOptions(), model)
         return cls(place, session, load_way(session, place, way))
 
     @classmethod

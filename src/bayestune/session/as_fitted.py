@@ -45,6 +45,12 @@ def put_as_fitted(
     return replace(task, prompt=prompt)
 
 
+def prompt_of_fit(details: Mapping[str, Any]) -> Prompt:
+    """The prompt that a fit's folder keeps."""
+    told = details["task"]["prompt"]
+    return Prompt(told["letter"], told["text"], tuple(told["labels"]))
+
+
 def _is_shown(template: str, scoring: Scoring) -> bool:
     """Whether the options stand in what the model reads."""
     if scoring == "head":

@@ -1,12 +1,12 @@
 """A model, the task it is asked, and a scorer between them."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from bayestune.data import Part, Prompt, Question, Task, check_ids, check_trainable
+from bayestune.data import Part, Question, Task, check_ids, check_trainable
 from bayestune.errors import Refusal
 from bayestune.evaluation import (
     Adaptive,
@@ -27,6 +27,7 @@ from bayestune.scoring import Scorer, check_lengths, make_scorer, own_classes, r
 from bayestune.session.as_fitted import (
     classes_of,
     options_of,
+    prompt_of_fit,
     put_as_fitted,
     say_seen,
     seen_rows,
@@ -118,13 +119,19 @@ class Session:
                 "no rows to evaluate on: got neither a task nor a file, expected one; give "
                 "--evaluation_data, or --task"
             )
-        fitted = details["task"]["prompt"]
-        prompt = Prompt(fitted["letter"], fitted["text"], tuple(fitted["labels"]))
-        options = replace(options, scoring=details["scoring"], max_length=details["max_length"])
         task = task or options.load(labelled=labelled, otherwise=options_of(details))
-        task = put_as_fitted(task, prompt, options.scoring, classes_of(details))
-        seen = seen_rows(details, task.evaluation)
-        say_seen(task.name, seen or 0, len(task.evaluation))
+        session = cls.as_fitted(details, task, options, model)
+        rows = session.task.evaluation
+        say_seen(task.name, seen_rows(details, rows) or 0, len(rows))
+        return session
+
+    @classmethod
+    def as_fitted(
+        cls, details: Mapping[str, Any], task: Task, options: TaskOptions, model: str | None = None
+    ) -> Self:
+        """A session that puts a task's rows to the base model as a fit's folder says."""
+        options = replace(options, scoring=details["scoring"], max_length=details["max_length"])
+        task = put_as_fitted(task, prompt_of_fit(details), options.scoring, classes_of(details))
         loaded = open_model(model or details["base_model"], details["dtype"], details["classes"])
         return cls._of(loaded, task, options)
 
