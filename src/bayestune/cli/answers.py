@@ -39,12 +39,7 @@ class Answers:
             if options.resume:
                 raise Refusal("--resume goes on with a file: got none, expected --output")
             return answers
-        if path.is_dir():
-            raise IsADirectoryError(f"{path} is a folder: expected a file for --output")
-        for name, given in inputs_of(options):
-            inside = given.is_dir() and path.resolve().is_relative_to(given)
-            if path.resolve() == given or (inside and path.exists()):
-                raise Refusal(f"--output {path} is an input, --{name} {given}; choose another")
+        refuse_input(path, options)
         if path.is_file() and not (options.overwrite or options.resume):
             raise FileExistsError(
                 f"{path} is there already: choose another --output, or give --overwrite, or "
@@ -107,6 +102,16 @@ def _whole_rows(path: Path, rows: Sequence[JsonRow]) -> int:
                 f"has {row['id']!r} there, or asks it otherwise; give the input it was begun with"
             )
     return len(lines)
+
+
+def refuse_input(path: Path, options: Namespace) -> None:
+    """Refuses an output that is a folder, or a file that the command reads."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: expected a file for --output")
+    for name, given in inputs_of(options):
+        inside = given.is_dir() and path.resolve().is_relative_to(given)
+        if path.resolve() == given or (inside and path.exists()):
+            raise Refusal(f"--output {path} is an input, --{name} {given}; choose another")
 
 
 class LineWriter:

@@ -9,7 +9,7 @@ from jsonargparse import Namespace
 from torch import Tensor
 
 from bayestune import session
-from bayestune.cli.answers import LineWriter, readable
+from bayestune.cli.answers import LineWriter, readable, refuse_input
 from bayestune.cli.options import built
 from bayestune.cli.output_folder import check_writable
 from bayestune.data import Question
@@ -152,10 +152,7 @@ def _new_file(o: Namespace) -> Path | None:
     path: Path | None = o.output
     if path is None:
         return None
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder: expected a file for --output")
-    if path.resolve() == o.rows.resolve():
-        raise Refusal(f"--output {path} is an input, --rows {o.rows}; choose another")
+    refuse_input(path, o)
     if path.exists() and not o.overwrite:
         advice = "choose another --output, or give --overwrite"
         raise FileExistsError(f"{path} is there already: {advice}")
