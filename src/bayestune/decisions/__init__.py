@@ -31,7 +31,14 @@ from bayestune.decisions.gating import (
     gate,
 )
 from bayestune.decisions.rank import Acquisition, rank_rows
-from bayestune.decisions.row_scores import ONE_PASS, OVER_DRAWS, ROW_SCORES, Spread, score_rows
+from bayestune.decisions.row_scores import (
+    ONE_PASS,
+    OVER_DRAWS,
+    ROW_SCORES,
+    Spread,
+    mutual_information,
+    score_rows,
+)
 from bayestune.decisions.sets import SetKind, SetRule, fit_sets, option_scores, row_uniforms
 from bayestune.decisions.tempering import best_temperature, log_predictive, predictive_nll
 from bayestune.decisions.thresholds import (
@@ -80,6 +87,7 @@ __all__ = [
     "likely_start",
     "log_predictive",
     "losses_of",
+    "mutual_information",
     "option_scores",
     "parts",
     "predictive_nll",

@@ -26,6 +26,23 @@ OVER_DRAWS = (
 ROW_SCORES = ONE_PASS + OVER_DRAWS
 
 
+def mutual_information(total: Tensor, expected: Tensor, draws: int | Tensor) -> Tensor:
+    """(H[mean of p_s] − mean of H[p_s])·S/(S − 1) in nats, at least 0; S = 1 has no factor.
+
+    The entropy of the average of S draws is low by about 1/S of what the draws disagree on, because
+    the average follows the draws. The factor makes up for it to first order, so it can lie above
+    log C on a single row; total and expected entropy stay as they are.
+
+    Args:
+        total: entropy of the averaged probabilities, (N,).
+        expected: mean entropy of the draws' probabilities, (N,).
+        draws: S, or each row's own number of draws, (N,).
+    """
+    count = torch.as_tensor(draws, dtype=torch.float64)
+    factor = count / (count - 1).clamp_min(1)
+    return (total - expected).clamp_min(0) * factor
+
+
 @dataclass(frozen=True, eq=False)
 class Spread:
     """The draws' probabilities and what scores are made of.
@@ -74,7 +91,7 @@ class Spread:
 
     def mutual_information(self) -> Tensor:
         """H[p̄] − (1/S) Σ_s H[p_s], in [0, log S]."""
-        return (self.total_entropy() - self.expected_entropy()).clamp_min(0)
+        return mutual_information(self.total_entropy(), self.expected_entropy(), 1)
 
     def corrected_mutual_information(self) -> Tensor:
         """S/(S − 1) times the mutual information; 0 for one draw.
@@ -82,8 +99,8 @@ class Spread:
         The mean of the plain one over sets of S draws is about (S − 1)/S of its limit. Corrected,
         rows with unlike numbers of draws compare; the plain one adds up to the total entropy.
         """
-        count = len(self.draws)
-        return self.mutual_information() * (count / max(1, count - 1))
+        entropies = (self.total_entropy(), self.expected_entropy())
+        return mutual_information(*entropies, len(self.draws))
 
     def variation(self) -> Tensor:
         """Variance over draws of p_s(ĉ), with S − 1 in the denominator; 0 for one draw."""

@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from bayestune.data import Question
+from bayestune.decisions import mutual_information
 from bayestune.errors import Refusal
 from bayestune.forward import Draws
-from bayestune.posteriors import Posterior, Prediction, mutual_information, refuse_one_class
+from bayestune.posteriors import Posterior, Prediction, refuse_one_class
 from bayestune.scoring import Scorer, row_logits
 
 # Maps (which rows, which draws) to their logits (S, N, C), of these rows and draws only.

@@ -17,7 +17,6 @@ from bayestune.posteriors.posterior import KINDS, AdapterPosterior, Posterior, S
 from bayestune.posteriors.prediction import (
     Prediction,
     count_for,
-    mutual_information,
     predict,
     refuse_one_class,
 )
@@ -59,7 +58,6 @@ __all__ = [
     "load_adapter",
     "load_members",
     "load_posterior",
-    "mutual_information",
     "posterior_digest",
     "predict",
     "read_details",

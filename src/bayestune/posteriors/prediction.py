@@ -7,6 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from bayestune.decisions import mutual_information
 from bayestune.errors import Refusal
 from bayestune.forward import Batch, Draws
 from bayestune.posteriors.posterior import Posterior
@@ -70,23 +71,6 @@ class Prediction:
         information = mutual_information(total, expected, 1 if exact else len(logits))
         known = logs.logsumexp(0) - math.log(len(logits))
         return cls(probabilities, total, expected, information, log_probabilities=known)
-
-
-def mutual_information(total: Tensor, expected: Tensor, draws: int | Tensor) -> Tensor:
-    """(H[mean of p_s] − mean of H[p_s])·S/(S − 1) in nats, at least 0; S = 1 has no factor.
-
-    The entropy of the average of S draws is low by about 1/S of what the draws disagree on, because
-    the average follows the draws. The factor makes up for it to first order, so it can lie above
-    log C on a single row; total and expected entropy stay as they are.
-
-    Args:
-        total: entropy of the averaged probabilities, (N,).
-        expected: mean entropy of the draws' probabilities, (N,).
-        draws: S, or each row's own number of draws, (N,).
-    """
-    others = torch.as_tensor(draws).clamp(min=2) - 1.0
-    factor = torch.where(torch.as_tensor(draws) > 1, (others + 1) / others, 1.0)
-    return (total - expected).clamp_min(0) * factor
 
 
 def refuse_one_class(logits: Tensor) -> None:
