@@ -10,12 +10,12 @@ from pathlib import Path
 from bayestune.bench import collect
 from bayestune.evaluation import read_records
 from bayestune.report import (
+    evaluation_tables,
     grid_tables,
     render,
     renewed,
     save_figure,
     summary_figure,
-    summary_tables,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -24,14 +24,16 @@ AGAINST = "BLoB N=10"
 
 
 def summary(name: str) -> str:
-    """The table of a folder that `compare` wrote, as markdown."""
+    """The tables of a folder that `compare` wrote, as markdown."""
     folder = ROOT / "results" / name
-    return render(summary_tables(renewed(read_records(folder), folder)), "markdown")
+    return render(evaluation_tables(renewed(read_records(folder), folder)), "markdown")
 
 
 def table_alone(text: str) -> str:
-    """The lines of a markdown table, without caption and notes."""
-    return "\n".join(line for line in text.splitlines() if line.startswith("|"))
+    """The lines of the first markdown table, without caption and notes."""
+    table = re.search(r"^\|.*?(?=\n\n)", text, flags=re.DOTALL | re.MULTILINE)
+    assert table is not None
+    return table.group()
 
 
 def in_readme(text: str) -> str:

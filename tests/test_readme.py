@@ -7,7 +7,7 @@ import torch
 from transformers import TrainingArguments
 
 from bayestune.evaluation import read_records
-from bayestune.report import render, renewed, summary_tables
+from bayestune.report import evaluation_tables, render, renewed
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -40,7 +40,7 @@ def test_the_tables_are_what_the_kept_rows_give_today():
     readme = README.read_text(encoding="utf-8")
     for name in ("demo", "arc_easy"):
         folder = README.parent / "results" / name
-        text = render(summary_tables(renewed(read_records(folder), folder)), "markdown")
+        text = render(evaluation_tables(renewed(read_records(folder), folder)), "markdown")
         assert (folder / "table.md").read_text(encoding="utf-8") == text + "\n"
         assert name != "demo" or all(line in readme for line in text.splitlines()[2:7])
 

@@ -29,14 +29,13 @@ from bayestune.posteriors import (
     posterior_digest,
 )
 from bayestune.report import (
-    gate_tables,
+    evaluation_tables,
     grid_tables,
     has_shift,
     render,
     renewed,
     save_figure,
     summary_figure,
-    summary_tables,
     write_page,
     write_shift,
 )
@@ -112,7 +111,7 @@ def evaluate(o: Namespace) -> int:
         results.append(calibrated_result(session, fit, calibration, o.posterior, options))
     append_results(folder, results)
     records = renewed(read_records(folder), folder)
-    print(render([*summary_tables(records), *gate_tables(records)]))
+    print(render(evaluation_tables(records)))
     return passed(bars, results)
 
 
@@ -217,7 +216,7 @@ def compare_methods(
 def write_report(folder: Path) -> None:
     """Table, picture and page of a results folder, from its records alone."""
     records = renewed(read_records(folder), folder)
-    tables = [*summary_tables(records), *gate_tables(records)]
+    tables = evaluation_tables(records)
     table = render(tables, "markdown")
     (folder / "table.md").write_text(f"{table}\n", encoding="utf-8")
     save_figure(summary_figure(records), folder / "summary.png")

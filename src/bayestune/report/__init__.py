@@ -10,7 +10,7 @@ from bayestune.report.gate_figures import gate_tables, promises, variant_table
 from bayestune.report.page import write_page
 from bayestune.report.rows import read_rows, renewed
 from bayestune.report.shift import has_shift, write_shift
-from bayestune.report.summary import summary_tables
+from bayestune.report.summary import evaluation_tables, summary_tables
 from bayestune.report.svg import BLUE, FAINT, INK, STYLE, VERMILLION, save_figure
 from bayestune.report.table import Style, Table, render
 
@@ -22,6 +22,7 @@ __all__ = [
     "VERMILLION",
     "Style",
     "Table",
+    "evaluation_tables",
     "gate_tables",
     "grid_tables",
     "has_shift",

@@ -12,9 +12,8 @@ from bayestune.report.claims import RESAMPLES, Evaluation, compare, listing, pai
 from bayestune.report.columns import ECE
 from bayestune.report.comparable import names
 from bayestune.report.figures import reliability_figure, summary_figure
-from bayestune.report.gate_figures import gate_tables
 from bayestune.report.rows import Record, read_rows, renewed, tensors
-from bayestune.report.summary import summary_tables
+from bayestune.report.summary import evaluation_tables
 from bayestune.report.svg import inline_svg
 from bayestune.report.table import DASH, Block, Cell, Table, render
 
@@ -42,7 +41,7 @@ def write_page(records: Sequence[Record], folder: str | Path, title: str) -> Pat
         Refusal: if there are no records.
     """
     records = renewed(records, folder)
-    tables = render([*summary_tables(records), *gate_tables(records)], "html")
+    tables = render(evaluation_tables(records), "html")
     evaluations = []
     for name, record in zip(names(records), records, strict=True):
         evaluations.append(Evaluation(name, record, read_rows(record, folder)))

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from bayestune.report.columns import ACCURACY, AURC, BRIER, CALIBRATED, ECE, NLL
 from bayestune.report.comparable import caption, comparable, names
+from bayestune.report.gate_figures import gate_tables
 from bayestune.report.rows import Record
 from bayestune.report.table import Block, Table, marked
 
@@ -14,6 +15,11 @@ _ABOUT_ECE = (
     "with the same confidences would score on average (5–95 %), and p, its chance to score as much "
     "as was observed."
 )
+
+
+def evaluation_tables(records: Sequence[Record]) -> list[Table]:
+    """What an evaluation prints: the metrics, and what a gate lets through."""
+    return [*summary_tables(records), *gate_tables(records)]
 
 
 def summary_tables(records: Sequence[Record]) -> list[Table]:
