@@ -156,18 +156,23 @@ def sizes_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sizes | None:
     return Sizes(len(first), len(first), tokens)
 
 
-def row_axis(model: nn.Module, slot: str) -> int | None:
-    """Which axis of a slot's input is the rows', 0 or 1; None where all rows share one draw.
+def put_row_axes(model: nn.Module, layers: Mapping[str, Any]) -> None:
+    """Tells random layers, by slot name, which axis of their input is the rows'."""
+    modules = {name.removeprefix(PREFIX): module for name, module in model.named_modules()}
+    for slot, layer in layers.items():
+        path, _ = split_name(slot)
+        parent, _, leaf = path.rpartition(".")
+        layer.row_axis = _row_axis(modules.get(parent, model), parent, leaf)
+
+
+def _row_axis(parent: nn.Module, path: str, leaf: str) -> int | None:
+    """The axis, 0 or 1, for a module of a parent; None where all rows share one draw.
 
     Experts are sent tokens of any rows. DeBERTa's queries and keys are projected as the positions
     are that all rows share, and a row's are one function only if its draw is theirs.
     """
-    path, _ = split_name(slot)
-    parents = {name.removeprefix(PREFIX): module for name, module in model.named_modules()}
-    parent_path, _, leaf = path.rpartition(".")
-    parent = parents.get(parent_path, model)
     shared = getattr(parent, "share_att_key", False) and leaf in ("query_proj", "key_proj")
-    if shared or "experts" in parent_path.split("."):
+    if shared or "experts" in path.split("."):
         return None
     kinds = _TIME_FIRST.get(type(parent).__module__.rpartition(".")[2], ())
     return 1 if type(parent).__name__ in kinds else 0

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bayestune.adapters.drawn_linear import compute_dtype
-from bayestune.adapters.entrances import passes_of, row_axis
+from bayestune.adapters.entrances import passes_of, put_row_axes
 from bayestune.adapters.fused_input import FusedInput, RowNoise, RowProduct, fuse_inputs
 from bayestune.adapters.noise import FlipoutNoise, independent_noise, random_signs
 from bayestune.adapters.own_saving import keep_standard_deviations
@@ -203,8 +203,7 @@ def make_gaussian(
     gaussian = {
         name: GaussianLinear(slot, init_root_std, noise, passes) for name, slot in plain.items()
     }
-    for name, layer in gaussian.items():
-        layer.row_axis = row_axis(found.model, name)
+    put_row_axes(found.model, gaussian)
     found.put(gaussian)
     if noise == "row":
         fuse_inputs(found, gaussian)

@@ -7,7 +7,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bayestune.adapters.entrances import passes_of, row_axis
+from bayestune.adapters.entrances import passes_of, put_row_axes
 from bayestune.adapters.slots import Slots
 from bayestune.adapters.training_passes import TrainingPasses
 
@@ -64,8 +64,7 @@ def make_ranks_random(
     plain = slots.replaceable()
     passes = passes_of(model)
     layers = {name: make(slot, passes) for name, slot in plain.items()}
-    for name, layer in layers.items():
-        layer.row_axis = row_axis(model, name)
+    put_row_axes(model, layers)
     slots.put(layers)
     return layers
 
