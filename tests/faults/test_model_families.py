@@ -67,7 +67,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "GPTNeoXForCausalLM": {},
     "GPTJForCausalLM": {},
     "GPTBigCodeForCausalLM": {},
-    "CodeGenForCausalLM": {},
+    "CodeGenForCausalLM": {"n_head": 4, "rotary_dim": 4},  # its cores are four
     "OPTForCausalLM": {},
     "BloomForCausalLM": {},
     "MptForCausalLM": {},
