@@ -1,18 +1,20 @@
 """Classes read from the answers: options of rows that have none are the different answers."""
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
 from bayestune.data.answer_readings import AnswerIs
-from bayestune.data.column_roles import Fields, as_text, is_missing
+from bayestune.data.column_roles import Fields, as_option, is_missing
 from bayestune.errors import Refusal
 
 logger = logging.getLogger(__name__)
 
 _FEW = 26  # classes that letters can name; of more, most must have several rows
 _SHOWN = 10
+_NUMBER = re.compile(r"-?\d+(\.\d+)?")
 
 
 def with_classes(
@@ -39,8 +41,8 @@ def with_classes(
         return named, ()
     if len(counts) < 2:
         raise Refusal(
-            f"{name}: all rows have the same answer {next(iter(counts))!r} and no options; expected "
-            "two or more classes; give the others as options"
+            f"{name}: no row has options, and all have the same answer {next(iter(counts))!r}; "
+            "expected two or more classes; give the others as options"
         )
     if len(counts) > max(_FEW, counts.total() // 2):
         raise Refusal(
@@ -58,14 +60,13 @@ def with_classes(
 def _as_class(row: Fields, name: str, number: int) -> Fields:
     if is_missing(row.answer):
         return row
-    if isinstance(row.answer, bool):
-        return replace(row, answer=str(row.answer))
-    return replace(row, answer=as_text(row.answer, "the answer", f"{name}:{number + 1}").strip())
+    answer = row.answer
+    if isinstance(answer, float) and answer.is_integer():
+        answer = int(answer)  # a whole number beside missing ones
+    return replace(row, answer=as_option(answer, f"row {name}:{number + 1}"))
 
 
-def _place(text: str) -> tuple[float, str]:
+def _place(text: str) -> tuple[bool, float, str]:
     """Numbers by value and before texts, these by their letters."""
-    try:
-        return float(text), text
-    except ValueError:
-        return float("inf"), text
+    is_number = bool(_NUMBER.fullmatch(text))
+    return not is_number, float(text) if is_number else 0.0, text

@@ -1,5 +1,6 @@
 """A prompt of the user's own: a template from a file, the chat format, a system message."""
 
+import logging
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,6 +9,8 @@ from string import Formatter
 from bayestune.data.prompts import Prompt
 from bayestune.data.questions import Question, Scoring
 from bayestune.errors import Refusal, nearest
+
+logger = logging.getLogger(__name__)
 
 FIELDS = ("question", "context", "choices", "texts_first")
 _TWICE = "a brace that is to be printed is written twice, {{ or }}"
@@ -60,6 +63,8 @@ class OwnPrompt:
         if self.file is not None:
             template = read_template(self.file, scoring)
             prompt = Prompt(letter=template, text=template)
+            if "{context}" in template and rows and not any(row.context for row in rows):
+                logger.warning("%s: no row has a context, which the prompt shows", self.file.name)
         prompt = replace(prompt, chat=chat, system=self.system or "")
         refuse_unshown(prompt, rows, scoring)
         return prompt
@@ -84,12 +89,12 @@ def read_template(path: Path, scoring: Scoring) -> str:
 
 
 def checked_template(text: str, name: str, scoring: Scoring) -> str:
-    """A template whose fields are known; see `FIELDS`.
+    r"""A template whose fields are known; see `FIELDS`.
 
     Raises:
         Refusal: if braces do not match, a field is unknown, or one that is needed is missing.
 
-    >>> checked_template("Say {{yes}}.\\n{question}\\n{choices}\\nAnswer:", "own.txt", "letter")[:9]
+    >>> checked_template("Say {{yes}}.\n{question}\n{choices}\nAnswer:", "own.txt", "letter")[:9]
     'Say {{yes'
     """
     found = _fields(text, name)

@@ -48,7 +48,9 @@ class Reading:
             if is_needed and rows and plain_name(column) not in known:
                 alike = nearest(plain_name(column), known)
                 hint = f"did you mean {known[alike]!r}?" if alike else "correct the name"
-                got = f"got the columns {sorted(known.values())}, expected {column!r} for the {role}"
+                got = (
+                    f"got the columns {sorted(known.values())}, expected {column!r} for the {role}"
+                )
                 raise Refusal(f"{file}: {got}; {hint}")
         found = dict(self.columns)
         taken = set(map(plain_name, found.values()))
