@@ -48,10 +48,8 @@ class Reading:
             if is_needed and rows and plain_name(column) not in known:
                 alike = nearest(plain_name(column), known)
                 hint = f"did you mean {known[alike]!r}?" if alike else "correct the name"
-                got = (
-                    f"got the columns {sorted(known.values())}, expected {column!r} for the {role}"
-                )
-                raise Refusal(f"{file}: {got}; {hint}")
+                got = f"got the columns {sorted(known.values())}"
+                raise Refusal(f"{file}: {got}, expected {column!r} for the {role}; {hint}")
         found = dict(self.columns)
         taken = set(map(plain_name, found.values()))
         for role, column in self.usual_columns.items():

@@ -14,6 +14,7 @@ _COLUMNS = (
     ("wrong_at_80", "wrong ≥ 0.8 ↓", 1, 0, -1),
     ("wrong_at_90", "wrong ≥ 0.9 ↓", 1, 0, -1),
     ("acted_at_90", "rows ≥ 0.9", 1, 0, 0),
+    ("confidently_wrong", "confidently wrong % ↓", 100, 1, -1),
     ("coverage_at_risk_5", "cov@5 % risk ↑", 100, 1, 1),
     ("risk_at_coverage_80", "risk@80 % cov ↓", 100, 1, -1),
     ("aurc", "AURC ↓", 1, 3, -1),

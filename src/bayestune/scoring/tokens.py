@@ -51,7 +51,9 @@ def prompt_text(
 
 
 def before_answer(text: str) -> tuple[str, str]:
-    """What may stand between a prompt and its answer, the likelier first: a space, unless it ends.
+    r"""What may stand between a prompt and its answer, the likelier first.
+
+    It is a space, unless the prompt ends in white space, as a chat's does.
 
     >>> before_answer("Answer:"), before_answer("assistant\n")
     ((' ', ''), ('', ' '))
@@ -103,7 +105,8 @@ def answer_tokens(
     """The token by which each label continues the prompt, up to the first without one of its own.
 
     "Answer:" + " A" is one token " A" in byte-level BPE and "▁A" in SentencePiece; other tokenizers
-    want "A", and so does a chat, whose prompt ends in a line of its own. The first two labels decide which it is, because every row has these.
+    want "A", and so does a chat, whose prompt ends with a line. The first two labels decide which
+    it is, because every row has these.
     """
     start = token_ids(tokenizer, prompt)
     tokens: list[int] = []
