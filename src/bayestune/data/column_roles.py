@@ -188,6 +188,8 @@ class Columns:
         """Notes what is not used; refuses what looks like a name that the row lacks."""
         used = {*found.values(), *lettered}
         for role, name in found.items():
+            if name in self._given:
+                continue
             if name not in _PLAIN or (name == "text" and role == "context"):
                 self._read_as[name] = role
         for name in names:
