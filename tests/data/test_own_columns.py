@@ -139,7 +139,7 @@ def test_messages_are_a_question_its_turns_and_perhaps_its_answer(tmp_path):
         ({"messages": [{"role": "assistant", "content": "x"}]}, r"messages by \[\], expected"),
         ({"messages": [{"role": "system", "content": "x"}]}, r"messages by \['system'\]"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "with a role among"),
-        ({"messages": [{"role": "user", "content": ["x"]}]}, "content\": a text"),
+        ({"messages": [{"role": "user", "content": ["x"]}]}, 'content": a text'),
         ({"messages": "[1"}, "expected a JSON list .*write them as JSON"),
         ({"messages": {"role": "user"}}, "expected a list; write one"),
     ],

@@ -186,28 +186,33 @@ class Columns:
         self, names: Sequence[str], found: dict[str, str], lettered: Sequence[str], place: str
     ) -> None:
         """Notes what is not used; refuses what looks like a name that the row lacks."""
-        used = {*found.values(), *lettered}
         for role, name in found.items():
-            if name in self._given:
-                continue
-            if name not in _PLAIN or (name == "text" and role == "context"):
+            is_odd = name not in _PLAIN or (name == "text" and role == "context")
+            if is_odd and name not in self._given:
                 self._read_as[name] = role
         for name in names:
-            if name in used or self._role(name) or _UNSAID.fullmatch(name):
+            is_used = name in found.values() or self._role(name) is not None
+            # a letter that was not used is an option that this row does not have
+            is_option = lettered and _LETTERED.fullmatch(name)
+            if is_used or is_option or _UNSAID.fullmatch(name):
                 continue
-            if name in _ROLE:  # another column has its role
-                self._unused[name] = None
-                continue
-            if lettered and _LETTERED.fullmatch(name):  # an option that this row does not have
-                continue
-            meant = nearest(name, [known for known in _ROLE if known not in _NOT_MEANT], cutoff=0.8)
-            if meant and (self._role(meant) or _ROLE[meant]) not in {*found, *self._given.values()}:
-                lacking = " or ".join(map(repr, ROLES[_ROLE[meant]][:2]))
-                raise Refusal(
-                    f"row {place}: no column {lacking}; got the columns {sorted(names)}; did you "
-                    f"mean {meant!r} by {name!r}? rename or drop it"
-                )
+            if name not in _ROLE:  # else another column has its role
+                self._refuse_slip(name, names, found, place)
             self._unused[name] = None
+
+    def _refuse_slip(
+        self, name: str, names: Sequence[str], found: Collection[str], place: str
+    ) -> None:
+        """Refuses what looks like a name that the row lacks."""
+        meant = nearest(name, [known for known in _ROLE if known not in _NOT_MEANT], cutoff=0.8)
+        if meant is None:
+            return
+        if (self._role(meant) or _ROLE[meant]) not in {*found, *self._given.values()}:
+            lacking = " or ".join(map(repr, ROLES[_ROLE[meant]][:2]))
+            raise Refusal(
+                f"row {place}: no column {lacking}; got the columns {sorted(names)}; did you "
+                f"mean {meant!r} by {name!r}? rename or drop it"
+            )
 
     def say(self) -> None:
         """Names the columns that were read as something else, and those that were not used."""

@@ -46,8 +46,8 @@ def class_record(probabilities: Tensor, questions: Sequence[Question]) -> dict[s
     if not alike or len(set(names)) < len(names):
         return None
     if any(row.options != names for row in questions):
-        places = [[row.options.index(name) for name in names] for row in questions]
-        probabilities = probabilities.gather(1, torch.tensor(places, device=probabilities.device))
+        places = torch.tensor([list(map(row.options.index, names)) for row in questions])
+        probabilities = probabilities.gather(1, places.to(probabilities.device))
     rows = [row.with_options(names) for row in questions]
     answers = torch.tensor([row.answer for row in rows])
     found = class_figures(probabilities, answers)

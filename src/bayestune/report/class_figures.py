@@ -40,9 +40,7 @@ def class_tables(records: Sequence[Record]) -> list[Table]:
         if len(classes) <= _MOST and all(_classes(record) == classes for record in group):
             about = "what was chosen, a column each, for each right answer, a line each"
             labels = ("Method", "Right answer")
-            tables.append(
-                Table(caption(*of, about), tuple(classes), tuple(matrices), heads=labels)
-            )
+            tables.append(Table(caption(*of, about), tuple(classes), tuple(matrices), heads=labels))
     return tables
 
 
