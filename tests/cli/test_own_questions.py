@@ -26,7 +26,7 @@ def tickets(path, count, start=0, *, labelled=True):
         writer = csv.writer(file)
         writer.writerow(["subject", "body", *["queue"] * labelled])
         for i in range(start, start + count):
-            answer = QUEUES[(i * i + start) % 3]
+            answer = QUEUES[(i * 7 // 5) % 3]
             writer.writerow([f"what is {i}?", "the sky " * (i % 3 + 1), *[answer] * labelled])
     return path
 
@@ -199,7 +199,7 @@ def test_rows_of_messages_are_a_chat_by_themselves(place, capsys):
         ({"prompt": "gone.txt"}, "no such file"),
         ({"chat": "false"}, "got the system message 'sort' and chat=False"),
         ({"scoring": "head"}, "a classification head reads question and context"),
-        ({"answer_is": "letter"}, "each an letter of an option, and no options"),
+        ({"answer_is": "letter"}, "answers that are the letter of an option each"),
     ],
 )
 def test_what_does_not_go_together_is_refused_before_a_model_is_loaded(

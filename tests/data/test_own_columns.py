@@ -102,7 +102,7 @@ def test_answers_that_are_no_classes_are_refused(tmp_path):
     with pytest.raises(ValueError, match="40 rows have 40 different answers; expected classes"):
         read_rows(free, reading)
     indices = lines(tmp_path, *({"text": "a", "label": n} for n in (0, 1)))
-    with pytest.raises(ValueError, match="each an index of an option, and no options"):
+    with pytest.raises(ValueError, match="answers that are the index of an option each"):
         read_rows(indices, Reading(from_answers=True, answer_is="index"))
     empty = lines(tmp_path, {"text": "a", "label": "x"}, {"text": "b"}, {"text": "c", "label": "y"})
     with pytest.raises(ValueError, match="own.jsonl:2: no column 'answer'"):

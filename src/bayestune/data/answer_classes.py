@@ -32,7 +32,7 @@ def with_classes(
     """
     if answer_is not in (None, "text"):
         raise Refusal(
-            f"{name}: got answers that are each an {answer_is} of an option, and no options; "
+            f"{name}: got answers that are the {answer_is} of an option each, and no options; "
             "expected these; give options, or answer_is='text' for the answers as classes"
         )
     named = {number: _as_class(row, name, number) for number, row in rows.items()}
