@@ -120,6 +120,8 @@ def calibrate(
     digest = posterior_digest(place)
     found = decisions.calibrate(variants, held_out, asked, digest, artefact.fit.label)
     settings: dict[str, Any] = {**found.settings, "unsure": put.unsure}
+    if asked.per_class:
+        settings["classes"] = given[0].options
     if is_plain(place):
         settings["adapter"] = artefact.fit.details
     scores = _scores(variants[found.variant].logits, found.temperature, held_out.extra)
