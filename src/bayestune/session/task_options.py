@@ -58,11 +58,9 @@ class TaskOptions:
         unlabelled_rows: so many further rows of train lose their answers for that.
         answer_is: what answers are in your files, "index" (from 0), "letter" or "text"; left out,
             the reading that all rows of a file agree with.
-        columns: your files' own names, as question=subject,context=body,answer=queue; left out,
-            the known names.
-        prompt: a file with your own template: {question}, {choices} and perhaps {context}.
-        chat: whether the model's chat template puts the prompt; left out: if there is a system
-            message, or your rows bring messages.
+        columns: your files' own names, as question=subject,context=body,answer=queue.
+        prompt: a file with your own template of {question}, {choices}, {context}.
+        chat: whether the model's chat template puts the prompt; left out: where it must.
         system: the system message of a chat.
     """
 
