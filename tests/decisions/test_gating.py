@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from bayestune.decisions import class_figures, confusion, free_baselines, gate
+from bayestune.decisions import class_figures, confusion, free_baselines, gate, macro_f1
 from bayestune.metrics import aurc
 
 
@@ -68,11 +68,22 @@ def test_confusion_and_classes():
         assert (got.rows, got.chosen) == ((labels == index).sum(), (choice == index).sum())
         hits = table[index, index].item()
         assert (got.precision, got.recall) == (hits / got.chosen, hits / got.rows)
+        assert got.f1 == pytest.approx(2 / (1 / got.precision + 1 / got.recall))
+    known = class_figures(p, labels)
+    assert macro_f1(known) == pytest.approx(sum(got.f1 for got in known) / 3)
     surely = sum(got.wrong_at_90 for got in class_figures(p, labels))
     assert surely == gate(p, labels).wrong_at_90
     never = class_figures(torch.tensor([[0.9, 0.1]]), torch.tensor([0]))[1]
     assert math.isnan(never.precision)
     assert math.isnan(never.recall)
+    assert math.isnan(never.f1)
+    both = class_figures(torch.tensor([[0.9, 0.1], [0.8, 0.2]]), torch.tensor([0, 1]))
+    assert math.isnan(both[1].precision)
+    assert both[1].recall == 0
+    assert both[1].f1 == 0
+    assert both[0].f1 == 2 / 3
+    assert macro_f1(both) == 1 / 3
+    assert macro_f1([both[0], never]) == 2 / 3
 
 
 def test_baselines():

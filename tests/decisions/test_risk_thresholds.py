@@ -70,7 +70,7 @@ def test_the_p_value_of_costs_holds_and_is_near_the_binomial_for_errors():
 def test_no_error_among_exactly_enough_rows():
     scores = torch.arange(45.0)
     found = threshold(scores, torch.zeros(45), Promise(0.05, 0.9))
-    assert (found.acted, found.coverage, found.value) == (45, 1.0, 44.0)
+    assert (found.acted, found.coverage, found.value) == (45, 1.0, 44.5)
     assert "acts on 45 of 45 rows; risk at most 0.05" in found.sentence()
     with pytest.raises(
         ValueError, match="got 44 rows to choose thresholds on; expected 45 or more"
@@ -119,7 +119,32 @@ def test_equal_scores_are_acted_on_together():
     half = threshold(scores, (scores == 1).double(), Promise(0.05, 0.9))
     assert half.acted == 50
     constant = threshold(torch.zeros(100), torch.zeros(100), Promise(0.05, 0.9))
-    assert (constant.acted, constant.value) == (100, 0.0)
+    assert constant.acted == 100
+    assert 0 < constant.value < 1e-4
+
+
+@pytest.mark.parametrize("shape", ["spread", "ties", "near ties", "all alike"])
+def test_rounding_moves_no_row_across_its_threshold(shape):
+    """λ keeps away from every row that it was found on, the last one and equal ones included."""
+    g = torch.Generator().manual_seed(1)
+    scores = torch.rand(200, generator=g, dtype=torch.float64)
+    if shape == "ties":
+        scores = (scores * 10).round() / 10
+    if shape == "near ties":  # the same question twice, in other batches
+        scores = torch.cat([scores[:100], scores[:100] + 1e-9 * torch.randn(100, generator=g)])
+    if shape == "all alike":
+        scores = torch.full((200,), 0.25, dtype=torch.float64)
+    for last in range(60, 201, 7):
+        losses = torch.zeros(200, dtype=torch.float64)
+        losses[scores.argsort()[last:]] = 1
+        found = threshold(scores, losses, Promise(0.05, 0.9))
+        if found.value is None:
+            assert shape in ("ties", "all alike")
+            continue
+        acts = scores <= found.value
+        assert acts.sum() == found.acted
+        for noise in (1e-6, -1e-6):
+            assert (found.acts(scores * (1 + noise)) == acts).all()
 
 
 def test_infinite_scores_are_never_acted_on():

@@ -130,7 +130,7 @@ def test_help_has_the_options_of_the_method_that_is_named(capsys):
     said = helped(capsys, "fit", "--method", "laplace", "--help")
     assert "--laplace.structure" in said
     assert "--blob.prior_std" not in said
-    assert said.count("\n") < 140
+    assert said.count("\n") < 145
     assert "The options of other methods: bayestune fit --method NAME --help" in said
     assert "--blob.prior_std" in helped(capsys, "fit", "--help")
     both = helped(capsys, "compare", "--methods=[swag,tfb]", "--help")

@@ -6,7 +6,8 @@ import re
 import pytest
 from recorded import evaluated, record
 
-from bayestune.report import render, summary_tables
+from bayestune.report import grid_tables, render, summary_tables
+from bayestune.report.class_figures import class_tables
 from bayestune.report.comparable import caption, comparable, names
 
 
@@ -84,3 +85,39 @@ def test_without_records_the_command_is_named():
     remedy = "run `bayestune bench` first"
     with pytest.raises(ValueError, match=f"got no records; expected one for each .*; {remedy}"):
         summary_tables([])
+
+
+def by_class(names=("red", "green")):
+    counts = [[3, 1], [0, 2]]
+    figures = []
+    for name, precision in zip(names, (1.0, None), strict=True):
+        own = {"name": name, "rows": 4, "chosen": 3, "precision": precision, "recall": 0.75}
+        figures.append({**own, "f1": 6 / 7, "wrong_at_90": 1})
+    return {"classes": figures, "macro_f1": 0.8285, "confusion": counts}
+
+
+def test_classes_of_each_method_and_what_was_taken_for_what():
+    records = [record("MLE", nll=1.0, by_class=by_class()), record("MAP", nll=1.0)]
+    figures, confusion = class_tables([*records, record("BLoB", nll=1.0, by_class=by_class())])
+    text = render([figures], "markdown")
+    assert "| MLE (macro F1 0.829) | red | 4 | 3 | 100.0 | 75.0 | 85.7 | 1 |" in text
+    assert "|  | green | 4 | 3 | – | 75.0 | 85.7 | 1 |" in text
+    assert "MAP" not in text
+    lines = render([confusion], "markdown").splitlines()
+    assert lines[2] == "| Method | Right answer | red | green |"
+    assert lines[4:] == [
+        *("| MLE | red | 3 | 1 |", "|  | green | 0 | 2 |"),
+        *("| BLoB | red | 3 | 1 |", "|  | green | 0 | 2 |"),
+    ]
+    assert class_tables(records[1:]) == []
+    others = [*records[:1], record("BLoB", nll=1.0, by_class=by_class(("red", "blue")))]
+    assert len(class_tables(others)) == 1  # no one matrix has both
+
+
+def test_the_tables_of_a_grid_have_its_gate_where_records_do():
+    gate = {"wrong_at_90": 3, "coverage_at_risk_5": 0.25, "augrc": 0.1}
+    text = render(grid_tables([record("MLE", nll=1.0, gate=gate)]), "markdown")
+    assert "| wrong ≥ 0.9 ↓ | MLE | 3 |" in text
+    assert "| cov@5 % risk ↑ | MLE | 25.0 |" in text
+    assert "acted on" not in text
+    assert "wrong ≥" not in render(grid_tables([record("MLE", nll=1.0)]), "markdown")

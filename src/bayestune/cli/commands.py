@@ -17,7 +17,7 @@ from bayestune.cli.options import built, chosen_methods
 from bayestune.cli.output_folder import OutputFolder, check_writable
 from bayestune.cli.run_settings import evaluation_settings, fit_settings
 from bayestune.cli.sieve import in_order, told
-from bayestune.data import Part, Task, load_rows, own_task, prompt_of, sort_rows
+from bayestune.data import Part, Reading, Task, own_task, prompt_of, read_rows, sort_rows
 from bayestune.errors import Refusal
 from bayestune.evaluation import RECORDS, Bar, EvaluationOptions, append_results, read_records
 from bayestune.methods import MLE, TFB, Method
@@ -48,8 +48,8 @@ from bayestune.session import (
     num_classes,
     of_its_classes,
     open_model,
-    options_of,
     read_calibration,
+    usual_reading,
 )
 from bayestune.training import Training
 
@@ -123,8 +123,10 @@ def predict(o: Namespace) -> None:
     answers = Answers.of(o)
     calibration, way = chosen_way(o)
     details = details_of(o.posterior)
+    own = {"options": tuple(o.options), "answer_is": o.answer_is, "columns": o.columns}
+    reading = replace(usual_reading(details), **own)
     with readable(o.input) as file:
-        found = sort_rows(file, o.options, answer_is=o.answer_is, otherwise=options_of(details))
+        found = sort_rows(file, reading)
     rows = of_its_classes(found, details)
     task = own_task(o.input.stem, (), rows.questions)
     options = TaskOptions(evaluation_data=o.input)
@@ -158,10 +160,11 @@ def bayesianise(o: Namespace) -> None:
     output = OutputFolder.of(o)
     method = built(TFB, o, base=MLE())
     options = built(TaskOptions, o, data=o.anchor)
-    rows = load_rows(o.anchor, options.options, answer_is=options.answer_is)[: method.anchors]
+    given = (options.options, (), options.answer_is, options.columns)
+    rows = read_rows(o.anchor, Reading(*given))[: method.anchors]
     task = own_task(o.anchor.stem, rows, ())
-    if options.task is not None:  # a task named for its prompt
-        task = replace(task, prompt=prompt_of(options.task))
+    prompt = prompt_of(options.task) if options.task else task.prompt  # named for its prompt
+    task = replace(task, prompt=options.own_prompt().of(prompt, rows, options.scoring))
     name = o.model or base_name(o.adapter)
     loaded = open_model(name, o.dtype, num_classes(task, options.scoring))
     session = Session.of(loaded, task, options)

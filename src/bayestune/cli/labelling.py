@@ -63,7 +63,7 @@ def rank(o: Namespace) -> None:
     output = _new_file(o)
     put = None if read_calibration(o.posterior) else built(Put, o)
     with readable(o.rows) as file:
-        rows = rows_of(file, o.posterior, put, labelled=False)
+        rows = rows_of(file, o.posterior, put, labelled=False, columns=o.columns)
     artefact = Artefact.open(o.posterior, rows, put, o.model)
     rows = artefact.rows
     bf16 = artefact.fit.bf16 if o.bf16 is None else o.bf16
@@ -94,7 +94,7 @@ def drift(o: Namespace) -> int:
         raise Refusal(f"got level={o.level}; expected {INNER_PART.said}; 0.05 is customary")
     held_out = _compared(calibration, o.scores)
     with readable(o.rows) as file:
-        rows = rows_of(file, o.posterior, labelled=False)
+        rows = rows_of(file, o.posterior, labelled=False, columns=o.columns)
     way = Way.of(calibration.settings)
     artefact = Artefact.open(o.posterior, rows, None, o.model, way)
     logits = artefact.logits(way)

@@ -32,6 +32,7 @@ MODEL_HELP = f"{_KINDS}; left out: SmolLM2-135M-Instruct"
 ARTEFACT_HELP = "a folder of `fit`, or a LoRA adapter as PEFT saves it"
 OVERWRITE_HELP = "replace the run in the output folder once the new one is whole"
 UNCALIBRATED_HELP = "leave the posterior's calibration aside"
+COLUMNS_HELP = "the file's own names, as question=subject,answer=queue; left out: as in the fit"
 METHOD_HELP = ", ".join(METHODS)
 
 
@@ -115,6 +116,7 @@ def _add_predict(parser: Parser) -> None:
     parser.needed("input", "JSONL or CSV: question, options, perhaps answer; - for standard input")
     parser.option("options", list[str], [], "the options of rows that have none")
     parser.option("answer_is", AnswerIs | None, None, "of answers: index, letter or text")
+    parser.option("columns", dict[str, str], {}, COLUMNS_HELP)
     parser.option("draws", int | None, None, "0 for the mean; left out: as calibrated, or else 10")
     parser.option("draw_seed", int | None, None, "of the draws; left out: as calibrated, or else 0")
     parser.option("shared_prefix", int | None, None, "approximate: draw a prompt's end only")
@@ -138,6 +140,7 @@ def _add_bayesianise(parser: Parser) -> None:
     parser.option("dtype", Dtype, "float32", "of the base model's weights")
     parser.option("bf16", bool, False, "bfloat16 autocast")
     put = ("task", "options", "scoring", "max_length", "answer_is")
+    put += ("columns", "prompt", "chat", "system")
     others = [field.name for field in fields(TaskOptions) if field.name not in put]
     parser.add_class_arguments(TaskOptions, skip={*others})
     parser.add_class_arguments(TFB, skip={"base"})
@@ -178,6 +181,7 @@ def _add_drift(parser: Parser) -> None:
     parser.add_argument("posterior", type=Path, help="a calibrated posterior or adapter")
     parser.needed("rows", "JSONL or CSV rows, perhaps without answers")
     parser.option("level", float, 0.05, "of the test: how often rows like the held-out ones alarm")
+    parser.option("columns", dict[str, str], {}, COLUMNS_HELP)
     parser.option("scores", list[str], [], "to compare; left out: a few of those that are kept")
     parser.option("output", Path | None, None, "a file for the figures; left out: none")
     parser.option("overwrite", bool, False, "replace the output file")

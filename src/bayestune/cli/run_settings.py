@@ -24,7 +24,8 @@ _FILES = (
     "data",
     "evaluation_data",
     "unlabelled_data",
-)  # their rows count, not where they lie
+    "prompt",
+)  # what stands in them counts, not where they lie
 _OF_EVALUATION = ("evaluation_rows",)
 
 Settings = dict[str, Any]
@@ -43,6 +44,7 @@ def fit_settings(
     for name, value in asdict(options).items():
         if name not in (*_FILES, *_OF_EVALUATION):
             found[name] = value
+    found["the text of --prompt"] = digest(task.prompt)
     found |= dict(_flat(lasting(training)))
     found["the rows of --data"] = rows_digest(task.train)
     found["the held-out rows"] = rows_digest(task.held_out)

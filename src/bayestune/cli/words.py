@@ -1,4 +1,7 @@
-"""Options of rows are words: `[yes, no]` is no pair of truth values, as an argument or in YAML."""
+"""Words as they are written: `[yes, no]` is no pair of truth values, `a=b,c=d` says what is what.
+
+Options of rows are words, as an argument or in YAML.
+"""
 
 import json
 import re
@@ -9,27 +12,54 @@ import yaml
 from jsonargparse import get_loader, set_loader
 
 _OPTIONS = re.compile(r"(--(?:\w+\.)*options)(=(.*))?", re.DOTALL)
+_COLUMNS = re.compile(r"(--(?:\w+\.)*columns)(=(.*))?", re.DOTALL)
 _NAMES = re.compile(r"(\w+\.)*options")
 
 
 def spelled_out(arguments: Sequence[str]) -> list[str]:
-    """Arguments in which a list after `--options` has its words quoted.
+    """Arguments in which a list after `--options` has its words quoted, and pairs are JSON.
 
     >>> spelled_out(["fit", "--options", "[yes, no]"])
     ['fit', '--options', '["yes", "no"]']
+    >>> spelled_out(["--columns=question=subject,answer=queue"])
+    ['--columns={"question": "subject", "answer": "queue"}']
     """
     spelled = []
-    is_value = False
+    write: Callable[[str], str] | None = None  # how the value of the option before is written
     for argument in map(str, arguments):
-        match = _OPTIONS.fullmatch(argument)
-        if is_value:
-            spelled.append(_quoted(argument))
-        elif match and match[2]:
-            spelled.append(f"{match[1]}={_quoted(match[3])}")
-        else:
+        named = _with_words_of(argument) if write is None else None
+        if write is not None:
+            spelled.append(write(argument))
+            write = None
+        elif named is None:
             spelled.append(argument)
-        is_value = bool(match and not match[2]) and not is_value
+        else:
+            match, spell = named
+            spelled.append(f"{match[1]}={spell(match[3])}" if match[2] else argument)
+            write = None if match[2] else spell
     return spelled
+
+
+def _with_words_of(argument: str) -> tuple[re.Match[str], Callable[[str], str]] | None:
+    """The parts of an option whose value is written in words, and how to write that."""
+    for pattern, spell in ((_OPTIONS, _quoted), (_COLUMNS, _paired)):
+        if match := pattern.fullmatch(argument):
+            return match, spell
+    return None
+
+
+def _paired(text: str) -> str:
+    """Pairs such as `question=subject,answer=queue` in JSON; a text that is none as it stands."""
+    if text.lstrip().startswith("{"):
+        return text
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    if not all(name.strip() and sign for name, sign, _ in pairs):
+        return text
+    names = [name.strip() for name, _, _ in pairs]
+    if len(set(names)) < len(names):
+        return text
+    found = {name.strip(): value.strip() for name, _, value in pairs}
+    return json.dumps(found, ensure_ascii=False)
 
 
 def gathered(arguments: Sequence[str], name: str = "--gate") -> list[str]:

@@ -4,29 +4,37 @@ A row is one `Question`; a `Task` holds the rows to train on, to choose on and t
 """
 
 from bayestune.data.answer_readings import AnswerIs
-from bayestune.data.files import SortedRows, load_rows, sort_rows
+from bayestune.data.column_roles import checked_columns
+from bayestune.data.files import SortedRows, load_rows, read_rows, sort_rows
 from bayestune.data.option_lists import checked_options
+from bayestune.data.own_prompts import OwnPrompt, refuse_unshown
 from bayestune.data.prompts import Prompt
 from bayestune.data.public_tasks import TASKS, load_task, prompt_of
 from bayestune.data.questions import Question, Scoring
+from bayestune.data.reading import Reading
 from bayestune.data.tasks import Part, Task, check_ids, check_trainable, own_task, with_unlabelled
 
 __all__ = [
     "TASKS",
     "AnswerIs",
+    "OwnPrompt",
     "Part",
     "Prompt",
     "Question",
+    "Reading",
     "Scoring",
     "SortedRows",
     "Task",
     "check_ids",
     "check_trainable",
+    "checked_columns",
     "checked_options",
     "load_rows",
     "load_task",
     "own_task",
     "prompt_of",
+    "read_rows",
+    "refuse_unshown",
     "sort_rows",
     "with_unlabelled",
 ]

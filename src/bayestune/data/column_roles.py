@@ -3,7 +3,7 @@
 import logging
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +21,14 @@ ROLES = {
         *("context", "passage", "article", "paragraph"),
         *("support", "premise", "sentence1"),
     ),
+    "messages": ("messages",),
     "options": ("options", "choices"),
     "answer": ("answer", "label", "answerkey", "answer_key", "correct_answer"),
     "id": ("id",),
 }
 _PLAIN = {"question", "text", "context", "passage", "options", "choices", "answer", "label", "id"}
+_PLAIN |= {"messages"}
+_NOT_MEANT = {"id", "messages"}  # names that a slip of another is too easily taken for
 _ROLE = {name: role for role, names in ROLES.items() for name in names}
 _UNSAID = re.compile(r"|unnamed:_\d+|index|idx|__index_level_0__|level_0")
 _LETTERED = re.compile(r"(option|choice|opt|op|answer|ending|sol|)_?([a-j]|\d)")
@@ -36,6 +39,26 @@ MISSING_WORDS = frozenset(("nan", "NaN", "NAN", "null", "NULL", "None", "<NA>", 
 def known_names() -> Collection[str]:
     """The names of columns that mean something, but for those of single options."""
     return _ROLE.keys()
+
+
+def checked_columns(columns: Mapping[str, str]) -> dict[str, str]:
+    """The columns that roles are given, such as {"question": "subject"}.
+
+    Raises:
+        Refusal: if a role is unknown, a name is empty, or one column has two roles.
+    """
+    for role, column in columns.items():
+        if role not in ROLES:
+            alike = nearest(role, ROLES)
+            hint = f"did you mean {alike!r}?" if alike else "choose one"
+            raise Refusal(f"columns: got {role!r}, expected among {list(ROLES)}; {hint}")
+        if not isinstance(column, str) or not column.strip():
+            got = f"columns: got {column!r} for the {role}, expected a column's name"
+            raise Refusal(f"{got}; correct it")
+    names = [plain_name(column) for column in columns.values()]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise Refusal(f"columns: got {twice} for two roles, expected one each; drop one")
+    return dict(columns)
 
 
 def plain_name(column: str) -> str:
@@ -94,6 +117,7 @@ class Fields:
 
     question: Any = None
     context: Any = None
+    messages: Any = None
     options: Any = None
     answer: Any = None
     id: Any = None
@@ -105,10 +129,18 @@ class Columns:
 
     `text` is the question, or beside `question` the context. Columns that are not used are named
     once, and refused where they look like the misspelt name of one that a row lacks.
+
+    Args:
+        name: of the file.
+        rows: all of them.
+        given: the columns of some roles; other columns never have these.
     """
 
-    def __init__(self, name: str, rows: Sequence[JsonRow]) -> None:
+    def __init__(
+        self, name: str, rows: Sequence[JsonRow], given: Mapping[str, str] | None = None
+    ) -> None:
         self.name = name
+        self._given = {plain_name(column): role for role, column in (given or {}).items()}
         plain = [_filled(row) for row in rows]
         self._text_is_context = any({"question", "text"} <= cells.keys() for cells in plain)
         self._unused: dict[str, None] = {}
@@ -134,7 +166,8 @@ class Columns:
                 )
             if role:
                 found[role] = name
-        lettered = _lettered(cells.keys() - set(found.values()))
+        free = cells.keys() - set(found.values())
+        lettered = [] if "options" in self._given.values() else _lettered(free)
         counted = None
         values = {role: cells[name] for role, name in found.items()}
         if lettered and "options" not in found:
@@ -144,31 +177,42 @@ class Columns:
         return Fields(**values, counted=counted)
 
     def _role(self, name: str) -> str | None:
-        if name == "text" and self._text_is_context:
-            return "context"
-        return _ROLE.get(name)
+        if name in self._given:
+            return self._given[name]
+        role = "context" if name == "text" and self._text_is_context else _ROLE.get(name)
+        return None if role in self._given.values() else role
 
     def _note(
         self, names: Sequence[str], found: dict[str, str], lettered: Sequence[str], place: str
     ) -> None:
         """Notes what is not used; refuses what looks like a name that the row lacks."""
-        used = {*found.values(), *lettered}
         for role, name in found.items():
-            if name not in _PLAIN or (name == "text" and role == "context"):
+            is_odd = name not in _PLAIN or (name == "text" and role == "context")
+            if is_odd and name not in self._given:
                 self._read_as[name] = role
         for name in names:
-            if name in used or name in _ROLE or _UNSAID.fullmatch(name):
+            is_used = name in found.values() or self._role(name) is not None
+            # a letter that was not used is an option that this row does not have
+            is_option = lettered and _LETTERED.fullmatch(name)
+            if is_used or is_option or _UNSAID.fullmatch(name):
                 continue
-            if lettered and _LETTERED.fullmatch(name):  # an option that this row does not have
-                continue
-            meant = nearest(name, [known for known in _ROLE if known != "id"], cutoff=0.8)
-            if meant and self._role(meant) not in found:
-                lacking = " or ".join(map(repr, ROLES[_ROLE[meant]][:2]))
-                raise Refusal(
-                    f"row {place}: no column {lacking}; got the columns {sorted(names)}; did you "
-                    f"mean {meant!r} by {name!r}? rename or drop it"
-                )
+            if name not in _ROLE:  # else another column has its role
+                self._refuse_slip(name, names, found, place)
             self._unused[name] = None
+
+    def _refuse_slip(
+        self, name: str, names: Sequence[str], found: Collection[str], place: str
+    ) -> None:
+        """Refuses what looks like a name that the row lacks."""
+        meant = nearest(name, [known for known in _ROLE if known not in _NOT_MEANT], cutoff=0.8)
+        if meant is None:
+            return
+        if (self._role(meant) or _ROLE[meant]) not in {*found, *self._given.values()}:
+            lacking = " or ".join(map(repr, ROLES[_ROLE[meant]][:2]))
+            raise Refusal(
+                f"row {place}: no column {lacking}; got the columns {sorted(names)}; did you "
+                f"mean {meant!r} by {name!r}? rename or drop it"
+            )
 
     def say(self) -> None:
         """Names the columns that were read as something else, and those that were not used."""

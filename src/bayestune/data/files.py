@@ -3,16 +3,19 @@
 import json
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 
+from bayestune.data.answer_classes import with_classes
 from bayestune.data.answer_readings import Answered, AnswerIs, right_options
 from bayestune.data.column_roles import Columns, Fields, as_text, is_missing
+from bayestune.data.conversations import Turns, read_conversation
 from bayestune.data.file_kinds import GivenRow, given_rows
 from bayestune.data.option_lists import checked_options, option_list
 from bayestune.data.questions import Question
+from bayestune.data.reading import Reading
 from bayestune.errors import Refusal
 
 logger = logging.getLogger(__name__)
@@ -25,13 +28,15 @@ def load_rows(
     labelled: bool = True,
     answer_is: AnswerIs | None = None,
     otherwise: Sequence[str] = (),
+    columns: Mapping[str, str] | None = None,
 ) -> tuple[Question, ...]:
     """Reads the user's own questions from a file.
 
-    Columns: `question` (or `text`, which beside `question` is its context); `options` (or
-    `choices`), a list, in CSV a JSON list or texts joined by "|", or columns such as `option_a`,
-    `option_b`; `answer` (or `label`); perhaps `id` and `context` (or `passage`). Others are named
-    in a warning. An empty cell, null and NaN are the same: nothing.
+    Columns: `question` (or `text`, which beside `question` is its context), or `messages`, a
+    conversation whose last message by the user is the question; `options` (or `choices`), a list,
+    in CSV a JSON list or texts joined by "|", or columns such as `option_a`, `option_b`; `answer`
+    (or `label`); perhaps `id` and `context` (or `passage`). Others are named in a warning. An empty
+    cell, null and NaN are the same: nothing.
 
     Args:
         path: `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet`, in UTF-8 or UTF-16, perhaps gzipped.
@@ -40,6 +45,7 @@ def load_rows(
         answer_is: "index" (from 0), "letter" or "text"; None to find what all rows agree with.
         otherwise: options of rows that have none, without `options`; nothing is said if none needs
             them.
+        columns: the file's own names, such as {"question": "subject", "answer": "queue"}.
 
     Returns:
         The questions. Ids that several rows share are told apart by numbers, with a warning.
@@ -49,11 +55,17 @@ def load_rows(
             options as its answer, or answers can be read in two ways; file and line are named.
         FileNotFoundError: if there is no such file.
     """
-    file = _read(Path(path), options or otherwise)
+    reading = Reading(tuple(options), tuple(otherwise), answer_is, columns or {})
+    return read_rows(Path(path), reading, labelled=labelled)
+
+
+def read_rows(path: Path, reading: Reading, *, labelled: bool = True) -> tuple[Question, ...]:
+    """Reads a file as `load_rows` does."""
+    file = _read(path, reading, labelled)
     for problem in file.problems.values():
         raise problem
-    answers = _answers(file.drafts.values(), labelled, answer_is)
-    file.say_unused(options)
+    answers = _answers(file.drafts.values(), labelled, file.answer_is)
+    file.say_unused(reading.options)
     return file.questions(answers)
 
 
@@ -70,25 +82,19 @@ class SortedRows:
     problems: dict[int, tuple[str, Refusal]]
 
 
-def sort_rows(
-    path: Path,
-    options: Sequence[str] = (),
-    *,
-    answer_is: AnswerIs | None = None,
-    otherwise: Sequence[str] = (),
-) -> SortedRows:
+def sort_rows(path: Path, reading: Reading) -> SortedRows:
     """Reads rows that need no answers as `load_rows` does, but a bad one spoils no other.
 
     Raises:
         Refusal: if no row can be read, or the answers of those that can do not go together.
     """
-    file = _read(path, options or otherwise)
-    file.say_unused(options)
+    file = _read(path, reading, labelled=False)
+    file.say_unused(reading.options)
     try:
-        answers = _answers(file.drafts.values(), False, answer_is)
+        answers = _answers(file.drafts.values(), False, file.answer_is)
     except Refusal:
-        file.take_out_bad_answers(answer_is)
-        answers = _answers(file.drafts.values(), False, answer_is)
+        file.take_out_bad_answers()
+        answers = _answers(file.drafts.values(), False, file.answer_is)
     if not file.drafts:
         raise next(iter(file.problems.values()))
     problems = {}
@@ -106,12 +112,13 @@ class _File:
     ids: dict[int, str]
     drafts: dict[int, "_Draft"]
     problems: dict[int, Refusal]
+    answer_is: AnswerIs | None = None
 
-    def take_out_bad_answers(self, answer_is: AnswerIs | None) -> None:
+    def take_out_bad_answers(self) -> None:
         """Puts rows whose answers cannot be read, even alone, among those that cannot be read."""
         for number, draft in list(self.drafts.items()):
             try:
-                _answers([draft], False, answer_is)
+                _answers([draft], False, self.answer_is)
             except Refusal as problem:
                 self.problems[number] = problem
                 del self.drafts[number]
@@ -128,18 +135,18 @@ class _File:
         self.columns.say()
         questions = []
         for key, draft, answer in zip(ids, self.drafts.values(), answers, strict=True):
-            question = Question(key, draft.question, draft.answered.options, answer, draft.context)
-            questions.append(question)
+            texts = (draft.question, draft.answered.options)
+            questions.append(Question(key, *texts, answer, draft.context, draft.turns))
         return tuple(questions)
 
 
-def _read(path: Path, options: Sequence[str]) -> _File:
+def _read(path: Path, reading: Reading, labelled: bool) -> _File:
     """The rows of a file, each read by itself."""
-    options = checked_options(options, f"options={list(options)}") if options else ()
     given = given_rows(path)
     if not given:
         raise Refusal(f"{path.name} is empty: expected at least one row; check the file")
-    columns = Columns(path.name, [row.cells for row in given if row.problem is None])
+    good = [row.cells for row in given if row.problem is None]
+    columns = Columns(path.name, good, reading.names(path.name, good, labelled=labelled))
     file = _File(path.name, columns, {}, {}, {})
     fields = {}
     for number, row in enumerate(given):
@@ -147,11 +154,18 @@ def _read(path: Path, options: Sequence[str]) -> _File:
         try:
             if row.problem:
                 raise row.problem
-            fields[number] = columns.fields(row.cells, row.place)
+            fields[number] = _with_conversation(columns.fields(row.cells, row.place), row.place)
             own = as_text(fields[number].id, "the id", row.place).strip()
             file.ids[number] = own or row.key
         except Refusal as problem:
             file.problems[number] = problem
+    options = reading.options or reading.otherwise
+    options = checked_options(options, f"options={list(options)}") if options else ()
+    answer_is = reading.answer_is
+    if reading.from_answers and not options and all(row.options is None for row in fields.values()):
+        fields, options = with_classes(fields, path.name, answer_is)
+        answer_is = "text"
+    file = replace(file, answer_is=answer_is)
     advice = _possible_options(fields.values())
     for number in [number for number in fields if number not in file.problems]:
         try:
@@ -161,6 +175,24 @@ def _read(path: Path, options: Sequence[str]) -> _File:
     return file
 
 
+def _with_conversation(field: Fields, place: str) -> Fields:
+    """The cells of a row whose question, earlier turns and perhaps answer its messages hold."""
+    if is_missing(field.messages):
+        return replace(field, messages=())
+    if not is_missing(field.question):
+        raise Refusal(
+            f"row {place}: got messages and a question, expected one of them; drop the other column"
+        )
+    turns, question, answer = read_conversation(field.messages, place)
+    if answer is not None and not is_missing(field.answer):
+        raise Refusal(
+            f"row {place}: got an answer beside messages that end with the assistant's, expected "
+            "one of them; drop the other"
+        )
+    answer = field.answer if answer is None else answer
+    return replace(field, messages=turns, question=question, answer=answer)
+
+
 @dataclass(frozen=True)
 class _Draft:
     """A row whose right option is not known yet."""
@@ -168,6 +200,7 @@ class _Draft:
     question: str
     context: str
     answered: Answered
+    turns: Turns = ()
 
 
 def _draft(row: GivenRow, field: Fields, options: Sequence[str], advice: str) -> _Draft:
@@ -184,7 +217,8 @@ def _draft(row: GivenRow, field: Fields, options: Sequence[str], advice: str) ->
             f"rows{advice}"
         )
     answered = Answered(row.place, field.answer, own, labels, field.counted)
-    return _Draft(question, as_text(field.context, "the context", row.place), answered)
+    context = as_text(field.context, "the context", row.place)
+    return _Draft(question, context, answered, field.messages)
 
 
 def _possible_options(fields: Iterable[Fields]) -> str:

@@ -1,6 +1,6 @@
 """How a question becomes a prompt: the templates, including those of BLoB's authors."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from bayestune.data.questions import LETTERS, Question, Scoring
 from bayestune.errors import Refusal
@@ -15,22 +15,38 @@ class Prompt:
             {choices} (lines such as "A) text") or {texts_first} (lines such as "text) A").
         text: template under text scoring, up to the option, with {context} and {question}.
         labels: what stands for the options under letter scoring.
+        chat: whether it is a user's message, put by the tokenizer's chat template, and not plain
+            text.
+        system: the message before it; one of the row's own takes its place.
     """
 
     letter: str
     text: str
     labels: tuple[str, ...] = LETTERS
+    chat: bool = field(default=False, metadata={"absent_means": False})
+    system: str = field(default="", metadata={"absent_means": ""})
+
+    def template(self, scoring: Scoring) -> str:
+        """The template under a way of scoring."""
+        return self.letter if scoring == "letter" else self.text
 
     def render(self, row: Question, scoring: Scoring) -> str:
-        """The prompt of a row, up to the place of its answer."""
+        """The prompt of a row, up to the place of its answer; of a chat, the user's message."""
         labelled = list(zip(self.labels, row.options, strict=False))
-        template = self.letter if scoring == "letter" else self.text
-        return template.format(
+        return self.template(scoring).format(
             context=row.context,
             question=row.question,
             choices="\n".join(f"{label}) {option}" for label, option in labelled),
             texts_first="\n".join(f"{option}) {label}" for label, option in labelled),
         )
+
+    def messages(self, row: Question, scoring: Scoring) -> list[dict[str, str]]:
+        """The conversation that a row is the end of, as chat templates take it."""
+        turns = list(row.turns)
+        if self.system and all(role != "system" for role, _ in turns):
+            turns.insert(0, ("system", self.system))
+        turns.append(("user", self.render(row, scoring)))
+        return [{"role": role, "content": text} for role, text in turns]
 
     def answers(self, row: Question, scoring: Scoring) -> tuple[str, ...]:
         """What continues the prompt, one text for each option; refuses more options than labels."""
@@ -40,7 +56,7 @@ class Prompt:
         if count > len(self.labels):
             raise Refusal(
                 f"row {row.id}: got {count} options, expected at most {len(self.labels)} under "
-                'letter scoring; use scoring="text"'
+                'letter scoring; use scoring="text", or "head" with a model that has one'
             )
         return self.labels[:count]
 

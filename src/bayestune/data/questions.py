@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, SupportsIndex
 
 from bayestune.errors import Refusal
@@ -21,6 +21,8 @@ class Question:
         options: at least two.
         answer: index of the right option; None where it is not known.
         context: a passage that the question is about, if any.
+        turns: the messages before it, a role and a text each, where the question is the last
+            message of a conversation.
     """
 
     id: str
@@ -28,6 +30,7 @@ class Question:
     options: tuple[str, ...]
     answer: int | None
     context: str = ""
+    turns: tuple[tuple[str, str], ...] = field(default=(), metadata={"absent_means": ()})
 
     def __post_init__(self) -> None:
         for name in ("question", "context"):
@@ -69,12 +72,14 @@ class Question:
     @property
     def content(self) -> tuple[str, ...]:
         """What makes two rows the same question, whatever their ids."""
-        return (self.context, self.question, *self.options)
+        earlier = [f"{role}: {text}" for role, text in self.turns]
+        return (*earlier, self.context, self.question, *self.options)
 
     @property
     def fingerprint(self) -> str:
         """A short hash of the text and the set of options, by which a later command knows a row."""
-        text = json.dumps((self.context, self.question, sorted(self.options)))
+        asked: tuple[object, ...] = (self.context, self.question, sorted(self.options))
+        text = json.dumps((*asked, self.turns) if self.turns else asked)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def with_options(self, options: tuple[str, ...]) -> "Question":

@@ -54,6 +54,12 @@ class Task:
         alike = {frozenset(row.options) for row in rows}
         return rows[0].options if len(alike) == 1 else None
 
+    @property
+    def shared_options(self) -> tuple[str, ...]:
+        """The options that all training rows have in one order; none if they differ."""
+        alike = {row.options for row in self.train}
+        return alike.pop() if len(alike) == 1 else ()
+
     def in_class_order(self, classes: Sequence[str] | None = None) -> "Task":
         """The task with every row's options in one order, as a classification head has classes.
 
@@ -160,7 +166,8 @@ def with_unlabelled(task: Task, rows: Sequence[Question]) -> Task:
     """A task with further rows for a student to learn on, whose answers are dropped.
 
     Raises:
-        Refusal: if one has a context for which the task's prompt has no place.
+        Refusal: if one has a context, or earlier messages, for which the task's prompt has no
+            place.
     """
     templates = task.prompt.letter + task.prompt.text
     if any(row.context for row in rows) and "{context}" not in templates:

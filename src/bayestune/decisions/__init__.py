@@ -29,6 +29,7 @@ from bayestune.decisions.gating import (
     confusion,
     free_baselines,
     gate,
+    macro_f1,
 )
 from bayestune.decisions.rank import Acquisition, rank_rows
 from bayestune.decisions.row_scores import (
@@ -87,6 +88,7 @@ __all__ = [
     "likely_start",
     "log_predictive",
     "losses_of",
+    "macro_f1",
     "mutual_information",
     "option_scores",
     "parts",

@@ -92,6 +92,7 @@ def decide(
     contents: Sequence[str] | None = None,
     unsure: Tensor | None = None,
     extra: Mapping[str, Tensor] | None = None,
+    class_of: Tensor | None = None,
 ) -> Decision:
     """Decisions of N rows: acted on where the score is at most the threshold.
 
@@ -101,6 +102,8 @@ def decide(
         contents: the rows' contents, which a random tie-break of sets is made from.
         unsure: as in `HeldOut`: rows whose choice it is are never acted on, (N,).
         extra: further scores by name, (N,), if the calibration's score is one of them.
+        class_of: (N, C), the class that each option is, −1 for none: thresholds by class are then
+            for these; unless given, option c is class c.
 
     Raises:
         Refusal: if the logits are none, or contents or the score are needed and missing.
@@ -134,7 +137,10 @@ def decide(
     values = _values(calibration, logits, extra or {})
     if unsure is not None:
         values = values.masked_fill(spread.choice == unsure, torch.inf)
-    decisions, thresholds = _decisions(calibration, values, spread.choice)
+    choices = spread.choice
+    if class_of is not None:
+        choices = class_of.gather(1, choices[:, None])[:, 0]
+    decisions, thresholds = _decisions(calibration, values, choices)
     return Decision(
         **facts,
         decisions=decisions,
@@ -165,7 +171,9 @@ def _decisions(
     cut = torch.full_like(values, _cut(calibration.threshold.value))
     if calibration.classes:
         by_class = [_cut(found.value) for found in calibration.classes.values()]
-        cut = torch.tensor(by_class, dtype=values.dtype)[choices]
+        nothing = torch.full_like(values, torch.nan)  # nobody promised anything of other options
+        known = torch.tensor(by_class, dtype=values.dtype)[choices.clamp_min(0)]
+        cut = torch.where(choices < 0, nothing, known)
     acts = (values <= cut).tolist()  # False for NaN
     return ["act" if act else "abstain" for act in acts], cut
 

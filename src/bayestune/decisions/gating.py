@@ -1,5 +1,6 @@
 """Figures of a gate: what acting on the confident rows lets through, by threshold and by class."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -103,6 +104,8 @@ class ClassFigures:
         chosen: that it was chosen for.
         precision: share of the chosen that are right; NaN if it was never chosen.
         recall: share of its rows that were found; NaN if it has none.
+        f1: harmonic mean of the two, 2 hits / (rows + chosen); 0 if it was never chosen rightly,
+            NaN if it has no rows and was never chosen.
         wrong_at_90: choices of it that are wrong with a confidence of 0.9 or more.
     """
 
@@ -110,6 +113,7 @@ class ClassFigures:
     chosen: int
     precision: float
     recall: float
+    f1: float
     wrong_at_90: int
 
 
@@ -118,7 +122,7 @@ def class_figures(probabilities: Tensor, labels: Tensor) -> list[ClassFigures]:
 
     >>> p = torch.tensor([[0.95, 0.05], [0.95, 0.05], [0.3, 0.7]])
     >>> class_figures(p, torch.tensor([0, 1, 1]))[1]
-    ClassFigures(rows=2, chosen=1, precision=1.0, recall=0.5, wrong_at_90=0)
+    ClassFigures(rows=2, chosen=1, precision=1.0, recall=0.5, f1=0.666..., wrong_at_90=0)
     """
     _check(probabilities, labels)
     confidence, choice = probabilities.double().max(-1)
@@ -131,8 +135,19 @@ def class_figures(probabilities: Tensor, labels: Tensor) -> list[ClassFigures]:
         chosen = int(table[:, index].sum())
         precision = hits / chosen if chosen else float("nan")
         recall = hits / rows if rows else float("nan")
-        figures.append(ClassFigures(rows, chosen, precision, recall, wrong[index]))
+        f1 = 2 * hits / (rows + chosen) if rows + chosen else float("nan")
+        figures.append(ClassFigures(rows, chosen, precision, recall, f1, wrong[index]))
     return figures
+
+
+def macro_f1(figures: Sequence[ClassFigures]) -> float:
+    """The mean F1 of the classes that have rows or were chosen; NaN if there are none.
+
+    >>> macro_f1([ClassFigures(1, 1, 1.0, 1.0, 1.0, 0), ClassFigures(1, 0, 0.0, 0.0, 0.0, 0)])
+    0.5
+    """
+    known = [one.f1 for one in figures if one.rows or one.chosen]
+    return sum(known) / len(known) if known else float("nan")
 
 
 def free_baselines(labels: Tensor, num_options: Tensor) -> dict[str, float]:

@@ -17,6 +17,7 @@ References:
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,6 +34,7 @@ from bayestune.decisions.bounds import (
 )
 from bayestune.errors import Refusal
 
+_ROUNDING = 1e-5  # of a score in float32, as a part of it, between batches of other rows
 _STEPS = 20  # thresholds of a sequence: more are passed by none, fewer lose coverage
 
 
@@ -110,19 +112,44 @@ class _Sequence:
 
 
 def _sequence(scores: Tensor, losses: Tensor, start: int) -> _Sequence:
-    """Thresholds that act on `start` rows and more, in equal steps; infinite scores never act.
+    """Thresholds that act on about `start` rows and more; infinite scores never act.
 
-    λ lies midway between two rows, so that rounding moves none across it.
+    A score is known up to the rounding of a pass, which depends on the batch that a row is in. So
+    each λ lies in the middle of a gap between two rows, the widest of those nearby: no row that it
+    was found on is moved across it by rounding. No label is looked at, which the promise needs.
     """
     order = scores.sort()
-    finite = int(order.values.isfinite().sum())
-    cumulative = losses[order.indices].cumsum(0)
-    counts = torch.linspace(start, finite, _STEPS, dtype=torch.float64).round().long().unique()
-    last = order.values[counts - 1]
-    following = order.values[counts.clamp_max(finite - 1)]
-    values = torch.lerp(last, following, 0.5).unique()
-    rows = torch.searchsorted(order.values, values, right=True)
-    return _Sequence(values, rows, cumulative[rows - 1])
+    ranked = order.values[order.values.isfinite()]
+    counts = torch.linspace(start, len(ranked), _STEPS, dtype=torch.float64).round().long().unique()
+    ends = torch.cat([ranked, _beyond(ranked)[None]])
+    places = torch.tensor(_wide_gaps(ends.diff(), counts.tolist()))
+    values = torch.lerp(ends[places], ends[places + 1], 0.5).unique()
+    rows = torch.searchsorted(ranked, values, right=True)
+    return _Sequence(values, rows, losses[order.indices].cumsum(0)[rows - 1])
+
+
+def _beyond(ranked: Tensor) -> Tensor:
+    """Where a row after the last would be: a mean gap further, at least what rounding can do."""
+    last = ranked[-1]
+    mean_gap = (last - ranked[0]) / max(1, len(ranked) - 1)
+    return last + mean_gap.clamp_min(_ROUNDING * last.abs().clamp_min(1).item())
+
+
+def _wide_gaps(gaps: Tensor, counts: Sequence[int]) -> list[int]:
+    """For each number of rows the widest gap behind that many or a few more, the first of equals.
+
+    Gap i lies between row i and the next one; equal scores have none between them.
+    """
+    widths = gaps.tolist()
+    step = (counts[-1] - counts[0]) // max(1, len(counts) - 1)
+    nearby = max(2, step // 4)
+    found = []
+    for count in counts:
+        place = max(range(count - 1, min(count - 1 + nearby, len(widths))), key=widths.__getitem__)
+        while widths[place] == 0:  # the last gap is wider than that
+            place += 1
+        found.append(place)
+    return found
 
 
 def checked(scores: Tensor, losses: Tensor, *, bounded: bool) -> tuple[Tensor, Tensor]:

@@ -10,11 +10,19 @@ import torch
 from torch import Tensor
 
 from bayestune.data import Question
-from bayestune.decisions import Gate, free_baselines, gate
+from bayestune.decisions import (
+    Gate,
+    class_figures,
+    confusion,
+    free_baselines,
+    gate,
+    macro_f1,
+)
 from bayestune.errors import Refusal, nearest
 
 _BAR = re.compile(r"\s*([\w.]+)\s*(<=|>=|<|>)\s*([-+.\deE]+)\s*")
 _METRICS = ("accuracy", "nll", "brier", "ece", "aurc")
+_OF_CLASSES = ("macro_f1",)
 _OF_CALIBRATED = ("acted", "risk")
 _OTHERWISE = {"wrong_at_0.8": "wrong_at_80", "wrong_at_0.9": "wrong_at_90"}
 
@@ -24,6 +32,34 @@ def gate_record(probabilities: Tensor, questions: Sequence[Question]) -> dict[st
     answers = torch.tensor([row.answer for row in questions])
     sizes = torch.tensor([len(row.options) for row in questions])
     return asdict(gate(probabilities, answers)) | free_baselines(answers, sizes)
+
+
+def class_record(probabilities: Tensor, questions: Sequence[Question]) -> dict[str, Any] | None:
+    """What a record says of the classes, where all rows have the same options; None elsewhere.
+
+    Classes are in the order of the first row's options. "confusion" has a row of counts for each
+    right answer and a column for each choice; what is not defined, such as the precision of a class
+    that was never chosen, is null.
+    """
+    names = questions[0].options
+    alike = all(sorted(row.options) == sorted(names) for row in questions)
+    if not alike or len(set(names)) < len(names):
+        return None
+    if any(row.options != names for row in questions):
+        places = torch.tensor([list(map(row.options.index, names)) for row in questions])
+        probabilities = probabilities.gather(1, places.to(probabilities.device))
+    rows = [row.with_options(names) for row in questions]
+    answers = torch.tensor([row.answer for row in rows])
+    found = class_figures(probabilities, answers)
+    figures = []
+    for name, own in zip(names, found, strict=True):
+        figures.append({"name": name} | {key: _number(n) for key, n in asdict(own).items()})
+    table = confusion(probabilities.argmax(-1), answers, len(names))
+    return {"classes": figures, "macro_f1": macro_f1(found), "confusion": table.tolist()}
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 @dataclass(frozen=True)
@@ -48,7 +84,8 @@ class Bar:
         if match is None:
             raise Refusal(f"got {text!r}; expected such as 'nll<=0.7'; give a figure and a bound")
         name = _OTHERWISE.get(match[1], match[1])
-        known = [*_METRICS, *(field.name for field in fields(Gate)), *_OF_CALIBRATED]
+        known = [*_METRICS, *(field.name for field in fields(Gate))]
+        known += [*_OF_CLASSES, *_OF_CALIBRATED]
         if name not in known:
             near = nearest(name, known)
             hint = f"did you mean {near!r}?" if near else "choose one"
@@ -63,6 +100,8 @@ class Bar:
         """The figure of a record; NaN if it has none, such as a risk without a calibration."""
         if self.figure in record["metrics"]:
             value = record["metrics"][self.figure]["value"]
+        elif self.figure in _OF_CLASSES:
+            value = record.get("by_class", {}).get(self.figure)
         else:
             value = record["gate"].get(self.figure)
         return math.nan if value is None else float(value)

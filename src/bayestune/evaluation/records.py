@@ -13,7 +13,7 @@ from torch import Tensor
 from bayestune.data import Question
 from bayestune.evaluation.adaptive import AdaptivePrediction
 from bayestune.evaluation.evaluate import Evaluated, EvaluationOptions
-from bayestune.evaluation.gates import gate_record
+from bayestune.evaluation.gates import class_record, gate_record
 from bayestune.jsonl import read_json_lines, write_json_lines
 from bayestune.metrics import Bins, summarise
 from bayestune.posteriors import Posterior, Prediction
@@ -23,7 +23,7 @@ RECORDS = "records.jsonl"
 Record = dict[str, Any]
 # what differs between two evaluations of the same
 _VOLATILE = ("seconds", "timed_draws", "peak_memory_mb", "versions", "revision", "predictions")
-_VOLATILE += ("gate",)  # follows from the rows, as the metrics do
+_VOLATILE += ("gate", "by_class")  # follow from the rows, as the metrics do
 _UNCERTAINTY = ("confidence", "total_entropy", "expected_entropy", "mutual_information")
 
 
@@ -71,6 +71,8 @@ def make_result(
         "versions": versions(),
         "revision": revision(),
     }
+    if (by_class := class_record(prediction.probabilities, questions)) is not None:
+        record["by_class"] = by_class
     rows = prediction_rows(questions, prediction, texts=options.texts)
     if losses is not None:
         rows = [{**row, "nll": loss} for row, loss in zip(rows, losses.tolist(), strict=True)]

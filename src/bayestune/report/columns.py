@@ -107,9 +107,32 @@ class Column:
         return Block.of(title or self.heading, methods, columns)
 
 
+@dataclass(frozen=True)
+class GateColumn(Column):
+    """A figure of a record's gate, which older records do not have."""
+
+    def of(self, record: Record) -> Mapping[str, Any]:
+        """The value in a record; empty if it has none."""
+        value = record.get("gate", {}).get(self.key)
+        return {} if value is None else {"value": value}
+
+
 ACCURACY = Column("accuracy", "ACC %", 100, 1, 1)
 ECE = Column("ece", "ECE %", 100, 1, -1)
 CALIBRATED = Column("ece_if_calibrated", "ECE if calibrated %", 100, 1, 0)
 NLL = Column("nll", "NLL", 1, 3, -1)
 BRIER = Column("brier", "Brier", 1, 3, -1)
 AURC = Column("aurc", "AURC", 1, 3, -1)
+
+GATE = (
+    GateColumn("wrong_at_80", "wrong ≥ 0.8", 1, 0, -1),
+    GateColumn("wrong_at_90", "wrong ≥ 0.9", 1, 0, -1),
+    GateColumn("acted_at_90", "rows ≥ 0.9", 1, 0, 0),
+    GateColumn("confidently_wrong", "confidently wrong %", 100, 1, -1),
+    GateColumn("coverage_at_risk_5", "cov@5 % risk", 100, 1, 1),
+    GateColumn("risk_at_coverage_80", "risk@80 % cov", 100, 1, -1),
+    GateColumn("aurc", "AURC", 1, 3, -1),
+    GateColumn("augrc", "AUGRC", 1, 3, -1),
+    GateColumn("acted", "acted on %", 100, 1, 0),
+    GateColumn("risk", "wrong of these %", 100, 1, 0),
+)

@@ -6,12 +6,12 @@ from statistics import fmean
 
 from bayestune.errors import Refusal
 from bayestune.metrics import PairedDifference, paired_bootstrap
-from bayestune.report.columns import ACCURACY, BRIER, CALIBRATED, ECE, NLL
+from bayestune.report.columns import ACCURACY, BRIER, CALIBRATED, ECE, GATE, NLL, Column, GateColumn
 from bayestune.report.comparable import by_seed, caption, comparable
 from bayestune.report.rows import Record, paired_tensors, read_rows, renewed
 from bayestune.report.table import Block, Cell, Table
 
-_BLOCKS = (ACCURACY, ECE, CALIBRATED, NLL, BRIER)
+_BLOCKS = (ACCURACY, ECE, CALIBRATED, NLL, BRIER, *GATE)
 _TESTED = (NLL, BRIER, ACCURACY)
 _ABOUT_MARKS = (
     "Best and runner-up of a column are marked; in brackets how many seeds where it is not {}."
@@ -54,7 +54,7 @@ def grid_tables(
             tasks.setdefault(_task(record), []).append(record)
         runs = [by_seed(some) for some in tasks.values()]
         most = max(len(seeds) for methods in runs for seeds in methods.values())
-        shown = [column for column in _BLOCKS if column.sign or any(map(column.of, group))]
+        shown = [column for column in _BLOCKS if _is_shown(column, group)]
         blocks = [column.block(labels, runs, most, ("best", "second")) for column in shown]
         notes = [_ABOUT_MARKS.format(most)]
         if folder is not None and resamples:
@@ -64,6 +64,12 @@ def grid_tables(
         of = caption(group[0], last=seeds)
         tables.append(Table(of, tuple(tasks), tuple(blocks), tuple(notes), ("Metric", "Method")))
     return tables
+
+
+def _is_shown(column: Column, records: Iterable[Record]) -> bool:
+    """Whether a block is printed: figures that not all versions wrote, only if a record has one."""
+    always = column.sign and not isinstance(column, GateColumn)
+    return bool(always) or any(map(column.of, records))
 
 
 def _task(record: Record) -> str:

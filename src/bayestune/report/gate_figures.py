@@ -3,24 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from bayestune.report.columns import GATE
 from bayestune.report.comparable import caption, comparable, names
 from bayestune.report.rows import Record
 from bayestune.report.table import DASH, Block, Cell, Table, marked
 
 if TYPE_CHECKING:  # tables are made without the libraries that calibrating takes
     from bayestune.decisions import Calibration
-
-_COLUMNS = (
-    ("wrong_at_80", "wrong ≥ 0.8 ↓", 1, 0, -1),
-    ("wrong_at_90", "wrong ≥ 0.9 ↓", 1, 0, -1),
-    ("acted_at_90", "rows ≥ 0.9", 1, 0, 0),
-    ("coverage_at_risk_5", "cov@5 % risk ↑", 100, 1, 1),
-    ("risk_at_coverage_80", "risk@80 % cov ↓", 100, 1, -1),
-    ("aurc", "AURC ↓", 1, 3, -1),
-    ("augrc", "AUGRC ↓", 1, 3, -1),
-    ("acted", "acted on %", 100, 1, 0),
-    ("risk", "wrong of these %", 100, 1, 0),
-)
 
 
 def gate_tables(records: Sequence[Record]) -> list[Table]:
@@ -34,22 +23,13 @@ def gate_tables(records: Sequence[Record]) -> list[Table]:
     tables = []
     told = [record for record in records if "gate" in record]
     for group in comparable(told) if told else ():
-        figures = [record["gate"] for record in group]
-        known = set().union(*figures)
-        columns = [column for column in _COLUMNS if column[0] in known]
-        cells = []
-        for key, _, scale, digits, sign in columns:
-            numbers = [_cell(found.get(key), scale, digits) for found in figures]
-            cells.append(marked(numbers, sign))
+        columns = [column for column in GATE if any(map(column.of, group))]
+        cells = [marked(map(column.with_interval, group), column.sign) for column in columns]
         of = caption(group[0], group[0].get("task"), group[0].get("n"), "the gate")
-        headings = tuple(column[1] for column in columns)
+        headings = tuple(column.heading for column in columns)
         lines = Block.of("", names(group), cells)
-        tables.append(Table(of, headings, (lines,), (_baselines(figures[0]),)))
+        tables.append(Table(of, headings, (lines,), (_baselines(group[0]["gate"]),)))
     return tables
-
-
-def _cell(value: float | None, scale: float, digits: int) -> Cell:
-    return Cell() if value is None else Cell(f"{value * scale:.{digits}f}")
 
 
 def _baselines(figures: Mapping[str, Any]) -> str:

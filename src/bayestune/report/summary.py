@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from bayestune.report.class_figures import class_tables
 from bayestune.report.columns import ACCURACY, AURC, BRIER, CALIBRATED, ECE, NLL
 from bayestune.report.comparable import caption, comparable, names
 from bayestune.report.gate_figures import gate_tables
@@ -18,8 +19,8 @@ _ABOUT_ECE = (
 
 
 def evaluation_tables(records: Sequence[Record]) -> list[Table]:
-    """What an evaluation prints: the metrics, and what a gate lets through."""
-    return [*summary_tables(records), *gate_tables(records)]
+    """What an evaluation prints: the metrics, what a gate lets through, and the classes."""
+    return [*summary_tables(records), *gate_tables(records), *class_tables(records)]
 
 
 def summary_tables(records: Sequence[Record]) -> list[Table]:

@@ -9,9 +9,10 @@ from bayestune.adapters import is_classifier
 from bayestune.data import Scoring, Task
 from bayestune.errors import Refusal
 from bayestune.scoring.head import HeadScorer
-from bayestune.scoring.letter import LetterScorer
+from bayestune.scoring.letter import ANY_ROW, LetterScorer
 from bayestune.scoring.scorer import Scorer
 from bayestune.scoring.text import Layout, TextScorer, can_pack
+from bayestune.scoring.tokens import prompt_text
 
 
 def make_scorer(
@@ -42,6 +43,8 @@ def make_scorer(
             f"scoring {scoring!r} does not fit a {type(model).__name__}: expected 'head' for a "
             "model with a classification head and 'letter' or 'text' for a language model"
         )
+    if task.prompt.chat:
+        prompt_text(tokenizer, task.prompt, ANY_ROW, scoring)  # a template that is not there
     if scoring == "head":
         return HeadScorer(tokenizer, task, max_length)
     if scoring == "letter":

@@ -12,10 +12,17 @@ from bayestune.data import Question
 from bayestune.errors import Refusal
 from bayestune.scoring.last_logits import last_logits
 from bayestune.scoring.scorer import Encoded, Scorer, option_mask
-from bayestune.scoring.tokens import answer_tokens, left_padded_inputs, prompt_ids, token_ids
+from bayestune.scoring.tokens import (
+    answer_tokens,
+    before_answer,
+    left_padded_inputs,
+    prompt_ids,
+    prompt_text,
+    token_ids,
+)
 
 # Labels' tokens are found on the prompt of this row: they must not depend on the rows at hand.
-_ANY_ROW = Question("any", "?", ("yes", "no"), answer=None)
+ANY_ROW = Question("any", "?", ("yes", "no"), answer=None)
 
 
 @dataclass
@@ -35,15 +42,16 @@ class LetterScorer(Scorer):
     @cached_property
     def tokens(self) -> list[int]:
         """The token of each label, up to the first label that is not a token of its own."""
-        prompt = self.task.prompt
-        return answer_tokens(self.tokenizer, prompt.render(_ANY_ROW, "letter"), prompt.labels)
+        text = prompt_text(self.tokenizer, self.task.prompt, ANY_ROW, "letter")
+        return answer_tokens(self.tokenizer, text, self.task.prompt.labels)
 
     def _refuse_without_token(self, row: Question) -> None:
         labels = self.task.prompt.answers(row, "letter")
         if len(labels) <= len(self.tokens):
             return
         label = labels[len(self.tokens)]
-        text = f"{self.task.prompt.render(_ANY_ROW, 'letter')} {label}"
+        prompt = prompt_text(self.tokenizer, self.task.prompt, ANY_ROW, "letter")
+        text = f"{prompt}{before_answer(prompt)[0]}{label}"
         last = self.tokenizer.convert_ids_to_tokens(token_ids(self.tokenizer, text)[-3:])
         raise Refusal(
             f"label {label!r} is not a token of its own after the prompt: got {last} as the last "

@@ -18,6 +18,7 @@ from bayestune.forward import agrees, has_own_window, on_device
 from bayestune.scoring.last_logits import last_logits
 from bayestune.scoring.scorer import Encoded, Scorer, option_mask
 from bayestune.scoring.tokens import (
+    before_answer,
     left_padded,
     left_padded_inputs,
     prompt_ids,
@@ -78,21 +79,27 @@ class TextScorer(Scorer):
     def encode_row(self, row: Question) -> Encoded:
         """Token ids of the question and of each option."""
         texts = self.task.prompt.answers(row, "text")
-        room = max(len(token_ids(self.tokenizer, f" {text}")) for text in texts)
+        room = max(self._room(text) for text in texts)
         ids, shortened = prompt_ids(self, row, "text", room)
         options = [self._option_ids(ids, text) for text in texts]
         total = sum if self.layout == "packed" else max
         length = len(ids) + total(map(len, options))
         return {"ids": ids, "options": options, "length": length, "shortened": shortened}
 
+    def _room(self, text: str) -> int:
+        """The most tokens that an option takes."""
+        separators = ("", " ") if self.task.prompt.chat else (" ",)
+        return max(len(token_ids(self.tokenizer, f"{before}{text}")) for before in separators)
+
     def _option_ids(self, prompt: list[int], text: str) -> list[int]:
         """Tokens by which an option continues the prompt; on its own if the two would merge."""
         end = str(self.tokenizer.decode(prompt[-8:]))
         start = token_ids(self.tokenizer, end)
-        whole = token_ids(self.tokenizer, f"{end} {text}")
+        continued = f"{before_answer(end)[0]}{text}"
+        whole = token_ids(self.tokenizer, f"{end}{continued}")
         if whole[: len(start)] == start and len(whole) > len(start):
             return whole[len(start) :]
-        return token_ids(self.tokenizer, f" {text}")
+        return token_ids(self.tokenizer, continued)
 
     def pad_rows(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
         """A batch in the scorer's layout, the options' tokens in the last W positions.

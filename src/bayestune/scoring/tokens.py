@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from bayestune.data import Question, Scoring
+from bayestune.data import Prompt, Question, Scoring
 from bayestune.errors import Refusal
 from bayestune.scoring.scorer import Scorer
 
@@ -15,6 +16,49 @@ from bayestune.scoring.scorer import Scorer
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a text, without special tokens."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+
+
+def prompt_text(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, row: Question, scoring: Scoring
+) -> str:
+    """All that a model reads before a row's answer: the prompt, in a chat by the model's template.
+
+    Raises:
+        Refusal: if the tokenizer has no chat template, or its template does not take the messages.
+    """
+    if not prompt.chat:
+        return prompt.render(row, scoring)
+    if not tokenizer.chat_template:
+        raise Refusal(
+            "got a chat for a tokenizer without a chat template; expected a model that was tuned "
+            "on chats; leave out --chat, --system and messages, or choose another --model"
+        )
+    messages = prompt.messages(row, scoring)
+    try:
+        text = tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=False,  # the answer stands where a model that reasons would begin to
+        )
+    except TemplateError as error:
+        roles = [message["role"] for message in messages]
+        raise Refusal(
+            f"row {row.id}: the model's chat template does not take messages by {roles} ({error}); "
+            "expected others; leave out --system, or messages of that role"
+        ) from None
+    return str(text)
+
+
+def before_answer(text: str) -> tuple[str, str]:
+    r"""What may stand between a prompt and its answer, the likelier first.
+
+    It is a space, unless the prompt ends in white space, as a chat's does.
+
+    >>> before_answer("Answer:"), before_answer("assistant\n")
+    ((' ', ''), ('', ' '))
+    """
+    return ("", " ") if text[-1:].isspace() else (" ", "")
 
 
 def prompt_ids(
@@ -26,13 +70,14 @@ def prompt_ids(
         Refusal: if the prompt is too long without any passage.
     """
     tokenizer = scorer.tokenizer
-    start = _start_ids(tokenizer)
+    prompt = scorer.task.prompt
+    start = [] if prompt.chat else _start_ids(tokenizer)  # a chat template writes its own
     limit = scorer.max_length - room - len(start)
     context = token_ids(tokenizer, row.context)
     keep = len(context)
     shortened = row
     while True:
-        ids = token_ids(tokenizer, scorer.task.prompt.render(shortened, scoring))
+        ids = token_ids(tokenizer, prompt_text(tokenizer, prompt, shortened, scoring))
         excess = len(ids) - limit
         if excess <= 0:
             return start + ids, shortened is not row
@@ -60,11 +105,12 @@ def answer_tokens(
     """The token by which each label continues the prompt, up to the first without one of its own.
 
     "Answer:" + " A" is one token " A" in byte-level BPE and "▁A" in SentencePiece; other tokenizers
-    want "A". The first two labels decide which it is, because every row has these.
+    want "A", and so does a chat, whose prompt ends with a line. The first two labels decide which
+    it is, because every row has these.
     """
     start = token_ids(tokenizer, prompt)
     tokens: list[int] = []
-    for separator in (" ", ""):
+    for separator in before_answer(prompt):
         tokens = []
         for label in labels:
             *before, token = token_ids(tokenizer, prompt + separator + label)

@@ -4,7 +4,7 @@ It is opened by names, or from a posterior's folder with prompt, scoring and pre
 """
 
 from bayestune.session.artefact import Artefact, Put, load_way, rows_of
-from bayestune.session.as_fitted import of_its_classes, options_of, put_as_fitted, say_seen
+from bayestune.session.as_fitted import of_its_classes, put_as_fitted, say_seen, usual_reading
 from bayestune.session.fit import Fit, details_of, shown
 from bayestune.session.gated import Gated, decide, extra_scores, read_calibration
 from bayestune.session.opened_model import Dtype, num_classes, open_model
@@ -33,10 +33,10 @@ __all__ = [
     "num_classes",
     "of_its_classes",
     "open_model",
-    "options_of",
     "put_as_fitted",
     "read_calibration",
     "rows_of",
     "say_seen",
     "shown",
+    "usual_reading",
 ]

@@ -1,8 +1,8 @@
 """Opens what is calibrated and decides: a posterior's folder, or any plain LoRA adapter's."""
 
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Self
 
@@ -11,12 +11,15 @@ from torch import Tensor
 from bayestune.adapters import detach
 from bayestune.data import (
     AnswerIs,
+    OwnPrompt,
     Question,
+    Reading,
     Scoring,
     check_ids,
-    load_rows,
+    checked_columns,
     own_task,
     prompt_of,
+    read_rows,
 )
 from bayestune.errors import Refusal
 from bayestune.posteriors import (
@@ -25,7 +28,7 @@ from bayestune.posteriors import (
     load_adapter,
     posterior_digest,
 )
-from bayestune.session.as_fitted import options_of
+from bayestune.session.as_fitted import usual_reading
 from bayestune.session.fit import Fit, details_of
 from bayestune.session.opened_model import Dtype, num_classes, open_model
 from bayestune.session.plain_adapter import is_plain, told_details
@@ -49,6 +52,11 @@ class Put:
         answer_is: what answers are, "index", "letter" or "text"; left out, as all rows agree.
         unsure: the option that means "I do not know", where there is one: it is never acted on.
         trained_on: rows that training saw, where the folder does not say it.
+        columns: the files' own names, as question=subject,answer=queue; left out, as in the fit, or
+            the known names.
+        prompt: a file with your own template, as `fit` explains; of a plain adapter.
+        chat: whether the model's chat template puts the prompt; of a plain adapter.
+        system: the system message of a chat; of a plain adapter.
     """
 
     task: str | None = None
@@ -59,11 +67,30 @@ class Put:
     answer_is: AnswerIs | None = None
     unsure: str | None = None
     trained_on: Path | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    prompt: Path | None = None
+    chat: bool | None = None
+    system: str | None = None
+
+    def __post_init__(self) -> None:
+        checked_columns(self.columns)
+        OwnPrompt(self.prompt, self.chat, self.system)  # refuses what does not go together
+
+    def task_options(self) -> TaskOptions:
+        """How rows are put to a plain adapter, as a fit would have it."""
+        names = ("scoring", "max_length", "options", "columns", "prompt", "chat", "system")
+        return TaskOptions(**{name: getattr(self, name) for name in names})
+
+    def reading(self, place: Path) -> Reading:
+        """How files of rows are read for a folder's artefact."""
+        usual = Reading() if is_plain(place) else usual_reading(details_of(place))
+        given = {"answer_is": self.answer_is, "columns": self.columns}
+        return replace(usual, options=self.options, **given)
 
     def check(self, place: Path) -> None:
         """Refuses to put rows to a posterior otherwise than it was fitted."""
-        defaults = {field.name: field.default for field in fields(self)}
-        own = ("task", "scoring", "max_length", "dtype")
+        defaults = {each.name: each.default for each in fields(self)}
+        own = ("task", "scoring", "max_length", "dtype", "prompt", "chat", "system")
         given = [name for name in own if getattr(self, name) != defaults[name]]
         if given and not is_plain(place):
             raise Refusal(
@@ -117,7 +144,9 @@ class Artefact:
         task = own_task("rows", (), rows)
         if put.task is not None:
             task = replace(task, prompt=prompt_of(put.task))
-        options = TaskOptions(scoring=put.scoring, max_length=put.max_length, options=put.options)
+        options = put.task_options()
+        prompt = options.own_prompt().of(task.prompt, rows, put.scoring)
+        task = replace(task, prompt=prompt)
         loaded = open_model(name, put.dtype, num_classes(task, options.scoring))
         session = Session.of(loaded, task, options)
         details = told_details(loaded.name, session.task, options, put.dtype)
@@ -174,19 +203,25 @@ def rows_of(
     put: Put | None = None,
     *,
     labelled: bool,
+    columns: Mapping[str, str] | None = None,
 ) -> tuple[Question, ...]:
     """Rows that are given, or read from a file; those without options have the fit's.
+
+    Args:
+        rows: questions, or a file of them.
+        folder: of the artefact that they are for.
+        put: how they are read; None for what the artefact or its calibration says.
+        labelled: whether each must have an answer.
+        columns: the file's own names, before those of the artefact.
 
     Raises:
         Refusal: if some cannot be read, lack an answer that is needed, or share an id.
     """
     if isinstance(rows, str | Path):
         place = artefact_folder(folder)
-        shared = put.options if put is not None else ()
-        if not shared and (put is None or not is_plain(place)):
-            shared = options_of(details_of(place))
-        answer_is = put.answer_is if put is not None else None
-        rows = load_rows(rows, shared, labelled=labelled, answer_is=answer_is)
+        reading = usual_reading(details_of(place)) if put is None else put.reading(place)
+        reading = replace(reading, columns=columns or reading.columns)
+        rows = read_rows(Path(rows), reading, labelled=labelled)
     found = tuple(rows)
     if not found:
         raise Refusal("got no rows; expected one or more; give a file or questions")

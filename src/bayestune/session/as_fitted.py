@@ -5,7 +5,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from bayestune.data import Prompt, Question, Scoring, SortedRows, Task
+from bayestune.data import (
+    Prompt,
+    Question,
+    Reading,
+    Scoring,
+    SortedRows,
+    Task,
+    checked_columns,
+    refuse_unshown,
+)
 from bayestune.errors import Refusal
 
 logger = logging.getLogger(__name__)
@@ -26,9 +35,10 @@ def put_as_fitted(
         classes: the options that all rows of the fit had, in order; None if they differed.
 
     Raises:
-        Refusal: if a row has a context for which the prompt has no place, or other classes.
+        Refusal: if a row has a context or earlier messages for which the prompt has no place, or
+            other classes.
     """
-    template = prompt.letter if scoring == "letter" else prompt.text
+    template = prompt.template(scoring)
     rows = (*task.held_out, *task.evaluation)
     count = sum(bool(row.context) for row in rows)
     has_place = scoring == "head" or "{context}" in template
@@ -38,6 +48,7 @@ def put_as_fitted(
             "rows without, because its prompt has no place for one; drop the column, or fit on "
             "rows that have a context"
         )
+    refuse_unshown(prompt, rows, scoring)
     if rows and not count and "{context}" in template and scoring != "head":
         logger.warning("no row of %s has a context, which the fitted prompt shows", task.name)
     if classes and not _is_shown(template, scoring):
@@ -48,7 +59,8 @@ def put_as_fitted(
 def prompt_of_fit(details: Mapping[str, Any]) -> Prompt:
     """The prompt that a fit's folder keeps."""
     told = details["task"]["prompt"]
-    return Prompt(told["letter"], told["text"], tuple(told["labels"]))
+    more = {name: told[name] for name in ("chat", "system") if name in told}
+    return Prompt(told["letter"], told["text"], tuple(told["labels"]), **more)
 
 
 def _is_shown(template: str, scoring: Scoring) -> bool:
@@ -110,6 +122,15 @@ def say_seen(task: str, count: int, total: int) -> None:
             "say nothing of new rows"
         )
         logger.warning(said, count, total, task)
+
+
+def usual_reading(details: Mapping[str, Any]) -> Reading:
+    """How files of rows for a fit are read where nobody says otherwise: its options, its columns.
+
+    The answers' reading is found in each file anew.
+    """
+    columns = checked_columns(details.get("questions", {}).get("columns", {}))
+    return Reading(otherwise=options_of(details), usual_columns=columns)
 
 
 def options_of(details: Mapping[str, Any]) -> tuple[str, ...]:

@@ -73,7 +73,20 @@ class Gated:
             [content_of(row) for row in rows],
             None if unsure is None else torch.tensor(unsure),
             extra_scores(self.session, rows) if self.calibration else None,
+            self._class_of(rows, logits.shape[-1]),
         )
+
+    def _class_of(self, rows: Sequence[Question], width: int) -> Tensor | None:
+        """Which class each option is, (N, C), where thresholds are by class."""
+        names = self.calibration.settings.get("classes") if self.calibration else None
+        if names is None:
+            return None
+        places = {name: index for index, name in enumerate(names)}
+        found = torch.full((len(rows), width), -1)
+        for number, row in enumerate(rows):
+            own = [places.get(option, -1) for option in row.options]
+            found[number, : len(own)] = torch.tensor(own)
+        return found
 
     def answers(self, rows: Sequence[Question]) -> Iterator[dict[str, Any]]:
         """The lines of `predict`, in order; with an `error` where a row cannot be put."""

@@ -26,11 +26,11 @@ from bayestune.posteriors import DETAILS, Posterior, Prediction, count_for
 from bayestune.scoring import Scorer, check_lengths, make_scorer, own_classes, row_logits
 from bayestune.session.as_fitted import (
     classes_of,
-    options_of,
     prompt_of_fit,
     put_as_fitted,
     say_seen,
     seen_rows,
+    usual_reading,
 )
 from bayestune.session.before_fitting import check_answers, check_fits
 from bayestune.session.fit import Fit, details_of
@@ -119,7 +119,7 @@ class Session:
                 "no rows to evaluate on: got neither a task nor a file, expected one; give "
                 "--evaluation_data, or --task"
             )
-        task = task or options.load(labelled=labelled, otherwise=options_of(details))
+        task = task or options.load(labelled=labelled, usual=usual_reading(details))
         session = cls.as_fitted(details, task, options, model)
         rows = session.task.evaluation
         say_seen(task.name, seen_rows(details, rows) or 0, len(rows))
@@ -183,6 +183,8 @@ class Session:
         settings = described(method)
         training = changed(training, settings.get("training") or {})
         dtype = next(self.loaded.model.parameters()).dtype
+        questions = self.options.recorded()
+        questions["options"] = self.options.options or self.task.shared_options
         details = {
             "method": settings["method"],
             "fields": settings,
@@ -194,7 +196,7 @@ class Session:
             "dtype": str(dtype).removeprefix("torch."),
             "max_length": self.options.max_length,
             "training": asdict(training),
-            "questions": self.options.recorded(),
+            "questions": questions,
             "train_rows": len(self.task.train),
             "seen": "".join(sorted({row.fingerprint for row in self.task.train})),
         }

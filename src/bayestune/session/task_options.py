@@ -2,20 +2,24 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from bayestune.data import (
     TASKS,
     AnswerIs,
+    OwnPrompt,
     Question,
+    Reading,
     Scoring,
     Task,
+    checked_columns,
     checked_options,
-    load_rows,
     load_task,
     own_task,
+    read_rows,
+    refuse_unshown,
     with_unlabelled,
 )
 from bayestune.errors import COUNT, NUMBER, PART, SEED, Refusal, check_fields
@@ -26,7 +30,10 @@ DEFAULT_TASK = "everyday"
 
 # What a fit settles, whichever rows its posterior is evaluated on.
 OF_THE_FIT = ("data", "scoring", "max_length", "holdout", "train_rows")
-OF_THE_FIT += ("unlabelled_data", "unlabelled_rows")
+OF_THE_FIT += ("unlabelled_data", "unlabelled_rows", "prompt", "chat", "system")
+
+# Later options, which records and folders have only where they are given.
+_LATER = ("prompt", "chat", "system", "columns")
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,10 @@ class TaskOptions:
         unlabelled_rows: so many further rows of train lose their answers for that.
         answer_is: what answers are in your files, "index" (from 0), "letter" or "text"; left out,
             the reading that all rows of a file agree with.
+        columns: your files' own names, as question=subject,context=body,answer=queue.
+        prompt: a file with your own template of {question}, {choices}, {context}.
+        chat: whether the model's chat template puts the prompt; left out: where it must.
+        system: the system message of a chat.
     """
 
     task: str | None = None
@@ -68,6 +79,10 @@ class TaskOptions:
     unlabelled_data: Path | None = None
     unlabelled_rows: int = 0
     answer_is: AnswerIs | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    prompt: Path | None = None
+    chat: bool | None = None
+    system: str | None = None
 
     def __post_init__(self) -> None:
         if self.options:
@@ -75,14 +90,26 @@ class TaskOptions:
         check_fields(self, max_length=COUNT, train_rows=COUNT, evaluation_rows=COUNT)
         check_fields(self, holdout=PART, subset_seed=SEED, evaluation_seed=SEED)
         check_fields(self, unlabelled_rows=NUMBER)
+        checked_columns(self.columns)
+        self.own_prompt()  # refuses what does not go together
 
-    def load(self, *, labelled: bool = True, otherwise: tuple[str, ...] = ()) -> Task:
+    def own_prompt(self) -> OwnPrompt:
+        """What is said of the prompt."""
+        return OwnPrompt(self.prompt, self.chat, self.system)
+
+    def load(self, *, labelled: bool = True, usual: Reading | None = None) -> Task:
         """The task with its rows chosen; `evaluation_data` may lack answers if not `labelled`.
 
-        Rows of files that have no options, neither of their own nor in `options`, have `otherwise`.
+        Training rows without any options have the different answers as theirs, and the rows of the
+        other files then too.
+
+        Args:
+            labelled: whether rows to evaluate on must have answers.
+            usual: how files are read where the options here do not say, as those of a fit.
 
         Raises:
-            Refusal: if a task of the table is named beside files, or `options` without files.
+            Refusal: if a task of the table is named beside files, or `options` without files; if
+                the rows and the prompt do not go together.
         """
         given = self.data or self.evaluation_data
         if given and self.task in TASKS:
@@ -90,23 +117,30 @@ class TaskOptions:
                 f"the rows are named twice: got the task {self.task!r} and the file {given}, "
                 "expected one of them; leave out the other"
             )
-        if self.options and not given:
-            raise Refusal(
-                f"options are for rows of your own: got {list(self.options)} without a file, "
-                "expected data or evaluation_data; give one"
-            )
+        for name in ("options", "columns"):
+            if getattr(self, name) and not given:
+                raise Refusal(
+                    f"{name} are for rows of your own: got {getattr(self, name)} without a file, "
+                    "expected data or evaluation_data; give one"
+                )
+        usual = usual or Reading()
         if not given:
             if self.task is None:
                 said = "no rows were named: taking the embedded questions %r; yours go in --data"
                 logger.info(said, self.named)
             task = load_task(self.named, self.data_root)
         else:
-            train = self._rows(self.data, otherwise)
-            test = self._rows(self.evaluation_data, otherwise, labelled=labelled)
-            task = own_task(Path(given).stem, train, test)
+            train = self._rows(self.data, replace(usual, from_answers=True))
+            task = own_task(Path(given).stem, train, ())
+            usual = replace(usual, otherwise=task.shared_options or usual.otherwise)
+            test = self._rows(self.evaluation_data, usual, labelled=labelled)
+            task = own_task(task.name, train, test)
+        rows = (*task.train, *task.evaluation)
+        task = replace(task, prompt=self.own_prompt().of(task.prompt, rows, self.scoring))
         if self.unlabelled_data:
-            spare = self._rows(self.unlabelled_data, otherwise, labelled=False)
+            spare = self._rows(self.unlabelled_data, usual, labelled=False)
             task = with_unlabelled(task, spare)
+            refuse_unshown(task.prompt, task.unlabelled, self.scoring)
         fixed = self.evaluation_seed
         seed = self.subset_seed
         test = task.subset(evaluation=self.evaluation_rows, seed=seed if fixed is None else fixed)
@@ -119,18 +153,19 @@ class TaskOptions:
         return self.task or DEFAULT_TASK
 
     def _rows(
-        self, file: Path | None, otherwise: tuple[str, ...], *, labelled: bool = True
+        self, file: Path | None, usual: Reading, *, labelled: bool = True
     ) -> tuple[Question, ...]:
         if file is None:
             return ()
-        read: dict[str, Any] = {"labelled": labelled, "answer_is": self.answer_is}
-        return load_rows(file, self.options, otherwise=otherwise, **read)
+        own = {"options": self.options, "answer_is": self.answer_is, "columns": self.columns}
+        return read_rows(file, replace(usual, **own), labelled=labelled)
 
     def recorded(self, fitted: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The options as records keep them: files by name, and what a fit settled as fitted."""
         found: dict[str, Any] = {}
         for name, value in asdict(self).items():
-            found[name] = value.name if isinstance(value, Path) else value
+            if value or name not in _LATER:
+                found[name] = value.name if isinstance(value, Path) else value
         if not (self.data or self.evaluation_data):
             found["task"] = self.named
         settled = {name: value for name, value in (fitted or {}).items() if name in OF_THE_FIT}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bayestune import decisions
-from bayestune.data import Question, load_rows
+from bayestune.data import Question, read_rows
 from bayestune.decisions import Asked, Calibration, HeldOut, Variant, score_rows
 from bayestune.errors import NUMBER, POSITIVE, Refusal
 from bayestune.posteriors import Gaussian, artefact_folder, posterior_digest
@@ -120,6 +120,8 @@ def calibrate(
     digest = posterior_digest(place)
     found = decisions.calibrate(variants, held_out, asked, digest, artefact.fit.label)
     settings: dict[str, Any] = {**found.settings, "unsure": put.unsure}
+    if asked.per_class:
+        settings["classes"] = given[0].options
     if is_plain(place):
         settings["adapter"] = artefact.fit.details
     scores = _scores(variants[found.variant].logits, found.temperature, held_out.extra)
@@ -142,7 +144,7 @@ def _refuse_seen(rows: Sequence[Question], place: Path, put: Put) -> None:
     """Refuses rows that training saw, by their content."""
     known: set[str] = set()
     if put.trained_on is not None:
-        trained = load_rows(put.trained_on, put.options, labelled=False)
+        trained = read_rows(put.trained_on, put.reading(place), labelled=False)
         known = {row.fingerprint for row in trained}
     if not is_plain(place):
         known |= seen_fingerprints(details_of(place), len(rows[0].fingerprint))

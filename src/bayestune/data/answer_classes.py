@@ -1,0 +1,72 @@
+"""Classes read from the answers: options of rows that have none are the different answers."""
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+
+from bayestune.data.answer_readings import AnswerIs
+from bayestune.data.column_roles import Fields, as_option, is_missing
+from bayestune.errors import Refusal
+
+logger = logging.getLogger(__name__)
+
+_FEW = 26  # classes that letters can name; of more, most must have several rows
+_SHOWN = 10
+_NUMBER = re.compile(r"-?\d+(\.\d+)?")
+
+
+def with_classes(
+    rows: Mapping[int, Fields], name: str, answer_is: AnswerIs | None
+) -> tuple[dict[int, Fields], tuple[str, ...]]:
+    """The rows with their answers as texts, and the different ones in order.
+
+    Args:
+        rows: of a file, none of which has options.
+        name: of the file.
+        answer_is: what the user says that answers are.
+
+    Raises:
+        Refusal: if the answers are said to be no texts, are all alike, or no classes.
+    """
+    if answer_is not in (None, "text"):
+        raise Refusal(
+            f"{name}: got answers that are the {answer_is} of an option each, and no options; "
+            "expected these; give options, or answer_is='text' for the answers as classes"
+        )
+    named = {number: _as_class(row, name, number) for number, row in rows.items()}
+    counts = Counter(row.answer for row in named.values() if not is_missing(row.answer))
+    if not counts:
+        return named, ()
+    if len(counts) < 2:
+        raise Refusal(
+            f"{name}: no row has options, and all have the same answer {next(iter(counts))!r}; "
+            "expected two or more classes; give the others as options"
+        )
+    if len(counts) > max(_FEW, counts.total() // 2):
+        raise Refusal(
+            f"{name}: no row has options, and {counts.total()} rows have {len(counts)} different "
+            "answers; expected classes, which several rows share; name another column for the "
+            "answer, or give options"
+        )
+    classes = tuple(sorted(counts, key=_place))
+    shown = [f"{text!r} ({counts[text]})" for text in classes[:_SHOWN]]
+    more = f" and {len(classes) - _SHOWN} more" if len(classes) > _SHOWN else ""
+    logger.info("%s: the options are its answers: %s%s", name, ", ".join(shown), more)
+    return named, classes
+
+
+def _as_class(row: Fields, name: str, number: int) -> Fields:
+    if is_missing(row.answer):
+        return row
+    answer = row.answer
+    if isinstance(answer, float) and answer.is_integer():
+        answer = int(answer)  # a whole number beside missing ones
+    return replace(row, answer=as_option(answer, f"row {name}:{number + 1}"))
+
+
+def _place(text: str) -> tuple[bool, float, str]:
+    """Numbers by value and before texts, these by their letters."""
+    is_number = bool(_NUMBER.fullmatch(text))
+    return not is_number, float(text) if is_number else 0.0, text
