@@ -39,7 +39,9 @@ def test_no_question_has_two_parts():
     assert {row.content for row in task.held_out} <= spare
 
 
-def test_the_demo_compares_all_with_two_fits(demo, tmp_path, llama, byte_level, monkeypatch, capsys):
+def test_the_demo_compares_all_with_two_fits(
+    demo, tmp_path, llama, byte_level, monkeypatch, capsys
+):
     place = furnish(tmp_path, llama(), byte_level)
     fits = []
     for method in (MLE, BLoB):

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
+from bayestune.adapters import detach
 from bayestune.data import AnswerIs, Question, Task, load_rows, with_unlabelled
 from bayestune.errors import NUMBER, Refusal, check_fields
 from bayestune.methods import Distilled, changed
@@ -125,7 +126,8 @@ class Lesson:
         """Loads the rows, then the base model; `model` is its name where it has moved.
 
         Raises:
-            Refusal: if the rows cannot be had, or put as those of the fit.
+            Refusal: if the rows cannot be had, or put as those of the fit, or the model is not the
+                one that was fitted on.
         """
         place = artefact_folder(folder)
         details = details_of(place)
@@ -135,6 +137,7 @@ class Lesson:
         lesson = cls(place, details, session, method)
         asked = lesson.rows
         check_lengths(session.loaded.model, asked, session.quietly().scorer.encode(asked))
+        detach(session.load(place).posterior.model)  # refused now if it is of another base
         return lesson
 
     @property
