@@ -152,8 +152,8 @@ def _add_distil(parser: Parser) -> None:
     parser.option("bf16", bool | None, None, "bfloat16 autocast; left out: as fitted")
     parser.add_class_arguments(LessonRows)
     parser.add_class_arguments(Distilled, skip={"base"})
-    own = {"lora", "steps", "epochs", "learning_rate", "bf16", "output"}
-    parser.add_class_arguments(Training, skip=own)
+    own = ("lora", "steps", "epochs", "learning_rate", "bf16", "output")
+    parser.add_class_arguments(Training, skip={*own})
     parser.needed("output", "folder of the student")
     parser.option("overwrite", bool, False, OVERWRITE_HELP)
 

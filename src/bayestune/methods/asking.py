@@ -49,7 +49,7 @@ class Asking:
         Parts are kept in the folder as they come, and taken from there where they stand already.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        found: list[list[Tensor]] = []
+        found: list[Tensor] = []
         seeds = count(100_000 * self.training.seed + 1)  # far from those of predictions
         hidden = not self.training.progress
         total = self.visits * len(self.rows)
@@ -63,9 +63,10 @@ class Asking:
                     places = [number for numbers, _ in part for number in numbers]
                     own.update(zip(places, probabilities, strict=True))
                     bar.update(len(places))
-                found.append([own[number] for number in range(len(self.rows))])
-        width = max(len(row) for visit in found for row in visit)
-        return torch.stack([torch.stack([_wide(row, width) for row in visit]) for visit in found])
+                in_order = [own[number] for number in range(len(self.rows))]
+                found.append(pad_sequence(in_order, batch_first=True))
+        width = max(visit.shape[1] for visit in found)
+        return torch.stack([pad(visit, (0, width - visit.shape[1])) for visit in found])
 
     def forget(self, folder: Path) -> None:
         """Removes the parts that are kept."""
@@ -116,7 +117,3 @@ def num_members(posterior: Posterior) -> int:
 
 def _file(folder: Path, visit: int, start: int) -> Path:
     return folder / f"asked-{visit}-{start}.safetensors"
-
-
-def _wide(row: Tensor, width: int) -> Tensor:
-    return pad(row, (0, width - len(row)))
