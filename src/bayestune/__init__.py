@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from bayestune.methods import MLE as MLE
     from bayestune.methods import BLoB as BLoB
     from bayestune.methods import Method as Method
+    from bayestune.methods import distil as distil
     from bayestune.models import load_model as load_model
     from bayestune.posteriors import Gaussian as Gaussian
     from bayestune.posteriors import Mixture as Mixture
@@ -48,7 +49,7 @@ _ROOMS = {
     "evaluation": "Adaptive predict_adaptively",
     "forward": "Draws",
     "kl": "KLStep",
-    "methods": "BLoB METHODS MLE Method",
+    "methods": "BLoB METHODS MLE Method distil",
     "models": "load_model",
     "posteriors": "Gaussian Mixture Point Posterior Prediction "
     "export_draw load_posterior predict save_posterior",

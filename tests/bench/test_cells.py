@@ -18,6 +18,7 @@ from benching import furnish, grid, small
 
 ROOT = Path(__file__).parents[2]
 GRIDS = [*(ROOT / "configs").rglob("*grid.yaml"), *(ROOT / "configs/paper").glob("llama*.yaml")]
+GRIDS.append(ROOT / "configs/evidence/controls.yaml")
 ASIDE = {"output", "resume", "progress", "save_steps", "logging_steps"}
 
 
@@ -40,6 +41,29 @@ def test_a_grid_parses_to_what_it_says(path):
         entries = made.entries(task)
         for name in entries:
             make_method(entries[name], entries, name=name)
+
+
+def test_the_students_controls_have_the_regime_and_the_bases_of_the_evidence():
+    """So they take its fits: a key of a fit is made of these and of the rows."""
+    made = {}
+    for name in ("grid", "controls"):
+        parser = make_parser()
+        path = ROOT / f"configs/evidence/{name}.yaml"
+        parsed = parser.parse_args(["bench", "--config", str(path), "--output", "out"])
+        made[name] = built(Grid, parser.instantiate(parsed).bench)
+    same = {"methods": made["grid"].methods}
+    assert replace(made["controls"], **same) == made["grid"]
+
+    def settings(name, entry):
+        entries = made[name].entries("boolq")
+        return lasting_method(make_method(entries[entry], entries, name=entry))
+
+    assert settings("controls", "Student + temperature")["base"] == settings("grid", "distilled")
+    assert settings("controls", "Student of ensemble")["base"] == settings("grid", "ensemble")
+    tempered = settings("controls", "Student of MLE + temperature")["base"]
+    assert tempered == settings("grid", "temperature")
+    for shared in ("temperature", "Student of MLE"):
+        assert settings("controls", shared) == settings("grid", shared)
 
 
 def test_the_cells_of_the_first_seed_come_first(place):

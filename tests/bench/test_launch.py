@@ -13,7 +13,7 @@ from bayestune.bench import collect, launch, run_bench, store, worker
 from bayestune.cli import main
 from bayestune.evaluation import read_records, records
 from bayestune.methods import METHODS, MLE, BLoB
-from bayestune.posteriors import Prediction
+from bayestune.posteriors import Prediction, posterior_digest, read_details
 from bayestune.report import grid_tables, render
 from bayestune.training.callbacks import NotFiniteError
 from bayestune.training.trainer import ClassTrainer
@@ -87,6 +87,32 @@ def test_a_second_run_computes_nothing_and_fits_are_shared(place, fitted, caplog
     assert run_bench(whole, out) == 0
     assert fitted == once
     assert (lasting_part(out), (out / "records.jsonl").read_bytes()) == before
+
+
+def test_students_take_the_fits_of_their_teachers(place, fitted):
+    """In the grid that has them, and in one of students alone that writes to the same folder."""
+    out = place / "out"
+    blob = {"method": "blob", "final_std": 0.05, "schedule": "constant"}
+    student = {"method": "distilled", "steps": 2}
+    first = {"mle": None, "noisy": blob, "student": {**student, "base": "noisy"}}
+    assert run_bench(small(place, methods=first), out) == 0
+    assert fitted == [("MLE", "one", 1), ("BLoB", "one", 1)]
+    controls = {
+        "student of MLE": {**student, "base": "mle"},
+        "student at a temperature": {"method": "temperature", "base": {**student, "base": blob}},
+        "student of two": {**student, "base": {"method": "ensemble", "base": "mle", "size": 2}},
+    }
+    assert run_bench(small(place, methods=controls), out) == 0
+    assert fitted[2:] == [("MLE", "one", 1001)]  # the ensemble's second member
+    folders = {path.name.split("--")[0]: path for path in (out / "fits").iterdir()}
+    told = read_details(folders["one-temperature-1"])["facts"]["base"]["facts"]["teacher"]
+    assert told["digest"] == posterior_digest(folders["one-blob-1"])
+    students = [path for path in (out / "fits").iterdir() if "-distilled-" in path.name]
+    assert len(students) == 3  # that at a temperature is the first grid's
+    for path in students:
+        assert read_details(path)["facts"]["teacher"]["digest"]
+    kept = [record["label"].partition(" N=")[0] for record in read_records(out)]
+    assert list(dict.fromkeys(kept)) == [*controls, "MLE", "noisy", "student"]
 
 
 def test_a_part_of_the_grid_then_the_rest(place, fitted):

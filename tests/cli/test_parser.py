@@ -20,6 +20,7 @@ USED = {
     "predict": '--posterior out --input rows.jsonl --options ["yes","no"] --bf16 --decided '
     "--shared_prefix 4",
     "bayesianise": "adapter --anchor rows.jsonl --output out --metric accuracy",
+    "distil": "in --unlabelled rows.jsonl --output out --draws 3 --seed 2 --bf16 --labelled",
     "bench": "--output out --seeds [4] --methods.tfb.base mle --training.lora.rank 3",
     "table": "out --style latex",
     "demo": "",

@@ -1,3 +1,4 @@
+import json
 import shutil
 from dataclasses import replace
 
@@ -7,9 +8,21 @@ from safetensors.torch import load_file
 
 from bayestune import Refusal
 from bayestune.forward import Draws
-from bayestune.methods import MLE, BLoB, Distilled, Ensemble, Laplace, MCDropout, Temperature
-from bayestune.methods.distilled import fresh_targets
-from bayestune.posteriors import predict, save_posterior
+from bayestune.methods import (
+    MLE,
+    SWAG,
+    TFB,
+    BLoB,
+    Distilled,
+    Ensemble,
+    Laplace,
+    MCDropout,
+    ScalaBL,
+    Temperature,
+    distil,
+)
+from bayestune.methods.asking import Asking
+from bayestune.posteriors import load_posterior, posterior_digest, predict, save_posterior
 from bayestune.training import newest_checkpoint
 from promises import LONG, TRAINING
 
@@ -36,14 +49,28 @@ def test_the_student_of_a_fixed_average_is_nearer_to_it_than_the_mean_is(case, t
     assert of_student < 0.2 * of_mean
 
 
-def test_fresh_targets_average_to_the_predictive(case, teacher):
+@pytest.fixture(scope="module")
+def pair(case):
+    """Two Gaussians that say the opposite of each other."""
+    posterior = case.fit(Ensemble(WIDE, size=2), **LONG)
+    with torch.no_grad():
+        for name, weight in posterior.members[1].slots.weights().items():
+            if "lora_B" in name:
+                weight.mul_(-3)
+    return posterior
+
+
+@pytest.mark.parametrize("name", ["teacher", "pair"])
+def test_fresh_targets_average_to_the_predictive(case, name, request, tmp_path):
+    teacher = request.getfixturevalue(name)
     rows = case.scorer.encode(case.task.evaluation)
-    targets = fresh_targets(teacher, case.scorer, rows, 300, TRAINING).double()
-    average = predict(teacher, case.batch, 400).probabilities
-    error = (targets.var(0) / 300 + targets.var(0) / 400).sqrt().clamp_min(1e-9)
+    asking = Asking(teacher, case.scorer, rows, None, 150, TRAINING)
+    targets = asking.targets(tmp_path).double()
+    average = predict(teacher, case.batch, 200).probabilities
+    error = (targets.var(0) / 150 + targets.var(0) / 200).sqrt().clamp_min(1e-9)
     width = average.shape[1]
     assert ((targets.mean(0)[:, :width] - average).abs() / error[:, :width]).max() < 4.5
-    assert torch.equal(targets[:, :, :width] > 0, (average > 0).expand(300, -1, -1))
+    assert torch.equal(targets[:, :, :width] > 0, (average > 0).expand(150, -1, -1))
 
 
 def test_a_point_is_its_own_students_optimum(case):
@@ -67,12 +94,27 @@ def test_answers_are_not_seen(case):
 
 
 @pytest.mark.parametrize(
-    "base", [Ensemble(size=2), Laplace(), MCDropout(), Temperature(), Ensemble(WIDE, size=2)]
+    ("base", "draws"),
+    [
+        (MLE(), 1),
+        (Ensemble(size=2), 2),
+        (Ensemble(WIDE, size=2), "fresh"),
+        (Laplace(), 1000),
+        (Laplace(predictive="sampled"), "fresh"),
+        (MCDropout(), "fresh"),
+        (Temperature(), 1),
+        (Temperature(Ensemble(WIDE, size=2)), "fresh"),
+        (SWAG(every=1), "fresh"),
+        (ScalaBL(), "fresh"),
+        (TFB(anchors=6, draws=2, evaluations=2), "fresh"),
+    ],
+    ids=str,
 )
-def test_any_method_can_teach(case, base):
+def test_any_method_can_teach(case, base, draws):
     student = case.fit(Distilled(base, steps=4))
     assert student.atoms == 1
-    assert student.report.extra["teacher"]["draws"] == "fresh"
+    assert student.teacher.draws == draws
+    assert student.teacher.rows == len(case.task.train)
     assert student.report.steps > 8
 
 
@@ -103,3 +145,93 @@ def test_a_head_is_distilled_with_its_layer(head):
 def test_nonsense_is_refused(wrong):
     with pytest.raises(Refusal, match="Distilled"):
         Distilled(**wrong)
+
+
+def test_a_student_knows_its_teacher(case, teacher, tmp_path):
+    folder = save_posterior(teacher, tmp_path / "teacher")
+    loaded = load_posterior(case.make(), folder, case.scorer)
+    student = distil(loaded, case.task.evaluation, Distilled(steps=2), TRAINING)
+    assert (student.teacher.draws, student.teacher.rows) == ("fresh", len(case.task.evaluation))
+    assert student.teacher.digest == posterior_digest(folder)
+    save_posterior(student, tmp_path / "student")
+    loaded = load_posterior(case.make(), tmp_path / "student", case.scorer)
+    assert loaded.teacher == student.teacher
+    assert "fresh draws of the posterior" in str(loaded.teacher)
+
+
+def test_a_point_without_a_teacher_loads_as_before(case, tmp_path):
+    save_posterior(case.fit(MLE()), tmp_path)
+    assert json.loads((tmp_path / "posterior.json").read_text())["facts"] == {}
+    assert load_posterior(case.make(), tmp_path, case.scorer).teacher is None
+
+
+def test_a_students_temperature_is_its_own(case, tmp_path):
+    tempered = case.fit(Temperature(Distilled(WIDE, steps=4)))
+    save_posterior(tempered, tmp_path)
+    loaded = load_posterior(case.make(), tmp_path, case.scorer)
+    assert loaded.base.teacher == tempered.base.teacher
+    assert loaded.temperature == tempered.temperature
+
+
+def test_the_student_of_a_tempered_point_starts_at_its_probabilities_temperature(case):
+    """The targets are the tempered ones: a student that is trained long is as unsure as they."""
+    batch, _ = case.collate(case.task.train)
+    tempered = case.fit(Temperature(), **LONG)
+    assert tempered.temperature > 1.05
+    target = predict(tempered, batch, 0).probabilities
+    untempered = predict(tempered.base, batch, 0).probabilities
+    student = case.fit(Distilled(Temperature(), **QUICK), **LONG)
+    found = predict(student, batch, 0).probabilities
+    assert divergence(target, found) < 0.2 * divergence(target, untempered)
+
+
+def test_a_student_trains_without_its_teachers_dropout(case, tmp_path):
+    save_posterior(case.fit(Distilled(MCDropout(), steps=2)), tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_dropout"] == 0
+
+
+def test_questions_are_needed_and_a_scorer_that_puts_them(case, teacher):
+    with pytest.raises(Refusal, match="got no questions; expected one or more"):
+        distil(teacher, ())
+    with pytest.raises(Refusal, match="which cannot put questions; expected one of make_scorer"):
+        distil(teacher.on(lambda model, batch: model(**batch).logits), case.task.train)
+
+
+def interrupted_after(monkeypatch, parts):
+    """Has the asking of a teacher end as by ctrl-C after so many parts."""
+    whole = Asking._asked
+    done = []
+
+    def ask(self, batches):
+        if len(done) == parts:
+            raise KeyboardInterrupt
+        done.append(batches)
+        return whole(self, batches)
+
+    monkeypatch.setattr(Asking, "_asked", ask)
+
+
+def test_an_interrupted_teacher_is_asked_on(case, tmp_path, monkeypatch):
+    """Its fit and what it said are kept; the student is the same bit for bit."""
+    fits = []
+    fit = BLoB.fit
+
+    def counted(self, *given):
+        fits.append(1)
+        return fit(self, *given)
+
+    monkeypatch.setattr(BLoB, "fit", counted)
+    method = Distilled(WIDE, steps=12)
+    whole = case.fit(method, output=tmp_path / "whole")
+    with monkeypatch.context() as broken:
+        interrupted_after(broken, 2)
+        with pytest.raises(KeyboardInterrupt):
+            case.fit(method, output=tmp_path / "cut")
+    assert len(list((tmp_path / "cut/taught").glob("asked-*"))) == 2
+    with monkeypatch.context() as watched:
+        interrupted_after(watched, 2)  # two more are enough
+        resumed = case.fit(method, output=tmp_path / "cut", resume=True)
+    assert len(fits) == 2
+    assert not list((tmp_path / "cut/taught").glob("asked-*"))
+    assert resumed.teacher == whole.teacher
+    assert torch.equal(resumed.logits(case.batch, Draws(0)), whole.logits(case.batch, Draws(0)))

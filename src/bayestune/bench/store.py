@@ -15,7 +15,7 @@ from bayestune.bench.keys import digest, lasting, lasting_method, place, slug
 from bayestune.evaluation import RECORDS, Record
 from bayestune.jsonl import read_json_lines, write_json_lines
 from bayestune.methods import Method, WithTraining, changed
-from bayestune.posteriors import DETAILS, Posterior
+from bayestune.posteriors import DETAILS, Posterior, posterior_digest
 from bayestune.scoring import Scorer
 from bayestune.session import Fit, Session
 from bayestune.training import Training
@@ -118,4 +118,5 @@ class Kept:
             training = replace(training, output=None, resume=True)
             fit = self.session.fit(self.method, training, output, base=kept)
             shutil.rmtree(output / "checkpoints", ignore_errors=True)
+            fit.posterior.digest = posterior_digest(output)
         return fit

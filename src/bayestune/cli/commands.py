@@ -40,6 +40,7 @@ from bayestune.report import (
     write_shift,
 )
 from bayestune.session import (
+    Fitted,
     Gated,
     Session,
     TaskOptions,
@@ -63,6 +64,7 @@ class Run:
     output: OutputFolder
     settings: dict[str, Any] = field(default_factory=dict)
     part: Part = "evaluation"
+    labels: Mapping[str, str] = field(default_factory=dict)  # of methods, in the table
 
 
 def fit(o: Namespace) -> None:
@@ -201,7 +203,8 @@ def compare_methods(
 ) -> None:
     """Fits and evaluates methods, each in a folder of its name, and writes the report.
 
-    A resumed run skips methods that have records, and goes on with one that was cut off.
+    A method whose base is one of the others takes its fit. A resumed run skips methods that have
+    records, and goes on with one that was cut off.
     """
     session.check_evaluation(run.part)
     session.check(methods.values(), training)
@@ -209,11 +212,22 @@ def compare_methods(
     done = {record["method"] for record in read_records(place)}
     for name, method in methods.items():
         if name not in done:
-            fitted = session.fit(method, training, place / name)
+            base = _base_of(method, methods, Fitted(session, place, training=training))
+            fitted = session.fit(method, training, place / name, base=base)
+            fitted = replace(fitted, label=run.labels.get(name, fitted.label))
             append_results(place, session.evaluate(fitted, options, run.part))
             detach(fitted.posterior.model)
     run.output.finish(place)
     write_report(run.output.folder)
+
+
+def _base_of(method: Any, methods: Mapping[str, Method], fitted: Fitted) -> Method | None:
+    """A method's base as it was fitted before, in a folder of its name; None if it was not."""
+    own = getattr(method, "base", None)
+    for name, other in methods.items():
+        if own == other and (fitted.folder / name / DETAILS).is_file():
+            return replace(fitted, folder=fitted.folder / name, method=own)
+    return None
 
 
 def write_report(folder: Path) -> None:

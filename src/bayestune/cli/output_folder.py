@@ -21,7 +21,7 @@ UNFINISHED = ".unfinished"
 CHECKPOINTS = "checkpoints"
 INPUTS = ("model", "adapter", "posterior", "data", "evaluation_data", "data_root", "input")
 INPUTS += ("unlabelled_data", "anchor", "config", "protocol", "rows", "student", "trained_on")
-INPUTS += ("prompt",)
+INPUTS += ("prompt", "unlabelled")
 
 _OF_SYSTEM = {"lost+found", ".DS_Store", "Thumbs.db"}
 _FILES = re.compile(

@@ -13,6 +13,7 @@ import bayestune
 from bayestune.bench import Grid, Launcher
 from bayestune.cli import commands, labelling
 from bayestune.cli.demo import demo
+from bayestune.cli.distilling import distil
 from bayestune.cli.presets import ConfigOrPreset
 from bayestune.cli.slips import asks_for_help, help_text, methods_of_interest, one_line
 from bayestune.cli.start import COMMANDS as SUMMARIES
@@ -21,9 +22,9 @@ from bayestune.cli.words import gathered, read_options_as_words, spelled_out
 from bayestune.data import AnswerIs, Part
 from bayestune.decisions import Acquisition, SetKind
 from bayestune.evaluation import EvaluationOptions
-from bayestune.methods import METHODS, TFB
+from bayestune.methods import METHODS, TFB, Distilled
 from bayestune.report import Style
-from bayestune.session import OF_THE_FIT, Compared, Dtype, Put, TaskOptions
+from bayestune.session import OF_THE_FIT, Compared, Dtype, LessonRows, Put, TaskOptions
 from bayestune.training import Training
 
 BOOLEANS = (bool, bool | None)
@@ -148,6 +149,18 @@ def _add_bayesianise(parser: Parser) -> None:
     parser.option("overwrite", bool, False, OVERWRITE_HELP)
 
 
+def _add_distil(parser: Parser) -> None:
+    parser.add_argument("posterior", type=Path, help="a folder of `fit`")
+    parser.option("model", str | None, None, "the base model, where it has moved")
+    parser.option("bf16", bool | None, None, "bfloat16 autocast; left out: as fitted")
+    parser.add_class_arguments(LessonRows)
+    parser.add_class_arguments(Distilled, skip={"base"})
+    own = ("lora", "steps", "epochs", "learning_rate", "bf16", "output")
+    parser.add_class_arguments(Training, skip={*own})
+    parser.needed("output", "folder of the student")
+    parser.option("overwrite", bool, False, OVERWRITE_HELP)
+
+
 def _add_calibrate(parser: Parser) -> None:
     parser.add_argument("posterior", type=Path, help=ARTEFACT_HELP)
     parser.needed("rows", "JSONL or CSV rows with answers that training did not see")
@@ -216,6 +229,7 @@ COMMANDS: dict[str, tuple[Callable[[Namespace], int | None], Callable[[Parser], 
     "evaluate": (commands.evaluate, _add_evaluate),
     "predict": (commands.predict, _add_predict),
     "bayesianise": (commands.bayesianise, _add_bayesianise),
+    "distil": (distil, _add_distil),
     "calibrate": (labelling.calibrate, _add_calibrate),
     "rank": (labelling.rank, _add_rank),
     "drift": (labelling.drift, _add_drift),

@@ -51,12 +51,12 @@ def fit_settings(
     found["the rows of --unlabelled_data"] = rows_digest(task.unlabelled)
     for name, method in methods.items():
         found |= dict(_flat(lasting_method(method), f"{name}."))
-    return _plain(found)
+    return plain_settings(found)
 
 
 def evaluation_settings(rows: Sequence[Question], options: EvaluationOptions) -> Settings:
     """What determines the records of a run beside its fits."""
-    return _plain({**lasting(options), "the rows of --evaluation_data": rows_digest(rows)})
+    return plain_settings({**lasting(options), "the rows of --evaluation_data": rows_digest(rows)})
 
 
 def rows_digest(rows: Sequence[Question]) -> str:
@@ -72,7 +72,7 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{name}", value
 
 
-def _plain(settings: Settings) -> Settings:
+def plain_settings(settings: Settings) -> Settings:
     """The settings as they are read back from JSON."""
     return json.loads(json.dumps(settings, default=str))
 

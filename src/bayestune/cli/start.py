@@ -16,6 +16,7 @@ COMMANDS = {
     "evaluate": "Accuracy and calibration of a posterior on labelled questions.",
     "predict": "Probabilities and uncertainty for your own rows: JSON lines in, JSON lines out.",
     "bayesianise": "A posterior around any LoRA adapter, without training (TFB).",
+    "distil": "A student of a posterior: one plain LoRA adapter that answers as its draws do.",
     "calibrate": "On held-out rows: how to predict, and when to act; kept beside the posterior.",
     "rank": "Which unlabelled rows to label next: JSON lines in, ranked JSON lines out.",
     "drift": "Are new rows like the held-out ones of the calibration?",

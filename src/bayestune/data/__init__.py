@@ -9,7 +9,7 @@ from bayestune.data.files import SortedRows, load_rows, read_rows, sort_rows
 from bayestune.data.option_lists import checked_options
 from bayestune.data.own_prompts import OwnPrompt, refuse_unshown
 from bayestune.data.prompts import Prompt
-from bayestune.data.public_tasks import TASKS, load_task, prompt_of
+from bayestune.data.public_tasks import TASKS, load_split, load_task, prompt_of
 from bayestune.data.questions import Question, Scoring
 from bayestune.data.reading import Reading
 from bayestune.data.tasks import Part, Task, check_ids, check_trainable, own_task, with_unlabelled
@@ -30,6 +30,7 @@ __all__ = [
     "checked_columns",
     "checked_options",
     "load_rows",
+    "load_split",
     "load_task",
     "own_task",
     "prompt_of",

@@ -108,11 +108,26 @@ def load_task(name: str, data_root: Path | None = None) -> Task:
         FileNotFoundError: if the directory lacks a file.
     """
     source = _source(name)
-    if source.hub_id == "everyday" and data_root is None:
-        data_root = Path(__file__).parent
+    data_root = _root(source, data_root)
     train = _questions(source, source.train, data_root) if source.train else ()
     evaluation = _questions(source, source.evaluation, data_root)
     return Task(name, train, evaluation, prompt=source.prompt)
+
+
+def load_split(name: str, split: str, data_root: Path | None = None) -> tuple[Question, ...]:
+    """The rows of one split of a task of the table, also one that the table does not name.
+
+    Args:
+        name: a key of `TASKS`.
+        split: as the data set calls it.
+        data_root: as of `load_task`.
+    """
+    source = _source(name)
+    return _questions(source, split, _root(source, data_root))
+
+
+def _root(source: Source, data_root: Path | None) -> Path | None:
+    return Path(__file__).parent if source.hub_id == "everyday" and data_root is None else data_root
 
 
 def prompt_of(name: str) -> Prompt:

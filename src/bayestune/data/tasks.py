@@ -69,7 +69,7 @@ class Task:
         Raises:
             Refusal: if a row has other options.
         """
-        rows = (*self.train, *self.held_out, *self.evaluation)
+        rows = (*self.train, *self.held_out, *self.evaluation, *self.unlabelled)
         if not rows:
             return self
         order = tuple(classes or rows[0].options)

@@ -4,6 +4,7 @@ One file a method; `METHODS` is the table of all.
 """
 
 from bayestune.methods import registry as _registry
+from bayestune.methods.distilled import distil
 from bayestune.methods.method import Method
 from bayestune.methods.preconditions import check_method
 from bayestune.methods.recipes import Settings, WithTraining, changed, described, make_method
@@ -17,5 +18,6 @@ __all__ = [  # noqa: PLE0604 # pyright: ignore[reportUnsupportedDunderAll]
     "changed",
     "check_method",
     "described",
+    "distil",
     "make_method",
 ]

@@ -4,36 +4,39 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.nn.functional import pad
-from torch.nn.utils.rnn import pad_sequence
+from torch import nn
 
-from bayestune.adapters import Slots, detach
+from bayestune.adapters import CONFIG, base_of, detach
 from bayestune.data import Question
-from bayestune.errors import COUNT, POSITIVE, check_fields
-from bayestune.forward import Draws
+from bayestune.errors import COUNT, POSITIVE, Refusal, check_fields
+from bayestune.methods.asking import Asking
 from bayestune.methods.blob import BLoB
 from bayestune.methods.method import Method
 from bayestune.posteriors import (
+    DETAILS,
     FitReport,
     Mixture,
     Point,
     Posterior,
+    Teacher,
     Tempered,
+    count_for,
     load_adapter,
-    save_adapter,
+    load_posterior,
+    posterior_digest,
+    save_posterior,
 )
-from bayestune.scoring import Encoded, Scorer, batches_by_length, row_logits
-from bayestune.training import Training, train
+from bayestune.scoring import Scorer
+from bayestune.training import Meter, Training, train
 
 _TARGETS = "targets.safetensors"
-_TEACHER = "teacher.json"
-_BATCH = 8  # rows that share a fresh draw
+_TAUGHT = "taught.json"
+_REPORT = "report.json"
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,8 @@ class Distilled:
     It starts at the base's mean and minimises −Σ_n Σ_c p̄_c(x_n) log p_c(x_n; θ) over rows whose
     answers it does not see: the task's unlabelled rows, or its training rows if there are none. The
     loss is linear in p̄, so with one fresh draw for each batch of a visit its gradient is unbiased
-    for the teacher of infinitely many draws.
+    for the teacher of infinitely many draws. A base whose draws are counted, such as an ensemble of
+    points, is averaged over all of them instead.
 
     Args:
         base: the teacher.
@@ -74,9 +78,8 @@ class Distilled:
         with tempfile.TemporaryDirectory() as scratch:
             place = training.output or Path(scratch)
             taught = place / "taught"
-            if not (training.resume and (taught / _TEACHER).is_file()):
-                own = replace(training, output=place / "base")
-                teacher = self.base.fit(model, scorer, own)
+            if not (training.resume and (taught / _TAUGHT).is_file()):
+                teacher = self._teacher(model, scorer, training, place)
                 self.ask(teacher, scorer, taught, training)
                 detach(teacher.model)
             return self.learn(model, scorer, taught, replace(training, output=place / "student"))
@@ -89,23 +92,42 @@ class Distilled:
             chosen = (*chosen, *task.train)
         return tuple(replace(row, answer=None) for row in chosen)
 
+    def _teacher(
+        self, model: nn.Module, scorer: Scorer, training: Training, place: Path
+    ) -> Posterior:
+        """The base's posterior, kept until the student is there unless it has a folder already."""
+        kept = place / "taught/teacher"
+        if training.resume and (kept / DETAILS).is_file():
+            teacher = load_posterior(model, kept, scorer)
+            report = json.loads((kept / _REPORT).read_text(encoding="utf-8"))
+            teacher.report = FitReport.of_dict(report)
+        else:
+            teacher = self.base.fit(model, scorer, replace(training, output=place / "base"))
+        if teacher.digest is None:
+            kept.mkdir(parents=True, exist_ok=True)
+            (kept / _REPORT).write_text(json.dumps(teacher.report.as_dict()), encoding="utf-8")
+            teacher.digest = posterior_digest(save_posterior(teacher, kept))
+        return teacher
+
     def ask(self, teacher: Posterior, scorer: Scorer, folder: Path, training: Training) -> None:
         """Writes what the student starts from and learns: the mean adapter and the targets."""
+        meter = Meter()
         rows = self.rows(scorer)
-        encoded = scorer.encode(rows)
-        if self.draws is None:
-            items = self.steps * training.batch_size * training.accumulation
-            targets = fresh_targets(teacher, scorer, encoded, -(-items // len(rows)), training)
-        else:
-            draws = Draws(self.draws, bf16=training.bf16)
-            average = row_logits(teacher, scorer, encoded, draws).double().softmax(-1).mean(0)
-            targets = average[None].float()
-        folder.mkdir(parents=True, exist_ok=True)
-        save_adapter(_start(teacher), folder)
+        draws = teacher.atoms if self.draws is None else count_for(teacher, self.draws)
+        items = self.steps * training.batch_size * training.accumulation
+        visits = -(-items // len(rows)) if draws is None else 1
+        asking = Asking(teacher, scorer, scorer.encode(rows), draws, visits, training)
+        if not training.resume:
+            asking.forget(folder)
+        targets = asking.targets(folder)
+        save_posterior(_start(teacher), folder)
+        _without_dropout(folder)
         save_file({"targets": targets.contiguous()}, folder / _TARGETS)
-        facts = {"draws": self.draws or "fresh", "rows": len(rows), "rows_digest": _digest(rows)}
-        known = {"facts": facts, "report": teacher.report.as_dict()}
-        (folder / _TEACHER).write_text(json.dumps(known), encoding="utf-8")
+        told = Teacher(teacher.digest or "", draws or "fresh", len(rows), _digest(rows))
+        report = teacher.report.plus(**meter.read())
+        known = {"teacher": asdict(told), "report": report.as_dict()}
+        (folder / _TAUGHT).write_text(json.dumps(known), encoding="utf-8")
+        asking.forget(folder)
 
     def learn(self, model: nn.Module, scorer: Scorer, taught: Path, training: Training) -> Point:
         """Trains the student from what `ask` wrote."""
@@ -119,46 +141,79 @@ class Distilled:
         own = replace(training, steps=self.steps, epochs=None, learning_rate=self.learning_rate)
         student = load_adapter(model, taught, scorer, trainable=True)
         report = train(student.model, scorer, own, rows=rows)
-        known = json.loads((taught / _TEACHER).read_text(encoding="utf-8"))
-        teacher = FitReport.of_dict(known["report"])
-        whole = teacher.plus(report.seconds, report.peak_memory_mb, teacher=known["facts"])
-        history = [*teacher.history, *report.history]
-        whole = replace(whole, steps=teacher.steps + report.steps, history=history)
-        return Point(student.model, scorer, report=whole)
+        known = json.loads((taught / _TAUGHT).read_text(encoding="utf-8"))
+        before = FitReport.of_dict(known["report"])
+        whole = before.plus(report.seconds, report.peak_memory_mb)
+        history = [*before.history, *report.history]
+        whole = replace(whole, steps=before.steps + report.steps, history=history)
+        return Point(student.model, scorer, report=whole, teacher=Teacher(**known["teacher"]))
 
 
-def fresh_targets(
-    teacher: Posterior,
-    scorer: Scorer,
-    rows: Sequence[Encoded],
-    visits: int,
-    training: Training,
-) -> Tensor:
-    """Probabilities (V, N, C) of N rows at V visits; a few rows of a visit share a fresh draw."""
-    generator = torch.Generator().manual_seed(training.seed)
-    seed = 100_000 * training.seed  # far from those of predictions
-    visited: list[Tensor] = []
-    for _ in range(visits):
-        order = torch.randperm(len(rows), generator=generator).tolist()
-        shuffled = [rows[number] for number in order]
-        found: dict[int, Tensor] = {}
-        for places, batch in batches_by_length(scorer, shuffled, _BATCH):
-            seed += 1
-            logits = teacher.logits(batch, Draws(1, seed=seed, bf16=training.bf16))[0]
-            probabilities = logits.double().softmax(-1).float().cpu()
-            found.update(zip([order[place] for place in places], probabilities, strict=True))
-        visited.append(pad_sequence([found[number] for number in range(len(rows))], True))
-    width = max(part.shape[1] for part in visited)
-    return torch.stack([pad(part, (0, width - part.shape[1])) for part in visited])
+@dataclass(frozen=True)
+class _Given:
+    """A base that is there already."""
+
+    posterior: Posterior
+
+    def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Posterior:
+        """What was given."""
+        return self.posterior
 
 
-def _start(teacher: Posterior) -> Slots:
-    """The slots of the mean adapter; of the first member where there is no mean."""
+def distil(
+    posterior: Posterior,
+    questions: Sequence[Question],
+    method: Distilled | None = None,
+    training: Training | None = None,
+) -> Point:
+    """The student of a posterior in memory: one plain adapter that answers as its draws do.
+
+    It takes the posterior's place on its model: save the posterior first if it shall be used again.
+
+    Args:
+        posterior: the teacher, with the scorer of a task.
+        questions: what it is asked about; answers are not looked at.
+        method: draws, steps, learning rate; its base is not used.
+        training: batch size, seed, precision and the like.
+
+    Raises:
+        Refusal: if there are no questions, or the posterior's scorer cannot put them.
+
+    Example:
+        >>> distil(load_posterior(model, "runs/blob", scorer), questions)  # doctest: +SKIP
+    """
+    scorer = posterior.scorer
+    if not isinstance(scorer, Scorer):
+        raise Refusal(
+            f"got a posterior with the scorer {scorer!r}, which cannot put questions; expected one "
+            "of make_scorer; take posterior.on(scorer)"
+        )
+    if not questions:
+        raise Refusal("got no questions; expected one or more, with or without answers; give some")
+    training = training or Training()
+    names: Any = getattr(scorer, "class_names", None)
+    rows = [row.with_options(names) if names else row for row in questions]
+    asked = replace(scorer, task=replace(scorer.task, unlabelled=tuple(rows)))
+    taught = training.output and training.output / "taught" / _TAUGHT
+    done = training.resume and taught is not None and taught.is_file()
+    base = detach(posterior.model) if done else base_of(posterior.model)
+    return replace(method or Distilled(), base=_Given(posterior)).fit(base, asked, training)
+
+
+def _start(teacher: Posterior) -> Point:
+    """The mean adapter; of the first member where there is no mean."""
     if isinstance(teacher, Mixture):
         return _start(teacher.members[0])
     if isinstance(teacher, Tempered):
         return _start(teacher.base)
-    return Slots(teacher.model, teacher.adapter)
+    return Point(teacher.model, teacher.scorer, adapter=teacher.adapter)
+
+
+def _without_dropout(folder: Path) -> None:
+    """Has an adapter that is loaded from a folder train without the dropout of its first fit."""
+    path = folder / CONFIG
+    config = {**json.loads(path.read_text(encoding="utf-8")), "lora_dropout": 0.0}
+    path.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def _digest(rows: Sequence[Question]) -> str:

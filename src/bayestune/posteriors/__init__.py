@@ -12,7 +12,7 @@ from bayestune.posteriors.linearised import Linearised, Sampled, gaussian_logits
 from bayestune.posteriors.low_rank import LowRank
 from bayestune.posteriors.mixture import Mixture
 from bayestune.posteriors.noisy_passes import Dropout, TokenNoise
-from bayestune.posteriors.point import Point
+from bayestune.posteriors.point import Point, Teacher
 from bayestune.posteriors.posterior import KINDS, AdapterPosterior, Posterior, Saved
 from bayestune.posteriors.prediction import (
     Prediction,
@@ -48,6 +48,7 @@ __all__ = [
     "Sampled",
     "Saved",
     "Scaled",
+    "Teacher",
     "Tempered",
     "TokenNoise",
     "artefact_folder",

@@ -1,20 +1,48 @@
 """A point: all the mass on one adapter."""
 
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, asdict, dataclass
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
 from bayestune.forward import Batch, Draws, mean_logits
-from bayestune.posteriors.posterior import AdapterPosterior
+from bayestune.posteriors.posterior import AdapterPosterior, Saved, State
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """What a student was distilled from.
+
+    Args:
+        digest: of the posterior that taught it, as `posterior_digest` gives it.
+        draws: S of the average that it learnt, or "fresh" for draws that were never the same.
+        rows: how many rows it learnt on.
+        rows_digest: a hash of what they ask.
+    """
+
+    digest: str
+    draws: int | str
+    rows: int
+    rows_digest: str
+
+    def __str__(self) -> str:
+        kind = "fresh draws" if self.draws == "fresh" else f"an average of {self.draws}"
+        return f"{kind} of the posterior {self.digest[:12]} on {self.rows} rows"
 
 
 @dataclass
 class Point(AdapterPosterior):
-    """A posterior with all its mass on one adapter: what maximum likelihood and MAP return."""
+    """A posterior with all its mass on one adapter: what maximum likelihood and MAP return.
+
+    Args:
+        teacher: what it was distilled from, if it is a student.
+    """
 
     kind: ClassVar[str] = "point"
     atoms = 1
+    _: KW_ONLY
+    teacher: Teacher | None = None
 
     def draw(self, index: int, seed: int = 0) -> dict[str, Tensor]:
         """Nothing: no draw differs from the mean."""
@@ -23,3 +51,14 @@ class Point(AdapterPosterior):
     def _drawn(self, inputs: Batch, draws: Draws) -> Tensor:
         logits = mean_logits(self.model, self.scorer, inputs)
         return logits.expand(draws.count, *logits.shape[1:])
+
+    def state(self) -> State:
+        """No tensors; a student's teacher."""
+        return {}, {} if self.teacher is None else {"teacher": asdict(self.teacher)}
+
+    @classmethod
+    def restore(cls, saved: Saved) -> Self:
+        """The posterior of a saved `state`."""
+        told: Mapping[str, Any] | None = saved.facts.get("teacher")
+        teacher = None if told is None else Teacher(**told)
+        return cls(saved.model, saved.scorer, adapter=saved.adapter, teacher=teacher)

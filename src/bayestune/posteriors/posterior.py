@@ -61,7 +61,8 @@ class Posterior(ABC):
     (N, C); `adapter`, the name of its adapter; and `report`, what its fit took. `has_mean` says
     whether `Draws(0)`, the mean adapter, can be asked for. `atoms` is the number of draws that
     makes the predictive exact, 1 for a point and K for K points, or precise where draws cost
-    nothing; None where more are better.
+    nothing; None where more are better. `digest` is that of the folder it comes from, where
+    whoever loaded it says so.
     """
 
     kind: ClassVar[str]
@@ -71,6 +72,7 @@ class Posterior(ABC):
     report: FitReport
     has_mean = True
     atoms: int | None = None
+    digest: str | None = None
 
     def __init_subclass__(cls) -> None:
         if "kind" in vars(cls):

@@ -6,7 +6,9 @@ It is opened by names, or from a posterior's folder with prompt, scoring and pre
 from bayestune.session.artefact import Artefact, Put, load_way, rows_of
 from bayestune.session.as_fitted import of_its_classes, put_as_fitted, say_seen, usual_reading
 from bayestune.session.fit import Fit, details_of, shown
+from bayestune.session.fitted import Fitted
 from bayestune.session.gated import Gated, decide, extra_scores, read_calibration
+from bayestune.session.lesson import Lesson, LessonRows
 from bayestune.session.opened_model import Dtype, num_classes, open_model
 from bayestune.session.prediction_ways import Way, joined
 from bayestune.session.session import Session
@@ -19,7 +21,10 @@ __all__ = [
     "Compared",
     "Dtype",
     "Fit",
+    "Fitted",
     "Gated",
+    "Lesson",
+    "LessonRows",
     "Put",
     "Session",
     "TaskOptions",

@@ -1,7 +1,7 @@
 """Rows are put as those of a fit were: its prompt, its classes; and none that it was trained on."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -39,7 +39,7 @@ def put_as_fitted(
             other classes.
     """
     template = prompt.template(scoring)
-    rows = (*task.held_out, *task.evaluation)
+    rows = (*task.held_out, *task.evaluation, *task.unlabelled)
     count = sum(bool(row.context) for row in rows)
     has_place = scoring == "head" or "{context}" in template
     if count and not has_place:
@@ -112,6 +112,11 @@ def seen_fingerprints(details: Mapping[str, Any], size: int) -> set[str]:
     """The fingerprints, of so many characters, of a fit's training rows; none in older folders."""
     text = details.get("seen", "")
     return {text[start : start + size] for start in range(0, len(text), size)}
+
+
+def fingerprints(rows: Iterable[Question]) -> str:
+    """The fingerprints of rows, each once, as a fit's folder keeps them."""
+    return "".join(sorted({row.fingerprint for row in rows}))
 
 
 def say_seen(task: str, count: int, total: int) -> None:

@@ -27,7 +27,7 @@ def check_fits(model: nn.Module, scorer: Scorer, lora: Lora, methods: Iterable[M
         methods: that are to be fitted.
     """
     methods = list(methods)
-    if scorer.warns and scorer.task.unlabelled and not any(map(_learns_unlabelled, methods)):
+    if scorer.warns and scorer.task.unlabelled and not any(map(learns_unlabelled, methods)):
         logger.warning("no method learns on the unlabelled rows: expected distilled among them")
     quiet = replace(scorer, warns=False)
     for part in (scorer.task.train, scorer.task.held_out, scorer.task.unlabelled):
@@ -41,9 +41,10 @@ def check_fits(model: nn.Module, scorer: Scorer, lora: Lora, methods: Iterable[M
         detach(adapted)
 
 
-def _learns_unlabelled(method: Any) -> bool:
+def learns_unlabelled(method: Any) -> bool:
+    """Whether a method, or what it builds on, learns on a task's unlabelled rows."""
     inner = (getattr(method, "base", None), getattr(method, "method", None))
-    return isinstance(method, Distilled) or any(map(_learns_unlabelled, filter(None, inner)))
+    return isinstance(method, Distilled) or any(map(learns_unlabelled, filter(None, inner)))
 
 
 def check_answers(rows: Sequence[Question]) -> None:

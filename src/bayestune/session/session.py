@@ -26,13 +26,14 @@ from bayestune.posteriors import DETAILS, Posterior, Prediction, count_for
 from bayestune.scoring import Scorer, check_lengths, make_scorer, own_classes, row_logits
 from bayestune.session.as_fitted import (
     classes_of,
+    fingerprints,
     prompt_of_fit,
     put_as_fitted,
     say_seen,
     seen_rows,
     usual_reading,
 )
-from bayestune.session.before_fitting import check_answers, check_fits
+from bayestune.session.before_fitting import check_answers, check_fits, learns_unlabelled
 from bayestune.session.fit import Fit, details_of
 from bayestune.session.opened_model import Dtype, num_classes, open_model
 from bayestune.session.task_options import TaskOptions
@@ -185,6 +186,7 @@ class Session:
         dtype = next(self.loaded.model.parameters()).dtype
         questions = self.options.recorded()
         questions["options"] = self.options.options or self.task.shared_options
+        spare = self.task.unlabelled if learns_unlabelled(method) else ()
         details = {
             "method": settings["method"],
             "fields": settings,
@@ -198,7 +200,7 @@ class Session:
             "training": asdict(training),
             "questions": questions,
             "train_rows": len(self.task.train),
-            "seen": "".join(sorted({row.fingerprint for row in self.task.train})),
+            "seen": fingerprints((*self.task.train, *spare)),
         }
         fit = Fit.of(posterior, details)
         fit.save(output)

@@ -109,7 +109,7 @@ def calibrate(
     put = put or Put()
     put.check(place)
     given = rows_of(rows, place, put, labelled=True)
-    _refuse_seen(given, place, put)
+    _refuse_seen(given, place, put, compared.student)
     _refuse_unlike(given, asked)
     decisions.parts(_held_out(given, put), asked)  # too few rows are refused before any pass
     artefact = Artefact.open(place, given, put, model)
@@ -140,14 +140,17 @@ def _held_out(rows: Sequence[Question], put: Put) -> HeldOut:
     return HeldOut(labels, [content_of(row) for row in rows], unsure_of)
 
 
-def _refuse_seen(rows: Sequence[Question], place: Path, put: Put) -> None:
-    """Refuses rows that training saw, by their content."""
+def _refuse_seen(
+    rows: Sequence[Question], place: Path, put: Put, student: Path | None = None
+) -> None:
+    """Refuses rows that training saw, a student's too, by their content."""
     known: set[str] = set()
     if put.trained_on is not None:
         trained = read_rows(put.trained_on, put.reading(place), labelled=False)
         known = {row.fingerprint for row in trained}
-    if not is_plain(place):
-        known |= seen_fingerprints(details_of(place), len(rows[0].fingerprint))
+    for folder in (place, *([student] if student else [])):
+        if not is_plain(folder):
+            known |= seen_fingerprints(details_of(folder), len(rows[0].fingerprint))
     both = [row.id for row in rows if row.fingerprint in known]
     if both:
         raise Refusal(

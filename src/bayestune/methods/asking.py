@@ -1,0 +1,119 @@
+"""What a student learns: the probabilities that a posterior gives to rows."""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from bayestune.forward import Draws
+from bayestune.posteriors import Mixture, Posterior, Tempered
+from bayestune.scoring import Encoded, Scorer
+from bayestune.training import Training
+
+_BATCH = 8  # rows that share a fresh draw
+_PART = 32  # batches that are kept together, so that an interrupted run goes on behind them
+
+
+@dataclass(frozen=True)
+class Asking:
+    """A posterior, asked about rows at several visits.
+
+    Args:
+        teacher: the posterior.
+        scorer: of the rows.
+        rows: N encoded rows.
+        draws: S of an average; None takes a fresh draw for a few rows of a visit, which are others
+            at each visit.
+        visits: V, how often each row is asked about.
+        training: its seed, precision and progress bar.
+    """
+
+    teacher: Posterior
+    scorer: Scorer
+    rows: Sequence[Encoded]
+    draws: int | None
+    visits: int
+    training: Training
+
+    def targets(self, folder: Path) -> Tensor:
+        """Probabilities (V, N, C), 0 for options that a row does not have.
+
+        Parts are kept in the folder as they come, and taken from there where they stand already.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        found: list[Tensor] = []
+        seeds = count(100_000 * self.training.seed + 1)  # far from those of predictions
+        hidden = not self.training.progress
+        total = self.visits * len(self.rows)
+        with tqdm(total=total, desc="teacher", unit="row", disable=hidden) as bar:
+            for visit, batches in enumerate(self._visits()):
+                numbered = [(numbers, next(seeds)) for numbers in batches]
+                own: dict[int, Tensor] = {}
+                for start in range(0, len(numbered), _PART):
+                    part = numbered[start : start + _PART]
+                    probabilities = self._kept(_file(folder, visit, start), part)
+                    places = [number for numbers, _ in part for number in numbers]
+                    own.update(zip(places, probabilities, strict=True))
+                    bar.update(len(places))
+                in_order = [own[number] for number in range(len(self.rows))]
+                found.append(pad_sequence(in_order, batch_first=True))
+        width = max(visit.shape[1] for visit in found)
+        return torch.stack([pad(visit, (0, width - visit.shape[1])) for visit in found])
+
+    def forget(self, folder: Path) -> None:
+        """Removes the parts that are kept."""
+        for path in folder.glob("asked-*.safetensors"):
+            path.unlink()
+
+    def _visits(self) -> Iterator[list[list[int]]]:
+        """The numbers of each batch's rows, of similar length; shuffled for fresh draws."""
+        generator = torch.Generator().manual_seed(self.training.seed)
+        for _ in range(self.visits):
+            order = list(range(len(self.rows)))
+            if self.draws is None:
+                order = torch.randperm(len(order), generator=generator).tolist()
+            order.sort(key=lambda number: self.rows[number]["length"])
+            yield [order[start : start + _BATCH] for start in range(0, len(order), _BATCH)]
+
+    def _kept(self, file: Path, batches: Sequence[tuple[list[int], int]]) -> Tensor:
+        if not file.is_file():
+            scratch = file.with_suffix(".partial")
+            save_file({"targets": self._asked(batches)}, scratch)
+            scratch.replace(file)
+        return load_file(file)["targets"]
+
+    def _asked(self, batches: Sequence[tuple[list[int], int]]) -> Tensor:
+        rows: list[Tensor] = []
+        for numbers, seed in batches:
+            batch = self.scorer.collate([self.rows[number] for number in numbers])
+            batch.pop("labels", None)
+            logits = self.teacher.logits(batch, self._draws(seed)).float().cpu()
+            rows.extend(logits.double().softmax(-1).mean(0).float())
+        return pad_sequence(rows, batch_first=True)
+
+    def _draws(self, seed: int) -> Draws:
+        bf16 = self.training.bf16
+        if self.draws is not None:
+            return Draws(self.draws, bf16=bf16)
+        # draw i of a mixture is one of member i mod K
+        member = random.Random(seed).randrange(num_members(self.teacher))
+        return Draws(1, seed, first=member, bf16=bf16)
+
+
+def num_members(posterior: Posterior) -> int:
+    """K of a mixture, whatever its temperature; 1 of others."""
+    if isinstance(posterior, Tempered):
+        return num_members(posterior.base)
+    return len(posterior.members) if isinstance(posterior, Mixture) else 1
+
+
+def _file(folder: Path, visit: int, start: int) -> Path:
+    return folder / f"asked-{visit}-{start}.safetensors"
