@@ -6,7 +6,8 @@ It is opened by names, or from a posterior's folder with prompt, scoring and pre
 from bayestune.session.artefact import Artefact, Put, load_way, rows_of
 from bayestune.session.as_fitted import of_its_classes, options_of, put_as_fitted, say_seen
 from bayestune.session.fit import Fit, details_of, shown
-from bayestune.session.gated import Gated, decide, extra_scores, read_calibration
+from bayestune.session.gated import Gated, decide, read_calibration
+from bayestune.session.looks import DISTANCE, PROMPT_LENGTH, Look, Looking, kept_reference
 from bayestune.session.opened_model import Dtype, num_classes, open_model
 from bayestune.session.prediction_ways import Way, joined
 from bayestune.session.session import Session
@@ -14,12 +15,16 @@ from bayestune.session.task_options import OF_THE_FIT, TaskOptions
 from bayestune.session.with_labels import Compared, calibrate
 
 __all__ = [
+    "DISTANCE",
     "OF_THE_FIT",
+    "PROMPT_LENGTH",
     "Artefact",
     "Compared",
     "Dtype",
     "Fit",
     "Gated",
+    "Look",
+    "Looking",
     "Put",
     "Session",
     "TaskOptions",
@@ -27,8 +32,8 @@ __all__ = [
     "calibrate",
     "decide",
     "details_of",
-    "extra_scores",
     "joined",
+    "kept_reference",
     "load_way",
     "num_classes",
     "of_its_classes",

@@ -6,8 +6,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Self
 
-from torch import Tensor
-
 from bayestune.adapters import detach
 from bayestune.data import (
     AnswerIs,
@@ -18,6 +16,7 @@ from bayestune.data import (
     own_task,
     prompt_of,
 )
+from bayestune.decisions import Distance
 from bayestune.errors import Refusal
 from bayestune.posteriors import (
     artefact_folder,
@@ -27,10 +26,11 @@ from bayestune.posteriors import (
 )
 from bayestune.session.as_fitted import options_of
 from bayestune.session.fit import Fit, details_of
+from bayestune.session.looks import Looking
 from bayestune.session.opened_model import Dtype, num_classes, open_model
 from bayestune.session.plain_adapter import is_plain, told_details
-from bayestune.session.prediction_ways import Way, joined
-from bayestune.session.session import WINDOW, Session
+from bayestune.session.prediction_ways import Way
+from bayestune.session.session import Session
 from bayestune.session.task_options import TaskOptions
 
 Rows = Path | str | Sequence[Question]
@@ -48,7 +48,8 @@ class Put:
         options: of every row that has none of its own.
         answer_is: what answers are, "index", "letter" or "text"; left out, as all rows agree.
         unsure: the option that means "I do not know", where there is one: it is never acted on.
-        trained_on: rows that training saw, where the folder does not say it.
+        trained_on: the rows that training saw: distances from them become a score, and held-out
+            rows among them are refused where the folder does not say which they are.
     """
 
     task: str | None = None
@@ -129,14 +130,9 @@ class Artefact:
         """The rows that it was opened for, as they are put."""
         return self.session.task.evaluation
 
-    def logits(self, way: Way) -> Tensor:
-        """Logits (S, N, C) of its rows, some at a time, as predictions take them."""
-        parts = []
-        scorer = self.session.quietly().scorer
-        for start in range(0, len(self.rows), WINDOW):
-            window = self.rows[start : start + WINDOW]
-            parts.append(way.logits(self.fit.posterior, scorer, window))
-        return joined(parts)
+    def looking(self, way: Way, reference: Distance | None = None) -> Looking:
+        """What looks at its rows, and at others that are put alike."""
+        return Looking(self.fit, way, self.session.quietly().scorer, reference)
 
     def student(self, folder: Path) -> Self:
         """The same with a student in its place; what was loaded is taken off the model."""
