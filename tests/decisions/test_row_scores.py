@@ -150,8 +150,10 @@ def drawn_activations(rows, ranks=(3, 2), seed=0):
     g = torch.Generator().manual_seed(seed)
     found = {}
     for place, rank in enumerate(ranks):
-        mix = torch.randn(rank, rank, generator=g, dtype=torch.float64)
-        found[f"slot{place}"] = torch.randn(rows, rank, generator=g, dtype=torch.float64) @ mix
+        mix = torch.eye(rank) + 0.3 * torch.randn(rank, rank, generator=g)
+        found[f"slot{place}"] = (
+            torch.randn(rows, rank, generator=g, dtype=torch.float64) @ mix.double()
+        )
     return found
 
 
