@@ -60,6 +60,8 @@ def calibrate(o: Namespace) -> None:
     print(render([variant_table(found)]))
     print()
     print(promises(found))
+    if o.trained_on is None:
+        print("Without --trained_on FILE, the training rows, there is no distance from them.")
     print(f"calibration in {place / FILE_NAME}")
 
 
