@@ -1,6 +1,6 @@
 """The mean's one pass over rows: their logits, and what the adapter's A gives where they answer."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -66,9 +66,11 @@ def mean_pass(
             f"got {len(slots.layers)} adapted layers, none of which sees the rows' sequences; "
             "expected one; leave the distance out"
         )
-    order = range(len(rows))
-    activations = {name: torch.stack([part[i] for i in order]) for name, part in whole.items()}
-    return in_order(logits), activations
+    return in_order(logits), {name: _stacked(part) for name, part in whole.items()}
+
+
+def _stacked(found: Mapping[int, Tensor]) -> Tensor:
+    return torch.stack([found[number] for number in range(len(found))])
 
 
 @contextmanager
@@ -99,14 +101,13 @@ def _keep(
 
 def _at(output: Tensor, places: Places, count: int) -> Tensor | None:
     """h (N, r) where the rows answer; None of a layer that sees something else than sequences."""
-    sequence, position, length = (
-        place.to(output.device) if isinstance(place, Tensor) else place for place in places
-    )
+    sequence, position, length = places
     if len(output) != count or output.ndim not in (2, 3):
         return None
     if output.ndim == 2:  # of one vector a sequence, such as a pooled one
-        return output[sequence].float().cpu()
+        return output[sequence.to(output.device)].float().cpu()
     missing = max(0, length - output.shape[1])  # read before, or not needed
     if int(position.min()) < missing:
         return None
-    return output[sequence, position - missing].float().cpu()
+    own = output[sequence.to(output.device), (position - missing).to(output.device)]
+    return own.float().cpu()

@@ -51,16 +51,24 @@ class Looking:
     def over(self, rows: Sequence[Question]) -> Look:
         """Any number of rows, a window at a time, as predictions take them."""
         looks = [self.at(part) for part in windows(rows)]
-        names = looks[0].extra
-        extra = {name: torch.cat([look.extra[name] for look in looks]) for name in names}
+        extra = _joined([look.extra for look in looks])
         return Look(joined([look.logits for look in looks]), extra)
 
     def activations(self, rows: Sequence[Question]) -> dict[str, Tensor]:
         """A x (N, r) by slot name, of the mean."""
         mean = Way(0, self.way.draw_seed, self.way.bf16)
         found = [mean.watched(self.fit.posterior, self.scorer, part)[1] for part in windows(rows)]
-        names = [name for name in found[0] if all(name in part for part in found)]
-        return {name: torch.cat([part[name] for part in found]) for name in names}
+        return _joined(found)
+
+
+def _joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Columns of some rows each as those of all, by the names that every part has."""
+    found = {}
+    for name in parts[0]:
+        own = [part[name] for part in parts if name in part]
+        if len(own) == len(parts):
+            found[name] = torch.cat(own)
+    return found
 
 
 def windows(rows: Sequence[Question]) -> list[Sequence[Question]]:
