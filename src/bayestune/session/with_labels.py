@@ -236,7 +236,11 @@ def _near(artefact: Artefact, way: Way, trained: Sequence[Question]) -> _Near:
     step = -(-len(trained) // _MOST_TRAINED)
     task = own_task("trained on", (), trained[::step])
     reference = artefact.session.quietly().on(task).task.evaluation
-    distance = Distance.fit(looking.activations(reference))
+    try:
+        distance = Distance.fit(looking.activations(reference))
+    except Refusal as problem:
+        _log.warning("no distance: %s", problem)
+        return _Near()
     return _Near(distance, distance.of(looking.activations(artefact.rows)))
 
 
