@@ -69,9 +69,14 @@ class Folder:
         return self.details["method"]
 
     @property
-    def origin(self) -> tuple[str, int]:
-        """Task and seed."""
-        return self.details["task"]["name"], self.details["training"]["seed"]
+    def origin(self) -> dict[str, Any]:
+        """What a posterior and its control share."""
+        return {
+            "model": shown(self.details["base_model"]),
+            "task": self.details["task"]["name"],
+            "seed": self.details["training"]["seed"],
+            "train_rows": self.details["train_rows"],
+        }
 
     def session(self, options: argparse.Namespace) -> Session:
         """The rows of its task, with the training rows that it was fitted on."""
@@ -88,19 +93,18 @@ class Folder:
 def collect(options: argparse.Namespace) -> None:
     """Keeps what is missing of every folder, a file each."""
     folders = [Folder.of(path) for path in options.fits]
-    mles = {folder.origin: folder for folder in folders if folder.method == "mle"}
+    mles = [folder for folder in folders if folder.method == "mle"]
     options.output.mkdir(parents=True, exist_ok=True)
     for folder in folders:
         if folder.method not in options.methods:
             continue
-        task, seed = folder.origin
-        path = options.output / f"{task}-{folder.method}-{seed}.safetensors"
+        path = options.output / f"{folder.path.name}.safetensors"
         if not path.is_file():
             keep(path, folder, folder.method, options)
-        control = options.output / f"{task}-noise-{seed}.safetensors"
-        mle = mles.get(folder.origin)
-        if folder.method == "blob" and mle is not None and not control.is_file():
-            keep(control, mle, NOISE, options, norms_of(folder.path))
+        control = options.output / f"{folder.path.name}--noise.safetensors"
+        same = [mle for mle in mles if mle.origin == folder.origin]
+        if folder.method == "blob" and same and not control.is_file():
+            keep(control, same[0], NOISE, options, norms_of(folder.path))
 
 
 def norms_of(blob: Path) -> dict[str, float]:
@@ -135,11 +139,9 @@ def keep(
     mean = looking.over(rows)
     drawn = Looking(fit, way, scorer).over(rows)
     facts = {
+        **folder.origin,
         "fit": folder.path.name,
-        "task": folder.origin[0],
-        "seed": folder.origin[1],
         "method": method,
-        "model": shown(session.loaded.name),
         "cpu_seconds": round(time.process_time() - begin, 1),
         "ids": [row.id for row in rows],
         "versions": versions(),
@@ -201,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         collect(options)
         return
     records = []
-    for path in sorted(options.output.glob("*.safetensors")):
+    for path in sorted(options.output.glob("*.safetensors"), key=lambda path: path.stem):
         records += records_of(read(path), options.risks)
     write_json_lines(options.output / "records.jsonl", records)
     text = table(records)

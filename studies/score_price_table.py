@@ -30,6 +30,7 @@ RIDGE = 1.0  # on standardised scores, in rows: as strong as one row
 RESAMPLES = 1000
 LEVEL = 0.95
 PROMISED = 0.9  # the confidence of a promise
+SHARED = ("model", "task", "seed", "train_rows")  # of a posterior and its control
 ADDED = (*OVER_DRAWS, "distance", "prompt_length")
 Record = dict[str, Any]
 
@@ -62,7 +63,7 @@ class Collected:
 
 def records_of(found: Collected, risks: Sequence[float]) -> list[Record]:
     """A record of what scores add, and one for each risk of what thresholds let through."""
-    keys = ("fit", "task", "seed", "method", "model", "cpu_seconds", "versions")
+    keys = (*SHARED, "fit", "method", "cpu_seconds", "versions")
     front = {"study": "score_price"} | {key: found.facts[key] for key in keys}
     front["rows"] = len(found.labels)
     records = [front | {"kind": "added", **added(found)}]
@@ -216,6 +217,10 @@ def table(records: Sequence[Record]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _shared(record: Record) -> tuple[Any, ...]:
+    return tuple(record[key] for key in SHARED)
+
+
 def _name(record: Record) -> str:
     return f"{record['task']}, {record['method']}, seed {record['seed']}"
 
@@ -254,10 +259,10 @@ def _control_lines(records: Sequence[Record]) -> list[str]:
     for method, own in by_method.items():
         values = [[100 * record["gains"][name]["auroc"] for name in ADDED] for record in own]
         lines.append(_mean_line(method, values))
-    controls = {(r["task"], r["seed"]): r for r in by_method.get("noise on MLE", [])}
+    controls = {_shared(record): record for record in by_method.get("noise on MLE", [])}
     values = []
     for record in by_method.get("blob", []):
-        other = controls.get((record["task"], record["seed"]))
+        other = controls.get(_shared(record))
         if other is not None:
             own = [record["gains"][name]["auroc"] for name in ADDED]
             its = [other["gains"][name]["auroc"] for name in ADDED]

@@ -34,8 +34,8 @@ def test_collected_once_and_told(fits, tmp_path, capsys):
     output = tmp_path / "scores"
     asked = ["collect", *folders, "--data_root", str(data), "--output", str(output)]
     study.main(asked)
-    paths = sorted(output.iterdir())
-    assert [path.name.split("-")[1] for path in paths] == ["blob", "noise"]
+    paths = sorted(output.iterdir(), key=lambda path: path.stem)
+    assert [path.stem for path in paths] == ["blob", "blob--noise"]
     times = [path.stat().st_mtime_ns for path in paths]
     study.main(asked)
     assert [path.stat().st_mtime_ns for path in paths] == times
