@@ -362,10 +362,8 @@ def test_what_has_no_distance_says_so(place, capsys, caplog):
 
 
 def test_a_single_training_row_gives_no_distance_and_the_rest(place, caplog):
-    rows = read_rows(place / "train.jsonl")
-    write_rows(place / "train.jsonl", rows[:2])
     run(*fitting(place, method="mle", learning_rate=0.1))
-    one = write_rows(place / "one.jsonl", rows[:1])
+    one = write_rows(place / "one.jsonl", read_rows(place / "train.jsonl")[:1])
     run(*calibrating(place, f"--trained_on={one}"))
     assert "no distance: got activations of one row" in caplog.text
     assert "distance" not in predicting(place)[0]
