@@ -270,3 +270,100 @@ def test_the_commands_of_the_readme_run(place, monkeypatch, capsys):
         ran.append(arguments[0])
     assert ran == ["fit", "calibrate", "predict", "evaluate", "rank", "drift"]
     assert '"decision": "abstain"' in capsys.readouterr().out
+
+
+def decide_by(folder, score):
+    """Has a calibration decide by another of its scores: which one wins is the rows' affair."""
+    path = folder / FILE_NAME
+    facts = json.loads(path.read_text())
+    path.write_text(json.dumps({**facts, "score": score}))
+
+
+@pytest.mark.parametrize("draws", ["0", "2"])
+def test_the_distance_is_a_score_like_the_others(place, capsys, draws):
+    learn(place)
+    trained = f"--trained_on={place / 'train.jsonl'}"
+    capsys.readouterr()
+    run(*calibrating(place, f"--draws=[{draws}]", "--factors=[]", trained))
+    said = capsys.readouterr().out
+    assert "by distance: " in said or "decides by distance" in said
+    assert "For nothing: always act, risk " in said
+    calibration = Calibration.read(place / "out", posterior_digest(place / "out"))
+    assert calibration is not None
+    assert {"distance", "prompt_length"} <= set(calibration.thresholds)
+    assert calibration.baselines["chance"] == pytest.approx(0.4, abs=0.1)
+    decide_by(place / "out", "distance")
+    lines = predicting(place)
+    assert {line["score"]["name"] for line in lines} == {"distance"}
+    assert all(line["score"]["value"] == line["distance"] > 0 for line in lines)
+    held_out = predicting(place, rows="held_out.jsonl")
+    kept = calibration.held_out["distance"]
+    assert [line["distance"] for line in held_out] == pytest.approx(kept, rel=1e-4)
+    told = bayestune.decide(place / "out", place / "new.jsonl")
+    assert [row["distance"] for row in told] == pytest.approx(
+        [line["distance"] for line in lines], rel=1e-4
+    )
+    assert [row["decision"] for row in told] == [line["decision"] for line in lines]
+    run("evaluate", f"--posterior={place / 'out'}", f"--evaluation_data={place / 'new.jsonl'}")
+    record = read_records(place / "out")[-1]
+    rows = read_rows(place / "out" / record["predictions"])
+    assert [row["decision"] for row in rows] == [line["decision"] for line in lines]
+
+    figures = place / "drift.jsonl"
+    drifting = [f"--rows={place / 'new.jsonl'}", f"--output={figures}", "--level=0.001"]
+    main(["drift", str(place / "out"), *drifting, "--scores=[distance]"])
+    assert set(read_rows(figures)[0]["distances"]) == {"distance"}
+    capsys.readouterr()
+    run("rank", place / "out", f"--rows={place / 'new.jsonl'}", "--draws=2", "--number=3")
+    ranked = [json.loads(text) for text in capsys.readouterr().out.splitlines()]
+    by_id = {line["id"]: line["distance"] for line in lines}
+    for line in ranked:
+        assert line["distance"] == pytest.approx(by_id[line["id"]], rel=1e-4)
+
+
+def test_a_plain_adapter_and_a_student_have_distances_of_their_own(place):
+    run(*fitting(place, method="mle", learning_rate=0.1))
+    shutil.copytree(place / "out", place / "plain")
+    for path in (place / "plain").iterdir():
+        if not path.name.startswith("adapter"):
+            path.unlink() if path.is_file() else shutil.rmtree(path)
+    trained = f"--trained_on={place / 'train.jsonl'}"
+    run(*calibrating(place, trained))
+    model = f"--model={place / 'model'}"
+    run(*calibrating(place, trained, model, folder="plain"))
+    own = [line["distance"] for line in predicting(place)]
+    plain = [line["distance"] for line in predicting(place, folder="plain")]
+    assert own == pytest.approx(plain, rel=1e-4)
+
+    run(*fitting(place, output="blob", **NOISY))
+    student = f"--student={place / 'out'}"
+    ways = ["--draws=[2]", "--factors=[]", student]
+    run(*calibrating(place, *ways, trained, folder="blob"))
+    path = place / "blob" / FILE_NAME
+    facts = json.loads(path.read_text())
+    if facts["variant"] == "student":
+        of_student = [line["distance"] for line in predicting(place, folder="blob")]
+        assert of_student == pytest.approx(own, rel=1e-4)
+    else:
+        assert predicting(place, folder="blob")[0]["distance"] != pytest.approx(own[0], rel=1e-2)
+
+
+def test_what_has_no_distance_says_so(place, capsys, caplog):
+    run(*fitting(place, method="ensemble"))
+    trained = f"--trained_on={place / 'train.jsonl'}"
+    run(*calibrating(place, trained))
+    assert "no distance: the posterior has no mean adapter" in caplog.text
+    assert "distance" not in predicting(place)[0]
+    wrong = calibrating(place, f"--trained_on={place / 'new.jsonl'}")
+    assert "was fitted on none; expected the rows of its training" in failed(wrong, capsys)
+    capsys.readouterr()
+    run(*calibrating(place))
+    assert "--trained_on FILE" in capsys.readouterr().out
+
+
+def test_a_single_training_row_gives_no_distance_and_the_rest(place, caplog):
+    run(*fitting(place, method="mle", learning_rate=0.1))
+    one = write_rows(place / "one.jsonl", read_rows(place / "train.jsonl")[:1])
+    run(*calibrating(place, f"--trained_on={one}"))
+    assert "no distance: got activations of one row" in caplog.text
+    assert "distance" not in predicting(place)[0]

@@ -18,6 +18,7 @@ from bayestune.decisions import (
     decide,
     kept,
     losses_of,
+    parts,
     score_rows,
 )
 
@@ -211,6 +212,31 @@ def test_a_score_of_ones_own_can_be_chosen():
     assert decide(found, logits, extra={"oracle": oracle}).decisions.count("act") > 200
     with pytest.raises(ValueError, match="got no score 'oracle'; expected the one"):
         decide(found, logits)
+
+
+def test_a_variants_own_scores_are_on_offer_for_it_alone():
+    logits, held_out = some_rows()
+    variants = {}
+    for name, own in (("mean", logits.mean(0, keepdim=True)), ("draws", logits)):
+        wrong = own.softmax(-1).mean(0).argmax(-1) != held_out.labels
+        variants[name] = Variant(own, 1.0, extra={f"oracle of {name}": wrong.double()})
+    found = calibrate(variants, held_out)
+    assert found.score == f"oracle of {found.variant}"
+    assert sum(name.startswith("oracle") for name in found.thresholds) == 1
+    short = {"mean": replace(variants["mean"], extra={"oracle": torch.zeros(3)})}
+    with pytest.raises(ValueError, match=r"got columns of \[400, 3\] rows for 400 labels"):
+        calibrate(short, held_out)
+
+
+def test_what_costs_nothing_stands_beside_the_promises():
+    logits, held_out = some_rows()
+    found = calibrate({"draw": Variant(logits[:1], 1.0)}, held_out)
+    _, second = parts(held_out, Asked())
+    labels = held_out.labels[second]
+    wrong = (logits[0, second].argmax(-1) != labels).double().mean().item()
+    commonest = labels.bincount().max().item() / len(labels)
+    expected = {"chance": 0.25, "majority": commonest, "always_act": wrong}
+    assert found.baselines == pytest.approx(expected)
 
 
 def test_random_ties_need_contents():

@@ -1,5 +1,6 @@
 """Scores and distances: closed forms by hand and by scipy, laws, refusals."""
 
+import json
 import math
 
 import pytest
@@ -14,6 +15,7 @@ from bayestune.decisions import (
     predictive_nll,
     score_rows,
     shrunk_covariance,
+    spread_out,
 )
 from bayestune.decisions.tempering import LOG_GRID, nll_by_temperature
 
@@ -144,29 +146,76 @@ def test_the_shrunk_covariance_is_ledoit_and_wolf():
     torch.testing.assert_close(shrunk_covariance(x), (1 - share) * plain + share * target)
 
 
-def test_distances_are_chi_squared_on_their_own_rows_and_add_over_layers():
-    g = torch.Generator().manual_seed(0)
-    mix = torch.randn(3, 3, generator=g, dtype=torch.float64)
-    h = torch.randn(4000, 2, 3, generator=g, dtype=torch.float64) @ mix
+def drawn_activations(rows, ranks=(3, 2), seed=0):
+    g = torch.Generator().manual_seed(seed)
+    found = {}
+    for place, rank in enumerate(ranks):
+        mix = torch.eye(rank) + 0.3 * torch.randn(rank, rank, generator=g)
+        found[f"slot{place}"] = (
+            torch.randn(rows, rank, generator=g, dtype=torch.float64) @ mix.double()
+        )
+    return found
+
+
+def test_distances_are_chi_squared_on_their_own_rows_and_add_over_slots():
+    h = drawn_activations(4000)
     both = Distance.fit(h).of(h)
-    assert both.mean().item() == pytest.approx(6, rel=0.02)
-    parts = [Distance.fit(h[:, [layer]]).of(h[:, [layer]]) for layer in (0, 1)]
+    assert both.mean().item() == pytest.approx(5, rel=0.02)
+    assert both.var().item() == pytest.approx(10, rel=0.1)
+    parts = [Distance.fit({name: own}).of({name: own}) for name, own in h.items()]
     torch.testing.assert_close(both, parts[0] + parts[1])
-    assert (Distance.fit(h).of(h + 10) > both).all()
+    far = {name: own + 10 for name, own in h.items()}
+    assert (Distance.fit(h).of(far) > both).all()
+
+
+def test_a_distance_is_mahalanobis_and_that_between_whitened_points():
+    h = drawn_activations(30, ranks=(4,))
+    fitted = Distance.fit(h)
+    values = h["slot0"]
+    centred = values - values.mean(0)
+    precision = torch.linalg.inv(shrunk_covariance(centred))
+    torch.testing.assert_close(
+        fitted.of(h), (centred @ precision * centred).sum(-1), rtol=1e-4, atol=1e-5
+    )
+    points = spread_out(h)
+    assert points is not None
+    difference = values[0] - values[1]
+    between = (points[0] - points[1]).square().sum().item()
+    assert between == pytest.approx((difference @ precision @ difference).item(), rel=1e-4)
+
+
+def test_a_slot_that_sees_the_same_in_every_row_says_nothing():
+    h = drawn_activations(50)
+    same = 3 + 1e-5 * torch.randn(50, 4, generator=torch.Generator().manual_seed(1))
+    fitted = Distance.fit({**h, "first": same})
+    assert list(fitted.means) == ["slot0", "slot1"]
+    torch.testing.assert_close(fitted.of({**h, "first": -same}), Distance.fit(h).of(h))
+    assert spread_out({"first": same}) is None
+
+
+def test_a_distance_is_kept_as_text_bit_for_bit():
+    h = drawn_activations(50)
+    fitted = Distance.fit(h)
+    again = Distance.from_json(json.loads(json.dumps(fitted.to_json())))
+    assert torch.equal(again.of(h), fitted.of(h))
 
 
 def test_fewer_rows_than_features_still_have_a_distance():
-    h = torch.randn(5, 1, 20, generator=torch.Generator().manual_seed(0))
+    h = {"slot": torch.randn(5, 20, generator=torch.Generator().manual_seed(0))}
     assert Distance.fit(h).of(h).isfinite().all()
 
 
 def test_distance_refusals():
-    h = torch.randn(5, 2, 3)
-    with pytest.raises(ValueError, match=r"got features of shape \(5, 3\); expected finite"):
-        Distance.fit(h[:, 0])
-    with pytest.raises(ValueError, match="got features of one row; expected two or more"):
-        Distance.fit(h[:1])
-    with pytest.raises(ValueError, match="got a layer whose features are all the same"):
-        Distance.fit(torch.ones(5, 2, 3))
-    with pytest.raises(ValueError, match=r"got features of shape \(5, 1, 3\); expected \(N, 2, 3"):
-        Distance.fit(h).of(h[:, :1])
+    h = drawn_activations(5)
+    with pytest.raises(ValueError, match=r"got activations of slot of shape \(5, 3, 1\); expected"):
+        Distance.fit({"slot": h["slot0"][..., None]})
+    with pytest.raises(ValueError, match=r"got activations of \[4, 5\] rows; expected as many"):
+        Distance.fit({**h, "other": h["slot0"][1:]})
+    with pytest.raises(ValueError, match="got activations of one row; expected two or more"):
+        Distance.fit({"slot": h["slot0"][:1]})
+    with pytest.raises(ValueError, match="got 1 slots whose activations are all the same"):
+        Distance.fit({"slot": torch.ones(5, 3)})
+    with pytest.raises(ValueError, match=r"got no activations of slot1; expected \(N, 2\)"):
+        Distance.fit(h).of({"slot0": h["slot0"]})
+    with pytest.raises(ValueError, match=r"of shape \(5, 2\) of slot0; expected \(N, 3\)"):
+        Distance.fit(h).of({"slot0": h["slot1"], "slot1": h["slot1"]})

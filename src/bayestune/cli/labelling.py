@@ -17,29 +17,34 @@ from bayestune.decisions import (
     FILE_NAME,
     Asked,
     Calibration,
+    Distance,
     Drift,
     Promise,
     drift_test,
     false_alarm_rate,
     rank_rows,
     score_rows,
+    spread_out,
 )
 from bayestune.errors import INNER_PART, Refusal
 from bayestune.jsonl import write_json_lines
 from bayestune.posteriors import artefact_folder
 from bayestune.report import promises, render, variant_table
 from bayestune.session import (
+    DISTANCE,
+    PROMPT_LENGTH,
     Artefact,
     Compared,
     Put,
     Way,
-    extra_scores,
+    kept_reference,
     read_calibration,
     rows_of,
 )
 
 _LEAST_ALARMS = 100  # repetitions of the simulated false alarms
 _SHOWN = 10
+_BESIDE = (PROMPT_LENGTH, DISTANCE)
 EXIT_DRIFT = 1
 
 
@@ -55,23 +60,28 @@ def calibrate(o: Namespace) -> None:
     print(render([variant_table(found)]))
     print()
     print(promises(found))
+    if o.trained_on is None:
+        print("Without --trained_on FILE, the training rows, there is no distance from them.")
     print(f"calibration in {place / FILE_NAME}")
 
 
 def rank(o: Namespace) -> None:
     """Ranks unlabelled rows: which to label next."""
     output = _new_file(o)
-    put = None if read_calibration(o.posterior) else built(Put, o)
+    calibration = read_calibration(o.posterior)
+    put = None if calibration else built(Put, o)
     with readable(o.rows) as file:
         rows = rows_of(file, o.posterior, put, labelled=False, columns=o.columns)
     artefact = Artefact.open(o.posterior, rows, put, o.model)
     rows = artefact.rows
     bf16 = artefact.fit.bf16 if o.bf16 is None else o.bf16
-    logits = artefact.logits(Way(o.draws, o.draw_seed, bf16))
-    by = o.by or ("bald" if len(logits) > 1 else "entropy")
+    way = Way(o.draws, o.draw_seed, bf16)
+    look = artefact.looking(way, _own_reference(calibration)).over(rows)
+    by = o.by or ("bald" if len(look.logits) > 1 else "entropy")
     number = len(rows) if o.number is None else o.number
-    order = rank_rows(logits, number, by, seed=o.draw_seed).tolist()
-    scores = score_rows(logits)
+    near = _places(artefact, way) if by == "bald" else None
+    order = rank_rows(look.logits, number, by, near, o.draw_seed).tolist()
+    scores = score_rows(look.logits) | dict(look.extra)
     lines = []
     for place, index in enumerate(order, 1):
         row = rows[index]
@@ -79,6 +89,20 @@ def rank(o: Namespace) -> None:
         line |= {"options": list(row.options), "context": row.context}
         lines.append(line | {name: values[index].item() for name, values in scores.items()})
     _write(lines, output)
+
+
+def _own_reference(calibration: Calibration | None) -> Distance | None:
+    """The training rows' activations in the artefact itself: a student's are another adapter's."""
+    if calibration is None or Way.of(calibration.settings).student is not None:
+        return None
+    return kept_reference(calibration)
+
+
+def _places(artefact: Artefact, way: Way) -> Tensor | None:
+    """Where the rows lie in the adapter's activations; None if all are alike or it has no mean."""
+    if not artefact.fit.posterior.has_mean or len(artefact.rows) < 2:
+        return None
+    return spread_out(artefact.looking(way).activations(artefact.rows))
 
 
 def drift(o: Namespace) -> int:
@@ -97,9 +121,8 @@ def drift(o: Namespace) -> int:
         rows = rows_of(file, o.posterior, labelled=False, columns=o.columns)
     way = Way.of(calibration.settings)
     artefact = Artefact.open(o.posterior, rows, None, o.model, way)
-    logits = artefact.logits(way)
-    new = score_rows(logits, temperature=calibration.temperature)
-    new |= extra_scores(artefact.session, artefact.rows)
+    look = artefact.looking(way, kept_reference(calibration)).over(artefact.rows)
+    new = score_rows(look.logits, temperature=calibration.temperature) | dict(look.extra)
     found = drift_test(held_out, {name: new[name] for name in held_out})
     size = min(len(rows), len(next(iter(held_out.values()))) // 2)
     alarms = false_alarm_rate(held_out, size, o.level, _LEAST_ALARMS)
@@ -118,7 +141,7 @@ def _compared(calibration: Calibration, names: Sequence[str]) -> dict[str, Tenso
     unknown = set(names) - set(kept)
     if unknown:
         raise Refusal(f"got the score {min(unknown)!r}; expected some of {[*kept]}; choose those")
-    few = (calibration.score, "total_entropy", "corrected_mutual_information", "prompt_length")
+    few = (calibration.score, "total_entropy", "corrected_mutual_information", *_BESIDE)
     chosen = [name for name in dict.fromkeys(names or few) if name in kept]
     return {name: torch.tensor(kept[name], dtype=torch.float64) for name in chosen}
 

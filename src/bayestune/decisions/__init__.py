@@ -21,7 +21,7 @@ from bayestune.decisions.comparing import HeldOut, Trial, Variant, compare, kept
 from bayestune.decisions.costs import losses_of
 from bayestune.decisions.deciding import Decision, decide
 from bayestune.decisions.drift import Drift, drift_test, false_alarm_rate
-from bayestune.decisions.features import Distance, shrunk_covariance
+from bayestune.decisions.features import Distance, shrunk_covariance, spread_out
 from bayestune.decisions.gating import (
     ClassFigures,
     Gate,
@@ -101,5 +101,6 @@ __all__ = [
     "score_rows",
     "shrunk_covariance",
     "smallest_risk",
+    "spread_out",
     "threshold",
 ]

@@ -5,7 +5,7 @@ promise: with eight useless scores it failed in 46 % of runs in place of 10.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cache
 from typing import Self, get_args
@@ -18,6 +18,7 @@ from bayestune.decisions.bounds import Promise, rows_needed
 from bayestune.decisions.calibration import Calibration
 from bayestune.decisions.comparing import HeldOut, Variant, check_variants, compare, kept
 from bayestune.decisions.costs import losses_of
+from bayestune.decisions.gating import free_baselines
 from bayestune.decisions.row_scores import ROW_SCORES, Spread, score_rows
 from bayestune.decisions.sets import SetKind, SetRule, fit_sets, row_uniforms
 from bayestune.decisions.tempering import best_temperature
@@ -39,7 +40,7 @@ class Asked:
 
     Args:
         promise: the risk among the rows acted on, and the confidence.
-        scores: names of `ROW_SCORES` on offer; extra scores of the rows are always on offer.
+        scores: names of `ROW_SCORES` on offer; extra scores, of rows and variants, always are.
         set_coverage: of the sets.
         set_kind: the sets that decisions carry; all kinds are fitted.
         bands: rising risks by name, {"act": 0.05, "flag": 0.2}: bands in place of act and abstain.
@@ -72,13 +73,14 @@ class Asked:
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """Rows of one part: their scores by name, losses, choices, probabilities and labels."""
+    """Rows of one part: their scores by name, losses, choices, probabilities, labels, indices."""
 
     scores: dict[str, Tensor]
     losses: Tensor
     spread: Spread
     labels: Tensor
     contents: Sequence[str]
+    rows: Tensor
 
     @classmethod
     def of(
@@ -95,7 +97,7 @@ class _Part:
         labels = held_out.labels[rows]
         losses = losses_of(spread.choice, labels, asked.costs)
         contents = [held_out.contents[int(index)] for index in rows.tolist()]
-        return cls(scores, losses, spread, labels, contents)
+        return cls(scores, losses, spread, labels, contents, rows)
 
 
 def calibrate(
@@ -135,7 +137,9 @@ def calibrate(
         for name, variant in variants.items()
     }
     trial, table = kept(compare(of_first, labels, asked.folds))
-    logits = variants[trial.variant].logits
+    chosen = variants[trial.variant]
+    logits = chosen.logits
+    held_out = replace(held_out, extra={**held_out.extra, **chosen.extra})
     temperature = best_temperature(logits[:, first], labels) if trial.tempered else 1.0
     choosing = _Part.of(logits, temperature, held_out, first, asked)
     promising = _Part.of(logits, temperature, held_out, second, asked)
@@ -160,7 +164,8 @@ def calibrate(
         table=table,
         versions=_versions(),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        settings=dict(variants[trial.variant].settings),
+        settings=dict(chosen.settings),
+        baselines=_baselines(promising, logits[0]),
     )
 
 
@@ -218,6 +223,13 @@ def _finer(
         classes = (part.spread.choice, asked.promise, num_classes)
         return {}, class_thresholds(scores, part.losses, *classes, bounded=bounded)
     return {}, {}
+
+
+def _baselines(part: _Part, logits: Tensor) -> dict[str, float]:
+    """What costs nothing, on the rows that promises are made on; `always_act` is a mean loss."""
+    options = (logits > -torch.inf).sum(-1)
+    free = free_baselines(part.labels, options[part.rows])
+    return free | {"always_act": part.losses.mean().item()}
 
 
 def _sets(part: _Part, coverage: float) -> dict[str, SetRule]:

@@ -38,6 +38,9 @@ class Calibration:
         date: of the calibration, ISO 8601.
         settings: see `variant`.
         held_out: scores of the held-out rows by name, which new rows are compared with (`drift`).
+        baselines: on the rows that thresholds were chosen on, what costs nothing: `chance` and
+            `majority`, accuracies of a guess and of the commonest answer, and `always_act`, the
+            mean loss of acting on all; always asking acts on none.
     """
 
     posterior: str
@@ -59,6 +62,7 @@ class Calibration:
     date: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
     held_out: Mapping[str, list[float]] = field(default_factory=dict)
+    baselines: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def threshold(self) -> Threshold:

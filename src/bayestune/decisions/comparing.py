@@ -4,7 +4,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,11 +31,13 @@ class Variant:
         logits: (S, N, C) of all held-out rows, -inf where a row has fewer options.
         milliseconds: of one decision.
         settings: what a prediction needs to do the same again, as JSON; kept and not looked at.
+        extra: scores of this variant by name, (N,) each, such as a distance in its adapter.
     """
 
     logits: Tensor
     milliseconds: float
     settings: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +48,7 @@ class HeldOut:
         labels: y (N,), indices into each row's options.
         contents: what makes two rows the same, a text each; it also decides which part a row is in.
         unsure: index of the option that means "I do not know", (N,); −1 in rows without one.
-        extra: further scores by name, (N,) each: the distance, the prompt's length.
+        extra: further scores by name, (N,) each, whatever the variant: the prompt's length.
         seen: contents of the rows that training saw.
     """
 
@@ -124,6 +126,7 @@ def check_variants(variants: Mapping[str, Variant], held_out: HeldOut) -> None:
         raise Refusal(f"got variants of (N, C) {sorted(sizes)}; expected one; use the same rows")
     for variant in variants.values():
         check_draws(variant.logits, held_out.labels)
+        replace(held_out, extra=variant.extra)  # refuses other numbers of rows
 
 
 def compare(variants: Mapping[str, Variant], labels: Tensor, folds: int = 5) -> list[Trial]:

@@ -1,12 +1,22 @@
 """How far a row lies from the training rows in the adapter's own activations."""
 
+import base64
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bayestune.errors import Refusal
+
+Activations = Mapping[str, Tensor]  # h = A x, (N, r) by slot name
+# A slot that varies less than this share of its size sees the same token in every row, such as the
+# first layer at the end of a prompt; what differs is rounding (bfloat16: up to 0.4 %), which a
+# precision would blow up. Second layers vary by 2 % and more.
+_LEAST_VARIATION = 0.003
 
 
 def shrunk_covariance(centred: Tensor) -> Tensor:
@@ -31,49 +41,109 @@ def shrunk_covariance(centred: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Distance:
-    """Mahalanobis distances from the training rows, summed over layers.
+    """Mahalanobis distances from the training rows, summed over slots.
 
     Args:
-        means: μ (L, k).
-        precisions: Σ⁻¹ (L, k, k).
+        means: μ (r,) by slot name.
+        roots: W (r, r) with W Wᵀ = Σ⁻¹, by slot name.
     """
 
-    means: Tensor
-    precisions: Tensor
+    means: Mapping[str, Tensor]
+    roots: Mapping[str, Tensor]
 
     @classmethod
-    def fit(cls, features: Tensor) -> Self:
-        """Means and shrunk covariances of features (N, L, k) of training rows.
+    def fit(cls, activations: Activations) -> Self:
+        """Means and shrunk covariances of training rows, of the slots that vary over them.
+
+        Both are rounded to float32, as they are kept.
+
+        Args:
+            activations: h (N, r) by slot name; ranks may differ.
 
         Raises:
-            Refusal: if there are fewer than two rows, other shapes, or a layer does not vary.
+            Refusal: if there are fewer than two rows, other shapes, or no slot varies.
         """
-        values = _checked(features)
-        if len(values) < 2:
-            raise Refusal("got features of one row; expected two or more; give the training rows")
-        means = values.mean(0)
-        centred = (values - means).unbind(1)
-        if any(layer.abs().max() == 0 for layer in centred):
-            raise Refusal("got a layer whose features are all the same; expected some variation")
-        covariances = torch.stack([shrunk_covariance(layer) for layer in centred])
-        return cls(means, torch.linalg.inv(covariances))
+        means = {}
+        roots = {}
+        for name, values in _checked(activations).items():
+            if len(values) < 2:
+                got = "activations of one row"
+                raise Refusal(f"got {got}; expected two or more; give the training rows")
+            mean = values.mean(0)
+            centred = values - mean
+            if centred.square().mean() <= _LEAST_VARIATION**2 * values.square().mean():
+                continue
+            precision = torch.linalg.inv(shrunk_covariance(centred))
+            means[name] = mean.float().double()
+            roots[name] = torch.linalg.cholesky(precision).float().double()
+        if not means:
+            got = f"{len(activations)} slots whose activations are all the same"
+            raise Refusal(f"got {got}; expected some variation; give rows that differ")
+        return cls(means, roots)
 
-    def of(self, features: Tensor) -> Tensor:
-        """d = Σ_l (h_l − μ_l)ᵀ Σ_l⁻¹ (h_l − μ_l), (N,), of features h (N, L, k).
+    def whitened(self, activations: Activations) -> Tensor:
+        """Wᵀ(h − μ) of all slots, (N, Σ r): points whose squared length is the distance.
+
+        Raises:
+            Refusal: if a slot is missing or has another rank.
+        """
+        values = _checked(activations)
+        parts = []
+        for name, mean in self.means.items():
+            own = values.get(name)
+            if own is None or own.shape[1] != len(mean):
+                got = "no activations" if own is None else f"activations of shape {(*own.shape,)}"
+                expected = f"(N, {len(mean)})"
+                raise Refusal(f"got {got} of {name}; expected {expected}; take the same adapter")
+            parts.append((own - mean) @ self.roots[name])
+        return torch.cat(parts, 1)
+
+    def of(self, activations: Activations) -> Tensor:
+        """d = Σ_l (h_l − μ_l)ᵀ Σ_l⁻¹ (h_l − μ_l), (N,), over slots l.
 
         Reference: Lee et al. (2018), https://arxiv.org/abs/1807.03888
         """
-        values = _checked(features)
-        if values.shape[1:] != self.means.shape:
-            got = f"features of shape {tuple(values.shape)}"
-            expected = f"(N, {', '.join(map(str, self.means.shape))})"
-            raise Refusal(f"got {got}; expected {expected}; take them from the same adapter")
-        centred = values - self.means
-        return torch.einsum("nlk,lkj,nlj->n", centred, self.precisions, centred)
+        return self.whitened(activations).square().sum(-1)
+
+    def to_json(self) -> dict[str, str]:
+        """μ, then W row by row, of each slot: float32, little-endian, as base64."""
+        texts = {}
+        for name, mean in self.means.items():
+            numbers = torch.cat([mean[None], self.roots[name]]).flatten()
+            data = numbers.numpy().astype("<f4").tobytes()
+            texts[name] = base64.b64encode(data).decode("ascii")
+        return texts
+
+    @classmethod
+    def from_json(cls, texts: Mapping[str, str]) -> Self:
+        """The distance that `to_json` wrote."""
+        means = {}
+        roots = {}
+        for name, text in texts.items():
+            numbers = torch.from_numpy(np.frombuffer(base64.b64decode(text), "<f4").copy())
+            rank = math.isqrt(len(numbers))  # of r + r² numbers
+            means[name], roots[name] = numbers.double().split([rank, rank * rank])
+            roots[name] = roots[name].reshape(rank, rank)
+        return cls(means, roots)
 
 
-def _checked(features: Tensor) -> Tensor:
-    if features.ndim != 3 or 0 in features.shape or not features.isfinite().all():
-        got = f"features of shape {tuple(features.shape)}"
-        raise Refusal(f"got {got}; expected finite (N, L, k); put rows first and layers second")
-    return features.detach().cpu().double()
+def spread_out(activations: Activations) -> Tensor | None:
+    """Rows as points (N, Σ r) whose squared distances are Mahalanobis's; None if all are alike."""
+    try:
+        return Distance.fit(activations).whitened(activations)
+    except Refusal:
+        return None
+
+
+def _checked(activations: Activations) -> dict[str, Tensor]:
+    found = {}
+    counts = {len(values) for values in activations.values()}
+    if len(counts) != 1:
+        got = f"activations of {sorted(counts)} rows"
+        raise Refusal(f"got {got}; expected as many of every slot; take them of the same rows")
+    for name, values in activations.items():
+        if values.ndim != 2 or 0 in values.shape or not values.isfinite().all():
+            got = f"activations of {name} of shape {tuple(values.shape)}"
+            raise Refusal(f"got {got}; expected finite (N, r); put rows first")
+        found[name] = values.detach().cpu().double()
+    return found

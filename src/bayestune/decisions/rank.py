@@ -33,8 +33,8 @@ def rank_rows(
         logits: (S, N, C) of unlabelled rows, -inf where a row has fewer options.
         number: b, at most N.
         acquisition: the rule.
-        features: (N, k), where rows are near that are alike; the draws' probabilities about their
-            average unless given: rows near in these would teach the draws the same.
+        features: (N, k), where rows are near that are alike, such as `spread_out` activations of
+            the adapter; the draws' probabilities about their average unless given.
         seed: of "random".
 
     Raises:

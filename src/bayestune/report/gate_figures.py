@@ -74,6 +74,13 @@ def promises(calibration: "Calibration") -> str:
     for name, found in calibration.thresholds.items():
         if name != calibration.score:
             lines.append(f"  by {name}: {found.sentence()}")
+    if free := calibration.baselines:
+        loss = "mean cost" if calibration.costs else "risk"
+        lines.append(
+            f"For nothing: always act, {loss} {free['always_act']:.3f}; always ask, acts on none; "
+            f"a guess, risk {1 - free['chance']:.3f}; the commonest answer, risk "
+            f"{1 - free['majority']:.3f}."
+        )
     for kind, rule in calibration.sets.items():
         mark = " (in predictions)" if kind == calibration.set_kind else ""
         lines.append(f"Sets {kind}{mark}: the right option is in with {rule.coverage:.0%} or more.")

@@ -3,6 +3,7 @@
 A scorer encodes rows, collates them into batches, and maps a model and a batch to class logits.
 """
 
+from bayestune.scoring.activations import mean_pass
 from bayestune.scoring.batches import batches_by_length, row_logits
 from bayestune.scoring.choose import make_scorer
 from bayestune.scoring.head import HeadScorer, own_classes
@@ -20,6 +21,7 @@ __all__ = [
     "batches_by_length",
     "check_lengths",
     "make_scorer",
+    "mean_pass",
     "own_classes",
     "row_logits",
 ]

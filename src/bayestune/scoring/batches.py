@@ -1,6 +1,6 @@
 """Rows → batches of similar length → the logits of all rows."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -51,7 +51,12 @@ def row_logits(
             logits = posterior.logits(batch, draws).float().cpu()
             found.update(zip(numbers, logits.unbind(1), strict=True))
             bar.update(len(numbers))
+    return in_order(found)
+
+
+def in_order(found: Mapping[int, Tensor]) -> Tensor:
+    """Rows' logits (S, C_n) by number as those of all, (S, N, C)."""
     width = max(logits.shape[1] for logits in found.values())
-    in_order = [found[number] for number in range(len(rows))]
-    padded = [pad(logits, (0, width - logits.shape[1]), value=-torch.inf) for logits in in_order]
+    ordered = [found[number] for number in range(len(found))]
+    padded = [pad(logits, (0, width - logits.shape[1]), value=-torch.inf) for logits in ordered]
     return torch.stack(padded, 1)

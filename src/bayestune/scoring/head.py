@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from bayestune.adapters import group_rows
@@ -65,6 +66,18 @@ class HeadScorer(Scorer):
     def pad_rows(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
         """A batch padded as the tokenizer does."""
         return dict(self.tokenizer.pad([row["inputs"] for row in rows], return_tensors="pt"))
+
+    def answer_places(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The tokenizer's first class token where it puts one, else the last token of the text."""
+        tokens = batch["input_ids"]
+        mask = batch.get("attention_mask", torch.ones_like(tokens))
+        place = torch.arange(tokens.shape[1])
+        tokenizer: Any = self.tokenizer
+        mark = -1 if tokenizer.cls_token_id is None else tokenizer.cls_token_id
+        marks = (tokens == mark) & (mask == 1)
+        last = torch.where(mask == 1, place, 0).amax(1)
+        first = torch.where(marks, place, tokens.shape[1]).amin(1)
+        return torch.arange(len(tokens)), torch.where(marks.any(1), first, last)
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Class logits (N, C)."""

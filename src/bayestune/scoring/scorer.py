@@ -63,6 +63,14 @@ class Scorer(ABC):
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Class logits (N, C), -inf for options that a row does not have."""
 
+    def answer_places(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Where the model stands when it answers: each row's sequence and position in it, (N,).
+
+        The last position of one sequence a row, padded on the left, unless a scorer says otherwise.
+        """
+        count, length = batch["input_ids"].shape
+        return torch.arange(count), torch.full((count,), length - 1)
+
     @property
     def pad(self) -> int:
         """The token that fills a batch up."""

@@ -162,6 +162,15 @@ class TextScorer(Scorer):
         batch = left_padded_inputs(sequences, self.pad)
         return {**batch, "targets": targets, "option": option, "source": source}
 
+    def answer_places(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The question's last token, in the sequence of the first option where each has one."""
+        count = len(batch["option_mask"])
+        sequences, length = batch["input_ids"].shape
+        own = torch.arange(count) * (sequences // count)
+        if self.layout == "packed":
+            return own, torch.full((count,), length - batch["targets"].shape[1] - 1)
+        return own, length - 1 - (batch["option"][own] != _PADDING).sum(1)
+
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Class logits (N, C), -inf for options that a row does not have.
 

@@ -7,8 +7,9 @@ from bayestune.session.artefact import Artefact, Put, load_way, rows_of
 from bayestune.session.as_fitted import of_its_classes, put_as_fitted, say_seen, usual_reading
 from bayestune.session.fit import Fit, details_of, shown
 from bayestune.session.fitted import Fitted
-from bayestune.session.gated import Gated, decide, extra_scores, read_calibration
+from bayestune.session.gated import Gated, decide, read_calibration
 from bayestune.session.lesson import Lesson, LessonRows
+from bayestune.session.looks import DISTANCE, PROMPT_LENGTH, Look, Looking, kept_reference
 from bayestune.session.opened_model import Dtype, num_classes, open_model
 from bayestune.session.prediction_ways import Way, joined
 from bayestune.session.session import Session
@@ -16,7 +17,9 @@ from bayestune.session.task_options import OF_THE_FIT, TaskOptions
 from bayestune.session.with_labels import Compared, calibrate
 
 __all__ = [
+    "DISTANCE",
     "OF_THE_FIT",
+    "PROMPT_LENGTH",
     "Artefact",
     "Compared",
     "Dtype",
@@ -25,6 +28,8 @@ __all__ = [
     "Gated",
     "Lesson",
     "LessonRows",
+    "Look",
+    "Looking",
     "Put",
     "Session",
     "TaskOptions",
@@ -32,8 +37,8 @@ __all__ = [
     "calibrate",
     "decide",
     "details_of",
-    "extra_scores",
     "joined",
+    "kept_reference",
     "load_way",
     "num_classes",
     "of_its_classes",

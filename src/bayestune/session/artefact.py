@@ -6,8 +6,6 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Self
 
-from torch import Tensor
-
 from bayestune.adapters import detach
 from bayestune.data import (
     AnswerIs,
@@ -21,6 +19,7 @@ from bayestune.data import (
     prompt_of,
     read_rows,
 )
+from bayestune.decisions import Distance
 from bayestune.errors import Refusal
 from bayestune.posteriors import (
     artefact_folder,
@@ -30,10 +29,11 @@ from bayestune.posteriors import (
 )
 from bayestune.session.as_fitted import usual_reading
 from bayestune.session.fit import Fit, details_of
+from bayestune.session.looks import Looking
 from bayestune.session.opened_model import Dtype, num_classes, open_model
 from bayestune.session.plain_adapter import is_plain, told_details
-from bayestune.session.prediction_ways import Way, joined
-from bayestune.session.session import WINDOW, Session
+from bayestune.session.prediction_ways import Way
+from bayestune.session.session import Session
 from bayestune.session.task_options import TaskOptions
 
 Rows = Path | str | Sequence[Question]
@@ -51,7 +51,8 @@ class Put:
         options: of every row that has none of its own.
         answer_is: what answers are, "index", "letter" or "text"; left out, as all rows agree.
         unsure: the option that means "I do not know", where there is one: it is never acted on.
-        trained_on: rows that training saw, where the folder does not say it.
+        trained_on: the rows that training saw: distances from them become a score, and held-out
+            rows among them are refused where the folder does not say which they are.
         columns: the files' own names, as question=subject,answer=queue; left out, as in the fit, or
             the known names.
         prompt: a file with your own template, as `fit` explains; of a plain adapter.
@@ -158,14 +159,9 @@ class Artefact:
         """The rows that it was opened for, as they are put."""
         return self.session.task.evaluation
 
-    def logits(self, way: Way) -> Tensor:
-        """Logits (S, N, C) of its rows, some at a time, as predictions take them."""
-        parts = []
-        scorer = self.session.quietly().scorer
-        for start in range(0, len(self.rows), WINDOW):
-            window = self.rows[start : start + WINDOW]
-            parts.append(way.logits(self.fit.posterior, scorer, window))
-        return joined(parts)
+    def looking(self, way: Way, reference: Distance | None = None) -> Looking:
+        """What looks at its rows, and at others that are put alike."""
+        return Looking(self.fit, way, self.session.quietly().scorer, reference)
 
     def student(self, folder: Path) -> Self:
         """The same with a student in its place; what was loaded is taken off the model."""

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from bayestune import decisions
 from bayestune.data import Question
-from bayestune.decisions import Calibration, Decision
+from bayestune.decisions import Calibration
 from bayestune.evaluation import (
     Evaluated,
     EvaluationOptions,
@@ -24,10 +25,9 @@ from bayestune.forward import Draws
 from bayestune.posteriors import Prediction, artefact_folder, posterior_digest
 from bayestune.session.artefact import Artefact, Rows, content_of, rows_of, unsure_options
 from bayestune.session.fit import Fit
-from bayestune.session.prediction_ways import Way, joined
-from bayestune.session.session import WINDOW, Session
-
-PROMPT_LENGTH = "prompt_length"  # the score that every artefact has for nothing
+from bayestune.session.looks import DISTANCE, Look, Looking, kept_reference
+from bayestune.session.prediction_ways import Way
+from bayestune.session.session import Session
 
 
 def read_calibration(folder: Path | str) -> Calibration | None:
@@ -51,30 +51,37 @@ class Gated:
 
     def lines(self, rows: Sequence[Question], *, texts: bool = True) -> list[dict[str, Any]]:
         """One JSON object a row, of some rows at once: the prediction and what to do with it."""
-        logits = self.logits(rows)
-        told = prediction_rows(rows, self._prediction(logits), texts=texts)
-        decided = self.decide(rows, logits).rows()
-        names = ("decision", "score", "set", "calibration")
-        for line, decision in zip(told, decided, strict=True):
-            line |= {name: decision[name] for name in names if name in decision}
-        return told
+        look = self.looking.at(rows)
+        told = prediction_rows(rows, self._prediction(look.logits), texts=texts)
+        both = zip(told, self.decided(rows, look), strict=True)
+        return [{**line, **decision} for line, decision in both]
 
-    def logits(self, rows: Sequence[Question]) -> Tensor:
-        """Logits (S, N, C) of some rows at once."""
-        return self.way.logits(self.fit.posterior, self.session.quietly().scorer, rows)
+    @cached_property
+    def looking(self) -> Looking:
+        """What looks at rows."""
+        scorer = self.session.quietly().scorer
+        return Looking(self.fit, self.way, scorer, kept_reference(self.calibration))
 
-    def decide(self, rows: Sequence[Question], logits: Tensor) -> Decision:
-        """What is decided of rows with these logits."""
+    def decided(self, rows: Sequence[Question], look: Look) -> list[dict[str, Any]]:
+        """What is decided of each row, with its distance where the calibration knows one."""
         text = self.calibration.settings.get("unsure") if self.calibration else None
         unsure = unsure_options(rows, text)
-        return decisions.decide(
+        found = decisions.decide(
             self.calibration,
-            logits,
+            look.logits,
             [content_of(row) for row in rows],
             None if unsure is None else torch.tensor(unsure),
-            extra_scores(self.session, rows) if self.calibration else None,
-            self._class_of(rows, logits.shape[-1]),
+            look.extra,
+            self._class_of(rows, look.logits.shape[-1]),
         )
+        names = ("decision", "score", "set", "calibration")
+        lines = []
+        for index, decision in enumerate(found.rows()):
+            line = {name: decision[name] for name in names if name in decision}
+            if DISTANCE in look.extra:
+                line[DISTANCE] = look.extra[DISTANCE][index].item()
+            lines.append(line)
+        return lines
 
     def _class_of(self, rows: Sequence[Question], width: int) -> Tensor | None:
         """Which class each option is, (N, C), where thresholds are by class."""
@@ -105,17 +112,13 @@ class Gated:
         """The record of the calibrated predictions of the session's labelled rows."""
         rows = self.session.rows()
         begin = time.perf_counter()
-        parts = [rows[start : start + WINDOW] for start in range(0, len(rows), WINDOW)]
-        logits = [self.logits(part) for part in parts]
+        look = self.looking.over(rows)
         seconds = time.perf_counter() - begin
         count = self.way.draws if self.fit.posterior.atoms is None else self.fit.posterior.atoms
         count = 0 if count == 1 and self.fit.posterior.atoms else count
-        found = Evaluated(count, self._prediction(joined(logits)), seconds, count)
+        found = Evaluated(count, self._prediction(look.logits), seconds, count)
         result = make_result(self._facts(count), rows, found, options)
-        decided: list[dict[str, Any]] = []
-        for part, own in zip(parts, logits, strict=True):
-            decided += self.decide(part, own).rows()
-        return _with_decisions(result, decided)
+        return _with_decisions(result, self.decided(rows, look))
 
     def _facts(self, count: int) -> dict[str, Any]:
         label = label_of(self.fit.label, count, self.fit.posterior)
@@ -135,8 +138,7 @@ def _with_decisions(result: Result, decided: Sequence[Mapping[str, Any]]) -> Res
     rows = []
     acted = []
     for row, decision in zip(result.rows, decided, strict=True):
-        names = ("decision", "score", "set", "calibration")
-        rows.append(row | {name: decision[name] for name in names})
+        rows.append({**row, **decision})
         if decision["decision"] == "act":
             acted.append(row["choice"] == row["answer"])
     figures = {"acted": len(acted) / len(rows), "risk": 1 - sum(acted) / max(1, len(acted))}
@@ -145,13 +147,6 @@ def _with_decisions(result: Result, decided: Sequence[Mapping[str, Any]]) -> Res
     gate = result.record["gate"] | figures
     applied = decided[0]["calibration"]
     return Result(result.record | {"gate": gate, "calibration": applied}, rows)
-
-
-def extra_scores(session: Session, rows: Sequence[Question]) -> dict[str, Tensor]:
-    """Scores that are known of rows beside those of their logits."""
-    encoded = session.quietly().scorer.encode(rows)
-    lengths = [float(row["length"]) for row in encoded]
-    return {PROMPT_LENGTH: torch.tensor(lengths, dtype=torch.float64)}
 
 
 def decide(

@@ -13,7 +13,7 @@ from bayestune.data import Question
 from bayestune.errors import NUMBER, check_fields
 from bayestune.forward import Draws
 from bayestune.posteriors import Gaussian, Posterior, count_for
-from bayestune.scoring import Scorer, row_logits
+from bayestune.scoring import Scorer, mean_pass, row_logits
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,18 @@ class Way:
         draws = Draws(count, self.draw_seed, bf16=self.bf16)
         with _widened(posterior, self.factor):
             return row_logits(posterior, scorer, scorer.encode(rows), draws)
+
+    def watched(
+        self, posterior: Posterior, scorer: Scorer, rows: Sequence[Question]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same logits, and the mean's activations A x (N, r) by slot name.
+
+        They are of one pass if the mean is what predicts, else of one more.
+        """
+        own, found = mean_pass(posterior, scorer, scorer.encode(rows), bf16=self.bf16)
+        if count_for(posterior, self.draws) == 0:
+            return own, found
+        return self.logits(posterior, scorer, rows), found
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:

@@ -35,13 +35,12 @@ from bayestune.session.as_fitted import (
 )
 from bayestune.session.before_fitting import check_answers, check_fits, learns_unlabelled
 from bayestune.session.fit import Fit, details_of
+from bayestune.session.looks import windows
 from bayestune.session.opened_model import Dtype, num_classes, open_model
 from bayestune.session.task_options import TaskOptions
 from bayestune.training import Training
 
 logger = logging.getLogger(__name__)
-
-WINDOW = 32  # rows that are predicted before their lines are written
 
 
 @dataclass(frozen=True)
@@ -293,8 +292,7 @@ class Session:
     ) -> Iterator[dict[str, Any]]:
         """The lines that `tell` makes of some rows at a time, and of those that cannot be put."""
         quiet = self.quietly()
-        for start in range(0, len(rows), WINDOW):
-            window = rows[start : start + WINDOW]
+        for window in windows(rows):
             problems = [self._problem(quiet.scorer, row) for row in window]
             good = [row for row, problem in zip(window, problems, strict=True) if problem is None]
             told = iter(tell(good) if good else ())

@@ -1,5 +1,6 @@
 """Calibrates an artefact on labelled rows that its training did not see."""
 
+import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor
 
 from bayestune import decisions
-from bayestune.data import Question, read_rows
-from bayestune.decisions import Asked, Calibration, HeldOut, Variant, score_rows
+from bayestune.data import Question, own_task
+from bayestune.decisions import Asked, Calibration, Distance, HeldOut, Variant, score_rows
 from bayestune.errors import NUMBER, POSITIVE, Refusal
 from bayestune.posteriors import Gaussian, artefact_folder, posterior_digest
 from bayestune.scoring import check_lengths
@@ -26,11 +27,14 @@ from bayestune.session.artefact import (
 )
 from bayestune.session.as_fitted import seen_fingerprints
 from bayestune.session.fit import details_of
-from bayestune.session.gated import extra_scores
+from bayestune.session.looks import DISTANCE, prompt_lengths
 from bayestune.session.plain_adapter import is_plain
 from bayestune.session.prediction_ways import Way
 
+_log = logging.getLogger(__name__)
+
 _WARM_UP = 8  # rows predicted before time is taken: a model's first pass is slower
+_MOST_TRAINED = 500  # training rows that distances are taken from: enough for r numbers a slot
 _DIGITS = 8  # of the held-out scores that are kept
 
 
@@ -109,22 +113,25 @@ def calibrate(
     put = put or Put()
     put.check(place)
     given = rows_of(rows, place, put, labelled=True)
-    _refuse_seen(given, place, put, compared.student)
+    trained = _trained_on(place, put)
+    _refuse_seen(given, trained, [place, *([compared.student] if compared.student else [])])
     _refuse_unlike(given, asked)
     decisions.parts(_held_out(given, put), asked)  # too few rows are refused before any pass
     artefact = Artefact.open(place, given, put, model)
     given = artefact.rows  # as they are put
     check_lengths(artefact.session.loaded.model, given, artefact.session.scorer.encode(given))
-    held_out = replace(_held_out(given, put), extra=extra_scores(artefact.session, given))
-    variants = _variants(artefact, compared)
+    scorer = artefact.session.quietly().scorer
+    held_out = replace(_held_out(given, put), extra=prompt_lengths(scorer, given))
+    variants = _variants(artefact, compared, trained)
     digest = posterior_digest(place)
     found = decisions.calibrate(variants, held_out, asked, digest, artefact.fit.label)
+    kept = variants[found.variant]
     settings: dict[str, Any] = {**found.settings, "unsure": put.unsure}
     if asked.per_class:
         settings["classes"] = given[0].options
     if is_plain(place):
         settings["adapter"] = artefact.fit.details
-    scores = _scores(variants[found.variant].logits, found.temperature, held_out.extra)
+    scores = _scores(kept.logits, found.temperature, {**held_out.extra, **kept.extra})
     found = replace(found, settings=settings, held_out=scores)
     found.write(place)
     return found
@@ -140,15 +147,34 @@ def _held_out(rows: Sequence[Question], put: Put) -> HeldOut:
     return HeldOut(labels, [content_of(row) for row in rows], unsure_of)
 
 
+def _trained_on(place: Path, put: Put) -> tuple[Question, ...]:
+    """The rows of the file that training saw, by what the folder tells, else all of them.
+
+    Raises:
+        Refusal: if training saw none of them.
+    """
+    if put.trained_on is None:
+        return ()
+    rows = rows_of(put.trained_on, place, put, labelled=False)
+    details = {} if is_plain(place) else details_of(place)
+    if "seen" not in details:
+        return rows
+    known = seen_fingerprints(details, len(rows[0].fingerprint))
+    found = tuple(row for row in rows if row.fingerprint in known)
+    if not found:
+        raise Refusal(
+            f"got {put.trained_on}, of whose {len(rows)} rows {place} was fitted on none; expected "
+            "the rows of its training; give those, or leave --trained_on out"
+        )
+    return found
+
+
 def _refuse_seen(
-    rows: Sequence[Question], place: Path, put: Put, student: Path | None = None
+    rows: Sequence[Question], trained: Sequence[Question], folders: Sequence[Path]
 ) -> None:
     """Refuses rows that training saw, a student's too, by their content."""
-    known: set[str] = set()
-    if put.trained_on is not None:
-        trained = read_rows(put.trained_on, put.reading(place), labelled=False)
-        known = {row.fingerprint for row in trained}
-    for folder in (place, *([student] if student else [])):
+    known = {row.fingerprint for row in trained}
+    for folder in folders:
         if not is_plain(folder):
             known |= seen_fingerprints(details_of(folder), len(rows[0].fingerprint))
     both = [row.id for row in rows if row.fingerprint in known]
@@ -168,19 +194,59 @@ def _refuse_unlike(rows: Sequence[Question], asked: Asked) -> None:
         )
 
 
-def _variants(artefact: Artefact, compared: Compared) -> dict[str, Variant]:
-    """Every way of predicting on all rows, with its time."""
+def _variants(
+    artefact: Artefact, compared: Compared, trained: Sequence[Question]
+) -> dict[str, Variant]:
+    """Every way of predicting on all rows, with its time, and its distances."""
     precise = artefact.fit.bf16 if compared.bf16 is None else compared.bf16
     found = {}
-    for way in compared.ways(artefact, precise):
-        found[way.name(artefact.fit.posterior)] = _variant(artefact, way)
+    ways = compared.ways(artefact, precise)
+    near = _near(artefact, ways[0], trained)
+    for way in ways:
+        found[way.name(artefact.fit.posterior)] = near.put_on(_variant(artefact, way))
     if compared.student is not None:
         folder = artefact_folder(compared.student)
-        near = os.path.relpath(folder.resolve(), artefact.place.resolve())
+        seen_from = os.path.relpath(folder.resolve(), artefact.place.resolve())
         digest = posterior_digest(folder)
-        way = Way(0, compared.draw_seed, precise, 1.0, Path(near).as_posix(), digest)
-        found["student"] = _variant(artefact.student(folder), way)
+        way = Way(0, compared.draw_seed, precise, 1.0, Path(seen_from).as_posix(), digest)
+        student = artefact.student(folder)
+        near = _near(student, way, trained)
+        found["student"] = near.put_on(_variant(student, way))
     return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Near:
+    """How far the held-out rows are from the training rows, where these are known."""
+
+    distance: Distance | None = None
+    scores: Tensor | None = None
+
+    def put_on(self, variant: Variant) -> Variant:
+        """The variant with its distances, and what gives those of new rows."""
+        if self.distance is None or self.scores is None:
+            return variant
+        settings = {**variant.settings, DISTANCE: self.distance.to_json()}
+        return replace(variant, settings=settings, extra={DISTANCE: self.scores})
+
+
+def _near(artefact: Artefact, way: Way, trained: Sequence[Question]) -> _Near:
+    """Distances in the adapter's activations; none without training rows or a mean adapter."""
+    if not trained:
+        return _Near()
+    if not artefact.fit.posterior.has_mean:
+        _log.warning("no distance: the posterior has no mean adapter to tell activations by")
+        return _Near()
+    looking = artefact.looking(way)
+    step = -(-len(trained) // _MOST_TRAINED)
+    task = own_task("trained on", (), trained[::step])
+    reference = artefact.session.quietly().on(task).task.evaluation
+    try:
+        distance = Distance.fit(looking.activations(reference))
+    except Refusal as problem:
+        _log.warning("no distance: %s", problem)
+        return _Near()
+    return _Near(distance, distance.of(looking.activations(artefact.rows)))
 
 
 def _variant(artefact: Artefact, way: Way) -> Variant:
@@ -189,7 +255,7 @@ def _variant(artefact: Artefact, way: Way) -> Variant:
     posterior = artefact.fit.posterior
     way.logits(posterior, scorer, rows[:_WARM_UP])
     begin = time.perf_counter()
-    logits = artefact.logits(way)
+    logits = artefact.looking(way).over(rows).logits
     milliseconds = 1000 * (time.perf_counter() - begin) / len(rows)
     return Variant(logits, milliseconds, way.settings)
 

@@ -1,0 +1,88 @@
+"""A look at rows: their logits, and the scores that are known beside those of the logits."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bayestune.data import Question
+from bayestune.decisions import Calibration, Distance
+from bayestune.scoring import Scorer
+from bayestune.session.fit import Fit
+from bayestune.session.prediction_ways import Way, joined
+
+PROMPT_LENGTH = "prompt_length"  # the score that every artefact has for nothing
+DISTANCE = "distance"  # of the calibrations that saw training rows
+WINDOW = 32  # rows that are predicted before their lines are written
+
+
+@dataclass(frozen=True, eq=False)
+class Look:
+    """What was seen of N rows.
+
+    Args:
+        logits: (S, N, C).
+        extra: scores beside those of the logits, by name, (N,) each.
+    """
+
+    logits: Tensor
+    extra: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Looking:
+    """What predicts and how, and the training rows' activations if distances are asked for."""
+
+    fit: Fit
+    way: Way
+    scorer: Scorer
+    reference: Distance | None = None
+
+    def at(self, rows: Sequence[Question]) -> Look:
+        """Some rows at once."""
+        extra = prompt_lengths(self.scorer, rows)
+        if self.reference is None:
+            return Look(self.way.logits(self.fit.posterior, self.scorer, rows), extra)
+        logits, activations = self.way.watched(self.fit.posterior, self.scorer, rows)
+        return Look(logits, extra | {DISTANCE: self.reference.of(activations)})
+
+    def over(self, rows: Sequence[Question]) -> Look:
+        """Any number of rows, a window at a time, as predictions take them."""
+        looks = [self.at(part) for part in windows(rows)]
+        extra = _joined([look.extra for look in looks])
+        return Look(joined([look.logits for look in looks]), extra)
+
+    def activations(self, rows: Sequence[Question]) -> dict[str, Tensor]:
+        """A x (N, r) by slot name, of the mean."""
+        mean = Way(0, self.way.draw_seed, self.way.bf16)
+        found = [mean.watched(self.fit.posterior, self.scorer, part)[1] for part in windows(rows)]
+        return _joined(found)
+
+
+def _joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Columns of some rows each as those of all, by the names that every part has."""
+    found = {}
+    for name in parts[0]:
+        own = [part[name] for part in parts if name in part]
+        if len(own) == len(parts):
+            found[name] = torch.cat(own)
+    return found
+
+
+def windows(rows: Sequence[Question]) -> list[Sequence[Question]]:
+    """The rows, so many at a time as predictions take them."""
+    return [rows[start : start + WINDOW] for start in range(0, len(rows), WINDOW)]
+
+
+def prompt_lengths(scorer: Scorer, rows: Sequence[Question]) -> dict[str, Tensor]:
+    """The score that costs nothing."""
+    lengths = [float(row["length"]) for row in scorer.encode(rows)]
+    return {PROMPT_LENGTH: torch.tensor(lengths, dtype=torch.float64)}
+
+
+def kept_reference(calibration: Calibration | None) -> Distance | None:
+    """What a calibration keeps of the training rows' activations, if it saw them."""
+    texts: Any = calibration.settings.get(DISTANCE) if calibration else None
+    return Distance.from_json(texts) if texts else None
