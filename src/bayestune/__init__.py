@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from bayestune.evaluation import Adaptive as Adaptive
     from bayestune.evaluation import predict_adaptively as predict_adaptively
     from bayestune.forward import Draws as Draws
+    from bayestune.generation import generate as generate
     from bayestune.kl import KLStep as KLStep
     from bayestune.methods import METHODS as METHODS
     from bayestune.methods import MLE as MLE
@@ -47,6 +48,7 @@ _ROOMS = {
     "errors": "Refusal",
     "evaluation": "Adaptive predict_adaptively",
     "forward": "Draws",
+    "generation": "generate",
     "kl": "KLStep",
     "methods": "BLoB METHODS MLE Method",
     "models": "load_model",

@@ -1,7 +1,8 @@
 """A point: all the mass on one adapter."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -23,3 +24,6 @@ class Point(AdapterPosterior):
     def _drawn(self, inputs: Batch, draws: Draws) -> Tensor:
         logits = mean_logits(self.model, self.scorer, inputs)
         return logits.expand(draws.count, *logits.shape[1:])
+
+    def _beside(self, draws: Draws) -> AbstractContextManager[Any]:
+        return nullcontext()
