@@ -66,7 +66,7 @@ def refuse_unsupported(options: Mapping[str, Any], own: Any) -> None:
 
 
 def _is_on(value: Any) -> bool:
-    """Whether a value asks for more than one model's plain step: 0 and 1 are what options begin at."""
+    """Whether an option is on: 0 and 1 are where those of these names begin."""
     return value is True or not (value is None or value is False or value in (0, 1))
 
 

@@ -5,6 +5,7 @@ A scorer encodes rows, collates them into batches, and maps a model and a batch 
 
 from bayestune.scoring.batches import batches_by_length, row_logits
 from bayestune.scoring.choose import make_scorer
+from bayestune.scoring.given_batches import HeadLogits, LastToken
 from bayestune.scoring.head import HeadScorer, own_classes
 from bayestune.scoring.lengths import check_lengths
 from bayestune.scoring.letter import LetterScorer
@@ -13,7 +14,9 @@ from bayestune.scoring.text import TextScorer
 
 __all__ = [
     "Encoded",
+    "HeadLogits",
     "HeadScorer",
+    "LastToken",
     "LetterScorer",
     "Scorer",
     "TextScorer",
