@@ -15,6 +15,7 @@ COMMANDS = {
     "fit": "Fit one method and save its posterior.",
     "evaluate": "Accuracy and calibration of a posterior on labelled questions.",
     "predict": "Probabilities and uncertainty for your own rows: JSON lines in, JSON lines out.",
+    "generate": "Texts under the draws, with each token's uncertainty: JSON lines in and out.",
     "bayesianise": "A posterior around any LoRA adapter, without training (TFB).",
     "calibrate": "On held-out rows: how to predict, and when to act; kept beside the posterior.",
     "rank": "Which unlabelled rows to label next: JSON lines in, ranked JSON lines out.",

@@ -8,6 +8,7 @@ from bayestune.session.as_fitted import of_its_classes, options_of, put_as_fitte
 from bayestune.session.fit import Fit, details_of, shown
 from bayestune.session.gated import Gated, decide, extra_scores, read_calibration
 from bayestune.session.opened_model import Dtype, num_classes, open_model
+from bayestune.session.plain_adapter import is_plain
 from bayestune.session.prediction_ways import Way, joined
 from bayestune.session.session import Session
 from bayestune.session.task_options import OF_THE_FIT, TaskOptions
@@ -28,6 +29,7 @@ __all__ = [
     "decide",
     "details_of",
     "extra_scores",
+    "is_plain",
     "joined",
     "load_way",
     "num_classes",
