@@ -136,7 +136,10 @@ def stacked(draw: Callable[[int, int], Mapping[str, Tensor]], draws: Draws) -> d
         draws: which.
     """
     chosen = [draw(index, draws.seed) for index in draws.indices]
-    return {name: torch.stack([one[name] for one in chosen]) for name in chosen[0]}
+    stacks = {}
+    for name in chosen[0]:
+        stacks[name] = torch.stack([one[name] for one in chosen])
+    return stacks
 
 
 def repeat_rows(inputs: Batch, times: int) -> dict[str, Tensor]:

@@ -126,10 +126,11 @@ def _joined(parts: list[Tensor]) -> Tensor:
         return parts[0]
     if not parts:
         raise Refusal("got no rows, expected one or more; give a batch, or a loader that has some")
-    most = [max(sizes) for sizes in zip(*(part.shape[2:] for part in parts), strict=True)]
+    shapes = [part.shape[2:] for part in parts]
+    most = [max(sizes) for sizes in zip(*shapes, strict=True)]
     padded = []
     for part in parts:
-        missing = [most - size for most, size in zip(most, part.shape[2:], strict=True)]
+        missing = [whole - size for whole, size in zip(most, part.shape[2:], strict=True)]
         room: list[int] = []
         for extra in reversed(missing):
             room += [0, extra]
