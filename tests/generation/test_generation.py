@@ -11,6 +11,9 @@ from transformers import (
     BartForConditionalGeneration,
     GenerationConfig,
     LogitsProcessor,
+    MambaConfig,
+    MistralConfig,
+    Qwen2MoeConfig,
     StoppingCriteria,
     T5Config,
     T5ForConditionalGeneration,
@@ -25,6 +28,7 @@ from conformance.test_posteriors import CASES
 from tiny import (
     CAUSAL,
     CLOSE,
+    WIDE,
     adapted,
     causal,
     converted,
@@ -108,6 +112,40 @@ def test_prompts_of_other_lengths_are_what_each_is_alone(posterior):
         )
         assert torch.equal(alone.sequences[0], found.sequences[row])
         assert_close(alone.mutual_information[0], found.mutual_information[row], **CLOSE)
+
+
+OTHERS = {
+    "sliding windows": (MistralConfig(**WIDE, sliding_window=8), ["q_proj", "v_proj"]),
+    "experts": (
+        Qwen2MoeConfig(
+            **WIDE,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=32,
+            shared_expert_intermediate_size=32,
+        ),
+        ["q_proj", "shared_expert_gate", "up_proj"],
+    ),
+    "states": (MambaConfig(vocab_size=400, hidden_size=32, num_hidden_layers=2), ["in_proj"]),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_caches_of_other_kinds_are_right_too(name):
+    config, targets = OTHERS[name]
+    posterior = Gaussian(converted(causal(config), target_modules=targets), whole)
+    tokens, predictions = plain_loop(posterior, IDS, 2, 4)
+    found = generate(posterior, PROMPTS, 2, max_new_tokens=4, eos_token_id=None)
+    assert torch.equal(found.sequences, tokens)
+    expected = torch.stack([p.mutual_information for p in predictions], 1)
+    assert_close(found.mutual_information, expected, **CLOSE)
+
+
+def test_precision_travels_with_the_draws(llama_posterior):
+    found = generate(llama_posterior, PROMPTS, Draws(3), max_new_tokens=1)
+    narrow = generate(llama_posterior, PROMPTS, Draws(3, bf16=True), max_new_tokens=1)
+    assert not torch.equal(narrow.total_entropy, found.total_entropy)
+    assert_close(narrow.total_entropy, found.total_entropy, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("options", [{}, {"repetition_penalty": 5.0}, {"no_repeat_ngram_size": 1}])

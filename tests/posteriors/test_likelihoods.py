@@ -262,6 +262,14 @@ def test_a_dataset_and_a_loader_go_in_as_they_are(byte_level):
     assert_close(predict(posterior, batches, 3).probabilities, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_dataset_of_the_hubs_library_goes_in_as_it_is():
+    datasets = pytest.importorskip("datasets")
+    posterior = of_bert()
+    given = rows(4, 9, 6)
+    found = predict(posterior, datasets.Dataset.from_list(given), 3)
+    assert_close(found.probabilities, predict(posterior, given, 3).probabilities)
+
+
 def test_rows_that_cannot_be_put_together_are_refused():
     def own(model, batch):
         return model(**batch).logits
