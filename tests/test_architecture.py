@@ -23,6 +23,7 @@ ORDER = [
     "forward",
     "curvature",
     "posteriors",
+    "generation",
     "data",
     "models",
     "scoring",

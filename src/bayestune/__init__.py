@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from bayestune.evaluation import Adaptive as Adaptive
     from bayestune.evaluation import predict_adaptively as predict_adaptively
     from bayestune.forward import Draws as Draws
+    from bayestune.generation import generate as generate
     from bayestune.kl import KLStep as KLStep
     from bayestune.methods import METHODS as METHODS
     from bayestune.methods import MLE as MLE
@@ -29,11 +30,14 @@ if TYPE_CHECKING:
     from bayestune.posteriors import Point as Point
     from bayestune.posteriors import Posterior as Posterior
     from bayestune.posteriors import Prediction as Prediction
+    from bayestune.posteriors import Regression as Regression
     from bayestune.posteriors import export_draw as export_draw
     from bayestune.posteriors import load_posterior as load_posterior
     from bayestune.posteriors import predict as predict
     from bayestune.posteriors import save_posterior as save_posterior
     from bayestune.runtime import keep_freed_memory as keep_freed_memory
+    from bayestune.scoring import HeadLogits as HeadLogits
+    from bayestune.scoring import LastToken as LastToken
     from bayestune.scoring import make_scorer as make_scorer
     from bayestune.session import calibrate as calibrate
     from bayestune.session import decide as decide
@@ -48,13 +52,14 @@ _ROOMS = {
     "errors": "Refusal",
     "evaluation": "Adaptive predict_adaptively",
     "forward": "Draws",
+    "generation": "generate",
     "kl": "KLStep",
     "methods": "BLoB METHODS MLE Method distil",
     "models": "load_model",
-    "posteriors": "Gaussian Mixture Point Posterior Prediction "
+    "posteriors": "Gaussian Mixture Point Posterior Prediction Regression "
     "export_draw load_posterior predict save_posterior",
     "runtime": "keep_freed_memory",
-    "scoring": "make_scorer",
+    "scoring": "HeadLogits LastToken make_scorer",
     "session": "calibrate decide",
     "training": "Training",
 }

@@ -67,7 +67,7 @@ def calibrate(o: Namespace) -> None:
 
 def rank(o: Namespace) -> None:
     """Ranks unlabelled rows: which to label next."""
-    output = _new_file(o)
+    output = new_file(o)
     calibration = read_calibration(o.posterior)
     put = None if calibration else built(Put, o)
     with readable(o.rows) as file:
@@ -107,7 +107,7 @@ def _places(artefact: Artefact, way: Way) -> Tensor | None:
 
 def drift(o: Namespace) -> int:
     """Compares new rows with the held-out rows of a calibration."""
-    output = _new_file(o)
+    output = new_file(o)
     calibration = read_calibration(o.posterior)
     if calibration is None:
         raise Refusal(
@@ -170,7 +170,7 @@ def _say(told: Mapping[str, Any]) -> None:
         print(f"  sticks out: {row['id']}, p = {row['p_value']:.3g}")
 
 
-def _new_file(o: Namespace) -> Path | None:
+def new_file(o: Namespace) -> Path | None:
     """The output file; refused before any work if it is there or cannot be written."""
     path: Path | None = o.output
     if path is None:

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 import bayestune
 from bayestune.bench import Grid, Launcher
-from bayestune.cli import commands, labelling
+from bayestune.cli import commands, generating, labelling
 from bayestune.cli.demo import demo
 from bayestune.cli.distilling import distil
 from bayestune.cli.presets import ConfigOrPreset
@@ -22,6 +22,7 @@ from bayestune.cli.words import gathered, read_options_as_words, spelled_out
 from bayestune.data import AnswerIs, Part
 from bayestune.decisions import Acquisition, SetKind
 from bayestune.evaluation import EvaluationOptions
+from bayestune.generation import DrawsAs
 from bayestune.methods import METHODS, TFB, Distilled
 from bayestune.report import Style
 from bayestune.session import OF_THE_FIT, Compared, Dtype, LessonRows, Put, TaskOptions
@@ -128,6 +129,24 @@ def _add_predict(parser: Parser) -> None:
     parser.option("overwrite", bool, False, "replace the output file once the new one is whole")
 
 
+def _add_generate(parser: Parser) -> None:
+    _add_reading(parser)
+    parser.needed("input", "JSON lines: a text in prompt, or messages; - for standard input")
+    parser.option("draws", int, 10, "posterior draws; 0 for the mean")
+    parser.option("draw_seed", int, 0, "of the draws")
+    parser.option("draws_as", DrawsAs, "average", "of draws at each token; or a text of each draw")
+    parser.option("max_new_tokens", int, 64, "of a text")
+    parser.option("do_sample", bool, False, "samples; left out: the most probable token")
+    parser.option("temperature", float | None, None, "of sampling")
+    parser.option("top_p", float | None, None, "of sampling")
+    parser.option("top_k", int | None, None, "of sampling")
+    parser.option("seed", int, 0, "of sampling")
+    parser.option("stop", list[str], [], "texts behind which one ends")
+    parser.option("batch_size", int, 4, "prompts at once, each with all draws")
+    parser.option("output", Path | None, None, "a file; left out: standard output")
+    parser.option("overwrite", bool, False, "replace the output file")
+
+
 def _add_reading(parser: Parser) -> None:
     parser.needed("posterior", "a folder of `fit`")
     parser.option("model", str | None, None, "the base model, where it has moved")
@@ -228,6 +247,7 @@ COMMANDS: dict[str, tuple[Callable[[Namespace], int | None], Callable[[Parser], 
     "fit": (commands.fit, _add_fit),
     "evaluate": (commands.evaluate, _add_evaluate),
     "predict": (commands.predict, _add_predict),
+    "generate": (generating.generate_texts, _add_generate),
     "bayesianise": (commands.bayesianise, _add_bayesianise),
     "distil": (distil, _add_distil),
     "calibrate": (labelling.calibrate, _add_calibrate),

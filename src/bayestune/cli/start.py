@@ -15,6 +15,7 @@ COMMANDS = {
     "fit": "Fit one method and save its posterior.",
     "evaluate": "Accuracy and calibration of a posterior on labelled questions.",
     "predict": "Probabilities and uncertainty for your own rows: JSON lines in, JSON lines out.",
+    "generate": "Texts under the draws, with each token's uncertainty: JSON lines in and out.",
     "bayesianise": "A posterior around any LoRA adapter, without training (TFB).",
     "distil": "A student of a posterior: one plain LoRA adapter that answers as its draws do.",
     "calibrate": "On held-out rows: how to predict, and when to act; kept beside the posterior.",

@@ -12,6 +12,7 @@ from bayestune.forward.draws import (
     on_device,
     repeat_rows,
     seeded,
+    stacked,
 )
 from bayestune.forward.kept_tokens import has_own_window
 from bayestune.forward.passes import Plan, drawn_logits, mean_logits
@@ -35,6 +36,7 @@ __all__ = [
     "on_device",
     "repeat_rows",
     "seeded",
+    "stacked",
     "without_common_prefix",
     "without_comparison",
 ]

@@ -1,7 +1,7 @@
 """Which draws of a posterior to take, how many at once, and in which precision."""
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -126,6 +126,20 @@ def on_device(inputs: Batch, model: nn.Module) -> dict[str, Tensor]:
     for name, value in inputs.items():
         moved[name] = value.to(device) if isinstance(value, Tensor) else value
     return moved
+
+
+def stacked(draw: Callable[[int, int], Mapping[str, Tensor]], draws: Draws) -> dict[str, Tensor]:
+    """The weights of all draws by slot name, (S, r, k) for A and (S, d, r) for B.
+
+    Args:
+        draw: gives one draw's from its index and the seed.
+        draws: which.
+    """
+    chosen = [draw(index, draws.seed) for index in draws.indices]
+    stacks = {}
+    for name in chosen[0]:
+        stacks[name] = torch.stack([one[name] for one in chosen])
+    return stacks
 
 
 def repeat_rows(inputs: Batch, times: int) -> dict[str, Tensor]:

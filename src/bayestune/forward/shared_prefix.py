@@ -84,6 +84,11 @@ class SharedPrefix(nn.Module):
             rest: attention_mask (S·N, T) or (S·N, 1, T, T), position_ids (S·N, T), and what else
                 the model takes.
         """
+        if not isinstance(logits_to_keep, int):
+            raise Refusal(
+                "draws cannot share a prefix of rows that end apart: got rows padded on the right, "
+                "expected the left; set tokenizer.padding_side='left', or leave shared_prefix out"
+            )
         split = input_ids.shape[1] - self.length - (logits_to_keep - 1)
         inputs = {"input_ids": input_ids}
         for name in ("attention_mask", "position_ids"):

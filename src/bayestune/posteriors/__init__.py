@@ -8,18 +8,24 @@ from bayestune.posteriors.export import export_draw
 from bayestune.posteriors.fit_report import FitReport
 from bayestune.posteriors.folder_of import PosteriorError, read_details
 from bayestune.posteriors.gaussian import Gaussian
+from bayestune.posteriors.likelihoods import (
+    LabelPrediction,
+    Likelihood,
+    Regression,
+    RegressionPrediction,
+    Reward,
+    RewardPrediction,
+    Sigmoid,
+    Softmax,
+)
 from bayestune.posteriors.linearised import Linearised, Sampled, gaussian_logits
 from bayestune.posteriors.low_rank import LowRank
 from bayestune.posteriors.mixture import Mixture
 from bayestune.posteriors.noisy_passes import Dropout, TokenNoise
 from bayestune.posteriors.point import Point, Teacher
 from bayestune.posteriors.posterior import KINDS, AdapterPosterior, Posterior, Saved
-from bayestune.posteriors.prediction import (
-    Prediction,
-    count_for,
-    predict,
-    refuse_one_class,
-)
+from bayestune.posteriors.predicting import count_for, predict
+from bayestune.posteriors.prediction import Prediction, refuse_one_class
 from bayestune.posteriors.saving import save_adapter, save_posterior
 from bayestune.posteriors.scaled import Scaled
 from bayestune.posteriors.signature import artefact_folder, posterior_digest
@@ -38,6 +44,8 @@ __all__ = [
     "Dropout",
     "FitReport",
     "Gaussian",
+    "LabelPrediction",
+    "Likelihood",
     "Linearised",
     "LowRank",
     "Mixture",
@@ -45,9 +53,15 @@ __all__ = [
     "Posterior",
     "PosteriorError",
     "Prediction",
+    "Regression",
+    "RegressionPrediction",
+    "Reward",
+    "RewardPrediction",
     "Sampled",
     "Saved",
     "Scaled",
+    "Sigmoid",
+    "Softmax",
     "Teacher",
     "Tempered",
     "TokenNoise",

@@ -1,15 +1,25 @@
 """A mixture of posteriors on one base model, each under its own adapter: an ensemble."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from bayestune.adapters import Slots, active, are_alike, exclusive
+from bayestune.adapters import (
+    Slots,
+    active,
+    are_alike,
+    drawn,
+    evaluating,
+    exclusive,
+    refuse_inside_drawn,
+    unwrapped,
+)
 from bayestune.errors import Refusal
-from bayestune.forward import Batch, ClassLogits, Draws, Plan, drawn_logits
+from bayestune.forward import Batch, ClassLogits, Draws, Plan, drawn_logits, stacked
 from bayestune.posteriors.fit_report import FitReport
 from bayestune.posteriors.posterior import AdapterPosterior, Posterior, Saved, State
 
@@ -82,12 +92,41 @@ class Mixture(Posterior):
         """Class logits (S, N, C), member by member where they cannot run in one pass."""
         if len(self.members) == 1:
             return self.members[0].logits(inputs, draws)
+        self._refuse_mean(draws)
+        with exclusive(self.model):
+            return self._logits_of_several(inputs, draws)
+
+    def _refuse_mean(self, draws: Draws) -> None:
         if draws.count == 0:
             raise Refusal(
                 f"a mixture of {len(self.members)} has no mean: got draws=0, expected 1 or more"
             )
-        with exclusive(self.model):
-            return self._logits_of_several(inputs, draws)
+
+    @contextmanager
+    def side_by_side(self, draws: Draws) -> Iterator[float]:
+        """All members' draws in the slots of the first.
+
+        Raises:
+            Refusal: if they run member by member only.
+        """
+        if len(self.members) == 1:
+            with self.members[0].side_by_side(draws) as temperature:
+                yield temperature
+            return
+        self._refuse_mean(draws)
+        if not self._runs_in_one_pass():
+            kinds = ", ".join(sorted({type(member).__name__ for member in self.members}))
+            raise Refusal(
+                f"members that run one by one cannot generate together: got {kinds}, expected "
+                "members whose draws are adapters of the same layers and scalings; generate with "
+                "one of `members`"
+            )
+        model = unwrapped(self.model)
+        alone = active(model, self.adapter, alone=True)
+        with exclusive(model), alone, draws.precision(model), evaluating(model):
+            refuse_inside_drawn(model, self.adapter)
+            with drawn(self.model, stacked(self.draw, draws), self.adapter):
+                yield 1.0
 
     def _logits_of_several(self, inputs: Batch, draws: Draws) -> Tensor:
         if self._runs_in_one_pass():

@@ -1,5 +1,7 @@
 """Posteriors whose draws are noisy passes: dropout masks or Gaussian noise for each token."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -61,6 +63,14 @@ class Dropout(SingleAdapter):
                 parts.append(logits.unflatten(0, (size, -1)))
         check_arrived(arrivals, slots.layers, slots.adapter)
         return torch.cat(parts)
+
+    @contextmanager
+    def _beside(self, draws: Draws) -> Iterator[None]:
+        slots = self.slots
+        with eagerly(slots.compiled), seeded(slots.model, draws.seed, draws.first):
+            for module in dropouts(slots):
+                module.train()
+            yield
 
 
 def dropouts(slots: Slots) -> list[nn.Dropout]:

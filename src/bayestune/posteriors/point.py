@@ -1,6 +1,7 @@
 """A point: all the mass on one adapter."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import KW_ONLY, asdict, dataclass
 from typing import Any, ClassVar, Self
 
@@ -51,6 +52,9 @@ class Point(AdapterPosterior):
     def _drawn(self, inputs: Batch, draws: Draws) -> Tensor:
         logits = mean_logits(self.model, self.scorer, inputs)
         return logits.expand(draws.count, *logits.shape[1:])
+
+    def _beside(self, draws: Draws) -> AbstractContextManager[Any]:
+        return nullcontext()
 
     def state(self) -> State:
         """No tensors; a student's teacher."""

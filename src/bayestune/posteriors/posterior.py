@@ -2,7 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, ClassVar, Self
 
@@ -13,12 +14,23 @@ from bayestune.adapters import (
     Slots,
     active,
     check_mean_arrives,
+    drawn,
+    evaluating,
     exclusive,
     refuse_inside_drawn,
     split_name,
+    unwrapped,
 )
 from bayestune.errors import Refusal
-from bayestune.forward import Batch, ClassLogits, Draws, Plan, drawn_logits, mean_logits
+from bayestune.forward import (
+    Batch,
+    ClassLogits,
+    Draws,
+    Plan,
+    drawn_logits,
+    mean_logits,
+    stacked,
+)
 from bayestune.posteriors.fit_report import FitReport
 
 State = tuple[dict[str, Tensor], dict[str, Any]]
@@ -99,6 +111,22 @@ class Posterior(ABC):
             Refusal: if the tensors are not of this model's slots or shapes.
         """
 
+    def side_by_side(self, draws: Draws) -> AbstractContextManager[float]:
+        """A context in which the model, called on S·N rows draw by draw, runs the draws.
+
+        The model is in evaluation mode, without gradients, and other threads wait. A count of 0 has
+        the mean there. What the context gives is the temperature that the logits are to be divided
+        by. `generate` takes its steps in it.
+
+        Raises:
+            Refusal: if the draws cannot stand side by side.
+        """
+        raise Refusal(
+            f"the draws of a {type(self).__name__} cannot stand side by side in one batch, so they "
+            f"cannot generate: got draws={draws.count}, expected draws that are adapters, such as "
+            "those of Gaussian, or dropout"
+        )
+
     def refuse_shared_prefix(self, draws: Draws) -> None:
         """Refuses draws with a shared prefix, for posteriors whose draws are not adapters."""
         if draws.shared_prefix is not None:
@@ -150,6 +178,25 @@ class SingleAdapter(Posterior):
     def _drawn(self, inputs: Batch, draws: Draws) -> Tensor:
         """Logits (S, N, C) of one draw or more."""
 
+    @contextmanager
+    def side_by_side(self, draws: Draws) -> Iterator[float]:
+        """As of every posterior.
+
+        Raises:
+            Refusal: as `logits`, or if the draws cannot stand side by side.
+        """
+        asked = active(self.model, self.adapter)
+        model = unwrapped(self.model)
+        with exclusive(model), asked, draws.precision(model), evaluating(model):
+            refuse_inside_drawn(model, self.adapter)
+            check_mean_arrives(model, self.adapter)
+            with self._beside(draws) if draws.count else nullcontext():
+                yield 1.0
+
+    def _beside(self, draws: Draws) -> AbstractContextManager[Any]:
+        """One draw or more, side by side, inside what `side_by_side` puts around them."""
+        return super().side_by_side(draws)
+
     def on(self, scorer: ClassLogits) -> Self:
         """The same posterior, asked by another scorer."""
         return replace(self, scorer=scorer)
@@ -188,6 +235,9 @@ class AdapterPosterior(SingleAdapter):
 
     def _drawn(self, inputs: Batch, draws: Draws) -> Tensor:
         return drawn_logits(self, inputs, draws, self._plan)
+
+    def _beside(self, draws: Draws) -> AbstractContextManager[Any]:
+        return drawn(self.model, stacked(self.draw, draws), self.adapter)
 
 
 def check_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:

@@ -1,7 +1,7 @@
 """The predictive: probabilities averaged over draws, and the uncertainty of each row."""
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Self
 
 import torch
@@ -9,8 +9,6 @@ from torch import Tensor
 
 from bayestune.decisions import mutual_information
 from bayestune.errors import Refusal
-from bayestune.forward import Batch, Draws
-from bayestune.posteriors.posterior import Posterior
 
 
 @dataclass(frozen=True)
@@ -48,6 +46,9 @@ class Prediction:
     def of(cls, logits: Tensor, *, exact: bool = False) -> Self:
         """The predictive of logits (S, N, C), in float64; -inf marks options a row does not have.
 
+        There may be axes between N and C, such as tokens; what is -inf for every class is padding,
+        whose probabilities and entropies are 0.
+
         Args:
             logits: of S draws.
             exact: whether the draws are all there is, such as the members of an ensemble, and not a
@@ -64,6 +65,7 @@ class Prediction:
         """
         refuse_one_class(logits)
         logs = logits.double().log_softmax(-1)
+        logs = logs.masked_fill(logits.isneginf().all(-1, keepdim=True), -math.inf)
         draws = logs.exp()
         probabilities = draws.mean(0)
         total = torch.special.entr(probabilities).sum(-1)
@@ -83,51 +85,6 @@ def refuse_one_class(logits: Tensor) -> None:
         raise Refusal(
             "one logit has no probabilities of classes: got logits of shape "
             f"{tuple(logits.shape)}, expected two classes or more; use num_labels=2 for a yes or "
-            "no, or take `posterior.logits` as they are, such as for regression"
+            'no, or say what the logit is: predict(…, likelihood="sigmoid"), "regression" or '
+            '"reward"'
         )
-
-
-def count_for(posterior: Posterior, draws: int) -> int:
-    """How many draws to take where so many are asked for: the posterior's `atoms` if it has some.
-
-    Raises:
-        Refusal: if the mean is asked for, by 0, and there is none.
-    """
-    if draws == 0 and not posterior.has_mean:
-        raise Refusal(
-            f"{type(posterior).__name__} has no mean: got draws=0, which asks for it, "
-            "expected 1 or more"
-        )
-    return draws if posterior.atoms is None or draws == 0 else posterior.atoms
-
-
-def predict(
-    posterior: Posterior,
-    inputs: Batch,
-    draws: int | Draws = 10,
-    *,
-    seed: int = 0,
-    max_tokens: int = 16384,
-    shared_prefix: int | None = None,
-) -> Prediction:
-    """Averages the probabilities of held draws: p(y | x) ≈ 1/S Σ_s softmax(f(x; A_s)).
-
-    Args:
-        posterior: what a method's `fit` returned, or a loaded one.
-        inputs: a batch of N rows, as its scorer collates them.
-        draws: S; 0 for the mean adapter. A posterior with `atoms` is averaged over those instead. A
-            `Draws` says all of what follows too.
-        seed: of the set of draws; the same seed gives the same S functions for every batch.
-        max_tokens: bound on the tokens of one forward pass.
-        shared_prefix: m; an approximation, off by default: the mean adapter reads all but the last
-            m tokens of the prompt, once for all draws. docs/calibration_cost.md shows what is lost.
-
-    Raises:
-        Refusal: if `draws` is negative, or 0 for a posterior without a mean, or a prefix cannot
-            be shared.
-    """
-    if not isinstance(draws, Draws):
-        draws = Draws(draws, seed, max_tokens=max_tokens, shared_prefix=shared_prefix)
-    draws = replace(draws, count=count_for(posterior, draws.count))
-    exact = posterior.atoms is not None
-    return Prediction.of(posterior.logits(inputs, draws), exact=exact)

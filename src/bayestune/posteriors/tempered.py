@@ -1,5 +1,7 @@
 """A posterior whose logits are divided by a temperature."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
 
@@ -47,6 +49,12 @@ class Tempered(Posterior):
     def logits(self, inputs: Batch, draws: Draws) -> Tensor:
         """The base's logits over T, (S, N, C)."""
         return self.base.logits(inputs, draws) / self.temperature
+
+    @contextmanager
+    def side_by_side(self, draws: Draws) -> Iterator[float]:
+        """The base's draws, with T."""
+        with self.base.side_by_side(draws) as temperature:
+            yield temperature * self.temperature
 
     def state(self) -> State:
         """The base's tensors, its kind and facts, and the temperature."""

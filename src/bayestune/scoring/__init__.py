@@ -6,6 +6,7 @@ A scorer encodes rows, collates them into batches, and maps a model and a batch 
 from bayestune.scoring.activations import mean_pass
 from bayestune.scoring.batches import batches_by_length, row_logits
 from bayestune.scoring.choose import make_scorer
+from bayestune.scoring.given_batches import HeadLogits, LastToken
 from bayestune.scoring.head import HeadScorer, own_classes
 from bayestune.scoring.lengths import check_lengths
 from bayestune.scoring.letter import LetterScorer
@@ -14,7 +15,9 @@ from bayestune.scoring.text import TextScorer
 
 __all__ = [
     "Encoded",
+    "HeadLogits",
     "HeadScorer",
+    "LastToken",
     "LetterScorer",
     "Scorer",
     "TextScorer",

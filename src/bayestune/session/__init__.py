@@ -11,6 +11,7 @@ from bayestune.session.gated import Gated, decide, read_calibration
 from bayestune.session.lesson import Lesson, LessonRows
 from bayestune.session.looks import DISTANCE, PROMPT_LENGTH, Look, Looking, kept_reference
 from bayestune.session.opened_model import Dtype, num_classes, open_model
+from bayestune.session.plain_adapter import is_plain
 from bayestune.session.prediction_ways import Way, joined
 from bayestune.session.session import Session
 from bayestune.session.task_options import OF_THE_FIT, TaskOptions
@@ -37,6 +38,7 @@ __all__ = [
     "calibrate",
     "decide",
     "details_of",
+    "is_plain",
     "joined",
     "kept_reference",
     "load_way",

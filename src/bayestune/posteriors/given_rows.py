@@ -1,0 +1,86 @@
+"""Rows as users have them, a batch, a DataLoader or a Dataset, as batches."""
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset
+
+from bayestune.adapters import base_of
+from bayestune.errors import Refusal
+from bayestune.forward import Batch
+from bayestune.posteriors.posterior import Posterior
+
+GivenRows = DataLoader[Any] | Dataset[Any] | Sequence[Mapping[str, Any]] | Iterable[Batch]
+ROWS = 8  # of a Dataset in one batch
+_LABELS = ("label", "labels", "label_ids")
+
+
+def batches_of(inputs: Any, posterior: Posterior) -> Iterator[Batch]:
+    """A batch as it is; those of a loader; or batches of a Dataset's rows.
+
+    Raises:
+        Refusal: if rows or batches are not mappings, or rows of different lengths would have to be
+            padded for a scorer that might read the padding.
+    """
+    if isinstance(inputs, Mapping):
+        yield inputs
+    elif isinstance(inputs, DataLoader) or not hasattr(inputs, "__getitem__"):
+        for batch in inputs:
+            _check_mapping(batch, "batch of the loader")
+            yield batch
+    else:
+        for start in range(0, len(inputs), ROWS):
+            stop = min(start + ROWS, len(inputs))
+            yield _collated([inputs[index] for index in range(start, stop)], posterior)
+
+
+def _check_mapping(value: Any, what: str) -> None:
+    if not isinstance(value, Mapping):
+        raise Refusal(
+            f"a {what} names its tensors: got a {type(value).__name__}, expected a mapping such as "
+            "{'input_ids': …}; use a collate_fn that returns one"
+        )
+
+
+def _collated(rows: Sequence[Any], posterior: Posterior) -> dict[str, Tensor]:
+    """The fields that the model takes, stacked; tokens padded on the right."""
+    for row in rows:
+        _check_mapping(row, "row of the dataset")
+    taken = inspect.signature(base_of(posterior.model).forward).parameters
+    batch: dict[str, list[Tensor]] = {}
+    for name in rows[0]:
+        if name in taken and name not in _LABELS:
+            batch[name] = [torch.as_tensor(row[name]) for row in rows]
+    if not batch:
+        raise Refusal(
+            f"the rows have nothing that the model takes: got {sorted(rows[0])}, expected such as "
+            "input_ids; tokenise the dataset first"
+        )
+    lengths = {len(ids) for ids in batch.get("input_ids", ()) if ids.dim() == 1}
+    if len(lengths) > 1:
+        _refuse_reading_padding(posterior.scorer, lengths)
+        masks = [torch.ones_like(ids) for ids in batch["input_ids"]]
+        batch.setdefault("attention_mask", masks)
+    pad = getattr(base_of(posterior.model).config, "pad_token_id", None) or 0
+    pads = {"input_ids": pad}
+    return {name: _stacked(values, pads.get(name, 0)) for name, values in batch.items()}
+
+
+def _stacked(values: list[Tensor], pad: int) -> Tensor:
+    if len({value.shape for value in values}) == 1:
+        return torch.stack(values)
+    return pad_sequence(values, batch_first=True, padding_value=pad)
+
+
+def _refuse_reading_padding(scorer: Any, lengths: set[int]) -> None:
+    if not getattr(scorer, "minds_padding", False):
+        raise Refusal(
+            f"rows of {min(lengths)} to {max(lengths)} tokens would be padded, and it is not known "
+            "where the scorer reads: got a scorer of your own, expected HeadLogits() or "
+            "LastToken(…), which find a row's end; or give a DataLoader with "
+            "collate_fn=DataCollatorWithPadding(tokenizer)"
+        )
