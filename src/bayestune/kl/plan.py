@@ -68,6 +68,12 @@ class Aim(NamedTuple):
         """Refuses what cannot be aimed at."""
         if not (self.prior_std > 0 and math.isfinite(self.prior_std)):
             raise Refusal(f"prior_std must be positive: got {self.prior_std}; 0.2 is usual")
+        if isinstance(self.final_std, str):
+            raise Refusal(
+                f"final_std must be a number here: got {self.final_std!r}, expected 0.1 or another "
+                'below prior_std; "auto" fits the rows several times, as BLoB(final_std="auto") '
+                "and `fit --final_std auto` do"
+            )
         if self.final_std is not None and self.kl_lr is not None:
             raise Refusal(
                 f"give final_std or kl_lr, not both: got final_std={self.final_std} and "

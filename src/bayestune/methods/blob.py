@@ -1,13 +1,15 @@
 """BLoB: Bayesian low-rank adaptation by backpropagation; its symmetric form; its authors' noise."""
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Self
 
 from torch import nn
 
 from bayestune.adapters import SIDES, Noise, Slots, bayesify
+from bayestune.errors import Refusal
 from bayestune.kl import Aim, KLStep, Schedule, StdOptimizer
 from bayestune.methods.held_out import head_slots
+from bayestune.methods.noise_choice import choose_noise
 from bayestune.posteriors import Gaussian, TokenNoise
 from bayestune.scoring import Scorer
 from bayestune.training import Training, fit_adapter
@@ -24,7 +26,9 @@ class BLoB:
         init_root_std: ε; G = √Ω starts uniform on (ε/√2, ε).
         noise: how training noise is shared, see `GaussianLinear`.
         final_std: the standard deviation to end at; the KL's step is solved for. None takes half of
-            `prior_std`, unless `kl_lr` or bursts are given.
+            `prior_std`, unless `kl_lr` or bursts are given. "auto" chooses it, `prior_std` with it,
+            and how many of the steps are taken, by cross-fitting the training rows, see
+            `choose_noise`: that takes as long as four to six fits.
         kl_lr: the KL's learning rate, instead of `final_std`; 0.01 where neither holds.
         schedule: "constant", "early" or "bursts", see `KLStep`; None takes "constant", or the
             authors' "bursts" if `kl_lr` is given.
@@ -47,7 +51,7 @@ class BLoB:
     prior_std: float = 0.2
     init_root_std: float = 0.05
     noise: Noise = "row"
-    final_std: float | None = None
+    final_std: float | Literal["auto"] | None = None
     kl_lr: float | None = None
     schedule: Schedule | None = None
     std_optimizer: StdOptimizer = "sgd"
@@ -58,6 +62,9 @@ class BLoB:
     share: ClassVar[float] = 0.5  # of prior_std, where final_std is left open
 
     def __post_init__(self) -> None:
+        if self.final_std == "auto":
+            self._scaled(1.0)
+            return
         aim = Aim.of(self.prior_std, self.final_std, self.kl_lr, self.schedule, share=self.share)
         object.__setattr__(self, "final_std", aim.final_std)  # records say what was done
         object.__setattr__(self, "schedule", aim.schedule)
@@ -65,9 +72,22 @@ class BLoB:
 
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Gaussian:
         """Trains a Gaussian adapter."""
+        if self.final_std == "auto":
+            method, own, choice = choose_noise(self._scaled, model, scorer, training)
+            chosen = method.fit(model, scorer, own)
+            return replace(chosen, report=chosen.report.plus(**choice))
         step = self._kl_step(training.warmup_ratio)
         adapted, report = fit_adapter(model, scorer, training, [step], prepare=self._bayesify)
         return Gaussian(adapted, scorer, report=report)
+
+    def _scaled(self, factor: float) -> Self:
+        """The method with noise of a factor, and its prior: what "auto" chooses among."""
+        if self.kl_lr is not None or self.schedule == "bursts":
+            raise Refusal(
+                f'final_std="auto" solves for the KL\'s rate: got kl_lr={self.kl_lr} and schedule='
+                f"{self.schedule!r}, expected neither kl_lr nor bursts; leave them out"
+            )
+        return replace(self, prior_std=factor * self.prior_std, final_std=None)
 
     def _kl_step(self, warmup_ratio: float) -> KLStep:
         return KLStep(
