@@ -119,8 +119,8 @@ def test_a_resumed_choice_asks_for_nothing_twice(whole, tmp_path):
 
 
 def test_what_cannot_be_chosen_is_refused(case):
+    few = replace(case.scorer, task=replace(case.task, train=case.task.train[:3]))
     with pytest.raises(Refusal, match="leaves training rows out to choose by: got 3 rows"):
-        few = replace(case.scorer, task=replace(case.task, train=case.task.train[:3]))
         BLoB(final_std="auto").fit(case.make(), few, TRAINING)
     with pytest.raises(Refusal, match=r"expected neither kl_lr nor bursts"):
         BLoB(final_std="auto", kl_lr=0.01)

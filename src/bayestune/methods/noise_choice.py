@@ -45,9 +45,9 @@ class Candidate(NamedTuple):
 class CrossFit:
     """What the candidates lose on rows that their fits have not seen.
 
-    The training rows are parted into folds, each class evenly, equal rows into one. Each candidate is fitted
-    K times on all rows but a fold's, for as many epochs as it would be on all of them, and asked
-    about that fold: −log p̄(y) with p̄ the average of ten draws.
+    The training rows are parted into K folds, each class evenly, equal rows into one. Each
+    candidate is fitted K times on all rows but a fold's, for as many epochs as it would be on all
+    of them, and asked about that fold: −log p̄(y) with p̄ the average of ten draws.
 
     Args:
         method: the method with a factor on its noise.
