@@ -12,6 +12,7 @@ from bayestune.forward import Draws
 from bayestune.jsonl import read_json_lines
 from bayestune.models import LoadedModel
 from studies import cheap_posteriors as study
+from studies.cheap_arms import Antithetic, Arm, TailScorer, block_of
 from studies.cheap_table import fitted_average
 from tests.tiny import randomised
 
@@ -24,7 +25,7 @@ def posterior(llama, byte_level, tiny_task):
     """Makes an arm's posterior on a tiny model whose adapters reach the output, and a batch."""
 
     def make(kind, size=0):
-        arm = study.Arm(kind, size)
+        arm = Arm(kind, size)
         base = llama()
         scorer = arm.scorer(LoadedModel(base, byte_level, "tiny"), tiny_task)
         adapted = attach(base, Lora(4, 8, targets=("q_proj", "v_proj")))
@@ -50,7 +51,7 @@ def test_noise_on_the_last_tokens_leaves_the_others_at_the_mean(posterior):
 
 def test_noise_in_the_last_blocks_is_in_no_other(posterior):
     _, one, _ = posterior("blocks", 1)
-    assert {study.block_of(name) for name in one.layers()} == {1}
+    assert {block_of(name) for name in one.layers()} == {1}
 
 
 def test_an_adapter_at_the_end_reads_what_the_base_has_read(posterior):
@@ -60,7 +61,7 @@ def test_an_adapter_at_the_end_reads_what_the_base_has_read(posterior):
     at_the_end = {}
     for name, layer in Slots(model).layers.items():
         at_the_end[name] = layer.register_forward_hook(_adapter_on_the_last(3))
-    plain = super(study.TailScorer, one.scorer).__call__
+    plain = super(TailScorer, one.scorer).__call__
     for index in range(3):
         stacks = {name: weight[None] for name, weight in one.draw(index).items()}
         with torch.no_grad(), drawn(model, stacks):
@@ -82,7 +83,7 @@ def _adapter_on_the_last(tokens):
 
 def test_antithetic_draws_lie_on_both_sides_of_the_mean(posterior):
     _, one, _ = posterior("full")
-    twins = study.Antithetic(one.model, one.scorer)
+    twins = Antithetic(one.model, one.scorer)
     name = next(iter(one.layers()))
     mean = one.layers()[name].weight.detach()
     assert_close((twins.draw(2)[name] + twins.draw(3)[name]) / 2, mean)
