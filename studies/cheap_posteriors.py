@@ -29,7 +29,7 @@ from bayestune.adapters import (
     bayesify,
     detach,
 )
-from bayestune.data import Prompt, Question, Task, load_task, public_tasks
+from bayestune.data import Question, Task, load_task
 from bayestune.forward import Draws
 from bayestune.jsonl import read_json_lines, write_json_lines
 from bayestune.kl import KLStep
@@ -44,24 +44,10 @@ from harness import Spread, environment, interleave, named, paired_ratios
 from studies.calibration_cost import LastBlocks
 from studies.cheap_arms import ARMS, Antithetic, Arm, Batch
 from studies.cheap_table import best_std, fitted_average, table
+from studies.topics import topics
 
 S = 10
 FEWER = (2, 3, 5, S)  # numbers of draws in which plain, antithetic and fitted draws are compared
-TOPICS = (
-    ("animals", "animals"),
-    ("earth", "earth and rocks"),
-    ("tools", "everyday life and tools"),
-    ("food", "food and health"),
-    ("forces", "forces and energy"),
-    ("geography", "geography"),
-    ("body", "human body"),
-    ("light", "light sound and electricity"),
-    ("matter", "matter and materials"),
-    ("plants", "plants"),
-    ("space", "space"),
-    ("weather", "weather and climate"),
-)
-_TOPIC = "Name the topic of the question.\n\nQuestion: {question}\nTopic:"
 PARTS = ("held_out", "evaluation")
 RESULTS = Path(__file__).parents[1] / "results/cheap_posteriors/records.jsonl"
 Record = dict[str, Any]
@@ -70,24 +56,11 @@ Record = dict[str, Any]
 # The task
 
 
-def topics(folder: Path) -> Task:
-    """Which of twelve topics an embedded question has: its train rows, its validation rows."""
-    names = [name for _, name in TOPICS]
-
-    def part(name: str) -> tuple[Question, ...]:
-        lines = read_json_lines(folder / f"{name}.jsonl")
-        rows = [(row["id"], row["question"], names.index(row["topic"])) for row in lines]
-        return tuple(Question(key, text, tuple(names), answer) for key, text, answer in rows)
-
-    prompt = Prompt(_TOPIC, _TOPIC, tuple(label for label, _ in TOPICS))
-    return Task("topics", part("train"), part("validation"), prompt=prompt)
-
-
 def task_of(options: Namespace) -> Task:
     """Rows to fit on, to choose σ on, and to report: no test row is among them."""
     further: tuple[Question, ...] = ()
     if options.task == "topics":
-        task = topics(Path(public_tasks.__file__).parent / "everyday/default")
+        task = topics()
         further = task.evaluation
     else:
         task = load_task(options.task, options.data_root)
