@@ -95,18 +95,29 @@ def twin(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
-def adapt(model: nn.Module, adapter: str, rank: int, targets: Sequence[str] = TARGETS) -> PeftModel:
+def adapt(
+    model: nn.Module,
+    adapter: str,
+    rank: int,
+    targets: Sequence[str] = TARGETS,
+    dropout: float = 0.0,
+) -> PeftModel:
     """A stock PEFT model in training mode; with a kind of noise for `adapter` its A is Gaussian."""
-    adapted = attach(model, Lora(rank, 2 * rank, targets=tuple(targets)))
+    adapted = attach(model, Lora(rank, 2 * rank, dropout, tuple(targets)))
     if not adapter.startswith(STOCK):
         bayesify(adapted, noise=adapter)  # type: ignore[arg-type]
     return adapted.train()
 
 
-def adapt_all(model: nn.Module, adapters: Sequence[str], rank: int) -> dict[str, PeftModel]:
+def adapt_all(
+    model: nn.Module, adapters: Sequence[str], rank: int, dropout: float = 0.0
+) -> dict[str, PeftModel]:
     """An adapted model for each name, all over the weights of `model`."""
     bases = [model, *(twin(model) for _ in adapters[1:])]
-    return {name: adapt(base, name, rank) for name, base in zip(adapters, bases, strict=True)}
+    return {
+        name: adapt(base, name, rank, dropout=dropout)
+        for name, base in zip(adapters, bases, strict=True)
+    }
 
 
 # Training steps

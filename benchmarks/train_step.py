@@ -31,6 +31,7 @@ def add_step_options(parser: ArgumentParser) -> None:
     add("--length", type=int, default=128, help="tokens of a row")
     text = "which are computed, in both steps"
     add("--logits", choices=("last", "full"), default="last", help=text)
+    add("--lora_dropout", type=float, default=0.0, help="LoRA dropout, in both steps")
     add("--noise", choices=NOISES, nargs="+", default=[OURS], help="BLoB's, each a line")
 
 
@@ -39,7 +40,7 @@ def steps_by_precision(
 ) -> Iterator[tuple[str, dict[str, TrainingStep]]]:
     """For each precision, the step of each named adapter, all on the same tokens."""
     base = base_model(options, device)
-    models = adapt_all(base, names, options.rank)
+    models = adapt_all(base, names, options.rank, options.lora_dropout)
     vocabulary = base.config.vocab_size  # type: ignore[union-attr]
     ids = random_tokens(vocabulary, options.rows, options.length, device)
     loss = token_loss(ids, options.logits)
@@ -53,7 +54,12 @@ def steps_by_precision(
 def size_of(options: Namespace) -> str:
     """The model and the batch in titles."""
     batch = f"{options.rows}×{options.length} tokens"
-    return f"{model_name(options)}, {batch}, {options.logits} logits"
+    size = f"{model_name(options)}, {batch}, {options.logits} logits"
+    if options.dtype != "float32":
+        size += f", {options.dtype} weights"
+    if options.lora_dropout:
+        size += f", LoRA dropout {options.lora_dropout:g}"
+    return size
 
 
 def parser() -> ArgumentParser:

@@ -23,8 +23,7 @@ from torch import Tensor
 from bayestune.adapters import GaussianLinear, Slots
 from bayestune.forward import Draws
 from bayestune.posteriors import Gaussian
-from bayestune.scoring import Scorer, row_logits
-from bayestune.scoring.tokens import Encoded
+from bayestune.scoring import Encoded, Scorer, row_logits
 from bayestune.session import Session, TaskOptions
 from harness import Action, environment, interleave, quantile
 from studies.calibration_page import render

@@ -67,6 +67,26 @@ def test_train_step(run, logits):
     assert names_of(record) == [f"{kind}, {precision}" for precision, kind in lines]
 
 
+def test_train_step_over_bfloat16_weights_and_with_dropout(run, monkeypatch):
+    models = []
+    make = train_step.adapt_all
+
+    def recorded(*arguments):
+        models.append(make(*arguments))
+        return models[-1]
+
+    monkeypatch.setattr(train_step, "adapt_all", recorded)
+    settings = ("--dtype", "bfloat16", "--lora_dropout", "0.25")
+    record = run(train_step, *TINY, *settings, "--precisions", "bf16")
+    assert names_of(record) == ["row, bf16"]
+    assert record["title"].endswith(", bfloat16 weights, LoRA dropout 0.25")
+    for model in models[0].values():
+        layer = model.base_model.model.model.layers[0].self_attn.q_proj
+        assert layer.base_layer.weight.dtype is torch.bfloat16
+        assert layer.lora_A["default"].weight.dtype is torch.float32
+        assert layer.lora_dropout["default"].p == 0.25
+
+
 def test_memory(run):
     record = run(memory, *TINY, "--noise", "row", "token", "--precisions", "fp32")
     ratio = {case["name"]: case["ratio"]["median"] for case in record["cases"]}

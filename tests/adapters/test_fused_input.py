@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.nn.functional import linear
+from torch.nn.functional import dropout, linear
 from torch.testing import assert_close
 
 from bayestune.adapters import GaussianLinear, RowGroups, Slots, bayesify
@@ -20,8 +20,13 @@ QUERY = "block.q_proj"
 VALUE = "block.v_proj"
 
 
-def pair(names: Sequence[str] = (QUERY, VALUE), noise: str = "row") -> list[GaussianLinear]:
-    """The Gaussian A of two layers, of ranks 3 and 2, in the order of their names."""
+def owners(
+    names: Sequence[str] = (QUERY, VALUE),
+    noise: str = "row",
+    dtype: torch.dtype = torch.float32,
+    lora_dropout: float = 0.0,
+) -> list[nn.Module]:
+    """Two LoRA layers with Gaussian A of ranks 3 and 2, in the order of their names."""
     torch.manual_seed(5)
     base = nn.Module()
     for name in names:
@@ -29,11 +34,16 @@ def pair(names: Sequence[str] = (QUERY, VALUE), noise: str = "row") -> list[Gaus
         if not hasattr(base, block):
             base.add_module(block, nn.Module())
         base.get_submodule(block).add_module(leaf, nn.Linear(6, 4))
-    lora = LoraConfig(r=3, rank_pattern={names[1]: 2}, target_modules=list(names))
-    model = get_peft_model(base, lora)
+    ranks = {"r": 3, "rank_pattern": {names[1]: 2}}
+    lora = LoraConfig(**ranks, target_modules=list(names), lora_dropout=lora_dropout)
+    model = get_peft_model(base.to(dtype), lora)
     bayesify(model, init_root_std=0.7, noise=noise)
-    layers = Slots(model).of_kind(GaussianLinear)
-    return [layers[f"{name}.lora_A"].train() for name in names]
+    return [model.train().base_model.model.get_submodule(name) for name in names]
+
+
+def pair(names: Sequence[str] = (QUERY, VALUE), noise: str = "row") -> list[GaussianLinear]:
+    """The Gaussian A of the two layers."""
+    return [owner.lora_A["default"] for owner in owners(names, noise)]
 
 
 @pytest.fixture
@@ -47,6 +57,20 @@ def products(monkeypatch) -> list[int]:
         return apply(input, mean, *rest)
 
     monkeypatch.setattr(module.RowNoise, "apply", count)
+    return ranks
+
+
+@pytest.fixture
+def shared_draws(monkeypatch) -> list[int]:
+    """The ranks of the draws that layers with inputs of their own share."""
+    ranks = []
+    apply = module.RowDraws.apply
+
+    def count(mean: torch.Tensor, *rest: object) -> torch.Tensor:
+        ranks.append(len(mean))
+        return apply(mean, *rest)
+
+    monkeypatch.setattr(module.RowDraws, "apply", count)
     return ranks
 
 
@@ -70,6 +94,110 @@ def test_outputs_and_gradients_are_those_of_one_stacked_layer(bf16, close, produ
 
     assert_close(gradients(plain=False), gradients(plain=True), **close)
     assert products == [5]
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "lora_dropout"),
+    [(torch.bfloat16, 0.0), (torch.float32, 0.2), (torch.bfloat16, 0.2), (torch.float32, 0.0)],
+)
+def test_copies_that_peft_makes_of_one_tensor_are_the_plain_form(
+    dtype, lora_dropout, bf16, products, shared_draws
+):
+    both = owners(dtype=dtype, lora_dropout=lora_dropout)
+    layers = [owner.lora_A["default"] for owner in both]
+    x = torch.randn(3, 4, 6).to(dtype).requires_grad_()
+    cotangents = [torch.randn(3, 4, 3), torch.randn(3, 4, 2)]
+    leaves = [x, *layers[0].parameters(), *layers[1].parameters()]
+
+    def copied() -> torch.Tensor:
+        return dropout(x.float(), lora_dropout) if lora_dropout else x.float()
+
+    def plain() -> list[torch.Tensor]:
+        first = copied()
+        mean = torch.cat([layer.weight for layer in layers])
+        draws = row_weights(mean, torch.cat([layer.std for layer in layers]), 3)
+        inputs = (first, copied())
+        parts = draws.split([3, 2], 1)
+        return [torch.bmm(x, one.transpose(1, 2)) for x, one in zip(inputs, parts, strict=True)]
+
+    def ours() -> list[torch.Tensor]:
+        outputs = []
+        for layer in layers:
+            layer.register_forward_hook(lambda _, args, output: outputs.append(output))
+        for owner in both:
+            owner(x)
+        return outputs
+
+    def gradients(form) -> list[torch.Tensor]:
+        torch.manual_seed(7)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            outputs = form()
+        loss = sum((y * c).sum() for y, c in zip(outputs, cotangents, strict=True))
+        return [*outputs, *torch.autograd.grad(loss, leaves)]
+
+    rough = bf16 or dtype is torch.bfloat16  # the gradient of x is rounded once, not twice
+    close = {"rtol": 2e-2, "atol": 4e-2} if rough else CLOSE
+    for one, other in zip(gradients(ours), gradients(plain), strict=True):
+        assert_close(one, other, **close)
+    assert (products, shared_draws) == (([], [5]) if lora_dropout else ([5], []))
+
+
+def test_under_dropout_each_layer_has_a_mask_of_its_own():
+    both = owners(lora_dropout=0.5)
+    x = torch.ones(2, 3, 6)
+    masks = []
+    for owner in both:
+        owner.lora_dropout["default"].register_forward_hook(lambda _, a, y: masks.append(y))
+        owner(x)
+    assert not torch.equal(*masks)
+    assert {float(value) for mask in masks for value in mask.unique()} == {0.0, 2.0}
+
+
+def test_a_tensor_that_only_looks_like_a_copy_is_computed_for_itself(products):
+    first, second = owners(dtype=torch.bfloat16)
+    x = torch.randn(2, 3, 6).bfloat16()
+    first(x)
+    second(x.clone())
+    assert products == [5, 5]
+    second.lora_A["default"](torch.randn(2, 3, 6))  # outside of its owner
+    assert products == [5, 5, 5]
+
+
+@pytest.mark.parametrize("lora_dropout", [0.0, 0.2])
+def test_what_owners_receive_is_not_kept(lora_dropout):
+    both = owners(dtype=torch.bfloat16, lora_dropout=lora_dropout)
+    for mode in (True, False):
+        x = torch.randn(2, 3, 6).bfloat16()
+        for owner in both:
+            owner.train(mode)
+            owner(x)
+        kept = weakref.ref(x)
+        del x
+        assert kept() is None
+    both[0].train().enable_adapters(False)
+    x = torch.randn(2, 3, 6).bfloat16()
+    both[0](x)
+    kept = weakref.ref(x)
+    del x
+    assert kept() is None
+
+
+@pytest.mark.parametrize(("dtype", "lora_dropout"), [(torch.bfloat16, 0.0), (torch.float32, 0.2)])
+def test_recomputation_sees_the_same_draws_and_masks(dtype, lora_dropout):
+    targets = ["q_proj", "k_proj", "v_proj"]
+    base = tiny_llama().to(dtype)
+    model = converted(base, target_modules=targets, lora_dropout=lora_dropout).train()
+    found = []
+    for recomputed in (False, True):
+        if recomputed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(3)
+        model(**BATCH, use_cache=False).logits.float().square().mean().backward()
+        learnt = [one for one in model.parameters() if one.grad is not None]
+        found.append([one.grad.clone() for one in learnt])
+        model.zero_grad()
+    assert_close(found[1], found[0])
 
 
 def test_each_has_the_law_it_has_alone_and_their_noises_are_independent():
@@ -156,15 +284,17 @@ def test_only_layers_of_one_block_that_receive_one_tensor_are_fused(names, noise
     assert all(layer.fused is None for layer in pair(names, noise))
 
 
-@pytest.mark.parametrize(("dropout", "ranks"), [(0.0, [16, 8]), (0.1, [8, 8, 8])])
-def test_in_a_model_queries_and_values_are_one_product_unless_dropout_gives_each_its_own(
-    dropout, ranks, products
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("lora_dropout", "made"), [(0.0, ([16, 8], [])), (0.1, ([8], [16]))])
+def test_in_a_model_queries_and_values_are_one_product_or_under_dropout_have_one_noise(
+    dtype, lora_dropout, made, products, shared_draws
 ):
     targets = ["q_proj", "v_proj", "down_proj"]
-    model = converted(tiny_llama(), target_modules=targets, lora_dropout=dropout).train()
+    base = tiny_llama().to(dtype)
+    model = converted(base, target_modules=targets, lora_dropout=lora_dropout).train()
     for _ in range(2):
         model(**BATCH).logits.sum().backward()
-    assert products == ranks * 4
+    assert (products, shared_draws) == (made[0] * 4, made[1] * 4)
     layers = Slots(model).of_kind(GaussianLinear).values()
     assert all(layer.root_std.grad.abs().max() > 0 for layer in layers)
 

@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from bayestune.adapters.drawn_linear import compute_dtype
 from bayestune.adapters.noise import FlipoutNoise
 from bayestune.adapters.slots import Slots, split_name
+from bayestune.adapters.training_passes import Call
 
 Gradients = tuple[Tensor | None, Tensor]
 
@@ -61,44 +63,112 @@ class RowNoise(torch.autograd.Function):
     def forward(  # noqa: D102
         ctx: Any, input: Tensor, mean: Tensor, root_std: Tensor, of_rows: FlipoutNoise
     ) -> Tensor:
-        noise, sign_out, sign_in = of_rows
-        half = root_std * noise  # G∘E: half of ∂(G∘G∘E)/∂G
-        draws = torch.addcmul(mean, sign_out[:, :, None], (root_std * half) * sign_in[:, None])
-        weights = draws.to(input.dtype)
-        ctx.save_for_backward(input, weights, half, sign_out, sign_in)
+        weights, half = _drawn(mean, root_std, of_rows, input.dtype)
+        ctx.save_for_backward(input, weights, half, of_rows.sign_out, of_rows.sign_in)
         return torch.bmm(input, weights.transpose(1, 2))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
-        input, weights, half, sign_out, sign_in = ctx.saved_tensors
+        input, weights, *noise = ctx.saved_tensors
         of_input, of_draws = _products(ctx, gradients[0], input, weights)
-        of_mean = of_draws.sum(0, dtype=half.dtype)
-        sign_in = sign_in[:, None].to(of_draws.dtype)
-        sign_out = sign_out[:, :, None].to(of_draws.dtype)
-        of_noise = of_draws.mul_(sign_in).mul_(sign_out).sum(0, dtype=half.dtype)
-        return of_input, of_mean, of_noise.mul_(half).mul_(2), None
+        return of_input, *_of_gaussian(of_draws, *noise), None
+
+
+class RowDraws(torch.autograd.Function):
+    """The flipout draws A_n (N, r, k) themselves, for layers that share them but not their input.
+
+    `RowNoise` without the product; the backward pass is the same.
+    """
+
+    @staticmethod
+    def forward(  # noqa: D102
+        ctx: Any, mean: Tensor, root_std: Tensor, of_rows: FlipoutNoise, dtype: torch.dtype
+    ) -> Tensor:
+        weights, half = _drawn(mean, root_std, of_rows, dtype)
+        ctx.save_for_backward(half, of_rows.sign_out, of_rows.sign_in)
+        return weights
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+        return *_of_gaussian(gradients[0].clone(), *ctx.saved_tensors), None, None
+
+
+def _drawn(
+    mean: Tensor, root_std: Tensor, of_rows: FlipoutNoise, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The draws (N, r, k) in a type, and G∘E (r, k): half of ∂(G∘G∘E)/∂G."""
+    noise, sign_out, sign_in = of_rows
+    half = root_std * noise
+    draws = torch.addcmul(mean, sign_out[:, :, None], (root_std * half) * sign_in[:, None])
+    return draws.to(dtype), half
+
+
+def _of_gaussian(
+    of_draws: Tensor, half: Tensor, sign_out: Tensor, sign_in: Tensor
+) -> tuple[Tensor, Tensor]:
+    """∂M and ∂G from ∂A_n (N, r, k), which is overwritten."""
+    of_mean = of_draws.sum(0, dtype=half.dtype)
+    sign_in = sign_in[:, None].to(of_draws.dtype)
+    sign_out = sign_out[:, :, None].to(of_draws.dtype)
+    of_noise = of_draws.mul_(sign_in).mul_(sign_out).sum(0, dtype=half.dtype)
+    return of_mean, of_noise.mul_(half).mul_(2)
+
+
+class _Draws(NamedTuple):
+    """A layer's part of the draws of all, and how its input is put into blocks."""
+
+    weights: Tensor  # (B, r, k)
+    call: Call
+
+    def output(self, input: Tensor) -> Tensor:
+        """The layer's output (rows, …, r) for an input (rows, …, k) of its own."""
+        if self.call.time_first:
+            input = input.transpose(0, 1)
+        blocks = input.reshape(self.call.blocks.shape).to(self.weights.dtype)
+        return self.call.shaped(RowProduct.apply(blocks, self.weights))  # type: ignore[arg-type]
 
 
 class FusedInput:
-    """Gaussian layers that receive the very same tensor, computed as one layer of all their ranks.
+    """Gaussian layers whose owners receive the very same tensor, computed as one of all ranks.
 
-    The layer that is called first reads the input once and computes all; the others take their part
-    if they receive the same tensor. Each has the law it has alone, and the layers' noises are
+    The layer that is called first reads the tensor once and computes all; the others take their
+    part if they receive the same tensor. Each has the law it has alone, and the layers' noises are
     independent in every row. What happens depends on nothing but the calls of one pass, so that a
     checkpoint's recomputation does the same again. The layers have noise "row" and the same width,
     type and device. Their noise in a pass is drawn as one, and a layer that is computed alone takes
     its ranks of it.
+
+    PEFT gives each layer a copy where adapter and activations differ in type, so hooks on the
+    owners, PEFT's LoRA layers, say what tensor the copies are of. Under LoRA dropout each layer has
+    a mask of its own, PEFT's: then the first one makes the draws of all, and each reads its input.
+
+    Args:
+        layers: the Gaussian layers.
+        dropped: whether their inputs go through LoRA dropout.
     """
 
-    def __init__(self, layers: Sequence[Any]) -> None:
+    def __init__(self, layers: Sequence[Any], *, dropped: bool = False) -> None:
         self.layers = layers
+        self.dropped = dropped
         self._input: Tensor | None = None
-        self._ready: dict[int, Tensor] = {}
+        self._given: Tensor | None = None  # what the owner that is being called has received
+        self._ready: dict[int, Any] = {}
         self._ends = list(accumulate(one.out_features for one in layers))
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has none of the pass's tensors."""
-        return {**self.__dict__, "_input": None, "_ready": {}}
+        return {**self.__dict__, "_input": None, "_given": None, "_ready": {}}
+
+    def watch(self, owner: nn.Module) -> None:
+        """Notes what a LoRA layer receives, for the time of its call."""
+        owner.register_forward_pre_hook(self._take)
+        owner.register_forward_hook(self._forget)
+
+    def _take(self, owner: nn.Module, args: tuple[Any, ...]) -> None:
+        self._given = args[0] if args else None
+
+    def _forget(self, *_: object) -> None:
+        self._given = None
 
     @property
     def rank(self) -> int:
@@ -111,18 +181,35 @@ class FusedInput:
 
     def output(self, layer: nn.Module, input: Tensor) -> Tensor | None:
         """The layer's output (rows, …, r); None where it is to be computed alone."""
-        if input is not self._input:
+        shared = self._shared(input)
+        if shared is not self._input:
             self._ready = {}
-        output = self._ready.pop(id(layer), None)
-        if output is None and self._may_compute(layer):
-            mean = torch.cat([one.weight for one in self.layers])
-            root_std = torch.cat([one.root_std for one in self.layers])
-            ranks = [one.out_features for one in self.layers]
-            parts = self.layers[0].noisy(input, mean, root_std, slice(None)).split(ranks, -1)
+        part = self._ready.pop(id(layer), None)
+        if part is None and self._may_compute(layer):
+            parts = self._parts(shared)
             self._ready = {id(one): part for one, part in zip(self.layers, parts, strict=True)}
-            output = self._ready.pop(id(layer))
-        self._input = input if self._ready else None
-        return output
+            part = self._ready.pop(id(layer))
+        self._input = shared if self._ready else None
+        return part.output(input) if isinstance(part, _Draws) else part
+
+    def _shared(self, input: Tensor) -> Tensor:
+        """The tensor that a layer's input is, or is a copy of: dropped out, or of another type."""
+        given = self._given
+        if given is None or given.shape != input.shape:
+            return input
+        return given if self.dropped or given.dtype is not input.dtype else input
+
+    def _parts(self, shared: Tensor) -> list[Any]:
+        """The outputs of all layers, or their draws where each has an input of its own."""
+        first = self.layers[0]
+        mean = torch.cat([one.weight for one in self.layers])
+        root_std = torch.cat([one.root_std for one in self.layers])
+        ranks = [one.out_features for one in self.layers]
+        if not self.dropped:
+            return list(first.noisy(shared, mean, root_std, slice(None)).split(ranks, -1))
+        call, noise = first.row_noise(shared, slice(None))
+        draws: Any = RowDraws.apply(mean, root_std, noise, compute_dtype(first.weight))
+        return [_Draws(weights, call) for weights in draws.split(ranks, 1)]
 
     def _may_compute(self, layer: nn.Module) -> bool:
         """Whether it is no replica, and no layer is at its mean or spread over devices."""
@@ -132,24 +219,20 @@ class FusedInput:
 
 def fuse_inputs(slots: Slots, layers: Mapping[str, Any]) -> None:
     """Fuses the Gaussian layers, by slot name, that a block gives one tensor."""
-    together: dict[object, list[Any]] = {}
+    together: dict[Any, dict[str, Any]] = {}
     for name, layer in layers.items():
         path, side = split_name(name)
         block, _, leaf = path.rpartition(".")
         family = next((names for names in _ONE_INPUT if leaf in names), None)
-        if side == "lora_A" and family and _receives_it_as_is(slots, path, layer):
-            key = (block, family, layer.in_features, layer.weight.dtype, layer.weight.device)
-            together.setdefault(key, []).append(layer)
-    for group in together.values():
-        fused = FusedInput(group) if len(group) > 1 else None
-        for place, layer in enumerate(group):
+        if side == "lora_A" and family:
+            owner: Any = slots.layers[path]
+            dropped = not isinstance(owner.lora_dropout[slots.adapter], nn.Identity)
+            alike = (layer.in_features, layer.weight.dtype, layer.weight.device)
+            together.setdefault((dropped, block, family, *alike), {})[path] = layer
+    for (dropped, *_), group in together.items():
+        fused = FusedInput(list(group.values()), dropped=dropped) if len(group) > 1 else None
+        for place, (path, layer) in enumerate(group.items()):
             layer.fused = fused
             layer.ranks = fused.ranks(place) if fused else slice(None)
-
-
-def _receives_it_as_is(slots: Slots, path: str, layer: Any) -> bool:
-    """Whether PEFT hands a slot its layer's input itself; dropout and another type make a copy."""
-    owner: Any = slots.layers[path]
-    base = getattr(owner.get_base_layer(), "weight", None)
-    same_type = base is not None and base.dtype is layer.weight.dtype
-    return same_type and isinstance(owner.lora_dropout[slots.adapter], nn.Identity)
+            if fused:
+                fused.watch(slots.layers[path])

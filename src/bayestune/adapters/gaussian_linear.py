@@ -16,7 +16,7 @@ from bayestune.adapters.fused_input import FusedInput, RowNoise, RowProduct, fus
 from bayestune.adapters.noise import FlipoutNoise, independent_noise, random_signs
 from bayestune.adapters.own_saving import keep_standard_deviations
 from bayestune.adapters.slots import Slots, split_name
-from bayestune.adapters.training_passes import TrainingPasses
+from bayestune.adapters.training_passes import Call, TrainingPasses
 from bayestune.adapters.unattended import Unattended
 from bayestune.errors import Refusal
 
@@ -105,14 +105,17 @@ class GaussianLinear(nn.Linear):
 
         They are those of some of the ranks that the layer's noise is drawn for.
         """
+        call, noise = self.row_noise(input, ranks)
+        blocks = call.blocks.to(compute_dtype(self.weight))
+        return call.shaped(RowNoise.apply(blocks, mean, root_std, noise))  # type: ignore[arg-type]
+
+    def row_noise(self, input: Tensor, ranks: slice) -> tuple[Call, FlipoutNoise]:
+        """The input (rows, …, k) in blocks, and the noise that each block sees, of some ranks."""
         rank = self.fused.rank if self.fused else self.out_features
         draw = partial(FlipoutNoise.drawn, rank=rank, like=self.weight.detach())
         call = self.passes.call(self.fused or self, input, self.row_axis, draw)
         noise = call.noise.of_ranks(ranks)
-        if call.which is not None:
-            noise = noise.of_rows(call.which)
-        blocks = call.blocks.to(compute_dtype(self.weight))
-        return call.shaped(RowNoise.apply(blocks, mean, root_std, noise))  # type: ignore[arg-type]
+        return call, noise if call.which is None else noise.of_rows(call.which)
 
     def _independent_forward(self, input: Tensor) -> Tensor:
         draw = partial(independent_noise, like=self.weight)
