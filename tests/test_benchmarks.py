@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 
+import decision_time
 import draws
 import harness
 import memory
@@ -142,6 +143,18 @@ def test_draws_that_disagree_or_are_all_alike_are_refused():
         draws.check(logits, logits.flip(0), "bf16")
     with pytest.raises(AssertionError, match="the draws are all alike"):
         draws.check(logits[:1].expand(10, 4, 4), logits, "bf16")
+
+
+def test_decision_time(run, real):
+    record = run(decision_time, *real, "--draws", 3, "--near", 1)
+    assert [case["name"].rpartition(",")[0] for case in record["cases"]] == [
+        "batch 1: student / mean",
+        "batch 1: 3 draws / mean",
+        "batch 4: student / mean",
+        "batch 4: 3 draws / mean",
+        "batch 4: student, then 3 draws of 1 rows / mean",
+    ]
+    assert {case["unit"] for case in record["cases"]} == {"ms a decision"}
 
 
 def test_task_step(run, real):
