@@ -13,9 +13,9 @@ from torch import Tensor
 from bayestune.metrics import Row, is_right, risk_coverage
 from bayestune.report.columns import ACCURACY, BRIER, CALIBRATED, ECE, NLL, Column
 from bayestune.report.comparable import names
+from bayestune.report.picture_style import BLUE, FAINT, INK, PAPER, VERMILLION, styled_figure
 from bayestune.report.rows import Record
 from bayestune.report.summary import summary_tables
-from bayestune.report.picture_style import BLUE, FAINT, INK, PAPER, VERMILLION, styled_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -46,7 +46,8 @@ def payload(evaluations: Sequence[Evaluation]) -> Payload:
         compared = compare(evaluations[base], own)
         runs[index]["paired"] = _paired(compared)
         words.append(sentence(evaluations[base], own, compared))
-    data = {"words": words, "runs": runs, "fits": _fits(evaluations), "shifts": _shifts(evaluations)}
+    data = {"words": words, "runs": runs}
+    data |= {"fits": _fits(evaluations), "shifts": _shifts(evaluations)}
     return data | _fitting(evaluations, MOST_BYTES - len(as_json(data)))
 
 
