@@ -24,7 +24,7 @@ function options(select, pairs, chosen) {
 }
 const known = (number) => number !== null && number !== undefined;
 const fixed = (number, digits = 3) => known(number) ? number.toFixed(digits) : "–";
-const percent = (number, digits = 1) => known(number) ? `${(100 * number).toFixed(digits)} %` : "–";
+const percent = (number, digits = 1) => known(number) ? `${(100 * number).toFixed(digits)}\u00a0%` : "–";
 const signed = (number, digits) => known(number) ? (number > 0 ? "+" : number < 0 ? "−" : "") + Math.abs(number).toFixed(digits) : "–";
 const unique = (values) => [...new Set(values)];
 
@@ -36,7 +36,7 @@ function table(caption, headings, lines, tall = false) {
   const body = lines.map(([name, ...cells]) => el("tr", {}, el("th", {scope: "row"}, name),
     cells.map((cell) => el("td", {}, cell))));
   const inner = el("table", {}, el("caption", {}, caption), el("thead", {}, head), el("tbody", {}, body));
-  return el("div", {class: tall ? "scroll tall" : "scroll", tabindex: 0, role: "region", "aria-label": caption}, inner);
+  return el("div", {class: tall ? "scroll tall" : "scroll", tabindex: 0, role: "group", "aria-label": caption}, inner);
 }
 
 const metric = (key, scale, digits, withP) => ({
@@ -127,7 +127,7 @@ function drawRunTable() {
     return el("tr", {}, el("td", {}, box), el("th", {scope: "row"}, run.name), columns.map(([, one]) => el("td", {}, one.cell(run))));
   });
   const about = `${found.length} of ${runs.length} runs: ${COLUMN_NAMES[$("run-columns").value]}`;
-  fill($("run-table"), el("div", {class: "scroll", tabindex: 0, role: "region", "aria-label": about},
+  fill($("run-table"), el("div", {class: "scroll", tabindex: 0, role: "region", "aria-label": "runs"},
     el("table", {}, el("caption", {}, about), el("thead", {}, el("tr", {}, el("th", {scope: "col"}, "draw"),
       heading("run", "run"), columns.map(([name]) => heading(name, name)))), el("tbody", {}, lines))));
   $("run-notes").textContent = NOTES[$("run-columns").value];
@@ -154,7 +154,11 @@ function figure(title, caption, chart, numbers, onclick) {
     parts.push(details);
   }
   const found = el("figure", {}, parts);
+  // a layer without data has no extent, and Vega warns
+  if (chart.layer) chart.layer = chart.layer.filter((layer) => !layer.data?.name || chart.datasets[layer.data.name].length);
   found.ready = () => vegaEmbed(place, chart, {renderer: "svg", actions: false, tooltip: {theme: "custom"}}).then(({view}) => {
+    // to a screen reader the chart is one picture, with its caption and the table of its numbers
+    place.querySelectorAll("svg, svg *").forEach((node) => ["role", "aria-roledescription", "aria-label", "tabindex"].forEach((name) => node.removeAttribute(name)));
     if (onclick) view.addEventListener("click", (_, item) => { if (item?.datum) onclick(item.datum); });
   });
   return found;
@@ -169,7 +173,7 @@ function reliabilityFigure(run) {
   const caption = `ECE ${percent(ece)}${range}${known(level) ? `, if calibrated ${percent(level)}` : ""}; ${outside} of ${bins.length} bins outside the band.`;
   const chart = {...spec("reliability"), datasets: {main: bins}};
   const open = (bin) => { if (known(bin.n)) showBin(run, bin); };
-  const numbers = () => [["bin", "rows", "confidence", "accuracy", "calibrated", ""], bins.map((bin) => [
+  const numbers = () => [["bin", "rows", "confidence", "accuracy", "calibrated", "open"], bins.map((bin) => [
     `${percent(bin.low, 0)} to ${percent(bin.high, 0)}`, String(bin.n), percent(bin.confidence), percent(bin.accuracy),
     `${percent(bin.least)} to ${percent(bin.most)}`, el("button", {type: "button", onclick: () => open(bin)}, "rows")])];
   return figure(run.name, caption, chart, numbers, open);
@@ -238,7 +242,7 @@ function shiftFigure(shift) {
   const counts = [familiar, shifted].map((run) => binsOf(run, "total_entropy"));
   const sums = counts.map(({right, wrong}) => right.map((n, i) => n + wrong[i]));
   const sides = [[familiar.task, "ink"], [shifted.task, "faint"]];
-  const chart = mirrored(counts[0].width, ...sums, sides, ["total entropy, as a share of its most", `${shifted.task} ↓ % of rows ↑ ${familiar.task}`],
+  const chart = mirrored(counts[0].width, ...sums, sides, ["total entropy, as a share of its most", "shifted ↓ % of rows ↑ in domain"],
     [100 / familiar.n, 100 / shifted.n]);
   const caption = `Up: ${familiar.n} rows of ${familiar.task}, trained on. Down: ${shifted.n} rows of ${shifted.task}. AUROC `
     + Object.entries(shift.auroc).map(([score, auroc]) => `${fixed(auroc)} by ${score.replaceAll("_", " ")}`).join(", ") + ".";
@@ -321,7 +325,7 @@ function costFigure(drawn) {
   const passes = (run) => `${run.cost.passes} ${run.cost.passes === 1 ? "pass" : "passes"}`;
   const main = costed.map((run) => ({name: run.name, ms: run.cost.ms, told: wrapped(`${run.name}: ${run.cost.ms.toFixed(1)} ms, ${passes(run)}`, width)}));
   const most = Math.max(...main.map((one) => one.told.length));
-  const chart = {...spec("cost"), datasets: {main}, height: {step: 24 + 16 * most}};
+  const chart = {...spec("cost"), datasets: {main}, height: main.length * (24 + 16 * most)};
   chart.layer[0].mark.yOffset = 6 + 8 * most;
   chart.layer[1].mark.dy = -8 * (most - 1) - 4;
   return costed.length ? [figure("", `The runs drawn, ${costed.length} of them with a known time.`, chart, () => [["run", "ms a decision", "passes"],
@@ -350,6 +354,7 @@ function drawnRuns() { return runs.filter((_, index) => state.drawn.has(index));
 const WITHOUT = {
   shift: "No drawn run was evaluated on a task other than the one it was trained on.",
   posterior: "No record here says how its fit went; those that this version writes do.",
+  parts: "The drawn runs take one pass a row: there are no draws to disagree.",
   draws: "No fit here was evaluated with several numbers of draws, and no rows hold their draws.",
   classes: "No drawn run has rows of equally many options.",
   cost: "No drawn run says how long it took.",
@@ -360,7 +365,7 @@ const PANELS = {
   coverage: (drawn) => drawn.filter((run) => run.coverage).map((run) => coverageFigure(run, drawn.filter((one) => one.coverage))),
   certainty: (drawn) => drawn.filter((run) => run.histograms).map(certaintyFigure),
   shift: () => data.shifts.filter((one) => state.drawn.has(one.familiar) || state.drawn.has(one.shifted)).map(shiftFigure),
-  parts: (drawn) => drawn.filter((run) => run.cloud).map(partsFigure),
+  parts: (drawn) => drawn.filter((run) => run.cloud?.some(([, mutual]) => mutual > 0)).map(partsFigure),
   draws: () => data.fits.filter((fit) => fit.runs.some((index) => state.drawn.has(index))).map(drawsFigure),
   posterior: (drawn) => fitsOf(drawn).flatMap(posteriorFigures),
   cost: costFigure,
@@ -371,8 +376,9 @@ const PANELS = {
 function fitsOf(drawn) {
   const seen = new Map();
   for (const run of drawn.filter((one) => one.fit)) {
-    const key = JSON.stringify([run.model, run.method, run.seed, run.trained_on ?? run.task, run.fit]);
-    if (!seen.has(key)) seen.set(key, run);
+    const {method, training} = run.settings.config ?? {};
+    const key = JSON.stringify([run.model, run.method, run.seed, run.trained_on ?? run.task, run.train_rows, method, training]);
+    if (!seen.has(key)) seen.set(key, {...run, name: run.name.replace(/ N=\d+/, "")});
   }
   return [...seen.values()];
 }
@@ -460,7 +466,7 @@ function rowBody(a, b, names) {
   show(8);
   const rest = order.length > 8 ? el("button", {type: "button", onclick: (event) => { show(order.length); event.target.remove(); }}, `Show all ${order.length} options`) : null;
   const parts = `Total entropy ${fixed(a.total)} nats: every draw is unsure of ${fixed(a.expected)}; mutual information ${fixed(a.mutual)}.`;
-  return el("div", {class: "body"}, q.context ? el("div", {class: "context", tabindex: 0, role: "region", "aria-label": "context"}, q.context) : null,
+  return el("div", {class: "body"}, q.context ? el("div", {class: "context", tabindex: 0, role: "group", "aria-label": "context"}, q.context) : null,
     list, rest, el("p", {class: "note"}, `${parts} Row ${q.id}.`));
 }
 
