@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from bayestune.report.svg import inline_svg
 from recorded import Page, record, sampled_rows
 
 from bayestune.metrics import is_right, reliability, risk_coverage
@@ -15,7 +16,6 @@ from bayestune.report import (
     save_figure,
     summary_figure,
 )
-from bayestune.report.svg import inline_svg
 
 
 def diagram(sharpness=1.0):

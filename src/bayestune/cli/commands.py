@@ -63,6 +63,7 @@ class Run:
     output: OutputFolder
     settings: dict[str, Any] = field(default_factory=dict)
     part: Part = "evaluation"
+    command: str = ""  # the command line, for the page
 
 
 def fit(o: Namespace) -> None:
@@ -186,7 +187,9 @@ def compare(o: Namespace) -> None:
     session = _opened(o, options, task)
     settings = fit_settings(o.model, (options, task, o.dtype), training, methods)
     settings |= evaluation_settings(session.rows(o.on), predicting)
-    compare_methods(session, methods, training, predicting, Run(output, settings, o.on))
+    compare_methods(
+        session, methods, training, predicting, Run(output, settings, o.on, o.command_line)
+    )
 
 
 def compare_methods(
@@ -210,17 +213,18 @@ def compare_methods(
             append_results(place, session.evaluate(fitted, options, run.part))
             detach(fitted.posterior.model)
     run.output.finish(place)
-    write_report(run.output.folder)
+    write_report(run.output.folder, run.command)
 
 
-def write_report(folder: Path) -> None:
+def write_report(folder: Path, command: str = "") -> None:
     """Table, picture and page of a results folder, from its records alone."""
     records = renewed(read_records(folder), folder)
     tables = evaluation_tables(records)
     table = render(tables, "markdown")
     (folder / "table.md").write_text(f"{table}\n", encoding="utf-8")
     save_figure(summary_figure(records), folder / "summary.png")
-    page = write_page(records, folder, f"{records[0]['task']}, {records[0]['model']}")
+    title = f"{records[0]['task']}, {records[0]['model']}"
+    page = write_page({folder: records}, folder / "report.html", title, command)
     print(render(tables))
     print(f"report: {page}")
 

@@ -27,5 +27,6 @@ def demo(o: Namespace) -> None:
     output = OutputFolder.of(o)
     session = replace(Session.open(o.model, QUESTIONS), progress=o.progress)
     training = replace(TRAINING, progress=o.progress)
-    compare_methods(session, {"mle": MLE(), "blob": BLOB}, training, PREDICTING, Run(output))
+    run = Run(output, command=o.command_line)
+    compare_methods(session, {"mle": MLE(), "blob": BLOB}, training, PREDICTING, run)
     print(f"finished in {time.perf_counter() - begin:.0f} s")

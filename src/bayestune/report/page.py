@@ -18,6 +18,7 @@ from bayestune.report.summary import evaluation_tables
 from bayestune.report.table import render
 from bayestune.runtime import revision, versions
 
+MOST = 5_000_000  # bytes
 _LIBRARY = ("vega", "vega-lite", "vega-embed")
 
 
@@ -40,7 +41,7 @@ def write_page(
         The file.
 
     Raises:
-        Refusal: if there are no records.
+        Refusal: if there are no records, or figures alone make the page larger than 5 MB.
     """
     read: list[tuple[Record, list[Any]]] = []
     for folder, records in results.items():
@@ -54,6 +55,10 @@ def write_page(
     made = {"title": title, "command": command, "revision": revision()}
     made |= {"date": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions()}
     text = _page(made | payload(evaluations), render(evaluation_tables(records), "html"))
+    size = len(text.encode("utf-8", "backslashreplace"))
+    if size > MOST:
+        got = f"{len(records)} runs, whose figures take {size / 1e6:.1f} MB"
+        raise Refusal(f"got {got}; expected a page of at most 5 MB; give fewer results")
     to.parent.mkdir(parents=True, exist_ok=True)
     # a lone surrogate becomes the escape \\udXXX, which JSON reads as the same
     to.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -24,6 +24,9 @@ MOST_BYTES = 3_600_000  # of the JSON: with the library the page stays below 5 M
 _METRICS = ("accuracy", "ece", "ece_if_calibrated", "nll", "brier", "aurc")
 _FACTS = ("label", "task", "model", "method", "scoring", "rows", "seed", "draws", "n")
 _FACTS += ("train_rows", "trained_on", "bins", "binning", "revision", "date", "gate", "predictions")
+_DOTS = 600  # of a run's cloud
+_ALL_DOTS = 40_000
+# the share of rows with draws, rows, and characters of an option (of a question ten times as many)
 _TRIMS = ((1.0, 20_000, 400), (0.5, 4_000, 200), (0.2, 2_000, 100), (0.0, 1_000, 60))
 _TRIMS += ((0.0, 300, 40), (0.0, 100, 20))
 Payload = dict[str, Any]
@@ -35,7 +38,8 @@ def payload(evaluations: Sequence[Evaluation]) -> Payload:
     Rows that would make the page larger than 5 MB are left out, the last those that a run gets
     wrong; figures and charts are of all rows.
     """
-    runs = [_run(one) for one in evaluations]
+    dots = min(_DOTS, _ALL_DOTS // len(evaluations))
+    runs = [_run(one, dots) for one in evaluations]
     words = []
     for index, base in enumerate(_baselines(evaluations)):
         own = evaluations[index]
@@ -48,7 +52,7 @@ def payload(evaluations: Sequence[Evaluation]) -> Payload:
         words.append(sentence(evaluations[base], own, compared))
     data = {"words": words, "runs": runs}
     data |= {"fits": _fits(evaluations), "shifts": _shifts(evaluations)}
-    return data | _fitting(evaluations, MOST_BYTES - len(as_json(data)))
+    return data | _fitting(evaluations, MOST_BYTES - _size(data))
 
 
 def as_json(data: Any) -> str:
@@ -59,7 +63,11 @@ def as_json(data: Any) -> str:
     return text
 
 
-def _run(one: Evaluation) -> Payload:
+def _size(data: Any) -> int:
+    return len(as_json(data).encode("utf-8", "backslashreplace"))
+
+
+def _run(one: Evaluation, dots: int) -> Payload:
     record = one.record
     found: Payload = {"name": one.name, "metrics": {}}
     found |= {key: record[key] for key in _FACTS if record.get(key) is not None}
@@ -73,15 +81,15 @@ def _run(one: Evaluation) -> Payload:
     found["cost"] = _cost(record)
     found["settings"] = _finite({key: record.get(key) for key in ("config", "versions")})
     found |= {"fit": _course(record)} if record.get("fit") else {}
-    return found | (_charts(one.rows, record) if one.rows else {})
+    return found | (_charts(one.rows, record, dots) if one.rows else {})
 
 
-def _charts(rows: Sequence[Row], record: Record) -> Payload:
+def _charts(rows: Sequence[Row], record: Record, dots: int) -> Payload:
     return {
         "reliability": reliability_bins(rows, record.get("bins", 15)),
         "coverage": coverage_curve(rows),
         "histograms": histograms(rows),
-        "cloud": cloud(rows),
+        "cloud": cloud(rows, dots),
         "classes": classes(rows),
     }
 
@@ -211,7 +219,7 @@ def _fitting(evaluations: Sequence[Evaluation], most: int) -> Payload:
         kept = ranked[:num_rows]
         found = _rows(kept, round(with_draws * len(kept)), texts)
         found["left_out"] = len(ranked) - len(kept)
-        if len(as_json(found)) <= most:
+        if _size(found) <= most:
             break
     return found
 

@@ -26,7 +26,6 @@ from bayestune.report.rows import tensors
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _REDRAWS = 1000
 _POINTS = 120  # of a curve
-_DOTS = 600  # of a cloud
 _MOST_CLASSES = 30
 _HISTOGRAMS = {  # a score, as a share of its most → bins and the right end
     "one_minus_confidence": (20, 1.0),
@@ -131,10 +130,10 @@ def shift_between(shifted: Sequence[Row], familiar: Sequence[Row]) -> Numbers:
     return {score: short(shift_auroc(shifted, familiar, score)) for score in SCORES}
 
 
-def cloud(rows: Sequence[Row]) -> list[list[Any]]:
-    """Expected entropy, mutual information and right or wrong of at most 600 rows, evenly taken."""
+def cloud(rows: Sequence[Row], most: int) -> list[list[Any]]:
+    """Expected entropy, mutual information and right or wrong of rows, at most so many."""
     right = is_right(rows).tolist()
-    every = -(-len(rows) // _DOTS)
+    every = -(-len(rows) // max(1, most))
     dots = []
     for row, correct in list(zip(rows, right, strict=True))[::every]:
         parts = (row["expected_entropy"], row["mutual_information"])
