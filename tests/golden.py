@@ -92,6 +92,7 @@ COMMANDS = {
     "compare": ["--output", "out"],
     "bench": ["--output", "out"],
     "table": ["results"],
+    "report": ["results", "--to", "report.html"],
     "demo": [],
 }
 

@@ -22,6 +22,7 @@ USED = {
     "bayesianise": "adapter --anchor rows.jsonl --output out --metric accuracy",
     "bench": "--output out --seeds [4] --methods.tfb.base mle --training.lora.rank 3",
     "table": "out --style latex",
+    "report": "out more/records.jsonl --to report.html",
     "demo": "",
 }
 

@@ -15,6 +15,7 @@ from bayestune.cli.answers import Answers, LineWriter, readable
 from bayestune.cli.applying import answered, calibrated_result, chosen_way, passed
 from bayestune.cli.options import built, chosen_methods
 from bayestune.cli.output_folder import OutputFolder, check_writable
+from bayestune.cli.reporting import origin_of
 from bayestune.cli.run_settings import evaluation_settings, fit_settings
 from bayestune.cli.sieve import in_order, told
 from bayestune.data import Part, Task, load_rows, own_task, prompt_of, sort_rows
@@ -223,7 +224,7 @@ def write_report(folder: Path, command: str = "") -> None:
     (folder / "table.md").write_text(f"{table}\n", encoding="utf-8")
     save_figure(summary_figure(records), folder / "summary.png")
     title = f"{records[0]['task']}, {records[0]['model']}"
-    page = write_page({folder: records}, folder / "report.html", title, command)
+    page = write_page({folder: records}, folder / "report.html", title, origin_of(command))
     print(render(tables))
     print(f"report: {page}")
 

@@ -9,7 +9,8 @@ from bayestune.bench import PLAN, finished
 from bayestune.errors import Refusal
 from bayestune.evaluation import RECORDS, Record, read_records
 from bayestune.jsonl import read_json_lines
-from bayestune.report import write_page
+from bayestune.report import Origin, write_page
+from bayestune.runtime import revision, versions
 
 
 def report(o: Namespace) -> None:
@@ -21,7 +22,13 @@ def report(o: Namespace) -> None:
         for folder, records in results_of(path):
             results.setdefault(folder, []).extend(records)
     records = [record for some in results.values() for record in some]
-    print(f"report: {write_page(results, o.to, o.title or title_of(records), o.command_line)}")
+    title = o.title or title_of(records)
+    print(f"report: {write_page(results, o.to, title, origin_of(o.command_line))}")
+
+
+def origin_of(command_line: str) -> Origin:
+    """This revision and its versions, which a command line asked."""
+    return Origin(command_line, revision(), versions())
 
 
 def title_of(records: Sequence[Record]) -> str:

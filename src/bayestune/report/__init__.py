@@ -7,7 +7,7 @@ one is drawn.
 from bayestune.report.comparison import grid_tables, significance
 from bayestune.report.figures import risk_coverage_figure, summary_figure
 from bayestune.report.gate_figures import gate_tables, promises, variant_table
-from bayestune.report.page import write_page
+from bayestune.report.page import Origin, write_page
 from bayestune.report.picture_style import BLUE, FAINT, INK, STYLE, VERMILLION, save_figure
 from bayestune.report.rows import read_rows, renewed
 from bayestune.report.shift import has_shift, write_shift
@@ -20,6 +20,7 @@ __all__ = [
     "INK",
     "STYLE",
     "VERMILLION",
+    "Origin",
     "Style",
     "Table",
     "evaluation_tables",

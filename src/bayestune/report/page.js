@@ -25,7 +25,12 @@ function options(select, pairs, chosen) {
 const known = (number) => number !== null && number !== undefined;
 const fixed = (number, digits = 3) => known(number) ? number.toFixed(digits) : "–";
 const percent = (number, digits = 1) => known(number) ? `${(100 * number).toFixed(digits)}\u00a0%` : "–";
-const signed = (number, digits) => known(number) ? (number > 0 ? "+" : number < 0 ? "−" : "") + Math.abs(number).toFixed(digits) : "–";
+/** A difference with its sign, unless it is printed as 0. */
+const signed = (number, digits) => {
+  if (!known(number)) return "–";
+  const text = Math.abs(number).toFixed(digits);
+  return (Number(text) === 0 ? "" : number > 0 ? "+" : "−") + text;
+};
 const unique = (values) => [...new Set(values)];
 
 // Tables
@@ -127,7 +132,7 @@ function drawRunTable() {
     return el("tr", {}, el("td", {}, box), el("th", {scope: "row"}, run.name), columns.map(([, one]) => el("td", {}, one.cell(run))));
   });
   const about = `${found.length} of ${runs.length} runs: ${COLUMN_NAMES[$("run-columns").value]}`;
-  fill($("run-table"), el("div", {class: "scroll", tabindex: 0, role: "region", "aria-label": "runs"},
+  fill($("run-table"), el("div", {class: found.length > 30 ? "scroll tall" : "scroll", tabindex: 0, role: "region", "aria-label": "runs"},
     el("table", {}, el("caption", {}, about), el("thead", {}, el("tr", {}, el("th", {scope: "col"}, "draw"),
       heading("run", "run"), columns.map(([name]) => heading(name, name)))), el("tbody", {}, lines))));
   $("run-notes").textContent = NOTES[$("run-columns").value];
@@ -231,9 +236,7 @@ function certaintyFigure(run) {
   const {width, right, wrong, error_auroc: auroc} = binsOf(run, score);
   const sides = [["right", "right"], ["wrong", "wrong"]];
   const chart = mirrored(width, right, wrong, sides, [SCORES[score], "wrong ↓ rows ↑ right"]);
-  const constant = score === "mutual_information" && run.cost.passes === 1;
-  const caption = constant ? "One pass: there are no draws to disagree."
-    : `AUROC for errors ${fixed(auroc)}; ${right.reduce((a, b) => a + b)} right, ${wrong.reduce((a, b) => a + b)} wrong.`;
+  const caption = `AUROC for errors ${fixed(auroc)}; ${right.reduce((a, b) => a + b)} right, ${wrong.reduce((a, b) => a + b)} wrong.`;
   return figure(run.name, caption, chart, binNumbers(width, right, wrong, sides.map(([name]) => name)));
 }
 
@@ -363,14 +366,17 @@ const WITHOUT = {
 const PANELS = {
   reliability: (drawn) => drawn.filter((run) => run.reliability).map(reliabilityFigure),
   coverage: (drawn) => drawn.filter((run) => run.coverage).map((run) => coverageFigure(run, drawn.filter((one) => one.coverage))),
-  certainty: (drawn) => drawn.filter((run) => run.histograms).map(certaintyFigure),
+  certainty: (drawn) => drawn.filter((run) => run.histograms && ($("certainty-score").value !== "mutual_information" || disagrees(run))).map(certaintyFigure),
   shift: () => data.shifts.filter((one) => state.drawn.has(one.familiar) || state.drawn.has(one.shifted)).map(shiftFigure),
-  parts: (drawn) => drawn.filter((run) => run.cloud?.some(([, mutual]) => mutual > 0)).map(partsFigure),
+  parts: (drawn) => drawn.filter(disagrees).map(partsFigure),
   draws: () => data.fits.filter((fit) => fit.runs.some((index) => state.drawn.has(index))).map(drawsFigure),
   posterior: (drawn) => fitsOf(drawn).flatMap(posteriorFigures),
   cost: costFigure,
   classes: (drawn) => drawn.filter((run) => run.classes).map(classesFigure),
 };
+
+/** Whether a run has draws that disagree; one pass has none. */
+function disagrees(run) { return Boolean(run.cloud?.some(([, mutual]) => mutual > 0)); }
 
 /** One run of each fit, as a fit's course is the same for all numbers of draws. */
 function fitsOf(drawn) {

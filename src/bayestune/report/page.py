@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from html import escape
 from importlib.resources import files
@@ -16,14 +17,22 @@ from bayestune.report.page_data import as_json, payload
 from bayestune.report.rows import Record, read_rows, renewed
 from bayestune.report.summary import evaluation_tables
 from bayestune.report.table import render
-from bayestune.runtime import revision, versions
 
 MOST = 5_000_000  # bytes
 _LIBRARY = ("vega", "vega-lite", "vega-embed")
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What asked for a page, and what made it; the page says it."""
+
+    command: str = ""  # the command line
+    revision: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
 def write_page(
-    results: Mapping[Path, Sequence[Record]], to: Path, title: str, command: str = ""
+    results: Mapping[Path, Sequence[Record]], to: Path, title: str, origin: Origin | None = None
 ) -> Path:
     """Writes a page that is complete in itself: figures, charts, rows and where they come from.
 
@@ -35,7 +44,7 @@ def write_page(
             others are compared with the first.
         to: the file.
         title: of the page.
-        command: the command line that asked for it.
+        origin: where the page comes from, if known.
 
     Returns:
         The file.
@@ -52,8 +61,8 @@ def write_page(
     evaluations = []
     for name, (record, rows) in zip(_distinct(names(records)), read, strict=True):
         evaluations.append(Evaluation(name, record, rows))
-    made = {"title": title, "command": command, "revision": revision()}
-    made |= {"date": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions()}
+    made = {"title": title, **asdict(origin or Origin())}
+    made["date"] = datetime.now(UTC).isoformat(timespec="seconds")
     text = _page(made | payload(evaluations), render(evaluation_tables(records), "html"))
     size = len(text.encode("utf-8", "backslashreplace"))
     if size > MOST:
