@@ -125,8 +125,9 @@ def test_no_caption_is_cut(opened, look):
         """() => [...document.querySelectorAll('.chart svg text')].filter(text => {
           const own = text.getBoundingClientRect();
           const all = text.closest('svg').getBoundingClientRect();
-          return own.width && (text.textContent.includes('…') || own.left < all.left - 1 || own.right > all.right + 1
-            || own.top < all.top - 1 || own.bottom > all.bottom + 1);
+          const wide = own.left < all.left - 1 || own.right > all.right + 1;
+          const tall = own.top < all.top - 1 || own.bottom > all.bottom + 1;
+          return own.width && (wide || tall || text.textContent.includes('…'));
         }).map(text => text.textContent)"""
     )
     assert cut == []

@@ -33,9 +33,11 @@ def origin_of(command_line: str) -> Origin:
 
 def title_of(records: Sequence[Record]) -> str:
     """The tasks and models of records."""
-    keys = ("task", "model")
-    found = [dict.fromkeys(str(record[key]) for record in records if key in record) for key in keys]
-    return "; ".join(", ".join(names) for names in found)
+    parts = []
+    for key in ("task", "model"):
+        names = dict.fromkeys(str(record[key]) for record in records if key in record)
+        parts.append(", ".join(names))
+    return "; ".join(parts)
 
 
 def results_of(path: Path) -> Iterator[tuple[Path, list[Record]]]:

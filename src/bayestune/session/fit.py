@@ -1,7 +1,7 @@
 """A posterior and how it came about: what its folder keeps, and what its records say."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -91,17 +91,26 @@ class Fit:
         standard deviation of each Gaussian slot, beside the prior's.
         """
         found: dict[str, Any] = {}
-        lines = self.posterior.report.history
-        every = -(-len(lines) // _LINES) if lines else 1
-        kept = [{key: line[key] for key in _COURSE if key in line} for line in lines[::-every]]
-        told = [line for line in reversed(kept) if len(line) > 1]
-        found |= {"history": told} if told else {}
+        history = _course_of(self.posterior.report.history)
+        if history:
+            found["history"] = history
         if isinstance(self.posterior, Gaussian):
             layers = self.posterior.layers()
             stds = {name: float(layer.std.detach().mean()) for name, layer in layers.items()}
             found["std"] = {name: float(f"{std:.4g}") for name, std in stds.items()}
             found["prior_std"] = self.details["fields"].get("prior_std")
         return {"fit": found} if found else {}
+
+
+def _course_of(lines: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+    """What a record tells of a log: at most 200 of its lines, the last among them."""
+    every = max(1, -(-len(lines) // _LINES))
+    told = []
+    for line in lines[::-every]:
+        own = {key: line[key] for key in _COURSE if key in line}
+        if len(own) > 1:  # not the step alone
+            told.append(own)
+    return told[::-1]
 
 
 def details_of(folder: Path) -> dict[str, Any]:
