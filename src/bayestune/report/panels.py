@@ -76,10 +76,10 @@ def coverage_curve(rows: Sequence[Row]) -> Numbers:
 
     Rows are in the order of the score that decides, where there is one, else of their confidence.
     """
-    scores = [row.get("score") for row in rows]
+    scores = [row["score"] for row in rows if row.get("score")]
     name = "confidence"
     values = torch.tensor([row["confidence"] for row in rows], dtype=torch.float64)
-    if all(scores):
+    if len(scores) == len(rows):
         name = scores[0]["name"]
         told = [score["value"] for score in scores]
         numbers = [math.inf if value is None else value for value in told]
