@@ -160,6 +160,11 @@ def test_a_run_is_compared_with_the_first_of_its_task_and_seed(tmp_path):
     records = [evaluated(tmp_path, name, task=task, seed=seed, n=30) for name, task, seed in places]
     data = shown(records, tmp_path)
     assert [run["base"] for run in data["runs"]] == [0, 1, 2, 1, 2]
+    records = [one for one in records if one["task"] == "a"]
+    records += [one | {"model": "another"} for one in records]
+    # its own model's first; the first of another model is compared with that method of the other
+    data = shown(records, tmp_path)
+    assert [run["base"] for run in data["runs"]] == [0, 1, 1, 0, 0, 4]
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):

@@ -389,17 +389,21 @@ function fitsOf(drawn) {
   return [...seen.values()];
 }
 
-async function drawPanels(kind) {
+async function drawPanels(kind, wanted) {
   const place = document.querySelector(`[data-chart="${kind}"]`);
   const figures = PANELS[kind](drawnRuns());
   const told = state.drawn.size ? WITHOUT[kind] ?? "No drawn run has its rows beside it." : "No run is drawn: tick one in the table of runs.";
   fill(place, figures.length ? figures : el("p", {}, told));
-  for (const one of figures) await one.ready();
+  for (const one of figures) if (wanted()) await one.ready();
 }
 
 let drawing = Promise.resolve();
-function drawCharts(kinds = Object.keys(PANELS)) {
-  drawing = drawing.then(async () => { for (const kind of kinds) await drawPanels(kind); });
+let latest = 0;
+/** Draws charts one after the other: all of them in place of what is still being drawn, or some. */
+function drawCharts(kinds) {
+  const own = kinds ? latest : ++latest;
+  const wanted = () => own === latest;
+  drawing = drawing.then(async () => { for (const kind of kinds ?? Object.keys(PANELS)) if (wanted()) await drawPanels(kind, wanted); });
   return drawing;
 }
 

@@ -132,17 +132,23 @@ def _same(one: Record, other: Record, keys: Sequence[str]) -> bool:
 
 
 def _baselines(evaluations: Sequence[Evaluation]) -> list[int]:
-    """The run that each is compared with: the first of its rows, of the same seed if there is."""
+    """The run that each is compared with: the first of its rows and model, of its seed if it can.
+
+    The first of another model is compared with the first of all, of its own method if it can.
+    """
+    records = [one.record for one in evaluations]
     found = []
-    for own in evaluations:
-        alike = []
-        for index, other in enumerate(evaluations):
-            if _same(own.record, other.record, ("task", "model", "rows", "n")):
-                alike.append(index)
-        seeds = [i for i in alike if _same(own.record, evaluations[i].record, ("seed",))]
-        label = evaluations[alike[0]].record.get("label")
-        twins = [i for i in seeds if evaluations[i].record.get("label") == label]
-        found.append((twins or alike)[0])
+    for index, own in enumerate(records):
+        alike = [i for i, r in enumerate(records) if _same(own, r, ("task", "rows", "n"))]
+        models = [i for i in alike if _same(own, records[i], ("model",))]
+        first = records[models[0]]
+        twins = [i for i in models if _same(first, records[i], ("label",))]
+        seeds = [i for i in twins if _same(own, records[i], ("seed",))]
+        base = (seeds or models)[0]
+        if base == index and models[0] != alike[0]:
+            others = [i for i in alike if not _same(own, records[i], ("model",))]
+            base = ([i for i in others if _same(own, records[i], ("label",))] or others)[0]
+        found.append(base)
     return found
 
 
@@ -211,7 +217,8 @@ def _fitting(evaluations: Sequence[Evaluation], most: int) -> Payload:
     keyed: dict[tuple[Any, ...], dict[int, Row]] = {}
     for index, one in enumerate(evaluations):
         for row in one.rows:
-            key = (one.record.get("task"), row["id"], row["answer"], len(row["probabilities"]))
+            asked = (row["id"], row["answer"], len(row["probabilities"]), row.get("question"))
+            key = (one.record.get("task"), *asked)
             keyed.setdefault(key, {})[index] = row
     ranked = sorted(keyed.items(), key=lambda item: -_interest(item[1].values()))
     found: Payload = {}
@@ -241,7 +248,8 @@ def _rows(
     answers: dict[int, list[list[Any]]] = {}
     for place, (key, runs) in enumerate(keyed):
         told = next((row for row in runs.values() if row.get("question")), {})
-        question = {"id": str(key[1]), "answer": key[2]}
+        _, name, answer, *_ = key
+        question = {"id": str(name), "answer": answer}
         for name in ("question", "context"):
             question |= {name: _cut(str(told[name]), 10 * texts)} if told.get(name) else {}
         if told.get("options"):
