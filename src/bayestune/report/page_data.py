@@ -217,8 +217,7 @@ def _fitting(evaluations: Sequence[Evaluation], most: int) -> Payload:
     keyed: dict[tuple[Any, ...], dict[int, Row]] = {}
     for index, one in enumerate(evaluations):
         for row in one.rows:
-            asked = (row["id"], row["answer"], len(row["probabilities"]), row.get("question"))
-            key = (one.record.get("task"), *asked)
+            key = (one.record.get("task"), row["id"], row["answer"], len(row["probabilities"]))
             keyed.setdefault(key, {})[index] = row
     ranked = sorted(keyed.items(), key=lambda item: -_interest(item[1].values()))
     found: Payload = {}
@@ -248,7 +247,7 @@ def _rows(
     answers: dict[int, list[list[Any]]] = {}
     for place, (key, runs) in enumerate(keyed):
         told = next((row for row in runs.values() if row.get("question")), {})
-        _, name, answer, *_ = key
+        _, name, answer, _ = key
         question = {"id": str(name), "answer": answer}
         for name in ("question", "context"):
             question |= {name: _cut(str(told[name]), 10 * texts)} if told.get(name) else {}
