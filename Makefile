@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL = help
-.PHONY: help demo test test-oldest test-slow test-real test-studies lint format dist clean
+.PHONY: help demo test test-oldest test-slow test-real test-browser test-studies lint format dist clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +46,11 @@ test-slow: $(VENV)/installed-dev  ## tests that take more than a few seconds eac
 
 test-real: $(VENV)/installed-dev  ## real pretrained models; fetches SmolLM2-135M (98 MB)
 	$(BIN)/python -m pytest -m real
+
+test-browser: $(VENV)/installed-dev  ## pages in headless Chromium, axe-core's findings; needs Chromium and npm
+	$(BIN)/python -m pip install -q --group browser
+	npm install --silent --no-save --prefix $(VENV)/axe axe-core@4
+	$(BIN)/python -m pytest -m browser
 
 test-studies: $(VENV)/installed-dev  ## the notebook's own tests
 	$(BIN)/python -m pytest -n auto studies

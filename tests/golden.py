@@ -83,7 +83,7 @@ TRAINING = {
     "logging_steps": 1,
     "progress": False,
 }
-VOLATILE = ("seconds", "peak_memory_mb", "versions", "revision")
+VOLATILE = ("seconds", "peak_memory_mb", "versions", "revision", "date", "fit")
 COMMANDS = {
     "fit": ["--output", "out"],
     "evaluate": ["--posterior", "in"],
@@ -92,6 +92,7 @@ COMMANDS = {
     "compare": ["--output", "out"],
     "bench": ["--output", "out"],
     "table": ["results"],
+    "report": ["results", "--to", "report.html"],
     "demo": [],
 }
 

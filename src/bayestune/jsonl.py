@@ -1,5 +1,6 @@
 """JSON lines, one object a line: read and written here and nowhere else."""
 
+import gzip
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -15,13 +16,16 @@ JsonRow = dict[str, Any]
 def read_json_lines(path: Path, *, missing_ok: bool = False) -> list[JsonRow]:
     """The rows of a whole file, without blank lines; with `missing_ok`, none if there is no file.
 
+    A file whose name ends in `.gz` is gzipped.
+
     Raises:
         Refusal: if a line is not a JSON object; the error names the file and the line.
         FileNotFoundError: if there is no such file, unless `missing_ok`.
     """
     if missing_ok and not path.is_file():
         return []
-    with path.open(encoding="utf-8-sig") as lines:
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", encoding="utf-8-sig") as lines:
         numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     return [json_row(line, f"{path.name}, line {number}") for number, line in numbered]
 

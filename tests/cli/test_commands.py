@@ -158,6 +158,42 @@ def test_compare_writes_a_report_and_resumes(place, capsys):
         assert now["seconds"]["fit"] == before["seconds"]["fit"]
 
 
+def test_report_shows_the_runs_of_any_folders(place, capsys):
+    given = {"evaluation_data": place / "test.jsonl", "draws": "[0,2]", "resamples": 20}
+    run(*fitting(place, "compare", **given, logging_steps=1))
+    records = read_records(place / "out")
+    assert all("fit" in record for record in records)
+    course = records[-1]["fit"]
+    assert [line["step"] for line in course["history"]] == [1, 2, 3]
+    assert all(line["kl"] > 0 for line in course["history"])
+    assert min(course["std"].values()) > 0
+    assert course["prior_std"] > 0
+    made = page_data(place / "out/report.html")
+    assert made["command"].startswith("bayestune compare --model=")
+    assert [run["name"] for run in made["runs"]] == ["MLE", "BLoB N=0", "BLoB N=2"]
+    assert made["runs"][2]["fit"]["slots"]
+    assert [one["draws"] for one in made["fits"][0]["prefixes"]] == [1, 2]
+    run(*fitting(place, method="mle", output="one"))
+    run(*reading(place, posterior="one"))
+    run("report", place / "out", place / "one/records.jsonl", "--to", place / "more/all.html")
+    both = page_data(place / "more/all.html")
+    assert len(both["runs"]) == 4
+    assert "more/all.html" in both["command"]
+    run("report", place, "--to", place / "all.html", "--title=Mine")  # folders of results
+    again = page_data(place / "all.html")
+    assert (again["title"], len(again["runs"])) == ("Mine", 4)
+    said = failed(["report", place / "model", "--to", place / "a.html"], capsys)
+    assert "expected a folder of `bench`, `compare` or `evaluate`" in said
+    said = failed(["report", place / "out", "--to", place / "out/records.jsonl"], capsys)
+    assert "is no page: expected a file that ends in .html" in said
+    assert read_records(place / "out") == records
+
+
+def page_data(path):
+    text = path.read_text(encoding="utf-8")
+    return json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])
+
+
 def test_compare_goes_on_where_evaluate_has_written(place):
     run(*fitting(place, method="mle", output="fit"))
     evaluating = reading(place, posterior="fit")

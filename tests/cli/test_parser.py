@@ -23,6 +23,7 @@ USED = {
     "distil": "in --unlabelled rows.jsonl --output out --draws 3 --seed 2 --bf16 --labelled",
     "bench": "--output out --seeds [4] --methods.tfb.base mle --training.lora.rank 3",
     "table": "out --style latex",
+    "report": "out more/records.jsonl --to report.html",
     "demo": "",
 }
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from bayestune.decisions import class_figures, confusion, free_baselines, gate, macro_f1
-from bayestune.metrics import aurc
+from bayestune.decisions import class_figures, free_baselines, gate, macro_f1
+from bayestune.metrics import aurc, confusion
 
 
 def some_rows(count=101, seed=0):

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from datetime import datetime
 
 import pytest
 import torch
@@ -87,9 +88,25 @@ def test_a_record_holds_what_a_table_needs(tmp_path):
     assert record["metrics"]["accuracy"]["value"] == 1.0
     rows = read_rows(record, tmp_path)
     losses = [row.pop("nll") for row in rows]
+    first, second = (row.pop("drawn") for row in rows)
+    assert [len(draw) for draw in (*first, *second)] == [2, 2, 3, 3]  # of a row's own options
+    assert first[1] == [0.5, 0.5]
+    mean = torch.tensor(second).mean(0).tolist()
+    assert mean == pytest.approx(rows[1]["probabilities"], abs=1e-4)
+    assert datetime.fromisoformat(record["date"]).tzinfo is not None
     assert rows == prediction_rows(ROWS, PREDICTION)
     assert sum(losses) / 2 == pytest.approx(record["metrics"]["nll"]["value"])
     assert read_rows({**record, "predictions": "gone.jsonl"}, tmp_path) == []
+
+
+def test_a_row_tells_its_context_and_at_most_32_draws(tmp_path):
+    many = Prediction.of(torch.randn(40, 2, 3))
+    rows = (replace(ROWS[0], context="There.", options=("sky", "grass", "the")), ROWS[1])
+    first, second = result(many, rows=rows).rows
+    assert (first["context"], "context" in second) == ("There.", False)
+    assert len(first["drawn"]) == 32
+    assert "context" not in result(many, replace(OPTIONS, texts=False), rows).rows[0]
+    assert "drawn" not in result(Prediction.of(torch.randn(1, 2, 3)), rows=rows).rows[0]
 
 
 def test_the_options_reach_the_metrics():

@@ -1,6 +1,7 @@
 """Intervals cover, p-values have their size, and figures say no more than their rows do."""
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,10 @@ from bayestune.jsonl import read_json_lines
 from bayestune.metrics import PairedDifference, paired_bootstrap, summarise
 from bayestune.metrics.proportions import share_interval
 from bayestune.posteriors import Prediction
-from bayestune.report import grid_tables, render, renewed, summary_tables, write_page
+from bayestune.report import grid_tables, render, renewed, summary_tables
 from bayestune.report.claims import Evaluation, paired_table, sentence
 from bayestune.report.columns import ACCURACY, BRIER, NLL
-from report.recorded import evaluated, record, row, with_rows
+from report.recorded import evaluated, record, row, shown, with_rows
 from studies import coverage, coverage_page
 
 RESULTS = Path(__file__).parents[2] / "results"
@@ -214,28 +215,27 @@ def test_what_is_printed_as_nothing_is_not_called_a_gain():
 
 def test_a_tie_is_right_or_wrong_everywhere_on_the_page(tmp_path):
     rows = [row(i, [0.5, 0.5], 1) for i in range(6)]
-    page = write_page([with_rows(tmp_path, rows, "MLE", accuracy=0.0)], tmp_path, "t").read_text()
-    assert "No answer is wrong" not in page
-    assert page.count('class="chosen"') == 12  # the first of equals, as accuracy has it
-    assert 'class="answer chosen"' not in page
+    (run,) = shown([with_rows(tmp_path, rows, "MLE", accuracy=0.0)], tmp_path)["runs"]
+    assert run["classes"]["counts"] == [[0, 0], [6, 0]]  # the first of equals, as accuracy has it
+    assert sum(run["histograms"]["total_entropy"]["wrong"]) == 6
+    assert {dot[2] for dot in run["cloud"]} == {0}
+    assert run["coverage"]["points"][-1] == [1.0, 1.0]
 
 
 def test_a_colour_of_the_page_has_one_meaning(tmp_path):
     records = [evaluated(tmp_path, "MLE", 6.0, n=400), evaluated(tmp_path, "BLoB", n=400)]
-    page = write_page(records, tmp_path, "t").read_text(encoding="utf-8")
+    data = shown(records, tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
     style = page.split("<style>")[1].split("</style>")[0]
-    rules = style.split("/* Text */")[1]
-    assert [line for line in rules.splitlines() if "--green" in line] == [
-        ".better b { font-weight: 700; color: var(--green); }"
+    uses = [
+        line.strip() for line in style.splitlines() if re.search(r"var\(--(right|wrong|b)", line)
     ]
-    assert "--vermillion" not in rules
-    assert "--blue" not in rules
-    assert "class=better" in page.split("<h2>Paired comparisons</h2>")[1]
-    assert "class=better" not in page.split("<h2>Paired comparisons</h2>")[0]
-    assert "where a perfectly calibrated model would score" in page
-
-
-# Laplace's factors
+    assert [re.sub(r" \{.*", "", line) for line in uses if "band" not in line] == [
+        ".better",
+        ".tag.right",
+    ]
+    assert data["runs"][1]["paired"]["nll"][4] == 1
+    assert "where a perfectly calibrated model would score" in data["words"][0]
 
 
 def test_the_error_of_low_rank_factors_is_what_the_note_says():

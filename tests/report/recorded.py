@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import torch
 
 from bayestune.metrics import summarise
+from bayestune.report import write_page
 
 METRICS = ("accuracy", "ece", "nll", "brier", "aurc")
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -74,6 +75,12 @@ def evaluated(folder, label, sharpness=1.0, n=120, **fields):
     return with_rows(folder, rows, label, **fields)
 
 
+def shown(records, folder, **more):
+    """The data of the page of these records, as it stands in `report.html` of the folder."""
+    page = write_page({folder: records}, folder / "report.html", "a title", **more)
+    return Page(page.read_text(encoding="utf-8")).data
+
+
 class Page(HTMLParser):
     """Reads markup; fails on tags that do not match."""
 
@@ -83,12 +90,15 @@ class Page(HTMLParser):
         self.attributes = []
         self.tags = []
         self.words = []
+        self.scripts = {}
+        self.open_script = None
         self.feed(markup)
         self.close()
         assert not self.stack
 
     def handle_starttag(self, tag, attrs):
         self.handle_startendtag(tag, attrs)
+        self.open_script = dict(attrs).get("id", "code") if tag == "script" else None
         if tag not in VOID:
             self.stack.append(tag)
 
@@ -99,10 +109,19 @@ class Page(HTMLParser):
     def handle_endtag(self, tag):
         assert self.stack, f"</{tag}> closes nothing"
         assert self.stack.pop() == tag
+        self.open_script = None
 
     def handle_data(self, data):
-        self.words.append(data)
+        if self.open_script:
+            self.scripts[self.open_script] = self.scripts.get(self.open_script, "") + data
+        else:
+            self.words.append(data)
 
     @property
     def text(self):
         return " ".join(" ".join(self.words).split())
+
+    @property
+    def data(self):
+        """What the page embeds."""
+        return json.loads(self.scripts["data"])

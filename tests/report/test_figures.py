@@ -1,58 +1,18 @@
 """Figures draw the numbers they are given."""
 
-import re
 import subprocess
 import sys
 
 import pytest
 import torch
-from recorded import Page, record, sampled_rows
+from recorded import record, sampled_rows
 
-from bayestune.metrics import is_right, reliability, risk_coverage
+from bayestune.metrics import is_right, risk_coverage
 from bayestune.report import (
-    reliability_figure,
     risk_coverage_figure,
     save_figure,
     summary_figure,
 )
-from bayestune.report.svg import inline_svg
-
-
-def diagram(sharpness=1.0):
-    g = torch.Generator().manual_seed(0)
-    p = (torch.randn(200, 4, generator=g) * 2).softmax(1)
-    y = torch.multinomial(p, 1, generator=g)[:, 0]
-    return reliability((p.log() * sharpness).softmax(1), y)
-
-
-@pytest.mark.parametrize("panels", [1, 5])
-def test_a_reliability_diagram_for_each_method(panels):
-    figure = reliability_figure([(f"m{i}", "ECE", diagram()) for i in range(panels)])
-    titles = [axes.get_title(loc="left") for axes in figure.axes[::2]]
-    assert titles == [f"m{i}" for i in range(panels)]
-    assert len({axes.get_ylim() for axes in figure.axes[1::2]}) == 1
-
-
-def heights(bars):
-    return [bar.get_height() for bar in bars]
-
-
-def test_reliability_bars_are_the_numbers():
-    one = diagram(sharpness=2)
-    upper, lower = reliability_figure([("m", "ECE", one)]).axes
-    used = one.counts > 0
-    solid, over, under = upper.containers
-    gap = (one.confidence - one.accuracy)[used]
-    lesser = torch.minimum(one.accuracy, one.confidence)[used]
-    assert heights(solid) == pytest.approx(lesser.tolist())
-    assert heights(over) == pytest.approx(gap[gap > 0].tolist())
-    assert heights(under) == pytest.approx((-gap[gap < 0]).tolist())
-    assert len(over) > len(under)  # sharpened: overconfident
-    assert heights(lower.containers[0]) == pytest.approx((one.counts / 200).tolist())
-    accuracy, confidence = (line.get_xdata()[0] for line in lower.lines)
-    expected = (gap * one.counts[used]).sum().item() / 200
-    assert confidence - accuracy == pytest.approx(expected)
-    assert expected > 0
 
 
 def test_summary_draws_the_intervals():
@@ -118,24 +78,13 @@ def test_the_legend_covers_no_curve():
     assert box.x1 <= figure.bbox.x1
 
 
-# Files and markup
+# Files
 
 
 def test_a_figure_is_saved_into_a_new_folder(tmp_path):
     path = tmp_path / "new" / "a.png"
     assert save_figure(summary_figure([record("a", accuracy=0.8)]), path) == path
     assert path.read_bytes().startswith(b"\x89PNG")
-
-
-def test_inline_svg_takes_its_colours_from_the_page():
-    records = [record('a <"&', accuracy=0.8)]
-    svg = inline_svg(summary_figure(records), 'a "label" <')
-    assert svg.startswith('<svg role="img" aria-label="a &quot;label&quot; &lt;"')
-    assert "var(--ink)" in svg
-    assert not re.search(r"#1f2328|#ffffff|https?:|<script|DOCTYPE|<!--", svg)
-    assert 'a <"&' in Page(svg).text
-    assert 'viewBox="0 0' in svg
-    assert inline_svg(summary_figure(records), 'a "label" <') == svg
 
 
 def test_matplotlib_is_imported_only_when_a_figure_is_drawn():

@@ -6,7 +6,7 @@ A run can be cut off at any time and goes on where it stopped, here or on a Ray 
 from bayestune.bench.cells import Cell, Grid, TaskSettings
 from bayestune.bench.keys import digest, lasting, lasting_method, model_facts
 from bayestune.bench.launch import Launcher, run_bench
-from bayestune.bench.store import PLAN, collect
+from bayestune.bench.store import PLAN, collect, finished
 
 __all__ = [
     "PLAN",
@@ -16,6 +16,7 @@ __all__ = [
     "TaskSettings",
     "collect",
     "digest",
+    "finished",
     "lasting",
     "lasting_method",
     "model_facts",

@@ -57,10 +57,15 @@ def _read_plan(folder: Path) -> list[str]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
+def finished(folder: Path) -> list[Record]:
+    """The records of all finished cells as planned."""
+    return [record for key in _read_plan(folder) for record in read_cell(folder, key)]
+
+
 def collect(folder: Path) -> list[Record]:
     """The records of all finished cells as planned, also written to `records.jsonl`."""
     with claimed(folder / LOCKS, "records", wait=True):
-        records = [record for key in _read_plan(folder) for record in read_cell(folder, key)]
+        records = finished(folder)
         write_json_lines(folder / RECORDS, records)
     return records
 

@@ -15,6 +15,7 @@ from bayestune.cli.answers import Answers, LineWriter, readable
 from bayestune.cli.applying import answered, calibrated_result, chosen_way, passed
 from bayestune.cli.options import built, chosen_methods
 from bayestune.cli.output_folder import OutputFolder, check_writable
+from bayestune.cli.reporting import origin_of
 from bayestune.cli.run_settings import evaluation_settings, fit_settings
 from bayestune.cli.sieve import in_order, told
 from bayestune.data import Part, Reading, Task, own_task, prompt_of, read_rows, sort_rows
@@ -65,6 +66,7 @@ class Run:
     settings: dict[str, Any] = field(default_factory=dict)
     part: Part = "evaluation"
     labels: Mapping[str, str] = field(default_factory=dict)  # of methods, in the table
+    command: str = ""  # the command line, for the page
 
 
 def fit(o: Namespace) -> None:
@@ -191,7 +193,8 @@ def compare(o: Namespace) -> None:
     session = _opened(o, options, task)
     settings = fit_settings(o.model, (options, task, o.dtype), training, methods)
     settings |= evaluation_settings(session.rows(o.on), predicting)
-    compare_methods(session, methods, training, predicting, Run(output, settings, o.on))
+    run = Run(output, settings, o.on, o.command_line)
+    compare_methods(session, methods, training, predicting, run)
 
 
 def compare_methods(
@@ -218,7 +221,7 @@ def compare_methods(
             append_results(place, session.evaluate(fitted, options, run.part))
             detach(fitted.posterior.model)
     run.output.finish(place)
-    write_report(run.output.folder)
+    write_report(run.output.folder, run.command)
 
 
 def _base_of(method: Any, methods: Mapping[str, Method], fitted: Fitted) -> Method | None:
@@ -230,14 +233,15 @@ def _base_of(method: Any, methods: Mapping[str, Method], fitted: Fitted) -> Meth
     return None
 
 
-def write_report(folder: Path) -> None:
+def write_report(folder: Path, command: str = "") -> None:
     """Table, picture and page of a results folder, from its records alone."""
     records = renewed(read_records(folder), folder)
     tables = evaluation_tables(records)
     table = render(tables, "markdown")
     (folder / "table.md").write_text(f"{table}\n", encoding="utf-8")
     save_figure(summary_figure(records), folder / "summary.png")
-    page = write_page(records, folder, f"{records[0]['task']}, {records[0]['model']}")
+    title = f"{records[0]['task']}, {records[0]['model']}"
+    page = write_page({folder: records}, folder / "report.html", title, origin_of(command))
     print(render(tables))
     print(f"report: {page}")
 

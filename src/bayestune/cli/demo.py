@@ -33,7 +33,7 @@ def demo(o: Namespace) -> None:
     session = Session.open(o.model, QUESTIONS, task=demo_task())
     session = replace(session, progress=o.progress)
     training = replace(TRAINING, progress=o.progress)
-    run = Run(output, labels=LABELS)
+    run = Run(output, labels=LABELS, command=o.command_line)
     compare_methods(session, demo_methods(), training, PREDICTING, run)
     print(f"finished in {time.perf_counter() - begin:.0f} s")
 

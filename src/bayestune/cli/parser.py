@@ -1,5 +1,6 @@
 """The commands' options, derived from the constructors."""
 
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Collection, Sequence
@@ -11,7 +12,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 import bayestune
 from bayestune.bench import Grid, Launcher
-from bayestune.cli import commands, generating, labelling
+from bayestune.cli import commands, generating, labelling, reporting
 from bayestune.cli.demo import demo
 from bayestune.cli.distilling import distil
 from bayestune.cli.presets import ConfigOrPreset
@@ -237,6 +238,13 @@ def _add_table(parser: Parser) -> None:
     parser.option("output", Path | None, None, "a file; left out: standard output")
 
 
+def _add_report(parser: Parser) -> None:
+    about = "folders of `compare`, `bench` or `evaluate`, folders of such, or files of records"
+    parser.add_argument("results", type=Path, nargs="+", help=about)
+    parser.needed("to", "the page, such as report.html; one that is there is replaced")
+    parser.option("title", str | None, None, "of the page; left out: the tasks and models")
+
+
 def _add_demo(parser: Parser) -> None:
     parser.option("model", str | None, None, MODEL_HELP)
     parser.option("output", Path, Path("runs/demo"), "folder of the report")
@@ -256,6 +264,7 @@ COMMANDS: dict[str, tuple[Callable[[Namespace], int | None], Callable[[Parser], 
     "compare": (commands.compare, _add_compare),
     "bench": (commands.bench, _add_bench),
     "table": (commands.table, _add_table),
+    "report": (reporting.report, _add_report),
     "demo": (demo, _add_demo),
 }
 
@@ -281,7 +290,10 @@ def make_parser(only: Collection[str] = METHODS) -> Parser:
 
 
 def parse(given: Sequence[str]) -> tuple[str, Namespace]:
-    """The command and its options, as objects; ends the process after help and for slips."""
+    """The command and its options, as objects; ends the process after help and for slips.
+
+    The options have `command_line` besides, what was typed.
+    """
     given = gathered(given)
     if given[:1] == ["bench"] and len(given) > 1 and not given[1].startswith("-"):
         given.insert(1, "--config")
@@ -290,4 +302,6 @@ def parse(given: Sequence[str]) -> tuple[str, Namespace]:
         raise SystemExit(0)
     parser = make_parser()
     parsed = parser.parse_args(given)
-    return parsed.command, parser.instantiate(parsed)[parsed.command]
+    options = parser.instantiate(parsed)[parsed.command]
+    options["command_line"] = shlex.join(["bayestune", *given])
+    return parsed.command, options

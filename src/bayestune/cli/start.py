@@ -25,6 +25,7 @@ COMMANDS = {
     "bench": "Fit and evaluate a grid of models, tasks, methods and seeds; goes on where it "
     "stopped.",
     "table": "The table of a results folder: methods × tasks, mean ± std over seeds, significance.",
+    "report": "One page of any number of runs, complete in itself: figures, charts, rows.",
     "demo": "MLE and BLoB on the embedded questions in a few minutes, with a report.",
 }
 EXIT_BAD_INPUT = 2

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bayestune.errors import Refusal
-from bayestune.metrics import risk_coverage
+from bayestune.metrics import confusion, risk_coverage
 
 _SURE = 0.9
 
@@ -82,17 +82,6 @@ def gate(probabilities: Tensor, labels: Tensor, score: Tensor | None = None) -> 
         augrc=(risks * coverage).mean().item(),
         confidently_wrong=wrong_at[_SURE] / num_rows,
     )
-
-
-def confusion(choices: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Counts of (right, chosen), (C, C): a row for each right answer, a column for each choice.
-
-    >>> confusion(torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1]), 2).tolist()
-    [[1, 1], [0, 1]]
-    """
-    flat = labels.long() * num_classes + choices.long()
-    counts = torch.bincount(flat, minlength=num_classes**2)
-    return counts.reshape(num_classes, num_classes)
 
 
 @dataclass(frozen=True)

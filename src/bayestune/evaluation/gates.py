@@ -13,12 +13,12 @@ from bayestune.data import Question
 from bayestune.decisions import (
     Gate,
     class_figures,
-    confusion,
     free_baselines,
     gate,
     macro_f1,
 )
 from bayestune.errors import Refusal, nearest
+from bayestune.metrics import confusion
 
 _BAR = re.compile(r"\s*([\w.]+)\s*(<=|>=|<|>)\s*([-+.\deE]+)\s*")
 _METRICS = ("accuracy", "nll", "brier", "ece", "aurc")

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ Record = dict[str, Any]
 # what differs between two evaluations of the same
 _VOLATILE = ("seconds", "timed_draws", "peak_memory_mb", "versions", "revision", "predictions")
 _VOLATILE += ("gate", "by_class")  # follow from the rows, as the metrics do
+_VOLATILE += ("date", "fit")
+_DRAWS_TOLD = 32  # as many as a picture of a row can show
 _UNCERTAINTY = ("confidence", "total_entropy", "expected_entropy", "mutual_information")
 
 
@@ -70,10 +73,14 @@ def make_result(
         "peak_memory_mb": round(peak_memory_mb()),
         "versions": versions(),
         "revision": revision(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     if (by_class := class_record(prediction.probabilities, questions)) is not None:
         record["by_class"] = by_class
-    rows = prediction_rows(questions, prediction, texts=options.texts)
+    rows = _with_draws(prediction_rows(questions, prediction, texts=options.texts), prediction)
+    if options.texts:
+        contexts = [{"context": row.context} if row.context else {} for row in questions]
+        rows = [row | context for row, context in zip(rows, contexts, strict=True)]
     if losses is not None:
         rows = [{**row, "nll": loss} for row, loss in zip(rows, losses.tolist(), strict=True)]
     return Result(record, rows)
@@ -112,6 +119,26 @@ def prediction_rows(
         row["probabilities"] = prediction.probabilities[i, : len(question.options)].tolist()
         rows.append(row | {name: column[i] for name, column in columns.items()})
     return rows
+
+
+def _with_draws(rows: list[dict[str, Any]], prediction: Prediction) -> list[dict[str, Any]]:
+    """Rows with the probabilities of each draw, S lists a row; none of a single draw.
+
+    They are for pictures: four decimals, and of more than 32 draws the first 32.
+    """
+    drawn = prediction.drawn
+    if drawn is None or len(drawn) < 2:
+        return rows
+    told = drawn[:_DRAWS_TOLD].transpose(0, 1)
+    found = []
+    for row, draws in zip(rows, told, strict=True):
+        own = draws[:, : len(row["probabilities"])].tolist()
+        found.append(row | {"drawn": [_rounded(one) for one in own]})
+    return found
+
+
+def _rounded(numbers: Sequence[float]) -> list[float]:
+    return [round(number, 4) for number in numbers]
 
 
 def error_row(question: Question, problem: Exception) -> dict[str, Any]:

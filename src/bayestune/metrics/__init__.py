@@ -3,6 +3,7 @@
 These are plain functions that know nothing of models, posteriors or files.
 """
 
+from bayestune.metrics.class_counts import confusion
 from bayestune.metrics.intervals import (
     LEVEL,
     CalibratedLevel,
@@ -50,6 +51,7 @@ __all__ = [
     "auroc",
     "brier",
     "calibrated_level",
+    "confusion",
     "ece",
     "ece_debiased",
     "error_auroc",

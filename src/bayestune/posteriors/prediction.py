@@ -24,6 +24,7 @@ class Prediction:
             compare with ten. Where the draws are all there is (`atoms`), there is no factor.
         log_probabilities: logarithms of `probabilities`, (N, C), also where those are rounded to 0;
             None if they are not known.
+        drawn: the probabilities of each draw, (S, N, C); None if they are not kept.
     """
 
     probabilities: Tensor
@@ -31,6 +32,7 @@ class Prediction:
     expected_entropy: Tensor
     mutual_information: Tensor
     log_probabilities: Tensor | None = field(default=None, kw_only=True)
+    drawn: Tensor | None = field(default=None, kw_only=True)
 
     @property
     def confidence(self) -> Tensor:
@@ -72,7 +74,8 @@ class Prediction:
         expected = torch.special.entr(draws).sum(-1).mean(0)
         information = mutual_information(total, expected, 1 if exact else len(logits))
         known = logs.logsumexp(0) - math.log(len(logits))
-        return cls(probabilities, total, expected, information, log_probabilities=known)
+        more = {"log_probabilities": known, "drawn": draws}
+        return cls(probabilities, total, expected, information, **more)
 
 
 def refuse_one_class(logits: Tensor) -> None:

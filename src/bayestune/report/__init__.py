@@ -5,13 +5,13 @@ one is drawn.
 """
 
 from bayestune.report.comparison import grid_tables, significance
-from bayestune.report.figures import reliability_figure, risk_coverage_figure, summary_figure
+from bayestune.report.figures import risk_coverage_figure, summary_figure
 from bayestune.report.gate_figures import gate_tables, promises, variant_table
-from bayestune.report.page import write_page
+from bayestune.report.page import Origin, write_page
+from bayestune.report.picture_style import BLUE, FAINT, INK, STYLE, VERMILLION, save_figure
 from bayestune.report.rows import read_rows, renewed
 from bayestune.report.shift import has_shift, write_shift
 from bayestune.report.summary import evaluation_tables, summary_tables
-from bayestune.report.svg import BLUE, FAINT, INK, STYLE, VERMILLION, save_figure
 from bayestune.report.table import Style, Table, render
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "INK",
     "STYLE",
     "VERMILLION",
+    "Origin",
     "Style",
     "Table",
     "evaluation_tables",
@@ -28,7 +29,6 @@ __all__ = [
     "has_shift",
     "promises",
     "read_rows",
-    "reliability_figure",
     "render",
     "renewed",
     "risk_coverage_figure",

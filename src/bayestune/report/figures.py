@@ -1,4 +1,4 @@
-"""Records and rows → figures: reliability diagrams, intervals of metrics, risk–coverage curves."""
+"""Records and rows → pictures: intervals of metrics, risk–coverage curves."""
 
 from __future__ import annotations
 
@@ -10,19 +10,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bayestune.metrics import Reliability, Row, is_right, risk_coverage
+from bayestune.metrics import Row, is_right, risk_coverage
 from bayestune.report.columns import ACCURACY, BRIER, CALIBRATED, ECE, NLL, Column
 from bayestune.report.comparable import names
+from bayestune.report.picture_style import BLUE, FAINT, INK, PAPER, VERMILLION, styled_figure
 from bayestune.report.rows import Record
 from bayestune.report.summary import summary_tables
-from bayestune.report.svg import BLUE, FAINT, INK, PAPER, VERMILLION, styled_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_OVER: Any = {"facecolor": "none", "edgecolor": VERMILLION, "linewidth": 0.8, "hatch": "////"}
-_UNDER: Any = {"facecolor": "none", "edgecolor": BLUE, "linewidth": 0.8, "hatch": "...."}
 _DASHED: Any = {"color": FAINT, "linestyle": (0, (4, 3))}
 # Okabe, Ito (2008) without the yellow, which is too pale for a line; a second round of them is
 # dashed, a third dotted.
@@ -32,75 +30,6 @@ _NOISY = 20  # the error rate of fewer rows jumps, and would set the scale
 _PERCENT = "{x:.0%}"
 
 Runs = Sequence[Sequence[Row]]  # a method's rows, once for each seed
-
-
-def _draw_diagram(axes: Axes, diagram: Reliability) -> None:
-    """Accuracy and mean confidence a bin: solid up to the lesser, hatched from it to the other."""
-    width = 1 / len(diagram.counts)
-    used = diagram.counts > 0
-    left = used.nonzero()[:, 0].double() * width
-    accuracy = diagram.accuracy[used]
-    gap = diagram.confidence[used] - accuracy
-    lesser = torch.minimum(accuracy, diagram.confidence[used])
-    axes.plot([0, 1], [0, 1], linewidth=0.9, zorder=3, **_DASHED)
-    axes.bar(left, lesser, width, align="edge", color=BLUE, edgecolor=PAPER, linewidth=0.6)
-    for where, kind in ((gap > 0, _OVER), (gap < 0, _UNDER)):
-        axes.bar(left[where], gap.abs()[where], width, lesser[where], align="edge", **kind)
-    axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
-    axes.set_xticklabels([])
-
-
-def _draw_histogram(axes: Axes, diagram: Reliability) -> None:
-    """Share of rows per bin; the overall accuracy and mean confidence as lines."""
-    bins = len(diagram.counts)
-    share = diagram.counts.double() / diagram.counts.sum()
-    left = torch.arange(bins).double() / bins
-    axes.bar(left, share, 1 / bins, align="edge", color=FAINT, edgecolor=PAPER, linewidth=0.6)
-    means = ((diagram.accuracy, BLUE, "-"), (diagram.confidence, VERMILLION, (0, (3, 2))))
-    for values, colour, dash in means:
-        mean = (values.nan_to_num() * diagram.counts).sum() / diagram.counts.sum()
-        axes.axvline(mean.item(), color=colour, linewidth=1.4, linestyle=dash)
-    axes.set(xlim=(0, 1), xlabel="confidence")
-    axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
-    axes.yaxis.set_major_formatter(_PERCENT)
-    axes.locator_params("y", nbins=2, steps=None)
-
-
-def reliability_figure(panels: Sequence[tuple[str, str, Reliability]]) -> Figure:
-    """Accuracy against confidence above, where the confidences lie below, with both means.
-
-    Args:
-        panels: title, a line under it such as the ECE, and diagram; four of them a row.
-
-    Reference: DeGroot, Fienberg (1983), https://doi.org/10.2307/2987588
-    """
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
-    columns = min(len(panels), 4)
-    bands = math.ceil(len(panels) / columns)
-    legend = 0.35 if columns > 2 else 0.8  # inches
-    with styled_figure(2.35 * columns + 0.5, 3.85 * bands + legend) as figure:
-        grid = figure.add_gridspec(2 * bands, columns, height_ratios=[3.2, 1] * bands)
-        lower = None
-        for i, (title, caption, diagram) in enumerate(panels):
-            band, column = divmod(i, columns)
-            upper = figure.add_subplot(grid[2 * band, column])
-            lower = figure.add_subplot(grid[2 * band + 1, column], sharey=lower)
-            _draw_diagram(upper, diagram)
-            _draw_histogram(lower, diagram)
-            upper.set_title(textwrap.fill(title, 26), loc="left", pad=18)
-            upper.annotate(caption, (0, 1), (0, 6), "axes fraction", "offset points", fontsize=8)
-            upper.set_ylabel("accuracy" if column == 0 else "")
-            lower.set_ylabel("rows" if column == 0 else "")
-        keys: list[Any] = [
-            Patch(facecolor=BLUE, label="accuracy"),
-            Patch(**_OVER, label="confidence above accuracy"),
-            Patch(**_UNDER, label="accuracy above confidence"),
-            Line2D([], [], linewidth=0.9, label="calibrated", **_DASHED),
-        ]
-        figure.legend(handles=keys, loc="outside lower left", ncols=columns, handlelength=1.6)
-    return figure
 
 
 def _draw_range(

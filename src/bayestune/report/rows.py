@@ -18,9 +18,12 @@ Pair = tuple[Sequence[Row], Sequence[Row]]  # the rows of two methods in one run
 
 
 def read_rows(record: Record, folder: str | Path) -> list[Row]:
-    """The rows in the file of `folder` that a record names; none if it is missing."""
+    """The rows in the file of `folder` that a record names, perhaps gzipped; none without it."""
     path = Path(folder, record.get("predictions") or "")
-    return list(read_json_lines(path)) if path.is_file() else []
+    for file in (path, path.with_name(f"{path.name}.gz")):
+        if file.is_file():
+            return list(read_json_lines(file))
+    return []
 
 
 def renewed(records: Sequence[Record], folder: str | Path) -> list[Record]:

@@ -10,8 +10,8 @@ from bayestune.metrics import SCORES, Row, error_auroc, is_right, shift_auroc, u
 from bayestune.report.columns import ACCURACY, ECE, NLL, Column
 from bayestune.report.comparable import Seeds, by_seed, caption, comparable, differing, label_of
 from bayestune.report.figures import Runs, risk_coverage_figure
+from bayestune.report.picture_style import save_figure
 from bayestune.report.rows import Record, read_rows
-from bayestune.report.svg import save_figure
 from bayestune.report.table import Table, render
 
 SOURCE = "openbookqa"

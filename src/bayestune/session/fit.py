@@ -1,7 +1,7 @@
 """A posterior and how it came about: what its folder keeps, and what its records say."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -12,6 +12,7 @@ from bayestune.errors import Refusal
 from bayestune.methods import METHODS
 from bayestune.posteriors import (
     FitReport,
+    Gaussian,
     Posterior,
     load_adapter,
     load_posterior,
@@ -23,6 +24,8 @@ from bayestune.session.plain_adapter import calibrated_details
 from bayestune.session.task_options import TaskOptions
 
 REPORT = "training.json"
+_COURSE = ("step", "loss", "kl", "std_over_prior")
+_LINES = 200  # of the log, in a record
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,36 @@ class Fit:
                 "bf16": self.bf16,
             },
             "seconds": {"fit": round(seconds, 1)} if seconds else {},
+            **self.course(),
         }
+
+    def course(self) -> dict[str, Any]:
+        """How the fit went and where it ended, as far as that is known; under `fit` in a record.
+
+        `history` has lines of the log (the loss, the KL in nats, the mean σ/σ_p); `std` the mean
+        standard deviation of each Gaussian slot, beside the prior's.
+        """
+        found: dict[str, Any] = {}
+        history = _course_of(self.posterior.report.history)
+        if history:
+            found["history"] = history
+        if isinstance(self.posterior, Gaussian):
+            layers = self.posterior.layers()
+            stds = {name: float(layer.std.detach().mean()) for name, layer in layers.items()}
+            found["std"] = {name: float(f"{std:.4g}") for name, std in stds.items()}
+            found["prior_std"] = self.details["fields"].get("prior_std")
+        return {"fit": found} if found else {}
+
+
+def _course_of(lines: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+    """What a record tells of a log: at most 200 of its lines, the last among them."""
+    every = max(1, -(-len(lines) // _LINES))
+    told = []
+    for line in lines[::-every]:
+        own = {key: line[key] for key in _COURSE if key in line}
+        if len(own) > 1:  # not the step alone
+            told.append(own)
+    return told[::-1]
 
 
 def details_of(folder: Path) -> dict[str, Any]:
