@@ -22,9 +22,10 @@ from bayestune.evaluation import (
 )
 from bayestune.forward import Draws
 from bayestune.posteriors import Prediction, artefact_folder, posterior_digest
+from bayestune.scoring import Encoded
 from bayestune.session.artefact import Artefact, Rows, content_of, rows_of, unsure_options
 from bayestune.session.fit import Fit
-from bayestune.session.prediction_ways import Way, joined
+from bayestune.session.prediction_ways import BATCH, Way, joined
 from bayestune.session.session import WINDOW, Session
 
 PROMPT_LENGTH = "prompt_length"  # the score that every artefact has for nothing
@@ -49,11 +50,17 @@ class Gated:
     way: Way
     calibration: Calibration | None = None
 
-    def lines(self, rows: Sequence[Question], *, texts: bool = True) -> list[dict[str, Any]]:
+    def lines(self, rows: Sequence[Question]) -> list[dict[str, Any]]:
         """One JSON object a row, of some rows at once: the prediction and what to do with it."""
-        logits = self.logits(rows)
-        told = prediction_rows(rows, self._prediction(logits), texts=texts)
-        decided = self.decide(rows, logits).rows()
+        encoded = self.session.quietly().scorer.encode(rows)
+        return self.lines_of(rows, encoded, self.passed(encoded))
+
+    def lines_of(
+        self, rows: Sequence[Question], encoded: Sequence[Encoded], logits: Tensor
+    ) -> list[dict[str, Any]]:
+        """The lines of rows whose logits (S, N, C) are known."""
+        told = prediction_rows(rows, self._prediction(logits))
+        decided = self.decide(rows, logits, lengths_of(encoded)).rows()
         names = ("decision", "score", "set", "calibration")
         for line, decision in zip(told, decided, strict=True):
             line |= {name: decision[name] for name in names if name in decision}
@@ -61,10 +68,18 @@ class Gated:
 
     def logits(self, rows: Sequence[Question]) -> Tensor:
         """Logits (S, N, C) of some rows at once."""
-        return self.way.logits(self.fit.posterior, self.session.quietly().scorer, rows)
+        return self.passed(self.session.quietly().scorer.encode(rows))
 
-    def decide(self, rows: Sequence[Question], logits: Tensor) -> Decision:
-        """What is decided of rows with these logits."""
+    def passed(self, encoded: Sequence[Encoded], batch_size: int = BATCH) -> Tensor:
+        """Logits (S, N, C) of encoded rows, so many in a pass."""
+        return self.way.passed(self.fit, self.session.scorer, encoded, batch_size)
+
+    def decide(
+        self, rows: Sequence[Question], logits: Tensor, extra: Mapping[str, Tensor] | None = None
+    ) -> Decision:
+        """What is decided of rows with these logits, and scores known beside them."""
+        if extra is None and self.calibration is not None:
+            extra = extra_scores(self.session, rows)
         text = self.calibration.settings.get("unsure") if self.calibration else None
         unsure = unsure_options(rows, text)
         return decisions.decide(
@@ -72,7 +87,7 @@ class Gated:
             logits,
             [content_of(row) for row in rows],
             None if unsure is None else torch.tensor(unsure),
-            extra_scores(self.session, rows) if self.calibration else None,
+            extra,
         )
 
     def answers(self, rows: Sequence[Question]) -> Iterator[dict[str, Any]]:
@@ -106,8 +121,9 @@ class Gated:
 
     def _facts(self, count: int) -> dict[str, Any]:
         label = label_of(self.fit.label, count, self.fit.posterior)
-        student = ", student" if self.way.student else ""
-        label = f"{label}{student}, calibrated"
+        kind = ", student" if self.way.student else ""
+        kind = ", cascade" if self.way.band else kind
+        label = f"{label}{kind}, calibrated"
         facts = {"task": self.session.task.name, "rows": "evaluation", "label": label}
         return facts | self.fit.facts(self.session.options)
 
@@ -136,7 +152,11 @@ def _with_decisions(result: Result, decided: Sequence[Mapping[str, Any]]) -> Res
 
 def extra_scores(session: Session, rows: Sequence[Question]) -> dict[str, Tensor]:
     """Scores that are known of rows beside those of their logits."""
-    encoded = session.quietly().scorer.encode(rows)
+    return lengths_of(session.quietly().scorer.encode(rows))
+
+
+def lengths_of(encoded: Sequence[Encoded]) -> dict[str, Tensor]:
+    """The same of encoded rows."""
     lengths = [float(row["length"]) for row in encoded]
     return {PROMPT_LENGTH: torch.tensor(lengths, dtype=torch.float64)}
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
 
 import torch
@@ -13,7 +13,10 @@ from bayestune.data import Question
 from bayestune.errors import NUMBER, check_fields
 from bayestune.forward import Draws
 from bayestune.posteriors import Gaussian, Posterior, count_for
-from bayestune.scoring import Scorer, row_logits
+from bayestune.scoring import Encoded, Scorer, row_logits
+from bayestune.session.fit import Fit
+
+BATCH = 8  # rows of a pass
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class Way:
         factor: on every standard deviation of a Gaussian.
         student: folder of the student that predicts in the posterior's place, as seen from its own.
         student_digest: of that folder.
+        band: of a cascade. The student, or without one the mean, is asked first; rows whose
+            1 − confidence then lies between these two are asked anew, under the draws.
     """
 
     draws: int = 10
@@ -35,6 +40,7 @@ class Way:
     factor: float = 1.0
     student: str | None = None
     student_digest: str | None = None
+    band: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, draws=NUMBER, draw_seed=NUMBER)
@@ -43,7 +49,9 @@ class Way:
     def of(cls, settings: Mapping[str, Any]) -> Self:
         """The way that a calibration's settings tell."""
         names = [field.name for field in fields(cls) if field.name in settings]
-        return cls(**{name: settings[name] for name in names})
+        given = {name: settings[name] for name in names}
+        band = given.get("band")
+        return cls(**given | {"band": tuple(band) if band else None})
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -52,6 +60,8 @@ class Way:
 
     def name(self, posterior: Posterior) -> str:
         """What the table of variants calls it."""
+        if self.band is not None:
+            return "cascade"
         if self.student is not None:
             return "student"
         if posterior.atoms is not None:
@@ -63,10 +73,50 @@ class Way:
 
     def logits(self, posterior: Posterior, scorer: Scorer, rows: Sequence[Question]) -> Tensor:
         """Logits (S, N, C) of rows, -inf where a row has fewer options."""
+        return self._drawn(posterior, scorer, scorer.encode(rows), BATCH)
+
+    def passed(
+        self, fit: Fit, scorer: Scorer, encoded: Sequence[Encoded], batch_size: int = BATCH
+    ) -> Tensor:
+        """Logits (S, N, C) of encoded rows, so many in a pass, also of a cascade."""
+        if self.band is None:
+            return self._drawn(fit.posterior, scorer, encoded, batch_size)
+        first = fit.first or fit.posterior
+        quick = replace(self, draws=0)._drawn(first, scorer, encoded, batch_size)
+        doubtful = in_band(quick, self.band).nonzero()[:, 0].tolist()
+        count = count_for(fit.posterior, self.draws)
+        if not doubtful:
+            return quick.expand(count, -1, -1)
+        chosen = [encoded[row] for row in doubtful]
+        return staged(quick, self._drawn(fit.posterior, scorer, chosen, batch_size), doubtful)
+
+    def _drawn(
+        self, posterior: Posterior, scorer: Scorer, encoded: Sequence[Encoded], batch_size: int
+    ) -> Tensor:
         count = count_for(posterior, self.draws)
         draws = Draws(count, self.draw_seed, bf16=self.bf16)
         with _widened(posterior, self.factor):
-            return row_logits(posterior, scorer, scorer.encode(rows), draws)
+            return row_logits(posterior, scorer, encoded, draws, batch_size=batch_size)
+
+
+def in_band(first: Tensor, band: tuple[float, float]) -> Tensor:
+    """Which rows (N,) are asked anew, by the first logits (1, N, C)."""
+    doubt = 1 - first[0].double().softmax(-1).amax(-1)
+    return (doubt >= band[0]) & (doubt <= band[1])
+
+
+def staged(first: Tensor, drawn: Tensor, rows: Sequence[int]) -> Tensor:
+    """A cascade's logits (S, N, C): the draws' of some rows, the first ones S times of the others.
+
+    Args:
+        first: (1, N, C).
+        drawn: (S, n, c) of the n rows, c ≤ C.
+        rows: their indices.
+    """
+    found = first.expand(len(drawn), -1, -1).clone()
+    missing = found.shape[2] - drawn.shape[2]
+    found[:, list(rows)] = pad(drawn, (0, missing), value=-torch.inf)
+    return found
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:

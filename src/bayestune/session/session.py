@@ -127,13 +127,18 @@ class Session:
 
     @classmethod
     def as_fitted(
-        cls, details: Mapping[str, Any], task: Task, options: TaskOptions, model: str | None = None
+        cls,
+        details: Mapping[str, Any],
+        task: Task,
+        options: TaskOptions,
+        model: str | LoadedModel | None = None,
     ) -> Self:
         """A session that puts a task's rows to the base model as a fit's folder says."""
         options = replace(options, scoring=details["scoring"], max_length=details["max_length"])
         task = put_as_fitted(task, prompt_of_fit(details), options.scoring, classes_of(details))
-        loaded = open_model(model or details["base_model"], details["dtype"], details["classes"])
-        return cls._of(loaded, task, options)
+        if not isinstance(model, LoadedModel):
+            model = open_model(model or details["base_model"], details["dtype"], details["classes"])
+        return cls._of(model, task, options)
 
     def on(self, task: Task) -> Self:
         """The same session with other rows, put as the session's own are."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from bayestune import decisions
 from bayestune.data import Question, load_rows
 from bayestune.decisions import Asked, Calibration, HeldOut, Variant, score_rows
-from bayestune.errors import NUMBER, POSITIVE, Refusal
+from bayestune.errors import NUMBER, PART, POSITIVE, Refusal, check_fields
 from bayestune.posteriors import Gaussian, artefact_folder, posterior_digest
 from bayestune.scoring import check_lengths
 from bayestune.session.artefact import (
@@ -28,7 +28,7 @@ from bayestune.session.as_fitted import seen_fingerprints
 from bayestune.session.fit import details_of
 from bayestune.session.gated import extra_scores
 from bayestune.session.plain_adapter import is_plain
-from bayestune.session.prediction_ways import Way
+from bayestune.session.prediction_ways import Way, in_band, staged
 
 _WARM_UP = 8  # rows predicted before time is taken: a model's first pass is slower
 _DIGITS = 8  # of the held-out scores that are kept
@@ -44,9 +44,11 @@ class Compared:
         factors: on Ω, tried with the largest number of draws if the posterior is a Gaussian.
         student: folder of a student, if there is one.
         bf16: whether to predict under bfloat16 autocast; left out: as fitted.
+        cascade: share of the rows that are drawn for, after the student or the mean was asked; 0
+            for no such way.
 
     Raises:
-        Refusal: if a number is no number of draws, or a factor not positive.
+        Refusal: if a number is no number of draws, a factor not positive, or a share none.
     """
 
     draws: tuple[int, ...] = (0, 10)
@@ -54,8 +56,10 @@ class Compared:
     factors: tuple[float, ...] = (0.5, 2.0)
     student: Path | None = None
     bf16: bool | None = None
+    cascade: float = 0.0
 
     def __post_init__(self) -> None:
+        check_fields(self, cascade=PART)
         wrong = [count for count in self.draws if count not in NUMBER]
         if wrong or not self.draws:
             raise Refusal(f"got draws={list(self.draws)}; expected {NUMBER.said}; 0 is the mean")
@@ -117,6 +121,8 @@ def calibrate(
     check_lengths(artefact.session.loaded.model, given, artefact.session.scorer.encode(given))
     held_out = replace(_held_out(given, put), extra=extra_scores(artefact.session, given))
     variants = _variants(artefact, compared)
+    if compared.cascade:
+        variants["cascade"] = _cascade(variants, held_out, asked, compared.cascade)
     digest = posterior_digest(place)
     found = decisions.calibrate(variants, held_out, asked, digest, artefact.fit.label)
     settings: dict[str, Any] = {**found.settings, "unsure": put.unsure}
@@ -173,7 +179,8 @@ def _variants(artefact: Artefact, compared: Compared) -> dict[str, Variant]:
         folder = artefact_folder(compared.student)
         near = os.path.relpath(folder.resolve(), artefact.place.resolve())
         digest = posterior_digest(folder)
-        way = Way(0, compared.draw_seed, precise, 1.0, Path(near).as_posix(), digest)
+        named = {"student": Path(near).as_posix(), "student_digest": digest}
+        way = Way(0, compared.draw_seed, precise, **named)
         found["student"] = _variant(artefact.student(folder), way)
     return found
 
@@ -187,6 +194,35 @@ def _variant(artefact: Artefact, way: Way) -> Variant:
     logits = artefact.logits(way)
     milliseconds = 1000 * (time.perf_counter() - begin) / len(rows)
     return Variant(logits, milliseconds, way.settings)
+
+
+def _cascade(
+    variants: Mapping[str, Variant], held_out: HeldOut, asked: Asked, share: float
+) -> Variant:
+    """The student, or else the mean, and the draws for the rows about which it is in doubt.
+
+    The band is chosen on the rows for choices; the promise is for the whole cascade.
+    """
+    first = variants.get("student") or variants.get("mean")
+    ways = [each for each in variants.values() if each.settings["draws"] > 0]
+    if first is None or not ways:
+        raise Refusal(
+            f"got cascade={share} for {sorted(variants)}; expected a student or the mean, and "
+            "draws; give --draws '[0, 10]' of a posterior that has both, or leave it out"
+        )
+    plain = [each for each in ways if each.settings["factor"] == 1] or ways
+    drawn = max(plain, key=lambda each: each.settings["draws"])
+    choosing, _ = decisions.parts(held_out, asked)
+    quick = first.logits[0].double().softmax(-1)
+    wrong = (quick.argmax(-1) != held_out.labels)[choosing]
+    doubt = (1 - quick.amax(-1))[choosing]
+    band = decisions.doubtful_band(doubt, wrong, asked.promise.risk, share)
+    rows = in_band(first.logits, band).nonzero()[:, 0].tolist()
+    logits = staged(first.logits, drawn.logits[:, rows], rows)
+    milliseconds = first.milliseconds + drawn.milliseconds * len(rows) / len(held_out.labels)
+    settings = {**drawn.settings, "band": list(band)}
+    settings |= {name: first.settings[name] for name in ("student", "student_digest")}
+    return Variant(logits, milliseconds, settings)
 
 
 def _scores(
