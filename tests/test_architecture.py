@@ -32,6 +32,7 @@ ORDER = [
     "session",
     "report",
     "bench",
+    "serving",
     "cli",
 ]
 MODULES = sorted(SOURCE.rglob("*.py"))

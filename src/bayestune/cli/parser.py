@@ -14,6 +14,7 @@ from bayestune.bench import Grid, Launcher
 from bayestune.cli import commands, labelling
 from bayestune.cli.demo import demo
 from bayestune.cli.presets import ConfigOrPreset
+from bayestune.cli.service import run_service
 from bayestune.cli.slips import asks_for_help, help_text, methods_of_interest, one_line
 from bayestune.cli.start import COMMANDS as SUMMARIES
 from bayestune.cli.start import EXIT_BAD_INPUT
@@ -23,6 +24,7 @@ from bayestune.decisions import Acquisition, SetKind
 from bayestune.evaluation import EvaluationOptions
 from bayestune.methods import METHODS, TFB
 from bayestune.report import Style
+from bayestune.serving import Limits, Reach
 from bayestune.session import OF_THE_FIT, Compared, Dtype, Put, TaskOptions
 from bayestune.training import Training
 
@@ -184,6 +186,17 @@ def _add_drift(parser: Parser) -> None:
     parser.option("model", str | None, None, "the base model, where it has moved")
 
 
+def _add_serve(parser: Parser) -> None:
+    about = f"each {ARTEFACT_HELP}, calibrated; the first one is the default"
+    parser.add_argument("posteriors", type=Path, nargs="+", help=about)
+    parser.option("model", str | None, None, "the base model, where it has moved")
+    parser.option("cascade", bool, False, "refuse what is not calibrated as a cascade")
+    parser.option("log_texts", bool, False, "write the questions into the log too")
+    parser.option("reload_seconds", float, 5.0, "between two looks after changed folders; 0: never")
+    parser.add_class_arguments(Reach)
+    parser.add_class_arguments(Limits)
+
+
 def _add_bench(parser: Parser) -> None:
     parser.add_class_arguments(Grid)
     parser.needed("output", "folder of the results")
@@ -215,6 +228,7 @@ COMMANDS: dict[str, tuple[Callable[[Namespace], int | None], Callable[[Parser], 
     "calibrate": (labelling.calibrate, _add_calibrate),
     "rank": (labelling.rank, _add_rank),
     "drift": (labelling.drift, _add_drift),
+    "serve": (run_service, _add_serve),
     "compare": (commands.compare, _add_compare),
     "bench": (commands.bench, _add_bench),
     "table": (commands.table, _add_table),

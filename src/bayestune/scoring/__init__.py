@@ -6,8 +6,9 @@ A scorer encodes rows, collates them into batches, and maps a model and a batch 
 from bayestune.scoring.batches import batches_by_length, row_logits
 from bayestune.scoring.choose import make_scorer
 from bayestune.scoring.head import HeadScorer, own_classes
-from bayestune.scoring.lengths import check_lengths
+from bayestune.scoring.lengths import check_lengths, position_limit
 from bayestune.scoring.letter import LetterScorer
+from bayestune.scoring.next_token import NextToken
 from bayestune.scoring.scorer import Encoded, Scorer
 from bayestune.scoring.text import TextScorer
 
@@ -15,11 +16,13 @@ __all__ = [
     "Encoded",
     "HeadScorer",
     "LetterScorer",
+    "NextToken",
     "Scorer",
     "TextScorer",
     "batches_by_length",
     "check_lengths",
     "make_scorer",
     "own_classes",
+    "position_limit",
     "row_logits",
 ]
