@@ -24,7 +24,7 @@ from bayestune.decisions import Acquisition, SetKind
 from bayestune.evaluation import EvaluationOptions
 from bayestune.methods import METHODS, TFB
 from bayestune.report import Style
-from bayestune.serving import Limits, Reach
+from bayestune.serving import Limits, Serving
 from bayestune.session import OF_THE_FIT, Compared, Dtype, Put, TaskOptions
 from bayestune.training import Training
 
@@ -190,10 +190,7 @@ def _add_serve(parser: Parser) -> None:
     about = f"each {ARTEFACT_HELP}, calibrated; the first one is the default"
     parser.add_argument("posteriors", type=Path, nargs="+", help=about)
     parser.option("model", str | None, None, "the base model, where it has moved")
-    parser.option("cascade", bool, False, "refuse what is not calibrated as a cascade")
-    parser.option("log_texts", bool, False, "write the questions into the log too")
-    parser.option("reload_seconds", float, 5.0, "between two looks after changed folders; 0: never")
-    parser.add_class_arguments(Reach)
+    parser.add_class_arguments(Serving)
     parser.add_class_arguments(Limits)
 
 

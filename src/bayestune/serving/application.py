@@ -8,7 +8,6 @@ import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
@@ -20,12 +19,12 @@ from starlette.exceptions import HTTPException
 
 import bayestune
 from bayestune.errors import Refusal
-from bayestune.serving.asking import Desk, Outcome, TooLarge, Unknown
+from bayestune.serving.asking import Desk, TooLarge, Unknown
 from bayestune.serving.bodies import ChatBody, DecisionsBody, ErrorBody, RankBody, RowBody
 from bayestune.serving.chat import completion
 from bayestune.serving.counters import Counters
 from bayestune.serving.doorkeeper import Doorkeeper, error_body
-from bayestune.serving.limits import Limits
+from bayestune.serving.limits import Limits, Serving
 from bayestune.serving.ranking_rows import ranked
 from bayestune.serving.shelf import Served, Shelf
 from bayestune.serving.waiting import Answer, Busy, Stopping, Worker
@@ -37,27 +36,11 @@ _ERRORS: Any = {
 }
 
 
-@dataclass(frozen=True)
-class Rules:
-    """How the service answers, beside the limits of a request.
-
-    Args:
-        token: that requests must carry; None for none.
-        local: whether it answers only to names of this machine.
-        log_texts: whether the log has the questions.
-        reload_seconds: between two looks after changed artefacts; 0 for never.
-    """
-
-    token: str | None = None
-    local: bool = False
-    log_texts: bool = False
-    reload_seconds: float = 0.0
-
-
-def make_app(shelf: Shelf, limits: Limits | None = None, rules: Rules | None = None) -> FastAPI:
+def make_app(shelf: Shelf, limits: Limits | None = None, serving: Serving | None = None) -> FastAPI:
     """The service as an ASGI application; its thread starts and ends with it."""
     limits = limits or Limits()
-    rules = rules or Rules()
+    serving = serving or Serving()
+    token = serving.token()
     counters = Counters(shelf)
     worker = Worker(limits, counters.saw)
     desk = Desk(shelf, worker, limits, ThreadPoolExecutor(1, "encoding"))
@@ -65,7 +48,7 @@ def make_app(shelf: Shelf, limits: Limits | None = None, rules: Rules | None = N
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         worker.start()
-        shelf.watch(rules.reload_seconds)
+        shelf.watch(serving.reload_seconds)
         yield
         shelf.close()
         await asyncio.to_thread(worker.stop)
@@ -79,11 +62,11 @@ def make_app(shelf: Shelf, limits: Limits | None = None, rules: Rules | None = N
         redoc_url=None,
     )
     app.add_middleware(
-        Doorkeeper, limits=limits, counters=counters, token=rules.token, local=rules.local
+        Doorkeeper, limits=limits, counters=counters, token=token, local=serving.is_loopback
     )
     _say_errors(app)
     _add_state(app, desk, counters)
-    _add_paths(app, desk, counters, rules)
+    _add_paths(app, desk, counters, serving)
     return app
 
 
@@ -116,7 +99,7 @@ def _add_state(app: FastAPI, desk: Desk, counters: Counters) -> None:
         return {"object": "list", "data": data}
 
 
-def _add_paths(app: FastAPI, desk: Desk, counters: Counters, rules: Rules) -> None:
+def _add_paths(app: FastAPI, desk: Desk, counters: Counters, serving: Serving) -> None:
     @app.post("/v1/decisions", responses=_ERRORS, summary="Probabilities and what to do")
     async def decisions(body: DecisionsBody, request: Request) -> dict[str, Any]:
         """Answers one row, or each of `rows` in its place; one that cannot be put has an `error`.
@@ -128,7 +111,7 @@ def _add_paths(app: FastAPI, desk: Desk, counters: Counters, rules: Rules) -> No
         gated = desk.gated(served, body)
         single = body.rows is None
         bodies = [_row(body)] if body.rows is None else _rows(body)
-        _note(request, served, bodies, rules)
+        _note(request, served, bodies, serving)
         async with asyncio.timeout(desk.limits.request_seconds):
             found = await desk.answers(served, gated, bodies)
         temperature = gated.calibration.temperature if gated.calibration else 1.0
@@ -146,7 +129,7 @@ def _add_paths(app: FastAPI, desk: Desk, counters: Counters, rules: Rules) -> No
     async def rank(body: RankBody, request: Request) -> dict[str, Any]:
         """Ranks rows as `bayestune rank` does; the first one teaches the most."""
         served = desk.served(body.model)
-        _note(request, served, body.rows, rules)
+        _note(request, served, body.rows, serving)
         async with asyncio.timeout(desk.limits.request_seconds):
             lines = await ranked(desk, served, body)
         return {"model": served.name, "artefact": served.digest, "rows": lines}
@@ -158,7 +141,7 @@ def _add_paths(app: FastAPI, desk: Desk, counters: Counters, rules: Rules) -> No
         Log-probabilities are those of the average over draws; `bayestune` has the decision.
         """
         served = desk.served(body.model)
-        _note(request, served, (), rules)
+        _note(request, served, (), serving)
         async with asyncio.timeout(desk.limits.request_seconds):
             answer = await completion(desk, body)
         if "decision" in answer["bayestune"]:
@@ -229,11 +212,11 @@ def about(served: Served, limits: Limits) -> dict[str, Any]:
     }
 
 
-def _note(request: Request, served: Served, rows: Sequence[RowBody], rules: Rules) -> None:
+def _note(request: Request, served: Served, rows: Sequence[RowBody], serving: Serving) -> None:
     """What the log says of a request; its texts only if asked for."""
     noted = request.scope["told"]
     noted |= {"model": served.name, "rows": len(rows)}
-    if rules.log_texts:
+    if serving.log_texts:
         noted["texts"] = [row.question for row in rows]
 
 

@@ -1,4 +1,4 @@
-"""What a service takes from a request, and who may reach it."""
+"""What a service takes from a request, and how it is run."""
 
 import ipaddress
 import os
@@ -9,7 +9,7 @@ from bayestune.errors import COUNT, NOT_NEGATIVE, POSITIVE, Range, Refusal, chec
 
 TOKEN_VARIABLE = "BAYESTUNE_TOKEN"
 _LEAST_TOKEN = 16  # characters
-PORT = Range("a whole number from 0 to 65535; 0 for any free one", low=0, high=65535, whole=True)
+_PORT = Range("a whole number from 0 to 65535; 0 for any free one", low=0, high=65535, whole=True)
 
 
 @dataclass(frozen=True)
@@ -50,23 +50,29 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Reach:
-    """Where a service listens, and who may ask it.
+class Serving:
+    """Where a service listens, who may ask it, and what it looks after.
 
     Args:
         host: address to listen on.
         port: of the address; 0 for any free one.
         token_file: holds the token that requests must carry; else the variable BAYESTUNE_TOKEN.
         open_to_all: whether an address beyond this machine may do without a token.
+        cascade: whether to refuse an artefact that is not calibrated as a cascade.
+        log_texts: whether the log has the questions too.
+        reload_seconds: between two looks after folders that have changed; 0 for never.
     """
 
     host: str = "127.0.0.1"
     port: int = 8000
     token_file: Path | None = None
     open_to_all: bool = False
+    cascade: bool = False
+    log_texts: bool = False
+    reload_seconds: float = 5.0
 
     def __post_init__(self) -> None:
-        check_fields(self, port=PORT)
+        check_fields(self, port=_PORT, reload_seconds=NOT_NEGATIVE)
 
     @property
     def is_loopback(self) -> bool:

@@ -18,8 +18,8 @@ class Written:
     """An answer as it grows.
 
     A token's probability is the average over draws, each with the weight that what stands before
-    gives it: p(y_t | y_<t) = Σ_s w_s p_s(y_t | y_<t), w_s ∝ Π_i<t p_s(y_i | y_<i). So the logarithms
-    of an answer's tokens sum to that of its probability, averaged over draws.
+    gives it: p(y_t | y_<t) = Σ_s w_s p_s(y_t | y_<t), w_s ∝ Π_i<t p_s(y_i | y_<i). So the
+    logarithms of an answer's tokens sum to that of its probability, averaged over draws.
 
     Args:
         posterior: asked by `NextToken`.

@@ -4,7 +4,13 @@ It is opened by names, or from a posterior's folder with prompt, scoring and pre
 """
 
 from bayestune.session.artefact import Artefact, Put, load_way, rows_of
-from bayestune.session.as_fitted import of_its_classes, options_of, put_as_fitted, say_seen
+from bayestune.session.as_fitted import (
+    of_its_classes,
+    options_of,
+    put_as_fitted,
+    rows_as_fitted,
+    say_seen,
+)
 from bayestune.session.fit import Fit, details_of, shown
 from bayestune.session.gated import Gated, decide, extra_scores, read_calibration
 from bayestune.session.opened_model import Dtype, num_classes, open_model
@@ -36,6 +42,7 @@ __all__ = [
     "options_of",
     "put_as_fitted",
     "read_calibration",
+    "rows_as_fitted",
     "rows_of",
     "say_seen",
     "shown",
