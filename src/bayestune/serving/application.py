@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 
 import bayestune
 from bayestune.errors import Refusal
-from bayestune.serving.asking import Desk, TooLarge, Unknown
+from bayestune.serving.asking import Desk, TooLarge, Unknown, told
 from bayestune.serving.bodies import ChatBody, DecisionsBody, ErrorBody, RankBody, RowBody
 from bayestune.serving.chat import completion
 from bayestune.serving.counters import Counters
@@ -27,7 +27,7 @@ from bayestune.serving.doorkeeper import Doorkeeper, error_body
 from bayestune.serving.limits import Limits, Serving
 from bayestune.serving.ranking_rows import ranked
 from bayestune.serving.shelf import Served, Shelf
-from bayestune.serving.waiting import Answer, Busy, Stopping, Worker
+from bayestune.serving.waiting import Busy, Stopping, Worker
 
 logger = logging.getLogger(__name__)
 
@@ -166,23 +166,6 @@ def _rows(body: DecisionsBody) -> list[RowBody]:
     if len(set(ids)) < len(ids):
         raise Refusal("got rows that share an id; expected one for each; number them")
     return rows
-
-
-def told(answer: Answer, temperature: float | None) -> dict[str, Any]:
-    """A line of the service: that of `predict`, with all fields whether calibrated or not.
-
-    With a temperature, each draw's probabilities are in it.
-    """
-    line = dict(answer.line)
-    line.pop("answer", None)
-    applied = line["calibration"] != "none"
-    for name in ("decision", "score", "set"):
-        line.setdefault(name, None)
-    is_band = applied and line["decision"] not in ("act", "abstain")
-    line |= {"band": line["decision"] if is_band else None, "calibration_applied": applied}
-    if temperature is not None:
-        line["draws"] = (answer.logits.double() / temperature).softmax(-1).tolist()
-    return line
 
 
 def about(served: Served, limits: Limits) -> dict[str, Any]:

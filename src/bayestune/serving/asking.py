@@ -171,9 +171,28 @@ def question_of(
             f"row {shortened(key)}: got no question; expected a text in `question`, or `messages`; "
             "give one"
         )
+    if len(options) == 1:
+        raise Refusal(f"row {shortened(key)}: got 1 option; expected two or more; give `options`")
     if not options:
         raise Refusal(f"row {shortened(key)}: got no options; expected two or more; give `options`")
     return Question(key, question, checked_options(options, f"row {shortened(key)}"), None, context)
+
+
+def told(answer: Answer, temperature: float | None = None) -> dict[str, Any]:
+    """A line of the service: that of `predict`, with all fields whether calibrated or not.
+
+    With a temperature, each draw's probabilities are in it.
+    """
+    line = dict(answer.line)
+    line.pop("answer", None)
+    applied = line["calibration"] != "none"
+    for name in ("decision", "score", "set"):
+        line.setdefault(name, None)
+    is_band = applied and line["decision"] not in ("act", "abstain")
+    line |= {"band": line["decision"] if is_band else None, "calibration_applied": applied}
+    if temperature is not None:
+        line["draws"] = (answer.logits.double() / temperature).softmax(-1).tolist()
+    return line
 
 
 def asked_in(messages: Sequence[Message]) -> tuple[str, str]:

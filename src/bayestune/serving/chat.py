@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bayestune.errors import Refusal
-from bayestune.serving.asking import Desk, TooLarge, shortened
+from bayestune.serving.asking import Desk, TooLarge, shortened, told
 from bayestune.serving.bodies import ChatBody, Message, RowBody
 from bayestune.serving.shelf import Served
 from bayestune.serving.waiting import Answer
@@ -44,7 +44,7 @@ async def _chosen(
     chosen = _told(line["choice_text"], logs[line["choice"]]) | {"top_logprobs": top}
     answer = _answer(served, line["choice_text"], [chosen] if body.logprobs else None, "stop")
     answer["usage"] = _usage(found.tokens, 1)
-    return answer | {"bayestune": {**line, "calibration_applied": line["calibration"] != "none"}}
+    return answer | {"bayestune": told(found)}
 
 
 async def _written(desk: Desk, served: Served, gated: Gated, body: ChatBody) -> dict[str, Any]:
