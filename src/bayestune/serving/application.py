@@ -64,6 +64,7 @@ def make_app(shelf: Shelf, limits: Limits | None = None, serving: Serving | None
     app.add_middleware(
         Doorkeeper, limits=limits, counters=counters, token=token, local=serving.is_loopback
     )
+    app.state.desk = desk
     _say_errors(app)
     _add_state(app, desk, counters)
     _add_paths(app, desk, counters, serving)

@@ -66,9 +66,9 @@ class Desk:
         Raises:
             Refusal: if no row can be put, or they are too many or too long.
         """
-        if len(bodies) > self.limits.max_rows:
-            got = f"{len(bodies)} rows"
-            raise TooLarge(f"got {got}; expected {self.limits.max_rows} or fewer; send parts")
+        most = min(self.limits.max_rows, self.limits.max_waiting)
+        if len(bodies) > most:
+            raise TooLarge(f"got {len(bodies)} rows; expected {most} or fewer; send parts")
         found = await self.encoded(lambda: self._items(served, gated, bodies))
         items = [item for item in found if isinstance(item, Waiting)]
         if not items:
