@@ -40,7 +40,9 @@ class RowBody(Closed):
 
     id: str | None = Field(None, description="names the row in the answer")
     question: str | None = None
-    messages: list[Message] | None = Field(None, description="in place of question and context")
+    messages: list[Message] | None = Field(
+        None, min_length=1, description="in place of question and context"
+    )
     context: str = Field("", description="a passage that the question is about")
     options: Texts = Field([], description="left out: those that all rows of the fit had")
 

@@ -80,6 +80,8 @@ async def _written(desk: Desk, served: Served, gated: Gated, body: ChatBody) -> 
 
 def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     """A conversation's tokens under the tokenizer's own template, or the texts as they stand."""
+    if not messages[-1].text.strip():
+        raise Refusal("got a last message without text; expected some; say what is asked")
     if not getattr(tokenizer, "chat_template", None):
         return list(tokenizer("\n".join(message.text for message in messages))["input_ids"])
     told = [{"role": message.role, "content": message.text} for message in messages]
