@@ -74,9 +74,9 @@ def test_a_cascade_is_compared_with_the_other_ways(place, tmp_path, capsys):
     times = {row["variant"]: row["milliseconds"] for row in calibration.table}
     assert times["mean"] < times["cascade"] < times["mean"] + times["3 draws"]
     assert Way.of({"band": [0.1, 0.2]}).band == (0.1, 0.2)
+    easier = Asked(Promise(0.3, 0.8))
+    only_draws = Compared((3,), factors=(), cascade=0.4)
     with pytest.raises(Refusal, match="expected a student or the mean, and draws"):
-        easier = Asked(Promise(0.3, 0.8))
-        only_draws = Compared((3,), factors=(), cascade=0.4)
         bayestune.calibrate(folder, place / "held_out.jsonl", easier, only_draws)
     with pytest.raises(Refusal, match="Compared.cascade: got 1.5"):
         Compared(cascade=1.5)
