@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL = help
-.PHONY: help demo test test-oldest test-slow test-real test-studies lint format dist clean
+.PHONY: help demo test test-oldest test-slow test-real test-studies test-browser lint format dist clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,10 @@ test-real: $(VENV)/installed-dev  ## real pretrained models; fetches SmolLM2-135
 
 test-studies: $(VENV)/installed-dev  ## the notebook's own tests
 	$(BIN)/python -m pytest -n auto studies
+
+test-browser: $(VENV)/installed-dev  ## the service's page in headless Chromium, which must be there
+	$(BIN)/python -m pip install -q --group browser
+	$(BIN)/python -m pytest -m browser tests/serving
 
 lint: $(VENV)/installed-dev  ## ruff, format and pyright, changing nothing
 	$(BIN)/ruff check .
