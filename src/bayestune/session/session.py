@@ -34,7 +34,7 @@ from bayestune.session.as_fitted import (
 )
 from bayestune.session.before_fitting import check_answers, check_fits
 from bayestune.session.fit import Fit, details_of
-from bayestune.session.opened_model import Dtype, num_classes, open_model
+from bayestune.session.opened_model import Dtype, Named, num_classes, open_model
 from bayestune.session.task_options import TaskOptions
 from bayestune.training import Training
 
@@ -127,18 +127,13 @@ class Session:
 
     @classmethod
     def as_fitted(
-        cls,
-        details: Mapping[str, Any],
-        task: Task,
-        options: TaskOptions,
-        model: str | LoadedModel | None = None,
+        cls, details: Mapping[str, Any], task: Task, options: TaskOptions, model: Named = None
     ) -> Self:
         """A session that puts a task's rows to the base model as a fit's folder says."""
         options = replace(options, scoring=details["scoring"], max_length=details["max_length"])
         task = put_as_fitted(task, prompt_of_fit(details), options.scoring, classes_of(details))
-        if not isinstance(model, LoadedModel):
-            model = open_model(model or details["base_model"], details["dtype"], details["classes"])
-        return cls._of(model, task, options)
+        loaded = open_model(model or details["base_model"], details["dtype"], details["classes"])
+        return cls._of(loaded, task, options)
 
     def on(self, task: Task) -> Self:
         """The same session with other rows, put as the session's own are."""
