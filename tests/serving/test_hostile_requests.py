@@ -72,6 +72,7 @@ def unfit():
     yield "/v1/decisions", {**GOOD, "draws": 10**6}
     yield "/v1/decisions", {**GOOD, "draws": 10**30}
     yield "/v1/decisions", {**GOOD, "draws": -1}
+    yield "/v1/decisions", {**GOOD, "seed": 10**30}
     yield "/v1/decisions", {**GOOD, "context": "a passage that the fit had no place for"}
     yield "/v1/decisions", {"messages": [MESSAGE], "question": "both", "options": ["a", "b"]}
     yield "/v1/decisions", {"messages": [], "options": ["a", "b"]}

@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, Stri
 
 Texts = list[str]
 Count = Annotated[StrictInt, Field(ge=0)]
+Seed = Annotated[StrictInt, Field(ge=0, lt=2**32)]
 
 
 class Closed(BaseModel):
@@ -52,7 +53,7 @@ class AskedBody(Closed):
 
     model: str | None = Field(None, description="of /v1/models; left out: the first")
     draws: Count | None = Field(None, description="0 for the mean; left out: as calibrated, or 10")
-    seed: Count | None = Field(None, description="of the draws; left out: as calibrated, or 0")
+    seed: Seed | None = Field(None, description="of the draws; left out: as calibrated, or 0")
 
 
 class DecisionsBody(RowBody, AskedBody):
@@ -82,7 +83,7 @@ class ChatBody(BaseModel):
     max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     draws: Count | None = None
-    seed: Count | None = None
+    seed: Seed | None = None
     n: Annotated[StrictInt, Field(ge=1, le=1)] = 1
     stream: Literal[False] = False
     temperature: StrictFloat | StrictInt | None = Field(

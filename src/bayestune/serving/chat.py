@@ -100,10 +100,10 @@ def _most(desk: Desk) -> int:
 def _ends(served: Served) -> set[int]:
     """The tokens that end an answer."""
     model: Any = served.session.loaded.model
-    found = getattr(model.generation_config, "eos_token_id", None)
-    own = {served.session.loaded.tokenizer.eos_token_id}
+    tokenizer: Any = served.session.loaded.tokenizer
+    found: Any = getattr(model.generation_config, "eos_token_id", None)
     more = found if isinstance(found, list) else [found]
-    return {token for token in {*own, *more} if token is not None}
+    return {token for token in (tokenizer.eos_token_id, *more) if token is not None}
 
 
 def _of_token(tokenizer: Any, one: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What Prometheus is told: latency, decisions, abstentions, passes, and whether rows drift."""
 
+import threading
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -25,21 +26,24 @@ class Recent:
     values: dict[str, "deque[float]"] = field(default_factory=dict)
     seen: int = 0
     _told: tuple[int, float, float] = (-1, 0.0, 0.0)
+    _lock: threading.Lock = field(default_factory=threading.Lock)  # passes add, others read
 
     def add(self, logits: Tensor) -> None:
         """Remembers some rows, (S, N, C)."""
         names = [name for name in self._names() if name in self.calibration.held_out]
         found = score_rows(logits, names, self.calibration.temperature)
-        for name, values in found.items():
-            self.values.setdefault(name, deque(maxlen=_RECENT)).extend(values.tolist())
-        self.seen += logits.shape[1]
+        with self._lock:
+            for name, values in found.items():
+                self.values.setdefault(name, deque(maxlen=_RECENT)).extend(values.tolist())
+            self.seen += logits.shape[1]
 
     def drift(self) -> tuple[float, float] | None:
         """The largest distance of a score, and the test's p-value; None of too few rows."""
         if self.seen < _LEAST or not self.values:
             return None
         if self._told[0] != self.seen:
-            new = {name: torch.tensor(list(values)) for name, values in self.values.items()}
+            with self._lock:
+                new = {name: torch.tensor(list(values)) for name, values in self.values.items()}
             kept = self.calibration.held_out
             held_out = {name: torch.tensor(kept[name]) for name in new}
             found = drift_test(held_out, new, _PERMUTATIONS)

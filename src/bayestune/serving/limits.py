@@ -27,7 +27,8 @@ class Limits:
         request_seconds: how long a request may take; then 504.
         read_seconds: how long a client may take to send one; then 408.
         window_ms: how long a row waits for others to share its pass.
-        pass_tokens: tokens of one pass, rows times the longest; a longer row has one of its own.
+        pass_tokens: tokens of one pass, rows times the longest, fewer under more than four draws; a
+            longer row has a pass of its own.
     """
 
     max_body: int = 2**20

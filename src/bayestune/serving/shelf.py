@@ -29,6 +29,7 @@ from bayestune.session import (
 logger = logging.getLogger(__name__)
 
 _KEPT = (".json", ".safetensors", ".bin")
+_MOST_WAYS = 64  # of asking that are remembered
 _BESIDE = "kept_beside"  # weights of the base itself that a fit has changed
 Stamp = frozenset[tuple[str, int, int]]
 
@@ -85,6 +86,8 @@ class Served:
     def _with(self, draws: int, seed: int) -> Gated:
         """One object for each number of draws, so that rows of unlike requests share a pass."""
         key = (draws, seed)
+        if len(self._others) > _MOST_WAYS:
+            self._others.clear()
         if key not in self._others:
             way = Way(draws, seed, self.fit.bf16)
             self._others[key] = Gated(self.session, self.fit, way)

@@ -19,6 +19,7 @@ from bayestune.session import Gated
 logger = logging.getLogger(__name__)
 
 _MOST_ROWS = 64  # of a pass
+_DRAWS = 4  # beyond so many, a pass has fewer rows
 
 
 class Busy(Exception):
@@ -147,10 +148,16 @@ class Worker:
         longest = 0
         for item in same[:_MOST_ROWS]:
             longest = max(longest, item.length)
-            if taken and longest * (len(taken) + 1) > self._limits.pass_tokens:
+            if taken and longest * (len(taken) + 1) > self._budget(oldest.gated):
                 break
             taken.append(item)
         return taken
+
+    def _budget(self, gated: Gated | None) -> float:
+        """Tokens of a pass: fewer where many draws read each."""
+        way = None if gated is None else gated.way
+        draws = 1 if way is None or way.band else way.draws
+        return self._limits.pass_tokens * min(1.0, _DRAWS / max(1, draws))
 
     def _answer(self, items: Sequence[Waiting]) -> None:
         gated = items[0].gated
@@ -164,14 +171,18 @@ class Worker:
         begin = time.perf_counter()
         logits = gated.passed(encoded, len(items))
         lines = gated.lines_of(rows, encoded, logits)
-        self._tell(gated, logits, items, time.perf_counter() - begin)
+        seconds = time.perf_counter() - begin
         for item, line, own in zip(items, lines, logits.unbind(1), strict=True):
             item.future.set_result(Answer(line, own[:, : len(line["options"])], item.length))
+        self._tell(gated, logits, items, seconds)
 
     def _tell(self, gated: Gated, logits: Tensor, items: Sequence[Waiting], seconds: float) -> None:
         longest = max(item.length for item in items)
         logger.debug("%d rows of up to %d tokens in %.3f s", len(items), longest, seconds)
-        self._see(gated, logits, len(items) * longest)
+        try:
+            self._see(gated, logits, len(items) * longest)
+        except Exception as problem:  # figures are worth no answer
+            logger.warning("a pass is not in the figures: %s", type(problem).__name__)
 
     def _one_by_one(self, items: Sequence[Waiting], problem: Exception) -> None:
         """A row that cannot be answered takes no other with it."""
@@ -179,6 +190,8 @@ class Worker:
             items[0].future.set_exception(problem)
             return
         for item in items:
+            if item.future.done():
+                continue
             try:
                 self._answer([item])
             except Exception as own:

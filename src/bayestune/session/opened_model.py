@@ -20,7 +20,7 @@ def open_model(
 ) -> LoadedModel:
     """Loads a model, without a name the default one, onto the accelerator if there is one.
 
-    An `outline` has no weights: settings can be checked against it. One that is open stays as it is.
+    An `outline` has no weights: settings can be checked against it. What is open stays as it is.
     """
     if isinstance(name, LoadedModel):
         return name

@@ -50,8 +50,9 @@ class Way:
         """The way that a calibration's settings tell."""
         names = [field.name for field in fields(cls) if field.name in settings]
         given = {name: settings[name] for name in names}
-        band = given.get("band")
-        return cls(**given | {"band": tuple(band) if band else None})
+        if given.get("band"):
+            given["band"] = tuple(given["band"])  # JSON has lists
+        return cls(**given)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -179,8 +179,8 @@ def _variants(artefact: Artefact, compared: Compared) -> dict[str, Variant]:
         folder = artefact_folder(compared.student)
         near = os.path.relpath(folder.resolve(), artefact.place.resolve())
         digest = posterior_digest(folder)
-        named = {"student": Path(near).as_posix(), "student_digest": digest}
-        way = Way(0, compared.draw_seed, precise, **named)
+        plain = Way(0, compared.draw_seed, precise)
+        way = replace(plain, student=Path(near).as_posix(), student_digest=digest)
         found["student"] = _variant(artefact.student(folder), way)
     return found
 
