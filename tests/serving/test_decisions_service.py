@@ -15,9 +15,10 @@ from bayestune.errors import Refusal
 from bayestune.forward import Draws
 from bayestune.scoring import NextToken
 from bayestune.serving import Limits, Serving, Shelf
-from running import read_rows, run
+from running import fitting, furnish, read_rows, run, write_rows
 
 PARTS = ("total_entropy", "expected_entropy", "mutual_information", "confidence")
+ABC = ["red", "green", "blue"]
 SAME = ("choice", "choice_text", "decision", "set", "calibration")
 
 
@@ -158,6 +159,58 @@ def test_several_posteriors_have_one_base_in_memory(client, place, new):
     assert client.get("/v1/models").json()["data"][1]["calibration"] is None
     with pytest.raises(Refusal, match="expected unlike names"):
         Shelf([place / "blob", place / "blob"])
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("ensemble", {"ensemble.size": 2}),
+        ("mc_dropout", {"lora.dropout": 0.2}),
+        ("blob", {"scoring": "text"}),
+    ],
+)
+def test_other_families_and_scorings_answer_as_predict(place, new, tmp_path, method, options):
+    folder = tmp_path / method
+    run(*fitting(place, output=folder, method=method, **options))
+    with serving([folder]) as client:
+        found = ask(client, rows=new[:6])["rows"]
+        for row, line in zip(new[:6], found, strict=True):
+            (told,) = bayestune.decide(folder, [bayestune.Question("a", **as_row(row))])
+            same(line, told)
+
+
+def test_classes_of_a_head_are_in_its_order(tmp_path, bert, byte_level):
+    rows = [{"question": f"{i} what?", "options": ABC, "answer": i % 3} for i in range(9)]
+    furnish(tmp_path, bert(), byte_level)
+    write_rows(tmp_path / "train.jsonl", rows)
+    given = {"scoring": "head", "lora.targets": "[query,value]"}
+    run(*fitting(tmp_path, method="blob", **given))
+    with serving([tmp_path / "out"]) as client:
+        plain = ask(client, question="what is red?")
+        assert plain["options"] == ABC
+        turned = ask(client, question="what is red?", options=ABC[::-1])
+        assert turned["options"] == ABC
+        assert turned["probabilities"] == pytest.approx(plain["probabilities"], abs=1e-6)
+        assert "expected the classes" in ask(client, question="x", options=["a", "b"], status=422)
+        chat = {"messages": [{"role": "user", "content": "what is red?"}]}
+        found = ask(client, "/v1/chat/completions", **chat)
+        assert found["choices"][0]["message"]["content"] == plain["choice_text"]
+        message = ask(client, "/v1/chat/completions", **chat, options=[], status=422)
+        assert "which has a classification head" in message
+
+
+def test_a_calibrated_plain_adapter_is_served(place, new, tmp_path):
+    folder = shutil.copytree(place / "mle", tmp_path / "plain")
+    for name in ("posterior.json", "posterior.safetensors"):
+        (folder / name).unlink(missing_ok=True)
+    with pytest.raises(Refusal, match="is not a posterior: got a plain LoRA adapter"):
+        Shelf([folder])
+    rows = f"--rows={place / 'held_out.jsonl'}"
+    run("calibrate", folder, rows, "--risk=0.8", "--confidence=0.6")
+    expected = bayestune.decide(folder, place / "new.jsonl")
+    with serving([folder]) as client:
+        for line, told in zip(ask(client, rows=new)["rows"], expected, strict=True):
+            same(line, told)
 
 
 def test_an_artefact_that_changes_is_opened_anew(place, new, tmp_path, caplog):

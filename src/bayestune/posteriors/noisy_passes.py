@@ -34,6 +34,7 @@ class Dropout(SingleAdapter):
     """
 
     kind: ClassVar[str] = "dropout"
+    by_batch = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,6 +85,7 @@ class TokenNoise(SingleAdapter):
     """
 
     kind: ClassVar[str] = "token_noise"
+    by_batch = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

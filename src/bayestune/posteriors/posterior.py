@@ -61,7 +61,8 @@ class Posterior(ABC):
     (N, C); `adapter`, the name of its adapter; and `report`, what its fit took. `has_mean` says
     whether `Draws(0)`, the mean adapter, can be asked for. `atoms` is the number of draws that
     makes the predictive exact, 1 for a point and K for K points, or precise where draws cost
-    nothing; None where more are better.
+    nothing; None where more are better. `by_batch` says whether a row's draws depend on the rows
+    of its batch, as noise by token does.
     """
 
     kind: ClassVar[str]
@@ -70,6 +71,7 @@ class Posterior(ABC):
     adapter: str
     report: FitReport
     has_mean = True
+    by_batch = False
     atoms: int | None = None
 
     def __init_subclass__(cls) -> None:

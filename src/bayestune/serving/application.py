@@ -174,7 +174,6 @@ def about(served: Served, limits: Limits) -> dict[str, Any]:
     posterior = served.posterior
     details = served.fit.details
     calibration = served.calibration
-    shared = details.get("class_names") or details.get("questions", {}).get("options") or []
     return {
         "id": served.name,
         "object": "model",
@@ -183,7 +182,7 @@ def about(served: Served, limits: Limits) -> dict[str, Any]:
         "artefact": served.digest,
         "method": details["method"],
         "scoring": details["scoring"],
-        "options": list(shared),
+        "options": list(served.options),
         "has_mean": posterior.has_mean,
         "atoms": posterior.atoms,
         "draws": served.decided.way.draws,

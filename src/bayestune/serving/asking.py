@@ -13,7 +13,7 @@ from bayestune.serving.bodies import AskedBody, ChatBody, Message, RowBody
 from bayestune.serving.limits import Limits
 from bayestune.serving.shelf import Served, Shelf
 from bayestune.serving.waiting import Answer, Waiting, Worker
-from bayestune.session import Gated, options_of, rows_as_fitted
+from bayestune.session import Gated, rows_as_fitted
 
 Outcome = Answer | Refusal
 T = TypeVar("T")
@@ -126,7 +126,7 @@ class Desk:
 
     def _item(self, served: Served, gated: Gated, body: RowBody, number: int) -> Waiting:
         details = served.fit.details
-        row = question_of(body, number, options_of(details), self.limits)
+        row = question_of(body, number, served.options, self.limits)
         (row,) = rows_as_fitted([row], details)
         session = served.session
         (encoded,) = session.scorer.encode([row])

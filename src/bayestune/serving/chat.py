@@ -12,7 +12,7 @@ from bayestune.serving.bodies import ChatBody, Message, RowBody
 from bayestune.serving.shelf import Served
 from bayestune.serving.waiting import Answer
 from bayestune.serving.written import Written
-from bayestune.session import Gated, options_of
+from bayestune.session import Gated
 
 _TOKENS = 16  # of an answer, unless the request says
 
@@ -23,7 +23,7 @@ async def completion(desk: Desk, body: ChatBody) -> dict[str, Any]:
     gated = desk.gated(served, body)
     options = body.choices
     if options is None:
-        options = list(options_of(served.fit.details))
+        options = list(served.options)
     if options:
         return await _chosen(desk, served, gated, (body, options))
     return await _written(desk, served, gated, body)

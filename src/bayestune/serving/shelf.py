@@ -20,6 +20,7 @@ from bayestune.session import (
     Session,
     TaskOptions,
     Way,
+    classes_of,
     details_of,
     load_way,
     open_model,
@@ -56,6 +57,11 @@ class Served:
     def session(self) -> Session:
         """How its rows are put."""
         return self.decided.session
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Those that all rows of the fit had, for rows without any; none if they differed."""
+        return classes_of(self.fit.details) or ()
 
     @property
     def calibration(self) -> Calibration | None:

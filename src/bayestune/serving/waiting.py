@@ -140,7 +140,7 @@ class Worker:
 
     def _together(self) -> list[Waiting]:
         oldest = self._queue[0]
-        if oldest.call is not None:
+        if oldest.gated is None or oldest.gated.fit.posterior.by_batch:
             return [oldest]
         same = [item for item in self._queue if item.gated is oldest.gated]
         same.sort(key=lambda item: abs(item.length - oldest.length))

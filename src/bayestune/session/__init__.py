@@ -5,6 +5,7 @@ It is opened by names, or from a posterior's folder with prompt, scoring and pre
 
 from bayestune.session.artefact import Artefact, Put, load_way, rows_of
 from bayestune.session.as_fitted import (
+    classes_of,
     of_its_classes,
     options_of,
     put_as_fitted,
@@ -31,6 +32,7 @@ __all__ = [
     "TaskOptions",
     "Way",
     "calibrate",
+    "classes_of",
     "decide",
     "details_of",
     "extra_scores",
