@@ -62,7 +62,11 @@ def make_app(shelf: Shelf, limits: Limits | None = None, serving: Serving | None
         redoc_url=None,
     )
     app.add_middleware(
-        Doorkeeper, limits=limits, counters=counters, token=token, local=serving.is_loopback
+        Doorkeeper,
+        limits=limits,
+        counters=counters,
+        token=token,
+        local=serving.is_loopback and token is None,
     )
     app.state.desk = desk
     _say_errors(app)

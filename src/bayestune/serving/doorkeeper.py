@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from bayestune.serving.counters import Counters
-from bayestune.serving.limits import Limits
+from bayestune.serving.limits import Limits, is_loopback
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -20,7 +20,6 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 requests = logging.getLogger("bayestune.requests")
 
 OPEN = ("/", "/healthz", "/readyz", "/openapi.json")
-_LOCAL = ("localhost", "127.0.0.1", "[::1]")
 _HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -88,7 +87,7 @@ class Doorkeeper:
         headers = dict(scope["headers"])
         host = headers.get(b"host", b"").decode("latin-1")
         name = host if host.endswith("]") else host.rsplit(":", 1)[0]
-        if self._local and name not in _LOCAL:
+        if self._local and not is_loopback(name):
             raise Turned(
                 421,
                 "wrong_host",

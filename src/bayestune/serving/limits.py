@@ -78,12 +78,7 @@ class Serving:
     @property
     def is_loopback(self) -> bool:
         """Whether nobody but this machine reaches the address."""
-        if self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
+        return is_loopback(self.host)
 
     def token(self) -> str | None:
         """The token that requests must carry; None if they need none.
@@ -104,6 +99,20 @@ class Serving:
                 "127.0.0.1, or say --open_to_all"
             )
         return None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address is this machine's for itself.
+
+    >>> is_loopback("localhost"), is_loopback("[::1]"), is_loopback("example.org")
+    (True, True, False)
+    """
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 def _checked(token: str) -> str:
