@@ -3,6 +3,7 @@
 import logging
 import math
 import shutil
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,7 +15,7 @@ import bayestune
 from bayestune.errors import Refusal
 from bayestune.forward import Draws
 from bayestune.scoring import NextToken
-from bayestune.serving import Limits, Serving, Shelf
+from bayestune.serving import Limits, Serving, Shelf, serve
 from running import fitting, furnish, read_rows, run, write_rows
 
 PARTS = ("total_entropy", "expected_entropy", "mutual_information", "confidence")
@@ -302,6 +303,14 @@ def test_an_address_beyond_this_machine_needs_a_token(monkeypatch, tmp_path):
     short.write_text("abc\n")
     with pytest.raises(Refusal, match="a token of 3 characters; expected 16 or more"):
         Serving(token_file=short).token()
+
+
+def test_the_extra_is_asked_for_by_name(place, monkeypatch):
+    monkeypatch.delenv("BAYESTUNE_TOKEN", raising=False)
+    monkeypatch.delitem(sys.modules, "bayestune.serving.application", raising=False)
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    with pytest.raises(Refusal, match=r"got no fastapi; .*pip install 'bayestune\[serve\]'"):
+        serve([place / "blob"])
 
 
 def test_the_log_has_no_text_of_users_unless_asked(place, new, caplog):
