@@ -26,9 +26,8 @@ from bayestune.decisions import best_temperature, rank_rows, spread_out
 from bayestune.jsonl import read_json_lines, write_json_lines
 from bayestune.methods import MLE, BLoB, Method
 from bayestune.metrics import accuracy, nll
-from bayestune.posteriors import Posterior
 from bayestune.runtime import versions
-from bayestune.session import Session, TaskOptions, Way, shown
+from bayestune.session import Fit, Session, TaskOptions, Way, shown
 from bayestune.training import Training
 
 FOLDER = Path(__file__).parents[1] / "results/active_labelling"
@@ -76,7 +75,7 @@ class Fitted:
     """A posterior in its session, with the temperature of its logits."""
 
     session: Session
-    posterior: Posterior
+    fit: Fit
     way: Way
     temperature: float = 1.0
 
@@ -88,7 +87,8 @@ class Fitted:
         here = session.on(replace(session.task, train=tuple(labelled)))
         posterior = METHODS[method].fit(here.loaded.model, here.scorer, TRAINING)
         draws = 0 if method == "mle" else DRAWS
-        found = cls(here.quietly(), posterior, Way(draws, bf16=TRAINING.bf16))
+        fit = Fit(posterior, {}, TRAINING.bf16, method)
+        found = cls(here.quietly(), fit, Way(draws, bf16=TRAINING.bf16))
         if method != "mle":
             return found
         answers = torch.tensor([row.answer for row in rows.for_temperature])
@@ -97,7 +97,8 @@ class Fitted:
 
     def logits(self, rows: Sequence[Question]) -> Tensor:
         """Logits (S, N, C), over the temperature."""
-        found = self.way.logits(self.posterior, self.session.scorer, rows)
+        scorer = self.session.scorer
+        found = self.way.passed(self.fit, scorer, scorer.encode(rows))
         return found.double() / self.temperature
 
     def picked(self, rows: Sequence[Question], rule: str, seed: int) -> list[str]:
@@ -105,7 +106,8 @@ class Fitted:
         if rule == "random":
             return random_rows(rows, seed)
         if rule == "bald":
-            logits, activations = self.way.watched(self.posterior, self.session.scorer, rows)
+            scorer = self.session.scorer
+            logits, activations = self.way.watched(self.fit, scorer, scorer.encode(rows))
             order = rank_rows(logits, STEP, "bald", spread_out(activations))
         else:
             order = rank_rows(self.logits(rows), STEP, "entropy")
@@ -184,7 +186,7 @@ def next_round(session: Session, cell: Cell, records: Sequence[Record]) -> Recor
         found = figures(fitted)
         if number < ROUNDS - 1:
             picked = fitted.picked(left, rule, seed)
-        detach(fitted.posterior.model)
+        detach(fitted.fit.posterior.model)
     return {
         "study": "active_labelling",
         **asdict(cell),

@@ -33,6 +33,7 @@ ORDER = [
     "session",
     "report",
     "bench",
+    "serving",
     "cli",
 ]
 MODULES = sorted(SOURCE.rglob("*.py"))

@@ -11,6 +11,7 @@ from bayestune.evaluation import EvaluationOptions
 from bayestune.generation import DrawsAs
 from bayestune.methods import METHODS, TFB, Distilled
 from bayestune.report import Style
+from bayestune.serving import Limits, Serving
 from bayestune.session import OF_THE_FIT, Compared, Dtype, LessonRows, Put, TaskOptions
 from bayestune.training import Training
 
@@ -176,6 +177,15 @@ def add_drift(parser: Parser) -> None:
     parser.option("output", Path | None, None, "a file for the figures; left out: none")
     parser.option("overwrite", bool, False, "replace the output file")
     parser.option("model", str | None, None, "the base model, where it has moved")
+
+
+def add_serve(parser: Parser) -> None:
+    """A service."""
+    about = f"each {ARTEFACT_HELP}, calibrated; the first one is the default"
+    parser.add_argument("posteriors", type=Path, nargs="+", help=about)
+    parser.option("model", str | None, None, "the base model, where it has moved")
+    parser.add_class_arguments(Serving)
+    parser.add_class_arguments(Limits)
 
 
 def add_bench(parser: Parser) -> None:

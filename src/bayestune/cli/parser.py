@@ -11,6 +11,7 @@ from bayestune.cli.demo import demo
 from bayestune.cli.distilling import distil
 from bayestune.cli.option_parser import Parser
 from bayestune.cli.presets import ConfigOrPreset
+from bayestune.cli.service import run_service
 from bayestune.cli.slips import asks_for_help, help_text, methods_of_interest
 from bayestune.cli.start import COMMANDS as SUMMARIES
 from bayestune.cli.words import gathered
@@ -28,6 +29,7 @@ COMMANDS: dict[str, tuple[Callable[[Namespace], int | None], Callable[[Parser], 
     "calibrate": (labelling.calibrate, command_options.add_calibrate),
     "rank": (labelling.rank, command_options.add_rank),
     "drift": (labelling.drift, command_options.add_drift),
+    "serve": (run_service, command_options.add_serve),
     "compare": (commands.compare, command_options.add_compare),
     "bench": (commands.bench, command_options.add_bench),
     "table": (commands.table, command_options.add_table),

@@ -21,6 +21,7 @@ COMMANDS = {
     "calibrate": "On held-out rows: how to predict, and when to act; kept beside the posterior.",
     "rank": "Which unlabelled rows to label next: JSON lines in, ranked JSON lines out.",
     "drift": "Are new rows like the held-out ones of the calibration?",
+    "serve": "Decisions over HTTP, and a page to ask on: posteriors on one base; extra `serve`.",
     "compare": "Fit and evaluate several methods on one task: table, picture, page.",
     "bench": "Fit and evaluate a grid of models, tasks, methods and seeds; goes on where it "
     "stopped.",

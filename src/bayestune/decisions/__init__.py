@@ -17,6 +17,7 @@ from bayestune.decisions.bounds import (
 )
 from bayestune.decisions.calibrating import Asked, calibrate, parts
 from bayestune.decisions.calibration import FILE_NAME, Calibration
+from bayestune.decisions.cascade import doubtful_band
 from bayestune.decisions.comparing import HeldOut, Trial, Variant, compare, kept
 from bayestune.decisions.costs import losses_of
 from bayestune.decisions.deciding import Decision, decide
@@ -77,6 +78,7 @@ __all__ = [
     "class_thresholds",
     "compare",
     "decide",
+    "doubtful_band",
     "drift_test",
     "false_alarm_rate",
     "fit_sets",

@@ -9,11 +9,12 @@ GGUF weights are quantised and cannot be trained. They are unpacked once to bflo
 under `$BAYESTUNE_CACHE/models` (`~/.cache/bayestune/models`) and later loaded without network.
 """
 
+import copy
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
@@ -50,6 +51,16 @@ class LoadedModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     name: str
+
+    def again(self, *, shared: bool = True) -> Self:
+        """The model with modules of its own, so that another adapter fits beside the first one's.
+
+        Args:
+            shared: whether both have the same weights in memory; else they are copied too.
+        """
+        tensors = (*self.model.parameters(), *self.model.buffers()) if shared else ()
+        model = copy.deepcopy(self.model, {id(tensor): tensor for tensor in tensors})
+        return replace(self, model=model)
 
 
 def load_model(

@@ -58,6 +58,7 @@ class Mixture(Posterior):
         self.model = first.model
         self.scorer = first.scorer
         self.adapter = first.adapter  # in whose slots the draws run
+        self.by_batch = any(member.by_batch for member in self.members)
         self.has_mean = len(names) == 1 and first.has_mean
         self.atoms = len(names) if all(member.atoms == 1 for member in self.members) else None
 

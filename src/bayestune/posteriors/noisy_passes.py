@@ -36,6 +36,7 @@ class Dropout(SingleAdapter):
     """
 
     kind: ClassVar[str] = "dropout"
+    by_batch = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,6 +95,7 @@ class TokenNoise(SingleAdapter):
     """
 
     kind: ClassVar[str] = "token_noise"
+    by_batch = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -73,7 +73,8 @@ class Posterior(ABC):
     (N, C); `adapter`, the name of its adapter; and `report`, what its fit took. `has_mean` says
     whether `Draws(0)`, the mean adapter, can be asked for. `atoms` is the number of draws that
     makes the predictive exact, 1 for a point and K for K points, or precise where draws cost
-    nothing; None where more are better. `digest` is that of the folder it comes from, where
+    nothing; None where more are better. `by_batch` says whether a row's draws depend on the rows
+    of its batch, as noise by token does. `digest` is that of the folder it comes from, where
     whoever loaded it says so.
     """
 
@@ -83,6 +84,7 @@ class Posterior(ABC):
     adapter: str
     report: FitReport
     has_mean = True
+    by_batch = False
     atoms: int | None = None
     digest: str | None = None
 

@@ -40,6 +40,7 @@ class Tempered(Posterior):
         self.scorer = self.base.scorer
         self.adapter = self.base.adapter
         self.has_mean = self.base.has_mean
+        self.by_batch = self.base.by_batch
         self.atoms = self.base.atoms
 
     def on(self, scorer: ClassLogits) -> Self:

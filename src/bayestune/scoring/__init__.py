@@ -8,8 +8,9 @@ from bayestune.scoring.batches import batches_by_length, row_logits
 from bayestune.scoring.choose import make_scorer
 from bayestune.scoring.given_batches import HeadLogits, LastToken
 from bayestune.scoring.head import HeadScorer, own_classes
-from bayestune.scoring.lengths import check_lengths
+from bayestune.scoring.lengths import check_lengths, position_limit
 from bayestune.scoring.letter import LetterScorer
+from bayestune.scoring.next_token import NextToken
 from bayestune.scoring.scorer import Encoded, Scorer
 from bayestune.scoring.text import TextScorer
 
@@ -19,6 +20,7 @@ __all__ = [
     "HeadScorer",
     "LastToken",
     "LetterScorer",
+    "NextToken",
     "Scorer",
     "TextScorer",
     "batches_by_length",
@@ -26,5 +28,6 @@ __all__ = [
     "make_scorer",
     "mean_pass",
     "own_classes",
+    "position_limit",
     "row_logits",
 ]

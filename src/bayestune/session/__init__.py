@@ -4,7 +4,15 @@ It is opened by names, or from a posterior's folder with prompt, scoring and pre
 """
 
 from bayestune.session.artefact import Artefact, Put, load_way, rows_of
-from bayestune.session.as_fitted import of_its_classes, put_as_fitted, say_seen, usual_reading
+from bayestune.session.as_fitted import (
+    classes_of,
+    of_its_classes,
+    put_as_fitted,
+    rows_as_fitted,
+    say_seen,
+    usual_reading,
+)
+from bayestune.session.compared_ways import Compared
 from bayestune.session.fit import Fit, details_of, shown
 from bayestune.session.fitted import Fitted
 from bayestune.session.gated import Gated, decide, read_calibration
@@ -15,7 +23,7 @@ from bayestune.session.plain_adapter import is_plain
 from bayestune.session.prediction_ways import Way, joined
 from bayestune.session.session import Session
 from bayestune.session.task_options import OF_THE_FIT, TaskOptions
-from bayestune.session.with_labels import Compared, calibrate
+from bayestune.session.with_labels import calibrate
 
 __all__ = [
     "DISTANCE",
@@ -36,6 +44,7 @@ __all__ = [
     "TaskOptions",
     "Way",
     "calibrate",
+    "classes_of",
     "decide",
     "details_of",
     "is_plain",
@@ -47,6 +56,7 @@ __all__ = [
     "open_model",
     "put_as_fitted",
     "read_calibration",
+    "rows_as_fitted",
     "rows_of",
     "say_seen",
     "shown",

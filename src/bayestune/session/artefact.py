@@ -189,6 +189,10 @@ def load_way(
     if posterior_digest(folder) != way.student_digest:
         got = f"another student in {folder} than the one calibrated"
         raise Refusal(f"got {got}; expected that one: it was trained again; {again}")
+    if way.band is not None:
+        beside = session.loaded.again().model
+        student = load_adapter(beside, folder, session.scorer)
+        return replace(session.load(place, bf16), first=student)
     point = load_adapter(session.loaded.model, folder, session.scorer)
     return Fit.of(point, details_of(place), bf16)
 

@@ -13,6 +13,7 @@ from bayestune.data import (
     SortedRows,
     Task,
     checked_columns,
+    own_task,
     refuse_unshown,
 )
 from bayestune.errors import Refusal
@@ -21,7 +22,12 @@ logger = logging.getLogger(__name__)
 
 
 def put_as_fitted(
-    task: Task, prompt: Prompt, scoring: Scoring, classes: Sequence[str] | None
+    task: Task,
+    prompt: Prompt,
+    scoring: Scoring,
+    classes: Sequence[str] | None,
+    *,
+    warns: bool = True,
 ) -> Task:
     """The task under the prompt of a fit, whatever its own is.
 
@@ -33,6 +39,7 @@ def put_as_fitted(
         prompt: of the fit.
         scoring: of the fit.
         classes: the options that all rows of the fit had, in order; None if they differed.
+        warns: whether it says that no row has a context where the prompt has a place for one.
 
     Raises:
         Refusal: if a row has a context or earlier messages for which the prompt has no place, or
@@ -49,11 +56,21 @@ def put_as_fitted(
             "rows that have a context"
         )
     refuse_unshown(prompt, rows, scoring)
-    if rows and not count and "{context}" in template and scoring != "head":
+    if warns and rows and not count and "{context}" in template and scoring != "head":
         logger.warning("no row of %s has a context, which the fitted prompt shows", task.name)
     if classes and not _is_shown(template, scoring):
         task = task.in_class_order(classes)
     return replace(task, prompt=prompt)
+
+
+def rows_as_fitted(rows: Sequence[Question], details: Mapping[str, Any]) -> tuple[Question, ...]:
+    """Some rows as a fit's were, such as those of one request: in the order of its classes.
+
+    Raises:
+        Refusal: if a row has a context for which the prompt has no place, or other classes.
+    """
+    told = (prompt_of_fit(details), details["scoring"], classes_of(details))
+    return put_as_fitted(own_task("this request", (), rows), *told, warns=False).evaluation
 
 
 def prompt_of_fit(details: Mapping[str, Any]) -> Prompt:

@@ -36,6 +36,7 @@ class Fit:
     details: Mapping[str, Any]  # method, base model, task, training …, as `posterior.json` has them
     bf16: bool  # whether to predict under bfloat16 autocast
     label: str  # what its lines of a table are called, before the number of draws
+    first: Posterior | None = None  # the student that is asked before the draws, in a cascade
 
     @classmethod
     def of(cls, posterior: Posterior, details: Mapping[str, Any], bf16: bool | None = None) -> Self:

@@ -49,10 +49,13 @@ class Gated:
     way: Way
     calibration: Calibration | None = None
 
-    def lines(self, rows: Sequence[Question], *, texts: bool = True) -> list[dict[str, Any]]:
+    def lines(self, rows: Sequence[Question]) -> list[dict[str, Any]]:
         """One JSON object a row, of some rows at once: the prediction and what to do with it."""
-        look = self.looking.at(rows)
-        told = prediction_rows(rows, self._prediction(look.logits), texts=texts)
+        return self.lines_of(rows, self.looking.at(rows))
+
+    def lines_of(self, rows: Sequence[Question], look: Look) -> list[dict[str, Any]]:
+        """The lines of rows that were looked at."""
+        told = prediction_rows(rows, self._prediction(look.logits))
         both = zip(told, self.decided(rows, look), strict=True)
         return [{**line, **decision} for line, decision in both]
 
@@ -122,8 +125,9 @@ class Gated:
 
     def _facts(self, count: int) -> dict[str, Any]:
         label = label_of(self.fit.label, count, self.fit.posterior)
-        student = ", student" if self.way.student else ""
-        label = f"{label}{student}, calibrated"
+        kind = ", student" if self.way.student else ""
+        kind = ", cascade" if self.way.band else kind
+        label = f"{label}{kind}, calibrated"
         facts = {"task": self.session.task.name, "rows": "evaluation", "label": label}
         return facts | self.fit.facts(self.session.options)
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from bayestune.data import Question
 from bayestune.decisions import Calibration, Distance
-from bayestune.scoring import Scorer
+from bayestune.scoring import Encoded, Scorer
 from bayestune.session.fit import Fit
-from bayestune.session.prediction_ways import Way, joined
+from bayestune.session.prediction_ways import BATCH, Way, joined
 
 PROMPT_LENGTH = "prompt_length"  # the score that every artefact has for nothing
 DISTANCE = "distance"  # of the calibrations that saw training rows
@@ -42,10 +42,15 @@ class Looking:
 
     def at(self, rows: Sequence[Question]) -> Look:
         """Some rows at once."""
-        extra = prompt_lengths(self.scorer, rows)
+        return self.at_encoded(self.scorer.encode(rows))
+
+    def at_encoded(self, encoded: Sequence[Encoded], batch_size: int = BATCH) -> Look:
+        """The same of encoded rows, so many in a pass."""
+        extra = prompt_lengths(encoded)
+        asked = (self.fit, self.scorer, encoded, batch_size)
         if self.reference is None:
-            return Look(self.way.logits(self.fit.posterior, self.scorer, rows), extra)
-        logits, activations = self.way.watched(self.fit.posterior, self.scorer, rows)
+            return Look(self.way.passed(*asked), extra)
+        logits, activations = self.way.watched(*asked)
         return Look(logits, extra | {DISTANCE: self.reference.of(activations)})
 
     def over(self, rows: Sequence[Question]) -> Look:
@@ -57,7 +62,9 @@ class Looking:
     def activations(self, rows: Sequence[Question]) -> dict[str, Tensor]:
         """A x (N, r) by slot name, of the mean."""
         mean = Way(0, self.way.draw_seed, self.way.bf16)
-        found = [mean.watched(self.fit.posterior, self.scorer, part)[1] for part in windows(rows)]
+        found = []
+        for part in windows(rows):
+            found.append(mean.watched(self.fit, self.scorer, self.scorer.encode(part))[1])
         return _joined(found)
 
 
@@ -76,9 +83,9 @@ def windows(rows: Sequence[Question]) -> list[Sequence[Question]]:
     return [rows[start : start + WINDOW] for start in range(0, len(rows), WINDOW)]
 
 
-def prompt_lengths(scorer: Scorer, rows: Sequence[Question]) -> dict[str, Tensor]:
+def prompt_lengths(encoded: Sequence[Encoded]) -> dict[str, Tensor]:
     """The score that costs nothing."""
-    lengths = [float(row["length"]) for row in scorer.encode(rows)]
+    lengths = [float(row["length"]) for row in encoded]
     return {PROMPT_LENGTH: torch.tensor(lengths, dtype=torch.float64)}
 
 

@@ -8,10 +8,11 @@ from bayestune.data import Scoring, Task
 from bayestune.models import LoadedModel, load_default, load_model
 
 Dtype = Literal["float32", "bfloat16"]
+Named = str | LoadedModel | None  # a model by its name, or one that is open already
 
 
 def open_model(
-    name: str | None,
+    name: Named,
     dtype: Dtype = "float32",
     num_labels: int | None = None,
     *,
@@ -19,8 +20,10 @@ def open_model(
 ) -> LoadedModel:
     """Loads a model, without a name the default one, onto the accelerator if there is one.
 
-    An `outline` has no weights: settings can be checked against it.
+    An `outline` has no weights: settings can be checked against it. What is open stays as it is.
     """
+    if isinstance(name, LoadedModel):
+        return name
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "num_labels": num_labels}
     if outline:
         options["device"] = "meta"

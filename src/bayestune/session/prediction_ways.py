@@ -2,18 +2,20 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from bayestune.data import Question
 from bayestune.errors import NUMBER, check_fields
 from bayestune.forward import Draws
 from bayestune.posteriors import Gaussian, Posterior, count_for
-from bayestune.scoring import Scorer, mean_pass, row_logits
+from bayestune.scoring import Encoded, Scorer, mean_pass, row_logits
+from bayestune.session.fit import Fit
+
+BATCH = 8  # rows of a pass
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class Way:
         factor: on every standard deviation of a Gaussian.
         student: folder of the student that predicts in the posterior's place, as seen from its own.
         student_digest: of that folder.
+        band: of a cascade. The student, or without one the mean, is asked first; rows whose
+            1 − confidence then lies between these two are asked anew, under the draws.
     """
 
     draws: int = 10
@@ -35,6 +39,7 @@ class Way:
     factor: float = 1.0
     student: str | None = None
     student_digest: str | None = None
+    band: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, draws=NUMBER, draw_seed=NUMBER)
@@ -43,7 +48,10 @@ class Way:
     def of(cls, settings: Mapping[str, Any]) -> Self:
         """The way that a calibration's settings tell."""
         names = [field.name for field in fields(cls) if field.name in settings]
-        return cls(**{name: settings[name] for name in names})
+        given = {name: settings[name] for name in names}
+        if given.get("band"):
+            given["band"] = tuple(given["band"])  # JSON has lists
+        return cls(**given)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -52,6 +60,8 @@ class Way:
 
     def name(self, posterior: Posterior) -> str:
         """What the table of variants calls it."""
+        if self.band is not None:
+            return "cascade"
         if self.student is not None:
             return "student"
         if posterior.atoms is not None:
@@ -61,24 +71,81 @@ class Way:
         factor = "" if self.factor == 1 else f", Ω × {self.factor:g}"
         return f"{self.draws} draws{factor}"
 
-    def logits(self, posterior: Posterior, scorer: Scorer, rows: Sequence[Question]) -> Tensor:
-        """Logits (S, N, C) of rows, -inf where a row has fewer options."""
-        count = count_for(posterior, self.draws)
-        draws = Draws(count, self.draw_seed, bf16=self.bf16)
-        with _widened(posterior, self.factor):
-            return row_logits(posterior, scorer, scorer.encode(rows), draws)
+    def passed(
+        self, fit: Fit, scorer: Scorer, encoded: Sequence[Encoded], batch_size: int = BATCH
+    ) -> Tensor:
+        """Logits (S, N, C) of encoded rows, -inf where a row has fewer options.
+
+        Args:
+            fit: what predicts, and in a cascade perhaps the student that is asked first.
+            scorer: of the rows.
+            encoded: N rows.
+            batch_size: rows of a pass.
+        """
+        if self.band is None:
+            return self._drawn(fit.posterior, scorer, encoded, batch_size)
+        first = replace(self, draws=0)._drawn(_asked_first(fit), scorer, encoded, batch_size)
+        return self._gone_on(first, fit, scorer, encoded, batch_size)
 
     def watched(
-        self, posterior: Posterior, scorer: Scorer, rows: Sequence[Question]
+        self, fit: Fit, scorer: Scorer, encoded: Sequence[Encoded], batch_size: int = BATCH
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The same logits, and the mean's activations A x (N, r) by slot name.
 
-        They are of one pass if the mean is what predicts, else of one more.
+        They are of one pass if the mean is what predicts, else of one more. A cascade's are those
+        of its first pass, the student's or the mean's.
         """
-        own, found = mean_pass(posterior, scorer, scorer.encode(rows), bf16=self.bf16)
-        if count_for(posterior, self.draws) == 0:
-            return own, found
-        return self.logits(posterior, scorer, rows), found
+        first, found = mean_pass(
+            _asked_first(fit), scorer, encoded, bf16=self.bf16, batch_size=batch_size
+        )
+        if self.band is not None:
+            return self._gone_on(first, fit, scorer, encoded, batch_size), found
+        if count_for(fit.posterior, self.draws) == 0:
+            return first, found
+        return self._drawn(fit.posterior, scorer, encoded, batch_size), found
+
+    def _gone_on(
+        self, first: Tensor, fit: Fit, scorer: Scorer, encoded: Sequence[Encoded], batch_size: int
+    ) -> Tensor:
+        """A cascade's logits (S, N, C), by its first ones (1, N, C)."""
+        assert self.band is not None
+        doubtful = in_band(first, self.band).nonzero()[:, 0].tolist()
+        if not doubtful:
+            return first.expand(count_for(fit.posterior, self.draws), -1, -1)
+        chosen = [encoded[row] for row in doubtful]
+        return staged(first, self._drawn(fit.posterior, scorer, chosen, batch_size), doubtful)
+
+    def _drawn(
+        self, posterior: Posterior, scorer: Scorer, encoded: Sequence[Encoded], batch_size: int
+    ) -> Tensor:
+        count = count_for(posterior, self.draws)
+        draws = Draws(count, self.draw_seed, bf16=self.bf16)
+        with _widened(posterior, self.factor):
+            return row_logits(posterior, scorer, encoded, draws, batch_size=batch_size)
+
+
+def _asked_first(fit: Fit) -> Posterior:
+    return fit.first or fit.posterior
+
+
+def in_band(first: Tensor, band: tuple[float, float]) -> Tensor:
+    """Which rows (N,) are asked anew, by the first logits (1, N, C)."""
+    doubt = 1 - first[0].double().softmax(-1).amax(-1)
+    return (doubt >= band[0]) & (doubt <= band[1])
+
+
+def staged(first: Tensor, drawn: Tensor, rows: Sequence[int]) -> Tensor:
+    """A cascade's logits (S, N, C): the draws' of some rows, the first ones S times of the others.
+
+    Args:
+        first: (1, N, C).
+        drawn: (S, n, c) of the n rows, c ≤ C.
+        rows: their indices.
+    """
+    found = first.expand(len(drawn), -1, -1).clone()
+    missing = found.shape[2] - drawn.shape[2]
+    found[:, list(rows)] = pad(drawn, (0, missing), value=-torch.inf)
+    return found
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:

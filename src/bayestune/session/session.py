@@ -36,7 +36,7 @@ from bayestune.session.as_fitted import (
 from bayestune.session.before_fitting import check_answers, check_fits, learns_unlabelled
 from bayestune.session.fit import Fit, details_of
 from bayestune.session.looks import windows
-from bayestune.session.opened_model import Dtype, num_classes, open_model
+from bayestune.session.opened_model import Dtype, Named, num_classes, open_model
 from bayestune.session.task_options import TaskOptions
 from bayestune.training import Training
 
@@ -127,7 +127,7 @@ class Session:
 
     @classmethod
     def as_fitted(
-        cls, details: Mapping[str, Any], task: Task, options: TaskOptions, model: str | None = None
+        cls, details: Mapping[str, Any], task: Task, options: TaskOptions, model: Named = None
     ) -> Self:
         """A session that puts a task's rows to the base model as a fit's folder says."""
         options = replace(options, scoring=details["scoring"], max_length=details["max_length"])

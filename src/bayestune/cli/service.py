@@ -1,0 +1,11 @@
+"""`serve`: the decisions service."""
+
+from jsonargparse import Namespace
+
+from bayestune.cli.options import built
+from bayestune.serving import Limits, Serving, serve
+
+
+def run_service(o: Namespace) -> None:
+    """Answers questions over HTTP until the process is told to end."""
+    serve(o.posteriors, built(Serving, o), built(Limits, o), o.model)

@@ -1,0 +1,10 @@
+"""A decisions service over HTTP: artefacts that answer questions, and a page to ask them on.
+
+Requests that come together are answered in one pass. `serve` needs the extra `serve`.
+"""
+
+from bayestune.serving.limits import Limits, Serving
+from bayestune.serving.shelf import Shelf
+from bayestune.serving.starting import serve
+
+__all__ = ["Limits", "Serving", "Shelf", "serve"]

@@ -1,0 +1,221 @@
+"""Bodies → rows that wait → answers: what every path of the service does."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from bayestune.data import Question, checked_options
+from bayestune.errors import Refusal
+from bayestune.scoring import check_lengths, position_limit
+from bayestune.serving.bodies import AskedBody, ChatBody, Message, RowBody
+from bayestune.serving.limits import Limits
+from bayestune.serving.shelf import Served, Shelf
+from bayestune.serving.waiting import Answer, Waiting, Worker
+from bayestune.session import Gated, rows_as_fitted
+
+Outcome = Answer | Refusal
+T = TypeVar("T")
+
+
+class TooLarge(Refusal):
+    """More of something than a request may hold."""
+
+
+class Unknown(Refusal):
+    """There is no artefact of that name."""
+
+
+@dataclass(frozen=True)
+class Desk:
+    """Takes bodies in, and hands answers out."""
+
+    shelf: Shelf
+    worker: Worker
+    limits: Limits
+    encoding: ThreadPoolExecutor  # of one thread: a tokenizer may not be used by two at once
+
+    def served(self, name: str | None) -> Served:
+        """The artefact of a name, the first one by default.
+
+        Raises:
+            Unknown: if there is none.
+        """
+        try:
+            return self.shelf.get(name)
+        except KeyError:
+            raise Unknown(
+                f"got model={shortened(str(name))}; expected one of {self.shelf.names}; GET "
+                "/v1/models lists them"
+            ) from None
+
+    def gated(self, served: Served, body: AskedBody | ChatBody) -> Gated:
+        """How the artefact answers what a body asks for."""
+        if (body.draws or 0) > self.limits.max_draws:
+            raise TooLarge(
+                f"got draws={body.draws}; expected {self.limits.max_draws} or fewer; ask for fewer"
+            )
+        return served.gated(body.draws, body.seed)
+
+    async def answers(
+        self, served: Served, gated: Gated, bodies: Sequence[RowBody]
+    ) -> list[Outcome]:
+        """Each row's answer, or why there is none, in order.
+
+        Raises:
+            Refusal: if no row can be put, or they are too many or too long.
+        """
+        most = min(self.limits.max_rows, self.limits.max_waiting)
+        if len(bodies) > most:
+            raise TooLarge(f"got {len(bodies)} rows; expected {most} or fewer; send parts")
+        found = await self.encoded(lambda: self._items(served, gated, bodies))
+        items = [item for item in found if isinstance(item, Waiting)]
+        if not items:
+            assert isinstance(found[0], Refusal)
+            raise found[0]
+        self.worker.submit(items)
+        done = iter(await self._settled([item.future for item in items]))
+        return [item if isinstance(item, Refusal) else next(done) for item in found]
+
+    async def encoded(self, work: Callable[[], T]) -> T:
+        """What a function returns that uses a tokenizer, when that is free."""
+        return await asyncio.get_running_loop().run_in_executor(self.encoding, work)
+
+    def refuse_long(self, served: Served, tokens: int) -> None:
+        """Refuses a sequence longer than a request or the model may have."""
+        places = position_limit(served.session.loaded.model) or tokens
+        most = min(self.limits.max_request_tokens, places)
+        if tokens > most:
+            raise TooLarge(f"got {tokens} tokens; expected {most} or fewer; shorten the messages")
+
+    async def call(self, work: Callable[[], Any]) -> Any:
+        """What a function returns that runs when the model is free."""
+        item = Waiting(call=work)
+        self.worker.submit([item])
+        (found,) = await self._settled([item.future])
+        return found
+
+    async def _settled(self, futures: "Sequence[Future[Any]]") -> list[Any]:
+        try:
+            return await asyncio.gather(*map(asyncio.wrap_future, futures))
+        finally:
+            for future in futures:
+                future.cancel()  # those that are done stay so
+
+    def _items(
+        self, served: Served, gated: Gated, bodies: Sequence[RowBody]
+    ) -> list[Waiting | Refusal]:
+        """Rows ready to wait, and why others cannot."""
+        found: list[Waiting | Refusal] = []
+        total = 0
+        for number, body in enumerate(bodies, 1):
+            try:
+                item = self._item(served, gated, body, number)
+            except TooLarge:
+                raise
+            except Refusal as problem:
+                found.append(problem)
+                continue
+            total += item.length
+            if total > self.limits.max_request_tokens:
+                most = self.limits.max_request_tokens
+                raise TooLarge(f"got more than {most} tokens; expected fewer; send parts")
+            found.append(item)
+        return found
+
+    def _item(self, served: Served, gated: Gated, body: RowBody, number: int) -> Waiting:
+        details = served.fit.details
+        row = question_of(body, number, served.options, self.limits)
+        (row,) = rows_as_fitted([row], details)
+        session = served.session
+        (encoded,) = session.scorer.encode([row])
+        check_lengths(session.loaded.model, [row], [encoded])
+        return Waiting(gated, row, encoded)
+
+
+def question_of(
+    body: RowBody, number: int, shared: Sequence[str] = (), limits: Limits | None = None
+) -> Question:
+    """A body's row.
+
+    Args:
+        body: of the row.
+        number: its place in the request, from 1, by which it is named without an id.
+        shared: the options of a row that has none.
+        limits: of the options.
+
+    Raises:
+        TooLarge: if it has too many options.
+        Refusal: if it has no question, or fewer than two options, or some of them twice.
+    """
+    key = body.id if body.id is not None else f"row-{number}"
+    options = body.options or list(shared)
+    most = (limits or Limits()).max_options
+    if len(options) > most:
+        raise TooLarge(
+            f"row {shortened(key)}: got {len(options)} options; expected {most} or fewer"
+        )
+    question = body.question
+    context = body.context
+    if body.messages is not None:
+        if question is not None or context:
+            raise Refusal(
+                f"row {shortened(key)}: got messages and a question; expected one of them"
+            )
+        question, context = asked_in(body.messages)
+    for text in (key, question or "", context, *options):
+        _refuse_no_text(text)
+    if question is None or not question.strip():
+        raise Refusal(
+            f"row {shortened(key)}: got no question; expected a text in `question`, or `messages`; "
+            "give one"
+        )
+    if len(options) == 1:
+        raise Refusal(f"row {shortened(key)}: got 1 option; expected two or more; give `options`")
+    if not options:
+        raise Refusal(f"row {shortened(key)}: got no options; expected two or more; give `options`")
+    return Question(key, question, checked_options(options, f"row {shortened(key)}"), None, context)
+
+
+def told(answer: Answer, temperature: float | None = None) -> dict[str, Any]:
+    """A line of the service: that of `predict`, with all fields whether calibrated or not.
+
+    With a temperature, each draw's probabilities are in it.
+    """
+    line = dict(answer.line)
+    line.pop("answer", None)
+    applied = line["calibration"] != "none"
+    for name in ("decision", "score", "set"):
+        line.setdefault(name, None)
+    is_band = applied and line["decision"] not in ("act", "abstain")
+    line |= {"band": line["decision"] if is_band else None, "calibration_applied": applied}
+    if temperature is not None:
+        line["draws"] = (answer.logits.double() / temperature).softmax(-1).tolist()
+    return line
+
+
+def asked_in(messages: Sequence[Message]) -> tuple[str, str]:
+    """The question of a conversation, its last message, and those before as the context.
+
+    >>> hello = [Message(role="system", content="Be brief."), Message(role="user", content="Why?")]
+    >>> asked_in(hello)
+    ('Why?', 'system: Be brief.')
+    """
+    *before, last = messages
+    if last.role != "user":
+        raise Refusal(f"got a last message of {last.role!r}; expected one of 'user'; end with it")
+    return last.text, "\n".join(f"{message.role}: {message.text}" for message in before)
+
+
+def _refuse_no_text(text: str) -> None:
+    """Refuses halves of characters, which no tokenizer reads."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise Refusal("got half a character (a lone surrogate); expected text; mend it") from None
+
+
+def shortened(text: str) -> str:
+    """A text as errors repeat it, in some characters and without control characters."""
+    return ascii(text[:60] + ("…" if len(text) > 60 else ""))

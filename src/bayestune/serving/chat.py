@@ -1,0 +1,142 @@
+"""OpenAI's chat completions: one of given options, or a short answer in free words."""
+
+import math
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from bayestune.errors import Refusal
+from bayestune.serving.asking import Desk, TooLarge, shortened, told
+from bayestune.serving.bodies import ChatBody, Message, RowBody
+from bayestune.serving.shelf import Served
+from bayestune.serving.waiting import Answer
+from bayestune.serving.written import Written
+from bayestune.session import Gated
+
+_TOKENS = 16  # of an answer, unless the request says
+
+
+async def completion(desk: Desk, body: ChatBody) -> dict[str, Any]:
+    """The answer to a body, in OpenAI's form; `bayestune` has the decision beside it."""
+    served = desk.served(body.model)
+    gated = desk.gated(served, body)
+    options = body.choices
+    if options is None:
+        options = list(served.options)
+    if options:
+        return await _chosen(desk, served, gated, (body, options))
+    return await _written(desk, served, gated, body)
+
+
+async def _chosen(
+    desk: Desk, served: Served, gated: Gated, asked: tuple[ChatBody, Sequence[str]]
+) -> dict[str, Any]:
+    """The likeliest option, with the averaged log-probabilities of all."""
+    body, options = asked
+    row = RowBody.model_validate({"messages": body.messages, "options": list(options)})
+    (found,) = await desk.answers(served, gated, [row])
+    assert isinstance(found, Answer)
+    line = found.line
+    logs = [_log(p) for p in line["probabilities"]]
+    order = sorted(range(len(logs)), key=lambda index: -logs[index])
+    top = [_told(line["options"][index], logs[index]) for index in order[: body.top_logprobs]]
+    chosen = _told(line["choice_text"], logs[line["choice"]]) | {"top_logprobs": top}
+    answer = _answer(served, line["choice_text"], [chosen] if body.logprobs else None, "stop")
+    answer["usage"] = _usage(found.tokens, 1)
+    return answer | {"bayestune": told(found)}
+
+
+async def _written(desk: Desk, served: Served, gated: Gated, body: ChatBody) -> dict[str, Any]:
+    """The likeliest tokens, one after the other."""
+    if served.fit.details["scoring"] == "head":
+        raise Refusal(
+            f"got no options for {served.name}, which has a classification head; expected some; "
+            "give `options`"
+        )
+    most = body.max_completion_tokens or body.max_tokens or min(_TOKENS, _most(desk))
+    if most > _most(desk):
+        got = f"max_tokens={most}"
+        raise TooLarge(f"got {got}; expected {_most(desk)} or fewer: answers here are short")
+    tokenizer: Any = served.session.loaded.tokenizer
+    ids = await desk.encoded(lambda: prompt_ids(tokenizer, body.messages))
+    desk.refuse_long(served, len(ids) + most)
+    prompt = len(ids)
+    written = Written.begin(gated, ids)
+    reason = "length"
+    for _ in range(most):
+        token = await desk.call(lambda: written.step(body.top_logprobs))
+        if token in _ends(served):
+            reason = "stop"
+            break
+    kept = [one for one in written.tokens if one["id"] not in _ends(served)]
+    text = await desk.encoded(lambda: tokenizer.decode([one["id"] for one in kept]))
+    told = await desk.encoded(lambda: [_of_token(tokenizer, one) for one in written.tokens])
+    answer = _answer(served, text, told if body.logprobs else None, reason)
+    answer["usage"] = _usage(prompt, len(written.tokens))
+    total = sum(one["logprob"] for one in written.tokens)
+    return answer | {"bayestune": {"log_probability": total, "draws": written.draws.count}}
+
+
+def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    """A conversation's tokens under the tokenizer's own template, or the texts as they stand."""
+    if not messages[-1].text.strip():
+        raise Refusal("got a last message without text; expected some; say what is asked")
+    if not getattr(tokenizer, "chat_template", None):
+        return list(tokenizer("\n".join(message.text for message in messages))["input_ids"])
+    told = [{"role": message.role, "content": message.text} for message in messages]
+    try:
+        text = tokenizer.apply_chat_template(told, tokenize=False, add_generation_prompt=True)
+    except Exception as problem:  # a template raises what it likes
+        got = f"messages that the model's template refuses ({shortened(str(problem))})"
+        raise Refusal(f"got {got}; expected roles in its order; change them") from None
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _most(desk: Desk) -> int:
+    return desk.limits.max_answer_tokens
+
+
+def _ends(served: Served) -> set[int]:
+    """The tokens that end an answer."""
+    model: Any = served.session.loaded.model
+    tokenizer: Any = served.session.loaded.tokenizer
+    found: Any = getattr(model.generation_config, "eos_token_id", None)
+    more = found if isinstance(found, list) else [found]
+    return {token for token in (tokenizer.eos_token_id, *more) if token is not None}
+
+
+def _of_token(tokenizer: Any, one: dict[str, Any]) -> dict[str, Any]:
+    top = [_told(tokenizer.decode([token]), value) for token, value in one["top"]]
+    return _told(tokenizer.decode([one["id"]]), one["logprob"]) | {"top_logprobs": top}
+
+
+def _told(text: str, value: float) -> dict[str, Any]:
+    return {"token": text, "logprob": value, "bytes": list(text.encode("utf-8", "replace"))}
+
+
+def _log(p: float) -> float:
+    return math.log(p) if p > 0 else -9999.0  # as OpenAI writes it
+
+
+def _usage(prompt: int, completion: int) -> dict[str, int]:
+    total = prompt + completion
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": total}
+
+
+def _answer(
+    served: Served, text: str, logprobs: list[dict[str, Any]] | None, reason: str
+) -> dict[str, Any]:
+    choice = {
+        "index": 0,
+        "message": {"role": "assistant", "content": text},
+        "logprobs": None if logprobs is None else {"content": logprobs},
+        "finish_reason": reason,
+    }
+    return {
+        "id": f"chatcmpl-{uuid.uuid4().hex}",
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": served.name,
+        "choices": [choice],
+    }

@@ -1,0 +1,119 @@
+"""What Prometheus is told: latency, decisions, abstentions, passes, and whether rows drift."""
+
+import threading
+from collections import deque
+from dataclasses import dataclass, field
+
+import torch
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from bayestune.decisions import ROW_SCORES, Calibration, drift_test, score_rows
+from bayestune.serving.shelf import Shelf
+from bayestune.session import DISTANCE, Gated, Look
+
+_RECENT = 500  # rows that drift is looked for in
+_LEAST = 50
+_PERMUTATIONS = 199
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+
+@dataclass
+class Recent:
+    """The scores of an artefact's last rows, and whether they are like the held-out ones."""
+
+    calibration: Calibration
+    values: dict[str, "deque[float]"] = field(default_factory=dict)
+    seen: int = 0
+    _told: tuple[int, float, float] = (-1, 0.0, 0.0)
+    _lock: threading.Lock = field(default_factory=threading.Lock)  # passes add, others read
+
+    def add(self, look: Look) -> None:
+        """Remembers some rows."""
+        names = [name for name in self._names() if name in self.calibration.held_out]
+        of_logits = [name for name in names if name in ROW_SCORES]
+        found = score_rows(look.logits, of_logits, self.calibration.temperature)
+        found |= {name: look.extra[name] for name in names if name in look.extra}
+        with self._lock:
+            for name, values in found.items():
+                self.values.setdefault(name, deque(maxlen=_RECENT)).extend(values.tolist())
+            self.seen += look.logits.shape[1]
+
+    def drift(self) -> tuple[float, float] | None:
+        """The largest distance of a score, and the test's p-value; None of too few rows."""
+        if self.seen < _LEAST or not self.values:
+            return None
+        if self._told[0] != self.seen:
+            with self._lock:
+                new = {name: torch.tensor(list(values)) for name, values in self.values.items()}
+            kept = self.calibration.held_out
+            held_out = {name: torch.tensor(kept[name]) for name in new}
+            found = drift_test(held_out, new, _PERMUTATIONS)
+            self._told = (self.seen, max(found.statistics.values()), found.p_value)
+        return self._told[1:]
+
+    def _names(self) -> list[str]:
+        usual = ("total_entropy", "corrected_mutual_information", DISTANCE)
+        return list(dict.fromkeys([self.calibration.score, *usual]))
+
+
+class Counters:
+    """The figures of one service, in a registry of its own."""
+
+    def __init__(self, shelf: Shelf) -> None:
+        self.registry = CollectorRegistry()
+        self._shelf = shelf
+        self._recent: dict[str, Recent] = {}
+        own = {"registry": self.registry, "namespace": "bayestune"}
+        self.latency = Histogram(
+            "request_seconds",
+            "From a request's first byte to its answer",
+            ["route", "status"],
+            buckets=_SECONDS,
+            **own,
+        )
+        self.decisions = Counter("decisions", "Rows by decision", ["model", "decision"], **own)
+        self.abstentions = Counter("abstentions", "Rows that are not acted on", ["model"], **own)
+        self.rows = Counter("rows", "Rows answered", ["model"], **own)
+        self.pass_rows = Histogram(
+            "pass_rows", "Rows of a pass", buckets=(1, 2, 4, 8, 16, 32, 64), **own
+        )
+        self.pass_tokens = Counter("pass_tokens", "Tokens of the passes, with padding", **own)
+        self.waiting = Gauge("waiting_rows", "Rows that wait", **own)
+        self.reloads = Gauge("reloads", "How often an artefact was opened anew", ["model"], **own)
+        self._distance = Gauge(
+            "drift_distance", "Largest distance of recent scores from held-out", ["model"], **own
+        )
+        self._p_value = Gauge("drift_p_value", "Of recent rows like held-out", ["model"], **own)
+
+    def saw(self, gated: Gated, look: Look, tokens: int) -> None:
+        """A pass was made. Rows that were asked otherwise than calibrated say nothing of drift."""
+        self.pass_rows.observe(look.logits.shape[1])
+        self.pass_tokens.inc(tokens)
+        if gated.calibration is None:
+            return
+        for served in self._shelf.all():
+            if served.decided is gated:
+                recent = self._recent.get(served.name)
+                if recent is None or recent.calibration is not gated.calibration:
+                    recent = self._recent[served.name] = Recent(gated.calibration)
+                recent.add(look)
+
+    def decided(self, model: str, decision: str | None) -> None:
+        """A row was answered."""
+        self.rows.labels(model).inc()
+        if decision is None:
+            return
+        self.decisions.labels(model, decision).inc()
+        if decision in ("abstain", "ask"):
+            self.abstentions.labels(model).inc()
+
+    def renew(self, waiting: int) -> None:
+        """Brings the figures up to date that are only looked at when somebody asks."""
+        self.waiting.set(waiting)
+        for name, count in list(self._shelf.reloads.items()):
+            self.reloads.labels(name).set(count)
+        for name, recent in list(self._recent.items()):
+            found = recent.drift()
+            if found is not None:
+                self._distance.labels(name).set(found[0])
+                self._p_value.labels(name).set(found[1])

@@ -1,0 +1,198 @@
+"""Rows that wait, and the thread that answers them: those that come together share a pass."""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from bayestune.data import Question
+from bayestune.scoring import Encoded
+from bayestune.serving.limits import Limits
+from bayestune.session import Gated, Look
+
+logger = logging.getLogger(__name__)
+
+_MOST_ROWS = 64  # of a pass
+_DRAWS = 4  # beyond so many, a pass has fewer rows
+
+
+class Busy(Exception):
+    """As many rows wait as may."""
+
+
+class Stopping(Exception):
+    """The service ends and takes no more."""
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """A row's line, as `predict` writes it, its logits (S, C), and its tokens' number."""
+
+    line: dict[str, Any]
+    logits: Tensor
+    tokens: int
+
+
+@dataclass(eq=False)
+class Waiting:
+    """A row that waits for its answer, or a call that waits for its turn on the model."""
+
+    gated: Gated | None = None
+    row: Question | None = None
+    encoded: Encoded = field(default_factory=dict)
+    call: Callable[[], Any] | None = None
+    future: "Future[Any]" = field(default_factory=Future)
+    since: float = field(default_factory=time.monotonic)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the row."""
+        return self.encoded["length"]
+
+
+class Worker:
+    """A bounded queue, and one thread that makes the passes.
+
+    The oldest row is always in the next pass. With it go rows of the same artefact and way, those
+    nearest to it in length, as long as the pass keeps its budget of tokens.
+    """
+
+    def __init__(self, limits: Limits, see: Callable[[Gated, Look, int], None]) -> None:
+        self._limits = limits
+        self._see = see  # is told of each pass
+        self._queue: deque[Waiting] = deque()
+        self._ready = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="passes", daemon=True)
+
+    def start(self) -> None:
+        """Begins to answer."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Answers what waits, takes no more, and ends."""
+        with self._ready:
+            self._stopping = True
+            self._ready.notify_all()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread answers."""
+        return self._thread.is_alive()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a further row would be taken."""
+        return self.is_alive and not self._stopping and self.waiting < self._limits.max_waiting
+
+    @property
+    def waiting(self) -> int:
+        """How many rows wait."""
+        return len(self._queue)
+
+    def submit(self, items: Sequence[Waiting]) -> None:
+        """Queues rows, all or none.
+
+        Raises:
+            Busy: if they would be more than may wait.
+            Stopping: if the service ends.
+        """
+        with self._ready:
+            if self._stopping:
+                raise Stopping
+            if len(self._queue) + len(items) > self._limits.max_waiting:
+                raise Busy
+            self._queue.extend(items)
+            self._ready.notify_all()
+
+    def _run(self) -> None:
+        while (items := self._next()) is not None:
+            items = [item for item in items if item.future.set_running_or_notify_cancel()]
+            if not items:
+                continue
+            try:
+                self._answer(items)
+            except Exception as problem:
+                self._one_by_one(items, problem)
+
+    def _next(self) -> list[Waiting] | None:
+        """The rows of the next pass; None at the end."""
+        with self._ready:
+            while not self._queue:
+                if self._stopping:
+                    return None
+                self._ready.wait()
+            end = self._queue[0].since + self._limits.window_ms / 1000
+            while not self._stopping and (left := end - time.monotonic()) > 0:
+                self._ready.wait(left)
+            taken = self._together()
+            kept = set(map(id, taken))
+            self._queue = deque(item for item in self._queue if id(item) not in kept)
+            return taken
+
+    def _together(self) -> list[Waiting]:
+        oldest = self._queue[0]
+        if oldest.gated is None or oldest.gated.fit.posterior.by_batch:
+            return [oldest]
+        same = [item for item in self._queue if item.gated is oldest.gated]
+        same.sort(key=lambda item: abs(item.length - oldest.length))
+        taken: list[Waiting] = []
+        longest = 0
+        for item in same[:_MOST_ROWS]:
+            longest = max(longest, item.length)
+            if taken and longest * (len(taken) + 1) > self._budget(oldest.gated):
+                break
+            taken.append(item)
+        return taken
+
+    def _budget(self, gated: Gated | None) -> float:
+        """Tokens of a pass: fewer where many draws read each."""
+        way = None if gated is None else gated.way
+        draws = 1 if way is None or way.band else way.draws
+        return self._limits.pass_tokens * min(1.0, _DRAWS / max(1, draws))
+
+    def _answer(self, items: Sequence[Waiting]) -> None:
+        gated = items[0].gated
+        if gated is None:
+            call = items[0].call
+            assert call is not None
+            items[0].future.set_result(call())
+            return
+        encoded = [item.encoded for item in items]
+        rows = [item.row for item in items if item.row is not None]
+        begin = time.perf_counter()
+        look = gated.looking.at_encoded(encoded, len(items))
+        lines = gated.lines_of(rows, look)
+        seconds = time.perf_counter() - begin
+        for item, line, own in zip(items, lines, look.logits.unbind(1), strict=True):
+            item.future.set_result(Answer(line, own[:, : len(line["options"])], item.length))
+        self._tell(gated, look, items, seconds)
+
+    def _tell(self, gated: Gated, look: Look, items: Sequence[Waiting], seconds: float) -> None:
+        longest = max(item.length for item in items)
+        logger.debug("%d rows of up to %d tokens in %.3f s", len(items), longest, seconds)
+        try:
+            self._see(gated, look, len(items) * longest)
+        except Exception as problem:  # figures are worth no answer
+            logger.warning("a pass is not in the figures: %s", type(problem).__name__)
+
+    def _one_by_one(self, items: Sequence[Waiting], problem: Exception) -> None:
+        """A row that cannot be answered takes no other with it."""
+        if len(items) == 1:
+            items[0].future.set_exception(problem)
+            return
+        for item in items:
+            if item.future.done():
+                continue
+            try:
+                self._answer([item])
+            except Exception as own:
+                item.future.set_exception(own)

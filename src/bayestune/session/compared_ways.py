@@ -1,0 +1,168 @@
+"""The ways of predicting that a calibration compares, each tried on the held-out rows."""
+
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from bayestune import decisions
+from bayestune.data import Question, own_task
+from bayestune.decisions import Asked, Distance, HeldOut, Variant
+from bayestune.errors import NUMBER, PART, POSITIVE, Refusal, check_fields
+from bayestune.posteriors import Gaussian, artefact_folder, posterior_digest
+from bayestune.session.artefact import Artefact
+from bayestune.session.looks import DISTANCE
+from bayestune.session.prediction_ways import Way, in_band, staged
+
+_log = logging.getLogger(__name__)
+
+_WARM_UP = 8  # rows predicted before time is taken: a model's first pass is slower
+_MOST_TRAINED = 500  # training rows that distances are taken from: enough for r numbers a slot
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Which ways of predicting are compared.
+
+    Args:
+        draws: numbers of draws; 0 is the mean.
+        draw_seed: of the held draws.
+        factors: on Ω, tried with the largest number of draws if the posterior is a Gaussian.
+        student: folder of a student, if there is one.
+        bf16: whether to predict under bfloat16 autocast; left out: as fitted.
+        cascade: share of the rows that are drawn for, after the student or the mean was asked; 0
+            for no such way.
+
+    Raises:
+        Refusal: if a number is no number of draws, a factor not positive, or a share none.
+    """
+
+    draws: tuple[int, ...] = (0, 10)
+    draw_seed: int = 0
+    factors: tuple[float, ...] = (0.5, 2.0)
+    student: Path | None = None
+    bf16: bool | None = None
+    cascade: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_fields(self, cascade=PART)
+        wrong = [count for count in self.draws if count not in NUMBER]
+        if wrong or not self.draws:
+            raise Refusal(f"got draws={list(self.draws)}; expected {NUMBER.said}; 0 is the mean")
+        if any(factor not in POSITIVE for factor in self.factors):
+            raise Refusal(f"got factors={list(self.factors)}; expected {POSITIVE.said}; correct it")
+
+    def ways(self, artefact: Artefact, bf16: bool) -> list[Way]:
+        """The ways that a posterior has, without its student."""
+        posterior = artefact.fit.posterior
+        if posterior.atoms is not None:
+            return [Way(0 if posterior.has_mean else posterior.atoms, self.draw_seed, bf16)]
+        counts = [count for count in self.draws if count or posterior.has_mean]
+        ways = [Way(count, self.draw_seed, bf16) for count in dict.fromkeys(counts)]
+        most = max(counts, default=0)
+        if isinstance(posterior, Gaussian) and most:
+            factors = [factor for factor in self.factors if factor != 1]
+            ways += [Way(most, self.draw_seed, bf16, factor) for factor in factors]
+        return ways
+
+
+def variants_of(
+    artefact: Artefact, compared: Compared, trained: Sequence[Question]
+) -> dict[str, Variant]:
+    """Every way of predicting on all rows, with its time, and its distances."""
+    precise = artefact.fit.bf16 if compared.bf16 is None else compared.bf16
+    found = {}
+    ways = compared.ways(artefact, precise)
+    near = _near(artefact, ways[0], trained)
+    for way in ways:
+        found[way.name(artefact.fit.posterior)] = near.put_on(_variant(artefact, way))
+    if compared.student is not None:
+        folder = artefact_folder(compared.student)
+        seen_from = os.path.relpath(folder.resolve(), artefact.place.resolve())
+        digest = posterior_digest(folder)
+        plain = Way(0, compared.draw_seed, precise)
+        way = replace(plain, student=Path(seen_from).as_posix(), student_digest=digest)
+        student = artefact.student(folder)
+        near = _near(student, way, trained)
+        found["student"] = near.put_on(_variant(student, way))
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Near:
+    """How far the held-out rows are from the training rows, where these are known."""
+
+    distance: Distance | None = None
+    scores: Tensor | None = None
+
+    def put_on(self, variant: Variant) -> Variant:
+        """The variant with its distances, and what gives those of new rows."""
+        if self.distance is None or self.scores is None:
+            return variant
+        settings = {**variant.settings, DISTANCE: self.distance.to_json()}
+        return replace(variant, settings=settings, extra={DISTANCE: self.scores})
+
+
+def _near(artefact: Artefact, way: Way, trained: Sequence[Question]) -> _Near:
+    """Distances in the adapter's activations; none without training rows or a mean adapter."""
+    if not trained:
+        return _Near()
+    if not artefact.fit.posterior.has_mean:
+        _log.warning("no distance: the posterior has no mean adapter to tell activations by")
+        return _Near()
+    looking = artefact.looking(way)
+    step = -(-len(trained) // _MOST_TRAINED)
+    task = own_task("trained on", (), trained[::step])
+    reference = artefact.session.quietly().on(task).task.evaluation
+    try:
+        distance = Distance.fit(looking.activations(reference))
+    except Refusal as problem:
+        _log.warning("no distance: %s", problem)
+        return _Near()
+    return _Near(distance, distance.of(looking.activations(artefact.rows)))
+
+
+def _variant(artefact: Artefact, way: Way) -> Variant:
+    rows = artefact.rows
+    looking = artefact.looking(way)
+    looking.at(rows[:_WARM_UP])
+    begin = time.perf_counter()
+    logits = looking.over(rows).logits
+    milliseconds = 1000 * (time.perf_counter() - begin) / len(rows)
+    return Variant(logits, milliseconds, way.settings)
+
+
+def cascade_of(
+    variants: Mapping[str, Variant], held_out: HeldOut, asked: Asked, share: float
+) -> Variant:
+    """The student, or else the mean, and the draws for the rows about which it is in doubt.
+
+    The band is chosen on the rows for choices; the promise is for the whole cascade. Distances are
+    those of what is asked first.
+    """
+    first = variants.get("student") or variants.get("mean")
+    ways = [each for each in variants.values() if each.settings["draws"] > 0]
+    if first is None or not ways:
+        raise Refusal(
+            f"got cascade={share} for {sorted(variants)}; expected a student or the mean, and "
+            "draws; give --draws '[0, 10]' of a posterior that has both, or leave it out"
+        )
+    plain = [each for each in ways if each.settings["factor"] == 1] or ways
+    drawn = max(plain, key=lambda each: each.settings["draws"])
+    choosing, _ = decisions.parts(held_out, asked)
+    quick = first.logits[0].double().softmax(-1)
+    wrong = (quick.argmax(-1) != held_out.labels)[choosing]
+    doubt = (1 - quick.amax(-1))[choosing]
+    band = decisions.doubtful_band(doubt, wrong, asked.promise.risk, share)
+    rows = in_band(first.logits, band).nonzero()[:, 0].tolist()
+    logits = staged(first.logits, drawn.logits[:, rows], rows)
+    milliseconds = first.milliseconds + drawn.milliseconds * len(rows) / len(held_out.labels)
+    settings = {**drawn.settings, "band": list(band)}
+    settings.pop(DISTANCE, None)
+    names = ("student", "student_digest", DISTANCE)
+    settings |= {name: first.settings[name] for name in names if name in first.settings}
+    return Variant(logits, milliseconds, settings, first.extra)

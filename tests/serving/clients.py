@@ -1,0 +1,44 @@
+"""Clients of a service in this process."""
+
+import threading
+import time
+from contextlib import contextmanager
+
+from fastapi.testclient import TestClient
+
+from bayestune.serving import Limits, Serving, Shelf
+from bayestune.serving.application import make_app
+from bayestune.serving.waiting import Waiting
+
+
+@contextmanager
+def serving(folders, limits=None, **settings):
+    """A client of a service of these folders."""
+    app = make_app(Shelf(folders), limits or Limits(), Serving(reload_seconds=0, **settings))
+    with TestClient(app, base_url="http://localhost", raise_server_exceptions=False) as client:
+        yield client
+
+
+@contextmanager
+def held(client):
+    """The model is busy until the event is set."""
+    begun = threading.Event()
+    release = threading.Event()
+
+    def work():
+        begun.set()
+        release.wait(20)
+
+    client.app.state.desk.worker.submit([Waiting(call=work)])
+    assert begun.wait(20)
+    try:
+        yield release
+    finally:
+        release.set()
+
+
+def wait_for(condition, seconds=20.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
