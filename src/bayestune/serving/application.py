@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 
 import bayestune
 from bayestune.errors import Refusal
-from bayestune.serving.asking import Desk, TooLarge, Unknown, told
+from bayestune.serving.desk import Desk, TooLarge, Unknown, told
 from bayestune.serving.bodies import ChatBody, DecisionsBody, ErrorBody, RankBody, RowBody
 from bayestune.serving.chat import completion
 from bayestune.serving.counters import Counters

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bayestune.errors import Refusal
-from bayestune.serving.asking import Desk, TooLarge, shortened, told
+from bayestune.serving.desk import Desk, TooLarge, shortened, told
 from bayestune.serving.bodies import ChatBody, Message, RowBody
 from bayestune.serving.shelf import Served
 from bayestune.serving.waiting import Answer

@@ -5,7 +5,7 @@ from typing import Any
 from bayestune.decisions import rank_rows, score_rows
 from bayestune.errors import Refusal
 from bayestune.forward import Draws
-from bayestune.serving.asking import Desk
+from bayestune.serving.desk import Desk
 from bayestune.serving.bodies import RankBody
 from bayestune.serving.shelf import Served
 from bayestune.serving.waiting import Answer
