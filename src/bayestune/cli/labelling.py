@@ -17,7 +17,6 @@ from bayestune.decisions import (
     FILE_NAME,
     Asked,
     Calibration,
-    Distance,
     Drift,
     Promise,
     drift_test,
@@ -38,6 +37,7 @@ from bayestune.session import (
     Put,
     Way,
     kept_reference,
+    own_reference,
     read_calibration,
     rows_of,
 )
@@ -76,7 +76,7 @@ def rank(o: Namespace) -> None:
     rows = artefact.rows
     bf16 = artefact.fit.bf16 if o.bf16 is None else o.bf16
     way = Way(o.draws, o.draw_seed, bf16)
-    look = artefact.looking(way, _own_reference(calibration)).over(rows)
+    look = artefact.looking(way, own_reference(calibration)).over(rows)
     by = o.by or ("bald" if len(look.logits) > 1 else "entropy")
     number = len(rows) if o.number is None else o.number
     near = _places(artefact, way) if by == "bald" else None
@@ -89,13 +89,6 @@ def rank(o: Namespace) -> None:
         line |= {"options": list(row.options), "context": row.context}
         lines.append(line | {name: values[index].item() for name, values in scores.items()})
     _write(lines, output)
-
-
-def _own_reference(calibration: Calibration | None) -> Distance | None:
-    """The training rows' activations in the artefact itself: a student's are another adapter's."""
-    if calibration is None or Way.of(calibration.settings).student is not None:
-        return None
-    return kept_reference(calibration)
 
 
 def _places(artefact: Artefact, way: Way) -> Tensor | None:

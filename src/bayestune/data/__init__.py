@@ -4,7 +4,7 @@ A row is one `Question`; a `Task` holds the rows to train on, to choose on and t
 """
 
 from bayestune.data.answer_readings import AnswerIs
-from bayestune.data.column_roles import checked_columns
+from bayestune.data.column_roles import checked_columns, plain_name
 from bayestune.data.files import SortedRows, load_rows, read_rows, sort_rows
 from bayestune.data.option_lists import checked_options
 from bayestune.data.own_prompts import OwnPrompt, refuse_unshown
@@ -33,6 +33,7 @@ __all__ = [
     "load_split",
     "load_task",
     "own_task",
+    "plain_name",
     "prompt_of",
     "read_rows",
     "refuse_unshown",

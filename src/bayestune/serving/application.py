@@ -5,7 +5,7 @@ import base64
 import hashlib
 import logging
 import re
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from importlib.resources import files
@@ -19,12 +19,13 @@ from starlette.exceptions import HTTPException
 
 import bayestune
 from bayestune.errors import Refusal
-from bayestune.serving.desk import Desk, TooLarge, Unknown, told
 from bayestune.serving.bodies import ChatBody, DecisionsBody, ErrorBody, RankBody, RowBody
 from bayestune.serving.chat import completion
 from bayestune.serving.counters import Counters
+from bayestune.serving.desk import Desk, TooLarge, Unknown, told
 from bayestune.serving.doorkeeper import Doorkeeper, error_body
 from bayestune.serving.limits import Limits, Serving
+from bayestune.serving.own_columns import named, refuse_unknown
 from bayestune.serving.ranking_rows import ranked
 from bayestune.serving.shelf import Served, Shelf
 from bayestune.serving.waiting import Busy, Stopping, Worker
@@ -115,7 +116,8 @@ def _add_paths(app: FastAPI, desk: Desk, counters: Counters, serving: Serving) -
         served = desk.served(body.model)
         gated = desk.gated(served, body)
         single = body.rows is None
-        bodies = [_row(body)] if body.rows is None else _rows(body)
+        columns = served.columns
+        bodies = [_row(body, columns)] if body.rows is None else _rows(body, columns)
         _note(request, served, bodies, serving)
         async with asyncio.timeout(desk.limits.request_seconds):
             found = await desk.answers(served, gated, bodies)
@@ -134,6 +136,7 @@ def _add_paths(app: FastAPI, desk: Desk, counters: Counters, serving: Serving) -
     async def rank(body: RankBody, request: Request) -> dict[str, Any]:
         """Ranks rows as `bayestune rank` does; the first one teaches the most."""
         served = desk.served(body.model)
+        body.rows = [named(row, served.columns) for row in body.rows]
         _note(request, served, body.rows, serving)
         async with asyncio.timeout(desk.limits.request_seconds):
             lines = await ranked(desk, served, body)
@@ -154,16 +157,18 @@ def _add_paths(app: FastAPI, desk: Desk, counters: Counters, serving: Serving) -
         return answer
 
 
-def _row(body: DecisionsBody) -> RowBody:
-    return RowBody(**{name: getattr(body, name) for name in RowBody.model_fields})
+def _row(body: DecisionsBody, columns: Mapping[str, str]) -> RowBody:
+    names = (RowBody.model_fields.keys() & body.model_fields_set) | (body.model_extra or {}).keys()
+    return named(RowBody.model_validate(body.model_dump(include=names)), columns)
 
 
-def _rows(body: DecisionsBody) -> list[RowBody]:
+def _rows(body: DecisionsBody, columns: Mapping[str, str]) -> list[RowBody]:
+    refuse_unknown(body.model_extra)
     alone = [name for name in RowBody.model_fields if getattr(body, name)]
     alone = [name for name in alone if name != "options"]
     if alone:
         raise Refusal(f"got `{alone[0]}` beside `rows`; expected one of them; put it into a row")
-    rows = body.rows or []
+    rows = [named(row, columns) for row in body.rows or ()]
     for number, row in enumerate(rows, 1):
         row.id = f"row-{number}" if row.id is None else row.id
         row.options = row.options or body.options
@@ -187,6 +192,7 @@ def about(served: Served, limits: Limits) -> dict[str, Any]:
         "method": details["method"],
         "scoring": details["scoring"],
         "options": list(served.options),
+        "columns": served.columns,
         "has_mean": posterior.has_mean,
         "atoms": posterior.atoms,
         "draws": served.decided.way.draws,

@@ -36,8 +36,13 @@ class Message(BaseModel):
         return "\n".join(part.text for part in self.content)
 
 
-class RowBody(Closed):
-    """A row: a question, or messages of which the last one is the question, and its options."""
+class RowBody(BaseModel):
+    """A row: a question, or messages of which the last one is the question, and its options.
+
+    Fields may also have the names of the columns that the fit's files had; no others are taken.
+    """
+
+    model_config = ConfigDict(extra="allow")
 
     id: str | None = Field(None, description="names the row in the answer")
     question: str | None = None
@@ -48,7 +53,7 @@ class RowBody(Closed):
     options: Texts = Field([], description="left out: those that all rows of the fit had")
 
 
-class AskedBody(Closed):
+class AskedBody(BaseModel):
     """Which artefact answers, and how."""
 
     model: str | None = Field(None, description="of /v1/models; left out: the first")
@@ -63,7 +68,7 @@ class DecisionsBody(RowBody, AskedBody):
     include_draws: StrictBool = Field(False, description="each draw's probabilities too")
 
 
-class RankBody(AskedBody):
+class RankBody(AskedBody, Closed):
     """Rows without answers, to be ranked by what their labels would teach."""
 
     rows: list[RowBody] = Field(min_length=1)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from bayestune.errors import Refusal
-from bayestune.serving.desk import Desk, TooLarge, shortened, told
 from bayestune.serving.bodies import ChatBody, Message, RowBody
+from bayestune.serving.desk import Desk, TooLarge, shortened, told
 from bayestune.serving.shelf import Served
 from bayestune.serving.waiting import Answer
 from bayestune.serving.written import Written

@@ -16,6 +16,7 @@ from bayestune.serving.waiting import Answer, Waiting, Worker
 from bayestune.session import Gated, rows_as_fitted
 
 Outcome = Answer | Refusal
+Turns = tuple[tuple[str, str], ...]
 T = TypeVar("T")
 
 
@@ -126,7 +127,7 @@ class Desk:
 
     def _item(self, served: Served, gated: Gated, body: RowBody, number: int) -> Waiting:
         details = served.fit.details
-        row = question_of(body, number, served.options, self.limits)
+        row = question_of(body, number, served, self.limits)
         (row,) = rows_as_fitted([row], details)
         session = served.session
         (encoded,) = session.scorer.encode([row])
@@ -134,15 +135,13 @@ class Desk:
         return Waiting(gated, row, encoded)
 
 
-def question_of(
-    body: RowBody, number: int, shared: Sequence[str] = (), limits: Limits | None = None
-) -> Question:
+def question_of(body: RowBody, number: int, served: Served, limits: Limits) -> Question:
     """A body's row.
 
     Args:
         body: of the row.
         number: its place in the request, from 1, by which it is named without an id.
-        shared: the options of a row that has none.
+        served: whose options it has if it has none; that of a chat is asked with all its messages.
         limits: of the options.
 
     Raises:
@@ -150,21 +149,14 @@ def question_of(
         Refusal: if it has no question, or fewer than two options, or some of them twice.
     """
     key = body.id if body.id is not None else f"row-{number}"
-    options = body.options or list(shared)
-    most = (limits or Limits()).max_options
+    options = body.options or list(served.options)
+    most = limits.max_options
     if len(options) > most:
         raise TooLarge(
             f"row {shortened(key)}: got {len(options)} options; expected {most} or fewer"
         )
-    question = body.question
-    context = body.context
-    if body.messages is not None:
-        if question is not None or context:
-            raise Refusal(
-                f"row {shortened(key)}: got messages and a question; expected one of them"
-            )
-        question, context = asked_in(body.messages)
-    for text in (key, question or "", context, *options):
+    question, context, turns = _said(body, served, key)
+    for text in (key, question or "", context, *options, *(text for _, text in turns)):
         _refuse_no_text(text)
     if question is None or not question.strip():
         raise Refusal(
@@ -175,7 +167,20 @@ def question_of(
         raise Refusal(f"row {shortened(key)}: got 1 option; expected two or more; give `options`")
     if not options:
         raise Refusal(f"row {shortened(key)}: got no options; expected two or more; give `options`")
-    return Question(key, question, checked_options(options, f"row {shortened(key)}"), None, context)
+    checked = checked_options(options, f"row {shortened(key)}")
+    return Question(key, question, checked, None, context, turns)
+
+
+def _said(body: RowBody, served: Served, key: str) -> tuple[str | None, str, Turns]:
+    """Question, context and earlier messages, which are the context where the fit is no chat."""
+    if body.messages is None:
+        return body.question, body.context, ()
+    if body.question is not None or (body.context and not served.is_chat):
+        raise Refusal(f"row {shortened(key)}: got messages and a question; expected one of them")
+    turns, question = asked_in(body.messages)
+    if served.is_chat:
+        return question, body.context, turns
+    return question, "\n".join(f"{role}: {text}" for role, text in turns), ()
 
 
 def told(answer: Answer, temperature: float | None = None) -> dict[str, Any]:
@@ -195,17 +200,21 @@ def told(answer: Answer, temperature: float | None = None) -> dict[str, Any]:
     return line
 
 
-def asked_in(messages: Sequence[Message]) -> tuple[str, str]:
-    """The question of a conversation, its last message, and those before as the context.
+def asked_in(messages: Sequence[Message]) -> tuple[Turns, str]:
+    """The messages before the last one of a conversation, a role and a text each, and its question.
+
+    A developer's message is a system message by its newer name.
 
     >>> hello = [Message(role="system", content="Be brief."), Message(role="user", content="Why?")]
     >>> asked_in(hello)
-    ('Why?', 'system: Be brief.')
+    ((('system', 'Be brief.'),), 'Why?')
     """
     *before, last = messages
     if last.role != "user":
         raise Refusal(f"got a last message of {last.role!r}; expected one of 'user'; end with it")
-    return last.text, "\n".join(f"{message.role}: {message.text}" for message in before)
+    roles = {"developer": "system"}
+    turns = tuple((roles.get(message.role, message.role), message.text) for message in before)
+    return turns, last.text
 
 
 def _refuse_no_text(text: str) -> None:

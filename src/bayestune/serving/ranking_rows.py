@@ -1,15 +1,27 @@
 """Rows ranked by what their labels would teach, as `bayestune rank` does."""
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-from bayestune.decisions import rank_rows, score_rows
+from torch import Tensor
+
+from bayestune.decisions import rank_rows, score_rows, spread_out
 from bayestune.errors import Refusal
 from bayestune.forward import Draws
-from bayestune.serving.desk import Desk
 from bayestune.serving.bodies import RankBody
+from bayestune.serving.desk import Desk
 from bayestune.serving.shelf import Served
 from bayestune.serving.waiting import Answer
-from bayestune.session import joined
+from bayestune.session import (
+    DISTANCE,
+    Way,
+    columns_joined,
+    joined,
+    own_reference,
+    prompt_lengths,
+    windows,
+)
 
 
 async def ranked(desk: Desk, served: Served, body: RankBody) -> list[dict[str, Any]]:
@@ -20,9 +32,8 @@ async def ranked(desk: Desk, served: Served, body: RankBody) -> list[dict[str, A
     """
     count = Draws().count if body.draws is None else body.draws
     asked = body.model_copy(update={"draws": count, "seed": body.seed or 0})
-    found = await desk.answers(served, desk.gated(served, asked), body.rows)
     answers = []
-    for outcome in found:
+    for outcome in await desk.answers(served, desk.gated(served, asked), body.rows):
         if isinstance(outcome, Refusal):
             raise outcome
         assert isinstance(outcome, Answer)
@@ -30,8 +41,14 @@ async def ranked(desk: Desk, served: Served, body: RankBody) -> list[dict[str, A
     logits = joined([answer.logits[:, None] for answer in answers])
     by = body.by or ("bald" if len(logits) > 1 else "entropy")
     number = len(answers) if body.number is None else body.number
-    order = rank_rows(logits, number, by, seed=asked.seed or 0).tolist()
-    scores = score_rows(logits)
+    scores = score_rows(logits) | prompt_lengths([answer.encoded for answer in answers])
+    reference = own_reference(served.calibration)
+    near = None
+    if served.posterior.has_mean and (by == "bald" or reference is not None):
+        found = await _activations(desk, served, answers)
+        near = spread_out(found) if by == "bald" and len(answers) > 1 else None
+        scores |= {DISTANCE: reference.of(found)} if reference is not None else {}
+    order = rank_rows(logits, number, by, near, asked.seed or 0).tolist()
     lines = []
     for place, index in enumerate(order, 1):
         line = answers[index].line
@@ -39,3 +56,13 @@ async def ranked(desk: Desk, served: Served, body: RankBody) -> list[dict[str, A
         told |= {"by": by, "options": line["options"]}
         lines.append(told | {name: values[index].item() for name, values in scores.items()})
     return lines
+
+
+async def _activations(desk: Desk, served: Served, answers: Sequence[Answer]) -> dict[str, Tensor]:
+    """A x (N, r) of rows by slot name, some at a time, so that other requests have their turn."""
+    scorer = served.session.scorer
+    mean = Way(0, bf16=served.fit.bf16)
+    parts = []
+    for window in windows([answer.encoded for answer in answers]):
+        parts.append(await desk.call(partial(mean.watched, served.fit, scorer, window)))
+    return columns_joined([found for _, found in parts])

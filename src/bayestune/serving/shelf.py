@@ -24,7 +24,9 @@ from bayestune.session import (
     details_of,
     load_way,
     open_model,
+    prompt_of_fit,
     read_calibration,
+    usual_reading,
 )
 
 logger = logging.getLogger(__name__)
@@ -62,6 +64,16 @@ class Served:
     def options(self) -> tuple[str, ...]:
         """Those that all rows of the fit had, for rows without any; none if they differed."""
         return classes_of(self.fit.details) or ()
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether its prompt is the end of a conversation."""
+        return prompt_of_fit(self.fit.details).chat
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The names that the files of the fit had for some fields, by these."""
+        return dict(usual_reading(self.fit.details).usual_columns)
 
     @property
     def calibration(self) -> Calibration | None:

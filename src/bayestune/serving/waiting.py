@@ -32,11 +32,16 @@ class Stopping(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """A row's line, as `predict` writes it, its logits (S, C), and its tokens' number."""
+    """A row's line, as `predict` writes it, its logits (S, C), and what the model read."""
 
     line: dict[str, Any]
     logits: Tensor
-    tokens: int
+    encoded: Encoded
+
+    @property
+    def tokens(self) -> int:
+        """How many it read."""
+        return self.encoded["length"]
 
 
 @dataclass(eq=False)
@@ -173,7 +178,7 @@ class Worker:
         lines = gated.lines_of(rows, look)
         seconds = time.perf_counter() - begin
         for item, line, own in zip(items, lines, look.logits.unbind(1), strict=True):
-            item.future.set_result(Answer(line, own[:, : len(line["options"])], item.length))
+            item.future.set_result(Answer(line, own[:, : len(line["options"])], item.encoded))
         self._tell(gated, look, items, seconds)
 
     def _tell(self, gated: Gated, look: Look, items: Sequence[Waiting], seconds: float) -> None:

@@ -7,6 +7,7 @@ from bayestune.session.artefact import Artefact, Put, load_way, rows_of
 from bayestune.session.as_fitted import (
     classes_of,
     of_its_classes,
+    prompt_of_fit,
     put_as_fitted,
     rows_as_fitted,
     say_seen,
@@ -17,7 +18,17 @@ from bayestune.session.fit import Fit, details_of, shown
 from bayestune.session.fitted import Fitted
 from bayestune.session.gated import Gated, decide, read_calibration
 from bayestune.session.lesson import Lesson, LessonRows
-from bayestune.session.looks import DISTANCE, PROMPT_LENGTH, Look, Looking, kept_reference
+from bayestune.session.looks import (
+    DISTANCE,
+    PROMPT_LENGTH,
+    Look,
+    Looking,
+    columns_joined,
+    kept_reference,
+    own_reference,
+    prompt_lengths,
+    windows,
+)
 from bayestune.session.opened_model import Dtype, num_classes, open_model
 from bayestune.session.plain_adapter import is_plain
 from bayestune.session.prediction_ways import Way, joined
@@ -45,6 +56,7 @@ __all__ = [
     "Way",
     "calibrate",
     "classes_of",
+    "columns_joined",
     "decide",
     "details_of",
     "is_plain",
@@ -54,6 +66,9 @@ __all__ = [
     "num_classes",
     "of_its_classes",
     "open_model",
+    "own_reference",
+    "prompt_lengths",
+    "prompt_of_fit",
     "put_as_fitted",
     "read_calibration",
     "rows_as_fitted",
@@ -61,4 +76,5 @@ __all__ = [
     "say_seen",
     "shown",
     "usual_reading",
+    "windows",
 ]

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from bayestune.session.prediction_ways import BATCH, Way, joined
 
 PROMPT_LENGTH = "prompt_length"  # the score that every artefact has for nothing
 DISTANCE = "distance"  # of the calibrations that saw training rows
+T = TypeVar("T")
 WINDOW = 32  # rows that are predicted before their lines are written
 
 
@@ -56,7 +57,7 @@ class Looking:
     def over(self, rows: Sequence[Question]) -> Look:
         """Any number of rows, a window at a time, as predictions take them."""
         looks = [self.at(part) for part in windows(rows)]
-        extra = _joined([look.extra for look in looks])
+        extra = columns_joined([look.extra for look in looks])
         return Look(joined([look.logits for look in looks]), extra)
 
     def activations(self, rows: Sequence[Question]) -> dict[str, Tensor]:
@@ -65,10 +66,10 @@ class Looking:
         found = []
         for part in windows(rows):
             found.append(mean.watched(self.fit, self.scorer, self.scorer.encode(part))[1])
-        return _joined(found)
+        return columns_joined(found)
 
 
-def _joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def columns_joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Columns of some rows each as those of all, by the names that every part has."""
     found = {}
     for name in parts[0]:
@@ -78,7 +79,7 @@ def _joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return found
 
 
-def windows(rows: Sequence[Question]) -> list[Sequence[Question]]:
+def windows(rows: Sequence[T]) -> list[Sequence[T]]:
     """The rows, so many at a time as predictions take them."""
     return [rows[start : start + WINDOW] for start in range(0, len(rows), WINDOW)]
 
@@ -93,3 +94,10 @@ def kept_reference(calibration: Calibration | None) -> Distance | None:
     """What a calibration keeps of the training rows' activations, if it saw them."""
     texts: Any = calibration.settings.get(DISTANCE) if calibration else None
     return Distance.from_json(texts) if texts else None
+
+
+def own_reference(calibration: Calibration | None) -> Distance | None:
+    """The same in the artefact itself: a student's activations are another adapter's."""
+    if calibration is None or Way.of(calibration.settings).student is not None:
+        return None
+    return kept_reference(calibration)
