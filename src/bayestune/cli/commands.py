@@ -193,7 +193,7 @@ def compare(o: Namespace) -> None:
     session = _opened(o, options, task)
     settings = fit_settings(o.model, (options, task, o.dtype), training, methods)
     settings |= evaluation_settings(session.rows(o.on), predicting)
-    run = Run(output, settings, o.on, o.command_line)
+    run = Run(output, settings, o.on, command=o.command_line)
     compare_methods(session, methods, training, predicting, run)
 
 

@@ -92,7 +92,7 @@ class BLoB:
     def _kl_step(self, warmup_ratio: float) -> KLStep:
         return KLStep(
             self.prior_std,
-            final_std=self.final_std,
+            final_std=None if self.final_std == "auto" else self.final_std,
             kl_lr=self.kl_lr,
             schedule=self.schedule,
             warmup_ratio=warmup_ratio,

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -153,7 +153,7 @@ def choose(losses: Callable[[Candidate], Tensor]) -> tuple[Candidate, dict[str, 
 
 def choose_noise(
     method: Callable[[float], M], model: nn.Module, scorer: Scorer, training: Training
-) -> tuple[M, Training, dict[str, object]]:
+) -> tuple[M, Training, dict[str, Any]]:
     """The method and the training that cross-fitting chooses, and what a record says of it.
 
     It takes four to six times as long as one fit, and no row but the training rows.
