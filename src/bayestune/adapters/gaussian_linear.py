@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bayestune.adapters.copies import let_copies_take_the_mean
 from bayestune.adapters.drawn_linear import compute_dtype
 from bayestune.adapters.entrances import passes_of, put_row_axes
 from bayestune.adapters.fused_input import FusedInput, RowNoise, RowProduct, fuse_inputs
@@ -89,7 +90,7 @@ class GaussianLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps (rows, …, k) to (rows, …, r)."""
-        if not self.training or self.passes.at_mean:
+        if not self.training or self.passes.are_at_mean():
             return F.linear(input, self.weight)
         if self.noise == "token":
             return self._token_forward(input)
@@ -148,8 +149,8 @@ def bayesify(
     Afterwards training mode, with gradients or without, draws one A for each row of a pass, and
     evaluation mode uses the mean, as does `generate` in either mode. Sequences that are one row,
     such as the two sides of a preference, share their draw if `group_rows` says so. An input that
-    is no row's, such as relative positions that all rows share, sees the first row's draw. All
-    layers are checked before any is converted; how many were is returned.
+    is no row's, such as relative positions that all rows share, sees the first row's draw. Each
+    document of a packed batch, which positions tell apart, is a row. All layers are checked before any is converted; how many were is returned.
 
     The model's own `save_pretrained`, which a Trainer and `push_to_hub` call, then writes the
     posterior's files beside the stock adapter, for `load_posterior`. G starts anew, also on an
@@ -202,6 +203,7 @@ def make_gaussian(
     """Makes some slots of an adapter Gaussian, None for all A: what `bayesify` does, no warning."""
     plain = found.replaceable(names)
     keep_standard_deviations(found.model, found.adapter)
+    let_copies_take_the_mean(found.model)
     passes = passes_of(found.model)
     gaussian = {
         name: GaussianLinear(slot, init_root_std, noise, passes) for name, slot in plain.items()

@@ -8,6 +8,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from bayestune.adapters.packing import Documents
 from bayestune.adapters.row_groups import RowGroups, Rows
 from bayestune.errors import Refusal
 
@@ -15,11 +16,15 @@ _KEY = "bayestune"
 
 
 class Sizes(NamedTuple):
-    """What the inputs of a model say of a pass: N rows in S sequences of T tokens, 0 if unknown."""
+    """What the inputs of a model say of a pass: N rows in S sequences of T tokens, 0 if unknown.
+
+    Positions (S, T) are given where a sequence may hold several documents.
+    """
 
     rows: int
     sequences: int
     tokens: int = 0
+    positions: Tensor | None = None
 
 
 class Call(NamedTuple):
@@ -30,6 +35,15 @@ class Call(NamedTuple):
     noise: Any
     shape: torch.Size  # (…, k), the rows before the tokens
     time_first: bool
+    documents: Documents | None = None  # where a block holds tokens of one of them
+
+    def in_blocks(self, input: Tensor) -> Tensor:
+        """Another input of the same shape as the call's, in the same blocks (B, t, k)."""
+        if self.time_first:
+            input = input.transpose(0, 1)
+        if self.documents is not None:
+            return self.documents.in_blocks(input)
+        return input.reshape(self.blocks.shape)
 
     def of_blocks(self, per_row: Tensor) -> Tensor:
         """What the blocks take of a tensor (N, …): (B, …)."""
@@ -37,6 +51,8 @@ class Call(NamedTuple):
 
     def shaped(self, output: Tensor) -> Tensor:
         """The blocks' output (B, t, r) as the layer's, (…, r)."""
+        if self.documents is not None:
+            output = self.documents.in_tokens(output)
         output = output.reshape(*self.shape[:-1], output.shape[-1])
         return output.transpose(0, 1) if self.time_first else output
 
@@ -47,16 +63,41 @@ class _Pass:
     def __init__(self, sizes: Sizes | None, gradients: bool) -> None:
         self.sizes = sizes
         self.gradients = gradients
+        self.at_mean = False
         self.rows: Rows | None = None  # settled by the first random layer that is called
+        self.documents: Documents | None = None  # likewise
         self.noises: dict[Any, Any] = {}
         self.repeated: dict[Any, None] = {}  # the layers that were called again …
         self.repeats: set[int] = set()  # … and the names of these calls
 
+    def settle(self, groups: RowGroups | None) -> Rows:
+        """Finds out the rows of the pass."""
+        sizes = self.sizes or Sizes(1, 1)
+        if sizes.positions is not None:
+            self.documents = Documents.of(sizes.positions)
+        # the sequences of a row follow each other, as the options in (N, C, T) do
+        units = self.documents.number if self.documents else sizes.sequences
+        alone = units if self.documents else sizes.rows
+        self.rows = groups.rows(units) if groups else Rows(alone)
+        return self.rows
+
+    def documents_in(self, input: Tensor) -> Documents | None:
+        """The documents, if the input (…, k) is one of all tokens."""
+        sizes = self.sizes or Sizes(1, 1)
+        fits = input.shape[:-1].numel() == sizes.sequences * sizes.tokens
+        return self.documents if fits else None
+
     def blocks(self, input: Tensor, rows: Rows) -> tuple[Tensor, Tensor | slice | None]:
         """The input (…, k), rows before tokens, in blocks, and the row of each."""
+        documents = self.documents_in(input)
+        if documents is not None:
+            row_of = rows.of(documents.number).to(input.device)
+            return documents.in_blocks(input), row_of[documents.document]
+        if self.documents is not None:
+            return as_a_whole(input)
         leading = len(input)
         width = input.shape[-1]
-        _, sequences, tokens = self.sizes or Sizes(leading, leading)
+        _, sequences, tokens, _ = self.sizes or Sizes(leading, leading)
         flat = input.dim() == 2 and leading == sequences * tokens
         if leading == sequences or flat:
             if rows.row_of is None:
@@ -88,6 +129,8 @@ class TrainingPasses:
         self.at_mean = False
         self._lasting = groups
         self._next: RowGroups | None = None
+        self._of_run: RowGroups | None = None
+        self._in_run = False
         self._forget()
 
     def _forget(self) -> None:
@@ -110,12 +153,32 @@ class TrainingPasses:
             self._lasting = groups
         self._next = None if lasting else groups
 
+    def begin_run(self, groups: RowGroups | None) -> None:
+        """Notes that a Trainer's run begins, and how its batches make rows if nobody has said.
+
+        Until its end, passes without gradients are the mean's: what a trainer asks without them is
+        how likely something is under the adapter that writes its texts, `generate`'s.
+        """
+        self._of_run = groups
+        self._in_run = True
+
+    def end_run(self) -> None:
+        """Notes that a Trainer's run has ended."""
+        self._of_run = None
+        self._in_run = False
+
+    def are_at_mean(self) -> bool:
+        """Whether the pass that is open now, or every pass, is the mean's."""
+        _, one = self._open.get(_thread(), (0, None))
+        return self.at_mean or (one is not None and one.at_mean)
+
     def begin(self, depth: int, sizes: Sizes | None) -> None:
         """Begins a pass at a module of this depth in the model, unless it is called within one."""
         open_depth, _ = self._open.get(_thread(), (depth, None))
         if open_depth < depth:
             return
         one = _Pass(sizes, torch.is_grad_enabled())
+        one.at_mean = self._in_run and not one.gradients
         self._open[_thread()] = (depth, one)  # one that an interrupt left open is dropped
         if one.gradients and not torch.compiler.is_compiling():
             self._last = one
@@ -167,20 +230,21 @@ class TrainingPasses:
             one.noises[layer] = noise
             if again:
                 one.repeated[layer] = None
-        blocks, which = as_a_whole(input) if row_axis is None else one.blocks(input, rows)
-        return Call(blocks, which, noise, input.shape, time_first)
+        if row_axis is None:
+            return Call(*as_a_whole(input), noise, input.shape, time_first)
+        blocks, which = one.blocks(input, rows)
+        return Call(blocks, which, noise, input.shape, time_first, one.documents_in(input))
 
     def _rows(self, one: _Pass, leading: int, *, is_open: bool) -> Rows:
         """The rows of a pass; what was asked for the next pass is used up."""
         if one.sizes is None:
             one.sizes = Sizes(leading, leading)
         if one.rows is None:
-            groups = self._lasting
+            groups = self._lasting or self._of_run
             if is_open:
                 groups = self._next or groups
                 self._next = None
-            # the sequences of a row follow each other, as the options in (N, C, T) do
-            one.rows = groups.rows(one.sizes.sequences) if groups else Rows(one.sizes.rows)
+            return one.settle(groups)
         return one.rows
 
     def _register(self, one: _Pass, input: Tensor, again: bool) -> None:
