@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL = help
-.PHONY: help demo test test-oldest test-slow test-real test-studies lint format dist clean
+.PHONY: help demo test test-oldest test-slow test-real test-stacks test-studies lint format dist clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +32,13 @@ $(VENV)/installed-dev: $(VENV)/installed
 	.venv-oldest/bin/python -m pip install -q -e ".[gguf]" $(OLDEST) --group test
 	touch $@
 
+.venv-stacks/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-stacks
+	.venv-stacks/bin/python -m pip install -q --upgrade "pip>=25.1"
+	.venv-stacks/bin/python -m pip install -q "$(TORCH)" numpy
+	.venv-stacks/bin/python -m pip install -q -e ".[gguf]" --group stacks
+	touch $@
+
 demo: $(VENV)/installed  ## environment, install, fine-tune MLE and BLoB on the embedded questions, report
 	$(BIN)/bayestune demo --output runs/demo --overwrite
 
@@ -46,6 +53,9 @@ test-slow: $(VENV)/installed-dev  ## tests that take more than a few seconds eac
 
 test-real: $(VENV)/installed-dev  ## real pretrained models; fetches SmolLM2-135M (98 MB)
 	$(BIN)/python -m pytest -m real
+
+test-stacks: .venv-stacks/installed  ## other packages' trainers (TRL) and launchers, in an environment of their own
+	.venv-stacks/bin/python -m pytest -m stacks tests/stacks
 
 test-studies: $(VENV)/installed-dev  ## the notebook's own tests
 	$(BIN)/python -m pytest -n auto studies
@@ -64,4 +74,4 @@ dist: $(VENV)/installed  ## sdist and wheel, in dist/
 	$(BIN)/python -m build
 
 clean:  ## remove the environments
-	rm -rf .venv .venv-oldest
+	rm -rf .venv .venv-oldest .venv-stacks

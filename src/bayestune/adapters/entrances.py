@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
+from bayestune.adapters.one_pass import Sizes
 from bayestune.adapters.row_groups import RowGroups, RowOf
 from bayestune.adapters.slots import PREFIX, split_name
-from bayestune.adapters.training_passes import Sizes, TrainingPasses
+from bayestune.adapters.training_passes import TrainingPasses
 
 _IDS = ("input_ids", "decoder_input_ids")
 _EMBEDS = ("inputs_embeds", "decoder_inputs_embeds")

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from bayestune.adapters.drawn_linear import compute_dtype
 from bayestune.adapters.noise import FlipoutNoise
+from bayestune.adapters.one_pass import Call
 from bayestune.adapters.slots import Slots, split_name
-from bayestune.adapters.training_passes import Call
 
 Gradients = tuple[Tensor | None, Tensor]
 
