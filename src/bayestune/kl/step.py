@@ -21,7 +21,7 @@ from bayestune.kl.surroundings import (
     put_first,
     rows_of,
 )
-from bayestune.kl.trainer_runs import begin_run, end_run
+from bayestune.kl.trainer_runs import begin_run, end_run, give_noise_of_its_own
 
 StdOptimizer = Literal["sgd", "adamw"]
 
@@ -241,6 +241,7 @@ class KLStep(TrainerCallback):
             batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             step=state.global_step,
         )
+        give_noise_of_its_own(args)
         begin_run(kwargs["model"], kwargs.get("train_dataloader"))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

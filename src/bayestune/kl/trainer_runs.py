@@ -2,9 +2,12 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from bayestune.adapters import RowGroups, found_passes
+
+_APART = 0x9E3779B97F4A7C15  # far from the seeds that people choose
 
 # TRL's collators of batches [chosen; rejected]
 _OF_PAIRS = ("DataCollatorForPreference", "DataCollatorForVisionPreference")
@@ -21,6 +24,16 @@ def begin_run(model: nn.Module, dataloader: Any) -> None:
     passes = found_passes(model)
     if passes is not None:
         passes.begin_run(RowGroups(row_of=chosen_then_rejected) if _has_pairs(dataloader) else None)
+
+
+def give_noise_of_its_own(args: Any) -> None:
+    """Moves the generator of all processes but the first one to a seed of their own.
+
+    A Trainer gives all processes one seed, so rows in the same place of their batches would share
+    their noise. What is resumed has its generators from the checkpoint, after this.
+    """
+    if args.process_index > 0:
+        torch.manual_seed((torch.initial_seed() + args.process_index * _APART) % 2**63)
 
 
 def end_run(model: nn.Module) -> None:
