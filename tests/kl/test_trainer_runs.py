@@ -1,6 +1,7 @@
 """A Trainer's run: pairs share a draw, passes without gradients are the mean's, logs keep names."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from transformers.trainer_utils import RemoveColumnsCollator
 
 from bayestune.adapters import GaussianLinear, Slots, group_rows
 from bayestune.kl import KLStep
+from bayestune.kl.trainer_runs import give_noise_of_its_own
 from tiny import converted, tiny_llama
 
 ROWS = [{"chosen": [5, 6, 7], "rejected": [5, 9, 8]}, {"chosen": [5, 3, 4], "rejected": [5, 7, 3]}]
@@ -114,6 +116,18 @@ def test_a_name_in_the_log_stays_the_trainers(model, tmp_path):
     assert log["kl"] == -1.0
     assert log["posterior_kl"] > 0
     assert log["std_over_prior"] > 0
+
+
+def test_processes_that_share_a_seed_have_noise_of_their_own():
+    drawn = []
+    for process in (0, 1, 2, 1):
+        torch.manual_seed(7)
+        give_noise_of_its_own(SimpleNamespace(process_index=process))
+        drawn.append(torch.randn(3).tolist())
+    torch.manual_seed(7)
+    assert drawn[0] == torch.randn(3).tolist()
+    assert drawn[1] == drawn[3]
+    assert len({tuple(noise) for noise in drawn}) == 3
 
 
 def test_a_copy_by_parameters_names_is_the_mean_without_noise(model):

@@ -23,7 +23,6 @@ from bayestune.forward import Draws
 from bayestune.methods import Method, changed, described
 from bayestune.models import LoadedModel
 from bayestune.posteriors import DETAILS, Posterior, Prediction, count_for
-from bayestune.runtime import is_first_process
 from bayestune.scoring import Scorer, check_lengths, make_scorer, own_classes, row_logits
 from bayestune.session.as_fitted import (
     classes_of,
@@ -203,8 +202,7 @@ class Session:
             "seen": fingerprints((*self.task.train, *spare)),
         }
         fit = Fit.of(posterior, details)
-        if is_first_process():
-            fit.save(output)
+        fit.save(output)
         return fit
 
     def load(self, folder: Path, bf16: bool | None = None) -> Fit:

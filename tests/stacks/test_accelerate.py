@@ -31,8 +31,7 @@ def launched(processes, arguments):
         port = free.getsockname()[1]
     command = [sys.executable, "-m"]
     if processes > 1:
-        command += ["accelerate.commands.launch", "--cpu", "--num_machines=1", "--multi_gpu"]
-        command.remove("--multi_gpu")
+        command += ["accelerate.commands.launch", "--multi_gpu", "--num_machines=1"]
         command += [f"--num_processes={processes}", f"--main_process_port={port}"]
         command += ["--num_cpu_threads_per_process=1", "-m"]
     command += ["bayestune", *map(str, arguments)]
