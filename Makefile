@@ -3,13 +3,15 @@ PYTHON ?= python3
 # Installed before the package, so that pip need not choose a build of torch.
 TORCH ?= torch==2.13.0
 VENV ?= .venv
+# Tests of the rooms that know transformers and peft; `TOUCHING=` runs all of them.
+TOUCHING ?= $(addprefix tests/,adapters conformance curvature faults forward generation kl methods models posteriors scoring training)
 OLDEST ?= transformers==5.16.0 peft==0.18.0
 BIN = $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL = help
-.PHONY: help demo test test-oldest test-slow test-real test-browser test-studies lint format dist clean
+.PHONY: help demo test test-oldest test-slow test-real test-browser test-stacks test-studies lint format dist clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,14 +34,21 @@ $(VENV)/installed-dev: $(VENV)/installed
 	.venv-oldest/bin/python -m pip install -q -e ".[gguf]" $(OLDEST) --group test
 	touch $@
 
+.venv-stacks/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-stacks
+	.venv-stacks/bin/python -m pip install -q --upgrade "pip>=25.1"
+	.venv-stacks/bin/python -m pip install -q "$(TORCH)" numpy
+	.venv-stacks/bin/python -m pip install -q -e ".[gguf]" --group stacks
+	touch $@
+
 demo: $(VENV)/installed  ## environment, install, fine-tune MLE and BLoB on the embedded questions, report
 	$(BIN)/bayestune demo --output runs/demo --overwrite
 
 test: lint  ## environment, install, lint, types, tests, doctests, README code
 	$(BIN)/python -m pytest -n auto
 
-test-oldest: .venv-oldest/installed  ## the tests on the oldest supported transformers and peft
-	.venv-oldest/bin/python -m pytest -n auto
+test-oldest: .venv-oldest/installed  ## the tests that touch them, on the oldest supported transformers and peft
+	.venv-oldest/bin/python -m pytest -n auto $(TOUCHING)
 
 test-slow: $(VENV)/installed-dev  ## tests that take more than a few seconds each
 	$(BIN)/python -m pytest -n auto -m slow
@@ -51,6 +60,9 @@ test-browser: $(VENV)/installed-dev  ## pages in headless Chromium, axe-core's f
 	$(BIN)/python -m pip install -q --group browser
 	npm install --silent --no-save --prefix $(VENV)/axe axe-core@4
 	$(BIN)/python -m pytest -m browser
+
+test-stacks: .venv-stacks/installed  ## other packages' trainers (TRL) and launchers, in an environment of their own
+	.venv-stacks/bin/python -m pytest -m stacks tests/stacks
 
 test-studies: $(VENV)/installed-dev  ## the notebook's own tests
 	$(BIN)/python -m pytest -n auto studies
@@ -69,4 +81,4 @@ dist: $(VENV)/installed  ## sdist and wheel, in dist/
 	$(BIN)/python -m build
 
 clean:  ## remove the environments
-	rm -rf .venv .venv-oldest
+	rm -rf .venv .venv-oldest .venv-stacks

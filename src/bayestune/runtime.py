@@ -1,4 +1,4 @@
-"""The process: the memory it keeps, its peak memory, the versions and the revision that run."""
+"""The process: its memory, the versions and the revision that run, and others of the same run."""
 
 import ctypes
 import os
@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from transformers.utils import logging as transformers_logging
 
@@ -136,3 +137,19 @@ def revision() -> str | None:
 def _git(folder: Path, *command: str) -> str:
     call = ["git", "-C", str(folder), *command]
     return subprocess.check_output(call, text=True, stderr=subprocess.DEVNULL).strip()
+
+
+def num_processes() -> int:
+    """How many processes run the same command."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first_process() -> bool:
+    """Whether this one writes files and prints."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def wait_for_processes() -> None:
+    """Waits until all processes are here."""
+    if num_processes() > 1:
+        PartialState(cpu=not torch.accelerator.is_available()).wait_for_everyone()

@@ -28,7 +28,7 @@ from bayestune.adapters.arrivals import (
 )
 from bayestune.adapters.base_samples import differs
 from bayestune.adapters.drawn_linear import DrawnLinear
-from bayestune.adapters.entrances import group_rows
+from bayestune.adapters.entrances import found_passes, group_rows
 from bayestune.adapters.gaussian_linear import GaussianLinear, Noise, bayesify, make_gaussian
 from bayestune.adapters.locks import base_of, exclusive, refuse_inside_drawn
 from bayestune.adapters.lora import (
@@ -86,6 +86,7 @@ __all__ = [
     "evaluating",
     "exclusive",
     "facts_of",
+    "found_passes",
     "group_rows",
     "held_noise",
     "held_weights",

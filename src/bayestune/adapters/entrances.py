@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
+from bayestune.adapters.one_pass import Sizes
 from bayestune.adapters.row_groups import RowGroups, RowOf
 from bayestune.adapters.slots import PREFIX, split_name
-from bayestune.adapters.training_passes import Sizes, TrainingPasses
+from bayestune.adapters.training_passes import TrainingPasses
 
 _IDS = ("input_ids", "decoder_input_ids")
 _EMBEDS = ("inputs_embeds", "decoder_inputs_embeds")
@@ -59,7 +61,8 @@ class GenerationAtMean:
             self.passes.at_mean = before
 
 
-def _found(model: nn.Module) -> TrainingPasses | None:
+def found_passes(model: nn.Module) -> TrainingPasses | None:
+    """The model's passes; None where it has no random layer."""
     for module in model.modules():
         if isinstance(passes := getattr(module, "passes", None), TrainingPasses):
             return passes
@@ -72,7 +75,7 @@ def passes_of(model: nn.Module) -> TrainingPasses:
     A pass is the outermost call of the model, of a transformers model in it (generation and some
     losses call the inner one), or of a module between them.
     """
-    passes = _found(model) or TrainingPasses()
+    passes = found_passes(model) or TrainingPasses()
     modules = dict(model.named_modules())
     inner = [path for path, module in modules.items() if isinstance(module, PreTrainedModel)]
     for path, module in modules.items():
@@ -134,7 +137,7 @@ def group_rows(
         >>> group_rows(model, row_of=pairs, lasting=True)
     """
     groups = RowGroups(size, row_of)
-    passes = _found(model) if lasting or model.training else None
+    passes = found_passes(model) if lasting or model.training else None
     if passes is not None:
         passes.ask(groups, lasting=lasting)
 
@@ -148,12 +151,21 @@ def sizes_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sizes | None:
     for name in (*_IDS, *_EMBEDS):
         if name in tensors:
             ids = tensors[name] if name in _IDS else tensors[name][..., 0]
-            return Sizes(len(ids), ids.shape[:-1].numel(), ids.shape[-1])
+            sizes = Sizes(len(ids), ids.shape[:-1].numel(), ids.shape[-1])
+            return sizes._replace(positions=_packed(tensors, ids))
     if not tensors:
         return None
     first = next(iter(tensors.values()))
     tokens = first.shape[1] if first.dim() == (3 if first.is_floating_point() else 2) else 0
     return Sizes(len(first), len(first), tokens)
+
+
+def _packed(tensors: Mapping[str, Tensor], ids: Tensor) -> Tensor | None:
+    """The positions (N, T) where a sequence may hold several documents: as transformers sees it."""
+    positions = tensors.get("position_ids")
+    if positions is None or "attention_mask" in tensors or torch.compiler.is_compiling():
+        return None
+    return positions if positions.shape == ids.shape and ids.dim() == 2 else None
 
 
 def put_row_axes(model: nn.Module, layers: Mapping[str, Any]) -> None:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from bayestune.adapters.drawn_linear import compute_dtype
 from bayestune.adapters.noise import FlipoutNoise
+from bayestune.adapters.one_pass import Call
 from bayestune.adapters.slots import Slots, split_name
-from bayestune.adapters.training_passes import Call
 
 Gradients = tuple[Tensor | None, Tensor]
 
@@ -122,9 +122,7 @@ class _Draws(NamedTuple):
 
     def output(self, input: Tensor) -> Tensor:
         """The layer's output (rows, …, r) for an input (rows, …, k) of its own."""
-        if self.call.time_first:
-            input = input.transpose(0, 1)
-        blocks = input.reshape(self.call.blocks.shape).to(self.weights.dtype)
+        blocks = self.call.in_blocks(input).to(self.weights.dtype)
         return self.call.shaped(RowProduct.apply(blocks, self.weights))  # type: ignore[arg-type]
 
 

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bayestune.adapters.copies import let_copies_take_the_mean
 from bayestune.adapters.drawn_linear import compute_dtype
 from bayestune.adapters.entrances import passes_of, put_row_axes
 from bayestune.adapters.fused_input import FusedInput, RowNoise, RowProduct, fuse_inputs
 from bayestune.adapters.noise import FlipoutNoise, independent_noise, random_signs
+from bayestune.adapters.one_pass import Call
 from bayestune.adapters.own_saving import keep_standard_deviations
 from bayestune.adapters.slots import Slots, split_name
-from bayestune.adapters.training_passes import Call, TrainingPasses
+from bayestune.adapters.training_passes import TrainingPasses
 from bayestune.adapters.unattended import Unattended
 from bayestune.errors import Refusal
 
@@ -89,7 +91,7 @@ class GaussianLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps (rows, …, k) to (rows, …, r)."""
-        if not self.training or self.passes.at_mean:
+        if not self.training or self.passes.are_at_mean():
             return F.linear(input, self.weight)
         if self.noise == "token":
             return self._token_forward(input)
@@ -147,9 +149,10 @@ def bayesify(
 
     Afterwards training mode, with gradients or without, draws one A for each row of a pass, and
     evaluation mode uses the mean, as does `generate` in either mode. Sequences that are one row,
-    such as the two sides of a preference, share their draw if `group_rows` says so. An input that
-    is no row's, such as relative positions that all rows share, sees the first row's draw. All
-    layers are checked before any is converted; how many were is returned.
+    such as the two sides of a preference, share their draw if `group_rows` says so; each document
+    of a packed batch, which positions tell apart, is a row. An input that is no row's, such as
+    relative positions that all rows share, sees the first row's draw. All layers are checked before
+    any is converted; how many were is returned.
 
     The model's own `save_pretrained`, which a Trainer and `push_to_hub` call, then writes the
     posterior's files beside the stock adapter, for `load_posterior`. G starts anew, also on an
@@ -202,6 +205,7 @@ def make_gaussian(
     """Makes some slots of an adapter Gaussian, None for all A: what `bayesify` does, no warning."""
     plain = found.replaceable(names)
     keep_standard_deviations(found.model, found.adapter)
+    let_copies_take_the_mean(found.model)
     passes = passes_of(found.model)
     gaussian = {
         name: GaussianLinear(slot, init_root_std, noise, passes) for name, slot in plain.items()

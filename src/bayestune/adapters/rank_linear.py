@@ -43,7 +43,7 @@ class RankLinear(nn.Linear, ABC):
     def forward(self, input: Tensor) -> Tensor:
         """Maps (rows, …, k) to (rows, …, r)."""
         output = F.linear(input, self.weight)
-        if not self.training or self.passes.at_mean:
+        if not self.training or self.passes.are_at_mean():
             return output * self.mean_factors.to(output.dtype)
         call = self.passes.call(self, output, self.row_axis, self.noise)
         factors = self.factors(call.of_blocks(call.noise)).to(output.dtype)

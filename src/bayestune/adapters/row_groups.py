@@ -18,6 +18,12 @@ class Rows(NamedTuple):
     num_rows: int
     row_of: Tensor | None = None
 
+    def of(self, sequences: int) -> Tensor:
+        """The row of each of so many sequences, (S,)."""
+        if self.row_of is not None:
+            return self.row_of
+        return torch.arange(sequences) // (sequences // self.num_rows)
+
 
 @dataclass(frozen=True)
 class RowGroups:

@@ -2,74 +2,17 @@
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
+from bayestune.adapters.one_pass import Call, Pass, Sizes, as_a_whole
 from bayestune.adapters.row_groups import RowGroups, Rows
 from bayestune.errors import Refusal
 
 _KEY = "bayestune"
-
-
-class Sizes(NamedTuple):
-    """What the inputs of a model say of a pass: N rows in S sequences of T tokens, 0 if unknown."""
-
-    rows: int
-    sequences: int
-    tokens: int = 0
-
-
-class Call(NamedTuple):
-    """A random layer's input in blocks that see one draw each, and the noise of all rows."""
-
-    blocks: Tensor  # (B, t, k)
-    which: Tensor | slice | None  # the row of each block; None where block n is row n
-    noise: Any
-    shape: torch.Size  # (…, k), the rows before the tokens
-    time_first: bool
-
-    def of_blocks(self, per_row: Tensor) -> Tensor:
-        """What the blocks take of a tensor (N, …): (B, …)."""
-        return per_row if self.which is None else per_row[self.which]
-
-    def shaped(self, output: Tensor) -> Tensor:
-        """The blocks' output (B, t, r) as the layer's, (…, r)."""
-        output = output.reshape(*self.shape[:-1], output.shape[-1])
-        return output.transpose(0, 1) if self.time_first else output
-
-
-class _Pass:
-    """One pass: its sizes, its rows, and the noise of the layers that it has called."""
-
-    def __init__(self, sizes: Sizes | None, gradients: bool) -> None:
-        self.sizes = sizes
-        self.gradients = gradients
-        self.rows: Rows | None = None  # settled by the first random layer that is called
-        self.noises: dict[Any, Any] = {}
-        self.repeated: dict[Any, None] = {}  # the layers that were called again …
-        self.repeats: set[int] = set()  # … and the names of these calls
-
-    def blocks(self, input: Tensor, rows: Rows) -> tuple[Tensor, Tensor | slice | None]:
-        """The input (…, k), rows before tokens, in blocks, and the row of each."""
-        leading = len(input)
-        width = input.shape[-1]
-        _, sequences, tokens = self.sizes or Sizes(leading, leading)
-        flat = input.dim() == 2 and leading == sequences * tokens
-        if leading == sequences or flat:
-            if rows.row_of is None:
-                return input.reshape(rows.num_rows, -1, width), None
-            return input.reshape(sequences, -1, width), rows.row_of.to(input.device)
-        if leading == rows.num_rows:
-            return input.reshape(leading, -1, width), None
-        return as_a_whole(input)
-
-
-def as_a_whole(input: Tensor) -> tuple[Tensor, slice]:
-    """An input that is no row's, such as positions that all rows share: one block, row 0's draw."""
-    return input.reshape(1, -1, input.shape[-1]), slice(0, 1)
 
 
 class TrainingPasses:
@@ -88,12 +31,14 @@ class TrainingPasses:
         self.at_mean = False
         self._lasting = groups
         self._next: RowGroups | None = None
+        self._of_run: RowGroups | None = None
+        self._in_run = False
         self._forget()
 
     def _forget(self) -> None:
-        self._open: dict[int, tuple[int, _Pass]] = {}  # by thread: nn.DataParallel has several
-        self._named: WeakValueDictionary[int, _Pass] = WeakValueDictionary()
-        self._last: _Pass | None = None  # with gradients; its outputs may have no graph we can find
+        self._open: dict[int, tuple[int, Pass]] = {}  # by thread: nn.DataParallel has several
+        self._named: WeakValueDictionary[int, Pass] = WeakValueDictionary()
+        self._last: Pass | None = None  # with gradients; its outputs may have no graph we can find
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of the model has the same settings and passes of its own."""
@@ -110,12 +55,32 @@ class TrainingPasses:
             self._lasting = groups
         self._next = None if lasting else groups
 
+    def begin_run(self, groups: RowGroups | None) -> None:
+        """Notes that a Trainer's run begins, and how its batches make rows if nobody has said.
+
+        Until its end, passes without gradients are the mean's: what a trainer asks without them is
+        how likely something is under the adapter that writes its texts, `generate`'s.
+        """
+        self._of_run = groups
+        self._in_run = True
+
+    def end_run(self) -> None:
+        """Notes that a Trainer's run has ended."""
+        self._of_run = None
+        self._in_run = False
+
+    def are_at_mean(self) -> bool:
+        """Whether the pass that is open now, or every pass, is the mean's."""
+        _, one = self._open.get(_thread(), (0, None))
+        return self.at_mean or (one is not None and one.at_mean)
+
     def begin(self, depth: int, sizes: Sizes | None) -> None:
         """Begins a pass at a module of this depth in the model, unless it is called within one."""
         open_depth, _ = self._open.get(_thread(), (depth, None))
         if open_depth < depth:
             return
-        one = _Pass(sizes, torch.is_grad_enabled())
+        one = Pass(sizes, torch.is_grad_enabled())
+        one.at_mean = self._in_run and not one.gradients
         self._open[_thread()] = (depth, one)  # one that an interrupt left open is dropped
         if one.gradients and not torch.compiler.is_compiling():
             self._last = one
@@ -167,23 +132,24 @@ class TrainingPasses:
             one.noises[layer] = noise
             if again:
                 one.repeated[layer] = None
-        blocks, which = as_a_whole(input) if row_axis is None else one.blocks(input, rows)
-        return Call(blocks, which, noise, input.shape, time_first)
+        if row_axis is None:
+            return Call(*as_a_whole(input), noise, input.shape, time_first)
+        blocks, which = one.blocks(input, rows)
+        return Call(blocks, which, noise, input.shape, time_first, one.documents_in(input))
 
-    def _rows(self, one: _Pass, leading: int, *, is_open: bool) -> Rows:
+    def _rows(self, one: Pass, leading: int, *, is_open: bool) -> Rows:
         """The rows of a pass; what was asked for the next pass is used up."""
         if one.sizes is None:
             one.sizes = Sizes(leading, leading)
         if one.rows is None:
-            groups = self._lasting
+            groups = self._lasting or self._of_run
             if is_open:
                 groups = self._next or groups
                 self._next = None
-            # the sequences of a row follow each other, as the options in (N, C, T) do
-            one.rows = groups.rows(one.sizes.sequences) if groups else Rows(one.sizes.rows)
+            return one.settle(groups)
         return one.rows
 
-    def _register(self, one: _Pass, input: Tensor, again: bool) -> None:
+    def _register(self, one: Pass, input: Tensor, again: bool) -> None:
         """Names a call of a pass that may be recomputed."""
         if one.gradients and not _captured(input):
             name = _name_of_call(input)
@@ -191,7 +157,7 @@ class TrainingPasses:
             if again:
                 one.repeats.add(name)
 
-    def _found(self, input: Tensor) -> tuple[_Pass, bool]:
+    def _found(self, input: Tensor) -> tuple[Pass, bool]:
         """The pass of a recomputed call, and whether the layer had its noise; else a new pass."""
         if self._last is not None and not _captured(input):
             name = _name_of_call(input)
@@ -204,7 +170,7 @@ class TrainingPasses:
                     "the random generator than in any pass, expected the one it was called with; "
                     "use checkpointing that restores it (preserve_rng_state=True)"
                 )
-        return _Pass(None, gradients=False), False
+        return Pass(None, gradients=False), False
 
 
 def _thread() -> int:

@@ -40,6 +40,7 @@ from bayestune.report import (
     write_page,
     write_shift,
 )
+from bayestune.runtime import is_first_process
 from bayestune.session import (
     Fitted,
     Gated,
@@ -87,7 +88,8 @@ def fit(o: Namespace) -> None:
     place = output.begin(settings)
     session.fit(methods[o.method], training, place)
     output.finish(place)
-    print(f"posterior in {output.folder}")
+    if is_first_process():
+        print(f"posterior in {output.folder}")
 
 
 def _opened(o: Namespace, options: TaskOptions, task: Task) -> Session:

@@ -13,7 +13,8 @@ from typing import Any
 
 from bayestune.cli.parser import COMMANDS, parse
 from bayestune.cli.start import EXIT_BAD_INPUT
-from bayestune.runtime import keep_freed_memory, show_progress
+from bayestune.errors import Refusal
+from bayestune.runtime import is_first_process, keep_freed_memory, num_processes, show_progress
 from bayestune.training import Terminated
 
 EXIT_UNEXPECTED = 70
@@ -36,6 +37,7 @@ def run_guarded(given: Sequence[str]) -> int:
     try:
         with _terminable():
             command, options = parse(given)
+            _refuse_processes(command)
             _set_up_output(options)
             run, _ = COMMANDS[command]
             code = run(options) or 0
@@ -49,9 +51,18 @@ def run_guarded(given: Sequence[str]) -> int:
         return EXIT_TERMINATED if isinstance(error, Terminated) else EXIT_INTERRUPTED
 
 
+def _refuse_processes(command: str) -> None:
+    """Refuses several processes for what would only do the same work in each, in one folder."""
+    if num_processes() > 1 and command != "fit":
+        raise Refusal(
+            f"several processes can share fit alone: got {num_processes()} for {command!r}, "
+            "expected one; start it without a launcher"
+        )
+
+
 def _set_up_output(options: Any) -> None:
     """Bars for a terminal alone; with `--quiet` neither bars nor notes, but warnings."""
-    quiet = options.quiet
+    quiet = options.quiet or not is_first_process()
     shown = options.get("progress", True) and not quiet and sys.stderr.isatty()
     show_progress(shown)
     options["progress"] = shown

@@ -16,6 +16,7 @@ from bayestune.errors import Refusal
 from bayestune.evaluation import RECORDS
 from bayestune.methods import METHODS
 from bayestune.posteriors import DETAILS
+from bayestune.runtime import is_first_process, wait_for_processes
 
 UNFINISHED = ".unfinished"
 CHECKPOINTS = "checkpoints"
@@ -53,6 +54,8 @@ class OutputFolder:
         flags = {name: bool(options.get(name, False)) for name in ("resume", "overwrite")}
         output = cls(options.output, **flags)
         refuse_both(**flags)
+        if not is_first_process():  # the first one looks, before it writes
+            return output
         check_writable(output.folder)
         if output.occupied and not (output.overwrite or output.resume):
             advice = "choose another --output, or give --overwrite or --resume"
@@ -78,11 +81,16 @@ class OutputFolder:
         return self.unfinished if self.unfinished.is_dir() else self.folder
 
     def begin(self, settings: dict[str, Any] | None = None) -> Path:
-        """The folder to work in, made; called when all input is good.
+        """The folder to work in, made; called when all input is good, by all processes.
 
         Raises:
             Refusal: with `--resume`, if the run there has other settings.
         """
+        place = self._begun(settings) if is_first_process() else None
+        wait_for_processes()
+        return place or self.place
+
+    def _begun(self, settings: dict[str, Any] | None) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.resume:
             place = self.place
@@ -99,7 +107,8 @@ class OutputFolder:
 
     def finish(self, place: Path) -> None:
         """Puts the files of a run that worked in `.unfinished` in the place of the old ones."""
-        if place != self.folder:
+        wait_for_processes()
+        if place != self.folder and is_first_process():
             delete_own(self.folder)
             _move_all(place, self.folder)
             place.rmdir()

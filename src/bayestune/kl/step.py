@@ -21,6 +21,7 @@ from bayestune.kl.surroundings import (
     put_first,
     rows_of,
 )
+from bayestune.kl.trainer_runs import begin_run, end_run, give_noise_of_its_own
 
 StdOptimizer = Literal["sgd", "adamw"]
 
@@ -223,7 +224,11 @@ class KLStep(TrainerCallback):
         return self._attached().state()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Attaches to the Trainer's optimiser, at the step it starts from."""
+        """Attaches to the Trainer's optimiser, at the step it starts from.
+
+        Until the run ends, the two sides of a preference share their draw in TRL's trainers, and
+        passes without gradients are the mean's, as the reference's and the sampling policy's.
+        """
         put_first(self, sys._getframe(1))
         saved = state.stateful_callbacks.get(self._place) if state.global_step else None
         if saved is not None:
@@ -236,6 +241,8 @@ class KLStep(TrainerCallback):
             batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             step=state.global_step,
         )
+        give_noise_of_its_own(args)
+        begin_run(kwargs["model"], kwargs.get("train_dataloader"))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keeps the KL of a step that a gradient scaler skipped for the next; notes its state."""
@@ -243,10 +250,16 @@ class KLStep(TrainerCallback):
         state.stateful_callbacks[self._place] = {"args": {}, "attributes": self.state_dict()}
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Adds the KL's state to the log line and to the history."""
+        """Adds the KL's state to the log line and to the history.
+
+        A name that the trainer uses stays its own, as "kl" for a policy's distance from its
+        reference: then the posterior's is "posterior_kl".
+        """
         logs = kwargs.get("logs") or {}
         if "loss" in logs:
-            values = self.state_of_kl()
+            values = {}
+            for name, value in self.state_of_kl().items():
+                values[f"posterior_{name}" if name in logs else name] = value
             logs.update(values)
             if state.log_history:
                 state.log_history[-1].update(values)
@@ -255,6 +268,7 @@ class KLStep(TrainerCallback):
         """Detaches."""
         self._attached().name_unreached()
         self.detach()
+        end_run(kwargs["model"])
 
     @property
     def _place(self) -> str:

@@ -19,6 +19,7 @@ from bayestune.posteriors import (
     read_details,
     save_posterior,
 )
+from bayestune.runtime import is_first_process
 from bayestune.scoring import Scorer
 from bayestune.session.plain_adapter import calibrated_details
 from bayestune.session.task_options import TaskOptions
@@ -56,7 +57,9 @@ class Fit:
         return cls.of(posterior, details_of(folder), bf16)
 
     def save(self, folder: Path) -> None:
-        """Writes the posterior with its details, and the report of its training."""
+        """Writes the posterior with its details, and the report of its training, in one process."""
+        if not is_first_process():
+            return
         folder.mkdir(parents=True, exist_ok=True)
         report = json.dumps(self.posterior.report.as_dict(), indent=1)
         (folder / REPORT).write_text(f"{report}\n", encoding="utf-8")

@@ -1,5 +1,6 @@
 """Fits an adapter: the settings of a training, its start and its run."""
 
+import logging
 import math
 import os
 import tempfile
@@ -20,14 +21,18 @@ from bayestune.errors import (
     POSITIVE,
     SEED,
     WHOLE_PART,
+    Refusal,
     check_fields,
 )
 from bayestune.posteriors import FitReport
+from bayestune.runtime import num_processes
 from bayestune.scoring import Encoded, Scorer, TextScorer
 from bayestune.training.callbacks import LogLines, ReadableCheckpoints, StopOnSignal
 from bayestune.training.cpu_attention import eager_attention, trains_faster_eagerly
 from bayestune.training.meter import Meter
 from bayestune.training.trainer import ClassTrainer, LengthGroupedTrainer
+
+logger = logging.getLogger(__name__)
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 """Makes the optimiser of a PEFT model's trainable parameters."""
@@ -41,7 +46,7 @@ class Training:
         lora: the adapter.
         steps: optimiser steps.
         epochs: passes over the training rows, instead of `steps` where given.
-        batch_size: rows of one forward pass.
+        batch_size: rows of one forward pass, of all processes together.
         accumulation: forward passes of one optimiser step.
         learning_rate: of AdamW, at its peak.
         warmup_ratio: the part of the steps with linear warm-up; then linear decay to 0.
@@ -186,12 +191,35 @@ _KNOWN = {field.name for field in fields(TrainingArguments)}
 _CHECKPOINTING = ({"activation_checkpointing"} & _KNOWN or {"gradient_checkpointing"}).pop()
 
 
+def _rows_of_a_process(training: Training) -> int:
+    """The rows of a forward pass in one process, so that the same command trains the same."""
+    rows, rest = divmod(training.batch_size, num_processes())
+    if rest:
+        raise Refusal(
+            f"a batch does not divide among the processes: got batch_size {training.batch_size}, "
+            f"expected a multiple of {num_processes()}; change it, or the number of processes"
+        )
+    return rows
+
+
+def _on_one_device(arguments: TrainingArguments) -> TrainingArguments:
+    """A Trainer in one process would give each GPU it sees a batch (DataParallel): one is used."""
+    if arguments.n_gpu > 1:
+        logger.warning(
+            "%d GPUs are there and one is used; start the command with accelerate launch to use "
+            "them all",
+            arguments.n_gpu,
+        )
+        arguments._n_gpu = 1
+    return arguments
+
+
 def _arguments(training: Training, folder: Path, steps: int) -> TrainingArguments:
     renamed: dict[str, Any] = {_CHECKPOINTING: training.gradient_checkpointing}
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=os.fspath(folder),
         max_steps=steps,
-        per_device_train_batch_size=training.batch_size,
+        per_device_train_batch_size=_rows_of_a_process(training),
         gradient_accumulation_steps=training.accumulation,
         learning_rate=training.learning_rate,
         warmup_steps=int(training.warmup_ratio * steps),
@@ -213,6 +241,7 @@ def _arguments(training: Training, folder: Path, steps: int) -> TrainingArgument
         label_names=["labels"],
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+    return _on_one_device(arguments)
 
 
 def adamw(training: Training, names: Collection[str], learning_rate: float) -> MakeOptimizer:

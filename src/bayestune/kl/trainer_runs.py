@@ -1,0 +1,49 @@
+"""What a Trainer's batches say of rows, for the time of its run."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from bayestune.adapters import RowGroups, found_passes
+
+_APART = 0x9E3779B97F4A7C15  # far from the seeds that people choose
+
+# TRL's collators of batches [chosen; rejected]
+_OF_PAIRS = ("DataCollatorForPreference", "DataCollatorForVisionPreference")
+
+
+def chosen_then_rejected(sequences: int) -> list[int]:
+    """The row of each sequence of [chosen; rejected]: both sides of a pair are one."""
+    pairs = (sequences + 1) // 2
+    return [sequence % pairs for sequence in range(sequences)]
+
+
+def begin_run(model: nn.Module, dataloader: Any) -> None:
+    """Tells the model's passes that a Trainer's run begins and how its batches make rows."""
+    passes = found_passes(model)
+    if passes is not None:
+        passes.begin_run(RowGroups(row_of=chosen_then_rejected) if _has_pairs(dataloader) else None)
+
+
+def give_noise_of_its_own(args: Any) -> None:
+    """Moves the generator of all processes but the first one to a seed of their own.
+
+    A Trainer gives all processes one seed, so rows in the same place of their batches would share
+    their noise. What is resumed has its generators from the checkpoint, after this.
+    """
+    if args.process_index > 0:
+        torch.manual_seed((torch.initial_seed() + args.process_index * _APART) % 2**63)
+
+
+def end_run(model: nn.Module) -> None:
+    """Tells the model's passes that the run has ended."""
+    passes = found_passes(model)
+    if passes is not None:
+        passes.end_run()
+
+
+def _has_pairs(dataloader: Any) -> bool:
+    collator = getattr(dataloader, "collate_fn", None)
+    collator = getattr(collator, "data_collator", collator)  # a Trainer may wrap it
+    return any(kind.__name__ in _OF_PAIRS for kind in type(collator).__mro__)

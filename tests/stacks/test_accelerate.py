@@ -1,0 +1,90 @@
+"""`accelerate launch -m bayestune fit` in two processes against the same command in one."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from bayestune import load_posterior
+from running import fitting, furnish
+from tiny import byte_level_tokenizer, tiny_llama
+
+pytestmark = pytest.mark.stacks
+
+FIT = {"batch_size": 4, "accumulation": 1, "steps": 6, "logging_steps": 1, "learning_rate": 0.01}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return furnish(tmp_path_factory.mktemp("launch"), tiny_llama(), byte_level_tokenizer())
+
+
+def launched(processes, arguments):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m"]
+    if processes > 1:
+        command += ["accelerate.commands.launch", "--multi_gpu", "--num_machines=1"]
+        command += [f"--num_processes={processes}", f"--main_process_port={port}"]
+        command += ["--num_cpu_threads_per_process=1", "-m"]
+    command += ["bayestune", *map(str, arguments)]
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+    )
+
+
+def fit(place, processes, output, **options):
+    done = launched(processes, fitting(place, output=output, **{**FIT, **options}))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("posterior in") == 1
+    return place / output
+
+
+def losses(folder):
+    history = json.loads((folder / "training.json").read_text(encoding="utf-8"))["history"]
+    return [line["loss"] for line in history if "loss" in line]
+
+
+@pytest.mark.parametrize("grouped", ["false", "true"])
+def test_two_processes_train_as_one_does(grouped, place):
+    more = {"method": "mle", "group_by_length": grouped}
+    alone = fit(place, 1, f"alone-{grouped}", **more)
+    two = fit(place, 2, f"two-{grouped}", **more)
+    assert len(losses(alone)) == 6
+    assert_close(losses(two), losses(alone), rtol=1e-4, atol=1e-5)
+    one = load_file(alone / "adapter_model.safetensors")
+    assert_close(load_file(two / "adapter_model.safetensors"), one, rtol=1e-3, atol=1e-5)
+
+
+def test_the_standard_deviation_ends_where_it_is_told_in_two_processes_too(place):
+    folder = fit(place, 2, "blob", **{"method": "blob", "blob.final_std": 0.1})
+    roots = load_file(folder / "posterior.safetensors").values()
+    std = torch.cat([root.square().flatten() for root in roots]).mean().item()
+    assert_close(std, 0.1, rtol=0.05, atol=0.0)
+    assert load_posterior(tiny_llama(), folder).draw(0)
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "said"),
+    [
+        ("fit", {"batch_size": 3}, "batch_size 3, expected a multiple of 2"),
+        ("compare", {}, "several processes can share fit alone: got 2 for 'compare'"),
+    ],
+)
+def test_what_two_processes_cannot_share_is_refused(command, options, said, place):
+    done = launched(2, fitting(place, command, "refused", **{**FIT, **options}))
+    assert done.returncode
+    assert said in done.stderr
+    assert not (place / "refused" / "posterior.json").exists()
