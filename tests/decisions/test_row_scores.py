@@ -219,3 +219,12 @@ def test_distance_refusals():
         Distance.fit(h).of({"slot0": h["slot0"]})
     with pytest.raises(ValueError, match=r"of shape \(5, 2\) of slot0; expected \(N, 3\)"):
         Distance.fit(h).of({"slot0": h["slot1"], "slot1": h["slot1"]})
+
+
+@pytest.mark.parametrize("times", [1, 7])
+def test_rows_of_two_kinds_are_enough_for_points_and_distances(times):
+    two = torch.tensor([[1.0, 2.0, 0.5], [0.0, 1.0, 4.0]]).repeat(times, 1)
+    points = spread_out({"layer": two})
+    assert points.isfinite().all()
+    assert (points[0] - points[1]).norm() > 1
+    assert Distance.fit({"layer": two}).of({"layer": two}).isfinite().all()

@@ -17,12 +17,13 @@ Activations = Mapping[str, Tensor]  # h = A x, (N, r) by slot name
 # first layer at the end of a prompt; what differs is rounding (bfloat16: up to 0.4 %), which a
 # precision would blow up. Second layers vary by 2 % and more.
 _LEAST_VARIATION = 0.003
+_LEAST_SHRINKAGE = 1e-6  # rows of two kinds vary along one line alone
 
 
 def shrunk_covariance(centred: Tensor) -> Tensor:
     """Ledoit and Wolf's covariance, (1 − ρ) Σ + ρ (tr Σ/k) I with Σ = XᵀX/N, (k, k).
 
-    ρ = min(1, β/δ), δ = ‖Σ − (tr Σ/k) I‖², β = (1/N²) Σ_n ‖x_n x_nᵀ − Σ‖².
+    ρ = β/δ within [1e-6, 1], so that two rows are enough, δ = ‖Σ − (tr Σ/k) I‖², β = (1/N²) Σ_n ‖x_n x_nᵀ − Σ‖².
 
     Args:
         centred: X (N, k), its mean taken away.
@@ -35,7 +36,7 @@ def shrunk_covariance(centred: Tensor) -> Tensor:
     distance = (plain - target).square().sum()
     squares = centred.square().sum(-1).square().sum()  # Σ_n ‖x_n x_nᵀ‖²
     noise = (squares / rows - plain.square().sum()) / rows
-    shrinkage = (noise / distance).clamp(0, 1) if distance > 0 else torch.ones(())
+    shrinkage = (noise / distance).clamp(_LEAST_SHRINKAGE, 1) if distance > 0 else torch.ones(())
     return (1 - shrinkage) * plain + shrinkage * target
 
 
