@@ -23,7 +23,8 @@ _LEAST_SHRINKAGE = 1e-6  # rows of two kinds vary along one line alone
 def shrunk_covariance(centred: Tensor) -> Tensor:
     """Ledoit and Wolf's covariance, (1 − ρ) Σ + ρ (tr Σ/k) I with Σ = XᵀX/N, (k, k).
 
-    ρ = β/δ within [1e-6, 1], so that two rows are enough, δ = ‖Σ − (tr Σ/k) I‖², β = (1/N²) Σ_n ‖x_n x_nᵀ − Σ‖².
+    ρ = β/δ within [1e-6, 1], so that two rows are enough, δ = ‖Σ − (tr Σ/k) I‖²,
+    β = (1/N²) Σ_n ‖x_n x_nᵀ − Σ‖².
 
     Args:
         centred: X (N, k), its mean taken away.
