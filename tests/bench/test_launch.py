@@ -20,7 +20,7 @@ from bayestune.training.trainer import ClassTrainer
 from benching import furnish, grid, small
 
 ROOT = Path(__file__).parents[2]
-VOLATILE = ("seconds", "peak_memory_mb")
+VOLATILE = ("seconds", "peak_memory_mb", "date")
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ CASES = {
     "head": {"method": "mc_dropout", "scoring": "head", "learning_rate": 0.1},
 }
 LABELS = {"passages": "BLoB N=2", "text": "Ensemble", "head": "MCDropout N=2"}
-VOLATILE = ("seconds", "peak_memory_mb", "predictions", "task")
+VOLATILE = ("seconds", "peak_memory_mb", "predictions", "task", "date")
 TESTED = [{**row, "options": ["red", "green"], "answer": 1} for row in own_rows(5, start=3)]
 
 

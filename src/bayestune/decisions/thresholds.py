@@ -265,8 +265,11 @@ def likely_start(scores: Tensor, losses: Tensor, rows: int, promise: Promise) ->
     least = math.ceil(fewest / rows * len(values))
     found = {fewest: 1.0}
     for place in torch.linspace(min(least, finite), finite, _STEPS).round().int().tolist():
+        # As many rows may lie below a score here as a few more there: two samples differ by that.
+        spread = math.sqrt(2 * place * (1 - place / len(values)))
+        later = min(finite, place + round(spread))
         # Half an error more: an estimate of 0 would say that the fewest rows always pass.
-        rate = (cumulative[place - 1].item() + 0.5) / (place + 1)
+        rate = (cumulative[later - 1].item() + 0.5) / (later + 1)
         taken = place * rows // len(values)
         found[taken] = bounded_loss_p_value(rate * taken, taken, promise.risk)
     return max(fewest, min(found, key=found.__getitem__))
