@@ -581,7 +581,7 @@ function begin() {
   options($("run-task"), [["", "all tasks"], ...tasks.map((task) => [task, task])], "");
   options($("run-columns"), Object.entries(COLUMN_NAMES), "metrics");
   const first = runs.filter((run) => run.task === runs[0].task);
-  for (const run of first.slice(0, 4)) state.drawn.add(runs.indexOf(run));
+  for (const run of first.slice(0, 6)) state.drawn.add(runs.indexOf(run));
   const withRows = runs.map((run, index) => [String(index), run.name]).filter(([index]) => answers[index].length);
   $("rows").hidden = $("compare").hidden = !withRows.length;
   $("compare").hidden ||= withRows.length < 2;

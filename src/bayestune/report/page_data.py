@@ -77,7 +77,7 @@ def _run(one: Evaluation, dots: int) -> Payload:
         metric = {**(known.get(key) or {}), **ends}
         parts = [metric.get(part) for part in ("value", "low", "high", "p_value")]
         if parts[0] is not None:
-            found["metrics"][key] = [short(part, 5) for part in parts]
+            found["metrics"][key] = [short(part, 8) for part in parts]
     found["cost"] = _cost(record)
     found["settings"] = _finite({key: record.get(key) for key in ("config", "versions")})
     found |= {"fit": _course(record)} if record.get("fit") else {}
