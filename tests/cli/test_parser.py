@@ -6,7 +6,7 @@ import yaml
 
 from bayestune.cli import main
 from bayestune.cli.options import built, chosen_methods
-from bayestune.cli.parser import COMMANDS, make_parser
+from bayestune.cli.parser import COMMANDS, make_parser, parse
 from bayestune.methods import MAP, MLE, TFB
 from bayestune.training import Training
 
@@ -84,6 +84,22 @@ def test_a_boolean_option_alone_is_true():
     reading = ("--posterior", "in", "--input", "rows.jsonl")
     for more, expected in (((), None), (("--bf16",), True), (("--bf16=false",), False)):
         assert parsed("predict", *reading, *more).bf16 is expected
+
+
+@pytest.mark.parametrize(
+    ("habit", "meant"),
+    [
+        ("predict in --rows r.jsonl", "predict --posterior in --input r.jsonl"),
+        ("predict in --rows=-", "predict --posterior in --input -"),
+        ("evaluate in --rows r.csv", "evaluate --posterior in --evaluation_data r.csv"),
+        ("generate in --rows r.jsonl", "generate --posterior in --input r.jsonl"),
+        ("bench preset:small/grid --output out", "bench --config preset:small/grid --output out"),
+    ],
+)
+def test_every_command_takes_a_folder_first_and_its_rows_by_rows(habit, meant):
+    (command, got), (same, expected) = parse(habit.split()), parse(meant.split())
+    del got["command_line"], expected["command_line"]
+    assert (command, got) == (same, expected)
 
 
 def test_a_base_is_for_methods_that_build_on_another():

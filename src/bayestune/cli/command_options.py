@@ -67,7 +67,7 @@ def add_evaluate(parser: Parser) -> None:
 def add_predict(parser: Parser) -> None:
     """Rows to predict."""
     add_reading(parser)
-    parser.needed("input", "JSONL or CSV: question, options, perhaps answer; - for standard input")
+    parser.needed("input", "or --rows: JSONL or CSV, answers or not; - for standard input")
     parser.option("options", list[str], [], "the options of rows that have none")
     parser.option("answer_is", AnswerIs | None, None, "of answers: index, letter or text")
     parser.option("columns", dict[str, str], {}, COLUMNS_HELP)
@@ -84,7 +84,7 @@ def add_predict(parser: Parser) -> None:
 def add_generate(parser: Parser) -> None:
     """Prompts to continue."""
     add_reading(parser)
-    parser.needed("input", "JSON lines: a text in prompt, or messages; - for standard input")
+    parser.needed("input", "or --rows: JSON lines: a text in prompt, or messages; - reads a pipe")
     parser.option("draws", int, 10, "posterior draws; 0 for the mean")
     parser.option("draw_seed", int, 0, "of the draws")
     parser.option("draws_as", DrawsAs, "average", "of draws at each token; or a text of each draw")
@@ -102,7 +102,7 @@ def add_generate(parser: Parser) -> None:
 
 def add_reading(parser: Parser) -> None:
     """A posterior that is there."""
-    parser.needed("posterior", "a folder of `fit`")
+    parser.needed("posterior", "a folder of `fit`; as the first word it needs no --posterior")
     parser.option("model", str | None, None, "the base model, where it has moved")
     parser.option("bf16", bool | None, None, "bfloat16 autocast; left out: as fitted")
 

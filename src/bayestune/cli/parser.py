@@ -14,7 +14,7 @@ from bayestune.cli.presets import ConfigOrPreset
 from bayestune.cli.service import run_service
 from bayestune.cli.slips import asks_for_help, help_text, methods_of_interest
 from bayestune.cli.start import COMMANDS as SUMMARIES
-from bayestune.cli.words import gathered
+from bayestune.cli.words import addressed, gathered
 from bayestune.methods import METHODS
 
 BOOLEANS = (bool, bool | None)
@@ -63,9 +63,7 @@ def parse(given: Sequence[str]) -> tuple[str, Namespace]:
 
     The options have `command_line` besides, what was typed.
     """
-    given = gathered(given)
-    if given[:1] == ["bench"] and len(given) > 1 and not given[1].startswith("-"):
-        given.insert(1, "--config")
+    given = addressed(gathered(given))
     if asks_for_help(given):
         print(help_text(given, make_parser(methods_of_interest(given))))
         raise SystemExit(0)

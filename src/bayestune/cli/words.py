@@ -14,6 +14,12 @@ from jsonargparse import get_loader, set_loader
 _OPTIONS = re.compile(r"(--(?:\w+\.)*options)(=(.*))?", re.DOTALL)
 _COLUMNS = re.compile(r"(--(?:\w+\.)*columns)(=(.*))?", re.DOTALL)
 _NAMES = re.compile(r"(\w+\.)*options")
+_OPTIONS_OF = {  # what a command's first word is, and its rows
+    "evaluate": ("--posterior", "--evaluation_data"),
+    "predict": ("--posterior", "--input"),
+    "generate": ("--posterior", "--input"),
+    "bench": ("--config", None),
+}
 
 
 def spelled_out(arguments: Sequence[str]) -> list[str]:
@@ -60,6 +66,27 @@ def _paired(text: str) -> str:
         return text
     found = {name.strip(): value.strip() for name, _, value in pairs}
     return json.dumps(found, ensure_ascii=False)
+
+
+def addressed(arguments: Sequence[str]) -> list[str]:
+    """Arguments in which every command takes a folder first and its rows by `--rows`.
+
+    The folder's and the rows' own options stay what they are, so that files of options do too.
+
+    >>> addressed(["predict", "runs/tickets", "--rows", "new.jsonl"])
+    ['predict', '--posterior', 'runs/tickets', '--input', 'new.jsonl']
+    """
+    found = list(arguments)
+    if not found or found[0] not in _OPTIONS_OF:
+        return found
+    first, rows = _OPTIONS_OF[found[0]]
+    if len(found) > 1 and not found[1].startswith("-"):
+        found.insert(1, first)
+    for place, argument in enumerate(found):
+        name, sign, value = argument.partition("=")
+        if name == "--rows" and rows:
+            found[place] = f"{rows}{sign}{value}"
+    return found
 
 
 def gathered(arguments: Sequence[str], name: str = "--gate") -> list[str]:

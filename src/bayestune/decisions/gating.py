@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bayestune.errors import Refusal
-from bayestune.metrics import confusion, risk_coverage
+from bayestune.metrics import confusion, precision_recall_f1, risk_coverage
 
 _SURE = 0.9
 
@@ -118,14 +118,14 @@ def class_figures(probabilities: Tensor, labels: Tensor) -> list[ClassFigures]:
     table = confusion(choice, labels, probabilities.shape[1])
     surely_wrong = choice[(choice != labels) & (confidence >= _SURE)]
     wrong = torch.bincount(surely_wrong, minlength=len(table)).tolist()
+    rows = table.sum(1).tolist()
+    chosen = table.sum(0).tolist()
+    shares = precision_recall_f1(table).tolist()
     figures = []
-    for index, hits in enumerate(table.diagonal().tolist()):
-        rows = int(table[index].sum())
-        chosen = int(table[:, index].sum())
-        precision = hits / chosen if chosen else float("nan")
-        recall = hits / rows if rows else float("nan")
-        f1 = 2 * hits / (rows + chosen) if rows + chosen else float("nan")
-        figures.append(ClassFigures(rows, chosen, precision, recall, f1, wrong[index]))
+    for index, (precision, recall, f1) in enumerate(shares):
+        figures.append(
+            ClassFigures(rows[index], chosen[index], precision, recall, f1, wrong[index])
+        )
     return figures
 
 

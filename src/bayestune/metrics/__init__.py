@@ -3,7 +3,7 @@
 These are plain functions that know nothing of models, posteriors or files.
 """
 
-from bayestune.metrics.class_counts import confusion
+from bayestune.metrics.class_counts import confusion, precision_recall_f1
 from bayestune.metrics.intervals import (
     LEVEL,
     CalibratedLevel,
@@ -58,6 +58,7 @@ __all__ = [
     "is_right",
     "nll",
     "paired_bootstrap",
+    "precision_recall_f1",
     "reliability",
     "risk_coverage",
     "shift_auroc",

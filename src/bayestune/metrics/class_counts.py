@@ -29,3 +29,21 @@ def confusion(choices: Tensor, answers: Tensor, num_classes: int) -> Tensor:
         raise Refusal(f"got {got}; expected 0 to {num_classes - 1}; give the number of classes")
     places = answers * num_classes + choices
     return torch.bincount(places, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def precision_recall_f1(counts: Tensor) -> Tensor:
+    """Precision, recall and F1 = 2 hits / (rows + chosen) of each class, (C, 3).
+
+    NaN where they do not exist: precision of a class that is never chosen, recall of one without
+    rows, F1 of one with neither.
+
+    Args:
+        counts: a confusion matrix, (C, C): a line a right class.
+
+    >>> precision_recall_f1(torch.tensor([[1, 1], [0, 1]]))[1].tolist()
+    [0.5, 1.0, 0.666...]
+    """
+    hits = counts.diagonal().double()
+    rows = counts.sum(1)
+    chosen = counts.sum(0)
+    return torch.stack([hits / chosen, hits / rows, 2 * hits / (rows + chosen)], dim=1)

@@ -16,6 +16,7 @@ from bayestune.metrics import (
     error_auroc,
     is_right,
     nll,
+    precision_recall_f1,
     reliability,
     risk_coverage,
     shift_auroc,
@@ -179,10 +180,8 @@ def classes(rows: Sequence[Row]) -> Numbers | None:
     names = list(options.pop()) if shared else lettered or [str(i + 1) for i in range(width)]
     p, answers = tensors(rows)
     counts = confusion(p.argmax(1), answers, width)
-    hits = counts.diagonal().double()
-    precision = shorts(hits / counts.sum(0))
-    recall = shorts(hits / counts.sum(1))
-    f1 = shorts(2 * hits / (counts.sum(0) + counts.sum(1)))
-    rows_of = counts.sum(1).tolist()
-    figures = [list(line) for line in zip(rows_of, precision, recall, f1, strict=True)]
+    shares = precision_recall_f1(counts)
+    figures = []
+    for num_rows, line in zip(counts.sum(1).tolist(), shares, strict=True):
+        figures.append([num_rows, *shorts(line)])
     return {"names": names, "shared": shared, "counts": counts.tolist(), "figures": figures}
