@@ -10,6 +10,7 @@ import torch
 import decision_time
 import draws
 import harness
+import many_rows
 import memory
 import subjects
 import task_step
@@ -278,3 +279,11 @@ def test_the_peak_counts_every_byte_of_known_work():
             del held
 
     assert memory.step_peak(Work()) == 8 * 2**20
+
+
+@pytest.mark.slow
+def test_many_rows_counts_what_predict_writes(run):
+    record = run(many_rows, "--count", 640, "--draws", 0)
+    memory_case, rate = record["cases"]
+    assert memory_case["unit"] == "MB"
+    assert rate["amounts"]["last tenth"] > 1
