@@ -124,19 +124,35 @@ def test_only_shared_seeds_and_questions_are_compared(tmp_path):
     assert significance(half, tmp_path, "one", resamples=20) == found
     p = block("p (NLL)", records, tmp_path, 20)
     assert p == {"one": (Cell("best"),), "two": (Cell("0.048"),), "alone": (Cell(),)}
-    assert "20 resamples" in grid_tables(records, tmp_path, 20)[0].notes[-1]
-    assert len(grid_tables(records, tmp_path, 0)[0].blocks) == 5
+    assert "20 resamples" in grid_tables(records, tmp_path, 20)[0].notes[-2]
+    assert len(grid_tables(records, tmp_path, 0)[0].blocks) == 6
 
 
 def test_another_method_than_the_best_can_be_compared_with(tmp_path):
     records = [kept(tmp_path, "good", 1, [0.8] * 9), kept(tmp_path, "bad", 1, [0.4] * 9)]
     nll = block("NLL less bad's", records, tmp_path, 20, against="bad")
-    assert nll == {"good": (Cell("−0.693, p 0.048"),), "bad": (Cell(),)}
+    assert nll == {"good": (Cell("−0.693, p 0.048, better"),), "bad": (Cell(),)}
     accuracy = block("ACC % less bad's", records, tmp_path, 20, against="bad")
-    assert accuracy["good"] == (Cell("+100.0, p 0.048"),)
-    assert "against bad," in grid_tables(records, tmp_path, 20, "bad")[0].notes[-1]
+    assert accuracy["good"] == (Cell("+100.0, p 0.048, better"),)
+    assert "against bad," in grid_tables(records, tmp_path, 20, "bad")[0].notes[-2]
     with pytest.raises(ValueError, match=r"no record of 'MLE'; expected one of \['good', 'bad'\]"):
         grid_tables(records, tmp_path, 20, against="MLE")
+
+
+def test_p_values_are_corrected_for_the_methods_of_a_column(tmp_path):
+    records = [kept(tmp_path, "good", 1, [0.8] * 9)]
+    records += [kept(tmp_path, name, 1, [0.4] * 9) for name in ("bad", "worse")]
+    lines = block("NLL less good's", records, tmp_path, 20, against="good")
+    assert lines["bad"] == lines["worse"] == (Cell("+0.693, p 0.095, tie"),)  # 2/21 each
+
+
+def test_a_guess_stands_beside_the_losses(tmp_path):
+    records = [kept(tmp_path, "good", 1, [0.8] * 9)]
+    (table,) = grid_tables(records, tmp_path, 0)
+    titles = [each.title for each in table.blocks]
+    assert titles[titles.index("NLL ↓") + 1] == "log C"
+    assert block("log C", records, tmp_path, 0) == {"a guess": (Cell("0.693"),)}
+    assert "log C" not in [each.title for each in grid_tables(records)[0].blocks]
 
 
 def test_without_rows_there_is_nothing_to_compare(tmp_path):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bayestune.errors import Refusal
+from bayestune.metrics import holm
 
 Scores = Mapping[str, Tensor]
 _BLOCK = 2**21  # numbers in one block of permutations
@@ -77,7 +78,7 @@ def drift_test(
         as_large = int((values[1:] >= values[0] - 1e-12).sum())
         raw[name] = (1 + as_large) / (1 + permutations)
         statistics[name] = round(values[0].item(), 12)
-    adjusted = _holm(raw)
+    adjusted = holm(raw)
     rows = _row_p_values(held_out, new)
     return Drift(min(adjusted.values()), statistics, adjusted, _odd(rows, odd_share), rows)
 
@@ -130,15 +131,6 @@ def _largest_gaps(held: Tensor, num_held: int, ends: Tensor) -> Tensor:
     total = torch.arange(1, held.shape[1] + 1, dtype=torch.float64)
     gaps = (below / num_held - (total - below) / num_new).abs()
     return gaps[:, ends].amax(1)
-
-
-def _holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    adjusted = {}
-    largest = 0.0
-    for place, name in enumerate(sorted(p_values, key=p_values.__getitem__)):
-        largest = max(largest, min(1.0, p_values[name] * (len(p_values) - place)))
-        adjusted[name] = largest
-    return adjusted
 
 
 def _row_p_values(held_out: Scores, new: Scores) -> Tensor:

@@ -13,6 +13,7 @@ from bayestune.metrics.intervals import (
     paired_bootstrap,
     summarise,
 )
+from bayestune.metrics.multiplicity import holm
 from bayestune.metrics.ranking import (
     SCORES,
     Row,
@@ -55,6 +56,7 @@ __all__ = [
     "ece",
     "ece_debiased",
     "error_auroc",
+    "holm",
     "is_right",
     "nll",
     "paired_bootstrap",

@@ -1,11 +1,12 @@
 """Records → the paper's table: methods × tasks, a block a metric, mean ± deviation over seeds."""
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 
 from bayestune.errors import Refusal
-from bayestune.metrics import PairedDifference, paired_bootstrap
+from bayestune.metrics import LEVEL, PairedDifference, holm, paired_bootstrap
 from bayestune.report.columns import ACCURACY, BRIER, CALIBRATED, ECE, GATE, NLL, Column, GateColumn
 from bayestune.report.comparable import by_seed, caption, comparable
 from bayestune.report.rows import Record, paired_tensors, read_rows, renewed
@@ -18,8 +19,12 @@ _ABOUT_MARKS = (
 )
 _ABOUT_P = (
     "p: two-sided paired bootstrap over the same questions against {}, losses averaged over the "
-    "seeds both have, {} resamples; the seeds are held, and p is not corrected for the number of "
-    "methods."
+    "seeds both have, {} resamples, corrected by Holm for the methods of a column; the seeds are "
+    "held. Better or worse only where p < {:.2g}, else a tie."
+)
+_ABOUT_CHANCE = (
+    "log C: the NLL of a guess among each row's options. Where no method is below, the task says "
+    "nothing about them."
 )
 
 
@@ -59,7 +64,11 @@ def grid_tables(
         notes = [_ABOUT_MARKS.format(most)]
         if folder is not None and resamples:
             blocks += _p_blocks(labels, tasks.values(), folder, resamples, against)
-            notes.append(_ABOUT_P.format(against or "the method of least mean NLL", resamples))
+            other = against or "the method of least mean NLL"
+            notes.append(_ABOUT_P.format(other, resamples, 1 - LEVEL))
+        if folder is not None and (guess := _chance(tasks.values(), folder)):
+            blocks.insert(shown.index(NLL) + 1, guess)
+            notes.append(_ABOUT_CHANCE)
         seeds = f"mean ± standard deviation over {most} seeds" if most > 1 else "one seed"
         of = caption(group[0], last=seeds)
         tables.append(Table(of, tuple(tasks), tuple(blocks), tuple(notes), ("Metric", "Method")))
@@ -96,15 +105,35 @@ def _p_blocks(
         columns = []
         for other, differences in compared:
             cells = {other: Cell("best")} if differences and not against else {}
-            for label, by_metric in differences.items():
-                paired = by_metric[column.key]
-                difference = f"{column.signed(paired.difference)}, p " if against else ""
-                cells[label] = Cell(f"{difference}{paired.p_value:.3f}")
+            p_values = {name: found[column.key].p_value for name, found in differences.items()}
+            for label, p_value in holm(p_values).items():
+                difference = differences[label][column.key].difference
+                said = [column.signed(difference)] if against else []
+                said += [f"p {p_value:.3f}" if against else f"{p_value:.3f}"]
+                said += [_word(column, difference, p_value)] if against else []
+                cells[label] = Cell(", ".join(said))
             columns.append([cells.get(label, Cell()) for label in labels])
         title = f"p ({column.title.removesuffix(' %')})"
         title = f"{column.title} less {against}'s" if against else title
         blocks.append(Block.of(title, labels, columns))
     return blocks
+
+
+def _word(column: Column, difference: float, p_value: float) -> str:
+    """What a corrected p-value allows to be said of a difference."""
+    if p_value >= 1 - LEVEL:
+        return "tie"
+    return "better" if column.sign * difference > 0 else "worse"
+
+
+def _chance(tasks: Iterable[Sequence[Record]], folder: str | Path) -> Block | None:
+    """The NLL of a guess on each task, from the rows of one record; None without any rows."""
+    cells = []
+    for records in tasks:
+        found = next(filter(None, (read_rows(record, folder) for record in records)), [])
+        guesses = [math.log(len(row["probabilities"])) for row in found]
+        cells.append(Cell(NLL.number(fmean(guesses))) if guesses else Cell())
+    return Block("log C", (("a guess", tuple(cells)),)) if any(c != Cell() for c in cells) else None
 
 
 def _least_nll(records: Sequence[Record]) -> str | None:
@@ -122,7 +151,7 @@ def significance(
     For a seed that both methods have, d_i is the difference of a question's losses; averaged over
     those seeds it is one number a question, and the questions are resampled. So p is the chance of
     a difference this large among other questions if there were none, for these very fits: seeds are
-    held, and p is not corrected for the choice of the best or for the number of methods.
+    held, and p is not corrected for the choice of the best or, here, for the number of methods.
 
     Returns:
         By method and metric, that method less `against`; none without a seed or question in common.
