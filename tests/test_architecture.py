@@ -32,6 +32,7 @@ ORDER = [
     "evaluation",
     "session",
     "report",
+    "sharing",
     "bench",
     "serving",
     "cli",

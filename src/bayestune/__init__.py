@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from bayestune.scoring import make_scorer as make_scorer
     from bayestune.session import calibrate as calibrate
     from bayestune.session import decide as decide
+    from bayestune.sharing import export as export
     from bayestune.training import Training as Training
 
 __version__ = "0.1.0"
@@ -61,6 +62,7 @@ _ROOMS = {
     "runtime": "keep_freed_memory",
     "scoring": "HeadLogits LastToken make_scorer",
     "session": "calibrate decide",
+    "sharing": "export",
     "training": "Training",
 }
 _HOMES = {name: room for room, names in _ROOMS.items() for name in names.split()}

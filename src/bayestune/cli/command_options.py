@@ -13,6 +13,7 @@ from bayestune.methods import METHODS, TFB, Distilled
 from bayestune.report import Style
 from bayestune.serving import Limits, Serving
 from bayestune.session import OF_THE_FIT, Compared, Dtype, LessonRows, Put, TaskOptions
+from bayestune.sharing import Exporting
 from bayestune.training import Training
 
 _KINDS = "directory, Hub id, .gguf file or pypi:<distribution>==<version>"
@@ -134,6 +135,15 @@ def add_distil(parser: Parser) -> None:
     parser.add_class_arguments(Training, skip={*own})
     parser.needed("output", "folder of the student")
     parser.option("overwrite", bool, False, OVERWRITE_HELP)
+
+
+def add_export(parser: Parser) -> None:
+    """Adapters for servers."""
+    parser.add_argument("posterior", type=Path, help=ARTEFACT_HELP)
+    parser.needed("to", "folder of the adapters and their manifest")
+    parser.add_class_arguments(Exporting)
+    parser.option("model", str | None, None, "the base model, where it has moved")
+    parser.option("overwrite", bool, False, "replace an earlier export in the folder")
 
 
 def add_calibrate(parser: Parser) -> None:

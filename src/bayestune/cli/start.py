@@ -18,6 +18,7 @@ COMMANDS = {
     "generate": "Texts under the draws, with each token's uncertainty: JSON lines in and out.",
     "bayesianise": "A posterior around any LoRA adapter, without training (TFB).",
     "distil": "A student of a posterior: one plain LoRA adapter that answers as its draws do.",
+    "export": "Mean, student and draws as plain LoRA adapters with a manifest, for LoRA servers.",
     "calibrate": "On held-out rows: how to predict, and when to act; kept beside the posterior.",
     "rank": "Which unlabelled rows to label next: JSON lines in, ranked JSON lines out.",
     "drift": "Are new rows like the held-out ones of the calibration?",
