@@ -12,7 +12,7 @@ def home(tmp_path_factory):
     place = furnish(
         tmp_path_factory.mktemp("home"), tiny_llama(initializer_range=0.3), byte_level_tokenizer()
     )
-    noisy = {"blob.init_root_std": 0.5, "blob.final_std": 0.1, "learning_rate": 0.05, "steps": 6}
+    noisy = {"blob.init_root_std": 0.3, "blob.final_std": 0.15, "learning_rate": 0.05, "steps": 6}
     run(*fitting(place, method="blob", **noisy))
     quick = ("--steps=3", "--batch_size=2", "--progress=false")
     rows = f"--unlabelled={place / 'ask.jsonl'}"

@@ -146,6 +146,30 @@ def add_export(parser: Parser) -> None:
     parser.option("overwrite", bool, False, "replace an earlier export in the folder")
 
 
+def add_card(parser: Parser) -> None:
+    """A model card."""
+    parser.add_argument("posterior", type=Path, help=ARTEFACT_HELP)
+    add_told(parser)
+    parser.option("overwrite", bool, False, "replace the README.md that is there")
+
+
+def add_push(parser: Parser) -> None:
+    """A repository on the Hub."""
+    parser.add_argument("posterior", type=Path, help=ARTEFACT_HELP)
+    parser.add_argument("repo_id", type=str, help="owner/name; made if it is not there")
+    parser.option("private", bool, False, "make a private repository")
+    parser.option("revision", str | None, None, "a branch, made if it is not there")
+    add_told(parser)
+
+
+def add_told(parser: Parser) -> None:
+    """What a card is told beside the folder."""
+    about = "its evaluations, a folder or file; left out, those in the posterior's folder"
+    parser.option("records", Path | None, None, about)
+    about = "what the base model is called on the Hub, where the fit took it from a folder"
+    parser.option("base_model", str | None, None, about)
+
+
 def add_calibrate(parser: Parser) -> None:
     """Held-out rows and promises."""
     parser.add_argument("posterior", type=Path, help=ARTEFACT_HELP)

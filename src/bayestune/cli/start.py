@@ -19,6 +19,8 @@ COMMANDS = {
     "bayesianise": "A posterior around any LoRA adapter, without training (TFB).",
     "distil": "A student of a posterior: one plain LoRA adapter that answers as its draws do.",
     "export": "Mean, student and draws as plain LoRA adapters with a manifest, for LoRA servers.",
+    "card": "A model card from a posterior's folder and its records.",
+    "push": "Upload a posterior to the Hub: both halves, its calibration, its card.",
     "calibrate": "On held-out rows: how to predict, and when to act; kept beside the posterior.",
     "rank": "Which unlabelled rows to label next: JSON lines in, ranked JSON lines out.",
     "drift": "Are new rows like the held-out ones of the calibration?",
