@@ -29,7 +29,7 @@ def test_a_card_has_the_fit_the_figures_and_how_to_load(home, tmp_path, capsys):
     assert "| training rows | 8 |" in text
     assert "| optimiser's steps | 6 |" in text
     assert "`learning_rate=0.05`" in text
-    assert "| LoRA | rank 2, alpha 16, on q_proj, v_proj |" in text
+    assert "| LoRA | rank 2, alpha 16, on lm_head, q_proj, v_proj |" in text
     assert "BLoB N=8" in text
     assert "5 rows" in text
     assert 'AutoModelForCausalLM.from_pretrained("owner/base")' in text

@@ -19,6 +19,7 @@ from bayestune.session import Session, TaskOptions
 from bayestune.sharing import read_manifest, vllm_command
 from running import failed, fitting, own_rows, run, write_rows
 
+CLOSE = {"rtol": 0, "atol": 1e-5, "check_dtype": False}
 METHODS = {
     "blob": {},
     "mle": {},
@@ -59,7 +60,7 @@ def test_the_folders_average_to_what_predict_says(home, tmp_path):
     manifest = read_manifest(out)
     found = stock_probabilities(home, out, manifest, batch, session.scorer)
     assert found.std(0).max() > 0.001  # the draws differ
-    torch.testing.assert_close(found.mean(0), expected.probabilities, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.mean(0), expected.probabilities, **CLOSE)
     other = predict(posterior, batch, draws=8, seed=4).probabilities
     assert (found.mean(0) - other).abs().max() > 1e-4
     mean = predict(posterior, batch, draws=0).probabilities
@@ -67,7 +68,7 @@ def test_the_folders_average_to_what_predict_says(home, tmp_path):
     model = PeftModel.from_pretrained(base, out / "mean").eval()
     with torch.no_grad():
         own = session.scorer(model, batch).softmax(-1)
-    torch.testing.assert_close(own, mean, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(own, mean, **CLOSE)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -79,7 +80,7 @@ def test_every_family_of_adapters_is_exported(method, home, tmp_path):
     session, batch = asked(home, tmp_path / "fit")
     expected = predict(session.load(tmp_path / "fit").posterior, batch, Draws(4))
     found = stock_probabilities(home, out, manifest, batch, session.scorer)
-    torch.testing.assert_close(found.mean(0), expected.probabilities, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.mean(0), expected.probabilities, **CLOSE)
     count = {"mle": 1, "ensemble": 4}.get(method, 4)
     assert len(found) == count
     assert (out / "mean").is_dir() == (method != "ensemble")
@@ -111,7 +112,7 @@ def test_the_folders_are_plain_and_the_manifest_says_what_they_are(home, tmp_pat
     assert manifest["posterior"]["method"] == "blob"
     assert manifest["posterior"]["digest"] == posterior_digest(home / "out")
     assert manifest["draws"] == {"seed": 0, "indices": [0, 1]}
-    assert manifest["lora"] == {"rank": 2, "alpha": 16, "targets": ["q_proj", "v_proj"]}
+    assert manifest["lora"] == {"rank": 2, "alpha": 16, "targets": ["lm_head", "q_proj", "v_proj"]}
     assert manifest["average"]["of"] == "probabilities"
     assert manifest["calibration"] is None
     assert manifest["temperature"] == {"average": 1.0, "mean": 1.0, "student": 1.0}

@@ -6,10 +6,10 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import pytest
 import torch
 from huggingface_hub import HfApi
-from huggingface_hub.errors import RepositoryNotFoundError
 from transformers import AutoModelForCausalLM
 
 from bayestune import Draws, Refusal, calibrate, decide, load_posterior, push_to_hub
@@ -235,9 +235,9 @@ def test_a_private_posterior_does_not_go_to_a_public_repository(home, hub):
 
 def test_a_hub_that_says_no_is_told_in_a_line(home, hub, monkeypatch, capsys):
     def refuse(*_, **__):
-        raise RepositoryNotFoundError("404 Client Error.", response=SimpleNamespace(headers={}))
+        raise httpx.ConnectError("no route to host")
 
     monkeypatch.setattr(HfApi, "create_repo", refuse)
     said = failed(["push", home / "out", "user/a", "--base_model=owner/base"], capsys)
-    assert "user/a cannot be uploaded: got RepositoryNotFoundError (404 Client Error.)" in said
+    assert "user/a cannot be uploaded: got ConnectError (no route to host)" in said
     assert Path(home / "out").is_dir()

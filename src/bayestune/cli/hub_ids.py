@@ -5,7 +5,7 @@ from pathlib import Path
 from jsonargparse import Namespace
 
 from bayestune.errors import Refusal
-from bayestune.posteriors import folder_of, is_hub_id
+from bayestune.posteriors import artefact_folder, is_hub_id
 
 _NAMED = ("posterior", "posteriors", "student", "adapter")
 _WRITE_BESIDE = ("calibrate", "card", "push")
@@ -36,4 +36,4 @@ def _fetched(command: str, options: Namespace, given: Path) -> Path:
             f"got {given} on the Hub, expected a folder of this machine, into which {command!r} "
             f"writes; {remedy}"
         )
-    return folder_of(str(given))
+    return artefact_folder(str(given))

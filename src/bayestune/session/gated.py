@@ -22,7 +22,7 @@ from bayestune.evaluation import (
     prediction_rows,
 )
 from bayestune.forward import Draws
-from bayestune.posteriors import Prediction, artefact_folder, folder_of, posterior_digest
+from bayestune.posteriors import Prediction, artefact_folder, is_hub_id, posterior_digest
 from bayestune.session.artefact import Artefact, Rows, content_of, rows_of, unsure_options
 from bayestune.session.fit import Fit
 from bayestune.session.looks import DISTANCE, Look, Looking, kept_reference
@@ -32,10 +32,10 @@ from bayestune.session.session import Session
 
 def read_calibration(folder: Path | str) -> Calibration | None:
     """That of an artefact, or None if it has none; refused if the artefact has changed since."""
-    place = folder_of(folder)
-    if not place.is_dir():
+    on_hub = isinstance(folder, str) and is_hub_id(folder)
+    if not (on_hub or Path(folder).is_dir()):
         return None
-    place = artefact_folder(place)
+    place = artefact_folder(folder)
     if not (place / decisions.FILE_NAME).is_file():
         return None
     return Calibration.read(place, posterior_digest(place))
