@@ -58,7 +58,10 @@ def ask(
     temperature = manifest["temperature"]["average"]
     drawn = [softmax(logits_of(server, draw, prompt, answers), temperature) for draw in draws]
     average = [sum(column) / len(drawn) for column in zip(*drawn, strict=True)]
-    return average, entropy(average) - sum(map(entropy, drawn)) / len(drawn)
+    disagreement = entropy(average) - sum(map(entropy, drawn)) / len(drawn)
+    if len(drawn) > 1 and not manifest["average"]["exact"]:  # a sample tells too little of it
+        disagreement *= len(drawn) / (len(drawn) - 1)
+    return average, disagreement
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

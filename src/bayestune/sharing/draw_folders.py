@@ -121,7 +121,9 @@ def _averaging(source: Source, temperature: float, count: int, seed: int) -> dic
     for role in ("average", "mean", "student"):
         own = 1.0 if role == "student" else temperature
         calibrated[role] = own * source.calibrated_temperature(role, count, seed)
-    average = {"of": "probabilities", "formula": _AVERAGE}
+    average: dict[str, Any] = {"of": "probabilities", "formula": _AVERAGE}
+    # whether these draws are all there is: mutual information has then no factor S/(S − 1)
+    average["exact"] = source.posterior.atoms is not None
     return {"average": average, "temperature": calibrated}
 
 
