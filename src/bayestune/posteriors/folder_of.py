@@ -12,8 +12,8 @@ from bayestune.adapters import CONFIG, DETAILS, FORMAT
 from bayestune.errors import Refusal
 
 _OF_THE_HUB = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
-_WANTED = ("*adapter_config.json", "*adapter_model.*", "*posterior.*")
-_WANTED += ("*calibration.json", "*training.json")
+_WANTED: list[str] = ["*adapter_config.json", "*adapter_model.*", "*posterior.*"]
+_WANTED += ["*calibration.json", "*training.json"]
 
 
 class PosteriorError(Refusal):
@@ -52,10 +52,10 @@ def is_hub_id(path: str) -> bool:
 
 def _downloaded(name: str) -> Path:
     repository, _, revision = name.partition("@")
-    wanted = list(_WANTED)
     try:
-        found = snapshot_download(repository, revision=revision or None, allow_patterns=wanted)
-        return Path(found)
+        return Path(
+            snapshot_download(repository, revision=revision or None, allow_patterns=_WANTED)
+        )
     except Exception as error:  # the client's transport errors share no public base class
         raise PosteriorError(
             f"{name} is not a posterior: got no such folder, and no such repository on the Hub or "

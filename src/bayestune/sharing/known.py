@@ -69,7 +69,9 @@ class Known:
         path = place / CONFIG
         lora = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         base = base_model or details.get("base_model") or base_name(place)
-        given = renewed(read_records(place), place) if records is None else records
+        given = records
+        if given is None:
+            given = [dict(record) for record in renewed(read_records(place), place)]
         own = [record for record in given if _is_of(record, details)]
         if records and not own:
             got = sorted({f"{r.get('method')} on {r.get('task')}" for r in records})[:3]
