@@ -142,7 +142,8 @@ def test_a_posterior_in_memory_is_exported(home, tmp_path):
 
 def calibrated(folder, **settings):
     """A calibration as if it had been made, for a copy of a posterior."""
-    run("calibrate", folder, f"--rows={folder.parent / 'held.jsonl'}", "--risk=0.5")
+    given = (f"--rows={folder.parent / 'held.jsonl'}", "--risk=0.5", "--draws=[2]", "--factors=[]")
+    run("calibrate", folder, *given)
     found = Calibration.read(folder, posterior_digest(folder))
     own = {**found.settings, "student": None, "band": None, "factor": 1.0, **settings}
     replace(found, temperature=1.7, settings=own).write(folder)
@@ -158,7 +159,8 @@ def test_a_calibrations_temperature_goes_where_it_was_chosen(home, tmp_path):
     assert manifest["calibration"]["temperature"] == 1.7
     other = read_manifest(export(tmp_path / "fit", tmp_path / "b", draws=5))
     assert other["temperature"]["average"] == 1.0  # it was not chosen for these
-    calibrated(tmp_path / "fit", draws=0)
+    found = Calibration.read(tmp_path / "fit", posterior_digest(tmp_path / "fit"))
+    replace(found, settings={**found.settings, "draws": 0}).write(tmp_path / "fit")
     mean = read_manifest(export(tmp_path / "fit", tmp_path / "c", draws=2))
     assert mean["temperature"] == {"average": 1.0, "mean": 1.7, "student": 1.0}
 
