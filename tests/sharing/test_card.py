@@ -31,6 +31,11 @@ def test_a_card_has_the_fit_the_figures_and_how_to_load(home, tmp_path, capsys):
     assert "`learning_rate=0.05`" in text
     assert "| LoRA | rank 2, alpha 16, on lm_head, q_proj, v_proj |" in text
     assert "BLoB N=8" in text
+    assert "bayestune export FOLDER" in text
+    student = shutil.copytree(home / "student", tmp_path / "student")
+    told = write_card(student).read_text(encoding="utf-8")
+    assert "A LoRA adapter of `model`, fitted with bayestune." in told
+    assert "bayestune export" not in told  # it is one already
     assert "5 rows" in text
     assert 'AutoModelForCausalLM.from_pretrained("owner/base")' in text
     assert "## When to act" not in text  # it is not calibrated

@@ -9,6 +9,7 @@ from bayestune.session import prompt_of_fit, shown
 from bayestune.sharing.known import Known
 
 _TRAINING = ("batch_size", "accumulation", "learning_rate", "seed", "bf16")
+_EXPORTED = ("gaussian", "scaled", "low_rank", "sampled")  # kinds whose draws are adapters
 _MEANING = {
     "letter": "Each is the average over draws of the softmax over the row's option labels, at the "
     "place of the answer.",
@@ -30,7 +31,9 @@ def _summary(known: Known) -> str:
     base = f" of `{shown(known.base)}`" if known.base else ""
     if not known.details:
         return f"A LoRA adapter{base}."
-    text = f"A distribution over LoRA adapters{base}, fitted with bayestune: each draw is a LoRA."
+    one = known.details["posterior"] == "point"
+    what = "A LoRA adapter" if one else "A distribution over LoRA adapters"
+    text = f"{what}{base}, fitted with bayestune."
     if known.lora:
         text += (
             " `adapter_config.json` and `adapter_model.safetensors` are a stock adapter, which PEFT"
@@ -129,8 +132,8 @@ def _loading(known: Known, name: str) -> str:
             f'posterior = bayestune.load_posterior(base, "{name}")\n```'
         )
     if "method" in known.details:
-        parts.append(
-            f"```bash\nbayestune predict --posterior {name} --input rows.jsonl\n"
-            f"bayestune export {name} --draws 8 --to served  # adapters for LoRA servers\n```"
-        )
+        lines = [f"bayestune predict --posterior {name} --input rows.jsonl"]
+        if known.details["posterior"] in _EXPORTED:
+            lines.append(f"bayestune export {name} --draws 8 --to served  # for LoRA servers")
+        parts.append("\n".join(["```bash", *lines, "```"]))
     return "\n\n".join(parts)
