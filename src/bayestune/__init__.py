@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     from bayestune.scoring import make_scorer as make_scorer
     from bayestune.session import calibrate as calibrate
     from bayestune.session import decide as decide
+    from bayestune.sharing import export as export
+    from bayestune.sharing import push_to_hub as push_to_hub
+    from bayestune.sharing import write_card as write_card
     from bayestune.training import Training as Training
 
 __version__ = "0.1.0"
@@ -61,6 +64,7 @@ _ROOMS = {
     "runtime": "keep_freed_memory",
     "scoring": "HeadLogits LastToken make_scorer",
     "session": "calibrate decide",
+    "sharing": "export push_to_hub write_card",
     "training": "Training",
 }
 _HOMES = {name: room for room, names in _ROOMS.items() for name in names.split()}

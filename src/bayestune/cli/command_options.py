@@ -13,6 +13,7 @@ from bayestune.methods import METHODS, TFB, Distilled
 from bayestune.report import Style
 from bayestune.serving import Limits, Serving
 from bayestune.session import OF_THE_FIT, Compared, Dtype, LessonRows, Put, TaskOptions
+from bayestune.sharing import Exporting
 from bayestune.training import Training
 
 _KINDS = "directory, Hub id, .gguf file or pypi:<distribution>==<version>"
@@ -134,6 +135,39 @@ def add_distil(parser: Parser) -> None:
     parser.add_class_arguments(Training, skip={*own})
     parser.needed("output", "folder of the student")
     parser.option("overwrite", bool, False, OVERWRITE_HELP)
+
+
+def add_export(parser: Parser) -> None:
+    """Adapters for servers."""
+    parser.add_argument("posterior", type=Path, help=ARTEFACT_HELP)
+    parser.needed("to", "folder of the adapters and their manifest")
+    parser.add_class_arguments(Exporting)
+    parser.option("model", str | None, None, "the base model, where it has moved")
+    parser.option("overwrite", bool, False, "replace an earlier export in the folder")
+
+
+def add_card(parser: Parser) -> None:
+    """A model card."""
+    parser.add_argument("posterior", type=Path, help=ARTEFACT_HELP)
+    add_told(parser)
+    parser.option("overwrite", bool, False, "replace the README.md that is there")
+
+
+def add_push(parser: Parser) -> None:
+    """A repository on the Hub."""
+    parser.add_argument("posterior", type=Path, help=ARTEFACT_HELP)
+    parser.add_argument("repo_id", type=str, help="owner/name; made if it is not there")
+    parser.option("private", bool, False, "make a private repository")
+    parser.option("revision", str | None, None, "a branch, made if it is not there")
+    add_told(parser)
+
+
+def add_told(parser: Parser) -> None:
+    """What a card is told beside the folder."""
+    about = "its evaluations, a folder or file; left out, those in the posterior's folder"
+    parser.option("records", Path | None, None, about)
+    about = "what the base model is called on the Hub, where the fit took it from a folder"
+    parser.option("base_model", str | None, None, about)
 
 
 def add_calibrate(parser: Parser) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from bayestune.cli.hub_ids import fetch
 from bayestune.cli.parser import COMMANDS, parse
 from bayestune.cli.start import EXIT_BAD_INPUT
 from bayestune.errors import Refusal
@@ -39,6 +40,7 @@ def run_guarded(given: Sequence[str]) -> int:
             command, options = parse(given)
             _refuse_processes(command)
             _set_up_output(options)
+            fetch(command, options)
             run, _ = COMMANDS[command]
             code = run(options) or 0
             sys.stdout.flush()  # a full disk is noticed here, not after the end

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from jsonargparse import Namespace
 
 import bayestune
-from bayestune.cli import command_options, commands, generating, labelling, reporting
+from bayestune.cli import command_options, commands, generating, labelling, publishing, reporting
 from bayestune.cli.demo import demo
 from bayestune.cli.distilling import distil
 from bayestune.cli.option_parser import Parser
@@ -26,6 +26,9 @@ COMMANDS: dict[str, tuple[Callable[[Namespace], int | None], Callable[[Parser], 
     "generate": (generating.generate_texts, command_options.add_generate),
     "bayesianise": (commands.bayesianise, command_options.add_bayesianise),
     "distil": (distil, command_options.add_distil),
+    "export": (publishing.export_adapters, command_options.add_export),
+    "card": (publishing.card, command_options.add_card),
+    "push": (publishing.push, command_options.add_push),
     "calibrate": (labelling.calibrate, command_options.add_calibrate),
     "rank": (labelling.rank, command_options.add_rank),
     "drift": (labelling.drift, command_options.add_drift),

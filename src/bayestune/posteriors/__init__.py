@@ -6,7 +6,7 @@ Every family gives its draws' logits (S, N, C); those whose draws are adapters c
 from bayestune.adapters import DETAILS
 from bayestune.posteriors.export import export_draw
 from bayestune.posteriors.fit_report import FitReport
-from bayestune.posteriors.folder_of import PosteriorError, read_details
+from bayestune.posteriors.folder_of import PosteriorError, is_hub_id, read_details
 from bayestune.posteriors.gaussian import Gaussian
 from bayestune.posteriors.likelihoods import (
     LabelPrediction,
@@ -70,6 +70,7 @@ __all__ = [
     "count_for",
     "export_draw",
     "gaussian_logits",
+    "is_hub_id",
     "load_adapter",
     "load_members",
     "load_posterior",

@@ -11,8 +11,9 @@ from huggingface_hub import snapshot_download
 from bayestune.adapters import CONFIG, DETAILS, FORMAT
 from bayestune.errors import Refusal
 
-_OF_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+")
-_WANTED = ("*adapter_config.json", "*adapter_model.*", "*posterior.*")
+_OF_THE_HUB = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+_WANTED: list[str] = ["*adapter_config.json", "*adapter_model.*", "*posterior.*"]
+_WANTED += ["*calibration.json", "*training.json"]
 
 
 class PosteriorError(Refusal):
@@ -22,13 +23,14 @@ class PosteriorError(Refusal):
 def folder_of(path: str | PathLike[str]) -> Path:
     """The folder that holds the adapter: the one given, or the only one in it, or the Hub's.
 
-    PEFT writes an adapter that is not called "default" into a folder of its own.
+    PEFT writes an adapter that is not called "default" into a folder of its own. Of the Hub,
+    "owner/name@revision" is a branch, tag or commit.
 
     Raises:
         PosteriorError: if several folders in it hold an adapter, or the Hub has no such one.
     """
     folder = Path(path).expanduser()
-    if isinstance(path, str) and not folder.exists() and _OF_THE_HUB.fullmatch(path):
+    if isinstance(path, str) and is_hub_id(path):
         folder = _downloaded(path)
     if (folder / CONFIG).is_file() or (folder / DETAILS).is_file() or not folder.is_dir():
         return folder
@@ -43,9 +45,17 @@ def folder_of(path: str | PathLike[str]) -> Path:
     return inner[0]
 
 
+def is_hub_id(path: str) -> bool:
+    """Whether a name is a repository's on the Hub: there is no such folder here."""
+    return not Path(path).expanduser().exists() and bool(_OF_THE_HUB.fullmatch(path))
+
+
 def _downloaded(name: str) -> Path:
+    repository, _, revision = name.partition("@")
     try:
-        return Path(snapshot_download(name, allow_patterns=list(_WANTED)))
+        return Path(
+            snapshot_download(repository, revision=revision or None, allow_patterns=_WANTED)
+        )
     except Exception as error:  # the client's transport errors share no public base class
         raise PosteriorError(
             f"{name} is not a posterior: got no such folder, and no such repository on the Hub or "

@@ -63,7 +63,7 @@ def load_posterior(
             If the folder holds the embeddings of a resized vocabulary, it is resized.
         folder: what `save_posterior` wrote, or the own `save_pretrained` of a model that `bayesify`
             has converted: a Trainer's checkpoint or `save_model`; or such a folder on the Hub by
-            its id. `read_details` says what else was kept.
+            its id, "owner/name" or "owner/name@revision". `read_details` says what else was kept.
         scorer: maps (model, batch) to class logits (N, C); the posterior's `logits` need it.
         trainable: whether training shall go on.
         other_base: whether the base may have other weights than the one that was fitted on.

@@ -22,7 +22,7 @@ from bayestune.evaluation import (
     prediction_rows,
 )
 from bayestune.forward import Draws
-from bayestune.posteriors import Prediction, artefact_folder, posterior_digest
+from bayestune.posteriors import Prediction, artefact_folder, is_hub_id, posterior_digest
 from bayestune.session.artefact import Artefact, Rows, content_of, rows_of, unsure_options
 from bayestune.session.fit import Fit
 from bayestune.session.looks import DISTANCE, Look, Looking, kept_reference
@@ -32,7 +32,8 @@ from bayestune.session.session import Session
 
 def read_calibration(folder: Path | str) -> Calibration | None:
     """That of an artefact, or None if it has none; refused if the artefact has changed since."""
-    if not Path(folder).is_dir():
+    on_hub = isinstance(folder, str) and is_hub_id(folder)
+    if not (on_hub or Path(folder).is_dir()):
         return None
     place = artefact_folder(folder)
     if not (place / decisions.FILE_NAME).is_file():

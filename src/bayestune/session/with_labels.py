@@ -12,7 +12,7 @@ from bayestune import decisions
 from bayestune.data import Question
 from bayestune.decisions import Asked, Calibration, HeldOut, score_rows
 from bayestune.errors import Refusal
-from bayestune.posteriors import artefact_folder, posterior_digest
+from bayestune.posteriors import artefact_folder, is_hub_id, posterior_digest
 from bayestune.scoring import check_lengths
 from bayestune.session.artefact import (
     Artefact,
@@ -60,6 +60,11 @@ def calibrate(
     """
     asked = asked or Asked()
     compared = compared or Compared()
+    if isinstance(folder, str) and is_hub_id(folder):
+        raise Refusal(
+            f"got {folder} on the Hub, expected a folder of this machine, which the calibration is "
+            "written into; download it first: `hf download`"
+        )
     place = artefact_folder(folder)
     put = put or Put()
     put.check(place)

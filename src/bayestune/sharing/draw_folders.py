@@ -1,0 +1,194 @@
+"""Writes a posterior as plain LoRA folders, which any LoRA server loads: mean, student, draws."""
+
+import logging
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+from bayestune.adapters import CONFIG, WEIGHTS
+from bayestune.errors import NUMBER, Refusal, check_fields
+from bayestune.posteriors import (
+    AdapterPosterior,
+    Mixture,
+    Posterior,
+    Tempered,
+    artefact_folder,
+    count_for,
+    export_draw,
+)
+from bayestune.runtime import follow_umask
+from bayestune.sharing.manifest import check_target, lora_facts, write_manifest, written_whole
+from bayestune.sharing.source import Source, student_beside, taught_by
+from bayestune.sharing.vllm_rules import VERSION, vllm_findings
+
+logger = logging.getLogger(__name__)
+
+Server = Literal["any", "vllm"]
+_DRAWS_ARE = {
+    "dropout": "passes with dropout masks",
+    "token_noise": "passes with noise for each token",
+    "linearised": "logits around the mean's",
+}
+_AVERAGE = "p(y | x) = 1/S Σ_s softmax(f_s(x) / T), f_s(x) the logits of the classes"
+
+
+@dataclass(frozen=True)
+class Exporting:
+    """What is exported of a posterior, and for whom.
+
+    Args:
+        draws: how many; left out, as calibrated, or else 10; 0 for the mean alone.
+        draw_seed: of the draws; left out, as calibrated, or else 0.
+        student: a folder of `distil`, whose adapter goes with them; left out, the one that the
+            calibration names, or that lies in the posterior's folder or beside it.
+        name: what servers call the adapters, as NAME-draw-0; left out, the posterior's folder.
+        server: whose rules must hold: "vllm" refuses what vLLM does not load, "any" says it.
+    """
+
+    draws: int | None = None
+    draw_seed: int | None = None
+    student: Path | None = None
+    name: str | None = None
+    server: Server = "any"
+
+    def __post_init__(self) -> None:
+        check_fields(self, draws=NUMBER, draw_seed=NUMBER)
+        if self.name is not None and (not self.name or set(self.name) & set("=/, \t\n")):
+            raise Refusal(
+                f"got name={self.name!r}, expected one that a server's URL and command line take; "
+                "leave out spaces, commas, slashes and ="
+            )
+
+
+def export(
+    posterior: Posterior | str | PathLike[str],
+    to: str | PathLike[str],
+    *,
+    model: str | None = None,
+    overwrite: bool = False,
+    **options: Any,
+) -> Path:
+    """Writes a posterior as plain LoRA folders with a manifest: p(y | x) = 1/S Σ_s p(y | draw s).
+
+    `mean`, `student` and `draw-0` … hold an `adapter_config.json` and the weights, as PEFT writes
+    them; `manifest.json` says whose they are, the seed, what to average, and each file's SHA-256.
+
+    Args:
+        posterior: a folder of `fit`, a LoRA adapter's, either on the Hub; or a posterior.
+        to: the folder to write to; made if it is not there.
+        model: the base model, where it has moved.
+        overwrite: whether an earlier export there is replaced.
+        options: fields of `Exporting`: draws, draw_seed, student, name, server.
+
+    Returns:
+        The folder.
+
+    Raises:
+        Refusal: if the posterior's draws are not adapters, or the server does not load them.
+    """
+    asked = Exporting(**options)
+    place = Path(to).expanduser()
+    check_target(place, overwrite)
+    source = Source.of(posterior, model)
+    bare, temperature = _bare(source)
+    way = source.way
+    seed = way.draw_seed if asked.draw_seed is None else asked.draw_seed
+    wanted = (way.draws or 10) if asked.draws is None else asked.draws
+    count = count_for(bare, wanted)
+    if count != wanted:
+        logger.warning("%d draws asked for, and the posterior has %d", wanted, count)
+    student = _student(source, asked)
+    name = asked.name or source.name
+    with written_whole(place) as scratch:
+        roles = []
+        told: set[str] = set()
+        for role in _write(bare, student, scratch, count, seed):
+            _check(scratch / role, asked.server, told)
+            roles.append(role)
+        facts = source.facts() | {"draws": {"seed": seed, "indices": list(range(count))}}
+        facts |= _averaging(source, temperature, count, seed)
+        facts["adapters"] = [{"name": f"{name}-{role}", "folder": role} for role in roles]
+        write_manifest(scratch, facts | {"lora": lora_facts(scratch / roles[0])})
+    return place
+
+
+def _averaging(source: Source, temperature: float, count: int, seed: int) -> dict[str, Any]:
+    """How the draws are averaged, and T of what predicts alone, as the calibration has it."""
+    calibrated = {}
+    for role in ("average", "mean", "student"):
+        own = 1.0 if role == "student" else temperature
+        calibrated[role] = own * source.calibrated_temperature(role, count, seed)
+    average: dict[str, Any] = {"of": "probabilities", "formula": _AVERAGE}
+    # whether these draws are all there is: mutual information has then no factor S/(S − 1)
+    average["exact"] = source.posterior.atoms is not None
+    return {"average": average, "temperature": calibrated}
+
+
+def _bare(source: Source) -> tuple[AdapterPosterior | Mixture, float]:
+    """The posterior whose draws are adapters, and the temperature around it.
+
+    Raises:
+        Refusal: if they are not adapters.
+    """
+    posterior = source.posterior
+    temperature = 1.0
+    while isinstance(posterior, Tempered):
+        temperature *= posterior.temperature
+        posterior = posterior.base
+    members = posterior.members if isinstance(posterior, Mixture) else [posterior]
+    for member in members:
+        if not isinstance(member, AdapterPosterior):
+            kind = _DRAWS_ARE.get(member.kind, f"those of a {type(member).__name__}")
+            raise Refusal(
+                f"its draws are not adapters: got {source.described} ({type(member).__name__}), "
+                f"whose draws are {kind}, expected a posterior such as blob's, tfb's or swag's; "
+                "train a student of it with `bayestune distil`, and export or serve that"
+            )
+    assert isinstance(posterior, AdapterPosterior | Mixture)
+    return posterior, temperature
+
+
+def _student(source: Source, asked: Exporting) -> Path | None:
+    """The folder of the student that goes with the draws."""
+    if asked.student is None:
+        return student_beside(source)
+    folder = artefact_folder(asked.student)
+    if source.digest and taught_by(folder) != source.digest:
+        said = "%s does not say that it was distilled from this very posterior, %s"
+        logger.warning(said, folder, source.described)
+    return folder
+
+
+def _write(
+    posterior: AdapterPosterior | Mixture, student: Path | None, to: Path, count: int, seed: int
+) -> Iterator[str]:
+    """Writes the adapters one by one; gives the name of each one's folder when it is there."""
+    if posterior.has_mean:
+        first = posterior.members[0] if isinstance(posterior, Mixture) else posterior
+        export_draw(first, {}, to / "mean")
+        yield "mean"
+    if student is not None:
+        (to / "student").mkdir()
+        for name in (CONFIG, *WEIGHTS):
+            if (student / name).is_file():
+                shutil.copyfile(student / name, to / "student" / name)
+        follow_umask(to / "student")
+        yield "student"
+    for index in range(count):
+        export_draw(posterior, index, to / f"draw-{index}", seed)
+        yield f"draw-{index}"
+
+
+def _check(folder: Path, server: Server, told: set[str]) -> None:
+    """Refuses what a server does not load, or says so once."""
+    for finding in vllm_findings(folder):
+        text = str(finding)
+        if finding.refused and server == "vllm":
+            raise Refusal(f"vLLM does not load {folder.name}: {text}")
+        if text not in told:
+            told.add(text)
+            verb = "does not load" if finding.refused else "may read otherwise"
+            logger.warning("vLLM %s %s %s: %s", VERSION, verb, folder.name, text)

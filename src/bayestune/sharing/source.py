@@ -1,0 +1,198 @@
+"""What is shared: a posterior, opened from its folder, and what is known of it."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any, Self
+
+from bayestune.data import own_task
+from bayestune.decisions import Calibration
+from bayestune.errors import Refusal
+from bayestune.models import LoadedModel
+from bayestune.posteriors import (
+    DETAILS,
+    Posterior,
+    artefact_folder,
+    base_name,
+    load_adapter,
+    load_posterior,
+    posterior_digest,
+    read_details,
+)
+from bayestune.scoring import LetterScorer
+from bayestune.session import Way, is_plain, open_model, prompt_of_fit, read_calibration
+
+
+@dataclass(frozen=True)
+class Source:
+    """A posterior and what its folder says of it.
+
+    Args:
+        posterior: whose adapters are shared.
+        details: what `posterior.json` says; empty where there is none.
+        base: the name of the base model.
+        place: its folder; None of a posterior in memory.
+        digest: of the folder.
+        calibration: its own.
+        tokens: how the labels of letter scoring are written: label, token id and text.
+    """
+
+    posterior: Posterior
+    details: Mapping[str, Any] = field(default_factory=dict)
+    base: str | None = None
+    place: Path | None = None
+    digest: str | None = None
+    calibration: Calibration | None = None
+    tokens: tuple[dict[str, Any], ...] = ()
+
+    @classmethod
+    def of(cls, given: Posterior | str | PathLike[str], model: str | None = None) -> Self:
+        """Opens what is given; a folder's posterior is loaded on its base model.
+
+        Raises:
+            Refusal: if it is neither a posterior nor an adapter, or does not name its base.
+        """
+        if isinstance(given, Posterior):
+            configs: Any = getattr(given.model, "peft_config", {})
+            config = configs.get(given.adapter)
+            base = getattr(config, "base_model_name_or_path", None)
+            return cls(given, base=base, digest=given.digest)
+        place = artefact_folder(given)
+        details = {} if is_plain(place) else read_details(place)
+        name = model or details.get("base_model") or base_name(place)
+        if not name:
+            raise Refusal(f"{place} does not name its base model; expected a name; give --model")
+        calibration = read_calibration(place)
+        loaded = open_model(name, details.get("dtype", "float32"), details.get("classes"))
+        load = load_adapter if is_plain(place) else load_posterior
+        return cls(
+            load(loaded.model, place),
+            details,
+            loaded.name,
+            place,
+            posterior_digest(place),
+            calibration,
+            _label_tokens(loaded, details),
+        )
+
+    @property
+    def name(self) -> str:
+        """What servers call its adapters if nobody says otherwise."""
+        return self.place.resolve().name if self.place else "posterior"
+
+    @property
+    def described(self) -> str:
+        """The posterior in an error."""
+        method = self.details.get("method")
+        return f"a posterior of {method}" if method else f"a {type(self.posterior).__name__}"
+
+    @property
+    def way(self) -> Way:
+        """How it predicts: as calibrated, or else with ten draws."""
+        return Way.of(self.calibration.settings) if self.calibration else Way()
+
+    def calibrated_temperature(self, role: str, count: int, seed: int) -> float:
+        """T that the calibration chose for the mean, a student or the average; 1 for what else.
+
+        Args:
+            role: "mean", "student" or "average".
+            count: of the draws that are averaged.
+            seed: of these.
+        """
+        if self.calibration is None or not self._is_calibrated(role, count, seed):
+            return 1.0
+        return self.calibration.temperature
+
+    def _is_calibrated(self, role: str, count: int, seed: int) -> bool:
+        way = self.way
+        if role == "student":
+            return way.student is not None and way.band is None
+        plain = way.student is None and way.band is None and way.factor == 1
+        atoms = self.posterior.atoms
+        if role == "mean":
+            return plain and (atoms == 1 or way.draws == 0)
+        exact = atoms is not None or (way.draws, way.draw_seed) == (count, seed)
+        return role == "average" and plain and exact
+
+    def facts(self) -> dict[str, Any]:
+        """What a manifest says of the posterior."""
+        names = ("method", "fields", "training", "train_rows")
+        own = {name: self.details[name] for name in names if name in self.details}
+        fit = own.pop("training", {})
+        calibration = self.calibration.applied() if self.calibration else None
+        return {
+            "base_model": self.base,
+            "posterior": {
+                "kind": self.posterior.kind,
+                **own,
+                "seed": fit.get("seed"),
+                "bf16": fit.get("bf16"),
+                "digest": self.digest,
+            },
+            "questions": self._questions(),
+            "calibration": calibration,
+        }
+
+    def _questions(self) -> dict[str, Any] | None:
+        """How rows are put: the template up to the answer, and what the answers' tokens are."""
+        if "task" not in self.details:
+            return None
+        scoring = self.details["scoring"]
+        prompt = prompt_of_fit(self.details)
+        return {
+            "scoring": scoring,
+            "prompt": prompt.template(scoring),
+            "chat": prompt.chat,
+            "system": prompt.system,
+            "answers": list(self.tokens),
+            "classes": self.details.get("class_names"),
+            "max_length": self.details.get("max_length"),
+        }
+
+
+def _label_tokens(loaded: LoadedModel, details: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    """The labels' tokens under letter scoring; none otherwise."""
+    if details.get("scoring") != "letter":
+        return ()
+    prompt = prompt_of_fit(details)
+    scorer = LetterScorer(loaded.tokenizer, replace(own_task("labels", (), ()), prompt=prompt))
+    found = []
+    for label, token in zip(prompt.labels, scorer.tokens, strict=False):
+        text = loaded.tokenizer.decode([token])
+        found.append({"label": label, "token_id": token, "text": text})
+    return tuple(found)
+
+
+def taught_by(folder: Path) -> str | None:
+    """The digest of the posterior that taught a student; None if the folder is no student's."""
+    if not (folder / DETAILS).is_file():
+        return None
+    teacher = read_details(folder).get("facts", {}).get("teacher") or {}
+    return teacher.get("digest")
+
+
+def student_beside(source: Source) -> Path | None:
+    """The student that a calibration names, or the only one in the folder or beside it."""
+    place = source.place
+    if place is None or source.digest is None:
+        return None
+    if source.way.student is not None:
+        folder = Path(os.path.normpath(place / source.way.student))
+        return folder if folder.is_dir() else None
+    near = [path for path in (*place.iterdir(), *place.resolve().parent.iterdir()) if path.is_dir()]
+    found = [path for path in sorted(near) if _is_student_of(path, source.digest)]
+    if len(found) > 1:
+        raise Refusal(
+            f"which student goes with the draws is not clear: got {[path.name for path in found]}, "
+            "expected one; give --student"
+        )
+    return found[0] if found else None
+
+
+def _is_student_of(folder: Path, digest: str) -> bool:
+    try:
+        return taught_by(folder) == digest
+    except (Refusal, OSError):
+        return False
