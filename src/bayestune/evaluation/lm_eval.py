@@ -114,10 +114,11 @@ class AveragedLM(LM):
         """What HFLM answers under each draw, and the posterior's temperature."""
         begin = time.perf_counter()
         found = []
-        temperature = 1.0
+        temperature = 1.0  # the same under every draw
         ones = list(self._one_by_one())
         for one in tqdm(ones, "draws", disable=not self.progress):
-            with self.posterior.side_by_side(one) as temperature:
+            with self.posterior.side_by_side(one) as told:
+                temperature = told
                 if self.cache is None:
                     found.append(getattr(self.plain, kind)(requests, disable_tqdm=True))
                 else:
@@ -151,8 +152,8 @@ class AveragedLM(LM):
         """Refuses the harness's own cache."""
         if cache_hook.dbdict is not None:
             raise Refusal(
-                "got the harness's use_cache, whose keys know neither posterior nor draws; expected "
-                "AveragedLM(…, cache=folder), or --use_cache of `bayestune lm-eval`"
+                "got the harness's use_cache, whose keys know neither posterior nor draws; "
+                "expected AveragedLM(…, cache=folder), or --use_cache of `bayestune lm-eval`"
             )
 
     @property

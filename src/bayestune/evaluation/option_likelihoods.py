@@ -1,4 +1,4 @@
-"""The log-likelihoods that draws give a question's options, averaged, and such questions as rows."""
+"""The log-likelihoods that draws give to options, averaged, and a harness's questions as rows."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,7 +14,7 @@ from bayestune.errors import Refusal
 
 # What an option's log-likelihood is divided by before options are compared, by the metric's name.
 READINGS: Mapping[str, Callable[[str], float]] = {
-    "acc": lambda option: 1.0,
+    "acc": lambda _: 1.0,
     "acc_norm": lambda option: float(len(option)),
     "acc_bytes": lambda option: float(len(option.encode())),
 }
@@ -117,7 +117,9 @@ def _question(task: Any, sample: Mapping[str, Any]) -> Question:
     options = tuple(map(str, task.doc_to_choice(sample["doc"])))
     text = task.doc_to_text(sample["doc"])
     target = sample["target"]
-    if getattr(task, "multiple_input", False):  # options are contexts there, and the text says which
+    if getattr(
+        task, "multiple_input", False
+    ):  # options are contexts there, and the text says which
         target = text
         text = " | ".join(options)
     if not isinstance(text, str) or not text.strip():
