@@ -66,7 +66,7 @@ class LanguageFit:
 
 def _completed(details: dict[str, Any], base_model: str) -> dict[str, Any]:
     """What a folder says of a fit, and what stands for that where it was not `fit` that wrote."""
-    named = details.get("method", details.get("kind", PLAIN))
+    named = details.get("method", details.get("posterior", PLAIN))
     keys = {method.__name__.lower(): key for key, method in METHODS.items()}
     method = keys.get(named, named)  # an old folder has the class's name
     told: dict[str, Any] = {
