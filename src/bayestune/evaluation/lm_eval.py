@@ -257,7 +257,7 @@ def _questions(requests: Sequence[Any]) -> dict[tuple[str, int, bool], list[list
     bare = [key for key in groups if key[2] and (*key[:2], False) not in groups]
     for key in bare:  # no other options: these are the question's
         groups[(*key[:2], False)] = groups.pop(key)
-    return {key: [group[idx] for idx in sorted(group)] for key, group in groups.items()}
+    return {key: [same for _, same in sorted(group.items())] for key, group in groups.items()}
 
 
 def _say_untempered(temperature: float, alone: int) -> None:

@@ -1,0 +1,84 @@
+"""An adapter that exists already: a posterior around it without training, and its calibration.
+
+    python examples/existing_adapter.py --adapter path/to/adapter --model its/base
+
+Takes any LoRA adapter as PEFT saves it, or, with none, trains a small one as anybody would. TFB
+widens it into a Gaussian as far as anchor rows allow; the plain adapter and the posterior are then
+calibrated on held-out rows. Expect the posterior to be less sure, above all of the last row.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from bayestune import (
+    MLE,
+    Lora,
+    Question,
+    Task,
+    Training,
+    calibrate,
+    decide,
+    load_model,
+    make_scorer,
+    predict,
+    save_posterior,
+)
+from bayestune.decisions import Asked, Promise
+from bayestune.methods import TFB
+from bayestune.posteriors import load_adapter
+from bayestune.session import Put
+
+SIZES = {"ant": 0, "mouse": 0, "wasp": 0, "snail": 0, "horse": 1, "whale": 1, "bear": 1, "cow": 1}
+OPTIONS = ("smaller than a shoe", "larger than a person")
+
+
+def questions(first: int, last: int) -> list[Question]:
+    rows = []
+    for number in range(first, last):
+        animal = list(SIZES)[number % len(SIZES)]
+        text = f"How large is {animal} number {number}?"
+        rows.append(Question(f"{number}", text, OPTIONS, SIZES[animal]))
+    return rows
+
+
+def train_one(model: str, task: Task, steps: int, folder: Path) -> Path:
+    """A plain LoRA adapter, as PEFT saves it."""
+    loaded = load_model(model)
+    scorer = make_scorer(loaded.model, loaded.tokenizer, task)
+    lora = Lora(rank=8, alpha=16)
+    training = Training(lora=lora, steps=steps, learning_rate=1e-3, progress=False)
+    MLE().fit(loaded.model, scorer, training).model.save_pretrained(folder)
+    return folder
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+    parser.add_argument("--adapter", type=Path)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--draws", type=int, default=10)
+    given = parser.parse_args(arguments)
+
+    task = Task("animals", tuple(questions(0, 32)), ())
+    held_out = questions(32, 92)
+    asked = [Question("new", "How large is a wolf?", OPTIONS, None), *questions(92, 94)]
+    with tempfile.TemporaryDirectory() as name:
+        adapter = given.adapter or train_one(given.model, task, given.steps, Path(name, "plain"))
+        loaded = load_model(given.model)
+        scorer = make_scorer(loaded.model, loaded.tokenizer, task)
+        point = load_adapter(loaded.model, adapter, scorer)
+        posterior = TFB(anchors=16).bayesianise(point, scorer, task.train)
+        save_posterior(posterior, Path(name, "posterior"))
+        found = predict(posterior, scorer.collate(scorer.encode(asked)), given.draws)
+        wanted = Asked(Promise(risk=0.2))
+        calibrate(adapter, held_out, wanted, put=Put(scoring="letter"), model=given.model)
+        for row, line in enumerate(decide(adapter, asked, model=given.model)):
+            wide = found.probabilities[row].max().item()
+            told = f"adapter {line['confidence']:.2f} ({line['decision']}), posterior {wide:.2f}"
+            print(f"{asked[row].question:32} {told}")
+
+
+if __name__ == "__main__":
+    main()
