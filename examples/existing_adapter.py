@@ -4,7 +4,7 @@
 
 Takes any LoRA adapter as PEFT saves it, or, with none, trains a small one as anybody would. TFB
 widens it into a Gaussian as far as anchor rows allow; the plain adapter and the posterior are then
-calibrated on held-out rows. Expect the posterior to be less sure, above all of the last row.
+calibrated on held-out rows. Expect the posterior to be less sure, above all of the wolf.
 """
 
 import argparse
@@ -12,34 +12,22 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from bayestune import (
-    MLE,
-    Lora,
-    Question,
-    Task,
-    Training,
-    calibrate,
-    decide,
-    load_model,
-    make_scorer,
-    predict,
-    save_posterior,
-)
+from bayestune import MLE, Lora, Question, Task, Training, calibrate, decide
+from bayestune import load_model, make_scorer, predict, save_posterior  # isort: skip
 from bayestune.decisions import Asked, Promise
 from bayestune.methods import TFB
 from bayestune.posteriors import load_adapter
 from bayestune.session import Put
 
-SIZES = {"ant": 0, "mouse": 0, "wasp": 0, "snail": 0, "horse": 1, "whale": 1, "bear": 1, "cow": 1}
+ANIMALS = ("ant", "horse", "mouse", "whale", "wasp", "bear", "snail", "cow")
 OPTIONS = ("smaller than a shoe", "larger than a person")
 
 
 def questions(first: int, last: int) -> list[Question]:
     rows = []
     for number in range(first, last):
-        animal = list(SIZES)[number % len(SIZES)]
-        text = f"How large is {animal} number {number}?"
-        rows.append(Question(f"{number}", text, OPTIONS, SIZES[animal]))
+        text = f"How large is {ANIMALS[number % 8]} number {number}?"
+        rows.append(Question(f"{number}", text, OPTIONS, number % 2))
     return rows
 
 
@@ -47,8 +35,7 @@ def train_one(model: str, task: Task, steps: int, folder: Path) -> Path:
     """A plain LoRA adapter, as PEFT saves it."""
     loaded = load_model(model)
     scorer = make_scorer(loaded.model, loaded.tokenizer, task)
-    lora = Lora(rank=8, alpha=16)
-    training = Training(lora=lora, steps=steps, learning_rate=1e-3, progress=False)
+    training = Training(Lora(rank=8, alpha=16), steps=steps, learning_rate=1e-3, progress=False)
     MLE().fit(loaded.model, scorer, training).model.save_pretrained(folder)
     return folder
 
@@ -62,7 +49,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
 
     task = Task("animals", tuple(questions(0, 32)), ())
-    held_out = questions(32, 92)
     asked = [Question("new", "How large is a wolf?", OPTIONS, None), *questions(92, 94)]
     with tempfile.TemporaryDirectory() as name:
         adapter = given.adapter or train_one(given.model, task, given.steps, Path(name, "plain"))
@@ -72,8 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         posterior = TFB(anchors=16).bayesianise(point, scorer, task.train)
         save_posterior(posterior, Path(name, "posterior"))
         found = predict(posterior, scorer.collate(scorer.encode(asked)), given.draws)
-        wanted = Asked(Promise(risk=0.2))
-        calibrate(adapter, held_out, wanted, put=Put(scoring="letter"), model=given.model)
+        wanted = (Asked(Promise(risk=0.2)), None, Put(scoring="letter"), given.model)
+        calibrate(adapter, questions(32, 92), *wanted)
         for row, line in enumerate(decide(adapter, asked, model=given.model)):
             wide = found.probabilities[row].max().item()
             told = f"adapter {line['confidence']:.2f} ({line['decision']}), posterior {wide:.2f}"
