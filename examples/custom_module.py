@@ -8,11 +8,11 @@ outside, yet less than the error does: it is of adapters, not of what the networ
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import mse_loss
 
 from bayestune import Gaussian, KLStep, Regression, bayesify, predict
@@ -30,11 +30,6 @@ def pretrained(width: int, steps: int) -> nn.Sequential:
         optimizer.step()
         optimizer.zero_grad()
     return model
-
-
-def outputs(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """The scorer: what the network says of each row, (N, 1)."""
-    return model(batch["x"])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -59,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         optimizer.zero_grad()
 
     grid = torch.arange(-6.0, 7.0, 1.0)[:, None]
-    posterior = Gaussian(model, outputs)
+    posterior = Gaussian(model, lambda model, batch: model(batch["x"]))  # the scorer: (N, 1)
     found = predict(posterior, {"x": grid}, given.draws, likelihood=Regression(NOISE**2))
     for row, place in enumerate(grid[:, 0].tolist()):
         truth = torch.tensor(place).sin().item() + 0.5 * place

@@ -12,8 +12,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from bayestune import MLE, Lora, Question, Task, Training, calibrate, decide
-from bayestune import load_model, make_scorer, predict, save_posterior  # isort: skip
+import bayestune as bt
+from bayestune import Question
 from bayestune.decisions import Asked, Promise
 from bayestune.methods import TFB
 from bayestune.posteriors import load_adapter
@@ -31,12 +31,12 @@ def questions(first: int, last: int) -> list[Question]:
     return rows
 
 
-def train_one(model: str, task: Task, steps: int, folder: Path) -> Path:
+def train_one(model: str, task: bt.Task, steps: int, folder: Path) -> Path:
     """A plain LoRA adapter, as PEFT saves it."""
-    loaded = load_model(model)
-    scorer = make_scorer(loaded.model, loaded.tokenizer, task)
-    training = Training(Lora(rank=8, alpha=16), steps=steps, learning_rate=1e-3, progress=False)
-    MLE().fit(loaded.model, scorer, training).model.save_pretrained(folder)
+    loaded = bt.load_model(model)
+    scorer = bt.make_scorer(loaded.model, loaded.tokenizer, task)
+    training = bt.Training(bt.Lora(rank=8, alpha=16), steps=steps, learning_rate=1e-3, progress=False)
+    bt.MLE().fit(loaded.model, scorer, training).model.save_pretrained(folder)
     return folder
 
 
@@ -48,19 +48,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--draws", type=int, default=10)
     given = parser.parse_args(arguments)
 
-    task = Task("animals", tuple(questions(0, 32)), ())
+    task = bt.Task("animals", tuple(questions(0, 32)), ())
     asked = [Question("new", "How large is a wolf?", OPTIONS, None), *questions(92, 94)]
     with tempfile.TemporaryDirectory() as name:
         adapter = given.adapter or train_one(given.model, task, given.steps, Path(name, "plain"))
-        loaded = load_model(given.model)
-        scorer = make_scorer(loaded.model, loaded.tokenizer, task)
+        loaded = bt.load_model(given.model)
+        scorer = bt.make_scorer(loaded.model, loaded.tokenizer, task)
         point = load_adapter(loaded.model, adapter, scorer)
         posterior = TFB(anchors=16).bayesianise(point, scorer, task.train)
-        save_posterior(posterior, Path(name, "posterior"))
-        found = predict(posterior, scorer.collate(scorer.encode(asked)), given.draws)
+        bt.save_posterior(posterior, Path(name, "posterior"))
+        found = bt.predict(posterior, scorer.collate(scorer.encode(asked)), given.draws)
         wanted = (Asked(Promise(risk=0.2)), None, Put(scoring="letter"), given.model)
-        calibrate(adapter, questions(32, 92), *wanted)
-        for row, line in enumerate(decide(adapter, asked, model=given.model)):
+        bt.calibrate(adapter, questions(32, 92), *wanted)
+        for row, line in enumerate(bt.decide(adapter, asked, model=given.model)):
             wide = found.probabilities[row].max().item()
             told = f"adapter {line['confidence']:.2f} ({line['decision']}), posterior {wide:.2f}"
             print(f"{asked[row].question:32} {told}")

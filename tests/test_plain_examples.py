@@ -1,4 +1,4 @@
-"""The examples without another package run, on tiny models; the table of examples lists every file."""
+"""The examples that need no other package run, on tiny models; their table lists every file."""
 
 import re
 from pathlib import Path
