@@ -24,18 +24,16 @@ OPTIONS = ("smaller than a shoe", "larger than a person")
 
 
 def questions(first: int, last: int) -> list[Question]:
-    rows = []
-    for number in range(first, last):
-        text = f"How large is {ANIMALS[number % 8]} number {number}?"
-        rows.append(Question(f"{number}", text, OPTIONS, number % 2))
-    return rows
+    texts = [f"How large is {ANIMALS[i % 8]} number {i}?" for i in range(first, last)]
+    return [Question(text, text, OPTIONS, i % 2) for i, text in enumerate(texts, first)]
 
 
 def train_one(model: str, task: bt.Task, steps: int, folder: Path) -> Path:
-    """A plain LoRA adapter, as PEFT saves it."""
     loaded = bt.load_model(model)
     scorer = bt.make_scorer(loaded.model, loaded.tokenizer, task)
-    training = bt.Training(bt.Lora(rank=8, alpha=16), steps=steps, learning_rate=1e-3, progress=False)
+    training = bt.Training(
+        bt.Lora(rank=8, alpha=16), steps=steps, learning_rate=1e-3, progress=False
+    )
     bt.MLE().fit(loaded.model, scorer, training).model.save_pretrained(folder)
     return folder
 
@@ -58,8 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         posterior = TFB(anchors=16).bayesianise(point, scorer, task.train)
         bt.save_posterior(posterior, Path(name, "posterior"))
         found = bt.predict(posterior, scorer.collate(scorer.encode(asked)), given.draws)
-        wanted = (Asked(Promise(risk=0.2)), None, Put(scoring="letter"), given.model)
-        bt.calibrate(adapter, questions(32, 92), *wanted)
+        asking = Asked(Promise(risk=0.2))
+        bt.calibrate(adapter, questions(32, 92), asking, put=Put(), model=given.model)
         for row, line in enumerate(bt.decide(adapter, asked, model=given.model)):
             wide = found.probabilities[row].max().item()
             told = f"adapter {line['confidence']:.2f} ({line['decision']}), posterior {wide:.2f}"
