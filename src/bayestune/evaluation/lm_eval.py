@@ -80,8 +80,9 @@ class AveragedLM(LM):
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         """A log-likelihood for each request, and whether most draws would write it."""
         drawn, temperature = self._read("loglikelihood", requests)
-        likelihoods = torch.tensor([[one[0] for one in draw] for draw in drawn]).double()
-        greedy = torch.tensor([[one[1] for one in draw] for draw in drawn]).double().mean(0) > 0.5
+        answers = torch.tensor(drawn, dtype=torch.float64)  # (S, requests, 2)
+        likelihoods = answers[..., 0]
+        greedy = answers[..., 1].mean(0) > 0.5
         found = averaged_texts(likelihoods)
         alone = 0
         for group, places in _questions(requests).items():
@@ -257,7 +258,10 @@ def _questions(requests: Sequence[Any]) -> dict[tuple[str, int, bool], list[list
     bare = [key for key in groups if key[2] and (*key[:2], False) not in groups]
     for key in bare:  # no other options: these are the question's
         groups[(*key[:2], False)] = groups.pop(key)
-    return {key: [same for _, same in sorted(group.items())] for key, group in groups.items()}
+    found = {}
+    for key, group in groups.items():
+        found[key] = [group[place] for place in sorted(group)]
+    return found
 
 
 def _say_untempered(temperature: float, alone: int) -> None:
