@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from bayestune.session import decide as decide
     from bayestune.training import Training as Training
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _ROOMS = {
     "adapters": "Lora bayesify drawn group_rows",
