@@ -6,6 +6,9 @@ VENV ?= .venv
 # Rooms that transformers and peft do not reach, and what is measured: `APART=` tests them there too.
 APART ?= $(addprefix --ignore=tests/,bench cli data decisions evaluation metrics report serving session test_benchmarks.py test_gpu.py)
 OLDEST ?= transformers==5.16.0 peft==0.18.0
+# What `make dist` runs of the sdist's tests, twice: such as DIST_TESTS=tests/metrics, for less.
+DIST_TESTS ?= tests README.md
+DIST_OPTIONS ?= -n auto
 BIN = $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export TOKENIZERS_PARALLELISM = false
@@ -76,9 +79,12 @@ format: $(VENV)/installed-dev  ## ruff's fixes and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-dist: $(VENV)/installed  ## sdist and wheel, in dist/
+dist: $(VENV)/installed  ## sdist and wheel in dist/, each installed afresh and tested
 	$(BIN)/python -m pip install -q --group release
+	rm -rf dist
 	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	PYTHON="$(PYTHON)" TORCH="$(TORCH)" DIST_TESTS="$(DIST_TESTS)" DIST_OPTIONS="$(DIST_OPTIONS)" .ci/try_dist
 
 clean:  ## remove the environments
 	rm -rf .venv .venv-oldest .venv-stacks

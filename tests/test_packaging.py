@@ -25,6 +25,12 @@ def test_the_sdist_holds_all_that_is_tracked():
     assert tracked <= set(TARGETS["sdist"]["include"])
 
 
+def test_a_release_has_one_date():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"## [{bayestune.__version__}] - {citation['date-released']}\n" in text
+
+
 def test_the_wheel_holds_the_package_and_its_presets():
     assert TARGETS["wheel"]["include"] == ["/src/bayestune", "/configs"]
     assert TARGETS["wheel"]["sources"] == {"src": "", "configs": "bayestune/configs"}
@@ -43,7 +49,11 @@ def test_the_changelog_keeps_its_form():
     versions = re.findall(r"^## \[(.+?)\]", text, re.MULTILINE)
     assert versions[:2] == ["Unreleased", bayestune.__version__]
     assert len(versions) == text.count("\n## ")
-    for section in text.split("\n## ")[1:]:
+    assert re.search(rf"^## \[{bayestune.__version__}\] - \d{{4}}-\d\d-\d\d$", text, re.MULTILINE)
+    unreleased, *sections = text.split("\n## ")[1:]
+    if "\n### " in unreleased:  # it is empty right after a release
+        sections.append(unreleased)
+    for section in sections:
         kinds = re.findall(r"^### (.+)$", section, re.MULTILINE)
         assert kinds
         assert kinds == [kind for kind in KINDS if kind in kinds]

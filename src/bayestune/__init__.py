@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from bayestune.sharing import write_card as write_card
     from bayestune.training import Training as Training
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _ROOMS = {
     "adapters": "Lora bayesify drawn group_rows",

@@ -130,5 +130,5 @@ def test_arguments_that_do_not_parse_exit_with_2(arguments, capsys):
 
 def test_the_package_names_only_commands_that_exist():
     for path in (ROOT / "src").rglob("*.py"):
-        named = re.findall(r"`bayestune ([a-z]\w*)", path.read_text(encoding="utf-8"))
+        named = re.findall(r"`bayestune ([a-z][\w-]*)", path.read_text(encoding="utf-8"))
         assert set(named) <= set(COMMANDS), path

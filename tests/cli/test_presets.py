@@ -10,8 +10,13 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def test_every_file_of_the_configurations_is_a_preset():
-    assert set(preset_files().values()) == set(CONFIGS.rglob("*.yaml"))
-    assert preset_files()["small/arc_easy"] == CONFIGS / "small/arc_easy.yaml"
+    found = preset_files()  # of the checkout, or of an installed package that is tested
+    names = {
+        path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml")
+    }
+    assert set(found) == names
+    for name, path in found.items():
+        assert path.read_bytes() == (CONFIGS / f"{name}.yaml").read_bytes()
 
 
 def test_the_files_of_an_installed_package_go_before_those_of_a_checkout(tmp_path):
@@ -23,7 +28,7 @@ def test_the_files_of_an_installed_package_go_before_those_of_a_checkout(tmp_pat
 
 
 def test_a_preset_is_its_file_and_a_path_stays_as_it_is():
-    assert resolve_preset("preset:small/grid") == str(CONFIGS / "small/grid.yaml")
+    assert resolve_preset("preset:small/grid") == str(preset_files()["small/grid"])
     assert resolve_preset("small/grid") == "small/grid"
 
 

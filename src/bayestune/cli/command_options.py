@@ -65,6 +65,23 @@ def add_evaluate(parser: Parser) -> None:
     parser.option("uncalibrated", bool, False, UNCALIBRATED_HELP)
 
 
+def add_lm_eval(parser: Parser) -> None:
+    """Tasks of the harness."""
+    add_reading(parser)
+    about = "names of tasks, groups or tags, or YAML files: arc_easy,piqa"
+    parser.add_argument("--tasks", type=str, required=True, help=about)
+    parser.option("include_path", Path | None, None, "a folder with tasks of your own")
+    parser.option("num_fewshot", int | None, None, "examples; left out: as the task says, or none")
+    parser.option("limit", int | None, None, "at most so many documents of each task")
+    parser.option("apply_chat_template", bool, False, "puts the tasks as chats")
+    parser.option("draws", int, 10, "posterior draws; 0 for the mean")
+    parser.option("draw_seed", int, 0, "of the draws")
+    parser.option("batch_size", int, 8, "requests of a pass")
+    parser.option("use_cache", Path | None, None, "folder of likelihoods that were read before")
+    about = "folder of the records; left out: the posterior's"
+    parser.option("output", Path | None, None, about)
+
+
 def add_predict(parser: Parser) -> None:
     """Rows to predict."""
     add_reading(parser)

@@ -15,15 +15,8 @@ from bayestune.forward import Draws
 from bayestune.generation import Generation, generate
 from bayestune.jsonl import JsonRow, read_json_lines
 from bayestune.models import LoadedModel
-from bayestune.posteriors import (
-    Posterior,
-    artefact_folder,
-    base_name,
-    load_adapter,
-    load_posterior,
-    read_details,
-)
-from bayestune.session import is_plain, open_model
+from bayestune.posteriors import Posterior
+from bayestune.session import LanguageFit
 
 _FIGURES = ("log_probability", "total_entropy", "expected_entropy", "mutual_information")
 _OF_SAMPLING = ("temperature", "top_p", "top_k")
@@ -84,26 +77,14 @@ class Writer:
     @classmethod
     def open(cls, o: Namespace) -> Self:
         """Loads the posterior or plain adapter that the options name."""
-        place = artefact_folder(o.posterior)
-        details = {} if is_plain(place) else read_details(place)
-        if details.get("scoring") == "head":
-            raise Refusal(
-                f"{place} has a classification head, so it writes no text: got scoring='head', "
-                "expected a language model's posterior; use `bayestune predict`"
-            )
-        name = o.model or details.get("base_model") or base_name(place)
-        if name is None:
-            raise Refusal(f"{place} does not name its base model; expected a name; give --model")
-        loaded = open_model(name, details.get("dtype", "float32"))
-        load = load_adapter if is_plain(place) else load_posterior
-        posterior = load(loaded.model, place)
-        bf16 = details.get("training", {}).get("bf16", False) if o.bf16 is None else o.bf16
-        draws = Draws(o.draws, o.draw_seed, bf16=bf16)
+        opened = LanguageFit.open(o.posterior, o.model, o.bf16)
+        loaded = opened.loaded
+        draws = Draws(o.draws, o.draw_seed, bf16=opened.fit.bf16)
         options: dict[str, Any] = {"max_new_tokens": o.max_new_tokens, "do_sample": o.do_sample}
         options |= {name: o[name] for name in _OF_SAMPLING if o[name] is not None}
         if o.stop:
             options |= {"stop_strings": list(o.stop), "tokenizer": loaded.tokenizer}
-        return cls(loaded, posterior, draws, {**options, "draws_as": o.draws_as})
+        return cls(loaded, opened.fit.posterior, draws, {**options, "draws_as": o.draws_as})
 
     def prompt_of(self, row: JsonRow, number: int) -> str:
         """A row's prompt as text; messages in the model's own template."""

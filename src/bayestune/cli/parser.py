@@ -9,6 +9,7 @@ import bayestune
 from bayestune.cli import command_options, commands, generating, labelling, publishing, reporting
 from bayestune.cli.demo import demo
 from bayestune.cli.distilling import distil
+from bayestune.cli.harness import run_harness
 from bayestune.cli.option_parser import Parser
 from bayestune.cli.presets import ConfigOrPreset
 from bayestune.cli.service import run_service
@@ -22,6 +23,7 @@ BOOLEANS = (bool, bool | None)
 COMMANDS: dict[str, tuple[Callable[[Namespace], int | None], Callable[[Parser], None]]] = {
     "fit": (commands.fit, command_options.add_fit),
     "evaluate": (commands.evaluate, command_options.add_evaluate),
+    "lm-eval": (run_harness, command_options.add_lm_eval),
     "predict": (commands.predict, command_options.add_predict),
     "generate": (generating.generate_texts, command_options.add_generate),
     "bayesianise": (commands.bayesianise, command_options.add_bayesianise),

@@ -14,6 +14,7 @@ from bayestune.errors import nearest
 COMMANDS = {
     "fit": "Fit one method and save its posterior.",
     "evaluate": "Accuracy and calibration of a posterior on labelled questions.",
+    "lm-eval": "Tasks of lm-evaluation-harness, options averaged over the draws; extra `lm-eval`.",
     "predict": "Probabilities and uncertainty for your own rows: JSON lines in, JSON lines out.",
     "generate": "Texts under the draws, with each token's uncertainty: JSON lines in and out.",
     "bayesianise": "A posterior around any LoRA adapter, without training (TFB).",

@@ -18,6 +18,7 @@ _OPTIONS_OF = {  # what a command's first word is, and its rows
     "evaluate": ("--posterior", "--evaluation_data"),
     "predict": ("--posterior", "--input"),
     "generate": ("--posterior", "--input"),
+    "lm-eval": ("--posterior", None),
     "bench": ("--config", None),
 }
 

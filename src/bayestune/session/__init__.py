@@ -17,6 +17,7 @@ from bayestune.session.compared_ways import Compared
 from bayestune.session.fit import Fit, details_of, shown
 from bayestune.session.fitted import Fitted
 from bayestune.session.gated import Gated, decide, read_calibration
+from bayestune.session.language_fit import LanguageFit
 from bayestune.session.lesson import Lesson, LessonRows
 from bayestune.session.looks import (
     DISTANCE,
@@ -46,6 +47,7 @@ __all__ = [
     "Fit",
     "Fitted",
     "Gated",
+    "LanguageFit",
     "Lesson",
     "LessonRows",
     "Look",

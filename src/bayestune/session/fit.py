@@ -51,9 +51,7 @@ class Fit:
         """Reads what `save` wrote."""
         is_told = calibrated_details(folder) is not None
         posterior = (load_adapter if is_told else load_posterior)(model, folder, scorer)
-        report = folder / REPORT
-        if report.is_file():
-            posterior.report = FitReport.of_dict(json.loads(report.read_text(encoding="utf-8")))
+        put_report(posterior, folder)
         return cls.of(posterior, details_of(folder), bf16)
 
     def save(self, folder: Path) -> None:
@@ -115,6 +113,13 @@ def _course_of(lines: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
         if len(own) > 1:  # not the step alone
             told.append(own)
     return told[::-1]
+
+
+def put_report(posterior: Posterior, folder: Path) -> None:
+    """Has a loaded posterior know what its fit took, where its folder says so."""
+    report = folder / REPORT
+    if report.is_file():
+        posterior.report = FitReport.of_dict(json.loads(report.read_text(encoding="utf-8")))
 
 
 def details_of(folder: Path) -> dict[str, Any]:

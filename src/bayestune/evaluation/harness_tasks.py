@@ -1,0 +1,147 @@
+"""Runs tasks of lm-evaluation-harness; needs the extra `lm-eval`."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from lm_eval.api.task import Task  # type: ignore[import-not-found]
+from lm_eval.evaluator import simple_evaluate  # type: ignore[import-not-found]
+from lm_eval.tasks import TaskManager  # type: ignore[import-not-found]
+from lm_eval.utils import make_table  # type: ignore[import-not-found]
+
+from bayestune.errors import Refusal, nearest
+from bayestune.evaluation.lm_eval import AveragedLM
+from bayestune.evaluation.option_likelihoods import READINGS, OptionRows, option_rows
+
+
+class _Tasks(TaskManager):
+    """The harness's tasks, which remembers those it loaded."""
+
+    def __init__(self, include_path: Path | None) -> None:
+        super().__init__(include_path=None if include_path is None else str(include_path))
+        self.loaded: dict[str, Task] = {}
+
+    def load(self, task_list: Any) -> Any:
+        """Of harnesses from 0.4.12 on."""
+        with _told(task_list):
+            return self._noted(super().load(task_list))
+
+    def load_task_or_group(self, task_list: Any = None) -> Any:
+        """Of earlier ones."""
+        with _told(task_list):
+            return self._noted(super().load_task_or_group(task_list))
+
+    def _noted(self, found: Any) -> Any:
+        inner = [found]
+        while inner:
+            for name, value in inner.pop().items():
+                if isinstance(value, Task):
+                    self.loaded[name] = value
+                elif isinstance(value, dict):
+                    inner.append(value)
+        return found
+
+
+@contextmanager
+def _told(tasks: Any) -> Iterator[None]:
+    """Says in a line why tasks cannot be loaded, which the harness says in many ways."""
+    try:
+        yield
+    except Refusal:
+        raise
+    except Exception as problem:
+        said = " ".join(f"{type(problem).__name__}: {problem}".split())
+        raise Refusal(
+            f"the harness cannot load {tasks}: got {said}; expected a task and its data; look at "
+            "its YAML file, or at the connection to the Hub"
+        ) from problem
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Which tasks of the harness, and how they are put.
+
+    Args:
+        tasks: names of tasks, groups or tags, or YAML files.
+        include_path: a folder with tasks of your own.
+        num_fewshot: examples before a question, where a task leaves it open.
+        limit: at most so many documents of each task.
+        apply_chat_template: whether the model's chat template puts them.
+    """
+
+    tasks: Sequence[str]
+    include_path: Path | None = None
+    num_fewshot: int | None = None
+    limit: int | None = None
+    apply_chat_template: bool = False
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the harness found."""
+
+    results: dict[str, Any]
+    tasks: dict[str, Task] = field(repr=False)
+
+    @property
+    def table(self) -> str:
+        """The harness's own table."""
+        return make_table(self.results)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What the harness found, without samples and what it says of the machine."""
+        names = ("results", "groups", "group_subtasks", "configs", "versions", "n-shot")
+        names += ("higher_is_better", "n-samples", "config")
+        return {name: self.results[name] for name in names if name in self.results}
+
+    def version_of(self, name: str) -> dict[str, Any]:
+        """The harness's version and the task's, and how many examples stood before a question."""
+        known = {"lm_eval": version("lm-eval"), "task": self.results["versions"].get(name)}
+        return {**known, "num_fewshot": self.results["n-shot"].get(name)}
+
+    def choices(self, lm: AveragedLM) -> dict[str, OptionRows]:
+        """The rows of each multiple-choice task that was run, under the draws of its model."""
+        found = {}
+        for name, samples in self.results["samples"].items():
+            task = self.tasks.get(name)
+            if task is not None and task.OUTPUT_TYPE == "multiple_choice":
+                drawn = {number: value for (own, number), value in lm.drawn.items() if own == name}
+                found[name] = option_rows(task, samples, drawn)
+        return found
+
+    def readings(self, name: str) -> list[str]:
+        """How a task compares options, by the names of its metrics; by likelihood at least."""
+        metrics = {one.partition(",")[0] for one in self.results["results"][name]}
+        return [reading for reading in READINGS if reading in metrics] or ["acc"]
+
+
+def run_tasks(lm: AveragedLM, asked: Asked) -> Run:
+    """Runs tasks of the harness.
+
+    Raises:
+        Refusal: if a task is unknown, or cannot be loaded.
+    """
+    manager = _Tasks(asked.include_path)
+    for name in asked.tasks:
+        known = name in manager.all_tasks or Path(name).is_file()
+        if not known:
+            near = nearest(name, manager.all_tasks)
+            hint = f"did you mean {near!r}?" if near else "see `lm-eval ls tasks`"
+            raise Refusal(
+                f"got the task {name!r}; expected one of the harness's {len(manager.all_tasks)}, a "
+                f"YAML file, or one of --include_path; {hint}"
+            )
+    results = simple_evaluate(
+        lm,
+        tasks=list(asked.tasks),
+        num_fewshot=asked.num_fewshot,
+        limit=asked.limit,
+        apply_chat_template=asked.apply_chat_template,
+        task_manager=manager,
+        log_samples=True,
+    )
+    return Run(results, manager.loaded)

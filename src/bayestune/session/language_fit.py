@@ -1,0 +1,81 @@
+"""A language model's posterior or plain adapter, opened by its folder, without a task."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from bayestune.errors import Refusal
+from bayestune.methods import METHODS
+from bayestune.models import LoadedModel
+from bayestune.posteriors import (
+    artefact_folder,
+    base_name,
+    load_adapter,
+    load_posterior,
+    posterior_digest,
+    read_details,
+)
+from bayestune.session.fit import Fit, put_report
+from bayestune.session.opened_model import open_model
+from bayestune.session.plain_adapter import PLAIN, is_plain
+
+
+@dataclass(frozen=True)
+class LanguageFit:
+    """A language model's posterior or plain adapter, with its tokenizer.
+
+    Args:
+        place: its folder.
+        loaded: the base model and its tokenizer.
+        fit: the posterior on it, and what its folder says of how it came about.
+    """
+
+    place: Path
+    loaded: LoadedModel
+    fit: Fit
+
+    @classmethod
+    def open(cls, folder: Path, model: str | None = None, bf16: bool | None = None) -> Self:
+        """Loads a posterior of any origin: of `fit`, of `save_posterior` alone, or PEFT's.
+
+        Args:
+            folder: of the artefact.
+            model: the base model, where it has moved.
+            bf16: whether to predict under autocast; None for as fitted.
+
+        Raises:
+            Refusal: if it has a classification head, or does not name its base model.
+        """
+        place = artefact_folder(folder)
+        plain = is_plain(place)
+        details = {} if plain else read_details(place)
+        if details.get("scoring") == "head":
+            raise Refusal(
+                f"{place} has a classification head, so it writes no text: got scoring='head', "
+                "expected a language model's posterior; use `bayestune predict`"
+            )
+        name = model or details.get("base_model") or base_name(place)
+        if name is None:
+            raise Refusal(f"{place} does not name its base model; expected a name; give --model")
+        loaded = open_model(name, details.get("dtype", "float32"))
+        posterior = (load_adapter if plain else load_posterior)(loaded.model, place)
+        put_report(posterior, place)
+        posterior.digest = posterior_digest(place)
+        return cls(place, loaded, Fit.of(posterior, _completed(details, name), bf16))
+
+
+def _completed(details: dict[str, Any], base_model: str) -> dict[str, Any]:
+    """What a folder says of a fit, and what stands for that where it was not `fit` that wrote."""
+    named = details.get("method", details.get("posterior", PLAIN))
+    keys = {method.__name__.lower(): key for key, method in METHODS.items()}
+    method = keys.get(named, named)  # an old folder has the class's name
+    told: dict[str, Any] = {
+        "base_model": base_model,
+        "dtype": "float32",
+        "scoring": None,
+        "train_rows": None,
+        "training": {"bf16": False, "seed": 0},
+        "questions": {},
+    }
+    fields = {"method": method, **details.get("fields", {})}
+    return {**told, **details, "method": method, "fields": fields}
