@@ -113,7 +113,11 @@ def attach(model: nn.Module, lora: Lora) -> PeftModel:
         task_type="SEQ_CLS" if is_classifier(model) else "CAUSAL_LM",
     )
     with old_names_unsaid():
-        return get_peft_model(model, config)  # type: ignore[arg-type]
+        adapted = get_peft_model(model, config)  # type: ignore[arg-type]
+    if getattr(model, "is_quantized", False):
+        # PEFT leaves it out, and reentrant checkpoints would cut the gradients off
+        model.enable_input_require_grads()  # type: ignore[operator]
+    return adapted
 
 
 @contextmanager
