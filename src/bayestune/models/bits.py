@@ -1,15 +1,16 @@
 """Bases in 4 or 8 bits: how transformers is told to load them, and what cannot be quantised."""
 
 import logging
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, cast, get_args
 
 import torch
-from torch import nn
-from transformers import BitsAndBytesConfig, PretrainedConfig
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
-from bayestune.adapters import num_quantised
+from bayestune.adapters import is_classifier, num_quantised
 from bayestune.errors import Refusal
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ def is_bits(dtype: torch.dtype | str) -> bool:
 
 
 def quantisation(
-    name: str, bits: str, config: PretrainedConfig, device: str | torch.device | None
+    name: str, bits: str, outline: PreTrainedModel, device: str | torch.device | None
 ) -> dict[str, Any]:
     """What `from_pretrained` is told, so that the linear layers but the head have so few bits.
 
@@ -36,7 +37,7 @@ def quantisation(
     Args:
         name: of the model, for messages.
         bits: "4bit" or "8bit".
-        config: of the model.
+        outline: the model without weights.
         device: where it shall be; None, and "meta" of outlines, for the accelerator or the CPU.
 
     Raises:
@@ -47,7 +48,7 @@ def quantisation(
         Dettmers et al.: QLoRA, NeurIPS 2023, https://arxiv.org/abs/2305.14314.
     """
     _refuse_without_package(bits)
-    if (own := getattr(config, "quantization_config", None)) is not None:
+    if (own := getattr(outline.config, "quantization_config", None)) is not None:
         method = own.get("quant_method") if isinstance(own, dict) else own.quant_method
         raise Refusal(
             f"{name!r} is quantised already: got dtype {bits!r} for weights of {method}, expected "
@@ -60,7 +61,7 @@ def quantisation(
         "bnb_4bit_compute_dtype": torch.bfloat16,
     }
     settings: Any = four if bits == "4bit" else {"load_in_8bit": True}
-    asked = BitsAndBytesConfig(**settings)
+    asked = BitsAndBytesConfig(**settings, llm_int8_skip_modules=_parts_of_a_head(outline))
     place = torch.device(device or "meta")
     if place.type == "meta":
         place = _own_device()
@@ -90,6 +91,10 @@ def settle_quantised(name: str, bits: str, model: nn.Module) -> None:
         # coarser scales, not for all widths, and later passes have no gradients either.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        # 8-bit layers take their scales from the weight in the first pass, so that another layer
+        # on the same weight would not find them.
+        if getattr(getattr(module, "weight", None), "CB", None) is not None:
+            module.init_8bit_state()  # type: ignore[operator]
     done, rest = num_quantised(model)
     if not done:
         raise Refusal(
@@ -99,6 +104,16 @@ def settle_quantised(name: str, bits: str, model: nn.Module) -> None:
     if rest > done:
         said = "%s: %s reaches %.0f %% of the weights; the rest are no linear layers, in float32"
         logger.warning(said, name, bits, 100 * done / (done + rest))
+
+
+def weights_beside(model: nn.Module) -> Iterator[Any]:
+    """What bitsandbytes' layers keep of their weights apart from parameters and buffers."""
+    for module in model.modules():
+        own = vars(module)
+        if own.get("quant_state") is not None:
+            yield own["quant_state"]
+        if type(own.get("state")).__name__ == "MatmulLtState":
+            yield from (each for each in vars(own["state"]).values() if isinstance(each, Tensor))
 
 
 def _refuse_without_package(bits: str) -> None:
@@ -112,6 +127,15 @@ def _refuse_without_package(bits: str) -> None:
         raise Refusal(
             f"dtype {bits!r} needs a package: got {got}, expected {expected} or newer; {EXTRA}"
         )
+
+
+def _parts_of_a_head(outline: PreTrainedModel) -> list[str] | None:
+    """The parts of a classifier that are trained whole; None of a language model."""
+    if not is_classifier(outline):
+        return None
+    body = outline.base_model
+    beside = [name for name, child in outline.named_children() if child is not body]
+    return [*beside, "pooler"]
 
 
 def _own_device() -> torch.device:

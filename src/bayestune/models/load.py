@@ -30,7 +30,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from bayestune.errors import Refusal
-from bayestune.models.bits import Bits, is_bits, quantisation, settle_quantised
+from bayestune.models.bits import Bits, is_bits, quantisation, settle_quantised, weights_beside
 from bayestune.models.gguf import unpacked_file, unpacked_wheel
 
 logger = logging.getLogger(__name__)
@@ -59,8 +59,9 @@ class LoadedModel:
         Args:
             shared: whether both have the same weights in memory; else they are copied too.
         """
-        tensors = (*self.model.parameters(), *self.model.buffers()) if shared else ()
-        model = copy.deepcopy(self.model, {id(tensor): tensor for tensor in tensors})
+        tensors = (*self.model.parameters(), *self.model.buffers(), *weights_beside(self.model))
+        same = {id(tensor): tensor for tensor in tensors if shared}
+        model = copy.deepcopy(self.model, same)
         return replace(self, model=model)
 
 
@@ -103,8 +104,6 @@ def load_model(
         _refuse_unless_causal(name, config)
     tokenizer = _with_pad(name, AutoTokenizer.from_pretrained(path, **options))
     options |= {"config": config, "dtype": dtype, "attn_implementation": attn_implementation}
-    if is_bits(dtype):
-        options |= quantisation(name, str(dtype), config, device)
     # transformers would look for an adapter online unless told once more
     options["adapter_kwargs"] = {"local_files_only": local_only}
     kind: Any = AutoModelForCausalLM
@@ -112,6 +111,9 @@ def load_model(
         kind = AutoModelForSequenceClassification
         config.num_labels = num_labels
         options["ignore_mismatched_sizes"] = True  # a head of other classes gives way to a new one
+    if is_bits(dtype):
+        outline = _outline(kind, config, torch.float32, attn_implementation)
+        options |= quantisation(name, str(dtype), outline, device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if device is not None and torch.device(device).type == "meta":
