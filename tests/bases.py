@@ -168,7 +168,7 @@ class Base:
 
     def scorer(self) -> "Rows":
         """Of twelve rows to train on, and six each held out and to evaluate on."""
-        rows = [Question(str(i), "which colour?", CLASSES, i % 3) for i in range(24)]
+        rows = [Question(str(i), f"which colour is {i}?", CLASSES, i % 3) for i in range(24)]
         task = Task("tiny", tuple(rows[:12]), tuple(rows[12:18]), tuple(rows[18:]))
         return Rows(byte_level_tokenizer(), task, base=self)
 
