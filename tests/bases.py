@@ -203,11 +203,10 @@ def classes(logits: Tensor) -> Tensor:
 
 
 BASES: dict[str, Base] = {
-    "llama": Base(
-        hf.LlamaForCausalLM, (hf.LlamaConfig, UNTIED), ("q_proj", "v_proj", "lm_head")
-    ),
+    "llama": Base(hf.LlamaForCausalLM, (hf.LlamaConfig, UNTIED), ("q_proj", "v_proj", "lm_head")),
     "tied": Base(
-        hf.Qwen2ForCausalLM, (hf.Qwen2Config, {**DECODER, "num_key_value_heads": 2, "tie_word_embeddings": True})
+        hf.Qwen2ForCausalLM,
+        (hf.Qwen2Config, {**DECODER, "num_key_value_heads": 2, "tie_word_embeddings": True}),
     ),
     "conv1d": Base(
         hf.GPT2LMHeadModel,

@@ -163,7 +163,7 @@ def gaussian(feature: str, base: str) -> tuple[Any, Rows]:
     own = {"r": 4, "lora_alpha": 8, "target_modules": list(BASES[base].targets)}
     config = {**own, **FEATURES[feature][0]}
     if feature == "rank_pattern":
-        config |= {"rank_pattern": {name: 2 for name in own["target_modules"][-1:]}}
+        config |= {"rank_pattern": dict.fromkeys(own["target_modules"][-1:], 2)}
         config |= {"alpha_pattern": {own["target_modules"][0]: 3}}
     torch.manual_seed(1)
     adapted = randomised(get_peft_model(model, LoraConfig(**config)))

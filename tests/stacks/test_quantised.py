@@ -1,9 +1,12 @@
 """Bases in 4 and 8 bits (bitsandbytes), in the commands and in the two lines."""
 
 import copy
+import importlib.util
 import json
 import logging
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -196,7 +199,9 @@ def test_each_method_fits_saves_and_loads(name, loaded, bits, scorer, batch, tmp
     posterior = method.fit(base, scorer, TRAINING)
     logits = posterior.logits(batch, Draws(3))
     assert torch.isfinite(logits).any(-1).all()
-    again = load_posterior(loaded.again().model, save_posterior(posterior, tmp_path / "fit"), scorer)
+    again = load_posterior(
+        loaded.again().model, save_posterior(posterior, tmp_path / "fit"), scorer
+    )
     assert_close(again.logits(batch, Draws(3)), logits, **ROUNDING)
     if exportable(posterior):
         plain = loaded.again().model
@@ -315,7 +320,12 @@ def test_an_encoder_s_head_is_not_quantised(make, bits, tmp_path):
 
 def test_a_comparison_fits_one_method_after_the_other_on_the_same_base(place, bits):
     options = {"evaluation_data": place / "test.jsonl", "methods": "[mle,blob,laplace,tfb]"}
-    options |= {"tfb.anchors": 4, "tfb.draws": 2, "tfb.evaluations": 2, "gradient_checkpointing": "true"}
+    options |= {
+        "tfb.anchors": 4,
+        "tfb.draws": 2,
+        "tfb.evaluations": 2,
+        "gradient_checkpointing": "true",
+    }
     run(*fitting(place, "compare", f"compare-{bits}", dtype=bits, **options))
     run(*fitting(place, "compare", f"alone-{bits}", dtype=bits, **options | {"methods": "[blob]"}))
     found = []
@@ -350,3 +360,16 @@ def test_bits_of_a_plain_adapter_alone_can_be_given(place, bits, capsys):
     arguments = ["calibrate", place / f"given-{bits}", f"--rows={place / 'test.jsonl'}"]
     said = failed([*arguments, f"--dtype={bits}"], capsys)
     assert "got --dtype for a posterior; expected a plain adapter" in said
+
+
+@pytest.mark.parametrize("given", [[], ["--bits", "8"]])
+def test_the_example_runs(given, place, capsys):
+    file = Path(__file__).parents[2] / "examples" / "qlora.py"
+    spec = importlib.util.spec_from_file_location("example_qlora", file)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    example.main(["--model", str(place / "model"), "--steps", "20", "--draws", "3", *given])
+    said = capsys.readouterr().out
+    losses = [float(loss) for loss in re.findall(r"loss ([0-9.]+)", said)]
+    assert losses[-1] < 0.9 * losses[0]
+    assert said.count("nats of disagreement") == 3

@@ -96,7 +96,9 @@ def _kind_of_task(model: nn.Module) -> dict[str, Any]:
         body = getattr(model, "base_model", model)
         whole = [path for path, child in model.named_children() if child is not body]
         return {"modules_to_save": whole}
-    takes_text = hasattr(model, "prepare_inputs_for_generation") and input_embedding(model) is not None
+    takes_text = (
+        hasattr(model, "prepare_inputs_for_generation") and input_embedding(model) is not None
+    )
     return {"task_type": "CAUSAL_LM"} if takes_text else {}
 
 
