@@ -32,6 +32,20 @@ FOUR = BitsAndBytesConfig(
 )
 
 
+def quantised(name: str, few: BitsAndBytesConfig) -> Any:
+    """A base in few bits, ready for training."""
+    place = {"": torch.accelerator.current_accelerator() or "cpu"}
+    base: Any = AutoModelForCausalLM.from_pretrained(
+        name, quantization_config=few, device_map=place
+    )
+    for module in base.modules():
+        # on some CPUs bitsandbytes repacks weights so that later passes have no gradients
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    plain = {"use_reentrant": False}
+    return prepare_model_for_kbit_training(base, gradient_checkpointing_kwargs=plain)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
@@ -42,17 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     set_seed(0)
     few = FOUR if given.bits == 4 else BitsAndBytesConfig(load_in_8bit=True)
-    place = {"": torch.accelerator.current_accelerator() or "cpu"}
-    base: Any = AutoModelForCausalLM.from_pretrained(
-        given.model, quantization_config=few, device_map=place
-    )
-    for module in base.modules():
-        # on some CPUs bitsandbytes repacks weights so that later passes have no gradients
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    base = prepare_model_for_kbit_training(
-        base, gradient_checkpointing_kwargs={"use_reentrant": False}
-    )
+    base = quantised(given.model, few)
     model = get_peft_model(base, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
     bayesify(model)  # the first line
 

@@ -6,7 +6,6 @@ offer around an adapter (patterns, checkpoints, half precision, compilation) on 
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -68,9 +67,8 @@ def fitted(method: str, base: str) -> tuple[Posterior, Rows, float]:
 
 
 @pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
+def quiet() -> None:
     transformers.logging.set_verbosity_error()
-    yield
 
 
 @pytest.mark.parametrize(("method", "base"), PAIRS)

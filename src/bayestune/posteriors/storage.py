@@ -187,8 +187,13 @@ def _prepare(base: nn.Module, folder: Path, details: Mapping[str, Any], other_ba
         )
     before = (samples or {}).get("precision")
     if before not in (None, present := precision_of(base)):
-        said = "%s was fitted over a base in %s and is used over one in %s: it answers a little"
-        logger.warning(f"{said} differently than it was evaluated", folder, before, present)
+        logger.warning(
+            "%s was fitted over a base in %s and is used over one in %s: it answers a little "
+            "differently than it was evaluated",
+            folder,
+            before,
+            present,
+        )
 
 
 def _named(folder: Path, details: Mapping[str, Any]) -> str:
