@@ -19,7 +19,7 @@ from bayestune.adapters.wrapped import unwrapped
 from bayestune.errors import COUNT, PART, POSITIVE, Refusal, check_fields, nearest
 
 _TEXT_HEADS = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
-_OTHER_HEADS = (
+_OTHER_HEADS: tuple[Any, ...] = (
     modeling_auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
     modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     modeling_auto.MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES,
