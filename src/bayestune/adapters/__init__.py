@@ -44,6 +44,7 @@ from bayestune.adapters.lora import (
 )
 from bayestune.adapters.noise import held_noise, held_weights
 from bayestune.adapters.own_saving import noise_of
+from bayestune.adapters.precision import is_quantised, num_quantised, precision_of
 from bayestune.adapters.rank_linear import RankLinear, make_ranks_random, put_means
 from bayestune.adapters.row_groups import RowGroups
 from bayestune.adapters.settings import are_alike
@@ -93,15 +94,18 @@ __all__ = [
     "input_embedding",
     "is_classifier",
     "is_compiled",
+    "is_quantised",
     "make_gaussian",
     "make_ranks_random",
     "mean_digest",
     "noise_of",
+    "num_quantised",
     "old_names_unsaid",
     "output_head",
     "place_of",
     "plain_path",
     "plain_state",
+    "precision_of",
     "put_means",
     "refuse_inside_drawn",
     "refuse_unless_saved_whole",

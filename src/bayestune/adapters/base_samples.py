@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bayestune.adapters.precision import precision_of
+
 TENSORS = 16
 VALUES = 16
 
@@ -24,7 +26,7 @@ _SETTINGS = (
 def base_samples(
     model: nn.Module, state: Mapping[str, Tensor], adapted: Collection[str] = ()
 ) -> dict[str, Any]:
-    """Samples of a base's weights, from the first tensor to the last, and some of its settings.
+    """Samples of a base's weights, first to last, some of its settings, and its precision.
 
     Quantised tensors, and those that are elsewhere (sharded, off-loaded), are left out: what is
     taken is the same in float32, in bfloat16 and where other layers are quantised.
@@ -44,7 +46,8 @@ def base_samples(
             "values": _values(value).tolist(),
             "adapted": name in adapted,
         }
-    return {"tensors": tensors, "settings": _settings(model)}
+    found = {"tensors": tensors, "settings": _settings(model)}
+    return {**found, "precision": precision_of(model)}
 
 
 def differs(saved: Mapping[str, Any], model: nn.Module) -> list[str]:

@@ -1,7 +1,7 @@
 """Attaches LoRA to a model and detaches it, and tells what kind of model it is."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,13 +11,19 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+from transformers.models.auto import modeling_auto
 
 from bayestune.adapters.locks import base_of, exclusive
 from bayestune.adapters.slots import PREFIX
 from bayestune.adapters.wrapped import unwrapped
 from bayestune.errors import COUNT, PART, POSITIVE, Refusal, check_fields, nearest
 
+_TEXT_HEADS = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+_OTHER_HEADS: tuple[Any, ...] = (
+    modeling_auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES,
+)
 # Llama and most others; BERT; DistilBERT
 _TARGETS = (("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"))
 
@@ -72,13 +78,40 @@ def head_is_tied(model: nn.Module) -> bool:
 
 def is_classifier(model: nn.Module) -> bool:
     """Whether a transformers model ends in a classification head instead of a language model's."""
-    return type(model).__name__ in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()
+    return type(model).__name__ in _TEXT_HEADS.values()
+
+
+def _kind_of_task(model: nn.Module) -> dict[str, Any]:
+    """What PEFT is told of a model: its task, and which parts it trains beside LoRA.
+
+    PEFT has no task for pictures and sounds, so the parts of a head are named.
+    """
+    if is_classifier(model):
+        return {"task_type": "SEQ_CLS"}
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        return {"task_type": "SEQ_2_SEQ_LM"}
+    name = type(model).__name__
+    if any(_has(name, heads) for heads in _OTHER_HEADS):
+        body = getattr(model, "base_model", model)
+        whole = [path for path, child in model.named_children() if child is not body]
+        return {"modules_to_save": whole}
+    takes_text = (
+        hasattr(model, "prepare_inputs_for_generation") and input_embedding(model) is not None
+    )
+    return {"task_type": "CAUSAL_LM"} if takes_text else {}
+
+
+def _has(name: str, heads: Mapping[str, Any]) -> bool:
+    """Whether a class is one of those; a model may have several."""
+    named = [each if isinstance(each, tuple | list) else (each,) for each in heads.values()]
+    return any(name in each for each in named)
 
 
 def attach(model: nn.Module, lora: Lora) -> PeftModel:
     """Puts a fresh LoRA adapter on a model, as `peft.get_peft_model` does, and freezes the rest.
 
-    PEFT trains a classification head, if the model has one, beside LoRA.
+    A classification head, if the model has one, is trained beside LoRA.
 
     Raises:
         Refusal: if no module has a target's name, or the model has an adapter already.
@@ -110,10 +143,14 @@ def attach(model: nn.Module, lora: Lora) -> PeftModel:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=list(targets),
-        task_type="SEQ_CLS" if is_classifier(model) else "CAUSAL_LM",
+        **_kind_of_task(model),
     )
     with old_names_unsaid():
-        return get_peft_model(model, config)  # type: ignore[arg-type]
+        adapted = get_peft_model(model, config)  # type: ignore[arg-type]
+    if getattr(model, "is_quantized", False):
+        # PEFT leaves it out, and reentrant checkpoints would cut the gradients off
+        model.enable_input_require_grads()  # type: ignore[operator]
+    return adapted
 
 
 @contextmanager

@@ -22,6 +22,7 @@ ARTEFACT_HELP = "a folder of `fit`, or a LoRA adapter as PEFT saves it"
 OVERWRITE_HELP = "replace the run in the output folder once the new one is whole"
 UNCALIBRATED_HELP = "leave the posterior's calibration aside"
 COLUMNS_HELP = "the file's own names, as question=subject,answer=queue; left out: as in the fit"
+DTYPE_HELP = "of the base model's weights; 4bit (QLoRA) and 8bit need bitsandbytes"
 METHOD_HELP = ", ".join(METHODS)
 
 
@@ -42,7 +43,7 @@ def add_compare(parser: Parser) -> None:
 def add_fitting(parser: Parser) -> None:
     """What every fit is told."""
     parser.option("model", str | None, None, MODEL_HELP)
-    parser.option("dtype", Dtype, "float32", "of the base model's weights")
+    parser.option("dtype", Dtype, "float32", DTYPE_HELP)
     parser.option("base", str | None, None, "what a post-hoc method builds on, its own if not")
     parser.add_class_arguments(TaskOptions)
     parser.add_class_arguments(Training, skip={"output"})
@@ -130,7 +131,7 @@ def add_bayesianise(parser: Parser) -> None:
     parser.add_argument("adapter", type=Path, help="a LoRA adapter folder, as PEFT saves it")
     parser.needed("anchor", "JSONL or CSV rows with answers, best from training")
     parser.option("model", str | None, None, "the base model, where not the adapter's own")
-    parser.option("dtype", Dtype, "float32", "of the base model's weights")
+    parser.option("dtype", Dtype, "float32", DTYPE_HELP)
     parser.option("bf16", bool, False, "bfloat16 autocast")
     put = ("task", "options", "scoring", "max_length", "answer_is")
     put += ("columns", "prompt", "chat", "system")

