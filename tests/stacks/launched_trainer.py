@@ -4,7 +4,9 @@ Each process writes `rank-N.json`: losses, σ of each layer, sums of a draw, log
 """
 
 import contextlib
+import faulthandler
 import json
+import os
 import sys
 from pathlib import Path
 from unittest import mock
@@ -108,4 +110,6 @@ def main():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    # processes that wait for each other say where
+    faulthandler.dump_traceback_later(float(os.environ.get("PATIENCE", "200")), exit=True)
     main()

@@ -48,7 +48,15 @@ from bayestune.adapters.rank_linear import RankLinear, make_ranks_random, put_me
 from bayestune.adapters.row_groups import RowGroups
 from bayestune.adapters.settings import are_alike
 from bayestune.adapters.slots import ADAPTER, PREFIX, SIDES, Slots, drawn, split_name
-from bayestune.adapters.spread import all_agree, is_spread, no_other, part_here, shape_of, whole
+from bayestune.adapters.spread import (
+    all_agree,
+    is_partitioned,
+    is_spread,
+    no_other,
+    part_here,
+    shape_of,
+    whole,
+)
 from bayestune.adapters.training_passes import TrainingPasses
 from bayestune.adapters.wrapped import eagerly, is_compiled, plain_path, unwrapped
 
@@ -95,6 +103,7 @@ __all__ = [
     "input_embedding",
     "is_classifier",
     "is_compiled",
+    "is_partitioned",
     "is_spread",
     "make_gaussian",
     "make_ranks_random",
@@ -114,6 +123,7 @@ __all__ = [
     "split_name",
     "unwrapped",
     "watching",
+    "whole",
     "why_silent",
     "write_posterior",
 ]
