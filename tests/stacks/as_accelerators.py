@@ -3,6 +3,7 @@
 Imported by scripts under `accelerate launch`, before accelerate looks at the machine.
 """
 
+import importlib
 from typing import Any
 
 import torch
@@ -26,3 +27,9 @@ def pretend() -> None:
     PartialState.__init__ = started  # type: ignore[method-assign]
     PartialState._prepare_backend = found  # type: ignore[method-assign]
     PartialState.set_device = set_device  # type: ignore[method-assign]
+
+
+def without_compiling() -> None:
+    """Keeps DeepSpeed from building its C++ for CPUs at first use: minutes, and not what is tried."""
+    ops: Any = importlib.import_module("deepspeed.ops")
+    ops.__compatible_ops__.clear()

@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 from transformers import Trainer, TrainingArguments
 
-from as_accelerators import pretend
+from as_accelerators import pretend, without_compiling
 from bayestune import Draws, save_posterior
 from bayestune.adapters import bayesify
 from bayestune.kl import KLStep
@@ -102,6 +102,8 @@ def main():
     options = json.loads(sys.argv[2])
     if options.get("sharded"):
         pretend()
+    if "deepspeed" in options:
+        without_compiling()
     trainer = trained(folder, options)
     report = report_of(trainer, folder)
     rank = trainer.args.process_index
