@@ -52,7 +52,7 @@ def noise(kind):
         yield
 
 
-def trained(folder, options):
+def trained(folder, options, resume=None):
     arguments = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         max_steps=STEPS,
@@ -60,7 +60,8 @@ def trained(folder, options):
         learning_rate=0.01,
         lr_scheduler_type="linear",
         warmup_steps=1,
-        max_grad_norm=options.get("max_grad_norm", 0.0),
+        max_grad_norm=0.1,  # below what the gradients have
+        weight_decay=0.1,
         logging_steps=1,
         save_strategy="steps" if "save_steps" in options else "no",
         save_steps=options.get("save_steps", STEPS),
@@ -74,11 +75,15 @@ def trained(folder, options):
     torch.manual_seed(5)
     model = adapted(tiny_llama())
     bayesify(model)
-    step = KLStep(final_std=0.1, std_lr=options.get("std_lr", 0.5), **options.get("kl", {}))
+    step = KLStep(final_std=0.1, std_lr=options.get("std_lr", 50.0), **options.get("kl", {}))
     trainer = Trainer(model, arguments, train_dataset=rows(), callbacks=[step])
     with noise(options.get("noise")):
-        trainer.train(resume_from_checkpoint=options.get("resume"))
+        trainer.train(resume_from_checkpoint=resume)
     return trainer
+
+
+def sums(draw):
+    return {name: weight.double().sum().item() for name, weight in draw.items()}
 
 
 def report_of(trainer, folder):
@@ -92,7 +97,7 @@ def report_of(trainer, folder):
         "losses": [line["loss"] for line in history],
         "kl": [line["kl"] for line in history],
         "std": [line["std_over_prior"] for line in history],
-        "draw": {name: weight.double().sum().item() for name, weight in draw.items()},
+        "draw": sums(draw),
         "logits": posterior.logits(batch, Draws(4)).tolist(),
     }
 
@@ -106,6 +111,10 @@ def main():
         without_compiling()
     trainer = trained(folder, options)
     report = report_of(trainer, folder)
+    if "save_steps" in options:
+        checkpoint = folder / "checkpoints" / f"checkpoint-{options['save_steps']}"
+        again = trained(folder, options, resume=str(checkpoint))
+        report["resumed"] = sums(Gaussian(again.model, last_logits).draw(0))
     rank = trainer.args.process_index
     (folder / f"rank-{rank}.json").write_text(json.dumps(report), encoding="utf-8")
 

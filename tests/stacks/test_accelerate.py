@@ -80,7 +80,7 @@ def test_the_standard_deviation_ends_where_it_is_told_in_two_processes_too(place
     ("command", "options", "said"),
     [
         ("fit", {"batch_size": 3}, "batch_size 3, expected a multiple of 2"),
-        ("compare", {}, "several processes can share fit alone: got 2 for 'compare'"),
+        ("compare", {}, "several processes can share fit and evaluate alone: got 2 for 'compare'"),
     ],
 )
 def test_what_two_processes_cannot_share_is_refused(command, options, said, place):
