@@ -75,7 +75,7 @@ def trained(folder, options, resume=None):
     torch.manual_seed(5)
     model = adapted(tiny_llama())
     bayesify(model)
-    step = KLStep(final_std=0.1, std_lr=options.get("std_lr", 50.0), **options.get("kl", {}))
+    step = KLStep(final_std=0.1, std_lr=options.get("std_lr", 2.0), **options.get("kl", {}))
     trainer = Trainer(model, arguments, train_dataset=rows(), callbacks=[step])
     with noise(options.get("noise")):
         trainer.train(resume_from_checkpoint=resume)
