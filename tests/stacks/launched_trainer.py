@@ -12,9 +12,9 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from as_accelerators import pretend, without_compiling
 from transformers import Trainer, TrainingArguments
 
-from as_accelerators import pretend, without_compiling
 from bayestune import Draws, save_posterior
 from bayestune.adapters import bayesify
 from bayestune.kl import KLStep

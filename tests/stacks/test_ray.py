@@ -61,5 +61,11 @@ def test_a_cell_whose_worker_is_killed_is_computed_again(tmp_path):
     assert killed is not None, said[-3000:]
     assert code == 0, said[-3000:]
     labels = {record["label"] for record in read_records(place / "out")}
-    assert labels == {"MLE", "TFB on MLE N=0", "TFB on MLE N=2", "BLoB, small N=0", "BLoB, small N=2"}
+    assert labels == {
+        "MLE",
+        "TFB on MLE N=0",
+        "TFB on MLE N=2",
+        "BLoB, small N=0",
+        "BLoB, small N=2",
+    }
     assert not any((place / "out").glob("failed/*"))

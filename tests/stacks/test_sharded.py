@@ -86,7 +86,9 @@ def test_two_processes_train_predict_save_and_resume_as_one(stack, alone, tmp_pa
     for name in ("posterior", "saved"):
         folder = tmp_path / "run" / name
         loaded = load_posterior(tiny_llama(), folder).draw(0)
-        assert {slot: weight.double().sum().item() for slot, weight in loaded.items()} == first["draw"]
+        assert {slot: weight.double().sum().item() for slot, weight in loaded.items()} == first[
+            "draw"
+        ]
     told = json.loads((tmp_path / "run/posterior/posterior.json").read_text(encoding="utf-8"))
     assert told["base_samples"]["tensors"]
 

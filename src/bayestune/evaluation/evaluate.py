@@ -96,9 +96,7 @@ def evaluate_posterior(
         draws = replace(common, count=count, shared_prefix=prefix)
         title = (f"predict, {count} draws" if count else "predict, mean") if progress else None
         begin = time.perf_counter()
-        logits = shared_row_logits(
-            posterior, scorer, rows, draws, batch_size=size, progress=title
-        )
+        logits = shared_row_logits(posterior, scorer, rows, draws, batch_size=size, progress=title)
         passes[count] = (logits, time.perf_counter() - begin)
     found = []
     for count in counts:

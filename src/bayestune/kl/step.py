@@ -21,7 +21,7 @@ from bayestune.kl.surroundings import (
     put_first,
     rows_of,
 )
-from bayestune.kl.trainer_runs import begin_run, end_run, give_noise_of_its_own
+from bayestune.kl.trainer_runs import begin_run, end_run, give_noise_of_its_own, say_several_batches
 from bayestune.kl.zero_optimizer import is_zero
 from bayestune.kl.zero_run import ZeroRun
 
@@ -246,6 +246,7 @@ class KLStep(TrainerCallback):
             step=state.global_step,
         )
         give_noise_of_its_own(args)
+        say_several_batches(args)
         begin_run(kwargs["model"], kwargs.get("train_dataloader"))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
