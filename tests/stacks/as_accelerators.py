@@ -1,4 +1,4 @@
-"""Has accelerate treat gloo processes on CPUs as it treats GPUs: it keeps FSDP and DeepSpeed to them.
+"""Has accelerate treat gloo processes on CPUs as GPUs, to which it keeps FSDP and DeepSpeed.
 
 Imported by scripts under `accelerate launch`, before accelerate looks at the machine.
 """
@@ -30,6 +30,6 @@ def pretend() -> None:
 
 
 def without_compiling() -> None:
-    """Keeps DeepSpeed from building its C++ for CPUs at first use: minutes, and not what is tried."""
+    """Keeps DeepSpeed from building C++ for CPUs at first use: minutes, and not what is tried."""
     ops: Any = importlib.import_module("deepspeed.ops")
     ops.__compatible_ops__.clear()

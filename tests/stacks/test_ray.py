@@ -46,7 +46,7 @@ def test_a_cell_whose_worker_is_killed_is_computed_again(tmp_path):
         run = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
     try:
         killed = None
-        until = time.monotonic() + 240
+        until = time.monotonic() + 400
         while run.poll() is None and time.monotonic() < until:
             # a checkpoint is there and no cell is: a fit is going on
             begun = any((place / "out" / "fits").glob("*/checkpoints/checkpoint-*"))

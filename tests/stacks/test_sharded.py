@@ -2,14 +2,12 @@
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 from torch.testing import assert_close
 
 from bayestune import load_posterior
@@ -109,5 +107,4 @@ def test_what_zero_cannot_do_is_refused_by_name(tmp_path):
     fp16 = {**zero(0), "fp16": {"enabled": True}}
     with pytest.raises(AssertionError, match="the KL step does not know the float32 copies"):
         launched(tmp_path / "run", flags, {**options, "deepspeed": fp16})
-    assert not shutil.os.path.exists(tmp_path / "run" / "rank-0.json")
-    assert torch.__version__
+    assert not (tmp_path / "run" / "rank-0.json").exists()

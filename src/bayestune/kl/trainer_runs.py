@@ -26,8 +26,8 @@ def say_several_batches(args: Any) -> None:
     """Says that a Trainer without a launcher gives each GPU a batch (DataParallel)."""
     if getattr(args, "n_gpu", 1) > 1:
         logger.warning(
-            "the Trainer gives each of %d GPUs a batch (DataParallel), so a step has %d rows instead "
-            "of %d; start the script with accelerate launch, or let it see one GPU "
+            "the Trainer gives each of %d GPUs a batch (DataParallel), so a step has %d rows "
+            "instead of %d; start the script with accelerate launch, or let it see one GPU "
             "(CUDA_VISIBLE_DEVICES=0)",
             args.n_gpu,
             args.train_batch_size * args.gradient_accumulation_steps,
