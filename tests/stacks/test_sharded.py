@@ -100,11 +100,3 @@ def test_with_noise_of_their_own_the_standard_deviation_is_equal_and_ends_where_
     assert first["draw"] == second["draw"]
     assert first["std"] == second["std"]
     assert_close(first["std"][-1], 0.5, rtol=0.02, atol=0.0)
-
-
-def test_what_zero_cannot_do_is_refused_by_name(tmp_path):
-    flags, options = STACKS["zero2"]
-    fp16 = {**zero(0), "fp16": {"enabled": True}}
-    with pytest.raises(AssertionError, match="the KL step does not know the float32 copies"):
-        launched(tmp_path / "run", flags, {**options, "deepspeed": fp16})
-    assert not (tmp_path / "run" / "rank-0.json").exists()

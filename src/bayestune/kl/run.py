@@ -60,6 +60,7 @@ class KLRun:
         self.moves_root_std = moves_root_std
         self._handles: list[Any] = []
         self._gradients: dict[str, Tensor] = {}  # of G: they wait for the optimiser
+        self._before: list[tuple[Tensor, Tensor]] = []  # G's that the optimiser moves for nothing
         self._unreached: list[str] | None = None
         self._taken = 0
         self._idle = 0
@@ -106,9 +107,24 @@ class KLRun:
             if gradient is not None and self.moves_root_std:
                 self._gradients[name] = gradient
                 layer.root_std.grad = None
+                if hasattr(gradient, "full_tensor"):
+                    self._pass_over(layer.root_std, gradient)
+
+    def _pass_over(self, root_std: Tensor, gradient: Tensor) -> None:
+        """Has the optimiser step on a spread G at gradient 0, which is undone afterwards.
+
+        FSDP's checkpoints want a state of the optimiser for every parameter that is trained.
+        """
+        root_std.grad = torch.zeros_like(gradient)
+        self._before.append((root_std, root_std.detach().clone()))
 
     def after_step(self) -> None:
         """Takes the step, unless the optimiser has skipped its own."""
+        with torch.no_grad():
+            for root_std, value in self._before:
+                root_std.copy_(value)
+                root_std.grad = None
+        self._before = []
         if not self._overflowed:
             sizes, std_rate = self.planned()
             if sizes:
