@@ -81,7 +81,8 @@ def test_two_processes_train_predict_save_and_resume_as_one(stack, alone, tmp_pa
         assert_close(first[name], alone[name], rtol=1e-5, atol=2e-6)
     assert first == second
     assert_close(first["resumed"], first["draw"], rtol=1e-5, atol=2e-6)
-    for name in ("posterior", "saved"):
+    # a Trainer's save_model writes nothing where checkpoints are in parts
+    for name in ("posterior",) if stack == "fsdp2-in-parts" else ("posterior", "saved"):
         folder = tmp_path / "run" / name
         loaded = load_posterior(tiny_llama(), folder).draw(0)
         assert {slot: weight.double().sum().item() for slot, weight in loaded.items()} == first[
