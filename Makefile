@@ -42,6 +42,7 @@ $(VENV)/installed-dev: $(VENV)/installed
 	.venv-stacks/bin/python -m pip install -q --upgrade "pip>=25.1"
 	.venv-stacks/bin/python -m pip install -q "$(TORCH)" numpy
 	.venv-stacks/bin/python -m pip install -q -e ".[gguf]" --group stacks
+	DS_BUILD_OPS=0 .venv-stacks/bin/python -m pip install -q --no-build-isolation "deepspeed>=0.19" # its build needs torch
 	touch $@
 
 demo: $(VENV)/installed  ## environment, install, fine-tune MLE and BLoB on the embedded questions, report
@@ -64,7 +65,7 @@ test-browser: $(VENV)/installed-dev  ## pages in headless Chromium, axe-core's f
 	npm install --silent --no-save --prefix $(VENV)/axe axe-core@4
 	$(BIN)/python -m pytest -m browser
 
-test-stacks: .venv-stacks/installed  ## other packages' trainers (TRL) and launchers, in an environment of their own
+test-stacks: .venv-stacks/installed  ## other packages: TRL, launchers, DeepSpeed, Ray and more, in an environment of their own
 	.venv-stacks/bin/python -m pytest -m stacks tests/stacks
 
 test-studies: $(VENV)/installed-dev  ## the notebook's own tests

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Collection
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -18,6 +19,8 @@ try:
     import resource
 except ImportError:  # Windows has none
     resource = None  # type: ignore[assignment]
+
+T = TypeVar("T")
 
 # M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD of glibc's malloc.h
 _KEPT = {-4: 0, -1: 2**31 - 1, -2: 2**26}
@@ -144,12 +147,32 @@ def num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def process_index() -> int:
+    """Which of them this one is, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def is_first_process() -> bool:
     """Whether this one writes files and prints."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return process_index() == 0
 
 
 def wait_for_processes() -> None:
     """Waits until all processes are here."""
     if num_processes() > 1:
-        PartialState(cpu=not torch.accelerator.is_available()).wait_for_everyone()
+        connect_processes().wait_for_everyone()
+
+
+def of_all_processes(value: T) -> list[T]:
+    """What each of the processes gives, in their order, in all of them; called by all."""
+    if num_processes() == 1:
+        return [value]
+    connect_processes()
+    found: list[Any] = [None] * num_processes()
+    torch.distributed.all_gather_object(found, value)
+    return found
+
+
+def connect_processes() -> PartialState:
+    """Connects the processes, if they are not, and gives each an accelerator of its own."""
+    return PartialState(cpu=not torch.accelerator.is_available())

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from bayestune import load_posterior
+from bayestune.evaluation import read_records
 from running import fitting, furnish
 from tiny import byte_level_tokenizer, tiny_llama
 
@@ -25,16 +27,16 @@ def place(tmp_path_factory):
     return furnish(tmp_path_factory.mktemp("launch"), tiny_llama(), byte_level_tokenizer())
 
 
-def launched(processes, arguments):
+def launched(processes, arguments, run=("-m", "bayestune")):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m"]
+    command = [sys.executable]
     if processes > 1:
-        command += ["accelerate.commands.launch", "--multi_gpu", "--num_machines=1"]
+        command += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines=1"]
         command += [f"--num_processes={processes}", f"--main_process_port={port}"]
-        command += ["--num_cpu_threads_per_process=1", "-m"]
-    command += ["bayestune", *map(str, arguments)]
+        command += ["--num_cpu_threads_per_process=1"]
+    command += [*run, *map(str, arguments)]
     return subprocess.run(
         command,
         capture_output=True,
@@ -74,13 +76,38 @@ def test_the_standard_deviation_ends_where_it_is_told_in_two_processes_too(place
     std = torch.cat([root.square().flatten() for root in roots]).mean().item()
     assert_close(std, 0.1, rtol=0.05, atol=0.0)
     assert load_posterior(tiny_llama(), folder).draw(0)
+    rows = f"--evaluation_data={place / 'test.jsonl'}"
+    few = "--prediction_batch=2"  # so that there are three batches, two of them one process's
+    told = []
+    for processes in (1, 2):
+        output = place / f"evaluated-{processes}"
+        given = ["evaluate", f"--posterior={folder}", rows, few, f"--output={output}"]
+        done = launched(processes, [*given, "--draws=[0,3]"])
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("BLoB N=3") == 1  # one process prints
+        told.append(read_records(output))
+    assert [record["draws"] for record in told[0]] == [0, 3]
+    for alone, together in zip(*told, strict=True):
+        assert alone["metrics"] == together["metrics"]
+        files = (place / f"evaluated-{n}" / alone["predictions"] for n in (1, 2))
+        assert len({file.read_text(encoding="utf-8") for file in files}) == 1
+
+
+def test_a_bare_script_is_launched(place):
+    script = Path(__file__).parents[2] / "examples/accelerate_fit.py"
+    output = place / "scripted"
+    given = [f"--model={place / 'model'}", f"--output={output}", "--steps=2"]
+    done = launched(2, given, run=(str(script),))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("posterior in") == 1
+    assert load_posterior(tiny_llama(), output).draw(0)
 
 
 @pytest.mark.parametrize(
     ("command", "options", "said"),
     [
         ("fit", {"batch_size": 3}, "batch_size 3, expected a multiple of 2"),
-        ("compare", {}, "several processes can share fit alone: got 2 for 'compare'"),
+        ("compare", {}, "several processes can share fit and evaluate alone: got 2 for 'compare'"),
     ],
 )
 def test_what_two_processes_cannot_share_is_refused(command, options, said, place):

@@ -4,6 +4,7 @@ import pytest
 from transformers import TrainingArguments
 
 from bayestune.errors import Refusal
+from bayestune.kl.trainer_runs import say_several_batches
 from bayestune.training import Training
 from bayestune.training.training import _arguments, _on_one_device
 
@@ -26,3 +27,14 @@ def test_one_process_uses_one_gpu_and_says_so(tmp_path, caplog):
     assert arguments.train_batch_size == 8
     assert _on_one_device(arguments).train_batch_size == 4
     assert "2 GPUs are there and one is used" in caplog.text
+
+
+def test_a_kl_step_says_that_a_trainer_gives_each_gpu_a_batch(tmp_path, caplog):
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=4
+    )
+    say_several_batches(arguments)
+    assert not caplog.text
+    arguments._n_gpu = 2
+    say_several_batches(arguments)
+    assert "each of 2 GPUs a batch (DataParallel), so a step has 8 rows instead of 4" in caplog.text

@@ -49,6 +49,15 @@ from bayestune.adapters.rank_linear import RankLinear, make_ranks_random, put_me
 from bayestune.adapters.row_groups import RowGroups
 from bayestune.adapters.settings import are_alike
 from bayestune.adapters.slots import ADAPTER, PREFIX, SIDES, Slots, drawn, split_name
+from bayestune.adapters.spread import (
+    all_agree,
+    is_partitioned,
+    is_spread,
+    no_other,
+    part_here,
+    shape_of,
+    whole,
+)
 from bayestune.adapters.training_passes import TrainingPasses
 from bayestune.adapters.wrapped import eagerly, is_compiled, plain_path, unwrapped
 
@@ -74,6 +83,7 @@ __all__ = [
     "TrainingPasses",
     "active",
     "add_beside",
+    "all_agree",
     "are_alike",
     "attach",
     "base_of",
@@ -94,14 +104,18 @@ __all__ = [
     "input_embedding",
     "is_classifier",
     "is_compiled",
+    "is_partitioned",
     "is_quantised",
+    "is_spread",
     "make_gaussian",
     "make_ranks_random",
     "mean_digest",
+    "no_other",
     "noise_of",
     "num_quantised",
     "old_names_unsaid",
     "output_head",
+    "part_here",
     "place_of",
     "plain_path",
     "plain_state",
@@ -109,9 +123,11 @@ __all__ = [
     "put_means",
     "refuse_inside_drawn",
     "refuse_unless_saved_whole",
+    "shape_of",
     "split_name",
     "unwrapped",
     "watching",
+    "whole",
     "why_silent",
     "write_posterior",
 ]

@@ -18,6 +18,7 @@ from bayestune.adapters.base_samples import base_samples
 from bayestune.adapters.locks import base_of
 from bayestune.adapters.lora import input_embedding, output_head
 from bayestune.adapters.slots import ADAPTER, PREFIX, Slots
+from bayestune.adapters.spread import part_here, shape_of, state_of
 from bayestune.errors import Refusal
 from bayestune.runtime import follow_umask
 
@@ -158,7 +159,7 @@ def is_resized(model: nn.Module) -> bool:
 
 def plain_state(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The model's state, or the one given, without what only a stochastic slot has."""
-    state = model.state_dict() if state is None else state
+    state = state_of(model) if state is None else state
     sides = (".lora_A.", ".lora_B.")
     plain = {}
     for name, value in state.items():
@@ -209,7 +210,7 @@ def facts_of(slots: Slots, state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def _rows(model: nn.Module) -> int | None:
     embedding: Any = input_embedding(model)
-    return None if embedding is None else len(embedding.weight)
+    return None if embedding is None else shape_of(embedding.weight)[0]
 
 
 def mean_digest(slots: Slots, state: Mapping[str, Tensor] | None = None) -> str:
@@ -235,7 +236,7 @@ def _weights(slots: Slots, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _samples(slots: Slots, state: Mapping[str, Tensor], beside: list[str]) -> dict[str, Any]:
     """Samples of the weights under the adapters, but for those that the adapter's folder holds."""
     model: Any = slots.model
-    without = {state[name].data_ptr() for name in beside}  # also under the name of a tied head
+    without = {_address(state[name]) for name in beside}  # also under the name of a tied head
     whole: list[str] = []
     for path, module in model.named_modules():
         heads = isinstance(module, ModulesToSaveWrapper)
@@ -246,7 +247,7 @@ def _samples(slots: Slots, state: Mapping[str, Tensor], beside: list[str]) -> di
     adapted = []
     for name, value in state.items():
         inside = "lora_" in name or "trainable_tokens" in name or name.startswith(tuple(whole))
-        if inside or value.data_ptr() in without or (biases and name.endswith("bias")):
+        if inside or _address(value) in without or (biases and name.endswith("bias")):
             continue
         plain = name.removeprefix(PREFIX).replace(_COMPILED, "")
         plain = plain.replace(".token_adapter.", ".").replace(".base_layer.", ".")
@@ -254,6 +255,11 @@ def _samples(slots: Slots, state: Mapping[str, Tensor], beside: list[str]) -> di
         if ".base_layer." in name:
             adapted.append(plain)
     return base_samples(base_of(model), base, adapted)
+
+
+def _address(value: Tensor) -> int:
+    """Where a tensor, or this process's part of it, is."""
+    return part_here(value).data_ptr()
 
 
 def write_posterior(

@@ -5,6 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from bayestune.adapters.spread import shape_of, whole
 
 from bayestune.adapters.precision import precision_of
 
@@ -28,8 +31,8 @@ def base_samples(
 ) -> dict[str, Any]:
     """Samples of a base's weights, first to last, some of its settings, and its precision.
 
-    Quantised tensors, and those that are elsewhere (sharded, off-loaded), are left out: what is
-    taken is the same in float32, in bfloat16 and where other layers are quantised.
+    Quantised tensors, and those that are elsewhere (off-loaded), are left out: what is taken is the
+    same in float32, in bfloat16, spread over processes, and where other layers are quantised.
 
     Args:
         model: the base, whose `config` is read if it has one.
@@ -39,7 +42,7 @@ def base_samples(
     names = [name for name, value in state.items() if _is_plain(value)]
     tensors = {}
     for name in _spread(names):
-        value = state[name]
+        value = whole(state[name])
         tensors[name] = {
             "shape": list(value.shape),
             "dtype": str(value.dtype).removeprefix("torch."),
@@ -52,11 +55,11 @@ def base_samples(
 
 def differs(saved: Mapping[str, Any], model: nn.Module) -> list[str]:
     """Names of tensors and settings of a base that are not as they were sampled."""
-    state = model.state_dict()
+    state = model.state_dict(keep_vars=True)
     state = {name.removeprefix("_orig_mod."): value for name, value in state.items()}
     wrong = []
     for name, sample in saved["tensors"].items():
-        if name in state and _is_plain(state[name]) and not _agrees(sample, state[name]):
+        if name in state and _is_plain(state[name]) and not _agrees(sample, whole(state[name])):
             wrong.append(name)
     present = _settings(model)
     for name, value in saved["settings"].items():
@@ -66,8 +69,9 @@ def differs(saved: Mapping[str, Any], model: nn.Module) -> list[str]:
 
 
 def _is_plain(value: Tensor) -> bool:
-    usual = type(value) in (Tensor, nn.Parameter) and value.device.type != "meta"
-    return usual and value.is_floating_point() and value.itemsize > 1 and value.numel() > 0
+    usual = type(value) in (Tensor, nn.Parameter, DTensor) and value.device.type != "meta"
+    is_empty = shape_of(value).numel() == 0
+    return usual and value.is_floating_point() and value.itemsize > 1 and not is_empty
 
 
 def _spread(names: list[str]) -> list[str]:

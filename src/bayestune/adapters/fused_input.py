@@ -11,6 +11,7 @@ from bayestune.adapters.drawn_linear import compute_dtype
 from bayestune.adapters.noise import FlipoutNoise
 from bayestune.adapters.one_pass import Call
 from bayestune.adapters.slots import Slots, split_name
+from bayestune.adapters.spread import is_partitioned
 
 Gradients = tuple[Tensor | None, Tensor]
 
@@ -211,8 +212,11 @@ class FusedInput:
 
     def _may_compute(self, layer: nn.Module) -> bool:
         """Whether it is no replica, and no layer is at its mean or spread over devices."""
-        noisy = all(one.training and type(one.weight) is nn.Parameter for one in self.layers)
-        return noisy and any(one is layer for one in self.layers)
+        for one in self.layers:
+            here = type(one.weight) is nn.Parameter and not is_partitioned(one.weight)
+            if not (one.training and here):
+                return False
+        return any(one is layer for one in self.layers)
 
 
 def fuse_inputs(slots: Slots, layers: Mapping[str, Any]) -> None:

@@ -18,6 +18,7 @@ from bayestune.adapters.noise import FlipoutNoise, independent_noise, random_sig
 from bayestune.adapters.one_pass import Call
 from bayestune.adapters.own_saving import keep_standard_deviations
 from bayestune.adapters.slots import Slots, split_name
+from bayestune.adapters.spread import put_whole
 from bayestune.adapters.training_passes import TrainingPasses
 from bayestune.adapters.unattended import Unattended
 from bayestune.errors import Refusal
@@ -81,7 +82,7 @@ class GaussianLinear(nn.Linear):
     @torch.no_grad()
     def set_root_std(self, root_std: Tensor) -> None:
         """Sets G (r, k), which may be 0 everywhere: then the layer is a point."""
-        self.root_std.copy_(root_std)
+        put_whole(self.root_std, root_std)
         self.noiseless = not bool(root_std.any())
 
     @property

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from bayestune.adapters.adapter_folder import (
     write_posterior,
 )
 from bayestune.adapters.slots import PREFIX, Slots
+from bayestune.adapters.spread import put_whole, shape_of, state_of
 from bayestune.errors import Refusal
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class OwnSaving:
         model: Any = self.model
         names = list(selected_adapters or model.peft_config)
         given = options.pop("state_dict", None)
-        whole = model.state_dict() if given is None else given
+        whole = state_of(model) if given is None else given
         plain = plain_state(model, whole)
         type(model).save_pretrained(
             model,
@@ -141,7 +141,7 @@ def put_roots(layers: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     roots = {name.removesuffix(".root_std"): value for name, value in tensors.items()}
     wrong = sorted(set(layers) ^ set(roots))
     for name in set(layers) & set(roots):
-        if layers[name].root_std.shape != roots[name].shape:
+        if shape_of(layers[name].root_std) != roots[name].shape:
             wrong.append(name)
     if wrong:
         raise Refusal(
@@ -149,9 +149,8 @@ def put_roots(layers: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
             f"{wrong[0]}; expected {len(layers)} slots in the adapter's shapes; load the folder of "
             "the same adapter"
         )
-    with torch.no_grad():
-        for name, layer in layers.items():
-            layer.root_std.copy_(roots[name])
+    for name, layer in layers.items():
+        put_whole(layer.root_std, roots[name])
 
 
 def noise_of(slots: Slots) -> dict[str, Any]:

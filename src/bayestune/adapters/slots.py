@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bayestune.adapters.arrivals import Arrivals, check_arrived
 from bayestune.adapters.drawn_linear import DrawnLinear
 from bayestune.adapters.locks import base_of, exclusive, marked_as_drawn
+from bayestune.adapters.spread import shape_of, whole
 from bayestune.adapters.wrapped import eagerly, plain_path, runs_compiled, unwrapped
 from bayestune.errors import Refusal
 
@@ -90,11 +91,14 @@ class Slots:
     def weights(self) -> dict[str, Tensor]:
         """A (r, k) and B (d, r) by slot name: the mean where a slot is stochastic."""
         modules = self.modules()
-        return {name: slot.get_parameter("weight").detach() for name, slot in modules.items()}
+        return {
+            name: whole(slot.get_parameter("weight")).detach() for name, slot in modules.items()
+        }
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of A and B by slot name."""
-        return {name: tuple(weight.shape) for name, weight in self.weights().items()}
+        modules = self.modules()
+        return {n: tuple(shape_of(slot.get_parameter("weight"))) for n, slot in modules.items()}
 
     def put(self, modules: Mapping[str, nn.Module]) -> None:
         """Puts modules in slots, by slot name."""

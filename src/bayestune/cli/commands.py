@@ -115,6 +115,8 @@ def evaluate(o: Namespace) -> int:
     results = session.evaluate(fit, options)
     if calibration is not None:
         results.append(calibrated_result(session, fit, calibration, o.posterior, options))
+    if not is_first_process():
+        return 0
     append_results(folder, results)
     records = renewed(read_records(folder), folder)
     print(render(evaluation_tables(records)))

@@ -15,7 +15,13 @@ from bayestune.cli.hub_ids import fetch
 from bayestune.cli.parser import COMMANDS, parse
 from bayestune.cli.start import EXIT_BAD_INPUT
 from bayestune.errors import Refusal
-from bayestune.runtime import is_first_process, keep_freed_memory, num_processes, show_progress
+from bayestune.runtime import (
+    connect_processes,
+    is_first_process,
+    keep_freed_memory,
+    num_processes,
+    show_progress,
+)
 from bayestune.training import Terminated
 
 EXIT_UNEXPECTED = 70
@@ -30,6 +36,9 @@ _SPARE_MEMORY = (
 )
 
 
+SHARED = ("fit", "evaluate")  # the commands that a launcher may start in several processes
+
+
 def run_guarded(given: Sequence[str]) -> int:
     """Parses and runs a command; returns the exit code that `bayestune.cli.main` documents."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -39,6 +48,8 @@ def run_guarded(given: Sequence[str]) -> int:
         with _terminable():
             command, options = parse(given)
             _refuse_processes(command)
+            if num_processes() > 1:
+                connect_processes()  # before a model is put on an accelerator
             _set_up_output(options)
             fetch(command, options)
             run, _ = COMMANDS[command]
@@ -55,10 +66,10 @@ def run_guarded(given: Sequence[str]) -> int:
 
 def _refuse_processes(command: str) -> None:
     """Refuses several processes for what would only do the same work in each, in one folder."""
-    if num_processes() > 1 and command != "fit":
+    if num_processes() > 1 and command not in SHARED:
         raise Refusal(
-            f"several processes can share fit alone: got {num_processes()} for {command!r}, "
-            "expected one; start it without a launcher"
+            f"several processes can share {' and '.join(SHARED)} alone: got {num_processes()} for "
+            f"{command!r}, expected one; start it without a launcher"
         )
 
 

@@ -11,7 +11,7 @@ from bayestune.data import Question
 from bayestune.errors import COUNT, NUMBER, Refusal, check_fields
 from bayestune.forward import Draws
 from bayestune.posteriors import Posterior, Prediction, count_for
-from bayestune.scoring import Scorer, row_logits
+from bayestune.scoring import Scorer, shared_row_logits
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def evaluate_posterior(
     """The predictive for each number of draws, the first S of the same held draws.
 
     One pass over the rows takes the largest number of draws, another one the mean. A posterior with
-    `atoms` is evaluated once, with as many draws.
+    `atoms` is evaluated once, with as many draws. Processes under a launcher share the batches.
     """
     rows = scorer.encode(questions)
     size = options.prediction_batch
@@ -96,7 +96,7 @@ def evaluate_posterior(
         draws = replace(common, count=count, shared_prefix=prefix)
         title = (f"predict, {count} draws" if count else "predict, mean") if progress else None
         begin = time.perf_counter()
-        logits = row_logits(posterior, scorer, rows, draws, batch_size=size, progress=title)
+        logits = shared_row_logits(posterior, scorer, rows, draws, batch_size=size, progress=title)
         passes[count] = (logits, time.perf_counter() - begin)
     found = []
     for count in counts:

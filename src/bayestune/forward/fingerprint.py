@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bayestune.adapters import all_agree, part_here
+
 _MARK = "_bayestune_mark"
 _OF_PEFT = ("merged_adapters", "active_adapters", "disable_adapters", "scaling")
 
@@ -26,9 +28,10 @@ class Fingerprint:
     def matches(self, model: nn.Module) -> bool:
         """Whether nothing has changed since."""
         facts, values = _taken(model)
-        if facts != self._facts:
-            return False
-        return not values or torch.equal(torch.cat(values), self._values)
+        same = facts == self._facts
+        if same and values:
+            same = torch.equal(torch.cat(values), self._values)
+        return all_agree(same, model)
 
 
 def _taken(model: nn.Module) -> tuple[list[Any], list[Tensor]]:
@@ -50,7 +53,7 @@ def _taken(model: nn.Module) -> tuple[list[Any], list[Tensor]]:
                 plain = type(tensor) in (Tensor, nn.Parameter)  # others need not have an address
                 facts.append((_mark_of(tensor), version, tensor.data_ptr() if plain else 0))
     first = changing[0].device if changing else None
-    return facts, [tensor.detach().flatten().to(first) for tensor in changing]
+    return facts, [part_here(tensor).detach().flatten().to(first) for tensor in changing]
 
 
 def _mark_of(tensor: Tensor) -> int:

@@ -11,6 +11,7 @@ from bayestune.adapters import (
     Slots,
     base_of,
     evaluating,
+    is_spread,
     refuse_inside_drawn,
     unwrapped,
     why_silent,
@@ -45,7 +46,7 @@ def mean_logits(model: nn.Module, scorer: ClassLogits, inputs: Batch) -> Tensor:
         prefix = CommonPrefix.of_mean(plain)
         kind = ("mean", kind_of(inputs, scorer, frozenset()), coincidences(inputs, 1, plain))
         inputs = on_device(inputs, plain)
-        if prefix.compiled:
+        if prefix.compiled or is_spread(plain):
             return checked(scorer(model, inputs))[None]
         verdicts = Verdicts.of(plain)
         if not verdicts.wrong(kind):
@@ -126,6 +127,7 @@ class Plan:
         kind = (kind_of(inputs, scorer, self._names), draws.shared_prefix is None)
         inputs = on_device(inputs, self._slots.model)
         if draws.shared_prefix is not None:
+            self._refuse_spread_prefix(draws.shared_prefix)
             shared = self._shared_prefix(posterior, draws.shared_prefix)
             ways = Ways(self._slots, scorer, inputs, shared, kind, approximate=True)
             self._refuse_inexact_prefix(ways, draws.shared_prefix)
@@ -144,6 +146,14 @@ class Plan:
                 "adapter to read it with; leave shared_prefix out"
             )
         return SharedPrefix(self._slots, length)
+
+    def _refuse_spread_prefix(self, length: int) -> None:
+        if is_spread(self._slots.model):
+            raise Refusal(
+                "draws cannot share a prefix in several processes that have parts of the model: "
+                f"got shared_prefix={length}, expected None; leave it out, or load the saved "
+                "posterior on the whole model"
+            )
 
     def _refuse_inexact_prefix(self, ways: Ways, length: int) -> None:
         """Refuses a prefix for a model whose mean reads a prompt in two parts as another one."""

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from bayestune.adapters import Arrivals, Slots, check_arrived
+from bayestune.adapters import Arrivals, Slots, check_arrived, is_spread
 from bayestune.errors import Refusal
 from bayestune.forward.draws import Batch, Chunk, ClassLogits, main_input, repeat_rows
 from bayestune.forward.verdicts import Verdicts, agrees, coincidences
@@ -84,6 +84,9 @@ class Ways:
 
     def _open(self, chunk: Chunk, verdicts: Verdicts, kind: Hashable) -> Iterator[str]:
         """The ways that are not known to be wrong; asked one by one, as they are tried."""
+        if is_spread(self.slots.model):  # all processes must make the same passes
+            yield ALONE
+            return
         together = not verdicts.wrong((kind, TOGETHER))
         shared = [way for way in ("once", "prefix", "mean's prefix") if way == self._shares]
         if together and not any(verdicts.wrong((kind, way)) for way in shared):
@@ -164,6 +167,13 @@ class Ways:
             )
 
     def _say_slow(self, verdicts: Verdicts) -> None:
+        if is_spread(self.slots.model):
+            verdicts.say_once(
+                "spread",
+                "the model is spread over processes, so it runs one draw at a time, in all of them "
+                "together; a saved posterior loaded on the whole model predicts faster",
+            )
+            return
         kind = type(self.slots.model).__name__
         base = getattr(self.slots.model, "get_base_model", None)
         verdicts.say_once(

@@ -60,6 +60,7 @@ class KLRun:
         self.moves_root_std = moves_root_std
         self._handles: list[Any] = []
         self._gradients: dict[str, Tensor] = {}  # of G: they wait for the optimiser
+        self._before: list[tuple[Tensor, Tensor]] = []  # G's that the optimiser moves for nothing
         self._unreached: list[str] | None = None
         self._taken = 0
         self._idle = 0
@@ -106,30 +107,52 @@ class KLRun:
             if gradient is not None and self.moves_root_std:
                 self._gradients[name] = gradient
                 layer.root_std.grad = None
+                if hasattr(gradient, "full_tensor"):
+                    self._pass_over(layer.root_std, gradient)
+
+    def _pass_over(self, root_std: Tensor, gradient: Tensor) -> None:
+        """Has the optimiser step on a spread G at gradient 0, which is undone afterwards.
+
+        FSDP's checkpoints want a state of the optimiser for every parameter that is trained.
+        """
+        root_std.grad = torch.zeros_like(gradient)
+        self._before.append((root_std, root_std.detach().clone()))
 
     def after_step(self) -> None:
         """Takes the step, unless the optimiser has skipped its own."""
-        if self._overflowed:
-            return
+        with torch.no_grad():
+            for root_std, value in self._before:
+                root_std.copy_(value)
+                root_std.grad = None
+        self._before = []
+        if not self._overflowed:
+            sizes, std_rate = self.planned()
+            if sizes:
+                self._move(sizes, std_rate / self._scale)
+            self.count_step()
+
+    def planned(self) -> tuple[list[float], float]:
+        """The KL steps η to take now, none once the plan is over, and G's rate."""
+        if self.step >= len(self.plan.rates):
+            return [], 0.0
+        return [*self.owed, self.plan.size(self.step)], float(self.plan.std_rates[self.step])
+
+    def count_step(self) -> None:
+        """Counts a step that was taken."""
         self._taken += 1
         if self._taken == _SOON:
             self.name_unreached()
-        now = self.step
-        plan = self.plan
-        planned = len(plan.rates)
-        self.step += 1
-        if now < planned:
-            sizes = [*self.owed, plan.size(now)]
-            self.owed = []
-            self.kl_time += sum(sizes)
-            self._move(sizes, float(plan.std_rates[now]) / self._scale)
-        elif now == planned:
+        planned = len(self.plan.rates)
+        if self.step == planned:
             logger.warning(
                 "the KL's plan of %d steps is over, but the run goes on: from here nothing holds "
                 "the mean to the prior, and the standard deviation stays as it is (unless "
                 "std_optimizer is adamw); give the KL step the total_steps of the whole run",
                 planned,
             )
+        self.kl_time += sum(self.planned()[0])
+        self.owed = []
+        self.step += 1
 
     @torch.no_grad()
     def _move(self, sizes: Sequence[float], std_rate: float) -> None:
@@ -186,8 +209,8 @@ class KLRun:
         kl = 0.0
         mean_std = 0.0
         for layer in self.layers.values():
-            std = as_one(layer.root_std.detach()).square()
-            kl += float(kl_divergence(as_one(layer.weight.detach()), std, self.prior_std))
+            std = as_one(layer.root_std).square()
+            kl += float(kl_divergence(as_one(layer.weight), std, self.prior_std))
             mean_std += float(std.mean()) / len(self.layers)
         last = min(max(self.step - 1, 0), len(self.plan.rates) - 1)
         return {

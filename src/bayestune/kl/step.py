@@ -21,7 +21,9 @@ from bayestune.kl.surroundings import (
     put_first,
     rows_of,
 )
-from bayestune.kl.trainer_runs import begin_run, end_run, give_noise_of_its_own
+from bayestune.kl.trainer_runs import begin_run, end_run, give_noise_of_its_own, say_several_batches
+from bayestune.kl.zero_optimizer import is_zero
+from bayestune.kl.zero_run import ZeroRun
 
 StdOptimizer = Literal["sgd", "adamw"]
 
@@ -130,7 +132,8 @@ class KLStep(TrainerCallback):
         """
         self.detach()
         layers = gaussian_layers(model, self.adapter)
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps torch's optimiser
+        if not is_zero(optimizer):
+            optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
         follows = self.std_optimizer == "sgd"
         check_optimizer(optimizer, layers, moves_root_std=not follows)
         plan = self._plan(total_steps, self._period(total_steps, num_rows, batch_size))
@@ -142,7 +145,8 @@ class KLStep(TrainerCallback):
         saved = self._saved or {"kl_time": plan.kl_time(step), "owed": ()}
         self._saved = None
         progress = Progress(step, saved["kl_time"], saved["owed"])
-        self._run = KLRun(layers, plan, self.prior_std, progress, moves_root_std=follows)
+        kind = ZeroRun if is_zero(optimizer) else KLRun
+        self._run = kind(layers, plan, self.prior_std, progress, moves_root_std=follows)
         self._run.hook(optimizer)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -242,6 +246,7 @@ class KLStep(TrainerCallback):
             step=state.global_step,
         )
         give_noise_of_its_own(args)
+        say_several_batches(args)
         begin_run(kwargs["model"], kwargs.get("train_dataloader"))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers.trainer_callback import CallbackHandler
 
-from bayestune.adapters import GaussianLinear, Slots
+from bayestune.adapters import GaussianLinear, Slots, shape_of, whole
 from bayestune.errors import Refusal
+from bayestune.kl.zero_optimizer import groups_of
 
 Layers = Mapping[str, GaussianLinear]
 
@@ -52,9 +53,7 @@ def _gaussian_adapters(model: nn.Module) -> tuple[list[str], list[str]]:
     return list(active), [name for name in others if name not in active]
 
 
-def check_optimizer(
-    optimizer: torch.optim.Optimizer, layers: Layers, *, moves_root_std: bool
-) -> None:
+def check_optimizer(optimizer: Any, layers: Layers, *, moves_root_std: bool) -> None:
     """Refuses an optimiser that was built without G, or would decay it.
 
     Args:
@@ -62,7 +61,8 @@ def check_optimizer(
         layers: the Gaussian layers.
         moves_root_std: whether it is the optimiser that moves G.
     """
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    groups = list(groups_of(optimizer))
+    held = {id(p) for _, parameters in groups for p in parameters}
     learnt = {name: layer for name, layer in layers.items() if layer.root_std.requires_grad}
     if not learnt:
         raise Refusal(
@@ -77,14 +77,14 @@ def check_optimizer(
             f"of {_some(missing)}, expected all trainable parameters; build the optimiser after "
             "bayesify(model), and one that holds the model's own parameters"
         )
-    if flat := [name for name, layer in learnt.items() if layer.root_std.dim() != 2]:
+    if flat := [name for name, layer in learnt.items() if len(shape_of(layer.root_std)) != 2]:
         raise Refusal(
             f"the standard deviations are cut into flat pieces: got root_std of {_some(flat)} with "
             "one axis (FSDP 1?), expected (r, k); use FSDP 2 (fully_shard, fsdp_version: 2)"
         )
     root_stds = {id(layer.root_std) for layer in learnt.values()}
-    for group in optimizer.param_groups if moves_root_std else ():
-        if group.get("weight_decay") and root_stds & {id(p) for p in group["params"]}:
+    for group, parameters in groups if moves_root_std else ():
+        if group.get("weight_decay") and root_stds & {id(p) for p in parameters}:
             raise Refusal(
                 "weight decay would shrink the standard deviation: got "
                 f"weight_decay={group['weight_decay']} on root_std, expected 0; set "
@@ -101,16 +101,29 @@ def check_gradients(layers: Layers) -> list[str]:
     learnt = {name: layer for name, layer in layers.items() if layer.root_std.requires_grad}
     unreached = {name: one for name, one in learnt.items() if one.root_std.grad is None}
     noisy = [name for name, layer in unreached.items() if layer.training]
+    bypassed = [name for name in noisy if unreached[name].weight.grad is not None]
+    refuse_unreached(learnt, list(unreached), bypassed)
+    return without_gradient(layers, learnt)
+
+
+def refuse_unreached(learnt: Layers, unreached: Collection[str], bypassed: Collection[str]) -> None:
+    """Refuses a first pass at the mean, or past the layers' modules.
+
+    Args:
+        learnt: the layers whose G is trained.
+        unreached: those of them that no gradient reached at all.
+        bypassed: those of them whose mean has a gradient all the same.
+    """
+    noisy = [name for name in unreached if learnt[name].training]
     nowhere = len(unreached) == len(learnt)
     if nowhere and not noisy:
         raise Refusal(
             f"the model is at its mean: got {len(unreached)} Gaussian layers in evaluation mode, "
             "expected training mode, in which they draw; call model.train()"
         )
-    bypassed = [name for name in noisy if unreached[name].weight.grad is not None]
-    if bypassed or nowhere:
-        _refuse_bypassed(bypassed or noisy, "any" if nowhere else len(bypassed), len(learnt))
-    return without_gradient(layers, learnt)
+    found = [name for name in noisy if name in bypassed]
+    if found or nowhere:
+        _refuse_bypassed(found or noisy, "any" if nowhere else len(found), len(learnt))
 
 
 def without_gradient(layers: Layers, names: Collection[str]) -> list[str]:
@@ -177,9 +190,9 @@ def rows_of(dataloader: Any) -> int | None:
 
 
 def as_one(tensor: Tensor) -> Tensor:
-    """A tensor in float32 or better, whole where it is spread over processes (DTensor)."""
-    whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[operator]
-    return whole.to(torch.promote_types(whole.dtype, torch.float32))
+    """A parameter in float32 or better, whole where it is spread over processes."""
+    value = whole(tensor).detach()
+    return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 def _some(names: list[str]) -> str:

@@ -1,11 +1,14 @@
 """What a Trainer's batches say of rows, for the time of its run."""
 
+import logging
 from typing import Any
 
 import torch
 from torch import nn
 
 from bayestune.adapters import RowGroups, found_passes
+
+logger = logging.getLogger(__name__)
 
 _APART = 0x9E3779B97F4A7C15  # far from the seeds that people choose
 
@@ -17,6 +20,19 @@ def chosen_then_rejected(sequences: int) -> list[int]:
     """The row of each sequence of [chosen; rejected]: both sides of a pair are one."""
     pairs = (sequences + 1) // 2
     return [sequence % pairs for sequence in range(sequences)]
+
+
+def say_several_batches(args: Any) -> None:
+    """Says that a Trainer without a launcher gives each GPU a batch (DataParallel)."""
+    if getattr(args, "n_gpu", 1) > 1:
+        logger.warning(
+            "the Trainer gives each of %d GPUs a batch (DataParallel), so a step has %d rows "
+            "instead of %d; start the script with accelerate launch, or let it see one GPU "
+            "(CUDA_VISIBLE_DEVICES=0)",
+            args.n_gpu,
+            args.train_batch_size * args.gradient_accumulation_steps,
+            args.per_device_train_batch_size * args.gradient_accumulation_steps,
+        )
 
 
 def begin_run(model: nn.Module, dataloader: Any) -> None:

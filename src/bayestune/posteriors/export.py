@@ -50,7 +50,7 @@ def export_draw(
             f"{slots.adapter!r}; export it with the posterior it is of"
         )
     place = Path(folder).expanduser()
-    with replacing(place) as scratch:
+    with replacing(place, slots.model) as scratch:
         save_adapter(slots, scratch, draw)
     return place
 

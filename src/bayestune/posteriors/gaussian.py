@@ -7,7 +7,14 @@ from typing import ClassVar, Self
 
 from torch import Tensor
 
-from bayestune.adapters import GaussianLinear, Slots, held_weights, make_gaussian, noise_of
+from bayestune.adapters import (
+    GaussianLinear,
+    Slots,
+    held_weights,
+    make_gaussian,
+    noise_of,
+    whole,
+)
 from bayestune.errors import Refusal
 from bayestune.posteriors.posterior import AdapterPosterior, Saved, State, check_shapes
 
@@ -45,12 +52,13 @@ class Gaussian(AdapterPosterior):
         weights = {}
         for name, slot in layers.items():
             path = name.removesuffix(".lora_A")
-            weights[name] = held_weights(slot.weight, slot.std, seed, index, path)
+            std = whole(slot.root_std).square()
+            weights[name] = held_weights(whole(slot.weight), std, seed, index, path)
         return weights
 
     def _refuse_without_std(self, layers: Mapping[str, GaussianLinear]) -> None:
         fits = all(slot.weight.shape == slot.root_std.shape for slot in layers.values())
-        if fits and any(slot.noiseless or slot.root_std.any() for slot in layers.values()):
+        if fits and any(slot.noiseless or whole(slot.root_std).any() for slot in layers.values()):
             return
         got = "standard deviations of 0" if fits else "standard deviations of another rank"
         raise Refusal(
@@ -67,7 +75,7 @@ class Gaussian(AdapterPosterior):
     def state(self) -> State:
         """G of each Gaussian slot, and how the training noise was made."""
         layers = self.layers()
-        tensors = {f"{name}.root_std": slot.root_std.detach() for name, slot in layers.items()}
+        tensors = {f"{n}.root_std": whole(slot.root_std).detach() for n, slot in layers.items()}
         return tensors, noise_of(self.slots)
 
     @classmethod

@@ -16,6 +16,7 @@ from bayestune.adapters import (
     Slots,
     add_beside,
     facts_of,
+    is_spread,
     place_of,
     plain_state,
     refuse_unless_saved_whole,
@@ -28,14 +29,32 @@ from bayestune.posteriors.mixture import Mixture
 from bayestune.posteriors.point import Point
 from bayestune.posteriors.posterior import Posterior, unbound
 from bayestune.posteriors.tempered import Tempered
-from bayestune.runtime import follow_umask
+from bayestune.runtime import follow_umask, is_first_process, wait_for_processes
 
 Folder = str | PathLike[str]
 
 
 @contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """A scratch folder, whose files are moved to the folder once all are written."""
+def replacing(folder: Path, model: nn.Module) -> Iterator[Path]:
+    """A scratch folder, whose files are moved to the folder once all are written.
+
+    Where the model is spread over processes, all make them and the first one's are kept.
+    """
+    if is_spread(model):
+        with tempfile.TemporaryDirectory() as thrown_away:
+            if is_first_process():
+                with _replacing(folder) as scratch:
+                    yield scratch
+            else:
+                yield Path(thrown_away)
+        wait_for_processes()
+        return
+    with _replacing(folder) as scratch:
+        yield scratch
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as scratch:
         yield Path(scratch)
@@ -61,6 +80,8 @@ def save_posterior(
 
     Each file is written elsewhere and moved into place, `posterior.json` last, so a folder that has
     it is whole. A mixture has no mean: its members are such folders beside its `posterior.json`.
+    Where a model is spread over processes (FSDP2, ZeRO-3), all of them must call it: each gives its
+    part, and the first writes.
 
     Args:
         posterior: what `fit` returned, or a PEFT model, converted by `bayesify` or not.
@@ -80,7 +101,7 @@ def save_posterior(
     record: dict[str, Any] = {"posterior": posterior.kind}
     if classes := getattr(posterior.scorer, "class_names", None):  # of a classification head
         record["class_names"] = list(classes)
-    with replacing(place) as scratch:
+    with replacing(place, posterior.model) as scratch:
         tensors = None
         if isinstance(posterior, Mixture):
             record["members"] = [f"member-{i}" for i in range(len(posterior.members))]

@@ -4,7 +4,7 @@ A scorer encodes rows, collates them into batches, and maps a model and a batch 
 """
 
 from bayestune.scoring.activations import mean_pass
-from bayestune.scoring.batches import batches_by_length, row_logits
+from bayestune.scoring.batches import batches_by_length, row_logits, shared_row_logits
 from bayestune.scoring.choose import make_scorer
 from bayestune.scoring.given_batches import HeadLogits, LastToken
 from bayestune.scoring.head import HeadScorer, own_classes
@@ -30,4 +30,5 @@ __all__ = [
     "own_classes",
     "position_limit",
     "row_logits",
+    "shared_row_logits",
 ]

@@ -1,6 +1,7 @@
 """Rows → batches of similar length → the logits of all rows."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from tqdm import tqdm
 
 from bayestune.forward import Draws
 from bayestune.posteriors import Posterior
+from bayestune.runtime import num_processes, of_all_processes, process_index
 from bayestune.scoring.scorer import Encoded, Scorer
 
 
@@ -44,14 +46,48 @@ def row_logits(
     Returns:
         Logits (S, N, C) in the order of the rows, -inf for options that a row does not have.
     """
+    return in_order(_found(posterior, scorer, rows, draws, (batch_size, 0, 1), progress))
+
+
+def shared_row_logits(
+    posterior: Posterior,
+    scorer: Scorer,
+    rows: Sequence[Encoded],
+    draws: Draws,
+    *,
+    batch_size: int = 8,
+    progress: str | None = None,
+) -> Tensor:
+    """`row_logits` of processes that run the same command: each takes some batches, all get all.
+
+    The batches are those of one process, so the logits are, too.
+    """
+    share = (batch_size, process_index(), num_processes())
     found: dict[int, Tensor] = {}
+    for part in of_all_processes(_found(posterior, scorer, rows, draws, share, progress)):
+        found.update(part)
+    return in_order(found)
+
+
+def _found(
+    posterior: Posterior,
+    scorer: Scorer,
+    rows: Sequence[Encoded],
+    draws: Draws,
+    share: tuple[int, int, int],
+    progress: str | None,
+) -> dict[int, Tensor]:
+    """Logits (S, C_n) by the number of the row, of a share: a batch's rows, which, of how many."""
+    batch_size, first, step = share
+    found: dict[int, Tensor] = {}
+    batches = islice(batches_by_length(scorer, rows, batch_size), first, None, step)
     with tqdm(total=len(rows), desc=progress, unit="row", disable=progress is None) as bar:
-        for numbers, batch in batches_by_length(scorer, rows, batch_size):
+        for numbers, batch in batches:
             batch.pop("labels", None)
             logits = posterior.logits(batch, draws).float().cpu()
             found.update(zip(numbers, logits.unbind(1), strict=True))
-            bar.update(len(numbers))
-    return in_order(found)
+            bar.update(step * len(numbers))
+    return found
 
 
 def in_order(found: Mapping[int, Tensor]) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from torch import nn
 
+from bayestune.adapters import is_spread
 from bayestune.errors import Refusal
 from bayestune.methods import METHODS
 from bayestune.posteriors import (
@@ -55,14 +56,17 @@ class Fit:
         return cls.of(posterior, details_of(folder), bf16)
 
     def save(self, folder: Path) -> None:
-        """Writes the posterior with its details, and the report of its training, in one process."""
-        if not is_first_process():
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        report = json.dumps(self.posterior.report.as_dict(), indent=1)
-        (folder / REPORT).write_text(f"{report}\n", encoding="utf-8")
-        # last, because a folder that holds a posterior counts as finished
-        save_posterior(self.posterior, folder, self.details)
+        """Writes the posterior with its details, and the report of its training, in one process.
+
+        Where these are spread over processes, all give their part.
+        """
+        if is_first_process():
+            folder.mkdir(parents=True, exist_ok=True)
+            report = json.dumps(self.posterior.report.as_dict(), indent=1)
+            (folder / REPORT).write_text(f"{report}\n", encoding="utf-8")
+        if is_first_process() or is_spread(self.posterior.model):
+            # last, because a folder that holds a posterior counts as finished
+            save_posterior(self.posterior, folder, self.details)
 
     def facts(self, options: TaskOptions) -> dict[str, Any]:
         """What every record says of the fit, and how the rows of `options` were put to it."""
