@@ -5,6 +5,7 @@ code on every page is checked, and so is that every public name and command is o
 """
 
 import logging
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -58,5 +59,5 @@ def on_post_build(config: MkDocsConfig) -> None:
     for room, names in rooms().items():
         html = (built / f"reference/{room}.html").read_text(encoding="utf-8")
         for name in names:
-            if f'id="bayestune.{room}.{name}"' not in html:
+            if not re.search(rf'id="bayestune\.{room}\.(\w+\.)?{name}"', html):
                 log.warning("the public name bayestune.%s.%s is not on the site", room, name)

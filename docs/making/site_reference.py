@@ -52,7 +52,7 @@ def names_page() -> str:
     lines += ["| name | is |", "|---|---|"]
     for name, room in sorted(bayestune._HOMES.items(), key=lambda pair: pair[0].lower()):
         about = _first_line(getattr(bayestune, name), name)
-        lines.append(f"| [`{name}`]({room}.md#bayestune.{room}.{name}) | {about} |")
+        lines.append(f"| [`{name}`]({room}.md#{_anchor(room, name)}) | {about} |")
     lines += ["", "## The rooms", ""]
     lines += ["Every package has public names of its own, for those who build on it.", ""]
     lines += ["| room | is for |", "|---|---|"]
@@ -70,9 +70,22 @@ def room_pages() -> dict[str, str]:
     for room, names in rooms().items():
         about = inspect.getdoc(importlib.import_module(f"bayestune.{room}")) or ""
         lines = [f"# bayestune.{room}", "", about, ""]
-        lines += [f"::: bayestune.{room}.{name}\n" for name in names]
+        lines += [f"::: {_anchor(room, name)}\n" for name in names]
         pages[f"reference/{room}.md"] = "\n".join(lines)
     return pages
+
+
+def _anchor(room: str, name: str) -> str:
+    """The dotted name that a public name is documented under.
+
+    `bayestune.methods` takes names from the table of methods, which reading its source cannot
+    follow: these are documented where they are defined.
+    """
+    if name == "METHODS":
+        return f"bayestune.{room}.registry.METHODS"
+    value = getattr(importlib.import_module(f"bayestune.{room}"), name)
+    home = getattr(value, "__module__", "") if room == "methods" else ""
+    return f"{home if home.startswith('bayestune') else f'bayestune.{room}'}.{name}"
 
 
 def _first_line(value: Any, name: str) -> str:
