@@ -122,7 +122,7 @@ def confidence_maps(axes: Any, maps: dict[str, Tensor], rows: tuple[Tensor, Tens
     """Maps of the plane side by side, on one scale."""
     shown = None
     for one, (title, values) in zip(axes, maps.items(), strict=True):
-        limits = (0.0, 0.2) if "information" in title else (0.5, 1.0)
+        limits = (0.0, 0.6) if "information" in title else (0.5, 1.0)
         grid = values.reshape(80, 80)
         shown = one.imshow(
             grid, origin="lower", extent=(-3, 3, -3, 3), vmin=limits[0], vmax=limits[1]
