@@ -26,10 +26,11 @@ def in_the_table(heading):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = furnish(tmp_path_factory.mktemp("formats"), tiny_llama(), byte_level_tokenizer())
-    run(*fitting(folder, evaluation_data=folder / "test.jsonl"))
+    run(*fitting(folder))
     write_rows(folder / "held_out.jsonl", own_rows(24, start=100))
     run("calibrate", folder / "out", f"--rows={folder / 'held_out.jsonl'}", "--risk=0.5")
-    run("evaluate", f"--posterior={folder / 'out'}", "--draws=[2]", "--uncalibrated")
+    asked = f"--evaluation_data={write_rows(folder / 'new.jsonl', own_rows(6, start=300))}"
+    run("evaluate", f"--posterior={folder / 'out'}", asked, "--draws=[2]", "--uncalibrated")
     return folder / "out"
 
 

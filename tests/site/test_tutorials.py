@@ -4,21 +4,17 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from clients_of_pages import asked
+from page_code import blocks_of, commands_of, words_of
+
+from bayestune import load_posterior
+from running import run
+from tiny import byte_level_tokenizer, tiny_llama
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "docs/making"))
-
-from clients_of_pages import asked  # noqa: E402
-from page_code import blocks_of, commands_of, words_of  # noqa: E402
-
-from bayestune import load_posterior  # noqa: E402
-from running import run  # noqa: E402
-from tiny import byte_level_tokenizer, tiny_llama  # noqa: E402
-
 PAGES = ROOT / "docs/tutorials"
 INSTALLING = {"git", "cd", "python3", "source", "pip"}  # what benchmarks/newcomer.py runs
 FEWER = {"--steps": "3", "--batch_size": "4"}
