@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 # Rooms that transformers and peft do not reach, and what is measured: `APART=` tests them there too.
-APART ?= $(addprefix --ignore=tests/,bench cli data decisions evaluation metrics report serving session test_benchmarks.py test_gpu.py)
+APART ?= $(addprefix --ignore=tests/,bench cli data decisions evaluation metrics report serving session site test_benchmarks.py test_gpu.py)
 OLDEST ?= transformers==5.16.0 peft==0.18.0
 # What `make dist` runs of the sdist's tests, twice: such as DIST_TESTS=tests/metrics, for less.
 DIST_TESTS ?= tests README.md
@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL = help
-.PHONY: help demo test test-oldest test-slow test-real test-browser test-stacks test-studies lint format dist clean
+.PHONY: help demo test test-oldest test-slow test-real test-browser test-stacks test-studies docs lint format dist clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,13 @@ $(VENV)/installed-dev: $(VENV)/installed
 	DS_BUILD_OPS=0 .venv-stacks/bin/python -m pip install -q --no-build-isolation "deepspeed>=0.19" # its build needs torch
 	touch $@
 
+.venv-docs/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install -q --upgrade "pip>=25.1"
+	.venv-docs/bin/python -m pip install -q "$(TORCH)" numpy
+	.venv-docs/bin/python -m pip install -q -e ".[gguf]" --group docs
+	touch $@
+
 demo: $(VENV)/installed  ## environment, install, fine-tune MLE and BLoB on the embedded questions, report
 	$(BIN)/bayestune demo --output runs/demo --overwrite
 
@@ -71,6 +78,10 @@ test-stacks: .venv-stacks/installed  ## other packages: TRL, launchers, DeepSpee
 test-studies: $(VENV)/installed-dev  ## the notebook's own tests
 	$(BIN)/python -m pytest -n auto studies
 
+docs: .venv-docs/installed  ## the site, in build/site: pages, links, code and commands checked, tutorials run
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict
+	.venv-docs/bin/python -m pytest tests/site
+
 lint: $(VENV)/installed-dev  ## ruff, format and pyright, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -88,4 +99,4 @@ dist: $(VENV)/installed  ## sdist and wheel in dist/, each installed afresh and 
 	PYTHON="$(PYTHON)" TORCH="$(TORCH)" DIST_TESTS="$(DIST_TESTS)" DIST_OPTIONS="$(DIST_OPTIONS)" .ci/try_dist
 
 clean:  ## remove the environments
-	rm -rf .venv .venv-oldest .venv-stacks
+	rm -rf .venv .venv-oldest .venv-stacks .venv-docs

@@ -1,0 +1,66 @@
+"""The built site in headless Chromium: it asks no network, nothing is cut, axe-core finds nothing.
+
+`make test-browser` installs playwright, mkdocs and axe-core; CHROMIUM, AXE and SITE (a built site)
+name others.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.browser
+ROOT = Path(__file__).parents[2]
+SCREENS = {"desktop": (1280, 900), "phone": (390, 844)}
+LOOKS = [(screen, light) for screen in SCREENS for light in ("light", "dark")]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    if built := os.environ.get("SITE"):
+        return Path(built)
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    names = ("chromium", "chromium-browser", "google-chrome")
+    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_no_page_has_findings_asks_a_network_or_is_cut(site, browser, look):
+    axe = os.environ.get("AXE", ROOT / ".venv/axe/node_modules/axe-core/axe.min.js")
+    source = Path(axe).read_text(encoding="utf-8")
+    width, height = SCREENS[look[0]]
+    context = browser.new_context(
+        viewport={"width": width, "height": height}, color_scheme=look[1], reduced_motion="reduce"
+    )
+    page = context.new_page()
+    asked, wrong = [], {}
+    page.on("request", lambda request: asked.append(request.url))
+    for path in sorted(site.rglob("*.html")):
+        page.goto(path.as_uri())
+        page.evaluate(source)
+        options = "{resultTypes: ['violations']}"
+        found = page.evaluate(f"axe.run(document, {options})")["violations"]
+        named = [(one["id"], one["nodes"][0]["html"][:150], len(one["nodes"])) for one in found]
+        if page.evaluate("document.documentElement.scrollWidth > innerWidth"):
+            named.append(("wider than the screen", "", 1))
+        if named:
+            wrong[path.relative_to(site).as_posix()] = named
+    context.close()
+    assert [address for address in asked if not address.startswith("file:")] == []
+    assert wrong == {}
