@@ -23,6 +23,8 @@ def is_partitioned(tensor: Tensor) -> bool:
 
 def is_spread(model: nn.Module) -> bool:
     """Whether a pass of the model needs all processes, because they have parts of its weights."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return False
     parameters = unwrapped(model).parameters()
     return any(isinstance(one, DTensor) or is_partitioned(one) for one in parameters)
 
