@@ -10,7 +10,8 @@ from functools import cache
 from typing import NamedTuple
 
 FENCE = re.compile(
-    r"^(?P<indent> *)```(?P<language>[\w-]+)?[^\n]*\n(?P<text>.*?)^(?P=indent)```", re.M | re.S
+    r"^(?P<indent> *)```(?P<language>[\w-]+)?[^\n]*\n(?P<text>.*?)^(?P=indent)```",
+    re.MULTILINE | re.DOTALL,
 )
 HEREDOC = re.compile(r"<<-?\s*'?(?P<end>\w+)'?")
 ELLIPSIS = "…"  # stands for what a reader puts there
