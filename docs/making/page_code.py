@@ -35,11 +35,7 @@ def blocks_of(markdown: str) -> list[Block]:
 
 
 def commands_of(script: str) -> list[str]:
-    """The commands of a shell script, with their continued lines and here-documents.
-
-    >>> commands_of("a b \\\\\\n  c  # why\\n\\n# nothing\\nd <<END\\ntext\\nEND\\n")
-    ['a b \\\\\\n  c  # why', 'd <<END\\ntext\\nEND']
-    """
+    """The commands of a shell script, with their continued lines and here-documents."""
     found: list[str] = []
     lines = iter(script.splitlines())
     for line in lines:
