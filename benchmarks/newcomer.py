@@ -101,7 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     steps = steps_of(PAGE.read_text(encoding="utf-8"))
     load = os.getloadavg()[0]
     taken, printed = run(steps)
-    rows = [{"section": s.section, "command": s.command, **t} for s, t in zip(steps, taken)]
+    pairs = zip(steps, taken, strict=False)  # a failed step ends the path
+    rows = [{"section": s.section, "command": s.command, **t} for s, t in pairs]
     whole = {kind: round(sum(row[kind] for row in rows), 1) for kind in ("wall", "cpu")}
     for row in rows:
         first = row["command"].splitlines()[0][:60]

@@ -1,1 +1,15 @@
+// What the theme leaves to be done for keyboards and screen readers, now and when it adds something.
+const SCROLLING = "pre, pre > code, .md-typeset__scrollwrap, .md-typeset__table, .md-sidebar__scrollwrap";
 
+function reach() {
+  // what scrolls sideways can be reached by keyboard
+  for (const box of document.querySelectorAll(SCROLLING)) if (box.tabIndex < 0) box.tabIndex = 0;
+  // lists within the navigation, and a block's buttons, are groups: not each a landmark
+  for (const part of document.querySelectorAll("nav.md-code__nav, nav.md-nav[data-md-level]:not([data-md-level='0'])"))
+    if (part.getAttribute("role") !== "group") part.setAttribute("role", "group");
+}
+
+document.addEventListener("DOMContentLoaded", () => {
+  reach();
+  new MutationObserver(reach).observe(document.body, { childList: true, subtree: true });
+});

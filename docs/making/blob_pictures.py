@@ -164,7 +164,12 @@ def main() -> None:
     axis.set(xlabel="step", ylabel="σ", ylim=(0, 1.1))
     axis.legend()
     figure.savefig(IMAGES / "blob_std.png", dpi=110)
-    print({"σ at the end": blob.stds[-1], "largest information": maps["mutual information, nats"].max()})
+    print(
+        {
+            "σ at the end": blob.stds[-1],
+            "largest information": maps["mutual information, nats"].max(),
+        }
+    )
 
 
 if __name__ == "__main__":

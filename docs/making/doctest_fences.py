@@ -5,7 +5,7 @@ from typing import Any
 
 import griffe
 
-DOCTEST = re.compile(r"(?:^[ ]*>>> .*\n?)(?:^[ ]*\S.*\n?)*", re.MULTILINE)
+DOCTEST = re.compile(r"(?:^>>> .*\n?)(?:^[ ]*\S.*\n?)*", re.MULTILINE)
 
 
 class DoctestFences(griffe.Extension):
@@ -18,14 +18,5 @@ class DoctestFences(griffe.Extension):
 
 
 def fenced(text: str) -> str:
-    """A docstring with its doctests fenced.
-
-    >>> print(fenced("One.\\n\\n>>> 1 + 1\\n2"))
-    One.
-    <BLANKLINE>
-    ```pycon
-    >>> 1 + 1
-    2
-    ```
-    """
+    """A docstring with its doctests fenced; those of an indented section are known already."""
     return DOCTEST.sub(lambda match: f"```pycon\n{match[0].rstrip()}\n```\n", text).rstrip()

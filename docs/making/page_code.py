@@ -10,7 +10,8 @@ from functools import cache
 from typing import NamedTuple
 
 FENCE = re.compile(
-    r"^(?P<indent> *)```(?P<language>[\w-]+)?[^\n]*\n(?P<text>.*?)^(?P=indent)```", re.M | re.S
+    r"^(?P<indent> *)```(?P<language>[\w-]+)?[^\n]*\n(?P<text>.*?)^(?P=indent)```",
+    re.MULTILINE | re.DOTALL,
 )
 HEREDOC = re.compile(r"<<-?\s*'?(?P<end>\w+)'?")
 ELLIPSIS = "…"  # stands for what a reader puts there
@@ -34,11 +35,7 @@ def blocks_of(markdown: str) -> list[Block]:
 
 
 def commands_of(script: str) -> list[str]:
-    """The commands of a shell script, with their continued lines and here-documents.
-
-    >>> commands_of("a b \\\\\\n  c  # why\\n\\n# nothing\\nd <<END\\ntext\\nEND\\n")
-    ['a b \\\\\\n  c  # why', 'd <<END\\ntext\\nEND']
-    """
+    """The commands of a shell script, with their continued lines and here-documents."""
     found: list[str] = []
     lines = iter(script.splitlines())
     for line in lines:

@@ -47,7 +47,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) 
     if not page.file.generated_by:
         for problem in wrong_code(markdown):
             log.warning("%s: %s", place, problem)
-    text, missing = outward_links(markdown, place, f"{config.repo_url}")
+    text, missing = outward_links(markdown, place, config.extra["repository"])
     for target in missing:
         log.warning("%s: a link to %s, which does not exist", place, target)
     return text

@@ -59,7 +59,10 @@ def names_page() -> str:
     for room in rooms():
         about = _cell(_summary(importlib.import_module(f"bayestune.{room}")))
         lines.append(f"| [`bayestune.{room}`]({room}.md) | {about} |")
-    lines += ["", "[The commands](commands.md) with all their options stand on a page of their own,"]
+    lines += [
+        "",
+        "[The commands](commands.md) with all their options stand on a page of their own,",
+    ]
     lines += ["and so do [the files](../formats.md) that a fit, a calibration and a study leave."]
     return "\n".join(lines) + "\n"
 
@@ -111,7 +114,9 @@ def _cell(text: str) -> str:
 def commands_page() -> str:
     """Every command with its options, and those of the methods once."""
     lines = ["# Commands", "", "Made from the parser. Every command also takes `--print_config`,"]
-    lines += ["which prints its options as a file for `--config`, and `--help`. A switch stands for"]
+    lines += [
+        "which prints its options as a file for `--config`, and `--help`. A switch stands for"
+    ]
     lines += ["`true`: `--resume` is `--resume true`. Lists are written `[a,b]`.", ""]
     shared: dict[str, Any] = {}
     for name, parser in subparsers().items():
@@ -124,7 +129,10 @@ def commands_page() -> str:
             elif actions:
                 lines += [*_heading(group.title), *_table(actions), ""]
         if any(_method_of(group._group_actions) for group in parser._action_groups):
-            lines += [f"And [the methods' own options](#{OF_METHODS.lower().replace(' ', '-')}).", ""]
+            lines += [
+                f"And [the methods' own options](#{OF_METHODS.lower().replace(' ', '-')}).",
+                "",
+            ]
     lines += [f"## {OF_METHODS}", "", "Of `fit` and `compare`; `bench` has them in its file.", ""]
     for method in METHODS:
         if method in shared:
@@ -169,7 +177,7 @@ def _default(value: Any) -> str:
     if value is None or value == SUPPRESS:
         return ""
     text = str(value).lower() if isinstance(value, bool) else str(value)
-    return f"`{text}`" if text else "``\"\"``"
+    return f"`{text}`" if text else '``""``'
 
 
 def _values(action: Action) -> str:
@@ -186,4 +194,6 @@ def _values(action: Action) -> str:
 
 
 def _escaped(text: str) -> str:
-    return text.replace("<", "&lt;").replace("[", "&#91;").replace("_", "\\_").replace(" | ", " \\| ")
+    return (
+        text.replace("<", "&lt;").replace("[", "&#91;").replace("_", "\\_").replace(" | ", " \\| ")
+    )

@@ -14,7 +14,7 @@ PAGE = Path(__file__).parents[2] / "docs/formats.md"
 
 def section(heading):
     text = PAGE.read_text(encoding="utf-8").split(f"# {heading}\n")[1]
-    return re.split(r"^##", text, maxsplit=1, flags=re.M)[0]
+    return re.split(r"^##", text, maxsplit=1, flags=re.MULTILINE)[0]
 
 
 def in_the_table(heading):

@@ -48,7 +48,11 @@ def test_the_reference_has_every_public_name_and_command():
     pages = site_reference.room_pages()
     for room, names in site_reference.rooms().items():
         for name in names:
-            assert re.search(rf"^::: bayestune\.{room}\.(\w+\.)?{name}$", pages[f"reference/{room}.md"], re.M)
+            assert re.search(
+                rf"^::: bayestune\.{room}\.(\w+\.)?{name}$",
+                pages[f"reference/{room}.md"],
+                re.MULTILINE,
+            )
     text = site_reference.commands_page()
     for command, parser in site_reference.subparsers().items():
         assert f"## bayestune {command}\n" in text
