@@ -65,4 +65,4 @@ def test_the_table_lists_every_example():
 def test_every_example_has_a_test_that_names_it():
     tests = [path.read_text(encoding="utf-8") for path in Path(__file__).parent.rglob("test_*.py")]
     for path in EXAMPLES.glob("*.py"):
-        assert any(re.search(rf'"{path.stem}(\.py)?"', text) for text in tests), path.name
+        assert any(re.search(rf'["/]{path.stem}(\.py)?"', text) for text in tests), path.name

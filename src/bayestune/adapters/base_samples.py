@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from bayestune.adapters.spread import shape_of, whole
-
 from bayestune.adapters.precision import precision_of
+from bayestune.adapters.spread import shape_of, whole
 
 TENSORS = 16
 VALUES = 16
