@@ -223,6 +223,38 @@ def test_a_step_that_is_resumed_ends_as_the_whole_run_for_a_second_adapter_alone
         assert torch.equal(after.weight, first.weight)
 
 
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("std_optimizer", ["sgd", "adamw"])
+def test_a_closure_steps_as_a_loop_does(std_optimizer, named, model):
+    """Lightning gives the optimiser a closure: gradients come inside its step."""
+    others = copy.deepcopy(model)
+    for each in (model, others):
+        optimizer = torch.optim.AdamW(trainable(each).values(), LR, weight_decay=0.0)
+        step = KLStep(std_optimizer=std_optimizer, std_lr=0.1, prior_std=PRIOR)
+        step.attach(each, optimizer, total_steps=4)
+        for turn in range(4):
+            torch.manual_seed(turn)
+
+            def gradients(each=each, optimizer=optimizer):
+                optimizer.zero_grad()
+                likelihood(each)
+                return torch.tensor(0.0)
+
+            if each is model:
+                gradients()
+                optimizer.step()
+            elif named:
+                optimizer.step(closure=gradients)
+            else:
+                optimizer.step(gradients)
+        step.detach()
+    start = converted(tiny_llama(), root_std=0.05).double()
+    for one, other, first in zip(*map(layers_of, (model, others, start)), strict=True):
+        assert torch.equal(one.root_std, other.root_std)
+        assert torch.equal(one.weight, other.weight)
+        assert not torch.equal(one.root_std, first.root_std)
+
+
 @pytest.mark.parametrize(
     ("settings", "rate"),
     [

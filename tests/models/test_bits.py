@@ -47,7 +47,7 @@ def test_a_missing_or_old_package_is_said_before_any_work(
     place = furnish(tmp_path, tiny_llama(), byte_level_tokenizer())
     said = failed(fitting(place, dtype=dtype), capsys)
     assert f"dtype '{dtype}' needs a package: got {got}" in said.replace("bitsandbytes 0", "0")
-    assert "expected 0.46 or newer; pip install 'bayestune[quantised]'" in said
+    assert "expected 0.46.1 or newer; pip install 'bayestune[quantised]'" in said
     assert not (place / "out").exists()
     with pytest.raises(Refusal, match="needs a package"):
         load_model(str(place / "model"), dtype=dtype, device="meta")

@@ -71,7 +71,7 @@ class KLRun:
         """Puts the hooks on."""
         self._remainders = Remainders(optimizer)
         self._handles = [
-            optimizer.register_step_pre_hook(lambda hooked, *_: self.before_step(hooked)),
+            optimizer.register_step_pre_hook(self._before_gradients),
             optimizer.register_step_post_hook(lambda *_: self.after_step()),
         ]
         for layer in self.layers.values():
@@ -89,6 +89,22 @@ class KLRun:
     def _before_pass(self, *_: Any) -> None:
         self._handles.pop().remove()  # once
         check_synchronised(self.layers)
+
+    def _before_gradients(self, optimizer: Any, args: Any, kwargs: Any) -> Any:
+        """Waits for the gradients, which an optimiser with a closure asks for inside its step."""
+        closure = kwargs["closure"] if "closure" in kwargs else (*args, None, None)[1]
+        if closure is None:
+            self.before_step(optimizer)
+            return None
+
+        def evaluated() -> Any:
+            loss = closure()
+            self.before_step(optimizer)
+            return loss
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": evaluated}
+        return (args[0], evaluated, *args[2:]), kwargs
 
     def before_step(self, optimizer: Any) -> None:
         """Keeps the gradients of G from the optimiser; checks the first ones."""

@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, cast, get_args
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
@@ -17,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 Bits = Literal["4bit", "8bit"]
 EXTRA = "pip install 'bayestune[quantised]'"
-OLDEST = (0, 46)  # of bitsandbytes: the first one that runs without a GPU
+OLDEST = Version("0.46.1")  # of bitsandbytes: the first one that runs without a GPU
 
 
 def is_bits(dtype: torch.dtype | str) -> bool:
@@ -121,11 +122,10 @@ def _refuse_without_package(bits: str) -> None:
         found = version("bitsandbytes")
     except PackageNotFoundError:
         found = None
-    expected = ".".join(map(str, OLDEST))
-    if found is None or tuple(int(part) for part in found.split(".")[:2]) < OLDEST:
+    if found is None or Version(found) < OLDEST:
         got = "no bitsandbytes" if found is None else f"bitsandbytes {found}"
         raise Refusal(
-            f"dtype {bits!r} needs a package: got {got}, expected {expected} or newer; {EXTRA}"
+            f"dtype {bits!r} needs a package: got {got}, expected {OLDEST} or newer; {EXTRA}"
         )
 
 
