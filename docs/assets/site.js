@@ -4,9 +4,15 @@ const SCROLLING = "pre, pre > code, .md-typeset__scrollwrap, .md-typeset__table,
 function reach() {
   // what scrolls sideways can be reached by keyboard
   for (const box of document.querySelectorAll(SCROLLING)) if (box.tabIndex < 0) box.tabIndex = 0;
-  // lists within the navigation, and a block's buttons, are groups: not each a landmark
-  for (const part of document.querySelectorAll("nav.md-code__nav, nav.md-nav[data-md-level]:not([data-md-level='0'])"))
-    if (part.getAttribute("role") !== "group") part.setAttribute("role", "group");
+  // lists within the navigation, and a block's buttons, are not each a landmark
+  for (const part of document.querySelectorAll("nav.md-code__nav, nav.md-nav[data-md-level]:not([data-md-level='0'])")) {
+    if (part.getAttribute("role") === "none") continue;
+    part.setAttribute("role", "none");
+    part.removeAttribute("aria-labelledby");
+    part.removeAttribute("aria-expanded");
+  }
+  // the corner of a table heads nothing
+  for (const corner of document.querySelectorAll("th:empty")) corner.replaceWith(document.createElement("td"));
 }
 
 document.addEventListener("DOMContentLoaded", () => {
