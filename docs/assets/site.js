@@ -4,13 +4,15 @@ const SCROLLING = "pre, pre > code, .md-typeset__scrollwrap, .md-typeset__table,
 function reach() {
   // what scrolls sideways can be reached by keyboard
   for (const box of document.querySelectorAll(SCROLLING)) if (box.tabIndex < 0) box.tabIndex = 0;
-  // lists within the navigation, and a block's buttons, are not each a landmark
-  for (const part of document.querySelectorAll("nav.md-code__nav, nav.md-nav[data-md-level]:not([data-md-level='0'])")) {
-    if (part.getAttribute("role") === "none") continue;
-    part.setAttribute("role", "none");
+  // landmarks have labels of their own
+  const parts = document.querySelectorAll("nav.md-code__nav, nav.md-nav[data-md-level]:not([data-md-level='0'])");
+  parts.forEach((part, i) => {
+    if (part.dataset.named) return;
+    const name = document.getElementById(part.getAttribute("aria-labelledby"))?.textContent.trim();
     part.removeAttribute("aria-labelledby");
-    part.removeAttribute("aria-expanded");
-  }
+    part.setAttribute("aria-label", `${name || "Code block"}, ${i + 1}`);
+    part.dataset.named = "yes";
+  });
   // the corner of a table heads nothing
   for (const corner of document.querySelectorAll("th:empty")) corner.replaceWith(document.createElement("td"));
 }
