@@ -13,6 +13,7 @@ function reach() {
     part.setAttribute("aria-label", `${name || "Code block"}, ${i + 1}`);
     part.dataset.named = "yes";
   });
+  for (const search of document.querySelectorAll(".md-search[role='dialog']:not([aria-label])")) search.setAttribute("aria-label", "Search");
   // the corner of a table heads nothing
   for (const corner of document.querySelectorAll("th:empty")) corner.replaceWith(document.createElement("td"));
 }
