@@ -111,10 +111,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if len(taken) < len(steps):
         print(printed[-4000:], file=sys.stderr)
         return 1
-    answer = re.findall(r'^\{"model".*\}', printed, re.MULTILINE)[-1]
+    start = re.findall(r'^\{"model".*', printed, re.MULTILINE)[-1]
+    answer, _ = json.JSONDecoder().raw_decode(start)  # the service's log may follow on the line
     said = [line for line in printed.splitlines() if line.startswith("Kept: ")]
     said += [line for line in printed.splitlines() if "error rate" in line or "acts on" in line][:2]
-    print(answer, *said, sep="\n")
+    print(json.dumps(answer), *said, sep="\n")
     if given.record:
         record = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -123,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "load": round(load, 2),
             "whole": whole,
             "steps": rows,
-            "answer": json.loads(answer),
+            "answer": answer,
             "calibration": said,
         }
         given.record.parent.mkdir(parents=True, exist_ok=True)
