@@ -4,14 +4,13 @@
 """
 
 import math
-import os
-import shutil
 from pathlib import Path
 
 import pytest
 from recorded import evaluated, sampled_rows, with_rows
 
 from bayestune.report import write_page
+from browsing import axe_source, chromium
 
 pytestmark = pytest.mark.browser
 ROOT = Path(__file__).parents[2]
@@ -19,21 +18,10 @@ SCREENS = {"desktop": (1280, 900), "phone": (360, 740)}
 LONG = "a very long name of a team that nobody would cut, "
 
 
-def axe():
-    found = os.environ.get("AXE", ROOT / ".venv/axe/node_modules/axe-core/axe.min.js")
-    return Path(found).read_text(encoding="utf-8")
-
-
 @pytest.fixture(scope="module")
 def browser():
-    from playwright.sync_api import sync_playwright
-
-    names = ("chromium", "chromium-browser", "google-chrome")
-    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+    with chromium() as started:
         yield started
-        started.close()
 
 
 def rich_rows(num_rows, shift=0.0):
@@ -114,7 +102,7 @@ def test_the_page_draws_without_network_errors_or_findings(opened, look):
     for selector in ("figure details", ".row"):
         opened.eval_on_selector_all(selector, "all => all.slice(0, 6).forEach(d => d.open = true)")
     opened.wait_for_timeout(200)
-    opened.evaluate(axe())
+    opened.evaluate(axe_source())
     found = opened.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
     assert [(one["id"], one["nodes"][0]["html"][:200]) for one in found] == []
 

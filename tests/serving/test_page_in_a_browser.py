@@ -1,24 +1,20 @@
 """The page in headless Chromium: a decision, its numbers, an error, many rows, and axe-core."""
 
 import json
-import os
-import shutil
 import socket
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import uvicorn
 
 pytestmark = pytest.mark.browser
-sync_api = pytest.importorskip("playwright.sync_api")
+pytest.importorskip("playwright.sync_api")
 
 from bayestune.serving import Limits, Serving, Shelf  # noqa: E402
 from bayestune.serving.application import make_app  # noqa: E402
+from browsing import axe_source, chromium  # noqa: E402
 
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chrome")
-AXE = os.environ.get("AXE")  # axe.min.js of the package axe-core, where it is there
 SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
 
 
@@ -38,10 +34,8 @@ def address(place):
 
 @pytest.fixture(scope="module")
 def browser():
-    with sync_api.sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with chromium() as found:
         yield found
-        found.close()
 
 
 @pytest.fixture
@@ -197,9 +191,8 @@ def test_nothing_is_cut_and_axe_finds_nothing(browser, address, new, size, schem
 
 
 def checked(page):
-    """Nothing is wider than the window; axe-core has no findings, where it is there."""
+    """Nothing is wider than the window; axe-core has no findings."""
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    if AXE:
-        page.evaluate(Path(AXE).read_text(encoding="utf-8"))
-        found = page.evaluate("axe.run()")["violations"]
-        assert found == [], [(one["id"], one["nodes"][0]["html"]) for one in found]
+    page.evaluate(axe_source())
+    found = page.evaluate("axe.run()")["violations"]
+    assert found == [], [(one["id"], one["nodes"][0]["html"]) for one in found]

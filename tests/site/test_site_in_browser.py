@@ -5,7 +5,6 @@ name others.
 """
 
 import os
-import shutil
 import subprocess
 import sys
 from functools import partial
@@ -14,6 +13,8 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+
+from browsing import axe_source, chromium
 
 pytestmark = pytest.mark.browser
 ROOT = Path(__file__).parents[2]
@@ -50,20 +51,12 @@ def address(site):
 
 @pytest.fixture(scope="module")
 def browser():
-    from playwright.sync_api import sync_playwright
-
-    names = ("chromium", "chromium-browser", "google-chrome")
-    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+    with chromium() as started:
         yield started
-        started.close()
 
 
 @pytest.mark.parametrize("look", LOOKS)
 def test_no_page_has_findings_asks_a_network_or_is_cut(site, address, browser, look):
-    axe = os.environ.get("AXE", ROOT / ".venv/axe/node_modules/axe-core/axe.min.js")
-    source = Path(axe).read_text(encoding="utf-8")
     width, height = SCREENS[look[0]]
     context = browser.new_context(
         viewport={"width": width, "height": height}, color_scheme=look[1], reduced_motion="reduce"
@@ -73,7 +66,7 @@ def test_no_page_has_findings_asks_a_network_or_is_cut(site, address, browser, l
     page.on("request", lambda request: asked.append(request.url))
     for path in sorted(site.rglob("*.html")):
         page.goto(address + path.relative_to(site).as_posix())
-        page.evaluate(source)
+        page.evaluate(axe_source())
         options = "{resultTypes: ['violations']}"
         found = page.evaluate(f"axe.run(document, {options})")["violations"]
         named = [(one["id"], one["nodes"][0]["html"][:150], len(one["nodes"])) for one in found]
