@@ -7,11 +7,11 @@ run is shown.
 
 import json
 import re
-import sys
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from studies.page_command import RenderedPage
 
 ROOT = Path(__file__).parents[1]
 TABLE = re.compile(r"(<!-- figures: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -110,18 +110,13 @@ def rendered(text: str, records: Iterable[Record]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Renders the page, or checks it."""
-    parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--results", type=Path, default=ROOT / "results/benchmarks", help="folder of JSON lines")
-    add("--page", type=Path, default=ROOT / "docs/performance.md", help="the page")
-    add("--check", action="store_true", help="write nothing; exit with 1 if the page is stale")
-    options = parser.parse_args(arguments)
-    before = options.page.read_text(encoding="utf-8")
-    after = rendered(before, read(options.results))
-    if not options.check:
-        options.page.write_text(after, encoding="utf-8")
-    elif before != after:
-        sys.exit(f"{options.page} is stale: run python -m studies.performance_page")
+    results = ROOT / "results/benchmarks"
+    page = ROOT / "docs/performance.md"
+
+    def anew(text: str, folder: Path) -> str:
+        return rendered(text, read(folder))
+
+    RenderedPage("performance_page", __doc__, results, page, anew).run(arguments)
 
 
 if __name__ == "__main__":

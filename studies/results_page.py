@@ -5,9 +5,8 @@ between the tables are written by hand.
 """
 
 import re
-import sys
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 
@@ -17,6 +16,7 @@ from bayestune.report import Table, grid_tables, render, significance
 from bayestune.report.comparable import by_seed
 from bayestune.report.rows import Record
 from bayestune.report.table import Block, Cell
+from studies.page_command import RenderedPage
 
 ROOT = Path(__file__).parents[1]
 TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -100,33 +100,30 @@ def _seeds(records: Sequence[Record]) -> str:
 
 
 def rendered(text: str, folder: Path) -> str:
-    """The page with its tables made anew."""
+    """The page with its tables made anew; those that it does not have are not made."""
     records = finished(folder)
-    (table,) = grid_tables(records, folder, against=AGAINST)
+
+    @cache
+    def table() -> Table:
+        (found,) = grid_tables(records, folder, against=AGAINST)
+        return found
+
     differences = [f"{title} less {AGAINST}'s" for title in ("NLL", "Brier", "ACC %")]
-    made = {
-        "figures": blocks_of(table, FIGURES),
-        "gate": blocks_of(table, GATES),
-        "differences": blocks_of(table, differences),
-        "promises": promises(records, folder),
+    makers = {
+        "figures": lambda: blocks_of(table(), FIGURES),
+        "gate": lambda: blocks_of(table(), GATES),
+        "differences": lambda: blocks_of(table(), differences),
+        "promises": lambda: promises(records, folder),
     }
-    return TABLE.sub(lambda found: f"{found[1]}{made[found[2]]}\n{found[3]}", text)
+    return TABLE.sub(lambda found: f"{found[1]}{makers[found[2]]()}\n{found[3]}", text)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Renders the page, or checks it."""
-    parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--results", type=Path, default=ROOT / "results/evidence/grid", help="folder of a grid")
-    add("--page", type=Path, default=ROOT / "docs/results.md", help="the page")
-    add("--check", action="store_true", help="write nothing; exit with 1 if the page is stale")
-    options = parser.parse_args(arguments)
-    before = options.page.read_text(encoding="utf-8")
-    after = rendered(before, options.results)
-    if not options.check:
-        options.page.write_text(after, encoding="utf-8")
-    elif before != after:
-        sys.exit(f"{options.page} is stale: run python -m studies.results_page")
+    results = ROOT / "results/evidence/grid"
+    RenderedPage("results_page", __doc__, results, ROOT / "docs/results.md", rendered).run(
+        arguments
+    )
 
 
 if __name__ == "__main__":
