@@ -107,11 +107,12 @@ def _p_blocks(
             cells = {other: Cell("best")} if differences and not against else {}
             p_values = {name: found[column.key].p_value for name, found in differences.items()}
             for label, p_value in holm(p_values).items():
-                difference = differences[label][column.key].difference
-                said = [column.signed(difference)] if against else []
-                said += [f"p {p_value:.3f}" if against else f"{p_value:.3f}"]
-                said += [_word(column, difference, p_value)] if against else []
-                cells[label] = Cell(", ".join(said))
+                text = f"{p_value:.3f}"
+                if against:
+                    difference = differences[label][column.key].difference
+                    word = _word(column, difference, p_value)
+                    text = f"{column.signed(difference)}, p {text}, {word}"
+                cells[label] = Cell(text)
             columns.append([cells.get(label, Cell()) for label in labels])
         title = f"p ({column.title.removesuffix(' %')})"
         title = f"{column.title} less {against}'s" if against else title
@@ -133,7 +134,9 @@ def _chance(tasks: Iterable[Sequence[Record]], folder: str | Path) -> Block | No
         found = next(filter(None, (read_rows(record, folder) for record in records)), [])
         guesses = [math.log(len(row["probabilities"])) for row in found]
         cells.append(Cell(NLL.number(fmean(guesses))) if guesses else Cell())
-    return Block("log C", (("a guess", tuple(cells)),)) if any(c != Cell() for c in cells) else None
+    if all(cell == Cell() for cell in cells):
+        return None
+    return Block("log C", (("a guess", tuple(cells)),))
 
 
 def _least_nll(records: Sequence[Record]) -> str | None:
