@@ -37,6 +37,7 @@ from bayestune.adapters.lora import (
     attach,
     detach,
     evaluating,
+    head_parts,
     input_embedding,
     is_classifier,
     old_names_unsaid,
@@ -44,7 +45,7 @@ from bayestune.adapters.lora import (
 )
 from bayestune.adapters.noise import held_noise, held_weights
 from bayestune.adapters.own_saving import noise_of
-from bayestune.adapters.precision import is_quantised, num_quantised, precision_of
+from bayestune.adapters.precision import is_quantised, num_quantised, precision_of, quant_method_of
 from bayestune.adapters.rank_linear import RankLinear, make_ranks_random, put_means
 from bayestune.adapters.row_groups import RowGroups
 from bayestune.adapters.settings import are_alike
@@ -99,6 +100,7 @@ __all__ = [
     "facts_of",
     "found_passes",
     "group_rows",
+    "head_parts",
     "held_noise",
     "held_weights",
     "input_embedding",
@@ -121,6 +123,7 @@ __all__ = [
     "plain_state",
     "precision_of",
     "put_means",
+    "quant_method_of",
     "refuse_inside_drawn",
     "refuse_unless_saved_whole",
     "shape_of",

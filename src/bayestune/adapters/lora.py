@@ -93,13 +93,17 @@ def _kind_of_task(model: nn.Module) -> dict[str, Any]:
         return {"task_type": "SEQ_2_SEQ_LM"}
     name = type(model).__name__
     if any(_has(name, heads) for heads in _OTHER_HEADS):
-        body = getattr(model, "base_model", model)
-        whole = [path for path, child in model.named_children() if child is not body]
-        return {"modules_to_save": whole}
+        return {"modules_to_save": head_parts(model)}
     takes_text = (
         hasattr(model, "prepare_inputs_for_generation") and input_embedding(model) is not None
     )
     return {"task_type": "CAUSAL_LM"} if takes_text else {}
+
+
+def head_parts(model: nn.Module) -> list[str]:
+    """The parts of a classifier beside its body, which are trained whole."""
+    body = getattr(model, "base_model", model)
+    return [path for path, child in model.named_children() if child is not body]
 
 
 def _has(name: str, heads: Mapping[str, Any]) -> bool:

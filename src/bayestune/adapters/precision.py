@@ -21,12 +21,17 @@ def precision_of(model: nn.Module) -> str:
     for module in base.modules():
         if type(module).__name__ in _BITS:
             return _BITS[type(module).__name__]
-    config: Any = getattr(base, "config", None)
+    return quant_method_of(base) or str(_main_dtype(base)).removeprefix("torch.")
+
+
+def quant_method_of(model: nn.Module) -> str | None:
+    """What a model's configuration says it is quantised by, in transformers' words; None if not."""
+    config: Any = getattr(model, "config", None)
     asked = getattr(config, "quantization_config", None)
-    if asked is not None:
-        method = asked.get("quant_method") if isinstance(asked, dict) else asked.quant_method
-        return str(getattr(method, "value", method))
-    return str(_main_dtype(base)).removeprefix("torch.")
+    if asked is None:
+        return None
+    method = asked.get("quant_method") if isinstance(asked, dict) else asked.quant_method
+    return str(getattr(method, "value", method))
 
 
 def is_quantised(model: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
-from bayestune.adapters import is_classifier, num_quantised
+from bayestune.adapters import head_parts, is_classifier, num_quantised, quant_method_of
 from bayestune.errors import Refusal
 
 logger = logging.getLogger(__name__)
@@ -49,8 +49,7 @@ def quantisation(
         Dettmers et al.: QLoRA, NeurIPS 2023, https://arxiv.org/abs/2305.14314.
     """
     _refuse_without_package(bits)
-    if (own := getattr(outline.config, "quantization_config", None)) is not None:
-        method = own.get("quant_method") if isinstance(own, dict) else own.quant_method
+    if (method := quant_method_of(outline)) is not None:
         raise Refusal(
             f"{name!r} is quantised already: got dtype {bits!r} for weights of {method}, expected "
             "plain ones; leave the dtype out to load it as it is, or give the model it was made of"
@@ -131,11 +130,7 @@ def _refuse_without_package(bits: str) -> None:
 
 def _parts_of_a_head(outline: PreTrainedModel) -> list[str] | None:
     """The parts of a classifier that are trained whole; None of a language model."""
-    if not is_classifier(outline):
-        return None
-    body = outline.base_model
-    beside = [name for name, child in outline.named_children() if child is not body]
-    return [*beside, "pooler"]
+    return [*head_parts(outline), "pooler"] if is_classifier(outline) else None
 
 
 def _own_device() -> torch.device:

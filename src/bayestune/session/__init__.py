@@ -14,7 +14,7 @@ from bayestune.session.as_fitted import (
     usual_reading,
 )
 from bayestune.session.compared_ways import Compared
-from bayestune.session.fit import Fit, details_of, shown
+from bayestune.session.fit import REPORT, Fit, details_of, read_report, shown
 from bayestune.session.fitted import Fitted
 from bayestune.session.gated import Gated, decide, read_calibration
 from bayestune.session.language_fit import LanguageFit
@@ -31,7 +31,7 @@ from bayestune.session.looks import (
     windows,
 )
 from bayestune.session.opened_model import Dtype, num_classes, open_model
-from bayestune.session.plain_adapter import is_plain
+from bayestune.session.plain_adapter import details_if_any, is_plain, named_base
 from bayestune.session.prediction_ways import Way, joined
 from bayestune.session.session import Session
 from bayestune.session.task_options import OF_THE_FIT, TaskOptions
@@ -41,6 +41,7 @@ __all__ = [
     "DISTANCE",
     "OF_THE_FIT",
     "PROMPT_LENGTH",
+    "REPORT",
     "Artefact",
     "Compared",
     "Dtype",
@@ -60,11 +61,13 @@ __all__ = [
     "classes_of",
     "columns_joined",
     "decide",
+    "details_if_any",
     "details_of",
     "is_plain",
     "joined",
     "kept_reference",
     "load_way",
+    "named_base",
     "num_classes",
     "of_its_classes",
     "open_model",
@@ -73,6 +76,7 @@ __all__ = [
     "prompt_of_fit",
     "put_as_fitted",
     "read_calibration",
+    "read_report",
     "rows_as_fitted",
     "rows_of",
     "say_seen",

@@ -23,7 +23,6 @@ from bayestune.decisions import Distance
 from bayestune.errors import Refusal
 from bayestune.posteriors import (
     artefact_folder,
-    base_name,
     load_adapter,
     posterior_digest,
 )
@@ -31,7 +30,7 @@ from bayestune.session.as_fitted import usual_reading
 from bayestune.session.fit import Fit, details_of
 from bayestune.session.looks import Looking
 from bayestune.session.opened_model import Dtype, num_classes, open_model
-from bayestune.session.plain_adapter import is_plain, told_details
+from bayestune.session.plain_adapter import is_plain, named_base, told_details
 from bayestune.session.prediction_ways import Way
 from bayestune.session.session import Session
 from bayestune.session.task_options import TaskOptions
@@ -139,9 +138,7 @@ class Artefact:
 
     @classmethod
     def _plain(cls, place: Path, rows: Sequence[Question], put: Put, model: str | None) -> Self:
-        name = model or base_name(place)
-        if name is None:
-            raise Refusal(f"{place} does not name its base model; expected a name; give --model")
+        name = named_base(place, {}, model)
         task = own_task("rows", (), rows)
         if put.task is not None:
             task = replace(task, prompt=prompt_of(put.task))

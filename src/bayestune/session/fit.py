@@ -121,9 +121,16 @@ def _course_of(lines: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
 
 def put_report(posterior: Posterior, folder: Path) -> None:
     """Has a loaded posterior know what its fit took, where its folder says so."""
-    report = folder / REPORT
-    if report.is_file():
-        posterior.report = FitReport.of_dict(json.loads(report.read_text(encoding="utf-8")))
+    if (report := read_report(folder)) is not None:
+        posterior.report = report
+
+
+def read_report(folder: Path) -> FitReport | None:
+    """What a fit took, where its folder says so."""
+    path = folder / REPORT
+    if not path.is_file():
+        return None
+    return FitReport.of_dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 def details_of(folder: Path) -> dict[str, Any]:

@@ -9,15 +9,13 @@ from bayestune.methods import METHODS
 from bayestune.models import LoadedModel
 from bayestune.posteriors import (
     artefact_folder,
-    base_name,
     load_adapter,
     load_posterior,
     posterior_digest,
-    read_details,
 )
 from bayestune.session.fit import Fit, put_report
 from bayestune.session.opened_model import open_model
-from bayestune.session.plain_adapter import PLAIN, is_plain
+from bayestune.session.plain_adapter import PLAIN, details_if_any, is_plain, named_base
 
 
 @dataclass(frozen=True)
@@ -47,18 +45,15 @@ class LanguageFit:
             Refusal: if it has a classification head, or does not name its base model.
         """
         place = artefact_folder(folder)
-        plain = is_plain(place)
-        details = {} if plain else read_details(place)
+        details = details_if_any(place)
         if details.get("scoring") == "head":
             raise Refusal(
                 f"{place} has a classification head, so it writes no text: got scoring='head', "
                 "expected a language model's posterior; use `bayestune predict`"
             )
-        name = model or details.get("base_model") or base_name(place)
-        if name is None:
-            raise Refusal(f"{place} does not name its base model; expected a name; give --model")
+        name = named_base(place, details, model)
         loaded = open_model(name, details.get("dtype", "float32"))
-        posterior = (load_adapter if plain else load_posterior)(loaded.model, place)
+        posterior = (load_adapter if is_plain(place) else load_posterior)(loaded.model, place)
         put_report(posterior, place)
         posterior.digest = posterior_digest(place)
         return cls(place, loaded, Fit.of(posterior, _completed(details, name), bf16))

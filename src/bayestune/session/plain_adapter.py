@@ -1,12 +1,20 @@
 """A plain LoRA adapter: what a fit would have noted of it, told by whoever calibrates it."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from bayestune.data import Task
 from bayestune.decisions import FILE_NAME, Calibration
-from bayestune.posteriors import DETAILS, artefact_folder, posterior_digest
+from bayestune.errors import Refusal
+from bayestune.posteriors import (
+    DETAILS,
+    artefact_folder,
+    base_name,
+    posterior_digest,
+    read_details,
+)
 from bayestune.session.opened_model import Dtype, num_classes
 from bayestune.session.task_options import TaskOptions
 
@@ -16,6 +24,28 @@ PLAIN = "lora"  # the method of records
 def is_plain(folder: Path) -> bool:
     """Whether a folder holds a LoRA adapter without a posterior's files."""
     return not (artefact_folder(folder) / DETAILS).is_file()
+
+
+def details_if_any(place: Path) -> dict[str, Any]:
+    """What an artefact's `posterior.json` says; nothing of a plain adapter."""
+    return {} if is_plain(place) else read_details(place)
+
+
+def named_base(place: Path, details: Mapping[str, Any], model: str | None = None) -> str:
+    """The name of an artefact's base model.
+
+    Args:
+        place: its folder.
+        details: what its `posterior.json` says.
+        model: the base where it has moved, which goes before.
+
+    Raises:
+        Refusal: if nobody names one.
+    """
+    name = model or details.get("base_model") or base_name(place)
+    if not name:
+        raise Refusal(f"{place} does not name its base model; expected a name; give --model")
+    return name
 
 
 def told_details(base_model: str, task: Task, options: TaskOptions, dtype: Dtype) -> dict[str, Any]:

@@ -17,16 +17,15 @@ from bayestune.adapters import CONFIG, DETAILS, FILES, TENSORS, WEIGHTS
 from bayestune.decisions import FILE_NAME as CALIBRATION
 from bayestune.errors import Refusal
 from bayestune.evaluation import Record
-from bayestune.posteriors import artefact_folder, posterior_digest, read_details
-from bayestune.session import Way, is_plain
+from bayestune.posteriors import artefact_folder, posterior_digest
+from bayestune.session import REPORT, Way, details_if_any
 from bayestune.sharing.card import CARD, card_digest, make_card
 from bayestune.sharing.known import Known
 
-_REPORT = "training.json"
 _UNFINISHED = ".unfinished"
 _RUN = "run.json"
 # of an earlier upload, which a new one may not have
-_OURS = tuple(f"*{name}" for name in (*FILES, CALIBRATION, _REPORT))
+_OURS = tuple(f"*{name}" for name in (*FILES, CALIBRATION, REPORT))
 
 
 def push_to_hub(
@@ -119,7 +118,7 @@ def files_of(place: Path, inside: str = "") -> Iterator[str]:
     Those of a mixture's members, and of what a temperature is around, stand in folders.
     """
     folder = place / inside
-    details = {} if is_plain(folder) else read_details(folder)
+    details = details_if_any(folder)
     inner = [*details.get("members", ()), *([details["base"]] if "base" in details else [])]
     if not inner:
         weights = [name for name in WEIGHTS if (folder / name).is_file()] or [WEIGHTS[0]]
@@ -128,7 +127,7 @@ def files_of(place: Path, inside: str = "") -> Iterator[str]:
         if not inner:
             yield f"{inside}{TENSORS}"
         yield f"{inside}{DETAILS}"
-    for name in (CALIBRATION, _REPORT):
+    for name in (CALIBRATION, REPORT):
         if (folder / name).is_file():
             yield f"{inside}{name}"
     for name in inner:

@@ -1,7 +1,6 @@
 """All that is known of a posterior that is shared: from its folder, and from records of it."""
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -18,14 +17,11 @@ from bayestune.posteriors import (
     FitReport,
     artefact_folder,
     base_name,
+    is_hub_id,
     posterior_digest,
-    read_details,
 )
 from bayestune.report import renewed
-from bayestune.session import details_of, is_plain, read_calibration, shown
-
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_TRAINING = "training.json"
+from bayestune.session import details_if_any, details_of, read_calibration, read_report, shown
 
 
 @dataclass(frozen=True)
@@ -63,7 +59,7 @@ class Known:
             Refusal: if none of the records that are given is.
         """
         place = artefact_folder(folder)
-        details = {} if is_plain(place) else read_details(place)
+        details = details_if_any(place)
         if "method" in details:
             details = details_of(place)
         path = place / CONFIG
@@ -87,8 +83,7 @@ class Known:
     def base_on_hub(self) -> str | None:
         """The base model's id on the Hub; None of a folder, a file or a wheel."""
         name = self.base or ""
-        on_hub = _HUB_ID.fullmatch(name) and not Path(name).exists()
-        return name if on_hub else None
+        return name if is_hub_id(name) and "@" not in name else None
 
     @property
     def std(self) -> float | None:
@@ -105,10 +100,7 @@ class Known:
     @property
     def report(self) -> FitReport | None:
         """What the fit took, where the folder says so."""
-        path = self.place / _TRAINING
-        if not path.is_file():
-            return None
-        return FitReport.of_dict(json.loads(path.read_text(encoding="utf-8")))
+        return read_report(self.place)
 
 
 def _is_of(record: Record, details: Mapping[str, Any]) -> bool:

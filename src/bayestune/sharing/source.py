@@ -15,14 +15,21 @@ from bayestune.posteriors import (
     DETAILS,
     Posterior,
     artefact_folder,
-    base_name,
     load_adapter,
     load_posterior,
     posterior_digest,
     read_details,
 )
 from bayestune.scoring import LetterScorer
-from bayestune.session import Way, is_plain, open_model, prompt_of_fit, read_calibration
+from bayestune.session import (
+    Way,
+    details_if_any,
+    is_plain,
+    named_base,
+    open_model,
+    prompt_of_fit,
+    read_calibration,
+)
 
 
 @dataclass(frozen=True)
@@ -60,10 +67,8 @@ class Source:
             base = getattr(config, "base_model_name_or_path", None)
             return cls(given, base=base, digest=given.digest)
         place = artefact_folder(given)
-        details = {} if is_plain(place) else read_details(place)
-        name = model or details.get("base_model") or base_name(place)
-        if not name:
-            raise Refusal(f"{place} does not name its base model; expected a name; give --model")
+        details = details_if_any(place)
+        name = named_base(place, details, model)
         calibration = read_calibration(place)
         loaded = open_model(name, details.get("dtype", "float32"), details.get("classes"))
         load = load_adapter if is_plain(place) else load_posterior
