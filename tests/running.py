@@ -1,10 +1,19 @@
 """Rows of one's own, and commands over them on a tiny model."""
 
 import json
+import os
+from pathlib import Path
 
 from bayestune.cli import main
 
 COLOURS = ("red", "green", "blue", "the sky")
+
+
+def environment(**more):
+    """That of a process on one thread, which imports what lies beside the tests as they do."""
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    return {**os.environ, **own, **more}
 
 
 def own_rows(count, start=0, **more):

@@ -1,6 +1,5 @@
 """`bench --launcher ray` on a real Ray of two workers, one of which is killed while it computes."""
 
-import os
 import subprocess
 import sys
 import time
@@ -40,10 +39,9 @@ def working(run):
 
 def test_a_cell_whose_worker_is_killed_is_computed_again(tmp_path):
     place = furnish(tmp_path, tiny_llama(), byte_level_tokenizer())
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_DEDUP_LOGS": "0"}
     command = [sys.executable, "-c", RUN, place]
     with (place / "log").open("w") as log:
-        run = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        run = subprocess.Popen(command, stdout=log, stderr=log, env=environment(RAY_DEDUP_LOGS="0"))
     try:
         killed = None
         until = time.monotonic() + 400

@@ -1,7 +1,6 @@
 """A stock Trainer with the two lines in two gloo processes: DDP, FSDP2, DeepSpeed, against one."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import pytest
 from torch.testing import assert_close
 
 from bayestune import load_posterior
+from running import environment
 from tiny import tiny_llama
 
 pytestmark = pytest.mark.stacks
@@ -56,7 +56,7 @@ def launched(folder, flags, options):
         text=True,
         timeout=280,
         check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        env=environment(DS_ACCELERATOR="cpu"),
     )
     assert done.returncode == 0, done.stderr[-4000:]
     reports = []
