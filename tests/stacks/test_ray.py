@@ -9,6 +9,7 @@ import pytest
 
 from bayestune.evaluation import read_records
 from benching import furnish
+from running import environment
 from tiny import byte_level_tokenizer, tiny_llama
 
 pytestmark = pytest.mark.stacks
