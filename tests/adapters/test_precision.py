@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from bayestune import Gaussian, bayesify, export_draw, load_posterior, save_posterior
-from bayestune.adapters import Lora, attach, is_quantised, num_quantised, precision_of
+from bayestune.adapters import Lora, attach, num_quantised, precision_of
 from bayestune.forward import Draws
 from bayestune.models import LoadedModel
 from bayestune.session.opened_model import dtype_of
@@ -65,14 +65,12 @@ def gaussian():
 )
 def test_a_bases_precision_is_told_with_and_without_an_adapter(make, precision):
     assert precision_of(make()) == precision
-    assert is_quantised(make()) is (precision == "8bit")
 
 
 def test_another_packages_method_is_told_by_its_name():
     model = tiny_llama()
     model.config.quantization_config = {"quant_method": "gptq"}
     assert precision_of(model) == "gptq"
-    assert is_quantised(model)
 
 
 def test_embeddings_and_heads_do_not_count_as_left_out():

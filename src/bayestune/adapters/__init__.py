@@ -45,7 +45,7 @@ from bayestune.adapters.lora import (
 )
 from bayestune.adapters.noise import held_noise, held_weights
 from bayestune.adapters.own_saving import noise_of
-from bayestune.adapters.precision import is_quantised, num_quantised, precision_of, quant_method_of
+from bayestune.adapters.precision import num_quantised, precision_of, quant_method_of
 from bayestune.adapters.rank_linear import RankLinear, make_ranks_random, put_means
 from bayestune.adapters.row_groups import RowGroups
 from bayestune.adapters.settings import are_alike
@@ -107,7 +107,6 @@ __all__ = [
     "is_classifier",
     "is_compiled",
     "is_partitioned",
-    "is_quantised",
     "is_spread",
     "make_gaussian",
     "make_ranks_random",

@@ -34,11 +34,6 @@ def quant_method_of(model: nn.Module) -> str | None:
     return str(getattr(method, "value", method))
 
 
-def is_quantised(model: nn.Module) -> bool:
-    """Whether some of a base's weights are quantised."""
-    return not hasattr(torch, precision_of(model))
-
-
 def num_quantised(model: nn.Module) -> tuple[int, int]:
     """How many weights are in bitsandbytes' layers, and how many are elsewhere.
 

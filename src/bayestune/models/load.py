@@ -12,6 +12,7 @@ under `$BAYESTUNE_CACHE/models` (`~/.cache/bayestune/models`) and later loaded w
 import copy
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -102,33 +103,57 @@ def load_model(
     config = AutoConfig.from_pretrained(path, **options)
     if num_labels is None:
         _refuse_unless_causal(name, config)
+        kind: Any = AutoModelForCausalLM
+    else:
+        kind = AutoModelForSequenceClassification
+        config.num_labels = num_labels
     tokenizer = _with_pad(name, AutoTokenizer.from_pretrained(path, **options))
     options |= {"config": config, "dtype": dtype, "attn_implementation": attn_implementation}
     # transformers would look for an adapter online unless told once more
     options["adapter_kwargs"] = {"local_files_only": local_only}
-    kind: Any = AutoModelForCausalLM
-    if num_labels is not None:
-        kind = AutoModelForSequenceClassification
-        config.num_labels = num_labels
-        options["ignore_mismatched_sizes"] = True  # a head of other classes gives way to a new one
+    # a head of other classes gives way to a new one
+    options["ignore_mismatched_sizes"] = num_labels is not None
     if is_bits(dtype):
-        outline = _outline(kind, config, torch.float32, attn_implementation)
-        options |= quantisation(name, str(dtype), outline, device)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        if device is not None and torch.device(device).type == "meta":
-            model: Any = _outline(kind, config, options["dtype"], attn_implementation)
-        else:
-            model = kind.from_pretrained(path, **options)
-    if is_bits(dtype) and model.device.type != "meta":
-        settle_quantised(name, str(dtype), model)
-        device = None  # it is there already
+        model = _quantised(name, path, kind, options, device)
+    elif _is_meta(device):
+        model = _outline(kind, config, options["dtype"], attn_implementation)
+    else:
+        model = _with_weights(path, kind, options)
+        model = model if device is None else model.to(device)
     if num_labels is not None:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         model.config.pad_token_id = tokenizer.pad_token_id
     local = Path(name).expanduser()
-    name = str(local.absolute()) if local.exists() else name
-    return LoadedModel(model if device is None else model.to(device), tokenizer, name)
+    return LoadedModel(model, tokenizer, str(local.absolute()) if local.exists() else name)
+
+
+def _with_weights(path: str, kind: Any, options: Mapping[str, Any]) -> Any:
+    """A model with its weights; those of a head that it does not hold are the same every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return kind.from_pretrained(path, **options)
+
+
+def _quantised(
+    name: str,
+    path: str,
+    kind: Any,
+    options: Mapping[str, Any],
+    device: str | torch.device | None,
+) -> Any:
+    """A model whose `options["dtype"]` is "4bit" or "8bit"; of "meta" the float32 outline."""
+    bits = options["dtype"]
+    outline = _outline(kind, options["config"], torch.float32, options["attn_implementation"])
+    asked = quantisation(name, bits, outline, device)
+    if _is_meta(device):
+        return outline
+    model = _with_weights(path, kind, {**options, **asked})
+    settle_quantised(name, bits, model)
+    return model
+
+
+def _is_meta(device: str | torch.device | None) -> bool:
+    return device is not None and torch.device(device).type == "meta"
 
 
 def _outline(kind: Any, config: Any, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
@@ -140,7 +165,7 @@ def _outline(kind: Any, config: Any, dtype: torch.dtype, attention: str | None) 
 
 
 def load_default(**options: Any) -> LoadedModel:
-    """Loads `DEFAULT_MODEL`, or where neither Hub nor cache has it `DEFAULT_FALLBACK` (4 bits).
+    """Loads `DEFAULT_MODEL`, or where neither Hub nor cache has it `DEFAULT_FALLBACK`, once 4-bit.
 
     A log line says which. The options and errors are those of `load_model`.
     """
