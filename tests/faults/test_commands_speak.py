@@ -84,7 +84,11 @@ def test_the_module_can_be_run_and_imported():
     [
         ("predcit --input a", "unknown command: got 'predcit', expected one of fit, evaluate, "),
         ("fit", "bayestune fit needs --output; see bayestune fit --help"),
-        ("bayesianise", "bayestune bayesianise needs adapter, --anchor, --output"),
+        ("bayesianise", "bayestune bayesianise needs ADAPTER, --anchor, --output"),
+        ("predict", "bayestune predict needs POSTERIOR, --rows; see bayestune predict --help"),
+        ("calibrate", "bayestune calibrate needs POSTERIOR, --rows"),
+        ("push runs/tickets", "bayestune push needs REPO_ID;"),
+        ("report", "bayestune report needs RESULTS …, --to"),
         ("fit --output o --learning_rte 3", "no option --learning_rte, did you mean --learning_r"),
         ("fit --output o --step 3", "there is no option --step, did you mean --steps?"),
         ("fit --output o --rank 3", "there is no option --rank, did you mean --"),
@@ -124,6 +128,20 @@ def helped(capsys, *arguments):
         main([*arguments])
     assert end.value.code == 0
     return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "usage"),
+    [
+        ("predict", "predict POSTERIOR --rows ROWS"),
+        ("push", "push POSTERIOR REPO_ID"),
+        ("serve", "serve POSTERIORS …"),
+        ("bench", "bench [CONFIG] --output OUTPUT"),
+    ],
+)
+def test_help_begins_with_what_must_be_typed(capsys, command, usage):
+    first = helped(capsys, command, "--help").partition("\n")[0]
+    assert first == f"usage: bayestune {usage} [--OPTION VALUE …]"
 
 
 def test_help_has_the_options_of_the_method_that_is_named(capsys):

@@ -278,7 +278,7 @@ def test_old_answers_stay_until_the_new_ones_are_whole(fitted, monkeypatch):
 @pytest.mark.parametrize(
     ("output", "said"),
     [
-        ("ask.jsonl", "is an input, --input"),
+        ("ask.jsonl", "is an input, --rows"),
         ("out/posterior.json", "is an input, --posterior"),
         ("out", "is a folder: expected a file"),
         ("train.jsonl/answers.jsonl", "cannot be a folder"),

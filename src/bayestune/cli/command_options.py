@@ -86,7 +86,7 @@ def add_lm_eval(parser: Parser) -> None:
 def add_predict(parser: Parser) -> None:
     """Rows to predict."""
     add_reading(parser)
-    parser.needed("input", "or --rows: JSONL or CSV, answers or not; - for standard input")
+    parser.needed("input", "or --rows: JSONL, CSV or parquet rows; - for standard input")
     parser.option("options", list[str], [], "the options of rows that have none")
     parser.option("answer_is", AnswerIs | None, None, "of answers: index, letter or text")
     parser.option("columns", dict[str, str], {}, COLUMNS_HELP)
@@ -121,7 +121,7 @@ def add_generate(parser: Parser) -> None:
 
 def add_reading(parser: Parser) -> None:
     """A posterior that is there."""
-    parser.needed("posterior", "a folder of `fit`; as the first word it needs no --posterior")
+    parser.needed("posterior", "a folder of `fit`; as the first word without --posterior")
     parser.option("model", str | None, None, "the base model, where it has moved")
     parser.option("bf16", bool | None, None, "bfloat16 autocast; left out: as fitted")
 
@@ -129,7 +129,7 @@ def add_reading(parser: Parser) -> None:
 def add_bayesianise(parser: Parser) -> None:
     """A posterior around an adapter."""
     parser.add_argument("adapter", type=Path, help="a LoRA adapter folder, as PEFT saves it")
-    parser.needed("anchor", "JSONL or CSV rows with answers, best from training")
+    parser.needed("anchor", "JSONL, CSV or parquet rows with answers, best from training")
     parser.option("model", str | None, None, "the base model, where not the adapter's own")
     parser.option("dtype", Dtype, "float32", DTYPE_HELP)
     parser.option("bf16", bool, False, "bfloat16 autocast")
@@ -191,7 +191,7 @@ def add_told(parser: Parser) -> None:
 def add_calibrate(parser: Parser) -> None:
     """Held-out rows and promises."""
     parser.add_argument("posterior", type=Path, help=ARTEFACT_HELP)
-    parser.needed("rows", "JSONL or CSV rows with answers that training did not see")
+    parser.needed("rows", "rows with answers that training did not see: JSONL, CSV or parquet")
     parser.option("risk", float, 0.05, "largest error rate among the rows acted on")
     parser.option("confidence", float, 0.9, "that the promise holds")
     parser.option("set_coverage", float, 0.9, "of the sets: how often the right option is in")
@@ -207,7 +207,7 @@ def add_calibrate(parser: Parser) -> None:
 def add_rank(parser: Parser) -> None:
     """A pool of rows."""
     parser.add_argument("posterior", type=Path, help=ARTEFACT_HELP)
-    parser.needed("rows", "JSONL or CSV rows, perhaps without answers")
+    parser.needed("rows", "JSONL, CSV or parquet rows, with answers or without")
     parser.option("number", int | None, None, "how many rows to take; left out: all")
     parser.option("by", Acquisition | None, None, "the rule; left out: bald, of one draw entropy")
     parser.option("draws", int, 10, "posterior draws; 0 for the mean")
@@ -222,7 +222,7 @@ def add_rank(parser: Parser) -> None:
 def add_drift(parser: Parser) -> None:
     """New rows."""
     parser.add_argument("posterior", type=Path, help="a calibrated posterior or adapter")
-    parser.needed("rows", "JSONL or CSV rows, perhaps without answers")
+    parser.needed("rows", "JSONL, CSV or parquet rows, with answers or without")
     parser.option("level", float, 0.05, "of the test: how often rows like the held-out ones alarm")
     parser.option("columns", dict[str, str], {}, COLUMNS_HELP)
     parser.option("scores", list[str], [], "to compare; left out: a few of those that are kept")

@@ -145,7 +145,7 @@ def inputs_of(options: Namespace) -> Iterator[tuple[str, Path]]:
         for value in given if isinstance(given, list) else [given]:
             path = Path(os.fspath(value)).expanduser() if value else None
             if path is not None and path.exists():
-                yield name, path.resolve()
+                yield ("rows" if name == "input" else name), path.resolve()
 
 
 def _refuse_precious(folder: Path, options: Namespace) -> None:

@@ -2,11 +2,12 @@
 
 import re
 from argparse import Action
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from bayestune.cli.words import as_typed
 from bayestune.errors import nearest
 from bayestune.methods import METHODS
 
@@ -62,11 +63,12 @@ def _no_option(given: str, parser: ArgumentParser) -> str:
 
 
 def _missing(names: str, parser: ArgumentParser) -> tuple[str, str]:
-    """The command that lacks something, and what: positionals by name, options with dashes."""
+    """The command that lacks something, and what, as it is typed."""
     found: list[tuple[str, str, str]] = [name.strip().rpartition(".") for name in names.split(",")]
     command = found[0][0] or parser.prog.rpartition(" ")[2]
-    placed = {"adapter", "results"}
-    return command, ", ".join(last if last in placed else f"--{last}" for _, _, last in found)
+    missing = {last for _, _, last in found}
+    needed = [action for action in _actions(parser, command) if action.dest in missing]
+    return command, ", ".join(_typed(command, action) for action in needed)
 
 
 def _bad_value(name: str, why: str) -> str:
@@ -105,7 +107,7 @@ def methods_of_interest(given: Sequence[str]) -> set[str]:
 def help_text(given: Sequence[str], parser: ArgumentParser) -> str:
     """The help of the command that is named first."""
     own = _subparser(parser, given[0])
-    own.usage = f"bayestune {given[0]} [--OPTION VALUE …]"
+    own.usage = _usage(given[0], own)
     if any(action.dest == "base" for action in own._actions):
         own.epilog = (
             f"The options of other methods: bayestune {given[0]} --method NAME --help, NAME one of "
@@ -114,10 +116,31 @@ def help_text(given: Sequence[str], parser: ArgumentParser) -> str:
     return own.format_help().rstrip()
 
 
-def _subparser(parser: ArgumentParser, command: str) -> Any:
-    def choices(actions: Sequence[Action]) -> Iterator[Any]:
-        for action in actions:
-            if isinstance(action.choices, dict):
-                yield action.choices
+def _usage(command: str, own: ArgumentParser) -> str:
+    """A command with all that it needs, as it is typed: words without dashes first."""
+    words, options = [], []
+    for action in own._actions:
+        typed = _typed(command, action)
+        needed = action.required or not action.option_strings
+        if not typed.startswith("-"):
+            words.append(typed if needed else f"[{typed}]")
+        elif needed:
+            options.append(f"{typed} {typed[2:].upper()}")
+    return " ".join(["bayestune", command, *words, *options, "[--OPTION VALUE …]"])
 
-    return next(choices(parser._actions))[command]
+
+def _typed(command: str, action: Action) -> str:
+    if action.option_strings:
+        return as_typed(command, action.dest)
+    return action.dest.upper() + (" …" if action.nargs == "+" else "")
+
+
+def _actions(parser: ArgumentParser, command: str) -> Sequence[Action]:
+    """The options of a command, given its parser or that of all commands."""
+    own = parser if parser.prog.endswith(f" {command}") else _subparser(parser, command)
+    return own._actions
+
+
+def _subparser(parser: ArgumentParser, command: str) -> Any:
+    choices = [action.choices for action in parser._actions if isinstance(action.choices, dict)]
+    return choices[0][command]

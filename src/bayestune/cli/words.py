@@ -14,7 +14,7 @@ from jsonargparse import get_loader, set_loader
 _OPTIONS = re.compile(r"(--(?:\w+\.)*options)(=(.*))?", re.DOTALL)
 _COLUMNS = re.compile(r"(--(?:\w+\.)*columns)(=(.*))?", re.DOTALL)
 _NAMES = re.compile(r"(\w+\.)*options")
-_OPTIONS_OF = {  # what a command's first word is, and its rows
+_FIRST_WORD_AND_ROWS = {  # the options that a command's first word and `--rows` stand for
     "evaluate": ("--posterior", "--evaluation_data"),
     "predict": ("--posterior", "--input"),
     "generate": ("--posterior", "--input"),
@@ -78,9 +78,9 @@ def addressed(arguments: Sequence[str]) -> list[str]:
     ['predict', '--posterior', 'runs/tickets', '--input', 'new.jsonl']
     """
     found = list(arguments)
-    if not found or found[0] not in _OPTIONS_OF:
+    if not found or found[0] not in _FIRST_WORD_AND_ROWS:
         return found
-    first, rows = _OPTIONS_OF[found[0]]
+    first, rows = _FIRST_WORD_AND_ROWS[found[0]]
     if len(found) > 1 and not found[1].startswith("-"):
         found.insert(1, first)
     for place, argument in enumerate(found):
@@ -88,6 +88,19 @@ def addressed(arguments: Sequence[str]) -> list[str]:
         if name == "--rows" and rows:
             found[place] = f"{rows}{sign}{value}"
     return found
+
+
+def as_typed(command: str, name: str) -> str:
+    """How a user types what a command needs: the folder in capitals, the rows by `--rows`.
+
+    >>> [as_typed("predict", name) for name in ("posterior", "input", "output")]
+    ['POSTERIOR', '--rows', '--output']
+    """
+    first, rows = _FIRST_WORD_AND_ROWS.get(command, (None, None))
+    option = f"--{name}"
+    if option == first:
+        return name.upper()
+    return "--rows" if option == rows else option
 
 
 def gathered(arguments: Sequence[str], name: str = "--gate") -> list[str]:

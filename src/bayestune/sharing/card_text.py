@@ -132,7 +132,7 @@ def _loading(known: Known, name: str) -> str:
             f'posterior = bayestune.load_posterior(base, "{name}")\n```'
         )
     if "method" in known.details:
-        lines = [f"bayestune predict --posterior {name} --input rows.jsonl"]
+        lines = [f"bayestune predict {name} --rows rows.jsonl"]
         if known.details["posterior"] in _EXPORTED:
             lines.append(f"bayestune export {name} --draws 8 --to served  # for LoRA servers")
         parts.append("\n".join(["```bash", *lines, "```"]))
