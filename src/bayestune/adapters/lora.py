@@ -33,7 +33,7 @@ class Lora:
     """The adapter to train: the paper's settings by default.
 
     Args:
-        rank: r.
+        rank: r, the rank of the adapter's matrices.
         alpha: the adapter's output is scaled by alpha/rank.
         dropout: the probability of LoRA dropout on the adapter's input.
         targets: names of the adapted modules; None means the paper's: q_proj and v_proj (query and

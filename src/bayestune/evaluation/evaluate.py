@@ -20,15 +20,16 @@ class EvaluationOptions:
 
     Args:
         draws: numbers of draws to evaluate; 0 is the mean.
-        draw_seed: of the held draws.
-        prediction_batch: rows of one batch.
+        draw_seed: which set of draws: the same seed gives the same draws.
+        prediction_batch: rows that are predicted at once.
         max_tokens: tokens of one forward pass over all its draws: the memory bound.
-        bins: of the calibration errors.
-        binning: "torchmetrics" (as in the published figures) or "textbook".
-        resamples: of the bootstrap.
+        bins: of ECE, by confidence.
+        binning: where a confidence of exactly 1 goes in ECE: "torchmetrics", as in the published
+            figures, or "textbook".
+        resamples: of the bootstrap behind the intervals.
         texts: whether the rows' files repeat questions and options; false if their licence forbids.
         shared_prefix: m; an approximation, off by default: the mean adapter reads all but the last
-            m tokens of the prompt, once for all draws. The mean and `atoms` read it all.
+            m tokens of the prompt, once for all draws.
     """
 
     draws: tuple[int, ...] = (0, 5, 10)

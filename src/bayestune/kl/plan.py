@@ -72,7 +72,7 @@ class Aim(NamedTuple):
             raise Refusal(
                 f"final_std must be a number here: got {self.final_std!r}, expected 0.1 or another "
                 'below prior_std; "auto" fits the rows several times, as BLoB(final_std="auto") '
-                "and `fit --final_std auto` do"
+                "and `fit --blob.final_std auto` do"
             )
         if self.final_std is not None and self.kl_lr is not None:
             raise Refusal(

@@ -22,9 +22,11 @@ class BLoB:
     It minimises the free energy −E_q[log p(D | A, B)] + KL[q(A) ‖ p(A)].
 
     Args:
-        prior_std: σ_p.
-        init_root_std: ε; G = √Ω starts uniform on (ε/√2, ε).
-        noise: how training noise is shared, see `GaussianLinear`.
+        prior_std: σ_p, the prior's standard deviation.
+        init_root_std: ε; G, the root of the standard deviation Ω, starts uniform on (ε/√2, ε).
+        noise: what sees a draw of its own in training: "row", each row of the batch, by signs on
+            one E; "independent", each row by an E of its own; "token", each token, as in the
+            authors' code.
         final_std: the standard deviation to end at; the KL's step is solved for. None takes half of
             `prior_std`, unless `kl_lr` or bursts are given. "auto" chooses it, `prior_std` with it,
             and how many of the steps are taken, by cross-fitting the training rows, see
@@ -32,8 +34,9 @@ class BLoB:
         kl_lr: the KL's learning rate, instead of `final_std`; 0.01 where neither holds.
         schedule: "constant", "early" or "bursts", see `KLStep`; None takes "constant", or the
             authors' "bursts" if `kl_lr` is given.
-        std_optimizer: who takes G along the likelihood, "sgd" or "adamw".
-        std_lr: G's learning rate on the likelihood under "sgd", see `KLStep`.
+        std_optimizer: what moves G by the likelihood's gradient: "sgd", at `std_lr`, or "adamw",
+            with the rest of the adapter.
+        std_lr: the learning rate of G under "sgd", see `KLStep`.
         layers: "all", or "last" for noise on the output head's adapter alone: class logits are
             exactly Gaussian, and any number of draws costs one pass.
 

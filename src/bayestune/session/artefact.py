@@ -43,11 +43,11 @@ class Put:
     """How rows are read, and how they are put to a plain adapter: a posterior knows that itself.
 
     Args:
-        task: a task of the table, for its prompt; of a plain adapter.
+        task: a public task, for its prompt; of a plain adapter.
         scoring: "letter", "text" or "head", as `fit` explains; of a plain adapter.
-        max_length: tokens of a prompt; of a plain adapter.
+        max_length: the most tokens of a prompt; of a plain adapter.
         dtype: of the base model's weights; of a plain adapter.
-        options: of every row that has none of its own.
+        options: the options of every row that has none of its own.
         answer_is: what answers are, "index", "letter" or "text"; left out, as all rows agree.
         unsure: the option that means "I do not know", where there is one: it is never acted on.
         trained_on: the rows that training saw: distances from them become a score, and held-out
@@ -55,7 +55,7 @@ class Put:
         columns: the files' own names, as question=subject,answer=queue; left out, as in the fit, or
             the known names.
         prompt: a file with your own template, as `fit` explains; of a plain adapter.
-        chat: whether the model's chat template puts the prompt; of a plain adapter.
+        chat: whether prompts go through the model's chat template; of a plain adapter.
         system: the system message of a chat; of a plain adapter.
     """
 

@@ -30,8 +30,9 @@ class Compared:
 
     Args:
         draws: numbers of draws; 0 is the mean.
-        draw_seed: of the held draws.
-        factors: on Ω, tried with the largest number of draws if the posterior is a Gaussian.
+        draw_seed: which set of draws: the same seed gives the same draws.
+        factors: on the draws' spread Ω, tried with the largest number of draws, of a Gaussian
+            posterior alone.
         student: folder of a student, if there is one.
         bf16: whether to predict under bfloat16 autocast; left out: as fitted.
         cascade: share of the rows that are drawn for, after the student or the mean was asked; 0

@@ -48,15 +48,15 @@ class Training:
         epochs: passes over the training rows, instead of `steps` where given.
         batch_size: rows of one forward pass, of all processes together.
         accumulation: forward passes of one optimiser step.
-        learning_rate: of AdamW, at its peak.
+        learning_rate: AdamW's, at its peak.
         warmup_ratio: the part of the steps with linear warm-up; then linear decay to 0.
-        weight_decay: of AdamW.
+        weight_decay: AdamW's.
         max_grad_norm: gradients are clipped to this norm; 0 for no clipping.
-        seed: of the adapter's start, the noise and the order of the rows.
-        bf16: bfloat16 autocast over float32 adapters.
+        seed: what the adapter's start, the noise and the order of the rows are drawn from.
+        bf16: compute in bfloat16 (autocast); the adapter stays float32.
         gradient_checkpointing: recompute activations in the backward pass.
         group_by_length: batches of rows of like length, so that less is padded; in random order.
-        save_steps: a checkpoint every so many steps; None for none but at ctrl-C.
+        save_steps: a checkpoint every so many steps; None for one at ctrl-C alone.
         logging_steps: a log line every so many steps.
         output: where checkpoints go; None for a temporary folder.
         resume: continue from the newest whole checkpoint in `output`.
