@@ -1,7 +1,7 @@
 """From draws to decisions, as a calibration says: the one function that every surface calls."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -114,26 +114,9 @@ def decide(
     """
     temperature = calibration.temperature if calibration else 1.0
     spread = Spread.of(logits, temperature)
-    num_rows = logits.shape[1]
-    options = logits[0] > -torch.inf
-    nan = torch.full((num_rows,), torch.nan, dtype=torch.float64)
-    facts = {
-        "probabilities": spread.mean,
-        "total_entropy": spread.total_entropy(),
-        "expected_entropy": spread.expected_entropy(),
-        "mutual_information": spread.mutual_information(),
-        "options": options,
-    }
+    undecided = _undecided(spread, options=logits[0] > -torch.inf)
     if calibration is None:
-        return Decision(
-            **facts,
-            decisions=None,
-            score=None,
-            values=nan,
-            thresholds=nan,
-            sets=options,
-            calibration="none",
-        )
+        return undecided
     values = _values(calibration, logits, extra or {})
     if unsure is not None:
         values = values.masked_fill(spread.choice == unsure, torch.inf)
@@ -141,14 +124,32 @@ def decide(
     if class_of is not None:
         choices = class_of.gather(1, choices[:, None])[:, 0]
     decisions, thresholds = _decisions(calibration, values, choices)
-    return Decision(
-        **facts,
+    return replace(
+        undecided,
         decisions=decisions,
         score=calibration.score,
         values=values,
         thresholds=thresholds,
-        sets=_sets(calibration, spread.mean, options, contents),
+        sets=_sets(calibration, spread.mean, undecided.options, contents),
         calibration=calibration.applied(),
+    )
+
+
+def _undecided(spread: Spread, options: Tensor) -> Decision:
+    """Probabilities and entropies alone; `options` (N, C) are those that each row has."""
+    unknown = torch.full((len(options),), torch.nan, dtype=torch.float64)
+    return Decision(
+        probabilities=spread.mean,
+        total_entropy=spread.total_entropy(),
+        expected_entropy=spread.expected_entropy(),
+        mutual_information=spread.mutual_information(),
+        options=options,
+        decisions=None,
+        score=None,
+        values=unknown,
+        thresholds=unknown,
+        sets=options,
+        calibration="none",
     )
 
 

@@ -144,10 +144,14 @@ def details_of(folder: Path) -> dict[str, Any]:
             f"{folder} does not say how it was fitted: got a posterior alone, expected a folder of "
             "`fit`; use it with load_posterior"
         )
-    keys = {method.__name__.lower(): key for key, method in METHODS.items()}
-    named = details["method"]
-    key = named if named in METHODS else keys.get(named, named)
+    key = method_key(details["method"])
     return {**details, "method": key, "fields": {"method": key, **details["fields"]}}
+
+
+def method_key(named: str) -> str:
+    """A method's key in `METHODS`, of which an old folder has the class's name in small letters."""
+    keys = {method.__name__.lower(): key for key, method in METHODS.items()}
+    return named if named in METHODS else keys.get(named, named)
 
 
 def shown(model: str) -> str:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, Self
 
 from bayestune.errors import Refusal
-from bayestune.methods import METHODS
 from bayestune.models import LoadedModel
 from bayestune.posteriors import (
     artefact_folder,
@@ -13,7 +12,7 @@ from bayestune.posteriors import (
     load_posterior,
     posterior_digest,
 )
-from bayestune.session.fit import Fit, put_report
+from bayestune.session.fit import Fit, method_key, put_report
 from bayestune.session.opened_model import open_model
 from bayestune.session.plain_adapter import PLAIN, details_if_any, is_plain, named_base
 
@@ -61,9 +60,7 @@ class LanguageFit:
 
 def _completed(details: dict[str, Any], base_model: str) -> dict[str, Any]:
     """What a folder says of a fit, and what stands for that where it was not `fit` that wrote."""
-    named = details.get("method", details.get("posterior", PLAIN))
-    keys = {method.__name__.lower(): key for key, method in METHODS.items()}
-    method = keys.get(named, named)  # an old folder has the class's name
+    method = method_key(details.get("method", details.get("posterior", PLAIN)))
     told: dict[str, Any] = {
         "base_model": base_model,
         "dtype": "float32",
