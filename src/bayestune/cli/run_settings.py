@@ -19,13 +19,8 @@ from bayestune.training import Training
 logger = logging.getLogger(__name__)
 
 RUN = "run.json"
-_FILES = (
-    "data_root",
-    "data",
-    "evaluation_data",
-    "unlabelled_data",
-    "prompt",
-)  # what stands in them counts, not where they lie
+# what stands in these files counts, not where they lie
+_FILES = ("data_root", "data", "evaluation_data", "unlabelled_data", "prompt")
 _OF_EVALUATION = ("evaluation_rows",)
 
 Settings = dict[str, Any]
