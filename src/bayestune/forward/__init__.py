@@ -15,7 +15,7 @@ from bayestune.forward.draws import (
     stacked,
 )
 from bayestune.forward.kept_tokens import has_own_window
-from bayestune.forward.passes import Plan, drawn_logits, mean_logits
+from bayestune.forward.passes import KeptDraws, drawn_logits, mean_logits
 from bayestune.forward.verdicts import Verdicts, agrees, coincidences, kind_of, without_comparison
 from bayestune.forward.ways import checked
 
@@ -23,7 +23,7 @@ __all__ = [
     "Batch",
     "ClassLogits",
     "Draws",
-    "Plan",
+    "KeptDraws",
     "Verdicts",
     "agrees",
     "checked",

@@ -60,12 +60,12 @@ def mean_logits(model: nn.Module, scorer: ClassLogits, inputs: Batch) -> Tensor:
         return checked(scorer(plain, inputs))[None]
 
 
-def drawn_logits(posterior: Drawable, inputs: Batch, draws: Draws, plan: "Plan") -> Tensor:
+def drawn_logits(posterior: Drawable, inputs: Batch, draws: Draws, kept: "KeptDraws") -> Tensor:
     """The draws' logits (S, N, C), S·N rows in one pass within the bounds of `draws`.
 
     What no draw changes is computed once, see `BeforeFirstDraw`. Otherwise the tokens that all rows
     begin with are read once for each draw, see `CommonPrefix`. What is not exact for the model at
-    hand is not shared, see `Ways`. The plan is the posterior's own.
+    hand is not shared, see `Ways`. What is `kept` is the posterior's own.
 
     Raises:
         Refusal: if the draws reach no layer, or a shared prefix is asked for and the posterior has
@@ -73,12 +73,12 @@ def drawn_logits(posterior: Drawable, inputs: Batch, draws: Draws, plan: "Plan")
     """
     with evaluating(unwrapped(posterior.model)):
         refuse_inside_drawn(posterior.model, posterior.adapter)
-        plan.renew(posterior, draws)
-        ways = plan.ways(posterior, inputs, draws)
-        return torch.cat([ways.logits(chunk) for chunk in plan.chunks(ways.inputs, draws)])
+        kept.renew(posterior, draws)
+        ways = kept.ways(posterior, inputs, draws)
+        return torch.cat([ways.logits(chunk) for chunk in kept.chunks(ways.inputs, draws)])
 
 
-class Plan:
+class KeptDraws:
     """What a posterior keeps between batches while model and seed stay: draws, slots, prefixes."""
 
     def __init__(self) -> None:

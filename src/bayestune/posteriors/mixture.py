@@ -19,7 +19,7 @@ from bayestune.adapters import (
     unwrapped,
 )
 from bayestune.errors import Refusal
-from bayestune.forward import Batch, ClassLogits, Draws, Plan, drawn_logits, stacked
+from bayestune.forward import Batch, ClassLogits, Draws, KeptDraws, drawn_logits, stacked
 from bayestune.posteriors.fit_report import FitReport
 from bayestune.posteriors.posterior import AdapterPosterior, Posterior, Saved, State
 
@@ -44,7 +44,7 @@ class Mixture(Posterior):
     kind: ClassVar[str] = "mixture"
     members: Sequence[Posterior]
     report: FitReport = field(default_factory=FitReport, repr=False)
-    _plan: Plan = field(default_factory=Plan, init=False, repr=False, compare=False)
+    _kept: KeptDraws = field(default_factory=KeptDraws, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         names = [member.adapter for member in self.members]
@@ -64,7 +64,7 @@ class Mixture(Posterior):
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what is kept between batches, which no copy can use."""
-        return {**vars(self), "_plan": Plan()}
+        return {**vars(self), "_kept": KeptDraws()}
 
     def on(self, scorer: ClassLogits) -> Self:
         """The same mixture of members on another scorer."""
@@ -132,7 +132,7 @@ class Mixture(Posterior):
     def _logits_of_several(self, inputs: Batch, draws: Draws) -> Tensor:
         if self._runs_in_one_pass():
             with active(self.model, self.adapter, alone=True), draws.precision(self.model):
-                return drawn_logits(self, inputs, draws, self._plan)
+                return drawn_logits(self, inputs, draws, self._kept)
         self.refuse_shared_prefix(draws)
         return self._member_by_member(inputs, draws)
 

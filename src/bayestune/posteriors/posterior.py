@@ -26,7 +26,7 @@ from bayestune.forward import (
     Batch,
     ClassLogits,
     Draws,
-    Plan,
+    KeptDraws,
     drawn_logits,
     mean_logits,
     stacked,
@@ -217,16 +217,18 @@ class SingleAdapter(Posterior):
 class AdapterPosterior(SingleAdapter):
     """A posterior whose draws are adapters: they run together in one pass, and can be exported."""
 
-    _plan: Plan = field(default_factory=Plan, init=False, repr=False, compare=False, kw_only=True)
+    _kept: KeptDraws = field(
+        default_factory=KeptDraws, init=False, repr=False, compare=False, kw_only=True
+    )
 
     def __setattr__(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
-        if name != "_plan":
-            object.__setattr__(self, "_plan", Plan())  # its draws were those of before
+        if name != "_kept":
+            object.__setattr__(self, "_kept", KeptDraws())  # its draws were those of before
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what is kept between batches, which no copy can use."""
-        return {**vars(self), "_plan": Plan()}
+        return {**vars(self), "_kept": KeptDraws()}
 
     @abstractmethod
     def draw(self, index: int, seed: int = 0) -> dict[str, Tensor]:
@@ -236,7 +238,7 @@ class AdapterPosterior(SingleAdapter):
         """
 
     def _drawn(self, inputs: Batch, draws: Draws) -> Tensor:
-        return drawn_logits(self, inputs, draws, self._plan)
+        return drawn_logits(self, inputs, draws, self._kept)
 
     def _beside(self, draws: Draws) -> AbstractContextManager[Any]:
         return drawn(self.model, stacked(self.draw, draws), self.adapter)
