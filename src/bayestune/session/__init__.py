@@ -31,7 +31,7 @@ from bayestune.session.looks import (
     windows,
 )
 from bayestune.session.opened_model import Dtype, num_classes, open_model
-from bayestune.session.plain_adapter import details_if_any, is_plain, named_base
+from bayestune.session.plain_adapter import details_if_any, load_any, named_base
 from bayestune.session.prediction_ways import Way, joined
 from bayestune.session.session import Session
 from bayestune.session.task_options import OF_THE_FIT, TaskOptions
@@ -63,9 +63,9 @@ __all__ = [
     "decide",
     "details_if_any",
     "details_of",
-    "is_plain",
     "joined",
     "kept_reference",
+    "load_any",
     "load_way",
     "named_base",
     "num_classes",

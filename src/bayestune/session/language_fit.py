@@ -6,15 +6,10 @@ from typing import Any, Self
 
 from bayestune.errors import Refusal
 from bayestune.models import LoadedModel
-from bayestune.posteriors import (
-    artefact_folder,
-    load_adapter,
-    load_posterior,
-    posterior_digest,
-)
+from bayestune.posteriors import artefact_folder, posterior_digest
 from bayestune.session.fit import Fit, method_key, put_report
 from bayestune.session.opened_model import open_model
-from bayestune.session.plain_adapter import PLAIN, details_if_any, is_plain, named_base
+from bayestune.session.plain_adapter import PLAIN, details_if_any, load_any, named_base
 
 
 @dataclass(frozen=True)
@@ -52,7 +47,7 @@ class LanguageFit:
             )
         name = named_base(place, details, model)
         loaded = open_model(name, details.get("dtype", "float32"))
-        posterior = (load_adapter if is_plain(place) else load_posterior)(loaded.model, place)
+        posterior = load_any(loaded.model, place)
         put_report(posterior, place)
         posterior.digest = posterior_digest(place)
         return cls(place, loaded, Fit.of(posterior, _completed(details, name), bf16))

@@ -5,13 +5,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from bayestune.data import Task
 from bayestune.decisions import FILE_NAME, Calibration
 from bayestune.errors import Refusal
 from bayestune.posteriors import (
     DETAILS,
+    Posterior,
     artefact_folder,
     base_name,
+    load_adapter,
+    load_posterior,
     posterior_digest,
     read_details,
 )
@@ -29,6 +34,11 @@ def is_plain(folder: Path) -> bool:
 def details_if_any(place: Path) -> dict[str, Any]:
     """What an artefact's `posterior.json` says; nothing of a plain adapter."""
     return {} if is_plain(place) else read_details(place)
+
+
+def load_any(base: nn.Module, place: Path) -> Posterior:
+    """What a folder holds, on its base: a posterior, or a plain adapter as a point."""
+    return (load_adapter if is_plain(place) else load_posterior)(base, place)
 
 
 def named_base(place: Path, details: Mapping[str, Any], model: str | None = None) -> str:

@@ -15,8 +15,6 @@ from bayestune.posteriors import (
     DETAILS,
     Posterior,
     artefact_folder,
-    load_adapter,
-    load_posterior,
     posterior_digest,
     read_details,
 )
@@ -24,7 +22,7 @@ from bayestune.scoring import LetterScorer
 from bayestune.session import (
     Way,
     details_if_any,
-    is_plain,
+    load_any,
     named_base,
     open_model,
     prompt_of_fit,
@@ -71,9 +69,8 @@ class Source:
         name = named_base(place, details, model)
         calibration = read_calibration(place)
         loaded = open_model(name, details.get("dtype", "float32"), details.get("classes"))
-        load = load_adapter if is_plain(place) else load_posterior
         return cls(
-            load(loaded.model, place),
+            load_any(loaded.model, place),
             details,
             loaded.name,
             place,
