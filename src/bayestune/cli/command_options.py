@@ -44,7 +44,8 @@ def add_fitting(parser: Parser) -> None:
     """What every fit is told."""
     parser.option("model", str | None, None, MODEL_HELP)
     parser.option("dtype", Dtype, "float32", DTYPE_HELP)
-    parser.option("base", str | None, None, "what a post-hoc method builds on, its own if not")
+    about = "the method that another builds on, as --method tfb --base map; left out: its own"
+    parser.option("base", str | None, None, about)
     parser.add_class_arguments(TaskOptions)
     parser.add_class_arguments(Training, skip={"output"})
     for name in parser.methods:
@@ -61,7 +62,7 @@ def add_evaluate(parser: Parser) -> None:
     parser.add_class_arguments(TaskOptions, skip=set(OF_THE_FIT))
     parser.add_class_arguments(EvaluationOptions)
     parser.option("output", Path | None, None, "folder of the records; left out: the posterior's")
-    about = "such as 'nll<=0.7' or 'wrong_at_0.9<=2', perhaps several times: else exit code 1"
+    about = "a bar such as 'nll<=0.7', once or more; exit code 1 if one does not hold"
     parser.option("gate", list[str], [], about)
     parser.option("uncalibrated", bool, False, UNCALIBRATED_HELP)
 
@@ -72,9 +73,11 @@ def add_lm_eval(parser: Parser) -> None:
     about = "names of tasks, groups or tags, or YAML files: arc_easy,piqa"
     parser.add_argument("--tasks", type=str, required=True, help=about)
     parser.option("include_path", Path | None, None, "a folder with tasks of your own")
-    parser.option("num_fewshot", int | None, None, "examples; left out: as the task says, or none")
+    parser.option(
+        "num_fewshot", int | None, None, "examples before a question; left out: as the task says"
+    )
     parser.option("limit", int | None, None, "at most so many documents of each task")
-    parser.option("apply_chat_template", bool, False, "puts the tasks as chats")
+    parser.option("apply_chat_template", bool, False, "put the tasks as chats")
     parser.option("draws", int, 10, "posterior draws; 0 for the mean")
     parser.option("draw_seed", int, 0, "of the draws")
     parser.option("batch_size", int, 8, "requests of a pass")
@@ -92,8 +95,10 @@ def add_predict(parser: Parser) -> None:
     parser.option("columns", dict[str, str], {}, COLUMNS_HELP)
     parser.option("draws", int | None, None, "0 for the mean; left out: as calibrated, or else 10")
     parser.option("draw_seed", int | None, None, "of the draws; left out: as calibrated, or else 0")
-    parser.option("shared_prefix", int | None, None, "approximate: draw a prompt's end only")
-    parser.option("decided", bool, False, "draw no more for rows that no draw can decide otherwise")
+    about = "an approximation: draws read so many tokens at a prompt's end, the mean the others"
+    parser.option("shared_prefix", int | None, None, about)
+    about = "draw no more for rows whose choice no further draw can change"
+    parser.option("decided", bool, False, about)
     parser.option("uncalibrated", bool, False, UNCALIBRATED_HELP)
     parser.option("output", Path | None, None, "a file; left out: standard output")
     parser.option("resume", bool, False, "go on after the output file's last whole line")
@@ -106,14 +111,15 @@ def add_generate(parser: Parser) -> None:
     parser.needed("input", "or --rows: JSON lines: a text in prompt, or messages; - reads a pipe")
     parser.option("draws", int, 10, "posterior draws; 0 for the mean")
     parser.option("draw_seed", int, 0, "of the draws")
-    parser.option("draws_as", DrawsAs, "average", "of draws at each token; or a text of each draw")
-    parser.option("max_new_tokens", int, 64, "of a text")
-    parser.option("do_sample", bool, False, "samples; left out: the most probable token")
+    about = "average: one text, of tokens averaged over draws; sequences: a text of each draw"
+    parser.option("draws_as", DrawsAs, "average", about)
+    parser.option("max_new_tokens", int, 64, "the most tokens of a text")
+    parser.option("do_sample", bool, False, "sample; left out: take the most probable token")
     parser.option("temperature", float | None, None, "of sampling")
     parser.option("top_p", float | None, None, "of sampling")
     parser.option("top_k", int | None, None, "of sampling")
     parser.option("seed", int, 0, "of sampling")
-    parser.option("stop", list[str], [], "texts behind which one ends")
+    parser.option("stop", list[str], [], "words behind which a text ends")
     parser.option("batch_size", int, 4, "prompts at once, each with all draws")
     parser.option("output", Path | None, None, "a file; left out: standard output")
     parser.option("overwrite", bool, False, "replace the output file")
@@ -193,12 +199,13 @@ def add_calibrate(parser: Parser) -> None:
     parser.add_argument("posterior", type=Path, help=ARTEFACT_HELP)
     parser.needed("rows", "rows with answers that training did not see: JSONL, CSV or parquet")
     parser.option("risk", float, 0.05, "largest error rate among the rows acted on")
-    parser.option("confidence", float, 0.9, "that the promise holds")
-    parser.option("set_coverage", float, 0.9, "of the sets: how often the right option is in")
-    parser.option("set_kind", SetKind, "lac", "the sets that predictions carry")
-    parser.option("bands", dict[str, float], {}, "such as '{act: 0.05, flag: 0.2}', beyond: ask")
+    parser.option("confidence", float, 0.9, "with which the promise holds")
+    parser.option("set_coverage", float, 0.9, "how often the right option is in a row's set")
+    parser.option("set_kind", SetKind, "lac", "how the sets that predictions carry are made")
+    about = "largest error rates by decision, as '{act: 0.05, flag: 0.2}'; other rows are \"ask\""
+    parser.option("bands", dict[str, float], {}, about)
     parser.option("per_class", bool, False, "a threshold for each class by itself")
-    parser.option("costs", list[list[float]], [], "of errors: a row of costs for each right answer")
+    parser.option("costs", list[list[float]], [], "of errors: for each right answer a list")
     parser.option("model", str | None, None, "the base model, where it has moved")
     parser.add_class_arguments(Compared)
     parser.add_class_arguments(Put)
@@ -209,7 +216,9 @@ def add_rank(parser: Parser) -> None:
     parser.add_argument("posterior", type=Path, help=ARTEFACT_HELP)
     parser.needed("rows", "JSONL, CSV or parquet rows, with answers or without")
     parser.option("number", int | None, None, "how many rows to take; left out: all")
-    parser.option("by", Acquisition | None, None, "the rule; left out: bald, of one draw entropy")
+    parser.option(
+        "by", Acquisition | None, None, "the rule; left out: bald; with one draw: entropy"
+    )
     parser.option("draws", int, 10, "posterior draws; 0 for the mean")
     parser.option("draw_seed", int, 0, 'of the draws, and of "random"')
     parser.option("output", Path | None, None, "a file; left out: standard output")
@@ -223,9 +232,9 @@ def add_drift(parser: Parser) -> None:
     """New rows."""
     parser.add_argument("posterior", type=Path, help="a calibrated posterior or adapter")
     parser.needed("rows", "JSONL, CSV or parquet rows, with answers or without")
-    parser.option("level", float, 0.05, "of the test: how often rows like the held-out ones alarm")
+    parser.option("level", float, 0.05, "how often rows like the held-out ones may alarm")
     parser.option("columns", dict[str, str], {}, COLUMNS_HELP)
-    parser.option("scores", list[str], [], "to compare; left out: a few of those that are kept")
+    parser.option("scores", list[str], [], "which scores to compare; left out: a few")
     parser.option("output", Path | None, None, "a file for the figures; left out: none")
     parser.option("overwrite", bool, False, "replace the output file")
     parser.option("model", str | None, None, "the base model, where it has moved")
