@@ -125,9 +125,30 @@ def attach(model: nn.Module, lora: Lora) -> PeftModel:
             "the model has an adapter already: got a PEFT model, expected a plain one; call "
             "unload() on it"
         )
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(_targets_in(model, lora.targets)),
+        **_kind_of_task(model),
+    )
+    with old_names_unsaid():
+        adapted = get_peft_model(model, config)  # type: ignore[arg-type]
+    if getattr(model, "is_quantized", False):
+        # PEFT leaves it out, and reentrant checkpoints would cut the gradients off
+        model.enable_input_require_grads()  # type: ignore[operator]
+    return adapted
+
+
+def _targets_in(model: nn.Module, asked: Sequence[str] | None) -> Sequence[str]:
+    """The names of the modules to adapt: those that are asked for, or else the paper's.
+
+    Raises:
+        Refusal: if no module has a target's name.
+    """
     paths = [path for path, module in model.named_modules() if not list(module.children())]
     leaves = {path.rpartition(".")[2] for path in paths}
-    targets = lora.targets
+    targets = asked
     if not targets:
         targets = next((names for names in _TARGETS if leaves >= set(names)), _TARGETS[0])
         if not (is_classifier(model) or head_is_tied(model)):
@@ -142,19 +163,7 @@ def attach(model: nn.Module, lora: Lora) -> PeftModel:
             f"no module to adapt: got targets {unknown}, expected names among "
             f"{sorted(leaves)}; {hint}"
         )
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=list(targets),
-        **_kind_of_task(model),
-    )
-    with old_names_unsaid():
-        adapted = get_peft_model(model, config)  # type: ignore[arg-type]
-    if getattr(model, "is_quantized", False):
-        # PEFT leaves it out, and reentrant checkpoints would cut the gradients off
-        model.enable_input_require_grads()  # type: ignore[operator]
-    return adapted
+    return targets
 
 
 @contextmanager

@@ -113,27 +113,16 @@ class TaskOptions:
             Refusal: if a task of the table is named beside files, or `options` without files; if
                 the rows and the prompt do not go together.
         """
-        given = self.data or self.evaluation_data
-        if given and self.task in TASKS:
-            raise Refusal(
-                f"the rows are named twice: got the task {self.task!r} and the file {given}, "
-                "expected one of them; leave out the other"
-            )
-        for name in ("options", "columns"):
-            if getattr(self, name) and not given:
-                raise Refusal(
-                    f"{name} are for rows of your own: got {getattr(self, name)} without a file, "
-                    "expected data or evaluation_data; give one"
-                )
+        self._check_named()
         usual = usual or Reading()
-        if not given:
+        if self._file is None:
             if self.task is None:
                 said = "no rows were named: taking the embedded questions %r; yours go in --data"
                 logger.info(said, self.named)
             task = load_task(self.named, self.data_root)
         else:
             train = self._rows(self.data, replace(usual, from_answers=True))
-            task = own_task(Path(given).stem, train, ())
+            task = own_task(self._file.stem, train, ())
             usual = replace(usual, otherwise=task.shared_options or usual.otherwise)
             test = self._rows(self.evaluation_data, usual, labelled=labelled)
             task = own_task(task.name, train, test)
@@ -148,6 +137,27 @@ class TaskOptions:
         test = task.subset(evaluation=self.evaluation_rows, seed=seed if fixed is None else fixed)
         chosen = task.subset(self.train_rows, None, self.holdout, seed, self.unlabelled_rows)
         return replace(chosen, evaluation=test.evaluation)
+
+    @property
+    def _file(self) -> Path | None:
+        """A file of one's own, whose name is the task's."""
+        file = self.data or self.evaluation_data
+        return Path(file) if file else None
+
+    def _check_named(self) -> None:
+        """Refuses rows that are named twice, and what is said of files where there are none."""
+        file = self._file
+        if file and self.task in TASKS:
+            raise Refusal(
+                f"the rows are named twice: got the task {self.task!r} and the file {file}, "
+                "expected one of them; leave out the other"
+            )
+        for name in ("options", "columns"):
+            if getattr(self, name) and not file:
+                raise Refusal(
+                    f"{name} are for rows of your own: got {getattr(self, name)} without a file, "
+                    "expected data or evaluation_data; give one"
+                )
 
     @property
     def named(self) -> str:
@@ -168,7 +178,7 @@ class TaskOptions:
         for name, value in asdict(self).items():
             if value or name not in _LATER:
                 found[name] = value.name if isinstance(value, Path) else value
-        if not (self.data or self.evaluation_data):
+        if self._file is None:
             found["task"] = self.named
         settled = {name: value for name, value in (fitted or {}).items() if name in OF_THE_FIT}
         return {**found, **settled}
