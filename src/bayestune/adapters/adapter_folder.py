@@ -73,15 +73,7 @@ def refuse_unless_saved_whole(slots: Slots) -> None:
                 f"trainable_token_indices beside {sorted(module._adapters)} with them, expected "
                 "all or none to have them; take the others off with delete_adapter first"
             )
-    for path, layer in slots.layers.items():
-        rank = layer.r[slots.adapter] ** (0.5 if config.use_rslora else 1)
-        told = layer.lora_alpha[slots.adapter] / rank
-        scaling = layer.scaling[slots.adapter]
-        if abs(scaling - told) > 1e-6 * abs(told):
-            raise Refusal(
-                f"a scaling that is not saved: got {scaling:g} in {path}, expected {told:g}, which "
-                "the configuration says; call unscale_layer, or set lora_alpha or alpha_pattern"
-            )
+    _refuse_own_scaling(slots, rslora=config.use_rslora)
     together = [name for name in model.active_adapters if name != slots.adapter]
     if slots.adapter in model.active_adapters and together:
         raise Refusal(
@@ -89,6 +81,19 @@ def refuse_unless_saved_whole(slots: Slots) -> None:
             f"{model.active_adapters}, expected it alone; merge the others into the base before "
             "the fit, or activate it alone with set_adapter"
         )
+
+
+def _refuse_own_scaling(slots: Slots, *, rslora: bool) -> None:
+    """Refuses a layer whose scaling is not α/r, or α/√r, as its configuration says."""
+    for path, layer in slots.layers.items():
+        rank = layer.r[slots.adapter] ** (0.5 if rslora else 1)
+        told = layer.lora_alpha[slots.adapter] / rank
+        scaling = layer.scaling[slots.adapter]
+        if abs(scaling - told) > 1e-6 * abs(told):
+            raise Refusal(
+                f"a scaling that is not saved: got {scaling:g} in {path}, expected {told:g}, which "
+                "the configuration says; call unscale_layer, or set lora_alpha or alpha_pattern"
+            )
 
 
 def kept_beside(slots: Slots, state: Mapping[str, Tensor]) -> list[str]:
