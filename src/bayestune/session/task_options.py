@@ -41,28 +41,26 @@ class TaskOptions:
     """Which questions, and how they are put.
 
     Args:
-        task: a public task such as "arc_easy", instead of rows of your own; left out, a fit takes
-            the embedded "everyday".
+        task: a public task such as "arc_easy"; without it and files, the embedded "everyday".
         data_root: a directory that holds public tasks as the Hub does; None for the Hub.
         data: your own training rows, a JSONL, CSV or parquet file.
         evaluation_data: your own evaluation rows.
         options: the options of every row of your files that has none of its own.
         scoring: "letter" compares the answer tokens' logits, "text" the likelihoods of the options'
             texts, "head" the logits of a classification head.
-        max_length: the most tokens of a prompt; a longer one loses the end of its context.
+        max_length: the most tokens of a prompt.
         holdout: the part of train that is set aside, to choose settings or a temperature on.
         train_rows: use at most so many training rows.
         evaluation_rows: use at most so many evaluation rows.
-        subset_seed: what rows are chosen by, where not all are used.
-        evaluation_seed: the same for evaluation rows, where not `subset_seed`.
+        subset_seed: of the random choice of rows.
+        evaluation_seed: of the choice of evaluation rows, where not `subset_seed`.
         unlabelled_data: your own rows without answers, for `distilled` to learn on.
         unlabelled_rows: for that, so many further rows of train, without their answers.
         answer_is: what answers are in your files, "index" (from 0), "letter" or "text"; left out,
             the reading that all rows of a file agree with.
         columns: your files' own names, as question=subject,context=body,answer=queue.
         prompt: a file with your own template of {question}, {choices}, {context}.
-        chat: whether prompts go through the model's chat template; left out: where rows have
-            messages, or `system` is given.
+        chat: whether prompts go through the model's chat template; left out: where they must.
         system: the system message of a chat.
     """
 
