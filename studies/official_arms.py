@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback
 
-from bayestune.adapters import Lora, bayesify
+from bayestune.adapters import GaussianLinear, Lora, Slots, bayesify
 from bayestune.data import Question, Task
 from bayestune.forward import Draws
 from bayestune.kl import KLStep
 from bayestune.methods import MLE, AuthorsBLoB, described, make_method
 from bayestune.metrics import accuracy, brier, ece, nll
-from bayestune.posteriors import Point, Posterior, TokenNoise
+from bayestune.posteriors import Point, TokenNoise
 from bayestune.scoring import Encoded, LetterScorer, row_logits
 from bayestune.training import Training, fit_adapter
 from studies.official_runs import TARGETS, Evaluated, Official, put_start, settings_of
@@ -32,7 +32,15 @@ ARMS = {
 }
 IN_ITS_MANNER = AuthorsBLoB(prior_std=0.2, init_root_std=0.05, kl_lr=0.01)
 Record = dict[str, Any]
-Evaluate = Callable[[int], Evaluated]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a fit gives: what evaluates it with so many draws, its settings, the mean σ of A."""
+
+    evaluate: Callable[[int], Evaluated]
+    settings: Record
+    std: float | None
 
 
 @dataclass
@@ -91,35 +99,37 @@ class Bench:
         """A record's figures and probabilities (N, C) for each number of draws of an arm."""
         whose, method = ARMS[arm]
         begin = time.perf_counter()
-        evaluate, settings = self._fits()[whose](method.lower())
+        fitted = self._fits()[whose](method.lower())
         fit = round(time.perf_counter() - begin, 1)
         labels = torch.tensor([row.answer for row in self.task.evaluation])
         found = []
         for count in sorted(draws_of(arm, self.draws)):
             begin = time.perf_counter()
-            evaluated = evaluate(count)
+            evaluated = fitted.evaluate(count)
             seconds = {"fit": fit, "predict": round(time.perf_counter() - begin, 1)}
             probabilities = evaluated.logits.double().softmax(-1).mean(0)
             figures = figures_of(probabilities, labels)
-            record: Record = {"draws": count, "settings": settings, "figures": figures}
+            record: Record = {"draws": count, "settings": fitted.settings, "std": fitted.std}
+            record["figures"] = figures
             if evaluated.told:
                 record["told"] = evaluated.told
             found.append(({**record, "seconds": seconds}, probabilities))
         return found
 
-    def _fits(self) -> dict[str, Callable[[str], tuple[Evaluate, Record]]]:
+    def _fits(self) -> dict[str, Callable[[str], Fitted]]:
         return {THEIRS: self.theirs, MANNER: self.in_its_manner, AS_GRID: self.as_in_the_grid}
 
-    def theirs(self, kind: str) -> tuple[Evaluate, Record]:
-        """A fit of the authors' code: what evaluates it, and its settings."""
+    def theirs(self, kind: str) -> Fitted:
+        """A fit of the authors' code, as their script has it."""
         run = self.official.run(kind, self.training.seed)
         run.fit()
-        return run.evaluate, settings_of(run.wrapper.args) | {"targets": list(TARGETS)}
+        settings = settings_of(run.wrapper.args) | {"targets": list(TARGETS)}
+        return Fitted(run.evaluate, settings, run.std())
 
-    def in_its_manner(self, kind: str) -> tuple[Evaluate, Record]:
+    def in_its_manner(self, kind: str) -> Fitted:
         """A fit of ours from their start, in their order and with their settings."""
         run = self.official.run(kind, self.training.seed)
-        start = run.start()
+        start = run.values()
         training = manner_of(run.wrapper.args, bf16=self.training.bf16)
         del run
         gaussian = kind == "blob"
@@ -134,24 +144,25 @@ class Bench:
         adapted, _ = fit_adapter(base, self.scorer, training, callbacks, prepare=prepare)
         posterior = (TokenNoise if gaussian else Point)(adapted, self.scorer)
         method = described(IN_ITS_MANNER if gaussian else MLE())
-        return self._evaluating(posterior), {**method, "training": asdict(training)}
+        return self._fitted(posterior, {**method, "training": asdict(training)})
 
-    def as_in_the_grid(self, kind: str) -> tuple[Evaluate, Record]:
+    def as_in_the_grid(self, kind: str) -> Fitted:
         """A fit of ours as the grid has it, on the same rows and prompts."""
         method = make_method({"method": kind, **(self.blob if kind == "blob" else {})})
         base = self.official.loaded.again().model
         posterior = method.fit(base, self.scorer, self.training)
-        settings = {**described(method), "training": asdict(self.training)}
-        return self._evaluating(posterior), settings
+        return self._fitted(posterior, {**described(method), "training": asdict(self.training)})
 
-    def _evaluating(self, posterior: Posterior) -> Evaluate:
+    def _fitted(self, posterior: Any, settings: Record) -> Fitted:
         rows = self.scorer.encode(self.task.evaluation)
 
         def evaluate(count: int) -> Evaluated:
             draws = Draws(count, bf16=self.training.bf16)
             return Evaluated(row_logits(posterior, self.scorer, rows, draws), {})
 
-        return evaluate
+        layers = Slots(posterior.model).of_kind(GaussianLinear).values()
+        stds = [layer.std.mean() for layer in layers]
+        return Fitted(evaluate, settings, torch.stack(stds).mean().item() if stds else None)
 
 
 def draws_of(arm: str, draws: int) -> set[int]:

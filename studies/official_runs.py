@@ -36,7 +36,7 @@ OF_BLOB = """
 """
 TARGETS = ("q_proj", "v_proj", "lm_head")  # what --apply-classhead-lora means in their code
 CLASSES = {"mle": "MLE", "blob": "BLoB"}
-Start = dict[str, dict[str, Tensor]]  # an adapter's first values, by layer
+Values = dict[str, dict[str, Tensor]]  # of an adapter, by layer
 
 
 @dataclass(frozen=True)
@@ -71,15 +71,22 @@ class Run:
             self.kept.append(logits)
         return logits
 
-    def start(self) -> Start:
+    def values(self) -> Values:
         """A copy of the values of A and B, and of BLoB's ρ, whose square is the σ of A."""
-        found: Start = {}
+        found: Values = {}
         for path, layer in Slots(self.wrapper).layers.items():
             values = {"A": layer.lora_A[ADAPTER].weight, "B": layer.lora_B[ADAPTER].weight}
             if hasattr(layer, "lora_A_rho"):
                 values["rho"] = layer.lora_A_rho[ADAPTER]
             found[path] = {name: value.detach().clone() for name, value in values.items()}
         return found
+
+    def std(self) -> float | None:
+        """The mean σ of A over the layers; None for a point."""
+        roots = [values["rho"] for values in self.values().values() if "rho" in values]
+        return (
+            torch.stack([root.square().mean() for root in roots]).mean().item() if roots else None
+        )
 
     def fit(self) -> None:
         """Their fit, epoch by epoch."""
@@ -171,7 +178,7 @@ class Official:
         return found, data.target_ids[:, 0].tolist()
 
 
-def put_start(adapted: nn.Module, start: Start) -> None:
+def put_start(adapted: nn.Module, start: Values) -> None:
     """Gives an adapter of ours the first values of one of theirs, its σ where it is Gaussian.
 
     Raises:
@@ -191,5 +198,9 @@ def put_start(adapted: nn.Module, start: Start) -> None:
 
 
 def settings_of(arguments: Namespace) -> dict[str, Any]:
-    """The arguments that a record keeps, by name."""
-    return {name: value for name, value in sorted(vars(arguments).items()) if value is not None}
+    """The arguments that a record keeps, by name: those that something follows from."""
+    kept = {}
+    for name, value in sorted(vars(arguments).items()):
+        if value is not None and not name.startswith(("wandb", "checkpoint")):
+            kept[name] = value
+    return kept
