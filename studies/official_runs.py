@@ -6,6 +6,7 @@ loaded already for their 8-bit one, bfloat16 autocast around the forward pass, o
 """
 
 import copy
+import logging
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from bayestune.jsonl import JsonRow
 from bayestune.models import LoadedModel
 from studies.official import official_module, one_process
 from subjects import autocast
+
+logger = logging.getLogger(__name__)
 
 # As in scripts/mle and scripts/blob, but for the model, the steps and the seed.
 OF_BOTH = """
@@ -94,6 +97,7 @@ class Run:
         for epoch in range(wrapper.args.n_epochs):
             wrapper.args.epoch = epoch
             wrapper.fit(wrapper.train_loader, wrapper.test_loader)
+            logger.info("their epoch %d of %d", epoch + 1, wrapper.args.n_epochs)
 
     def evaluate(self, draws: int) -> Evaluated:
         """Their evaluation with so many noisy passes; 0 for the mean."""
