@@ -4,6 +4,7 @@ With OFFICIAL_CHECKOUT, a checkout of the authors' code, all holds of that code 
 """
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,21 @@ def test_both_take_the_same_steps_from_the_same_start(bench, monkeypatch):
     torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=0)
     monkeypatch.setattr(official_arms, "InOrder", TrainerCallback)
     assert (probabilities_of(bench, MANNER) - theirs).abs().max() > 2e-3
+
+
+@NEEDS_REAL
+@pytest.mark.parametrize("checkout", ["real"], indirect=True)
+def test_without_noise_the_whole_of_blob_is_theirs(bench, monkeypatch):
+    """AdamW's steps and the KL's, through its first burst; their KL adds 1e-6, which σ shows."""
+    long = replace(bench, official=replace(bench.official, steps=100))
+    start = long.official.run("blob", 1).std()
+    monkeypatch.setattr(torch, "randn_like", lambda like: torch.full_like(like, 1e-6))
+    theirs, ours = (
+        long.measured(f"BLoB, {whose}")[0] for whose in ("theirs", "ours in its manner")
+    )
+    torch.testing.assert_close(ours[1], theirs[1], atol=2e-4, rtol=0)
+    assert ours[0]["std"] == pytest.approx(theirs[0]["std"], rel=1e-3)
+    assert theirs[0]["std"] > 5 * start
 
 
 def test_the_start_is_copied_with_its_standard_deviations(bench, llama):
