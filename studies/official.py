@@ -1,7 +1,8 @@
 """The authors' own code as a reference point, from a checkout that the user has.
 
-Of the checkout `modelwrappers/blob.py` is imported with what it needs, and its class's own `fit`
-takes the steps. Nothing of it is in this repository, and nothing is written to the checkout.
+Modules of the checkout are imported with what they need; `OfficialStep` has `modelwrappers/blob.py`
+take its steps, `official_runs.py` whole fits. Nothing of it is in this repository, and nothing is
+written to the checkout.
 """
 
 import importlib
@@ -41,8 +42,8 @@ def _stand_in(name: str) -> None:
             setattr(sys.modules[name], cls, type(cls, (), {}))
 
 
-def official_class(folder: Path) -> type:
-    """The class `BLoB` of a checkout, whose folder stays on the path.
+def official_module(folder: Path, name: str) -> Any:
+    """A module of a checkout, whose folder stays on the path.
 
     Raises:
         ValueError: if `folder` is not a checkout of the authors' repository.
@@ -52,13 +53,20 @@ def official_class(folder: Path) -> type:
             f"--official: got {folder}, which has no {FILE}, expected a checkout; clone "
             f"{REPOSITORY} and give its folder"
         )
-    for name in ABSENT:
-        _stand_in(name)
-    sys.path.insert(0, str(folder))
+    for absent in ABSENT:
+        _stand_in(absent)
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
     sys.dont_write_bytecode = True
-    module: Any = importlib.import_module(".".join(FILE.with_suffix("").parts))
-    module.tqdm = partial(tqdm, disable=True)
-    return module.BLoB
+    module: Any = importlib.import_module(name)
+    if hasattr(module, "tqdm"):
+        module.tqdm = partial(tqdm, disable=True)
+    return module
+
+
+def official_class(folder: Path) -> type:
+    """The class `BLoB` of a checkout, see `official_module`."""
+    return official_module(folder, ".".join(FILE.with_suffix("").parts)).BLoB
 
 
 def settings(rows: int, classes: int) -> Namespace:
@@ -91,11 +99,13 @@ def settings(rows: int, classes: int) -> Namespace:
 
 
 def one_process(device: torch.device) -> Namespace:
-    """What `fit` asks of an accelerator, for one process."""
+    """What their code asks of an accelerator, for one process that prints and logs nothing."""
     return Namespace(
         device=device,
         num_processes=1,
         is_local_main_process=False,
+        wait_for_everyone=lambda: None,
+        prepare=lambda *prepared: prepared,
         backward=lambda loss: loss.backward(),
         gather=lambda values: values,
     )

@@ -1,7 +1,5 @@
 """The task step's reference points, and the choices, at tiny sizes."""
 
-import sys
-
 import pytest
 import torch
 from torch.nn import functional as F
@@ -12,7 +10,7 @@ from bayestune.kl import KLStep
 from bayestune.kl.closed_form import kl_step_
 from bayestune.runtime import keep_freed_memory
 from studies import choices, published, published_step
-from studies.official import ABSENT, OfficialStep, official_class
+from studies.official import OfficialStep, official_class
 from studies.tests.checkout import write_checkout
 
 PERIOD = 3
@@ -167,15 +165,8 @@ def test_the_published_step_computes_all_logits_and_uses_the_answers(prompts):
 
 
 @pytest.fixture
-def checkout(tmp_path, monkeypatch):
-    """A made-up checkout; what importing it changes is undone."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "dont_write_bytecode", sys.dont_write_bytecode)
-    before = set(sys.modules)
-    yield write_checkout(tmp_path / "checkout")
-    for name in set(sys.modules) - before:
-        if name in ABSENT or name.split(".")[0] in ("modelwrappers", "utils"):
-            del sys.modules[name]
+def checkout(tmp_path, imports_undone):
+    return write_checkout(tmp_path / "checkout")
 
 
 def test_published_step(run, real, checkout):
