@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -126,8 +126,8 @@ class Worker:
         """How many rows wait."""
         return len(self._queue)
 
-    def submit(self, items: Sequence[Waiting]) -> None:
-        """Queues rows, all or none. Those that nobody waits for any more make room.
+    def check_room(self, count: int) -> None:
+        """Refuses so many further rows if they cannot wait.
 
         Raises:
             Busy: if they would be more than may wait.
@@ -136,9 +136,14 @@ class Worker:
         with self._ready:
             if self._stopping:
                 raise Stopping
-            self._keep(item for item in self._queue if not item.future.cancelled())
-            if len(self._queue) + len(items) > self._limits.max_waiting:
+            self._drop_cancelled()
+            if len(self._queue) + count > self._limits.max_waiting:
                 raise Busy
+
+    def submit(self, items: Sequence[Waiting]) -> None:
+        """Queues rows, all or none, or refuses them as `check_room` does."""
+        with self._ready:
+            self.check_room(len(items))
             self._queue.extend(items)
             self._ready.notify_all()
 
@@ -162,16 +167,15 @@ class Worker:
             end = self._queue[0].since + self._limits.window_ms / 1000
             while not self._stopping and (left := end - time.monotonic()) > 0:
                 self._ready.wait(left)
-            self._keep(item for item in self._queue if not item.future.cancelled())
-            if not self._queue:
-                return []
-            taken = self._together()
+            self._drop_cancelled()
+            taken = self._together() if self._queue else []
             own = set(map(id, taken))
-            self._keep(item for item in self._queue if id(item) not in own)
+            self._queue = deque(item for item in self._queue if id(item) not in own)
             return taken
 
-    def _keep(self, items: Iterable[Waiting]) -> None:
-        self._queue = deque(items)
+    def _drop_cancelled(self) -> None:
+        """Leaves out the rows of requests that have timed out."""
+        self._queue = deque(item for item in self._queue if not item.future.cancelled())
 
     def _together(self) -> list[Waiting]:
         oldest = self._queue[0]
