@@ -16,8 +16,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from browsing import chromium
 from PIL import Image
+
+from browsing import chromium
 
 ROOT = Path(__file__).parents[2]
 IMAGES = ROOT / "docs/images"
