@@ -55,6 +55,7 @@ def opened(browser: Any, address: str, size: tuple[int, int]) -> Iterator[Any]:
 
 def part(page: Any, selector: str) -> bytes:
     """The first element that a selector finds, with some room around it."""
+    page.evaluate("scrollTo(0, 0)")  # boxes are measured from where the page is scrolled to
     box = page.locator(selector).first.bounding_box()
     clip = {"x": box["x"] - ROOM, "y": box["y"] - ROOM}
     clip |= {"width": box["width"] + 2 * ROOM, "height": box["height"] + 2 * ROOM}
