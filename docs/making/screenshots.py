@@ -2,8 +2,11 @@
 
     PYTHONPATH=tests python docs/making/screenshots.py [POSTERIOR]
 
-The report is that of `results/demo`. POSTERIOR is a calibrated folder of `fit`, such as the demo's
-`runs/demo/blob` after `bayestune calibrate`; without one the service's pictures stay as they are.
+The report is that of `results/demo`. POSTERIOR is a calibrated folder of `fit`; without one the
+service's pictures stay as they are. Theirs is the demo's, called `everyday`, after
+
+    bayestune calibrate everyday --rows src/bayestune/data/everyday/default/validation.jsonl \
+        --risk 0.25 --confidence 0.9 --draws '[10]' --factors '[]'
 """
 
 import io
