@@ -1,4 +1,4 @@
-"""Takes the pictures of the service's page and of the report in docs/, in headless Chromium.
+r"""Takes the pictures of the service's page and of the report in docs/, in headless Chromium.
 
     PYTHONPATH=tests python docs/making/screenshots.py [POSTERIOR]
 
