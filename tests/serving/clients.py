@@ -1,11 +1,14 @@
 """Clients of a service in this process."""
 
+import dataclasses
 import threading
 import time
 from contextlib import contextmanager
 
 from fastapi.testclient import TestClient
 
+from bayestune.decisions import Calibration
+from bayestune.posteriors import posterior_digest
 from bayestune.serving import Limits, Serving, Shelf
 from bayestune.serving.application import make_app
 from bayestune.serving.waiting import Waiting
@@ -42,3 +45,10 @@ def wait_for(condition, seconds=20.0):
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.005)
+
+
+def with_band(folder, band, **more):
+    """The folder's calibration, as one of a cascade."""
+    calibration = Calibration.read(folder, posterior_digest(folder))
+    settings = {**calibration.settings, "band": band, **more}
+    dataclasses.replace(calibration, variant="cascade", settings=settings).write(folder)

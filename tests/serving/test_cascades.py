@@ -1,11 +1,10 @@
 """A cascade: the student or the mean first, draws for the rows it is in doubt about."""
 
-import dataclasses
 import shutil
 
 import pytest
 import torch
-from clients import serving
+from clients import serving, with_band
 
 import bayestune
 from bayestune.decisions import Asked, Calibration, Promise, doubtful_band
@@ -13,13 +12,6 @@ from bayestune.errors import Refusal
 from bayestune.posteriors import posterior_digest
 from bayestune.session import Compared, Way
 from running import run
-
-
-def with_band(folder, band, **more):
-    """The folder's calibration, as one of a cascade."""
-    calibration = Calibration.read(folder, posterior_digest(folder))
-    settings = {**calibration.settings, "band": band, **more}
-    dataclasses.replace(calibration, variant="cascade", settings=settings).write(folder)
 
 
 def lines_of(client, new, **more):

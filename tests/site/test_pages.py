@@ -59,3 +59,10 @@ def test_the_reference_has_every_public_name_and_command():
         for action in parser._actions:
             shown = action.option_strings[-1:] if site_reference._is_shown(action) else []
             assert all(f"`{option}`" in text for option in shown), (command, shown)
+
+
+@pytest.mark.parametrize("place", PAGES)
+def test_pictures_are_told_in_words(place):
+    text = (ROOT / "docs" / place).read_text(encoding="utf-8")
+    for told, picture in re.findall(r"!\[(.*?)\]\((.*?)\)", text):
+        assert len(told.split()) > 3, picture

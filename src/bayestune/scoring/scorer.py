@@ -47,6 +47,10 @@ class Scorer(ABC):
     def encode_row(self, row: Question) -> Encoded:
         """The tokens of one row, its length, and whether it had to be shortened."""
 
+    def sequences(self, row: Encoded) -> int:
+        """How many sequences of its length an encoded row puts into a batch."""
+        return 1
+
     def collate(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
         """A padded batch, with labels (N,) if every row has an answer."""
         batch = self.pad_rows(rows)

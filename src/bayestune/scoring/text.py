@@ -86,6 +86,10 @@ class TextScorer(Scorer):
         length = len(ids) + total(map(len, options))
         return {"ids": ids, "options": options, "length": length, "shortened": shortened}
 
+    def sequences(self, row: Encoded) -> int:
+        """One, or one for each option."""
+        return len(row["options"]) if self.layout == "expanded" else 1
+
     def _room(self, text: str) -> int:
         """The most tokens that an option takes."""
         separators = ("", " ") if self.task.prompt.chat else (" ",)

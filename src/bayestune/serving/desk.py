@@ -66,10 +66,13 @@ class Desk:
 
         Raises:
             Refusal: if no row can be put, or they are too many or too long.
+            Busy: if as many wait as may.
+            Stopping: if the service ends.
         """
         most = min(self.limits.max_rows, self.limits.max_waiting)
         if len(bodies) > most:
             raise TooLarge(f"got {len(bodies)} rows; expected {most} or fewer; send parts")
+        self.worker.check_room(len(bodies))  # before their texts are read
         found = await self.encoded(lambda: self._items(served, gated, bodies))
         items = [item for item in found if isinstance(item, Waiting)]
         if not items:

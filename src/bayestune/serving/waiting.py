@@ -7,11 +7,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
 from bayestune.data import Question
+from bayestune.posteriors import count_for
 from bayestune.scoring import Encoded
 from bayestune.serving.limits import Limits
 from bayestune.session import Gated, Look
@@ -20,6 +22,9 @@ logger = logging.getLogger(__name__)
 
 _MOST_ROWS = 64  # of a pass
 _DRAWS = 4  # beyond so many, a pass has fewer rows
+# Tokens of padding that cost about as much as one more pass, which has to read all weights anew.
+_PADDING = {"cpu": 32}
+_PADDING_ELSEWHERE = 1024
 
 
 class Busy(Exception):
@@ -57,15 +62,33 @@ class Waiting:
 
     @property
     def length(self) -> int:
-        """Tokens of the row."""
+        """Tokens of each of its sequences."""
         return self.encoded["length"]
+
+    @cached_property
+    def sequences(self) -> int:
+        """How many it has."""
+        return 1 if self.gated is None else self.gated.session.scorer.sequences(self.encoded)
+
+    @property
+    def tokens(self) -> int:
+        """Those of all its sequences."""
+        return self.length * self.sequences
+
+
+def padded(items: Sequence[Waiting]) -> int:
+    """The tokens of a pass over some rows, with padding."""
+    longest = max(item.length for item in items)
+    widest = max(item.sequences for item in items)
+    return len(items) * longest * widest
 
 
 class Worker:
     """A bounded queue, and one thread that makes the passes.
 
     The oldest row is always in the next pass. With it go rows of the same artefact and way, those
-    nearest to it in length, as long as the pass keeps its budget of tokens.
+    nearest to it in length, as long as the pass keeps its budget of tokens and their padding costs
+    less than a pass of their own.
     """
 
     def __init__(self, limits: Limits, see: Callable[[Gated, Look, int], None]) -> None:
@@ -103,8 +126,8 @@ class Worker:
         """How many rows wait."""
         return len(self._queue)
 
-    def submit(self, items: Sequence[Waiting]) -> None:
-        """Queues rows, all or none.
+    def check_room(self, count: int) -> None:
+        """Refuses so many further rows if they cannot wait.
 
         Raises:
             Busy: if they would be more than may wait.
@@ -113,8 +136,14 @@ class Worker:
         with self._ready:
             if self._stopping:
                 raise Stopping
-            if len(self._queue) + len(items) > self._limits.max_waiting:
+            self._drop_cancelled()
+            if len(self._queue) + count > self._limits.max_waiting:
                 raise Busy
+
+    def submit(self, items: Sequence[Waiting]) -> None:
+        """Queues rows, all or none, or refuses them as `check_room` does."""
+        with self._ready:
+            self.check_room(len(items))
             self._queue.extend(items)
             self._ready.notify_all()
 
@@ -138,31 +167,34 @@ class Worker:
             end = self._queue[0].since + self._limits.window_ms / 1000
             while not self._stopping and (left := end - time.monotonic()) > 0:
                 self._ready.wait(left)
-            taken = self._together()
-            kept = set(map(id, taken))
-            self._queue = deque(item for item in self._queue if id(item) not in kept)
+            self._drop_cancelled()
+            taken = self._together() if self._queue else []
+            own = set(map(id, taken))
+            self._queue = deque(item for item in self._queue if id(item) not in own)
             return taken
+
+    def _drop_cancelled(self) -> None:
+        """Leaves out the rows of requests that have timed out."""
+        self._queue = deque(item for item in self._queue if not item.future.cancelled())
 
     def _together(self) -> list[Waiting]:
         oldest = self._queue[0]
         if oldest.gated is None or oldest.gated.fit.posterior.by_batch:
             return [oldest]
         same = [item for item in self._queue if item.gated is oldest.gated]
-        same.sort(key=lambda item: abs(item.length - oldest.length))
-        taken: list[Waiting] = []
-        longest = 0
-        for item in same[:_MOST_ROWS]:
-            longest = max(longest, item.length)
-            if taken and longest * (len(taken) + 1) > self._budget(oldest.gated):
+        same.sort(key=lambda item: abs(item.tokens - oldest.tokens))
+        part = _part(oldest.gated)
+        device = oldest.gated.session.loaded.model.device.type
+        most_padding = part * _PADDING.get(device, _PADDING_ELSEWHERE)
+        taken = same[:1]
+        for item in same[1:_MOST_ROWS]:
+            more = [*taken, item]
+            size = padded(more)
+            padding = size - sum(one.tokens for one in more)
+            if size > part * self._limits.pass_tokens or padding > most_padding:
                 break
-            taken.append(item)
+            taken = more
         return taken
-
-    def _budget(self, gated: Gated | None) -> float:
-        """Tokens of a pass: fewer where many draws read each."""
-        way = None if gated is None else gated.way
-        draws = 1 if way is None or way.band else way.draws
-        return self._limits.pass_tokens * min(1.0, _DRAWS / max(1, draws))
 
     def _answer(self, items: Sequence[Waiting]) -> None:
         gated = items[0].gated
@@ -182,10 +214,10 @@ class Worker:
         self._tell(gated, look, items, seconds)
 
     def _tell(self, gated: Gated, look: Look, items: Sequence[Waiting], seconds: float) -> None:
-        longest = max(item.length for item in items)
-        logger.debug("%d rows of up to %d tokens in %.3f s", len(items), longest, seconds)
+        tokens = padded(items)
+        logger.debug("%d rows, %d tokens with padding, in %.3f s", len(items), tokens, seconds)
         try:
-            self._see(gated, look, len(items) * longest)
+            self._see(gated, look, tokens)
         except Exception as problem:  # figures are worth no answer
             logger.warning("a pass is not in the figures: %s", type(problem).__name__)
 
@@ -201,3 +233,10 @@ class Worker:
                 self._answer([item])
             except Exception as own:
                 item.future.set_exception(own)
+
+
+def _part(gated: Gated) -> float:
+    """What part of the usual tokens a pass may have: less where many draws read each."""
+    if gated.way.band:  # most rows are asked once
+        return 1.0
+    return min(1.0, _DRAWS / max(1, count_for(gated.fit.posterior, gated.way.draws)))
