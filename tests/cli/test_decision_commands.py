@@ -196,6 +196,9 @@ def test_refit_and_change_end_a_calibration(place, capsys):
         (("--draws=[]",), "got draws=[]"),
         (("--factors=[-1]",), "got factors=[-1.0]"),
         (("--risk=2",), "risk"),
+        (("--set_coverage=1",), "got coverage=1.0"),
+        (("--set_coverage=0.99",), "rows for sets of coverage 0.99; expected 99 or more"),
+        (("--bands={flag: 0.5, act: 0.3}",), "expected rising risks"),
     ],
 )
 def test_what_cannot_be_promised_is_refused_before_any_pass(place, capsys, options, said):
@@ -236,6 +239,15 @@ def test_rank_and_drift(place, capsys):
     run(*ranking, "--by=entropy", f"--output={place / 'ranked.jsonl'}")
     entropies = [row["total_entropy"] for row in read_rows(place / "ranked.jsonl")]
     assert entropies == sorted(entropies, reverse=True)
+
+    for options, said in (
+        (["--number=13"], "got number=13; expected 1 to 12"),
+        (["--number=0"], "got number=0; expected 1 to 12"),
+        (["--by=bald", "--draws=0"], "got one draw for 'bald'"),
+        (["--number=11", "--by=batch_bald"], "got number=11 for 'batch_bald'"),
+        (["--scoring=text"], "got --scoring for a posterior"),
+    ):
+        assert said in failed([*ranking, *options], capsys)
 
     drifting = ["drift", place / "out", f"--rows={place / 'new.jsonl'}"]
     assert "has no calibration" in failed(drifting, capsys)

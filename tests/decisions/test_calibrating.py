@@ -112,6 +112,24 @@ def test_the_order_of_the_rows_changes_nothing_and_repeats_count_once(caplog):
     assert "400 rows repeat the content of others" in caplog.text
 
 
+def test_rows_that_are_the_same_but_for_their_options_order_count_once(caplog):
+    """Else a row would choose in one part, and vouch for the choice in the other."""
+    logits, held_out = some_rows()
+    turned = [f"{content} turned" for content in held_out.contents]
+    twice = HeldOut(
+        held_out.labels.repeat(2),
+        [*held_out.contents, *turned],
+        same=[*held_out.contents] * 2,
+    )
+    with caplog.at_level(logging.WARNING):
+        found = calibrate({"draws": Variant(logits.repeat(1, 2, 1), 1.0)}, twice)
+    assert (found.num_choosing, found.num_thresholds) == (200, 200)
+    assert sorted(index % 400 for index in twice.order().tolist()) == list(range(400))
+    assert "400 rows repeat the content of others" in caplog.text
+    back = HeldOut(twice.labels, [*turned, *held_out.contents], same=twice.same)
+    assert [(i + 400) % 800 for i in back.order().tolist()] == twice.order().tolist()
+
+
 def test_a_calibration_survives_its_file(tmp_path):
     costs = torch.ones(4, 4) - torch.eye(4)
     asked = Asked(Promise(0.1, 0.9), bands={"act": 0.1, "flag": 0.2}, costs=costs)
@@ -241,6 +259,21 @@ def test_what_costs_nothing_stands_beside_the_promises():
     assert found.baselines == pytest.approx(expected)
 
 
+def test_the_smallest_samples_calibrate_or_are_refused(caplog):
+    """Two rows choose nothing; three do, and one of them is right by chance."""
+    asked = Asked(Promise(0.5, 0.5), set_coverage=0.5)
+    for count in range(1, 21):
+        logits, held_out = some_rows(count)
+        variants = {"mean": Variant(logits[:1], 1.0), "draws": Variant(logits, 4.0)}
+        if count < 3:
+            with pytest.raises(ValueError, match=r"got . rows to choose a way .* give 4 held-out"):
+                calibrate(variants, held_out, asked)
+            continue
+        found = calibrate(variants, held_out, asked)
+        assert Calibration.from_json(found.to_json()) == found
+        decide(found, variants[found.variant].logits, held_out.contents)
+
+
 def test_random_ties_need_contents():
     found, logits, held_out = some_calibration(Asked(set_kind="aps"))
     with pytest.raises(ValueError, match="got no contents; expected one a row"):
@@ -275,6 +308,24 @@ def test_refusals():
         ({"choosing_share": 1.0}, "got choosing_share=1.0; expected between 0 and 1"),
         ({"bands": {"act": 0.1}, "per_class": True}, "got bands and per_class; expected one"),
         ({"folds": 1}, "got folds=1; expected 2 or more"),
+        ({"set_coverage": 1.0}, "got coverage=1.0; expected a share between 0 and 1"),
+        ({"bands": {"flag": 0.2, "act": 0.1}}, "expected rising risks; put the"),
+        ({"bands": {"act": 0.1, "all": 1}}, "expected each risk a number above 0 and"),
+        ({"bands": {"act": 0.1, "ask": 0.2}}, "got a band named 'ask'; expected another name"),
+        ({"bands": {"abstain": 0.1}}, "got a band named 'abstain'; expected another name"),
+        ({"costs": torch.tensor([[0, 1], [torch.inf, 0]])}, "expected .C, C., finite, none below"),
     ]:
         with pytest.raises(ValueError, match=match):
             Asked(**options)
+    for options, match in [
+        (
+            {"set_coverage": 0.98},
+            "got 45 rows for sets .* give 98 held-out rows in all, or ask for ",
+        ),
+        ({"per_class": True}, "expected 72 or more .* give 144 held-out rows in all"),
+        ({"costs": torch.ones(5, 5)}, r"got costs of shape \(5, 5\) for 4 classes"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            parts(held_out, Asked(**options), 4)
+        with pytest.raises(ValueError, match=match):
+            calibrate(variants, held_out, Asked(**options))

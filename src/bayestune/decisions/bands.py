@@ -7,7 +7,24 @@ from torch import Tensor
 
 from bayestune.decisions.bounds import Promise
 from bayestune.decisions.thresholds import Threshold, check_enough, checked, last_kept, threshold
-from bayestune.errors import Refusal
+from bayestune.errors import INNER_PART, Refusal
+
+NOT_BANDS = ("ask", "abstain")  # what is said of rows in no band
+
+
+def check_bands(risks: Mapping[str, float]) -> None:
+    """Refuses bands whose risks do not rise, or whose name says that a row is in none."""
+    asked = list(risks.values())
+    if any(risk not in INNER_PART for risk in asked):
+        got = f"got bands {dict(risks)}; expected each risk {INNER_PART.said}"
+        raise Refusal(f"{got}; 0.05 is one error in 20")
+    if not asked or sorted(set(asked)) != asked:
+        raise Refusal(f"got bands {dict(risks)}; expected rising risks; put the strictest first")
+    taken = [name for name in risks if name.strip() in ("", *NOT_BANDS)]
+    if taken:
+        got = f"a band named {taken[0]!r}"
+        expected = "another name: rows beyond the last band are told to ask"
+        raise Refusal(f"got {got}; expected {expected}; such as {{act: 0.05, flag: 0.2}}")
 
 
 def class_thresholds(
@@ -63,12 +80,11 @@ def band_thresholds(
     divided by the number of bands, so all hold at once. Rows beyond the last are asked about.
 
     Raises:
-        Refusal: if the risks do not rise, or there are too few rows for the first.
+        Refusal: if the risks do not rise, a band is named "ask" or "abstain", or there are too few
+            rows for the first.
     """
-    asked = list(risks.values())
-    if not asked or sorted(set(asked)) != asked:
-        raise Refusal(f"got bands {dict(risks)}; expected rising risks; put the strictest first")
-    delta = (1 - confidence) / len(asked)
+    check_bands(risks)
+    delta = (1 - confidence) / len(risks)
     found = {}
     for name, risk in risks.items():
         found[name] = threshold(scores, losses, Promise(risk, 1 - delta), bounded=bounded)

@@ -23,7 +23,7 @@ from bayestune.metrics import confusion
 _BAR = re.compile(r"\s*([\w.]+)\s*(<=|>=|<|>)\s*([-+.\deE]+)\s*")
 _METRICS = ("accuracy", "nll", "brier", "ece", "aurc")
 _OF_CLASSES = ("macro_f1",)
-_OF_CALIBRATED = ("acted", "risk")
+_OF_CALIBRATED = ("acted", "risk", "cost")
 _OTHERWISE = {"wrong_at_0.8": "wrong_at_80", "wrong_at_0.9": "wrong_at_90"}
 
 

@@ -122,7 +122,36 @@ class Gated:
         count = 0 if count == 1 and self.fit.posterior.atoms else count
         found = Evaluated(count, self._prediction(look.logits), seconds, count)
         result = make_result(self._facts(count), rows, found, options)
-        return _with_decisions(result, self.decided(rows, look))
+        return self._with_decisions(result, self.decided(rows, look))
+
+    def _with_decisions(self, result: Result, decided: Sequence[Mapping[str, Any]]) -> Result:
+        """A result whose rows say what is done with them, and whose figures how that went."""
+        calibration = self.calibration
+        assert calibration is not None
+        rows = [{**row, **own} for row, own in zip(result.rows, decided, strict=True)]
+        acted = [row for row in rows if row["decision"] == calibration.acting]
+        count = max(1, len(acted))
+        wrong = sum(row["choice"] != row["answer"] for row in acted)
+        figures = {"acted": len(acted) / len(rows), "risk": wrong / count}
+        if calibration.costs is not None:
+            figures["cost"] = sum(map(self._cost, acted)) / count
+        gate = result.record["gate"] | figures
+        applied = calibration.applied()
+        return Result(result.record | {"gate": gate, "calibration": applied}, rows)
+
+    def _cost(self, row: Mapping[str, Any]) -> float:
+        """What acting on a row cost, as a share of the greatest cost, by the classes' names.
+
+        An option that is none of the classes costs as much as the worst error.
+        """
+        assert self.calibration is not None
+        costs = self.calibration.costs
+        assert costs is not None
+        names = list(self.calibration.settings.get("classes") or row["options"])
+        right, chosen = (row["options"][row[name]] for name in ("answer", "choice"))
+        if right not in names or chosen not in names:
+            return float(right != chosen)
+        return costs[names.index(right)][names.index(chosen)] / max(map(max, costs))
 
     def _facts(self, count: int) -> dict[str, Any]:
         label = label_of(self.fit.label, count, self.fit.posterior)
@@ -136,22 +165,6 @@ class Gated:
         temperature = self.calibration.temperature if self.calibration else 1.0
         exact = self.fit.posterior.atoms is not None
         return Prediction.of(logits.double() / temperature, exact=exact)
-
-
-def _with_decisions(result: Result, decided: Sequence[Mapping[str, Any]]) -> Result:
-    """A result whose rows say what is done with them, and whose figures say how that went."""
-    rows = []
-    acted = []
-    for row, decision in zip(result.rows, decided, strict=True):
-        rows.append({**row, **decision})
-        if decision["decision"] == "act":
-            acted.append(row["choice"] == row["answer"])
-    figures = {"acted": len(acted) / len(rows), "risk": 1 - sum(acted) / max(1, len(acted))}
-    if not acted:
-        figures["risk"] = 0.0
-    gate = result.record["gate"] | figures
-    applied = decided[0]["calibration"]
-    return Result(result.record | {"gate": gate, "calibration": applied}, rows)
 
 
 def decide(

@@ -28,8 +28,6 @@ from bayestune.session.fit import details_of
 from bayestune.session.looks import prompt_lengths
 from bayestune.session.plain_adapter import is_plain
 
-_DIGITS = 8  # of the held-out scores that are kept
-
 
 def calibrate(
     folder: Path | str,
@@ -72,7 +70,8 @@ def calibrate(
     trained = _trained_on(place, put)
     _refuse_seen(given, trained, [place, *([compared.student] if compared.student else [])])
     _refuse_unlike(given, asked)
-    decisions.parts(_held_out(given, put), asked)  # too few rows are refused before any pass
+    classes = max(len(row.options) for row in given)
+    decisions.parts(_held_out(given, put), asked, classes)  # too few are refused before any pass
     artefact = Artefact.open(place, given, put, model)
     given = artefact.rows  # as they are put
     check_lengths(artefact.session.loaded.model, given, artefact.session.scorer.encode(given))
@@ -85,7 +84,7 @@ def calibrate(
     found = decisions.calibrate(variants, held_out, asked, digest, artefact.fit.label)
     kept = variants[found.variant]
     settings: dict[str, Any] = {**found.settings, "unsure": put.unsure}
-    if asked.per_class:
+    if asked.per_class or asked.costs is not None:
         settings["classes"] = given[0].options
     if is_plain(place):
         settings["adapter"] = artefact.fit.details
@@ -102,7 +101,8 @@ def _held_out(rows: Sequence[Question], put: Put) -> HeldOut:
         got = f"no row with the option {put.unsure!r}"
         raise Refusal(f"got {got}; expected some; look at its spelling, or leave --unsure out")
     unsure_of = None if places is None else torch.tensor(places)
-    return HeldOut(labels, [content_of(row) for row in rows], unsure_of)
+    same = [row.fingerprint for row in rows]  # whatever the order of their options
+    return HeldOut(labels, [content_of(row) for row in rows], unsure_of, same=same)
 
 
 def _trained_on(place: Path, put: Put) -> tuple[Question, ...]:
@@ -157,8 +157,5 @@ def _scores(
 ) -> dict[str, list[float]]:
     """What new rows are compared with: every score of the variant that varies, and the others."""
     found = score_rows(logits, temperature=temperature) | dict(extra)
-    kept = {}
-    for name, values in found.items():
-        if values.max() > values.min():
-            kept[name] = [round(value, _DIGITS) for value in values.tolist()]
-    return kept
+    varies = {name: values for name, values in found.items() if values.max() > values.min()}
+    return decisions.as_kept(varies)
