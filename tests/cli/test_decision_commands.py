@@ -108,6 +108,16 @@ def test_decisions_are_the_same_by_every_way(place, capsys, method):
     assert record["gate"]["acted"] == pytest.approx(len(acted) / len(lines))
 
 
+def test_a_row_that_cannot_be_read_is_an_error_in_python_too(place):
+    run(*fitting(place, **NOISY))
+    run(*calibrating(place, "--draws=[2]", "--factors=[]"))
+    rows = [*labelled(3, 700), {"question": "no options"}, {"question": "", "options": COLOURS}]
+    write_rows(place / "some.jsonl", [rows[3], *rows[:2], rows[4], rows[2]])
+    lines = predicting(place, rows="some.jsonl")
+    assert ["error" in line for line in lines] == [True, False, False, True, False]
+    assert bayestune.decide(place / "out", place / "some.jsonl") == lines
+
+
 def test_other_draws_than_calibrated_are_not_decided_on(place, caplog):
     run(*fitting(place, **NOISY))
     run(*calibrating(place, "--draws=[2]", "--factors=[]"))
@@ -127,12 +137,16 @@ def test_a_plain_adapter_takes_two_commands(place, capsys):
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(place / "out" / name, plain)
     given = [f"--posterior={plain}", f"--input={place / 'new.jsonl'}"]
-    assert "plain LoRA adapter" in failed(["predict", *given], capsys)
+    said = failed(["predict", *given], capsys)
+    assert "plain LoRA adapter" in said
+    assert "run `bayestune calibrate` on it first" in said
     seen = calibrating(place, "--trained_on", place / "train.jsonl", folder="plain")
     seen[2] = f"--rows={place / 'train.jsonl'}"
     assert "8 of 8 rows that training saw" in failed(seen, capsys)
     model = f"--model={place / 'model'}"
     run(*calibrating(place, model, folder="plain"))
+    ranking = ["rank", plain, f"--rows={place / 'new.jsonl'}", "--max_length=50"]
+    assert "got --max_length for a calibrated adapter" in failed(ranking, capsys)
     lines = predicting(place, folder="plain")
     run(*calibrating(place))
     for line, fitted in zip(lines, predicting(place), strict=True):

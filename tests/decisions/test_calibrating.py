@@ -145,6 +145,10 @@ def test_a_calibration_survives_its_file(tmp_path):
     path.write_text(json.dumps(facts | {"format": 2}))
     with pytest.raises(ValueError, match="got a calibration of format 2; expected 1; update"):
         Calibration.read(tmp_path, "abc")
+    for wrong in ({"score": "none"}, {"set_kind": "none"}, {"temperature": -1.0}):
+        path.write_text(json.dumps(facts | wrong))
+        with pytest.raises(ValueError, match="expected what `bayestune calibrate` writes; calibr"):
+            Calibration.read(tmp_path, "abc")
     path.write_text("[]")
     with pytest.raises(ValueError, match="expected what `bayestune calibrate` writes"):
         Calibration.read(tmp_path, "abc")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bayestune.decisions.sets import SetKind, SetRule
 from bayestune.decisions.thresholds import Threshold
-from bayestune.errors import Refusal
+from bayestune.errors import POSITIVE, Refusal
 
 FILE_NAME = "calibration.json"
 _DIGITS = 8  # of the held-out scores that are kept
@@ -134,6 +134,7 @@ class Calibration:
                 facts[name] = {key: Threshold(**value) for key, value in facts[name].items()}
             facts["sets"] = {key: SetRule(**value) for key, value in facts["sets"].items()}
             calibration = cls(**facts)
+            calibration._check_names()
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             expected = "what `bayestune calibrate` writes"
             raise Refusal(f"got {error}; expected {expected}; calibrate again") from error
@@ -141,6 +142,15 @@ class Calibration:
             got = f"a calibration of format {found}"
             raise Refusal(f"got {got}; expected {_FORMAT}; update bayestune")
         return calibration
+
+    def _check_names(self) -> None:
+        """Raises ValueError if what decides is not among what was fitted."""
+        if self.score not in self.thresholds or self.set_kind not in self.sets:
+            raise ValueError(
+                f"the score {self.score!r} or sets {self.set_kind!r} without their own"
+            )
+        if self.temperature not in POSITIVE:
+            raise ValueError(f"temperature={self.temperature!r}")
 
     def write(self, folder: Path) -> Path:
         """Writes `calibration.json` into a folder, whole or not at all; returns its path."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bayestune import decisions
-from bayestune.data import Question
+from bayestune.data import Question, SortedRows, sort_rows
 from bayestune.decisions import Calibration
 from bayestune.evaluation import (
     Evaluated,
@@ -24,7 +24,8 @@ from bayestune.evaluation import (
 from bayestune.forward import Draws
 from bayestune.posteriors import Prediction, artefact_folder, is_hub_id, posterior_digest
 from bayestune.session.artefact import Artefact, Rows, content_of, rows_of, unsure_options
-from bayestune.session.fit import Fit
+from bayestune.session.as_fitted import in_order, of_its_classes, usual_reading
+from bayestune.session.fit import Fit, details_of
 from bayestune.session.looks import DISTANCE, Look, Looking, kept_reference
 from bayestune.session.prediction_ways import Way
 from bayestune.session.session import Session
@@ -186,14 +187,22 @@ def decide(
 
     Returns:
         One object a row: probabilities, choice, entropies, and with a calibration `decision`,
-        `score` (its name, value and threshold) and `set`; an `error` where a row cannot be put.
+        `score` (its name, value and threshold) and `set`; an `error` where a row cannot be put, or
+        a row of a file not be read.
 
     Raises:
         Refusal: if the artefact has changed since it was calibrated.
     """
     calibration = read_calibration(folder) if calibrated else None
-    asked = rows_of(rows, folder, labelled=False)
+    of_file = _sorted(Path(rows), folder) if isinstance(rows, str | Path) else None
+    asked = rows_of(rows if of_file is None else of_file.questions, folder, labelled=False)
     way = Way.of(calibration.settings) if calibration else None
     opened = Artefact.open(folder, asked, None, model, way)
     session = replace(opened.session, progress=progress)
-    return list(Gated(session, opened.fit, way or Way(), calibration).answers(opened.rows))
+    lines = Gated(session, opened.fit, way or Way(), calibration).answers(opened.rows)
+    return list(lines if of_file is None else in_order(of_file, lines))
+
+
+def _sorted(file: Path, folder: Path | str) -> SortedRows:
+    details = details_of(artefact_folder(folder))
+    return of_its_classes(sort_rows(file, usual_reading(details)), details)
