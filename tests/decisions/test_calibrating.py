@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from dataclasses import replace
 
 import pytest
@@ -276,6 +277,18 @@ def test_the_smallest_samples_calibrate_or_are_refused(caplog):
         found = calibrate(variants, held_out, asked)
         assert Calibration.from_json(found.to_json()) == found
         decide(found, variants[found.variant].logits, held_out.contents)
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_rows_all_right_or_all_wrong_do_not_make_certainties(wrong):
+    logits, held_out = some_rows(sharpness=1.0)
+    labels = (logits.mean(0).argmax(-1) + wrong) % 4
+    found = calibrate({"draws": Variant(logits, 1.0)}, replace(held_out, labels=labels))
+    assert found.temperature == pytest.approx(math.exp(3.0 if wrong else -2.0))
+    new, _ = some_rows(seed=1, sharpness=1.0)
+    decided = decide(found, new, [str(index) for index in range(400)])
+    assert decided.confidence.min() < 0.9
+    assert (found.threshold.value is None) == bool(wrong)
 
 
 def test_random_ties_need_contents():

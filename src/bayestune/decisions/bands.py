@@ -59,10 +59,7 @@ def class_thresholds(
     found = {}
     for index in range(num_classes):
         own = choices == index
-        if own.any():
-            found[index] = last_kept(values[own], sums[own], each, None, whole=not bounded)
-        else:
-            found[index] = Threshold(None, each.risk, each.confidence, 0, 0, 0.0, 1.0)
+        found[index] = last_kept(values[own], sums[own], each, None, whole=not bounded)
     return found
 
 

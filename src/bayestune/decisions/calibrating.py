@@ -29,7 +29,7 @@ from bayestune.decisions.sets import (
     fit_sets,
     row_uniforms,
 )
-from bayestune.decisions.tempering import best_temperature
+from bayestune.decisions.tempering import compared_temperature
 from bayestune.decisions.thresholds import (
     Threshold,
     check_enough,
@@ -158,7 +158,7 @@ def calibrate(
     chosen = variants[trial.variant]
     logits = chosen.logits
     held_out = replace(held_out, extra={**held_out.extra, **chosen.extra})
-    temperature = best_temperature(logits[:, first], labels) if trial.tempered else 1.0
+    temperature = compared_temperature(logits[:, first], labels) if trial.tempered else 1.0
     choosing = _Part.of(logits, temperature, held_out, first, asked)
     promising = _Part.of(logits, temperature, held_out, second, asked)
     areas = {name: _area(scores, choosing.losses) for name, scores in choosing.scores.items()}

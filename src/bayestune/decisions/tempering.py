@@ -88,6 +88,16 @@ def best_temperature(logits: Tensor, labels: Tensor) -> float:
     return math.exp(bounded)
 
 
+def compared_temperature(logits: Tensor, labels: Tensor) -> float:
+    """The same within the grid, where temperatures were compared.
+
+    Rows that are all right, or all wrong, ask for T = 0 or ∞: probabilities of 0 and 1 that so few
+    rows do not bear out, or all alike.
+    """
+    least, most = LOG_GRID[[0, -1]].exp().tolist()
+    return min(max(best_temperature(logits, labels), least), most)
+
+
 def nll_by_temperature(logits: Tensor, labels: Tensor) -> Tensor:
     """Each row's −log 1/S Σ_s softmax(f_s/T)_y at every T of the grid, (G, N), in nats.
 
