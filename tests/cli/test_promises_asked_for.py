@@ -119,6 +119,7 @@ def test_bands_of_any_name_are_told_and_counted(place):
 def test_thresholds_by_class_whatever_the_order_of_options(place, capsys):
     found = calibrated(place, "--per_class", "--risk=0.5", "--confidence=0.6")
     assert list(found.classes) == ["0", "1", "2"]
+    assert "choice 'green': " in capsys.readouterr().out
     lines = predicting(place)
     for line in lines:
         own = found.classes[str(line["choice"])]

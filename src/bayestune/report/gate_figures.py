@@ -65,9 +65,12 @@ def promises(calibration: "Calibration") -> str:
     lines = [f"Kept: {kept}; decides by {calibration.score}."]
     first = calibration.threshold
     if calibration.bands or calibration.classes:
-        for name, found in (calibration.bands or calibration.classes).items():
-            what = "band" if calibration.bands else "choice"
-            lines.append(f"  {what} {name}: {found.sentence()}")
+        classes = calibration.settings.get("classes", ())
+        for place, (name, found) in enumerate((calibration.bands or calibration.classes).items()):
+            what = f"band {name}" if calibration.bands else f"choice {name}"
+            if calibration.classes and place < len(classes):
+                what = f"choice {classes[place]!r}"
+            lines.append(f"  {what}: {found.sentence()}")
     lines.append(f"{calibration.score}: {first.sentence()}.")
     if first.value is not None:
         lines.append(f"The smallest risk that these rows support is {first.supported:.3f}.")
