@@ -64,13 +64,11 @@ def promises(calibration: "Calibration") -> str:
     kept = f"{calibration.variant}, temperature {calibration.temperature:.3g}"
     lines = [f"Kept: {kept}; decides by {calibration.score}."]
     first = calibration.threshold
-    if calibration.bands or calibration.classes:
-        classes = calibration.settings.get("classes", ())
-        for place, (name, found) in enumerate((calibration.bands or calibration.classes).items()):
-            what = f"band {name}" if calibration.bands else f"choice {name}"
-            if calibration.classes and place < len(classes):
-                what = f"choice {classes[place]!r}"
-            lines.append(f"  {what}: {found.sentence()}")
+    lines += [f"  band {name}: {found.sentence()}" for name, found in calibration.bands.items()]
+    classes = calibration.settings.get("classes")
+    for place, found in calibration.classes.items():
+        name = repr(classes[int(place)]) if classes else place
+        lines.append(f"  choice {name}: {found.sentence()}")
     lines.append(f"{calibration.score}: {first.sentence()}.")
     if first.value is not None:
         lines.append(f"The smallest risk that these rows support is {first.supported:.3f}.")
