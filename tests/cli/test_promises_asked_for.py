@@ -174,6 +174,29 @@ def test_costs(place, capsys):
     assert "got costs in rows of [3, 3, 2] numbers" in failed([*few, ragged], capsys)
 
 
+def test_costs_are_in_the_order_of_the_rows_under_a_head_too(place, bert, byte_level, capsys):
+    """A head has its own order of classes, which the file's options need not be in."""
+    furnish(place, bert(), byte_level)
+    write_rows(place / "train.jsonl", questions(8, 0))
+    run(*fitting(place, method="mle", scoring="head", learning_rate=0.05), "--overwrite")
+    straight = questions(60, 100)
+    turned = [{**row, "options": COLOURS[::-1], "answer": 2 - row["answer"]} for row in straight]
+    both = [turned[i] if i % 2 else row for i, row in enumerate(straight)]
+    easy = ["--risk=0.8", "--confidence=0.6", "--per_class"]
+    costs = "--costs=[[0,1,2],[3,0,4],[5,6,0]]"
+    back = "--costs=[[0,6,5],[4,0,3],[2,1,0]]"
+    found = []
+    for rows, own in ((straight, costs), (turned, back)):
+        write_rows(place / "held_out.jsonl", rows)
+        found.append(calibrated(place, own, *easy))
+    assert found[0].costs == found[1].costs == [[0, 1, 2], [3, 0, 4], [5, 6, 0]]
+    assert found[0].classes == found[1].classes
+    write_rows(place / "held_out.jsonl", both)
+    assert calibrated(place, *easy).settings["classes"] == [*COLOURS]
+    given = ["calibrate", place / "out", f"--rows={place / 'held_out.jsonl'}", *EASY, costs]
+    assert "in the same order in every row" in failed(given, capsys)
+
+
 def test_an_unsure_option_is_never_acted_on(place):
     chosen = Counter(line["choice_text"] for line in predicting(place))
     text = chosen.most_common()[-1][0]  # the model knows nothing of the word

@@ -23,6 +23,8 @@ def check_draws(logits: Tensor, labels: Tensor | None = None) -> None:
         raise Refusal(f"got logits of shape {shape}; expected (S, N, C); put the draws first")
     if logits.isnan().any() or (logits == -torch.inf).all(-1).any():
         raise Refusal("got logits with NaN or rows of no option; expected numbers; look at the fit")
+    if (logits == torch.inf).any():
+        raise Refusal("got infinite logits; expected numbers; look at the fit, or its precision")
     if labels is None:
         return
     if labels.shape != shape[1:2]:

@@ -28,6 +28,9 @@ from bayestune.session.fit import details_of
 from bayestune.session.looks import prompt_lengths
 from bayestune.session.plain_adapter import is_plain
 
+_UNLIKE = "promises about classes, or costs of errors, for rows of unlike options"
+_LEAVE_OUT = "leave --per_class and --costs out"
+
 
 def calibrate(
     folder: Path | str,
@@ -73,6 +76,7 @@ def calibrate(
     classes = max(len(row.options) for row in given)
     decisions.parts(_held_out(given, put), asked, classes)  # too few are refused before any pass
     artefact = Artefact.open(place, given, put, model)
+    asked = _in_class_order(asked, given, artefact.rows)
     given = artefact.rows  # as they are put
     check_lengths(artefact.session.loaded.model, given, artefact.session.scorer.encode(given))
     encoded = artefact.session.quietly().scorer.encode(given)
@@ -145,11 +149,29 @@ def _refuse_seen(
 
 def _refuse_unlike(rows: Sequence[Question], asked: Asked) -> None:
     """Refuses promises about classes where the rows' options are not classes."""
-    if (asked.per_class or asked.costs is not None) and len({row.options for row in rows}) > 1:
-        raise Refusal(
-            "got promises about classes, or costs of errors, for rows of unlike options; expected "
-            "the same options in the same order in every row; leave --per_class and --costs out"
-        )
+    about_classes = asked.per_class or asked.costs is not None
+    if about_classes and len({tuple(sorted(row.options)) for row in rows}) > 1:
+        raise Refusal(f"got {_UNLIKE}; expected the same options in every row; {_LEAVE_OUT}")
+
+
+def _in_class_order(asked: Asked, given: Sequence[Question], put: Sequence[Question]) -> Asked:
+    """What is asked, its costs in the order of the options as they are put.
+
+    Costs are in the order that the file's rows have; under a head these are put in its order.
+
+    Raises:
+        Refusal: if rows have no one order where promises are about classes.
+    """
+    if not asked.per_class and asked.costs is None:
+        return asked
+    orders = {row.options for row in (put if asked.costs is None else given)}
+    if len(orders) > 1:
+        expected = "the same options in the same order in every row"
+        raise Refusal(f"got {_UNLIKE}; expected {expected}; {_LEAVE_OUT}")
+    if asked.costs is None:
+        return asked
+    places = [given[0].options.index(option) for option in put[0].options]
+    return replace(asked, costs=asked.costs[places][:, places])
 
 
 def _scores(
