@@ -263,6 +263,8 @@ def test_rank_and_drift(place, capsys):
     ):
         assert said in failed([*ranking, *options], capsys)
 
+    nowhere = ["drift", place / "nowhere", f"--rows={pool}"]
+    assert "nowhere is not a posterior" in failed(nowhere, capsys)
     drifting = ["drift", place / "out", f"--rows={place / 'new.jsonl'}"]
     assert "has no calibration" in failed(drifting, capsys)
     run(*calibrating(place, "--draws=[2]", "--factors=[]"))

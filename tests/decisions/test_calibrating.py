@@ -291,6 +291,22 @@ def test_rows_all_right_or_all_wrong_do_not_make_certainties(wrong):
     assert (found.threshold.value is None) == bool(wrong)
 
 
+def test_bands_begin_where_the_other_part_says_that_they_pass():
+    """A band that begins at the fewest rows fails at the first error among them."""
+    logits, held_out = some_rows(600, sharpness=1.0)
+    noisy = torch.rand(600, generator=torch.Generator().manual_seed(3)) < 0.05
+    labels = torch.where(noisy, (held_out.labels + 1) % 4, logits.mean(0).argmax(-1))
+    asked = Asked(Promise(0.3, 0.9), bands={"auto": 0.1, "look": 0.3})
+    acted = []
+    for seed in range(8):
+        contents = [f"{seed}.{index}" for index in range(600)]
+        same = HeldOut(labels, contents)
+        found = calibrate({"draws": Variant(logits, 1.0)}, same, asked)
+        assert found.threshold.risk == 0.1
+        acted.append(found.bands["auto"].acted)
+    assert sum(count > 150 for count in acted) >= 6
+
+
 def test_random_ties_need_contents():
     found, logits, held_out = some_calibration(Asked(set_kind="aps"))
     with pytest.raises(ValueError, match="got no contents; expected one a row"):

@@ -120,7 +120,8 @@ def _places(artefact: Artefact, way: Way) -> Tensor | None:
 def drift(o: Namespace) -> int:
     """Compares new rows with the held-out rows of a calibration."""
     output = new_file(o)
-    calibration = read_calibration(o.posterior)
+    place = artefact_folder(o.posterior)
+    calibration = read_calibration(place)
     if calibration is None:
         raise Refusal(
             f"{o.posterior} has no calibration, whose held-out rows new ones are compared with: "

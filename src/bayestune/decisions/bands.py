@@ -68,6 +68,7 @@ def band_thresholds(
     losses: Tensor,
     risks: Mapping[str, float],
     confidence: float,
+    starts: Mapping[str, int] | None = None,
     *,
     bounded: bool = False,
 ) -> dict[str, Threshold]:
@@ -76,13 +77,27 @@ def band_thresholds(
     Among the rows in a band or a stricter one the mean loss is at most the band's risk; δ is
     divided by the number of bands, so all hold at once. Rows beyond the last are asked about.
 
+    Args:
+        scores: (N,).
+        losses: (N,), in [0, 1].
+        risks: by name.
+        confidence: that all hold.
+        starts: as `start` in `threshold`, by name.
+        bounded: as in `threshold`.
+
     Raises:
         Refusal: if the risks do not rise, a band is named "ask" or "abstain", or there are too few
             rows for the first.
     """
     check_bands(risks)
-    delta = (1 - confidence) / len(risks)
     found = {}
-    for name, risk in risks.items():
-        found[name] = threshold(scores, losses, Promise(risk, 1 - delta), bounded=bounded)
+    for name, promise in band_promises(risks, confidence).items():
+        start = (starts or {}).get(name)
+        found[name] = threshold(scores, losses, promise, start, bounded=bounded)
     return found
+
+
+def band_promises(risks: Mapping[str, float], confidence: float) -> dict[str, Promise]:
+    """What each band must keep so that all hold at once."""
+    delta = (1 - confidence) / len(risks)
+    return {name: Promise(risk, 1 - delta) for name, risk in risks.items()}

@@ -14,7 +14,12 @@ from typing import Self, get_args
 import torch
 from torch import Tensor
 
-from bayestune.decisions.bands import band_thresholds, check_bands, class_thresholds
+from bayestune.decisions.bands import (
+    band_promises,
+    band_thresholds,
+    check_bands,
+    class_thresholds,
+)
 from bayestune.decisions.bounds import Promise, rows_needed
 from bayestune.decisions.calibration import Calibration
 from bayestune.decisions.comparing import HeldOut, Variant, check_variants, compare, kept
@@ -163,7 +168,7 @@ def calibrate(
     promising = _Part.of(logits, temperature, held_out, second, asked)
     areas = {name: _area(scores, choosing.losses) for name, scores in choosing.scores.items()}
     score = min(areas, key=areas.__getitem__)
-    bands, classes = _finer(promising, score, asked, num_classes)
+    bands, classes = _finer((choosing, promising), score, asked, num_classes)
     return Calibration(
         posterior=posterior,
         method=method,
@@ -221,8 +226,8 @@ def _strictest(asked: Asked, num_classes: int | None) -> Promise:
     promises = [asked.promise]
     if asked.per_class and num_classes:
         promises.append(asked.promise.shared_by(num_classes))
-    for risk in (asked.bands or {}).values():
-        promises.append(Promise(risk, asked.promise.confidence).shared_by(len(asked.bands or {})))
+    if asked.bands:
+        promises += band_promises(asked.bands, asked.promise.confidence).values()
     return max(promises, key=rows_needed)
 
 
@@ -247,15 +252,20 @@ def _thresholds(choosing: _Part, promising: _Part, asked: Asked) -> dict[str, Th
 
 
 def _finer(
-    part: _Part, score: str, asked: Asked, num_classes: int
+    both: tuple[_Part, _Part], score: str, asked: Asked, num_classes: int
 ) -> tuple[dict[str, Threshold], dict[int, Threshold]]:
     """Thresholds of bands and of classes, on the chosen score, if asked for."""
+    choosing, part = both
     scores = part.scores[score]
     bounded = asked.costs is not None
     if asked.bands:
         confidence = asked.promise.confidence
-        found = band_thresholds(scores, part.losses, asked.bands, confidence, bounded=bounded)
-        return found, {}
+        starts = {}
+        for name, promise in band_promises(asked.bands, confidence).items():
+            known = (choosing.scores[score], choosing.losses)
+            starts[name] = likely_start(*known, len(scores), promise)
+        of_bands = (asked.bands, confidence, starts)
+        return band_thresholds(scores, part.losses, *of_bands, bounded=bounded), {}
     if asked.per_class:
         most = int(torch.bincount(part.spread.choice).max())
         share = (1 - asked.choosing_share) * most / len(scores)
