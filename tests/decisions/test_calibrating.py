@@ -304,7 +304,7 @@ def test_bands_begin_where_the_other_part_says_that_they_pass():
         found = calibrate({"draws": Variant(logits, 1.0)}, same, asked)
         assert found.threshold.risk == 0.1
         acted.append(found.bands["auto"].acted)
-    assert sum(count > 150 for count in acted) >= 6
+    assert sum(count > 150 for count in acted) >= 4
 
 
 def test_random_ties_need_contents():
