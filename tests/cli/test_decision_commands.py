@@ -108,6 +108,16 @@ def test_decisions_are_the_same_by_every_way(place, capsys, method):
     assert record["gate"]["acted"] == pytest.approx(len(acted) / len(lines))
 
 
+def test_a_row_that_cannot_be_read_is_an_error_in_python_too(place):
+    run(*fitting(place, **NOISY))
+    run(*calibrating(place, "--draws=[2]", "--factors=[]"))
+    rows = [*labelled(3, 700), {"question": "no options"}, {"question": "", "options": COLOURS}]
+    write_rows(place / "some.jsonl", [rows[3], *rows[:2], rows[4], rows[2]])
+    lines = predicting(place, rows="some.jsonl")
+    assert ["error" in line for line in lines] == [True, False, False, True, False]
+    assert bayestune.decide(place / "out", place / "some.jsonl") == lines
+
+
 def test_other_draws_than_calibrated_are_not_decided_on(place, caplog):
     run(*fitting(place, **NOISY))
     run(*calibrating(place, "--draws=[2]", "--factors=[]"))
@@ -127,12 +137,16 @@ def test_a_plain_adapter_takes_two_commands(place, capsys):
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(place / "out" / name, plain)
     given = [f"--posterior={plain}", f"--input={place / 'new.jsonl'}"]
-    assert "plain LoRA adapter" in failed(["predict", *given], capsys)
+    said = failed(["predict", *given], capsys)
+    assert "plain LoRA adapter" in said
+    assert "run `bayestune calibrate` on it first" in said
     seen = calibrating(place, "--trained_on", place / "train.jsonl", folder="plain")
     seen[2] = f"--rows={place / 'train.jsonl'}"
     assert "8 of 8 rows that training saw" in failed(seen, capsys)
     model = f"--model={place / 'model'}"
     run(*calibrating(place, model, folder="plain"))
+    ranking = ["rank", plain, f"--rows={place / 'new.jsonl'}", "--max_length=50"]
+    assert "got --max_length for a calibrated adapter" in failed(ranking, capsys)
     lines = predicting(place, folder="plain")
     run(*calibrating(place))
     for line, fitted in zip(lines, predicting(place), strict=True):
@@ -196,6 +210,9 @@ def test_refit_and_change_end_a_calibration(place, capsys):
         (("--draws=[]",), "got draws=[]"),
         (("--factors=[-1]",), "got factors=[-1.0]"),
         (("--risk=2",), "risk"),
+        (("--set_coverage=1",), "got coverage=1.0"),
+        (("--set_coverage=0.99",), "rows for sets of coverage 0.99; expected 99 or more"),
+        (("--bands={flag: 0.5, act: 0.3}",), "expected rising risks"),
     ],
 )
 def test_what_cannot_be_promised_is_refused_before_any_pass(place, capsys, options, said):
@@ -237,6 +254,17 @@ def test_rank_and_drift(place, capsys):
     entropies = [row["total_entropy"] for row in read_rows(place / "ranked.jsonl")]
     assert entropies == sorted(entropies, reverse=True)
 
+    for options, said in (
+        (["--number=13"], "got number=13; expected 1 to 12"),
+        (["--number=0"], "got number=0; expected 1 to 12"),
+        (["--by=bald", "--draws=0"], "got one draw for 'bald'"),
+        (["--number=11", "--by=batch_bald"], "got number=11 for 'batch_bald'"),
+        (["--scoring=text"], "got --scoring for a posterior"),
+    ):
+        assert said in failed([*ranking, *options], capsys)
+
+    nowhere = ["drift", place / "nowhere", f"--rows={pool}"]
+    assert "nowhere is not a posterior" in failed(nowhere, capsys)
     drifting = ["drift", place / "out", f"--rows={place / 'new.jsonl'}"]
     assert "has no calibration" in failed(drifting, capsys)
     run(*calibrating(place, "--draws=[2]", "--factors=[]"))

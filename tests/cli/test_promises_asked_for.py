@@ -9,6 +9,7 @@ from bayestune.data import Question
 from bayestune.decisions import Calibration
 from bayestune.evaluation import read_records
 from bayestune.posteriors import posterior_digest
+from bayestune.report.panels import coverage_curve
 from running import failed, fitting, furnish, read_rows, run, write_rows
 
 COLOURS = ("red", "green", "unsure")
@@ -88,13 +89,37 @@ def test_bands(place, capsys):
     held_out = [f"--rows={place / 'held_out.jsonl'}", *EASY]
     falling = ["calibrate", place / "out", *held_out, "--bands={act: 0.5, flag: 0.3}"]
     assert "expected rising risks" in failed(falling, capsys)
+    named = ["calibrate", place / "out", *held_out, "--bands={act: 0.3, ask: 0.5}"]
+    assert "got a band named 'ask'" in failed(named, capsys)
     both = ["calibrate", place / "out", *held_out, "--bands={act: 0.3}", "--per_class"]
     assert "got bands and per_class" in failed(both, capsys)
+
+
+def test_bands_of_any_name_are_told_and_counted(place):
+    """The strictest one is acted on, and what is said of the risk is of the bands."""
+    found = calibrated(place, "--bands={auto: 0.3, look: 0.5}", "--risk=0.01")
+    applied = found.applied()
+    assert (applied["risk"], applied["confidence"]) == (0.3, 0.8)
+    assert applied["bands"] == {"auto": 0.3, "look": 0.5}
+    lines = predicting(place)
+    assert {line["decision"] for line in lines} <= {"auto", "look", "ask"}
+    test = f"--evaluation_data={place / 'new.jsonl'}"
+    run("evaluate", f"--posterior={place / 'out'}", test, "--resamples=20", "--draws=[0]")
+    record = read_records(place / "out")[-1]
+    rows = read_rows(place / "out" / record["predictions"])
+    acted = [row for row in rows if row["decision"] == "auto"]
+    assert acted
+    assert record["gate"]["acted"] == pytest.approx(len(acted) / len(rows))
+    wrong = [row["choice"] != row["answer"] for row in acted]
+    assert record["gate"]["risk"] == pytest.approx(sum(wrong) / len(wrong))
+    curve = coverage_curve(rows)["threshold"]
+    assert (curve["acted"], curve["promised"]) == (len(acted), 0.3)
 
 
 def test_thresholds_by_class_whatever_the_order_of_options(place, capsys):
     found = calibrated(place, "--per_class", "--risk=0.5", "--confidence=0.6")
     assert list(found.classes) == ["0", "1", "2"]
+    assert "choice 'green': " in capsys.readouterr().out
     lines = predicting(place)
     for line in lines:
         own = found.classes[str(line["choice"])]
@@ -127,8 +152,49 @@ def test_costs(place, capsys):
     for line in lines:
         assert line["decision"] == ("act" if below(line, first) else "abstain")
     everywhere(place, lines)
+    record = read_records(place / "out")[-1]
+    rows = read_rows(place / "out" / record["predictions"])
+    acted = [row for row in rows if row["decision"] == "act"]
+    paid = [found.costs[row["answer"]][row["choice"]] / 9 for row in acted]
+    assert record["gate"]["cost"] == pytest.approx(sum(paid) / len(paid))
+    turned = [{**row, "options": COLOURS[::-1], "answer": 2 - row["answer"]} for row in rows]
+    keys = ("question", "options", "answer")
+    turned = [{name: row[name] for name in keys} for row in turned]
+    write_rows(place / "turned.jsonl", turned)
+    bar = f"--evaluation_data={place / 'turned.jsonl'}"
+    run("evaluate", f"--posterior={place / 'out'}", bar, "--resamples=20", "--gate=cost<=1")
+    record = read_records(place / "out")[-1]
+    rows = read_rows(place / "out" / record["predictions"])
+    acted = [row for row in rows if row["decision"] == "act"]
+    paid = [found.costs[2 - row["answer"]][2 - row["choice"]] / 9 for row in acted]
+    assert record["gate"]["cost"] == pytest.approx(sum(paid) / max(1, len(paid)))
     few = ["calibrate", place / "out", f"--rows={place / 'held_out.jsonl'}", *EASY]
     assert "got costs of shape (2, 2)" in failed([*few, "--costs=[[0,1],[1,0]]"], capsys)
+    ragged = "--costs=[[0,1,1],[1,0,1],[1,1]]"
+    assert "got costs in rows of [3, 3, 2] numbers" in failed([*few, ragged], capsys)
+
+
+def test_costs_are_in_the_order_of_the_rows_under_a_head_too(place, bert, byte_level, capsys):
+    """A head has its own order of classes, which the file's options need not be in."""
+    furnish(place, bert(), byte_level)
+    write_rows(place / "train.jsonl", questions(8, 0))
+    run(*fitting(place, method="mle", scoring="head", learning_rate=0.05), "--overwrite")
+    straight = questions(60, 100)
+    turned = [{**row, "options": COLOURS[::-1], "answer": 2 - row["answer"]} for row in straight]
+    both = [turned[i] if i % 2 else row for i, row in enumerate(straight)]
+    easy = ["--risk=0.8", "--confidence=0.6", "--per_class"]
+    costs = "--costs=[[0,1,2],[3,0,4],[5,6,0]]"
+    back = "--costs=[[0,6,5],[4,0,3],[2,1,0]]"
+    found = []
+    for rows, own in ((straight, costs), (turned, back)):
+        write_rows(place / "held_out.jsonl", rows)
+        found.append(calibrated(place, own, *easy))
+    assert found[0].costs == found[1].costs == [[0, 1, 2], [3, 0, 4], [5, 6, 0]]
+    assert found[0].classes == found[1].classes
+    write_rows(place / "held_out.jsonl", both)
+    assert calibrated(place, *easy).settings["classes"] == [*COLOURS]
+    given = ["calibrate", place / "out", f"--rows={place / 'held_out.jsonl'}", *EASY, costs]
+    assert "in the same order in every row" in failed(given, capsys)
 
 
 def test_an_unsure_option_is_never_acted_on(place):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from dataclasses import replace
 
 import pytest
@@ -112,6 +113,24 @@ def test_the_order_of_the_rows_changes_nothing_and_repeats_count_once(caplog):
     assert "400 rows repeat the content of others" in caplog.text
 
 
+def test_rows_that_are_the_same_but_for_their_options_order_count_once(caplog):
+    """Else a row would choose in one part, and vouch for the choice in the other."""
+    logits, held_out = some_rows()
+    turned = [f"{content} turned" for content in held_out.contents]
+    twice = HeldOut(
+        held_out.labels.repeat(2),
+        [*held_out.contents, *turned],
+        same=[*held_out.contents] * 2,
+    )
+    with caplog.at_level(logging.WARNING):
+        found = calibrate({"draws": Variant(logits.repeat(1, 2, 1), 1.0)}, twice)
+    assert (found.num_choosing, found.num_thresholds) == (200, 200)
+    assert sorted(index % 400 for index in twice.order().tolist()) == list(range(400))
+    assert "400 rows repeat the content of others" in caplog.text
+    back = HeldOut(twice.labels, [*turned, *held_out.contents], same=twice.same)
+    assert [(i + 400) % 800 for i in back.order().tolist()] == twice.order().tolist()
+
+
 def test_a_calibration_survives_its_file(tmp_path):
     costs = torch.ones(4, 4) - torch.eye(4)
     asked = Asked(Promise(0.1, 0.9), bands={"act": 0.1, "flag": 0.2}, costs=costs)
@@ -127,6 +146,10 @@ def test_a_calibration_survives_its_file(tmp_path):
     path.write_text(json.dumps(facts | {"format": 2}))
     with pytest.raises(ValueError, match="got a calibration of format 2; expected 1; update"):
         Calibration.read(tmp_path, "abc")
+    for wrong in ({"score": "none"}, {"set_kind": "none"}, {"temperature": -1.0}):
+        path.write_text(json.dumps(facts | wrong))
+        with pytest.raises(ValueError, match="expected what `bayestune calibrate` writes; calibr"):
+            Calibration.read(tmp_path, "abc")
     path.write_text("[]")
     with pytest.raises(ValueError, match="expected what `bayestune calibrate` writes"):
         Calibration.read(tmp_path, "abc")
@@ -241,6 +264,49 @@ def test_what_costs_nothing_stands_beside_the_promises():
     assert found.baselines == pytest.approx(expected)
 
 
+def test_the_smallest_samples_calibrate_or_are_refused(caplog):
+    """Two rows choose nothing; three do, and one of them is right by chance."""
+    asked = Asked(Promise(0.5, 0.5), set_coverage=0.5)
+    for count in range(1, 21):
+        logits, held_out = some_rows(count)
+        variants = {"mean": Variant(logits[:1], 1.0), "draws": Variant(logits, 4.0)}
+        if count < 3:
+            with pytest.raises(ValueError, match=r"got . rows to choose a way .* give 4 held-out"):
+                calibrate(variants, held_out, asked)
+            continue
+        found = calibrate(variants, held_out, asked)
+        assert Calibration.from_json(found.to_json()) == found
+        decide(found, variants[found.variant].logits, held_out.contents)
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_rows_all_right_or_all_wrong_do_not_make_certainties(wrong):
+    logits, held_out = some_rows(sharpness=1.0)
+    labels = (logits.mean(0).argmax(-1) + wrong) % 4
+    found = calibrate({"draws": Variant(logits, 1.0)}, replace(held_out, labels=labels))
+    assert found.temperature == pytest.approx(math.exp(3.0 if wrong else -2.0))
+    new, _ = some_rows(seed=1, sharpness=1.0)
+    decided = decide(found, new, [str(index) for index in range(400)])
+    assert decided.confidence.min() < 0.9
+    assert (found.threshold.value is None) == bool(wrong)
+
+
+def test_bands_begin_where_the_other_part_says_that_they_pass():
+    """A band that begins at the fewest rows fails at the first error among them."""
+    logits, held_out = some_rows(600, sharpness=1.0)
+    noisy = torch.rand(600, generator=torch.Generator().manual_seed(3)) < 0.05
+    labels = torch.where(noisy, (held_out.labels + 1) % 4, logits.mean(0).argmax(-1))
+    asked = Asked(Promise(0.3, 0.9), bands={"auto": 0.1, "look": 0.3})
+    acted = []
+    for seed in range(8):
+        contents = [f"{seed}.{index}" for index in range(600)]
+        same = HeldOut(labels, contents)
+        found = calibrate({"draws": Variant(logits, 1.0)}, same, asked)
+        assert found.threshold.risk == 0.1
+        acted.append(found.bands["auto"].acted)
+    assert sum(count > 150 for count in acted) >= 4
+
+
 def test_random_ties_need_contents():
     found, logits, held_out = some_calibration(Asked(set_kind="aps"))
     with pytest.raises(ValueError, match="got no contents; expected one a row"):
@@ -275,6 +341,24 @@ def test_refusals():
         ({"choosing_share": 1.0}, "got choosing_share=1.0; expected between 0 and 1"),
         ({"bands": {"act": 0.1}, "per_class": True}, "got bands and per_class; expected one"),
         ({"folds": 1}, "got folds=1; expected 2 or more"),
+        ({"set_coverage": 1.0}, "got coverage=1.0; expected a share between 0 and 1"),
+        ({"bands": {"flag": 0.2, "act": 0.1}}, "expected rising risks; put the"),
+        ({"bands": {"act": 0.1, "all": 1}}, "expected each risk a number above 0 and"),
+        ({"bands": {"act": 0.1, "ask": 0.2}}, "got a band named 'ask'; expected another name"),
+        ({"bands": {"abstain": 0.1}}, "got a band named 'abstain'; expected another name"),
+        ({"costs": torch.tensor([[0, 1], [torch.inf, 0]])}, "expected .C, C., finite, none below"),
     ]:
         with pytest.raises(ValueError, match=match):
             Asked(**options)
+    for options, match in [
+        (
+            {"set_coverage": 0.98},
+            "got 45 rows for sets .* give 98 held-out rows in all, or ask for ",
+        ),
+        ({"per_class": True}, "expected 72 or more .* give 144 held-out rows in all"),
+        ({"costs": torch.ones(5, 5)}, r"got costs of shape \(5, 5\) for 4 classes"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            parts(held_out, Asked(**options), 4)
+        with pytest.raises(ValueError, match=match):
+            calibrate(variants, held_out, Asked(**options))

@@ -8,7 +8,14 @@ import torch
 from scipy import stats
 from torch.special import entr
 
-from bayestune.decisions import Spread, drift_test, false_alarm_rate, rank_rows
+from bayestune.decisions import (
+    Spread,
+    as_kept,
+    drift_test,
+    false_alarm_rate,
+    permutations_for,
+    rank_rows,
+)
 
 
 def normal(count, seed, shift=0.0):
@@ -48,6 +55,42 @@ def test_the_simulated_rate_of_false_alarms():
     assert rate <= 0.1 + 3 * math.sqrt(0.09 / 150)
     with pytest.raises(ValueError, match="got num_new=100 of 100 rows; expected 1 to 99"):
         false_alarm_rate({"a": normal(100, 0)}, 100)
+
+
+def test_a_test_at_any_level_can_alarm():
+    """R permutations never give less than m/(1 + R) for m scores."""
+    old = {name: normal(60, seed) for seed, name in enumerate("abcde")}
+    new = {name: values[:30] + 5 for name, values in old.items()}
+    for level in (0.05, 0.004, 0.0005):
+        assert drift_test(old, new, permutations_for(level, 5)).p_value <= level
+    assert drift_test(old, new).p_value > 0.004
+    assert permutations_for(0.05, 5) == 999
+    with pytest.raises(ValueError, match="got level=1e-06; expected 0.0001 or more for 5 scores"):
+        permutations_for(1e-6, 5)
+
+
+def test_the_simulated_rate_is_that_of_the_test():
+    """As many of random splits are called different as `drift_test` calls so."""
+    old = {"a": normal(50, 0).round(), "b": normal(50, 1)}
+    generator = torch.Generator().manual_seed(0)
+    alarms = 0
+    for seed in range(300):
+        order = torch.randperm(50, generator=generator)
+        parts = [{name: s[own] for name, s in old.items()} for own in order.split([30, 20])]
+        alarms += drift_test(*parts, 199, seed).p_value <= 0.2
+    rate = false_alarm_rate(old, 20, 0.2, 2000)
+    assert 0 < rate <= 0.2 + 3 * math.sqrt(0.16 / 2000)
+    assert alarms / 300 == pytest.approx(rate, abs=3 * math.sqrt(0.16 / 300))
+    assert false_alarm_rate({"a": normal(300, 0)}, 100, 0.01, 2000) > 0
+
+
+def test_scores_below_the_digits_that_are_kept_are_no_drift():
+    """A sure model's scores are 1e-10: kept as 0, they lie below every new one."""
+    tiny = {"a": 1e-10 * normal(200, 0).exp()}
+    kept = {name: torch.tensor(values) for name, values in as_kept(tiny).items()}
+    assert drift_test(kept, tiny).p_value < 0.01
+    again = {name: torch.tensor(values) for name, values in as_kept(tiny).items()}
+    assert drift_test(kept, again).p_value == 1
 
 
 def test_holm_over_the_scores():

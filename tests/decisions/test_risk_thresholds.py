@@ -195,6 +195,13 @@ def test_classes_have_promises_of_their_own_that_hold_together():
     assert found[0].confidence == pytest.approx(1 - 0.1 / 3)
     assert found[1].value is None  # class 1 errs
     assert (found[2].value, found[2].rows, found[2].coverage) == (None, 0, 0.0)
+    assert "67 rows acted on would" in found[2].sentence()
+    assert "no number of rows would" in found[1].sentence()
+    few = class_thresholds(scores, torch.zeros(200), (scores < 60).long(), Promise(0.05, 0.9), 2)
+    assert few[1].value is not None
+    fewer = class_thresholds(scores, torch.zeros(200), (scores < 40).long(), Promise(0.05, 0.9), 2)
+    assert fewer[1].supported == pytest.approx(1 - 0.05 ** (1 / 40), abs=1e-6)
+    assert "59 rows acted on would" in fewer[1].sentence()
     with pytest.raises(ValueError, match="got 50 rows to choose thresholds on; expected 67"):
         class_thresholds(scores[:100], losses[:100], choices[:100], Promise(0.05, 0.9), 3)
 

@@ -103,6 +103,7 @@ def test_the_temperature_divides_the_logits():
     [
         (torch.zeros(2, 3), ROW_SCORES, r"got logits of shape \(2, 3\); expected \(S, N, C\)"),
         (torch.full((1, 2, 2), torch.nan), ROW_SCORES, "got logits with NaN or rows of no option"),
+        (torch.tensor([[[torch.inf, 0.0]]]), ROW_SCORES, "got infinite logits; expected numbers"),
         (torch.full((1, 2, 2), -torch.inf), ROW_SCORES, "rows of no option; expected numbers"),
         (torch.zeros(1, 2, 2), ("doubt",), "got score 'doubt'; expected one of"),
         (torch.zeros(1, 2, 1), ROW_SCORES, "got rows of one option; expected two or more"),

@@ -58,3 +58,18 @@ def test_a_bar_on_macro_f1():
     assert not Bar.of("macro_f1>0.4").holds(record)
     del record["by_class"]
     assert not Bar.of("macro_f1>=0").holds(record)
+
+
+def test_a_bar_is_read_however_it_is_spelt():
+    plain = Bar.of("nll<=0.7")
+    for text in ("NLL<=0.7", " nll <= 0.70 ", "nll≤0.7", "Nll<=7e-1"):
+        assert Bar.of(text) == plain
+    assert Bar.of("Wrong_at_0.9≥2") == Bar("wrong_at_90", ">=", 2)
+    assert Bar.of("accuracy>1").bound == 1
+
+
+@pytest.mark.parametrize("name", ["ece", "risk", "acted", "accuracy", "macro_f1", "cost"])
+def test_a_share_is_no_number_of_percent(name):
+    """ECE <= 5 would always hold."""
+    with pytest.raises(ValueError, match=r"expected a share from 0 to 1.*; write 0\.05 for 5 %"):
+        Bar.of(f"{name}<=5")

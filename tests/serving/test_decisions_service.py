@@ -1,17 +1,20 @@
 """What the service answers: that of the commands, whatever rows came together."""
 
+import json
 import logging
 import math
 import shutil
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 from clients import held, serving, wait_for
 
 import bayestune
+from bayestune.decisions import FILE_NAME
 from bayestune.errors import Refusal
 from bayestune.forward import Draws
 from bayestune.scoring import NextToken
@@ -94,6 +97,24 @@ def test_rows_are_ranked_as_by_the_command(client, place, new, tmp_path):
         assert (line["rank"], line["question"]) == (told["rank"], told["question"])
         assert line["total_entropy"] == pytest.approx(told["total_entropy"], abs=1e-5)
     assert "expected 1 to 2" in ask(client, "/v1/rank", rows=new[:2], number=3, status=422)
+
+
+def test_rows_are_ranked_by_the_posterior_itself(place, new, tmp_path):
+    """A calibration of as many draws with a factor on Ω says how to decide, not how to rank."""
+    folder = Path(shutil.copytree(place / "blob", tmp_path / "wide"))
+    calibration = folder / FILE_NAME
+    facts = json.loads(calibration.read_text())
+    facts["settings"] |= {"draws": 10, "factor": 3.0}
+    calibration.write_text(json.dumps(facts))
+    out = tmp_path / "ranked.jsonl"
+    run("rank", folder, f"--rows={place / 'new.jsonl'}", "--number=7", f"--output={out}")
+    with serving([folder]) as client:
+        found = ask(client, "/v1/rank", rows=new, number=7)["rows"]
+        most = ask(client, "/v1/rank", rows=new, draws=10**6, status=413)
+    assert "got draws=1000000; expected" in most
+    for line, told in zip(found, read_rows(out), strict=True):
+        assert (line["rank"], line["question"]) == (told["rank"], told["question"])
+        assert line["total_entropy"] == pytest.approx(told["total_entropy"], abs=1e-5)
 
 
 def test_a_chat_has_one_of_its_options_for_an_answer(client, new):

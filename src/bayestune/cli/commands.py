@@ -17,7 +17,7 @@ from bayestune.cli.options import built, chosen_methods
 from bayestune.cli.output_folder import OutputFolder, check_writable
 from bayestune.cli.reporting import origin_of
 from bayestune.cli.run_settings import evaluation_settings, fit_settings
-from bayestune.cli.sieve import in_order, told
+from bayestune.cli.sieve import told
 from bayestune.data import Part, Reading, Task, own_task, prompt_of, read_rows, sort_rows
 from bayestune.errors import Refusal
 from bayestune.evaluation import RECORDS, Bar, EvaluationOptions, append_results, read_records
@@ -47,6 +47,7 @@ from bayestune.session import (
     Session,
     TaskOptions,
     details_of,
+    in_order,
     load_way,
     num_classes,
     of_its_classes,

@@ -19,15 +19,18 @@ from bayestune.decisions import (
     Calibration,
     Drift,
     Promise,
+    as_kept,
+    check_ranking,
     drift_test,
     false_alarm_rate,
+    permutations_for,
     rank_rows,
     score_rows,
     spread_out,
 )
 from bayestune.errors import INNER_PART, Refusal
 from bayestune.jsonl import write_json_lines
-from bayestune.posteriors import artefact_folder
+from bayestune.posteriors import artefact_folder, count_for
 from bayestune.report import promises, render, variant_table
 from bayestune.session import (
     DISTANCE,
@@ -36,6 +39,7 @@ from bayestune.session import (
     Compared,
     Put,
     Way,
+    is_plain,
     kept_reference,
     own_reference,
     read_calibration,
@@ -52,7 +56,7 @@ def calibrate(o: Namespace) -> None:
     """Chooses on held-out rows how an artefact predicts, and when one may act on it."""
     place = artefact_folder(o.posterior)
     check_writable(place)
-    costs = torch.tensor(o.costs, dtype=torch.float64) if o.costs else None
+    costs = _costs(o.costs) if o.costs else None
     promise = Promise(o.risk, o.confidence)
     asked = built(Asked, o, promise=promise, costs=costs, bands=dict(o.bands) or None)
     compared = built(Compared, o)
@@ -65,20 +69,35 @@ def calibrate(o: Namespace) -> None:
     print(f"calibration in {place / FILE_NAME}")
 
 
+def _costs(rows: Sequence[Sequence[float]]) -> Tensor:
+    lengths = [len(row) for row in rows]
+    if len(set(lengths)) > 1:
+        raise Refusal(
+            f"got costs in rows of {lengths} numbers; expected as many in each, one for each choice"
+            "; give a row for each right answer, such as '[[0, 1], [5, 0]]'"
+        )
+    return torch.tensor(rows, dtype=torch.float64)
+
+
 def rank(o: Namespace) -> None:
     """Ranks unlabelled rows: which to label next."""
     output = new_file(o)
     calibration = read_calibration(o.posterior)
-    put = None if calibration else built(Put, o)
+    put: Put | None = built(Put, o)
+    put.check(artefact_folder(o.posterior), calibrated=calibration is not None)
+    if calibration is not None and is_plain(o.posterior):
+        put = None  # its calibration says how rows are put
     with readable(o.rows) as file:
         rows = rows_of(file, o.posterior, put, labelled=False, columns=o.columns)
     artefact = Artefact.open(o.posterior, rows, put, o.model)
     rows = artefact.rows
     bf16 = artefact.fit.bf16 if o.bf16 is None else o.bf16
     way = Way(o.draws, o.draw_seed, bf16)
-    look = artefact.looking(way, own_reference(calibration)).over(rows)
-    by = o.by or ("bald" if len(look.logits) > 1 else "entropy")
+    draws = max(1, count_for(artefact.fit.posterior, o.draws))
+    by = o.by or ("bald" if draws > 1 else "entropy")
     number = len(rows) if o.number is None else o.number
+    check_ranking(number, by, draws, len(rows), max(len(row.options) for row in rows))
+    look = artefact.looking(way, own_reference(calibration)).over(rows)
     near = _places(artefact, way) if by == "bald" else None
     order = rank_rows(look.logits, number, by, near, o.draw_seed).tolist()
     scores = score_rows(look.logits) | dict(look.extra)
@@ -101,7 +120,8 @@ def _places(artefact: Artefact, way: Way) -> Tensor | None:
 def drift(o: Namespace) -> int:
     """Compares new rows with the held-out rows of a calibration."""
     output = new_file(o)
-    calibration = read_calibration(o.posterior)
+    place = artefact_folder(o.posterior)
+    calibration = read_calibration(place)
     if calibration is None:
         raise Refusal(
             f"{o.posterior} has no calibration, whose held-out rows new ones are compared with: "
@@ -110,13 +130,15 @@ def drift(o: Namespace) -> int:
     if o.level not in INNER_PART:
         raise Refusal(f"got level={o.level}; expected {INNER_PART.said}; 0.05 is customary")
     held_out = _compared(calibration, o.scores)
+    permutations = permutations_for(o.level, len(held_out))
     with readable(o.rows) as file:
         rows = rows_of(file, o.posterior, labelled=False, columns=o.columns)
     way = Way.of(calibration.settings)
     artefact = Artefact.open(o.posterior, rows, None, o.model, way)
     look = artefact.looking(way, kept_reference(calibration)).over(artefact.rows)
-    new = score_rows(look.logits, temperature=calibration.temperature) | dict(look.extra)
-    found = drift_test(held_out, {name: new[name] for name in held_out})
+    scores = score_rows(look.logits, temperature=calibration.temperature) | dict(look.extra)
+    new = as_kept({name: scores[name] for name in held_out})
+    found = drift_test(held_out, _numbers(new), permutations)
     size = min(len(rows), len(next(iter(held_out.values()))) // 2)
     alarms = false_alarm_rate(held_out, size, o.level, _LEAST_ALARMS)
     differs = found.p_value <= o.level
@@ -136,7 +158,11 @@ def _compared(calibration: Calibration, names: Sequence[str]) -> dict[str, Tenso
         raise Refusal(f"got the score {min(unknown)!r}; expected some of {[*kept]}; choose those")
     few = (calibration.score, "total_entropy", "corrected_mutual_information", *_BESIDE)
     chosen = [name for name in dict.fromkeys(names or few) if name in kept]
-    return {name: torch.tensor(kept[name], dtype=torch.float64) for name in chosen}
+    return _numbers({name: kept[name] for name in chosen})
+
+
+def _numbers(scores: Mapping[str, Sequence[float]]) -> dict[str, Tensor]:
+    return {name: torch.tensor(list(own), dtype=torch.float64) for name, own in scores.items()}
 
 
 def _told(found: Drift, rows: Sequence[Question]) -> dict[str, Any]:

@@ -251,7 +251,10 @@ def _answers(
     known = [row for row in rows if not is_missing(row.answer)]
     if labelled and len(known) < len(rows):
         place = next(row.place for row in rows if is_missing(row.answer))
-        raise Refusal(f"row {place}: no column 'answer': got an empty one or none, expected one")
+        raise Refusal(
+            f"row {place}: no column 'answer': got an empty one or none, expected one; fill it or "
+            "drop the row"
+        )
     right = iter(right_options(known, answer_is) if known else ())
     return [None if is_missing(row.answer) else next(right) for row in rows]
 

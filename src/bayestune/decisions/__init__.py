@@ -16,12 +16,12 @@ from bayestune.decisions.bounds import (
     smallest_risk,
 )
 from bayestune.decisions.calibrating import Asked, calibrate, parts
-from bayestune.decisions.calibration import FILE_NAME, Calibration
+from bayestune.decisions.calibration import FILE_NAME, Calibration, as_kept
 from bayestune.decisions.cascade import doubtful_band
 from bayestune.decisions.comparing import HeldOut, Trial, Variant, compare, kept
 from bayestune.decisions.costs import losses_of
 from bayestune.decisions.deciding import Decision, decide
-from bayestune.decisions.drift import Drift, drift_test, false_alarm_rate
+from bayestune.decisions.drift import Drift, drift_test, false_alarm_rate, permutations_for
 from bayestune.decisions.features import Distance, shrunk_covariance, spread_out
 from bayestune.decisions.gating import (
     ClassFigures,
@@ -31,7 +31,7 @@ from bayestune.decisions.gating import (
     gate,
     macro_f1,
 )
-from bayestune.decisions.rank import Acquisition, rank_rows
+from bayestune.decisions.rank import Acquisition, check_ranking, rank_rows
 from bayestune.decisions.row_scores import (
     ONE_PASS,
     OVER_DRAWS,
@@ -69,11 +69,13 @@ __all__ = [
     "Threshold",
     "Trial",
     "Variant",
+    "as_kept",
     "band_thresholds",
     "best_temperature",
     "binomial_p_value",
     "bounded_loss_p_value",
     "calibrate",
+    "check_ranking",
     "class_figures",
     "class_thresholds",
     "compare",
@@ -92,6 +94,7 @@ __all__ = [
     "mutual_information",
     "option_scores",
     "parts",
+    "permutations_for",
     "predictive_nll",
     "rank_rows",
     "risk_bound",

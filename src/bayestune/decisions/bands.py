@@ -7,7 +7,24 @@ from torch import Tensor
 
 from bayestune.decisions.bounds import Promise
 from bayestune.decisions.thresholds import Threshold, check_enough, checked, last_kept, threshold
-from bayestune.errors import Refusal
+from bayestune.errors import INNER_PART, Refusal
+
+NOT_BANDS = ("ask", "abstain")  # what is said of rows in no band
+
+
+def check_bands(risks: Mapping[str, float]) -> None:
+    """Refuses bands whose risks do not rise, or whose name says that a row is in none."""
+    asked = list(risks.values())
+    if any(risk not in INNER_PART for risk in asked):
+        got = f"got bands {dict(risks)}; expected each risk {INNER_PART.said}"
+        raise Refusal(f"{got}; 0.05 is one error in 20")
+    if not asked or sorted(set(asked)) != asked:
+        raise Refusal(f"got bands {dict(risks)}; expected rising risks; put the strictest first")
+    taken = [name for name in risks if name.strip() in ("", *NOT_BANDS)]
+    if taken:
+        got = f"a band named {taken[0]!r}"
+        expected = "another name: rows beyond the last band are told to ask"
+        raise Refusal(f"got {got}; expected {expected}; such as {{act: 0.05, flag: 0.2}}")
 
 
 def class_thresholds(
@@ -42,10 +59,7 @@ def class_thresholds(
     found = {}
     for index in range(num_classes):
         own = choices == index
-        if own.any():
-            found[index] = last_kept(values[own], sums[own], each, None, whole=not bounded)
-        else:
-            found[index] = Threshold(None, each.risk, each.confidence, 0, 0, 0.0, 1.0)
+        found[index] = last_kept(values[own], sums[own], each, None, whole=not bounded)
     return found
 
 
@@ -54,6 +68,7 @@ def band_thresholds(
     losses: Tensor,
     risks: Mapping[str, float],
     confidence: float,
+    starts: Mapping[str, int] | None = None,
     *,
     bounded: bool = False,
 ) -> dict[str, Threshold]:
@@ -62,14 +77,27 @@ def band_thresholds(
     Among the rows in a band or a stricter one the mean loss is at most the band's risk; δ is
     divided by the number of bands, so all hold at once. Rows beyond the last are asked about.
 
+    Args:
+        scores: (N,).
+        losses: (N,), in [0, 1].
+        risks: by name.
+        confidence: that all hold.
+        starts: as `start` in `threshold`, by name.
+        bounded: as in `threshold`.
+
     Raises:
-        Refusal: if the risks do not rise, or there are too few rows for the first.
+        Refusal: if the risks do not rise, a band is named "ask" or "abstain", or there are too few
+            rows for the first.
     """
-    asked = list(risks.values())
-    if not asked or sorted(set(asked)) != asked:
-        raise Refusal(f"got bands {dict(risks)}; expected rising risks; put the strictest first")
-    delta = (1 - confidence) / len(asked)
+    check_bands(risks)
     found = {}
-    for name, risk in risks.items():
-        found[name] = threshold(scores, losses, Promise(risk, 1 - delta), bounded=bounded)
+    for name, promise in band_promises(risks, confidence).items():
+        start = (starts or {}).get(name)
+        found[name] = threshold(scores, losses, promise, start, bounded=bounded)
     return found
+
+
+def band_promises(risks: Mapping[str, float], confidence: float) -> dict[str, Promise]:
+    """What each band must keep so that all hold at once."""
+    delta = (1 - confidence) / len(risks)
+    return {name: Promise(risk, 1 - delta) for name, risk in risks.items()}

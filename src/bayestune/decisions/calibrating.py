@@ -4,6 +4,7 @@ Choosing variant, temperature or score on the rows that a threshold is then set 
 promise: with eight useless scores it failed in 46 % of runs in place of 10.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -13,15 +14,27 @@ from typing import Self, get_args
 import torch
 from torch import Tensor
 
-from bayestune.decisions.bands import band_thresholds, class_thresholds
+from bayestune.decisions.bands import (
+    band_promises,
+    band_thresholds,
+    check_bands,
+    class_thresholds,
+)
 from bayestune.decisions.bounds import Promise, rows_needed
 from bayestune.decisions.calibration import Calibration
 from bayestune.decisions.comparing import HeldOut, Variant, check_variants, compare, kept
-from bayestune.decisions.costs import losses_of
+from bayestune.decisions.costs import check_costs, losses_of
 from bayestune.decisions.gating import free_baselines
 from bayestune.decisions.row_scores import ROW_SCORES, Spread, score_rows
-from bayestune.decisions.sets import SetKind, SetRule, fit_sets, row_uniforms
-from bayestune.decisions.tempering import best_temperature
+from bayestune.decisions.sets import (
+    SetKind,
+    SetRule,
+    check_coverage,
+    check_set_rows,
+    fit_sets,
+    row_uniforms,
+)
+from bayestune.decisions.tempering import compared_temperature
 from bayestune.decisions.thresholds import (
     Threshold,
     check_enough,
@@ -32,6 +45,7 @@ from bayestune.errors import Refusal
 from bayestune.runtime import versions
 
 _versions = cache(versions)  # reading them takes longer than a small calibration
+_FEWEST_CHOOSING = 2  # rows: one to fit a temperature on, and another to judge it by
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +53,8 @@ class Asked:
     """What a calibration is asked for.
 
     Args:
-        promise: the risk among the rows acted on, and the confidence.
+        promise: the risk among the rows acted on, and the confidence. With bands the risk is that
+            of the strictest one.
         scores: names of `ROW_SCORES` on offer; extra scores, of rows and variants, always are.
         set_coverage: of the sets.
         set_kind: the sets that decisions carry; all kinds are fitted.
@@ -67,6 +82,13 @@ class Asked:
             raise Refusal(f"got {got}; expected between 0 and 1; half of the rows is customary")
         if self.bands and self.per_class:
             raise Refusal("got bands and per_class; expected one of them; choose one")
+        check_coverage(self.set_coverage)
+        if self.costs is not None:
+            check_costs(self.costs)
+        if self.bands:
+            check_bands(self.bands)
+            strictest = Promise(next(iter(self.bands.values())), self.promise.confidence)
+            object.__setattr__(self, "promise", strictest)
         if self.folds < 2:
             raise Refusal(f"got folds={self.folds}; expected 2 or more; 5 is customary")
 
@@ -130,7 +152,8 @@ def calibrate(
     """
     asked = asked or Asked()
     check_variants(variants, held_out)
-    first, second = parts(held_out, asked)
+    num_classes = next(iter(variants.values())).logits.shape[-1]
+    first, second = parts(held_out, asked, num_classes)
     labels = held_out.labels[first]
     of_first = {
         name: Variant(variant.logits[:, first], variant.milliseconds)
@@ -140,12 +163,12 @@ def calibrate(
     chosen = variants[trial.variant]
     logits = chosen.logits
     held_out = replace(held_out, extra={**held_out.extra, **chosen.extra})
-    temperature = best_temperature(logits[:, first], labels) if trial.tempered else 1.0
+    temperature = compared_temperature(logits[:, first], labels) if trial.tempered else 1.0
     choosing = _Part.of(logits, temperature, held_out, first, asked)
     promising = _Part.of(logits, temperature, held_out, second, asked)
     areas = {name: _area(scores, choosing.losses) for name, scores in choosing.scores.items()}
     score = min(areas, key=areas.__getitem__)
-    bands, classes = _finer(promising, score, asked, logits.shape[-1])
+    bands, classes = _finer((choosing, promising), score, asked, num_classes)
     return Calibration(
         posterior=posterior,
         method=method,
@@ -169,23 +192,42 @@ def calibrate(
     )
 
 
-def parts(held_out: HeldOut, asked: Asked) -> tuple[Tensor, Tensor]:
+def parts(held_out: HeldOut, asked: Asked, num_classes: int | None = None) -> tuple[Tensor, Tensor]:
     """Indices of the rows for the choices, and of those for the promises.
 
+    Args:
+        held_out: the rows.
+        asked: the promises.
+        num_classes: C, the most options that a row has; None leaves promises of classes unchecked.
+
     Raises:
-        Refusal: if there are too few rows for what is asked, whatever the model.
+        Refusal: if there are too few rows for what is asked, whatever the model, or costs are of
+            another number of classes.
     """
+    if asked.costs is not None:
+        check_costs(asked.costs, num_classes)
     order = held_out.order()
     num_choosing = round(asked.choosing_share * len(order))
-    check_enough(len(order) - num_choosing, _strictest(asked), 1 - asked.choosing_share)
+    promising = len(order) - num_choosing
+    share = 1 - asked.choosing_share
+    check_enough(promising, _strictest(asked, num_classes), share)
+    check_set_rows(promising, asked.set_coverage, share)
+    if num_choosing < _FEWEST_CHOOSING:
+        total = math.ceil(_FEWEST_CHOOSING / asked.choosing_share)
+        raise Refusal(
+            f"got {num_choosing} rows to choose a way of predicting on; expected "
+            f"{_FEWEST_CHOOSING} or more; give {total} held-out rows in all"
+        )
     return order[:num_choosing], order[num_choosing:]
 
 
-def _strictest(asked: Asked) -> Promise:
+def _strictest(asked: Asked, num_classes: int | None) -> Promise:
     """The promise that needs the most rows."""
     promises = [asked.promise]
-    for risk in (asked.bands or {}).values():
-        promises.append(Promise(risk, asked.promise.confidence).shared_by(len(asked.bands or {})))
+    if asked.per_class and num_classes:
+        promises.append(asked.promise.shared_by(num_classes))
+    if asked.bands:
+        promises += band_promises(asked.bands, asked.promise.confidence).values()
     return max(promises, key=rows_needed)
 
 
@@ -210,16 +252,24 @@ def _thresholds(choosing: _Part, promising: _Part, asked: Asked) -> dict[str, Th
 
 
 def _finer(
-    part: _Part, score: str, asked: Asked, num_classes: int
+    both: tuple[_Part, _Part], score: str, asked: Asked, num_classes: int
 ) -> tuple[dict[str, Threshold], dict[int, Threshold]]:
     """Thresholds of bands and of classes, on the chosen score, if asked for."""
+    choosing, part = both
     scores = part.scores[score]
     bounded = asked.costs is not None
     if asked.bands:
         confidence = asked.promise.confidence
-        found = band_thresholds(scores, part.losses, asked.bands, confidence, bounded=bounded)
-        return found, {}
+        starts = {}
+        for name, promise in band_promises(asked.bands, confidence).items():
+            known = (choosing.scores[score], choosing.losses)
+            starts[name] = likely_start(*known, len(scores), promise)
+        of_bands = (asked.bands, confidence, starts)
+        return band_thresholds(scores, part.losses, *of_bands, bounded=bounded), {}
     if asked.per_class:
+        most = int(torch.bincount(part.spread.choice).max())
+        share = (1 - asked.choosing_share) * most / len(scores)
+        check_enough(most, asked.promise.shared_by(num_classes), share)
         classes = (part.spread.choice, asked.promise, num_classes)
         return {}, class_thresholds(scores, part.losses, *classes, bounded=bounded)
     return {}, {}

@@ -6,12 +6,27 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from torch import Tensor
+
 from bayestune.decisions.sets import SetKind, SetRule
 from bayestune.decisions.thresholds import Threshold
-from bayestune.errors import Refusal
+from bayestune.errors import POSITIVE, Refusal
 
 FILE_NAME = "calibration.json"
+_DIGITS = 8  # of the held-out scores that are kept
 _FORMAT = 1
+
+
+def as_kept(scores: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    """Scores in the digits in which those of held-out rows are kept.
+
+    New rows' are rounded alike before they are compared: scores of sure rows are smaller than a
+    digit, and 0 beside 1e-9 would look like another distribution.
+    """
+    found = {}
+    for name, values in scores.items():
+        found[name] = [round(value, _DIGITS) for value in values.tolist()]
+    return found
 
 
 @dataclass(frozen=True)
@@ -69,16 +84,23 @@ class Calibration:
         """That of the score that decisions are made by."""
         return self.thresholds[self.score]
 
+    @property
+    def acting(self) -> str:
+        """What a decision to act is called: the strictest band, where there are bands."""
+        return next(iter(self.bands), "act")
+
     def applied(self) -> dict[str, Any]:
-        """What a prediction says was applied to it."""
+        """What a prediction says was applied to it; with bands the risk is the strictest one's."""
+        bands = {name: found.risk for name, found in self.bands.items()}
         return {
             "variant": self.variant,
             "temperature": self.temperature,
             "score": self.score,
-            "risk": self.threshold.risk,
+            "risk": next(iter(bands.values()), self.threshold.risk),
             "confidence": self.threshold.confidence,
             "rows": self.num_choosing + self.num_thresholds,
             "date": self.date,
+            **({"bands": bands} if bands else {}),
         }
 
     def check(self, posterior: str) -> None:
@@ -112,6 +134,7 @@ class Calibration:
                 facts[name] = {key: Threshold(**value) for key, value in facts[name].items()}
             facts["sets"] = {key: SetRule(**value) for key, value in facts["sets"].items()}
             calibration = cls(**facts)
+            calibration._check_names()
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             expected = "what `bayestune calibrate` writes"
             raise Refusal(f"got {error}; expected {expected}; calibrate again") from error
@@ -119,6 +142,15 @@ class Calibration:
             got = f"a calibration of format {found}"
             raise Refusal(f"got {got}; expected {_FORMAT}; update bayestune")
         return calibration
+
+    def _check_names(self) -> None:
+        """Raises ValueError if what decides is not among what was fitted."""
+        if self.score not in self.thresholds or self.set_kind not in self.sets:
+            raise ValueError(
+                f"the score {self.score!r} or sets {self.set_kind!r} without their own"
+            )
+        if self.temperature not in POSITIVE:
+            raise ValueError(f"temperature={self.temperature!r}")
 
     def write(self, folder: Path) -> Path:
         """Writes `calibration.json` into a folder, whole or not at all; returns its path."""

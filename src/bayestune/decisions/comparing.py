@@ -50,6 +50,8 @@ class HeldOut:
         unsure: index of the option that means "I do not know", (N,); −1 in rows without one.
         extra: further scores by name, (N,) each, whatever the variant: the prompt's length.
         seen: contents of the rows that training saw.
+        same: a text each, equal for rows of which one counts, such as those with the same options
+            in another order; the contents unless given.
     """
 
     labels: Tensor
@@ -57,11 +59,12 @@ class HeldOut:
     unsure: Tensor | None = None
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     seen: Collection[str] = frozenset()
+    same: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         count = len(self.labels)
         columns = [self.contents, *self.extra.values()]
-        columns += [] if self.unsure is None else [self.unsure]
+        columns += [column for column in (self.unsure, self.same) if column is not None]
         if any(len(column) != count for column in columns):
             got = f"columns of {[len(column) for column in columns]} rows for {count} labels"
             raise Refusal(f"got {got}; expected as many of each; give one a row")
@@ -73,17 +76,20 @@ class HeldOut:
             )
 
     def order(self) -> Tensor:
-        """Indices of the rows in the order of their contents' digests, each content once.
+        """Indices of the rows in the order of their contents' digests, of the same rows one.
 
         The order is as good as random, and the same whatever order the rows came in.
         """
-        digests: dict[str, int] = {}
-        for index, content in enumerate(self.contents):
-            digests.setdefault(hashlib.sha256(f"part\0{content}".encode()).hexdigest(), index)
-        repeated = len(self.contents) - len(digests)
+        first: dict[str, tuple[str, int]] = {}
+        both = zip(self.contents, self.same or self.contents, strict=True)
+        for index, (content, known_by) in enumerate(both):
+            digest = hashlib.sha256(f"part\0{content}".encode()).hexdigest()
+            place = (digest, index)
+            first[known_by] = min(place, first.get(known_by, place))
+        repeated = len(self.contents) - len(first)
         if repeated:
             _log.warning("%d rows repeat the content of others: each content counts once", repeated)
-        return torch.tensor([digests[digest] for digest in sorted(digests)])
+        return torch.tensor([index for _, index in sorted(first.values())])
 
     def digest(self) -> str:
         """SHA-256 of contents and labels, whatever their order."""

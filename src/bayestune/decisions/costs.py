@@ -6,6 +6,25 @@ from torch import Tensor
 from bayestune.errors import Refusal
 
 
+def check_costs(costs: Tensor, classes: int | None = None) -> None:
+    """Refuses what are no costs of errors, or those of another number of classes.
+
+    Args:
+        costs: (C, C).
+        classes: C; None where it is not known yet.
+    """
+    square = costs.ndim == 2 and costs.shape[0] == costs.shape[1]
+    right = square and (classes is None or len(costs) == classes)
+    if right and costs.isfinite().all() and (costs >= 0).all() and costs.max() > 0:
+        return
+    of = "" if classes is None else f" for {classes} classes"
+    expected = "(C, C), finite, none below 0 and not all 0: rows are the right answers"
+    raise Refusal(
+        f"got costs of shape {tuple(costs.shape)}{of}, {costs.tolist()}; expected {expected}; give "
+        "one cost for each choice under each right answer"
+    )
+
+
 def losses_of(choices: Tensor, labels: Tensor, costs: Tensor | None = None) -> Tensor:
     """The loss of each choice, (N,): 1 if wrong, or its cost as a share of the greatest.
 
@@ -15,7 +34,7 @@ def losses_of(choices: Tensor, labels: Tensor, costs: Tensor | None = None) -> T
         costs: (C, C), the cost of choosing the column where the row is right; not negative.
 
     Raises:
-        Refusal: if costs are negative, not square, all 0, or too few for the classes.
+        Refusal: if costs are negative, infinite, not square, all 0, or too few for the classes.
 
     >>> costs = torch.tensor([[0.0, 1.0], [4.0, 0.0]])
     >>> losses_of(torch.tensor([0, 1, 0]), torch.tensor([0, 0, 1]), costs)
@@ -23,10 +42,8 @@ def losses_of(choices: Tensor, labels: Tensor, costs: Tensor | None = None) -> T
     """
     if costs is None:
         return (choices != labels).double()
-    square = costs.ndim == 2 and costs.shape[0] == costs.shape[1]
-    most = int(torch.maximum(choices, labels).max())
-    if not square or len(costs) <= most or not (costs >= 0).all() or costs.max() <= 0:
-        got = f"costs of shape {tuple(costs.shape)} for {most + 1} classes"
-        expected = "(C, C), none below 0 and not all 0: rows are the right answers"
-        raise Refusal(f"got {got}; expected {expected}; give one cost for each error")
+    check_costs(costs)
+    most = int(torch.maximum(choices, labels).max()) + 1
+    if len(costs) < most:
+        check_costs(costs, most)
     return (costs.double() / costs.max())[labels, choices]

@@ -4,7 +4,8 @@ Compare with held-out rows and never with training rows: a model is surer of wha
 so training rows always differ.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,8 @@ from bayestune.metrics import holm
 
 Scores = Mapping[str, Tensor]
 _BLOCK = 2**21  # numbers in one block of permutations
+_USUAL = 999
+_MOST = 99_999  # permutations: minutes
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Drift:
 
 
 def drift_test(
-    held_out: Scores, new: Scores, permutations: int = 999, seed: int = 0, odd_share: float = 0.1
+    held_out: Scores, new: Scores, permutations: int = _USUAL, seed: int = 0, odd_share: float = 0.1
 ) -> Drift:
     """Kolmogorov–Smirnov distances of scores with permutation p-values, Holm over the scores.
 
@@ -83,12 +86,34 @@ def drift_test(
     return Drift(min(adjusted.values()), statistics, adjusted, _odd(rows, odd_share), rows)
 
 
+def permutations_for(level: float, num_scores: int) -> int:
+    """How many permutations a test at a level takes: 999, or as many as let it ever alarm.
+
+    Holm's smallest p-value is m/(1 + R) for m scores; R is twice as large as that needs.
+
+    >>> [permutations_for(level, 5) for level in (0.05, 0.001)]
+    [999, 9999]
+
+    Raises:
+        Refusal: if they are too many.
+    """
+    needed = max(_USUAL, math.ceil(2 * num_scores / level) - 1)
+    if needed > _MOST:
+        least = 2 * num_scores / (1 + _MOST)
+        raise Refusal(
+            f"got level={level:g}; expected {least:g} or more for {num_scores} scores: {needed} "
+            "permutations could tell less, and take too long; raise it, or name fewer scores"
+        )
+    return needed
+
+
 def false_alarm_rate(
     held_out: Scores, num_new: int, level: float = 0.05, repetitions: int = 200, seed: int = 0
 ) -> float:
     """How often the test calls held-out rows different from held-out rows.
 
-    In each repetition `num_new` of the rows, drawn without replacement, play the new ones.
+    In each repetition `num_new` of the rows, drawn without replacement, play the new ones. All are
+    tested against the same permutations, which are of the same rows in every repetition.
 
     Raises:
         Refusal: if there are not more rows than `num_new`.
@@ -97,31 +122,45 @@ def false_alarm_rate(
     if not 0 < num_new < count:
         got = f"num_new={num_new} of {count} rows"
         raise Refusal(f"got {got}; expected 1 to {count - 1}; take fewer")
-    generator = torch.Generator().manual_seed(seed)
-    alarms = 0
-    for repetition in range(repetitions):
-        order = torch.randperm(count, generator=generator)
-        old = {name: values[order[num_new:]] for name, values in held_out.items()}
-        drawn = {name: values[order[:num_new]] for name, values in held_out.items()}
-        alarms += drift_test(old, drawn, 199, seed + 1 + repetition).p_value <= level
-    return alarms / repetitions
+    permutations = permutations_for(level, len(held_out))
+    num_held = count - num_new
+    found: dict[str, list[Tensor]] = {name: [] for name in held_out}
+    for held in _random_parts(count, num_held, repetitions + permutations, seed):
+        for name, values in held_out.items():
+            ordered, order = values.sort()
+            found[name].append(_largest_gaps(held[:, order], num_held, _ends(ordered)))
+    smallest = torch.ones(repetitions, dtype=torch.float64)
+    for gaps in found.values():
+        drawn, others = torch.cat(gaps).split([repetitions, permutations])
+        below = torch.searchsorted(others.sort().values, drawn - 1e-12)
+        smallest = smallest.minimum((1 + permutations - below) / (1 + permutations))
+    return (smallest * len(held_out) <= level).double().mean().item()
 
 
 def _distances(pooled: Tensor, num_held: int, permutations: int, seed: int) -> Tensor:
     """Distances of the two parts as they are, and of R random ones, (1 + R,)."""
     values, order = pooled.sort()
-    ends = torch.cat([values[1:] > values[:-1], torch.ones(1, dtype=torch.bool)])
-    count = len(pooled)
-    generator = torch.Generator().manual_seed(seed)
+    ends = _ends(values)
     found = [_largest_gaps((order < num_held)[None], num_held, ends)]
-    block = max(1, _BLOCK // count)
-    for start in range(0, permutations, block):
-        size = min(block, permutations - start)
-        keys = torch.rand(size, count, generator=generator)
-        held = torch.zeros(size, count, dtype=torch.bool)
-        held.scatter_(1, keys.topk(num_held, 1, sorted=False).indices, True)
+    for held in _random_parts(len(pooled), num_held, permutations, seed):
         found.append(_largest_gaps(held, num_held, ends))
     return torch.cat(found)
+
+
+def _random_parts(count: int, num_held: int, number: int, seed: int) -> Iterator[Tensor]:
+    """Flags of `num_held` of `count` rows, so many times, a block (R, N) at a time."""
+    generator = torch.Generator().manual_seed(seed)
+    block = max(1, _BLOCK // count)
+    for start in range(0, number, block):
+        size = min(block, number - start)
+        keys = torch.rand(size, count, generator=generator)
+        held = torch.zeros(size, count, dtype=torch.bool)
+        yield held.scatter_(1, keys.topk(num_held, 1, sorted=False).indices, True)
+
+
+def _ends(ordered: Tensor) -> Tensor:
+    """Which of the ordered values is the last of its equals, (N,)."""
+    return torch.cat([ordered[1:] > ordered[:-1], torch.ones(1, dtype=torch.bool)])
 
 
 def _largest_gaps(held: Tensor, num_held: int, ends: Tensor) -> Tensor:

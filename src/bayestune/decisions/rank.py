@@ -50,14 +50,8 @@ def rank_rows(
         https://arxiv.org/abs/1708.00489.
     """
     spread = Spread.of(logits)
-    num_rows = logits.shape[1]
-    if acquisition not in get_args(Acquisition):
-        expected = f"one of {get_args(Acquisition)}"
-        raise Refusal(f"got {acquisition!r}; expected {expected}; choose one")
-    if not 1 <= number <= num_rows:
-        raise Refusal(f"got number={number}; expected 1 to {num_rows}; there are so many rows")
-    if acquisition in ("bald", "batch_bald") and len(logits) < 2:
-        raise Refusal(f"got one draw for {acquisition!r}; expected two or more; set --draws 10")
+    draws, num_rows, num_classes = logits.shape
+    check_ranking(number, acquisition, draws, num_rows, num_classes)
     if acquisition == "random":
         return torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed))[:number]
     if acquisition == "batch_bald":
@@ -66,6 +60,25 @@ def rank_rows(
         return _diverse(spread, number, features)
     score = spread.total_entropy() if acquisition == "entropy" else spread.negative_margin()
     return score.argsort(descending=True, stable=True)[:number]
+
+
+def check_ranking(
+    number: int, acquisition: Acquisition, draws: int, num_rows: int, num_classes: int
+) -> None:
+    """Refuses what `rank_rows` cannot do with logits (S, N, C), before they are there."""
+    if acquisition not in get_args(Acquisition):
+        expected = f"one of {get_args(Acquisition)}"
+        raise Refusal(f"got {acquisition!r}; expected {expected}; choose one")
+    if not 1 <= number <= num_rows:
+        raise Refusal(f"got number={number}; expected 1 to {num_rows}; there are so many rows")
+    if acquisition in ("bald", "batch_bald") and draws < 2:
+        raise Refusal(f"got one draw for {acquisition!r}; expected two or more; set --draws 10")
+    most = int(math.log(_MOST_OUTCOMES) / math.log(max(2, num_classes)))
+    if acquisition == "batch_bald" and number > most:
+        raise Refusal(
+            f"got number={number} for 'batch_bald'; expected {most} or fewer with {num_classes} "
+            "options: joint answers are counted exactly; take 'bald'"
+        )
 
 
 def _diverse(spread: Spread, number: int, features: Tensor | None) -> Tensor:
@@ -94,13 +107,7 @@ def _centres(points: Tensor, number: int) -> Tensor:
 
 def _batch_bald(spread: Spread, number: int) -> Tensor:
     """Greedily the row that adds most to H[y_1…y_b] − Σ E_s H[p_s]."""
-    draws, _, num_classes = spread.draws.shape
-    most = int(math.log(_MOST_OUTCOMES) / math.log(max(2, num_classes)))
-    if number > most:
-        raise Refusal(
-            f"got number={number} for 'batch_bald'; expected {most} or fewer with {num_classes} "
-            "options: joint answers are counted exactly; take 'bald'"
-        )
+    draws = len(spread.draws)
     conditional = entr(spread.draws).sum(-1).mean(0)
     joint = torch.ones(draws, 1, dtype=torch.float64)  # P(answers of the batch | draw)
     taken: list[int] = []

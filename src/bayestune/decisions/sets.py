@@ -88,6 +88,35 @@ def option_scores(probabilities: Tensor, kind: SetKind, ties: Tensor | None = No
     return before + share[:, None] * p
 
 
+def check_coverage(coverage: float) -> None:
+    """Refuses a coverage that is no share."""
+    if not 0 < coverage < 1:
+        raise Refusal(f"got coverage={coverage}; expected a share between 0 and 1; 0.9 is common")
+
+
+def check_set_rows(rows: int, coverage: float, share: float = 1.0) -> None:
+    """Refuses a coverage that so many rows can never support: n < (1 − α)/α.
+
+    Args:
+        rows: n, those that sets are fitted on.
+        coverage: 1 − α, in (0, 1).
+        share: of all held-out rows that these are.
+    """
+    check_coverage(coverage)
+    if _place(rows, coverage) <= rows:
+        return
+    needed = math.ceil(coverage / (1 - coverage) - 1e-9)
+    total = math.ceil(needed / share - 1e-9)
+    raise Refusal(
+        f"got {rows} rows for sets of coverage {coverage:g}; expected {needed} or more; give "
+        f"{total} held-out rows in all, or ask for {rows / (rows + 1):.3g} or less"
+    )
+
+
+def _place(rows: int, coverage: float) -> int:
+    return math.ceil((rows + 1) * coverage - 1e-9)
+
+
 def fit_sets(
     probabilities: Tensor,
     labels: Tensor,
@@ -117,16 +146,9 @@ def fit_sets(
         LAC: Sadinle, Lei, Wasserman (2019), https://arxiv.org/abs/1609.00451; APS: Romano, Sesia,
         Candès (2020), https://arxiv.org/abs/2006.02544.
     """
-    if not 0 < coverage < 1:
-        raise Refusal(f"got coverage={coverage}; expected a share between 0 and 1; 0.9 is common")
     rows = len(labels)
-    place = math.ceil((rows + 1) * coverage - 1e-9)
-    if place > rows:
-        needed = math.ceil(coverage / (1 - coverage) - 1e-9)
-        raise Refusal(
-            f"got {rows} rows for sets of coverage {coverage:g}; expected {needed} or more; give "
-            "more rows or ask for less"
-        )
+    check_set_rows(rows, coverage)
+    place = _place(rows, coverage)
     own = option_scores(probabilities, kind, ties).gather(-1, labels[:, None])[:, 0]
     # Sums of probabilities in another order differ in the last bits, and must not lose an option.
     quantile = own.sort().values[place - 1].item() + 1e-12

@@ -23,6 +23,8 @@ def check_draws(logits: Tensor, labels: Tensor | None = None) -> None:
         raise Refusal(f"got logits of shape {shape}; expected (S, N, C); put the draws first")
     if logits.isnan().any() or (logits == -torch.inf).all(-1).any():
         raise Refusal("got logits with NaN or rows of no option; expected numbers; look at the fit")
+    if (logits == torch.inf).any():
+        raise Refusal("got infinite logits; expected numbers; look at the fit, or its precision")
     if labels is None:
         return
     if labels.shape != shape[1:2]:
@@ -86,6 +88,16 @@ def best_temperature(logits: Tensor, labels: Tensor) -> float:
     optimizer.step(closure)  # type: ignore[arg-type]
     bounded = min(max(log_temperature.item(), -5.0), 5.0)  # separable rows have no finite optimum
     return math.exp(bounded)
+
+
+def compared_temperature(logits: Tensor, labels: Tensor) -> float:
+    """The same within the grid, where temperatures were compared.
+
+    Rows that are all right, or all wrong, ask for T = 0 or ∞: probabilities of 0 and 1 that so few
+    rows do not bear out, or all alike.
+    """
+    least, most = LOG_GRID[[0, -1]].exp().tolist()
+    return min(max(best_temperature(logits, labels), least), most)
 
 
 def nll_by_temperature(logits: Tensor, labels: Tensor) -> Tensor:

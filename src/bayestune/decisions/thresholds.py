@@ -224,7 +224,10 @@ def last_kept(
     fewest = rows_needed(promise)
     finite = int(scores.isfinite().sum())
     if finite < fewest:
-        return nothing
+        lost = scores.isfinite().double().dot(losses).item()
+        supported = risk_bound(lost, finite, promise.confidence, whole=whole)
+        needed = rows_for_rate(lost / max(1, finite), promise)
+        return replace(nothing, supported=supported, needed=needed)
     first = min(max(fewest, start or 0), finite)
     sequence = _sequence(scores, losses, first)
     strictest = (sequence.losses[0].item(), int(sequence.rows[0]))

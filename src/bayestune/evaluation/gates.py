@@ -23,7 +23,10 @@ from bayestune.metrics import confusion
 _BAR = re.compile(r"\s*([\w.]+)\s*(<=|>=|<|>)\s*([-+.\deE]+)\s*")
 _METRICS = ("accuracy", "nll", "brier", "ece", "aurc")
 _OF_CLASSES = ("macro_f1",)
-_OF_CALIBRATED = ("acted", "risk")
+_OF_CALIBRATED = ("acted", "risk", "cost")
+_SHARES = {"accuracy", "ece", "aurc", "augrc", "coverage_at_risk_5", "risk_at_coverage_80"}
+_SHARES |= {"confidently_wrong", "macro_f1", *_OF_CALIBRATED}  # from 0 to 1, in tables in %
+_SIGNS = str.maketrans({"≤": "<=", "≥": ">="})
 _OTHERWISE = {"wrong_at_0.8": "wrong_at_80", "wrong_at_0.9": "wrong_at_90"}
 
 
@@ -80,12 +83,13 @@ class Bar:
         >>> Bar.of("wrong_at_0.9<=2")
         Bar(figure='wrong_at_90', sign='<=', bound=2.0)
         """
-        match = _BAR.fullmatch(text)
+        match = _BAR.fullmatch(text.translate(_SIGNS))
         if match is None:
             raise Refusal(f"got {text!r}; expected such as 'nll<=0.7'; give a figure and a bound")
-        name = _OTHERWISE.get(match[1], match[1])
-        known = [*_METRICS, *(field.name for field in fields(Gate))]
-        known += [*_OF_CLASSES, *_OF_CALIBRATED]
+        name = match[1].casefold()
+        name = _OTHERWISE.get(name, name)
+        of_gates = [field.name for field in fields(Gate)]
+        known = list(dict.fromkeys([*_METRICS, *of_gates, *_OF_CLASSES, *_OF_CALIBRATED]))
         if name not in known:
             near = nearest(name, known)
             hint = f"did you mean {near!r}?" if near else "choose one"
@@ -94,6 +98,11 @@ class Bar:
             bound = float(match[3])
         except ValueError:
             raise Refusal(f"got {text!r}; expected a number at the end; correct it") from None
+        if name in _SHARES and bound > 1:
+            expected = "a share from 0 to 1, which tables show in %"
+            raise Refusal(
+                f"got {text!r}; expected {expected}; write {bound / 100:g} for {bound:g} %"
+            )
         return cls(name, match[2], bound)
 
     def of_record(self, record: Mapping[str, Any]) -> float:

@@ -72,9 +72,14 @@ def read_details(folder: str | PathLike[str]) -> dict[str, Any]:
     folder = folder_of(folder)
     path = folder / DETAILS
     if not path.is_file():
-        what = "a plain LoRA adapter" if (folder / CONFIG).is_file() else "no adapter"
+        is_plain = (folder / CONFIG).is_file()
+        what = "a plain LoRA adapter" if is_plain else "no adapter"
+        advice = "look at the path"
+        if is_plain:
+            advice = "run `bayestune calibrate` on it first, which keeps how rows are put to it"
         raise PosteriorError(
-            f"{folder} is not a posterior: got {what} without {DETAILS}, expected a folder of `fit`"
+            f"{folder} is not a posterior: got {what} without {DETAILS}, expected a folder of "
+            f"`fit`; {advice}"
         )
     try:
         details = json.loads(path.read_text(encoding="utf-8"))

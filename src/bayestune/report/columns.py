@@ -135,4 +135,5 @@ GATE = (
     GateColumn("augrc", "AUGRC", 1, 3, -1),
     GateColumn("acted", "acted on %", 100, 1, 0),
     GateColumn("risk", "wrong of these %", 100, 1, 0),
+    GateColumn("cost", "cost of these %", 100, 1, 0),
 )

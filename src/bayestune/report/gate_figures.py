@@ -64,10 +64,11 @@ def promises(calibration: "Calibration") -> str:
     kept = f"{calibration.variant}, temperature {calibration.temperature:.3g}"
     lines = [f"Kept: {kept}; decides by {calibration.score}."]
     first = calibration.threshold
-    if calibration.bands or calibration.classes:
-        for name, found in (calibration.bands or calibration.classes).items():
-            what = "band" if calibration.bands else "choice"
-            lines.append(f"  {what} {name}: {found.sentence()}")
+    lines += [f"  band {name}: {found.sentence()}" for name, found in calibration.bands.items()]
+    classes = calibration.settings.get("classes")
+    for place, found in calibration.classes.items():
+        name = repr(classes[int(place)]) if classes else place
+        lines.append(f"  choice {name}: {found.sentence()}")
     lines.append(f"{calibration.score}: {first.sentence()}.")
     if first.value is not None:
         lines.append(f"The smallest risk that these rows support is {first.supported:.3f}.")

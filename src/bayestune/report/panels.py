@@ -96,7 +96,10 @@ def threshold_of(rows: Sequence[Row]) -> Numbers | None:
     """What a calibration acts on of these rows, with how many errors; None without decisions."""
     if not all("decision" in row for row in rows):
         return None
-    acts = torch.tensor([row["decision"] == "act" for row in rows])
+    promised = rows[0].get("calibration")
+    bands = promised.get("bands") if isinstance(promised, Mapping) else None
+    acting = next(iter(bands or ()), "act")
+    acts = torch.tensor([row["decision"] == acting for row in rows])
     wrong = acts & ~is_right(rows)
     acted = int(acts.sum())
     thresholds = {(row.get("score") or {}).get("threshold") for row in rows}
@@ -104,7 +107,6 @@ def threshold_of(rows: Sequence[Row]) -> Numbers | None:
     found["wrong"] = int(wrong.sum())
     found["risk"] = short(int(wrong.sum()) / acted) if acted else None
     found["value"] = thresholds.pop() if len(thresholds) == 1 else None
-    promised = rows[0].get("calibration")
     if isinstance(promised, Mapping):
         found |= {"promised": promised.get("risk"), "held_with": promised.get("confidence")}
     return found

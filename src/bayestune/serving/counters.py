@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from bayestune.decisions import ROW_SCORES, Calibration, drift_test, score_rows
+from bayestune.decisions import ROW_SCORES, Calibration, as_kept, drift_test, score_rows
 from bayestune.serving.shelf import Shelf
 from bayestune.session import DISTANCE, Gated, Look
 
@@ -34,8 +34,8 @@ class Recent:
         found = score_rows(look.logits, of_logits, self.calibration.temperature)
         found |= {name: look.extra[name] for name in names if name in look.extra}
         with self._lock:
-            for name, values in found.items():
-                self.values.setdefault(name, deque(maxlen=_RECENT)).extend(values.tolist())
+            for name, values in as_kept(found).items():
+                self.values.setdefault(name, deque(maxlen=_RECENT)).extend(values)
             self.seen += look.logits.shape[1]
 
     def drift(self) -> tuple[float, float] | None:

@@ -32,8 +32,10 @@ async def ranked(desk: Desk, served: Served, body: RankBody) -> list[dict[str, A
     """
     count = Draws().count if body.draws is None else body.draws
     asked = body.model_copy(update={"draws": count, "seed": body.seed or 0})
+    desk.gated(served, asked)  # refuses draws that may not be asked for
+    gated = served.plainly(count, asked.seed or 0)
     answers = []
-    for outcome in await desk.answers(served, desk.gated(served, asked), body.rows):
+    for outcome in await desk.answers(served, gated, body.rows):
         if isinstance(outcome, Refusal):
             raise outcome
         assert isinstance(outcome, Answer)

@@ -99,10 +99,13 @@ class Served:
         if asked[0] == 0 and not self.posterior.has_mean:
             got = f"draws=0, which asks for the mean of a {type(self.posterior).__name__}"
             raise Refusal(f"got {got}; expected 1 or more: it has none; ask for draws")
-        return self._with(*asked)
+        return self.plainly(*asked)
 
-    def _with(self, draws: int, seed: int) -> Gated:
-        """One object for each number of draws, so that rows of unlike requests share a pass."""
+    def plainly(self, draws: int, seed: int) -> Gated:
+        """Predicts with the artefact's own draws, whatever its calibration says.
+
+        There is one object for each number of draws, so that rows of unlike requests share a pass.
+        """
         key = (draws, seed)
         if len(self._others) > _MOST_WAYS:
             self._others.clear()

@@ -6,6 +6,7 @@ It is opened by names, or from a posterior's folder with prompt, scoring and pre
 from bayestune.session.artefact import Artefact, Put, load_way, rows_of
 from bayestune.session.as_fitted import (
     classes_of,
+    in_order,
     of_its_classes,
     prompt_of_fit,
     put_as_fitted,
@@ -63,6 +64,7 @@ __all__ = [
     "decide",
     "details_if_any",
     "details_of",
+    "in_order",
     "joined",
     "kept_reference",
     "load_any",

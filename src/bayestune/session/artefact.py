@@ -87,15 +87,26 @@ class Put:
         given = {"answer_is": self.answer_is, "columns": self.columns}
         return replace(usual, options=self.options, **given)
 
-    def check(self, place: Path) -> None:
-        """Refuses to put rows to a posterior otherwise than it was fitted."""
+    def check(self, place: Path, *, calibrated: bool = False) -> None:
+        """Refuses to put rows otherwise than a posterior was fitted, or an adapter calibrated.
+
+        Args:
+            place: the folder.
+            calibrated: whether what it holds has a calibration that is to be applied.
+        """
         defaults = {each.name: each.default for each in fields(self)}
-        own = ("task", "scoring", "max_length", "dtype", "prompt", "chat", "system")
+        own = ["task", "scoring", "max_length", "dtype", "prompt", "chat", "system"]
+        what, when = ("a posterior", "they were in its fit")
+        if calibrated and is_plain(place):
+            own.append("options")
+            what, when = ("a calibrated adapter", "its calibration says")
+        elif is_plain(place):
+            return
         given = [name for name in own if getattr(self, name) != defaults[name]]
-        if given and not is_plain(place):
+        if given:
             raise Refusal(
-                f"got --{given[0]} for a posterior; expected a plain adapter: rows are put to a "
-                "posterior as they were in its fit; leave it out"
+                f"got --{given[0]} for {what}; expected a plain adapter: rows are put to {what} as "
+                f"{when}; leave it out"
             )
 
 

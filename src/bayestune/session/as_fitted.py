@@ -1,7 +1,7 @@
 """Rows are put as those of a fit were: its prompt, its classes; and none that it was trained on."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -109,6 +109,25 @@ def of_its_classes(rows: SortedRows, details: Mapping[str, Any]) -> SortedRows:
     if not kept:
         raise problems[numbers[0]][1]
     return SortedRows(tuple(kept), problems)
+
+
+def in_order(
+    rows: SortedRows, lines: Iterator[dict[str, Any]], start: int = 0
+) -> Iterator[dict[str, Any]]:
+    """The lines of all rows of a file in their order; of one that cannot be read, its `error`.
+
+    Args:
+        rows: of the file.
+        lines: of rows that can be read, without those that stand before `start`.
+        start: how many rows of the file are answered already.
+    """
+    count = len(rows.questions) + len(rows.problems)
+    for number in range(start, count):
+        if number in rows.problems:
+            key, problem = rows.problems[number]
+            yield {"id": key, "error": str(problem)}
+        else:
+            yield next(lines)
 
 
 def classes_of(details: Mapping[str, Any]) -> tuple[str, ...] | None:

@@ -154,7 +154,7 @@ def cascade_of(
         )
     plain = [each for each in ways if each.settings["factor"] == 1] or ways
     drawn = max(plain, key=lambda each: each.settings["draws"])
-    choosing, _ = decisions.parts(held_out, asked)
+    choosing, _ = decisions.parts(held_out, asked, first.logits.shape[-1])
     quick = first.logits[0].double().softmax(-1)
     wrong = (quick.argmax(-1) != held_out.labels)[choosing]
     doubt = (1 - quick.amax(-1))[choosing]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bayestune import decisions
-from bayestune.data import Question
+from bayestune.data import Question, SortedRows, sort_rows
 from bayestune.decisions import Calibration
 from bayestune.evaluation import (
     Evaluated,
@@ -24,7 +24,8 @@ from bayestune.evaluation import (
 from bayestune.forward import Draws
 from bayestune.posteriors import Prediction, artefact_folder, is_hub_id, posterior_digest
 from bayestune.session.artefact import Artefact, Rows, content_of, rows_of, unsure_options
-from bayestune.session.fit import Fit
+from bayestune.session.as_fitted import in_order, of_its_classes, usual_reading
+from bayestune.session.fit import Fit, details_of
 from bayestune.session.looks import DISTANCE, Look, Looking, kept_reference
 from bayestune.session.prediction_ways import Way
 from bayestune.session.session import Session
@@ -122,7 +123,36 @@ class Gated:
         count = 0 if count == 1 and self.fit.posterior.atoms else count
         found = Evaluated(count, self._prediction(look.logits), seconds, count)
         result = make_result(self._facts(count), rows, found, options)
-        return _with_decisions(result, self.decided(rows, look))
+        return self._with_decisions(result, self.decided(rows, look))
+
+    def _with_decisions(self, result: Result, decided: Sequence[Mapping[str, Any]]) -> Result:
+        """A result whose rows say what is done with them, and whose figures how that went."""
+        calibration = self.calibration
+        assert calibration is not None
+        rows = [{**row, **own} for row, own in zip(result.rows, decided, strict=True)]
+        acted = [row for row in rows if row["decision"] == calibration.acting]
+        count = max(1, len(acted))
+        wrong = sum(row["choice"] != row["answer"] for row in acted)
+        figures = {"acted": len(acted) / len(rows), "risk": wrong / count}
+        if calibration.costs is not None:
+            figures["cost"] = sum(map(self._cost, acted)) / count
+        gate = result.record["gate"] | figures
+        applied = calibration.applied()
+        return Result(result.record | {"gate": gate, "calibration": applied}, rows)
+
+    def _cost(self, row: Mapping[str, Any]) -> float:
+        """What acting on a row cost, as a share of the greatest cost, by the classes' names.
+
+        An option that is none of the classes costs as much as the worst error.
+        """
+        assert self.calibration is not None
+        costs = self.calibration.costs
+        assert costs is not None
+        names = list(self.calibration.settings.get("classes") or row["options"])
+        right, chosen = (row["options"][row[name]] for name in ("answer", "choice"))
+        if right not in names or chosen not in names:
+            return float(right != chosen)
+        return costs[names.index(right)][names.index(chosen)] / max(map(max, costs))
 
     def _facts(self, count: int) -> dict[str, Any]:
         label = label_of(self.fit.label, count, self.fit.posterior)
@@ -136,22 +166,6 @@ class Gated:
         temperature = self.calibration.temperature if self.calibration else 1.0
         exact = self.fit.posterior.atoms is not None
         return Prediction.of(logits.double() / temperature, exact=exact)
-
-
-def _with_decisions(result: Result, decided: Sequence[Mapping[str, Any]]) -> Result:
-    """A result whose rows say what is done with them, and whose figures say how that went."""
-    rows = []
-    acted = []
-    for row, decision in zip(result.rows, decided, strict=True):
-        rows.append({**row, **decision})
-        if decision["decision"] == "act":
-            acted.append(row["choice"] == row["answer"])
-    figures = {"acted": len(acted) / len(rows), "risk": 1 - sum(acted) / max(1, len(acted))}
-    if not acted:
-        figures["risk"] = 0.0
-    gate = result.record["gate"] | figures
-    applied = decided[0]["calibration"]
-    return Result(result.record | {"gate": gate, "calibration": applied}, rows)
 
 
 def decide(
@@ -173,14 +187,22 @@ def decide(
 
     Returns:
         One object a row: probabilities, choice, entropies, and with a calibration `decision`,
-        `score` (its name, value and threshold) and `set`; an `error` where a row cannot be put.
+        `score` (its name, value and threshold) and `set`; an `error` where a row cannot be put, or
+        a row of a file not be read.
 
     Raises:
         Refusal: if the artefact has changed since it was calibrated.
     """
     calibration = read_calibration(folder) if calibrated else None
-    asked = rows_of(rows, folder, labelled=False)
+    of_file = _sorted(Path(rows), folder) if isinstance(rows, str | Path) else None
+    asked = rows_of(rows if of_file is None else of_file.questions, folder, labelled=False)
     way = Way.of(calibration.settings) if calibration else None
     opened = Artefact.open(folder, asked, None, model, way)
     session = replace(opened.session, progress=progress)
-    return list(Gated(session, opened.fit, way or Way(), calibration).answers(opened.rows))
+    lines = Gated(session, opened.fit, way or Way(), calibration).answers(opened.rows)
+    return list(lines if of_file is None else in_order(of_file, lines))
+
+
+def _sorted(file: Path, folder: Path | str) -> SortedRows:
+    details = details_of(artefact_folder(folder))
+    return of_its_classes(sort_rows(file, usual_reading(details)), details)

@@ -28,7 +28,8 @@ from bayestune.session.fit import details_of
 from bayestune.session.looks import prompt_lengths
 from bayestune.session.plain_adapter import is_plain
 
-_DIGITS = 8  # of the held-out scores that are kept
+_UNLIKE = "promises about classes, or costs of errors, for rows of unlike options"
+_LEAVE_OUT = "leave --per_class and --costs out"
 
 
 def calibrate(
@@ -72,8 +73,10 @@ def calibrate(
     trained = _trained_on(place, put)
     _refuse_seen(given, trained, [place, *([compared.student] if compared.student else [])])
     _refuse_unlike(given, asked)
-    decisions.parts(_held_out(given, put), asked)  # too few rows are refused before any pass
+    classes = max(len(row.options) for row in given)
+    decisions.parts(_held_out(given, put), asked, classes)  # too few are refused before any pass
     artefact = Artefact.open(place, given, put, model)
+    asked = _in_class_order(asked, given, artefact.rows)
     given = artefact.rows  # as they are put
     check_lengths(artefact.session.loaded.model, given, artefact.session.scorer.encode(given))
     encoded = artefact.session.quietly().scorer.encode(given)
@@ -85,7 +88,7 @@ def calibrate(
     found = decisions.calibrate(variants, held_out, asked, digest, artefact.fit.label)
     kept = variants[found.variant]
     settings: dict[str, Any] = {**found.settings, "unsure": put.unsure}
-    if asked.per_class:
+    if asked.per_class or asked.costs is not None:
         settings["classes"] = given[0].options
     if is_plain(place):
         settings["adapter"] = artefact.fit.details
@@ -102,7 +105,8 @@ def _held_out(rows: Sequence[Question], put: Put) -> HeldOut:
         got = f"no row with the option {put.unsure!r}"
         raise Refusal(f"got {got}; expected some; look at its spelling, or leave --unsure out")
     unsure_of = None if places is None else torch.tensor(places)
-    return HeldOut(labels, [content_of(row) for row in rows], unsure_of)
+    same = [row.fingerprint for row in rows]  # whatever the order of their options
+    return HeldOut(labels, [content_of(row) for row in rows], unsure_of, same=same)
 
 
 def _trained_on(place: Path, put: Put) -> tuple[Question, ...]:
@@ -145,11 +149,29 @@ def _refuse_seen(
 
 def _refuse_unlike(rows: Sequence[Question], asked: Asked) -> None:
     """Refuses promises about classes where the rows' options are not classes."""
-    if (asked.per_class or asked.costs is not None) and len({row.options for row in rows}) > 1:
-        raise Refusal(
-            "got promises about classes, or costs of errors, for rows of unlike options; expected "
-            "the same options in the same order in every row; leave --per_class and --costs out"
-        )
+    about_classes = asked.per_class or asked.costs is not None
+    if about_classes and len({tuple(sorted(row.options)) for row in rows}) > 1:
+        raise Refusal(f"got {_UNLIKE}; expected the same options in every row; {_LEAVE_OUT}")
+
+
+def _in_class_order(asked: Asked, given: Sequence[Question], put: Sequence[Question]) -> Asked:
+    """What is asked, its costs in the order of the options as they are put.
+
+    Costs are in the order that the file's rows have; under a head these are put in its order.
+
+    Raises:
+        Refusal: if rows have no one order where promises are about classes.
+    """
+    if not asked.per_class and asked.costs is None:
+        return asked
+    orders = {row.options for row in (put if asked.costs is None else given)}
+    if len(orders) > 1:
+        expected = "the same options in the same order in every row"
+        raise Refusal(f"got {_UNLIKE}; expected {expected}; {_LEAVE_OUT}")
+    if asked.costs is None:
+        return asked
+    places = [given[0].options.index(option) for option in put[0].options]
+    return replace(asked, costs=asked.costs[places][:, places])
 
 
 def _scores(
@@ -157,8 +179,5 @@ def _scores(
 ) -> dict[str, list[float]]:
     """What new rows are compared with: every score of the variant that varies, and the others."""
     found = score_rows(logits, temperature=temperature) | dict(extra)
-    kept = {}
-    for name, values in found.items():
-        if values.max() > values.min():
-            kept[name] = [round(value, _DIGITS) for value in values.tolist()]
-    return kept
+    varies = {name: values for name, values in found.items() if values.max() > values.min()}
+    return decisions.as_kept(varies)
