@@ -28,6 +28,7 @@ from bayestune.decisions import (
 from bayestune.errors import INNER_PART, Refusal
 from bayestune.jsonl import write_json_lines
 from bayestune.posteriors import artefact_folder
+from bayestune.runtime import is_first_process
 from bayestune.report import promises, render, variant_table
 from bayestune.session import (
     DISTANCE,
@@ -76,7 +77,7 @@ def rank(o: Namespace) -> None:
     rows = artefact.rows
     bf16 = artefact.fit.bf16 if o.bf16 is None else o.bf16
     way = Way(o.draws, o.draw_seed, bf16)
-    look = artefact.looking(way, own_reference(calibration)).over(rows)
+    look = artefact.looking(way, own_reference(calibration)).over(rows, shared=True)
     by = o.by or ("bald" if len(look.logits) > 1 else "entropy")
     number = len(rows) if o.number is None else o.number
     near = _places(artefact, way) if by == "bald" else None
@@ -88,14 +89,15 @@ def rank(o: Namespace) -> None:
         line = {"rank": place, "id": row.id, "question": row.question, "by": by}
         line |= {"options": list(row.options), "context": row.context}
         lines.append(line | {name: values[index].item() for name, values in scores.items()})
-    _write(lines, output)
+    if is_first_process():
+        _write(lines, output)
 
 
 def _places(artefact: Artefact, way: Way) -> Tensor | None:
     """Where the rows lie in the adapter's activations; None if all are alike or it has no mean."""
     if not artefact.fit.posterior.has_mean or len(artefact.rows) < 2:
         return None
-    return spread_out(artefact.looking(way).activations(artefact.rows))
+    return spread_out(artefact.looking(way).activations(artefact.rows, shared=True))
 
 
 def drift(o: Namespace) -> int:
@@ -166,8 +168,8 @@ def _say(told: Mapping[str, Any]) -> None:
 def new_file(o: Namespace) -> Path | None:
     """The output file; refused before any work if it is there or cannot be written."""
     path: Path | None = o.output
-    if path is None:
-        return None
+    if path is None or not is_first_process():
+        return path
     refuse_input(path, o)
     if path.exists() and not o.overwrite:
         advice = "choose another --output, or give --overwrite"
