@@ -196,7 +196,7 @@ def in_first_process(write: Callable[[], object]) -> None:
 
 
 class Sharding(NamedTuple):
-    """What a launcher shards a training with: its name, and whether the model itself is in parts."""
+    """What a launcher shards a training with, and whether the model itself is in parts."""
 
     name: str
     of_model: bool

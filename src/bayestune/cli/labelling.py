@@ -28,8 +28,8 @@ from bayestune.decisions import (
 from bayestune.errors import INNER_PART, Refusal
 from bayestune.jsonl import write_json_lines
 from bayestune.posteriors import artefact_folder
-from bayestune.runtime import is_first_process
 from bayestune.report import promises, render, variant_table
+from bayestune.runtime import is_first_process
 from bayestune.session import (
     DISTANCE,
     PROMPT_LENGTH,

@@ -17,7 +17,7 @@ from bayestune.errors import COUNT, POSITIVE, Refusal, check_fields
 from bayestune.methods.asking import Asking
 from bayestune.methods.blob import BLoB
 from bayestune.methods.method import Method
-from bayestune.methods.workplace import workplace
+from bayestune.methods.workplace import refuse_parts_of, workplace
 from bayestune.posteriors import (
     DETAILS,
     FitReport,
@@ -77,6 +77,7 @@ class Distilled:
 
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Point:
         """Fits the base, asks it about the rows, and trains the student on what it says."""
+        refuse_parts_of("Distilled")
         with workplace(training) as place:
             taught = place / "taught"
             if not of_first_process(training.resume and (taught / _TAUGHT).is_file()):

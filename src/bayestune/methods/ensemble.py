@@ -10,7 +10,7 @@ from bayestune.adapters import detach
 from bayestune.errors import COUNT, Refusal, check_fields
 from bayestune.methods.method import Method
 from bayestune.methods.mle import MLE
-from bayestune.methods.workplace import workplace
+from bayestune.methods.workplace import refuse_parts_of, workplace
 from bayestune.posteriors import (
     DETAILS,
     FitReport,
@@ -53,6 +53,7 @@ class Ensemble:
 
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Mixture:
         """Fits the members one by one; with `training.resume` those that are finished are kept."""
+        refuse_parts_of("Ensemble")
         with workplace(training) as place:
             folders = [place / f"member-{k}" for k in range(self.size)]
             for k, folder in enumerate(folders):

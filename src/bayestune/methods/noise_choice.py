@@ -19,6 +19,7 @@ from bayestune.errors import Refusal
 from bayestune.forward import Draws
 from bayestune.methods.held_out import held_out_logits
 from bayestune.methods.method import Method
+from bayestune.methods.workplace import refuse_parts_of
 from bayestune.runtime import is_first_process, of_first_process
 from bayestune.scoring import Scorer
 from bayestune.training import Training
@@ -168,6 +169,7 @@ def choose_noise(
     Raises:
         Refusal: if there are too few training rows to leave some out.
     """
+    refuse_parts_of('final_std="auto"')
     contents = {row.fingerprint for row in scorer.task.train}
     if len(contents) < FOLDS * _FEWEST:
         raise Refusal(

@@ -12,8 +12,8 @@ from bayestune.methods.held_out import head_slots, held_out_rows
 from bayestune.methods.laplace import Laplace
 from bayestune.methods.temperature import PosteriorScale, Temperature
 from bayestune.methods.tfb import TFB
+from bayestune.methods.workplace import refuse_parts_of
 from bayestune.posteriors import Gaussian, Mixture, Point
-from bayestune.runtime import sharding
 from bayestune.scoring import Scorer
 
 # they train again on their base model, or ask about rows, once a training has ended
@@ -60,16 +60,8 @@ def check_launch(method: Any) -> None:
     Args:
         method: whatever it builds on is checked too.
     """
-    how = sharding()
-    if how is None or not how.of_model:
-        return
-    name = type(method).__name__
     if isinstance(method, _GOES_ON) or getattr(method, "final_std", None) == "auto":
-        raise Refusal(
-            f"{name} goes on after a training: got it under {how.name}, which leaves a part of the "
-            "base in each process, expected the whole base; start it with DDP (--multi_gpu) or in "
-            "one process"
-        )
+        refuse_parts_of(type(method).__name__)
     inner = getattr(method, "method", None)  # of a method that changes its training
     if hasattr(inner, "fit"):
         check_launch(inner)

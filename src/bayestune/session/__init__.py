@@ -29,7 +29,6 @@ from bayestune.session.looks import (
     own_reference,
     prompt_lengths,
     windows,
-    windows,
 )
 from bayestune.session.opened_model import Dtype, num_classes, open_model
 from bayestune.session.plain_adapter import details_if_any, is_plain, named_base
@@ -83,6 +82,5 @@ __all__ = [
     "say_seen",
     "shown",
     "usual_reading",
-    "windows",
     "windows",
 ]
