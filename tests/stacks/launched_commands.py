@@ -1,11 +1,12 @@
 """Some bayestune commands under any launcher, one after the other: STACK COMMANDS (JSON each).
 
-Each process writes `exit-N.json`, the codes they ended with, where the stack says.
+Beside the program's own there is `cut FOLDER`: a fit's folder as a kill after step 3 leaves it.
 """
 
 import faulthandler
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -21,21 +22,31 @@ if STACK.get("sharded"):
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config  # noqa: E402
 
 from bayestune.cli import main  # noqa: E402
+from bayestune.runtime import in_first_process  # noqa: E402
+
+
+def cut(folder):
+    for path in folder.iterdir():
+        if path.suffix == ".safetensors" or path.name == "posterior.json":
+            path.unlink()
+    shutil.rmtree(folder / "checkpoints/checkpoint-6")
 
 
 def run(command):
-    """The code that a command ends with, as if it were alone in its process."""
+    """Runs a command as if it were alone in its process."""
+    if command[0] == "cut":
+        in_first_process(lambda: cut(Path(command[1])))
+        return
     code = main(command)
     unset_hf_deepspeed_config()
-    return code
+    if code:
+        sys.exit(code)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     # processes that wait for each other say where
-    faulthandler.dump_traceback_later(float(os.environ.get("PATIENCE", "200")), exit=True)
+    faulthandler.dump_traceback_later(float(os.environ.get("PATIENCE", "300")), exit=True)
     with noise(STACK.get("noise")):
-        codes = [run(command) for command in json.loads(sys.argv[2])]
-    if "codes" in STACK:
-        rank = os.environ.get("RANK", "0")
-        Path(STACK["codes"], f"exit-{rank}.json").write_text(json.dumps(codes), encoding="utf-8")
+        for command in json.loads(sys.argv[2]):
+            run(command)
