@@ -24,6 +24,8 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config  # noq
 from bayestune.cli import main  # noqa: E402
 from bayestune.runtime import in_first_process  # noqa: E402
 
+FITTING = ("fit", "compare", "distil")
+
 
 def cut(folder):
     for path in folder.iterdir():
@@ -33,11 +35,12 @@ def cut(folder):
 
 
 def run(command):
-    """Runs a command as if it were alone in its process."""
+    """Runs a command as if it were alone in its process; in fits all rows see one draw."""
     if command[0] == "cut":
         in_first_process(lambda: cut(Path(command[1])))
         return
-    code = main(command)
+    with noise("fixed" if command[0] in FITTING else None):
+        code = main(command)
     unset_hf_deepspeed_config()
     if code:
         sys.exit(code)
@@ -47,6 +50,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     # processes that wait for each other say where
     faulthandler.dump_traceback_later(float(os.environ.get("PATIENCE", "300")), exit=True)
-    with noise(STACK.get("noise")):
-        for command in json.loads(sys.argv[2]):
-            run(command)
+    for command in json.loads(sys.argv[2]):
+        run(command)

@@ -45,8 +45,8 @@ def noise(kind):
     def ones(*shape, dtype=None, device=None, **_):
         return torch.ones(*shape, dtype=dtype, device=device)
 
-    def no_bits(low, high, shape, dtype=None, device=None, **_):
-        return torch.zeros(shape, dtype=dtype, device=device)
+    def no_bits(*bounds_and_shape, dtype=torch.long, device=None, **_):
+        return torch.zeros(bounds_and_shape[-1], dtype=dtype, device=device)
 
     with mock.patch("torch.randn", ones), mock.patch("torch.randint", no_bits):
         yield
