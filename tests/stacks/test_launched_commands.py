@@ -71,6 +71,9 @@ def questions(place, stack):
         held_out = f"--evaluation_data={place / 'test.jsonl'}"
         how = ["--draws=[0,3]", "--prediction_batch=2", f"--output={out / f'evaluate-{name}'}"]
         yield ["evaluate", folder, held_out, *how]
+    # under FSDP a base without its head's weights would be whole in the first process alone
+    two = [str(place / "alone/head"), f"--rows={place / 'two.jsonl'}"]
+    yield ["predict", *two, f"--output={out / 'predict-head.jsonl'}"]
     pool = f"--rows={place / 'pool.jsonl'}"
     yield ["rank", folder, pool, "--draws=3", f"--output={out / 'rank.jsonl'}"]
 
@@ -117,7 +120,12 @@ def place(tmp_path_factory):
     write_rows(place / "pool.jsonl", rows)
     write_rows(place / "held_out.jsonl", rows[:60])
     write_rows(place / "many.jsonl", [*rows[:40], {"question": ""}, *rows[41:]])
-    done = launched(place, "", [fit(place, "alone", name) for name in FITS])
+    two = [{**row, "options": ["yes", "no"], "answer": n % 2} for n, row in enumerate(rows)]
+    write_rows(place / "two.jsonl", two)
+    head = {"data": place / "two.jsonl", "scoring": "head", "method": "mle"}
+    fits = [fit(place, "alone", name) for name in FITS]
+    fits.append(fitting(place, "fit", "alone/head", **TRAINING, **head))
+    done = launched(place, "", fits)
     assert done.returncode == 0, done.stderr[-4000:]
     shutil.copytree(place / "alone/blob", place / "alone/calibrated")
     held_out = f"--rows={place / 'held_out.jsonl'}"
@@ -158,7 +166,12 @@ def test_two_processes_fit_and_answer_as_one(stack, place):
         two = probabilities(predicted(place, "--draws=3", posterior=f"{stack}/{name}"))
         one = probabilities(predicted(place, "--draws=3", posterior=f"alone/{name}"))
         assert_close(two, one, rtol=1e-3, atol=1e-4)
-    for file in ("predict-blob.jsonl", "predict-calibrated.jsonl", "rank.jsonl"):
+    for file in (
+        "predict-blob.jsonl",
+        "predict-calibrated.jsonl",
+        "predict-head.jsonl",
+        "rank.jsonl",
+    ):
         same(*(read_rows(place / folder / file) for folder in (stack, "alone")))
     answers = read_rows(place / stack / "predict-blob.jsonl")
     assert ["error" in line for line in answers] == [n == 40 for n in range(70)]

@@ -59,6 +59,7 @@ def run_guarded(given: Sequence[str]) -> int:
             refuse_processes(command)
             if num_processes() > 1:
                 connect_processes()  # before a model is put on an accelerator
+                _load_whole(command)
             _set_up_output(options)
             fetch(command, options)
             run, _ = COMMANDS[command]
@@ -88,6 +89,12 @@ def refuse_processes(command: str) -> None:
             f"{command!r} needs the whole base model beside a training: got it under {how.name}, "
             "expected DDP (--multi_gpu) or one process; start it so"
         )
+
+
+def _load_whole(command: str) -> None:
+    """Has each process load the base's weights where no training broadcasts the first one's."""
+    if command != "fit":
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 
 
 def _set_up_output(options: Any) -> None:
