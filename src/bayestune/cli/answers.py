@@ -130,8 +130,8 @@ class LineWriter:
 
     def __init__(self, place: Path | None) -> None:
         self._writes = is_first_process()
-        to_stdout = place is None or not self._writes
-        self._file = sys.stdout if to_stdout else place.open("ab")
+        here = place if self._writes else None
+        self._file = sys.stdout if here is None else here.open("ab")
 
     def __enter__(self) -> Self:
         return self
