@@ -119,3 +119,47 @@ def test_the_revision_is_our_own_checkouts_and_not_one_we_are_installed_in(monke
     monkeypatch.setattr(runtime, "__file__", str(inside))
     inside.parent.mkdir(parents=True)
     assert runtime.revision() is None
+
+
+@pytest.mark.parametrize(
+    ("environment", "name", "of_model"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP 1", True),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "FSDP 2", True),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "ZeRO-2", False),
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+            "ZeRO-3",
+            True,
+        ),
+    ],
+)
+def test_what_shards_a_training_is_read_from_the_launcher(environment, name, of_model, monkeypatch):
+    assert runtime.sharding() is None
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    assert runtime.sharding() == (name, of_model)
+
+
+def test_the_stage_in_deepspeeds_own_file_is_the_one(monkeypatch, tmp_path):
+    file = tmp_path / "zero3.json"
+    file.write_text('{"zero_optimization": {"stage": 3}}', encoding="utf-8")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
+    assert runtime.sharding() == ("ZeRO-3", True)
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_work_that_is_shared_comes_back_in_order(count, monkeypatch):
+    items = list(range(count))
+    shares = [[item**2 for item in items[rank::3]] for rank in range(3)]
+
+    def gather(own):
+        assert own == shares[1]
+        return shares
+
+    monkeypatch.setattr(runtime, "num_processes", lambda: 3)
+    monkeypatch.setattr(runtime, "process_index", lambda: 1)
+    monkeypatch.setattr(runtime, "of_all_processes", gather)
+    assert runtime.shared_work(items, lambda item: item**2) == [item**2 for item in items]

@@ -1,17 +1,19 @@
 """The process: its memory, the versions and the revision that run, and others of the same run."""
 
 import ctypes
+import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from transformers.utils import logging as transformers_logging
 
@@ -20,6 +22,7 @@ try:
 except ImportError:  # Windows has none
     resource = None  # type: ignore[assignment]
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 # M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD of glibc's malloc.h
@@ -171,6 +174,51 @@ def of_all_processes(value: T) -> list[T]:
     found: list[Any] = [None] * num_processes()
     torch.distributed.all_gather_object(found, value)
     return found
+
+
+def of_first_process(value: T) -> T:
+    """What the first process gives, in all of them; called by all."""
+    return of_all_processes(value)[0]
+
+
+def shared_work(items: Sequence[S], work: Callable[[S], T]) -> list[T]:
+    """`work(item)` of each item in order: processes take every so manieth, and all get all."""
+    own = [work(item) for item in items[process_index() :: num_processes()]]
+    parts = of_all_processes(own)
+    return [parts[index % len(parts)][index // len(parts)] for index in range(len(items))]
+
+
+def in_first_process(write: Callable[[], object]) -> None:
+    """Has the first process write what all have; the others wait until it stands there."""
+    if is_first_process():
+        write()
+    wait_for_processes()
+
+
+class Sharding(NamedTuple):
+    """What a launcher shards a training with, and whether the model itself is in parts."""
+
+    name: str
+    of_model: bool
+
+
+def sharding() -> Sharding | None:
+    """What accelerate's launcher says; None where each process has a whole model, as under DDP."""
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return Sharding(f"FSDP {os.environ.get('FSDP_VERSION', '1')}", True)
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        stage = _zero_stage()
+        return Sharding(f"ZeRO-{stage}", stage == 3)
+    return None
+
+
+def _zero_stage() -> int:
+    """The stage in DeepSpeed's own file where there is one, else in accelerate's options."""
+    path = Path(os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none"))
+    if path.is_file():
+        told = json.loads(path.read_text(encoding="utf-8"))
+        return int(told.get("zero_optimization", {}).get("stage", 0))
+    return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
 
 
 def connect_processes() -> PartialState:

@@ -42,11 +42,18 @@ def noise(kind):
         yield
         return
 
-    def ones(*shape, dtype=None, device=None, **_):
+    randn = torch.randn
+    randint = torch.randint
+
+    def ones(*shape, generator=None, dtype=None, device=None, **more):
+        if generator is not None:  # held draws
+            return randn(*shape, generator=generator, dtype=dtype, device=device, **more)
         return torch.ones(*shape, dtype=dtype, device=device)
 
-    def no_bits(low, high, shape, dtype=None, device=None, **_):
-        return torch.zeros(shape, dtype=dtype, device=device)
+    def no_bits(*given, generator=None, dtype=torch.long, device=None, **more):
+        if generator is not None:  # a bootstrap
+            return randint(*given, generator=generator, dtype=dtype, device=device, **more)
+        return torch.zeros(given[-1], dtype=dtype, device=device)
 
     with mock.patch("torch.randn", ones), mock.patch("torch.randint", no_bits):
         yield

@@ -105,15 +105,14 @@ def test_a_bare_script_is_launched(place):
     assert load_posterior(tiny_llama(), output).draw(0)
 
 
-@pytest.mark.parametrize(
-    ("command", "options", "said"),
-    [
-        ("fit", {"batch_size": 3}, "batch_size 3, expected a multiple of 2"),
-        ("compare", {}, "several processes can share fit and evaluate alone: got 2 for 'compare'"),
-    ],
-)
-def test_what_two_processes_cannot_share_is_refused(command, options, said, place):
-    done = launched(2, fitting(place, command, "refused", **{**FIT, **options}))
+def test_a_batch_that_two_processes_cannot_share_is_refused(place):
+    done = launched(2, fitting(place, "fit", "refused", **{**FIT, "batch_size": 3}))
     assert done.returncode
-    assert said in done.stderr
+    assert "batch_size 3, expected a multiple of 2" in done.stderr
     assert not (place / "refused" / "posterior.json").exists()
+
+
+def test_a_command_that_two_processes_cannot_share_is_refused(place):
+    done = launched(2, ["calibrate", place / "blob", f"--rows={place / 'test.jsonl'}"])
+    assert done.returncode
+    assert "alone: got 2 for 'calibrate', expected one; start it without" in done.stderr

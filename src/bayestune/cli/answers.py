@@ -14,6 +14,7 @@ from bayestune.cli.output_folder import check_writable, inputs_of, refuse_both
 from bayestune.cli.run_settings import check_same, settings_file, write_settings
 from bayestune.errors import Refusal
 from bayestune.jsonl import JsonRow, json_line, whole_lines
+from bayestune.runtime import is_first_process, of_first_process
 
 STANDARD_INPUT = Path("-")
 
@@ -35,6 +36,8 @@ class Answers:
         path = options.output
         refuse_both(options.resume, options.overwrite)
         answers = cls(path, options.resume)
+        if not is_first_process():  # the first one looks, before it writes
+            return answers
         if path is None:
             if options.resume:
                 raise Refusal("--resume goes on with a file: got none, expected --output")
@@ -56,9 +59,15 @@ class Answers:
     def begin(self, rows: Sequence[JsonRow], settings: dict[str, Any]) -> tuple[Path | None, int]:
         """The file to write to, None for standard output, and how many rows it has already.
 
+        Called by all processes, of which the first one writes.
+
         Raises:
             Refusal: with `--resume`, if the lines there are of other rows or settings.
         """
+        begun = self._begun(rows, settings) if is_first_process() else (None, 0)
+        return of_first_process(begun)
+
+    def _begun(self, rows: Sequence[JsonRow], settings: dict[str, Any]) -> tuple[Path | None, int]:
         path = self.path
         if path is None or (path.exists() and not path.is_file()):  # a device or a pipe
             return path, 0
@@ -85,6 +94,8 @@ class Answers:
 
     def finish(self, place: Path | None) -> None:
         """Puts a new file in the place of the old one."""
+        if not is_first_process():
+            return
         if place is not None and self.path is not None and place == self.replaces:
             settings_file(place).replace(settings_file(self.path))
             place.replace(self.path)
@@ -115,10 +126,12 @@ def refuse_input(path: Path, options: Namespace) -> None:
 
 
 class LineWriter:
-    """Writes rows as JSON lines, each flushed at once."""
+    """Writes rows as JSON lines, each flushed at once; in the first process alone."""
 
     def __init__(self, place: Path | None) -> None:
-        self._file = sys.stdout if place is None else place.open("ab")
+        self._writes = is_first_process()
+        here = place if self._writes else None
+        self._file = sys.stdout if here is None else here.open("ab")
 
     def __enter__(self) -> Self:
         return self
@@ -129,12 +142,22 @@ class LineWriter:
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Writes a row; what is written is whole lines, whatever ends the process afterwards."""
+        if not self._writes:
+            return
         line = json_line(row)
         if self._file is sys.stdout:
             sys.stdout.write(line)
         else:
             self._file.write(line.encode("utf-8", "backslashreplace"))  # type: ignore[arg-type]
         self._file.flush()
+
+
+def _read_once(path: Path) -> bytes:
+    if path != STANDARD_INPUT:
+        with path.open("rb") as pipe:
+            return pipe.read()
+    text = getattr(sys.stdin, "buffer", sys.stdin).read()
+    return text.encode() if isinstance(text, str) else text
 
 
 @contextmanager
@@ -144,12 +167,7 @@ def readable(path: Path) -> Iterator[Path]:
         yield path
         return
     with tempfile.TemporaryDirectory() as scratch:
-        if path == STANDARD_INPUT:
-            text = getattr(sys.stdin, "buffer", sys.stdin).read()
-            text = text.encode() if isinstance(text, str) else text
-        else:
-            with path.open("rb") as pipe:
-                text = pipe.read()
+        text = of_first_process(_read_once(path) if is_first_process() else b"")
         is_json = text.lstrip(b"\xef\xbb\xbf \t\r\n").startswith((b"{", b"["))
         copy = Path(scratch, "input.jsonl" if is_json else "input.csv")
         copy.write_bytes(text)

@@ -1,7 +1,7 @@
 """A calibration in `predict` and `evaluate`: which one applies, and what it makes of the rows."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from bayestune.decisions import Calibration
 from bayestune.evaluation import Bar, EvaluationOptions, Result
 from bayestune.forward import Draws
 from bayestune.posteriors import artefact_folder
-from bayestune.session import Fit, Gated, Session, Way, load_way, read_calibration
+from bayestune.runtime import num_processes, shared_work
+from bayestune.session import Fit, Gated, Session, Way, load_way, read_calibration, windows
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,20 @@ def answered(gated: Gated, rows: Sequence[Question], o: Namespace) -> Iterator[d
         return gated.answers(rows)
     draws = Draws(gated.way.draws, gated.way.draw_seed, shared_prefix=o.shared_prefix)
     return gated.undecided(rows, draws, decided=o.decided)
+
+
+def in_shares(
+    rows: Sequence[Question], tell: Callable[[Sequence[Question]], Iterable[dict[str, Any]]]
+) -> Iterator[dict[str, Any]]:
+    """The lines that `tell` makes of rows, in order: processes take a window each, all get all.
+
+    The windows are those of one process, so the lines are, too.
+    """
+    parts = windows(rows)
+    for start in range(0, len(parts), num_processes()):
+        some = parts[start : start + num_processes()]
+        for lines in shared_work(some, lambda part: list(tell(part))):
+            yield from lines
 
 
 def calibrated_result(

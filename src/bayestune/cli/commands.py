@@ -12,7 +12,7 @@ from tqdm import tqdm
 from bayestune.adapters import detach
 from bayestune.bench import PLAN, Grid, collect, run_bench
 from bayestune.cli.answers import Answers, LineWriter, readable
-from bayestune.cli.applying import answered, calibrated_result, chosen_way, passed
+from bayestune.cli.applying import answered, calibrated_result, chosen_way, in_shares, passed
 from bayestune.cli.options import built, chosen_methods
 from bayestune.cli.output_folder import OutputFolder, check_writable
 from bayestune.cli.reporting import origin_of
@@ -21,7 +21,7 @@ from bayestune.cli.sieve import told
 from bayestune.data import Part, Reading, Task, own_task, prompt_of, read_rows, sort_rows
 from bayestune.errors import Refusal
 from bayestune.evaluation import RECORDS, Bar, EvaluationOptions, append_results, read_records
-from bayestune.methods import MLE, TFB, Method
+from bayestune.methods import MLE, TFB, Method, check_launch
 from bayestune.posteriors import (
     DETAILS,
     artefact_folder,
@@ -75,6 +75,7 @@ def fit(o: Namespace) -> None:
     """Fits one method and saves its posterior."""
     output = OutputFolder.of(o)
     methods = chosen_methods([o.method], o)
+    check_launch(methods[o.method])
     options = built(TaskOptions, o)
     training = built(Training, o, output=None)
     task = options.load()
@@ -82,7 +83,8 @@ def fit(o: Namespace) -> None:
     settings |= fit_settings(o.model, (options, task, o.dtype), training, methods)
     if output.resume and (output.place / DETAILS).is_file():
         output.finish(output.begin(settings))
-        print(f"finished already: posterior in {output.folder}")
+        if is_first_process():
+            print(f"finished already: posterior in {output.folder}")
         return
     session = _opened(o, options, task)
     session.check(methods.values(), training)
@@ -151,7 +153,8 @@ def predict(o: Namespace) -> None:
     settings["the calibration"] = calibration and calibration.applied()
     place, done = answers.begin(told(rows), settings)
     left = questions[done - sum(number < done for number in rows.problems) :]
-    lines = in_order(rows, answered(Gated(session, fitted, way, calibration), left, o), done)
+    gated = Gated(session, fitted, way, calibration)
+    lines = in_order(rows, in_shares(left, lambda some: answered(gated, some, o)), done)
     count = len(questions) + len(rows.problems)
     bar = tqdm(
         lines, "predict", count, initial=done, unit="row", disable=not o.progress or place is None
@@ -223,10 +226,13 @@ def compare_methods(
             base = _base_of(method, methods, Fitted(session, place, training=training))
             fitted = session.fit(method, training, place / name, base=base)
             fitted = replace(fitted, label=run.labels.get(name, fitted.label))
-            append_results(place, session.evaluate(fitted, options, run.part))
+            results = session.evaluate(fitted, options, run.part)
+            if is_first_process():
+                append_results(place, results)
             detach(fitted.posterior.model)
     run.output.finish(place)
-    write_report(run.output.folder, run.command)
+    if is_first_process():
+        write_report(run.output.folder, run.command)
 
 
 def _base_of(method: Any, methods: Mapping[str, Method], fitted: Fitted) -> Method | None:

@@ -10,6 +10,7 @@ from bayestune.cli.output_folder import OutputFolder
 from bayestune.cli.run_settings import Settings, plain_settings, rows_digest
 from bayestune.methods import Distilled
 from bayestune.posteriors import DETAILS, Teacher, read_details
+from bayestune.runtime import is_first_process
 from bayestune.session import Lesson, LessonRows
 from bayestune.training import Training
 
@@ -25,11 +26,14 @@ def distil(o: Namespace) -> None:
     settings = _settings(lesson, training)
     if output.resume and (output.place / DETAILS).is_file():
         output.finish(output.begin(settings))
-        print(f"finished already: student in {output.folder}")
+        if is_first_process():
+            print(f"finished already: student in {output.folder}")
         return
     place = output.begin(settings)
     lesson.student(training, place)
     output.finish(place)
+    if not is_first_process():
+        return
     told: dict[str, Any] = read_details(output.folder)["facts"]["teacher"]
     print(f"student in {output.folder}: {Teacher(**told)}")
 

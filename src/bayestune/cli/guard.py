@@ -20,6 +20,7 @@ from bayestune.runtime import (
     is_first_process,
     keep_freed_memory,
     num_processes,
+    sharding,
     show_progress,
 )
 from bayestune.training import Terminated
@@ -36,7 +37,15 @@ _SPARE_MEMORY = (
 )
 
 
-SHARED = ("fit", "evaluate")  # the commands that a launcher may start in several processes
+# the commands that a launcher may start in several processes
+SHARED = ("fit", "compare", "distil", "evaluate", "predict", "rank")
+_WHOLE = ("compare", "distil")  # of these, those that need the whole base beside a training
+_INSTEAD = {
+    "bench": "start it once on each GPU (CUDA_VISIBLE_DEVICES), with the same --output, or give "
+    "--launcher ray",
+    "generate": "split the rows, and start it once on each GPU (CUDA_VISIBLE_DEVICES)",
+    "serve": "start one on each GPU (CUDA_VISIBLE_DEVICES), on ports of their own",
+}
 
 
 def run_guarded(given: Sequence[str]) -> int:
@@ -47,9 +56,10 @@ def run_guarded(given: Sequence[str]) -> int:
     try:
         with _terminable():
             command, options = parse(given)
-            _refuse_processes(command)
+            refuse_processes(command)
             if num_processes() > 1:
                 connect_processes()  # before a model is put on an accelerator
+                _load_whole(command)
             _set_up_output(options)
             fetch(command, options)
             run, _ = COMMANDS[command]
@@ -64,22 +74,40 @@ def run_guarded(given: Sequence[str]) -> int:
         return EXIT_TERMINATED if isinstance(error, Terminated) else EXIT_INTERRUPTED
 
 
-def _refuse_processes(command: str) -> None:
-    """Refuses several processes for what would only do the same work in each, in one folder."""
+def refuse_processes(command: str) -> None:
+    """Refuses a launcher where each process would do the same work, or has a part of the base."""
     if num_processes() > 1 and command not in SHARED:
+        shared = f"{', '.join(SHARED[:-1])} and {SHARED[-1]}"
+        instead = _INSTEAD.get(command, "start it without a launcher")
         raise Refusal(
-            f"several processes can share {' and '.join(SHARED)} alone: got {num_processes()} for "
-            f"{command!r}, expected one; start it without a launcher"
+            f"several processes can share {shared} alone: got {num_processes()} for {command!r}, "
+            f"expected one; {instead}"
+        )
+    how = sharding()
+    if command in _WHOLE and how is not None and how.of_model:
+        raise Refusal(
+            f"{command!r} needs the whole base model beside a training: got it under {how.name}, "
+            "expected DDP (--multi_gpu) or one process; start it so"
         )
 
 
+def _load_whole(command: str) -> None:
+    """Has each process load the base's weights where no training broadcasts the first one's."""
+    if command != "fit":
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+
+
 def _set_up_output(options: Any) -> None:
-    """Bars for a terminal alone; with `--quiet` neither bars nor notes, but warnings."""
+    """Bars for a terminal alone; with `--quiet` neither bars nor notes, but warnings.
+
+    Of several processes the first one says what all would say.
+    """
     quiet = options.quiet or not is_first_process()
     shown = options.get("progress", True) and not quiet and sys.stderr.isatty()
     show_progress(shown)
     options["progress"] = shown
-    logging.getLogger("bayestune").setLevel(logging.WARNING if quiet else logging.INFO)
+    level = logging.WARNING if quiet else logging.INFO
+    logging.getLogger("bayestune").setLevel(level if is_first_process() else logging.ERROR)
 
 
 @contextmanager

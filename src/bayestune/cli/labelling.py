@@ -32,6 +32,7 @@ from bayestune.errors import INNER_PART, Refusal
 from bayestune.jsonl import write_json_lines
 from bayestune.posteriors import artefact_folder, count_for
 from bayestune.report import promises, render, variant_table
+from bayestune.runtime import is_first_process
 from bayestune.session import (
     DISTANCE,
     PROMPT_LENGTH,
@@ -97,7 +98,7 @@ def rank(o: Namespace) -> None:
     by = o.by or ("bald" if draws > 1 else "entropy")
     number = len(rows) if o.number is None else o.number
     check_ranking(number, by, draws, len(rows), max(len(row.options) for row in rows))
-    look = artefact.looking(way, own_reference(calibration)).over(rows)
+    look = artefact.looking(way, own_reference(calibration)).over(rows, shared=True)
     near = _places(artefact, way) if by == "bald" else None
     order = rank_rows(look.logits, number, by, near, o.draw_seed).tolist()
     scores = score_rows(look.logits) | dict(look.extra)
@@ -107,14 +108,15 @@ def rank(o: Namespace) -> None:
         line = {"rank": place, "id": row.id, "question": row.question, "by": by}
         line |= {"options": list(row.options), "context": row.context}
         lines.append(line | {name: values[index].item() for name, values in scores.items()})
-    _write(lines, output)
+    if is_first_process():
+        _write(lines, output)
 
 
 def _places(artefact: Artefact, way: Way) -> Tensor | None:
     """Where the rows lie in the adapter's activations; None if all are alike or it has no mean."""
     if not artefact.fit.posterior.has_mean or len(artefact.rows) < 2:
         return None
-    return spread_out(artefact.looking(way).activations(artefact.rows))
+    return spread_out(artefact.looking(way).activations(artefact.rows, shared=True))
 
 
 def drift(o: Namespace) -> int:
@@ -192,8 +194,8 @@ def _say(told: Mapping[str, Any]) -> None:
 def new_file(o: Namespace) -> Path | None:
     """The output file; refused before any work if it is there or cannot be written."""
     path: Path | None = o.output
-    if path is None:
-        return None
+    if path is None or not is_first_process():
+        return path
     refuse_input(path, o)
     if path.exists() and not o.overwrite:
         advice = "choose another --output, or give --overwrite"

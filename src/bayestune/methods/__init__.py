@@ -6,7 +6,7 @@ One file a method; `METHODS` is the table of all.
 from bayestune.methods import registry as _registry
 from bayestune.methods.distilled import distil
 from bayestune.methods.method import Method
-from bayestune.methods.preconditions import check_method
+from bayestune.methods.preconditions import check_launch, check_method
 from bayestune.methods.recipes import Settings, WithTraining, changed, described, make_method
 from bayestune.methods.registry import *  # noqa: F403
 
@@ -16,6 +16,7 @@ __all__ = [  # noqa: PLE0604 # pyright: ignore[reportUnsupportedDunderAll]
     "Settings",
     "WithTraining",
     "changed",
+    "check_launch",
     "check_method",
     "described",
     "distil",

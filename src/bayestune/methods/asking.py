@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from bayestune.forward import Draws
 from bayestune.posteriors import Mixture, Posterior, Tempered
+from bayestune.runtime import is_first_process
 from bayestune.scoring import Encoded, Scorer
 from bayestune.training import Training
 
@@ -84,11 +85,14 @@ class Asking:
             yield [order[start : start + _BATCH] for start in range(0, len(order), _BATCH)]
 
     def _kept(self, file: Path, batches: Sequence[tuple[list[int], int]]) -> Tensor:
-        if not file.is_file():
+        if file.is_file():
+            return load_file(file)["targets"]
+        targets = self._asked(batches)
+        if is_first_process():
             scratch = file.with_suffix(".partial")
-            save_file({"targets": self._asked(batches)}, scratch)
+            save_file({"targets": targets}, scratch)
             scratch.replace(file)
-        return load_file(file)["targets"]
+        return targets
 
     def _asked(self, batches: Sequence[tuple[list[int], int]]) -> Tensor:
         rows: list[Tensor] = []

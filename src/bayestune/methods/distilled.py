@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from bayestune.errors import COUNT, POSITIVE, Refusal, check_fields
 from bayestune.methods.asking import Asking
 from bayestune.methods.blob import BLoB
 from bayestune.methods.method import Method
+from bayestune.methods.workplace import refuse_parts_of, workplace
 from bayestune.posteriors import (
     DETAILS,
     FitReport,
@@ -31,6 +32,7 @@ from bayestune.posteriors import (
     posterior_digest,
     save_posterior,
 )
+from bayestune.runtime import in_first_process, of_first_process
 from bayestune.scoring import Scorer
 from bayestune.training import Meter, Training, train
 
@@ -75,10 +77,10 @@ class Distilled:
 
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Point:
         """Fits the base, asks it about the rows, and trains the student on what it says."""
-        with tempfile.TemporaryDirectory() as scratch:
-            place = training.output or Path(scratch)
+        refuse_parts_of("Distilled")
+        with workplace(training) as place:
             taught = place / "taught"
-            if not (training.resume and (taught / _TAUGHT).is_file()):
+            if not of_first_process(training.resume and (taught / _TAUGHT).is_file()):
                 teacher = self._teacher(model, scorer, training, place)
                 self.ask(teacher, scorer, taught, training)
                 detach(teacher.model)
@@ -97,16 +99,15 @@ class Distilled:
     ) -> Posterior:
         """The base's posterior, kept until the student is there unless it has a folder already."""
         kept = place / "taught/teacher"
-        if training.resume and (kept / DETAILS).is_file():
+        if of_first_process(training.resume and (kept / DETAILS).is_file()):
             teacher = load_posterior(model, kept, scorer)
             report = json.loads((kept / _REPORT).read_text(encoding="utf-8"))
             teacher.report = FitReport.of_dict(report)
         else:
             teacher = self.base.fit(model, scorer, replace(training, output=place / "base"))
         if teacher.digest is None:
-            kept.mkdir(parents=True, exist_ok=True)
-            (kept / _REPORT).write_text(json.dumps(teacher.report.as_dict()), encoding="utf-8")
-            teacher.digest = posterior_digest(save_posterior(teacher, kept))
+            in_first_process(partial(_keep, teacher, kept))
+            teacher.digest = posterior_digest(kept)
         return teacher
 
     def ask(self, teacher: Posterior, scorer: Scorer, folder: Path, training: Training) -> None:
@@ -118,16 +119,20 @@ class Distilled:
         visits = -(-items // len(rows)) if draws is None else 1
         asking = Asking(teacher, scorer, scorer.encode(rows), draws, visits, training)
         if not training.resume:
-            asking.forget(folder)
+            in_first_process(partial(asking.forget, folder))
         targets = asking.targets(folder)
-        save_posterior(_start(teacher), folder)
-        _without_dropout(folder)
-        save_file({"targets": targets.contiguous()}, folder / _TARGETS)
         told = Teacher(teacher.digest or "", draws or "fresh", len(rows), _digest(rows))
         report = teacher.report.plus(**meter.read())
         known = {"teacher": asdict(told), "report": report.as_dict()}
-        (folder / _TAUGHT).write_text(json.dumps(known), encoding="utf-8")
-        asking.forget(folder)
+
+        def write() -> None:
+            save_posterior(_start(teacher), folder)
+            _without_dropout(folder)
+            save_file({"targets": targets.contiguous()}, folder / _TARGETS)
+            (folder / _TAUGHT).write_text(json.dumps(known), encoding="utf-8")
+            asking.forget(folder)
+
+        in_first_process(write)
 
     def learn(self, model: nn.Module, scorer: Scorer, taught: Path, training: Training) -> Point:
         """Trains the student from what `ask` wrote."""
@@ -207,6 +212,13 @@ def _start(teacher: Posterior) -> Point:
     if isinstance(teacher, Tempered):
         return _start(teacher.base)
     return Point(teacher.model, teacher.scorer, adapter=teacher.adapter)
+
+
+def _keep(teacher: Posterior, folder: Path) -> None:
+    """Writes a teacher and what its fit took."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _REPORT).write_text(json.dumps(teacher.report.as_dict()), encoding="utf-8")
+    save_posterior(teacher, folder)
 
 
 def _without_dropout(folder: Path) -> None:

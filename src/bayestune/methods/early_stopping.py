@@ -15,6 +15,7 @@ from bayestune.errors import COUNT, check_fields
 from bayestune.forward import Draws
 from bayestune.methods.held_out import held_out_logits, held_out_rows
 from bayestune.posteriors import Point
+from bayestune.runtime import is_first_process
 from bayestune.scoring import Scorer
 from bayestune.training import Training, fit_adapter
 
@@ -70,7 +71,7 @@ class KeepBest(TrainerCallback):
             trained = _trained(model)
             self._best = {name: value.detach().cpu().clone() for name, value in trained.items()}
         self.losses[step] = loss
-        if self.folder:
+        if self.folder and is_first_process():
             self.folder.mkdir(parents=True, exist_ok=True)
             scratch = self.folder / f".{_WEIGHTS}.partial"  # a kill leaves the old or the new
             save_file(self._best, scratch)

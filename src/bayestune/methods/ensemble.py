@@ -1,9 +1,8 @@
 """Deep ensembles: independent fits of any method, averaged."""
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from functools import partial
 
 from torch import nn
 
@@ -11,6 +10,7 @@ from bayestune.adapters import detach
 from bayestune.errors import COUNT, Refusal, check_fields
 from bayestune.methods.method import Method
 from bayestune.methods.mle import MLE
+from bayestune.methods.workplace import refuse_parts_of, workplace
 from bayestune.posteriors import (
     DETAILS,
     FitReport,
@@ -19,6 +19,7 @@ from bayestune.posteriors import (
     read_details,
     save_posterior,
 )
+from bayestune.runtime import in_first_process
 from bayestune.scoring import Scorer
 from bayestune.training import Training
 
@@ -52,8 +53,8 @@ class Ensemble:
 
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Mixture:
         """Fits the members one by one; with `training.resume` those that are finished are kept."""
-        with tempfile.TemporaryDirectory() as scratch:
-            place = training.output or Path(scratch)
+        refuse_parts_of("Ensemble")
+        with workplace(training) as place:
             folders = [place / f"member-{k}" for k in range(self.size)]
             for k, folder in enumerate(folders):
                 if training.resume and (folder / DETAILS).is_file():
@@ -61,7 +62,8 @@ class Ensemble:
                 seed = training.seed + k * self.seed_step
                 own = replace(training, seed=seed, output=folder / "checkpoints")
                 posterior = self.base.fit(model, scorer, own)
-                save_posterior(posterior, folder, {"fitted": posterior.report.as_dict()})
+                fitted = {"fitted": posterior.report.as_dict()}
+                in_first_process(partial(save_posterior, posterior, folder, fitted))
                 detach(posterior.model)
             reports = [FitReport.of_dict(read_details(folder)["fitted"]) for folder in folders]
             return Mixture(load_members(model, folders, scorer), _summed(reports))

@@ -19,6 +19,8 @@ from bayestune.errors import Refusal
 from bayestune.forward import Draws
 from bayestune.methods.held_out import held_out_logits
 from bayestune.methods.method import Method
+from bayestune.methods.workplace import refuse_parts_of
+from bayestune.runtime import is_first_process, of_first_process
 from bayestune.scoring import Scorer
 from bayestune.training import Training
 
@@ -74,14 +76,14 @@ class CrossFit:
         name = _said(candidate)
         if name not in self.known:
             losses = [loss for fold in self._folds() for loss in self._asked(candidate, fold)]
-            self.known[name] = losses
+            self.known[name] = of_first_process(losses)  # so that all choose the same
             self._keep()
         losses = torch.tensor(self.known[name], dtype=torch.float64)
         logger.info("cross-fitted with %s: %.3f nats", name, losses.mean().item())
         return losses
 
     def _keep(self) -> None:
-        if self.place:
+        if self.place and is_first_process():
             self.place.mkdir(parents=True, exist_ok=True)
             (self.place / _LOSSES).write_text(json.dumps(self.known), encoding="utf-8")
 
@@ -167,6 +169,7 @@ def choose_noise(
     Raises:
         Refusal: if there are too few training rows to leave some out.
     """
+    refuse_parts_of('final_std="auto"')
     contents = {row.fingerprint for row in scorer.task.train}
     if len(contents) < FOLDS * _FEWEST:
         raise Refusal(

@@ -5,13 +5,19 @@ from typing import Any, get_type_hints
 
 from bayestune.adapters import Slots
 from bayestune.errors import Refusal
+from bayestune.methods.distilled import Distilled
 from bayestune.methods.early_stopping import EarlyStopping
+from bayestune.methods.ensemble import Ensemble
 from bayestune.methods.held_out import head_slots, held_out_rows
 from bayestune.methods.laplace import Laplace
 from bayestune.methods.temperature import PosteriorScale, Temperature
 from bayestune.methods.tfb import TFB
+from bayestune.methods.workplace import refuse_parts_of
 from bayestune.posteriors import Gaussian, Mixture, Point
 from bayestune.scoring import Scorer
+
+# they train again on their base model, or ask about rows, once a training has ended
+_GOES_ON = (Distilled, Ensemble, Laplace, PosteriorScale, Temperature, TFB)
 
 
 def check_method(method: Any, scorer: Scorer, slots: Slots) -> None:
@@ -46,6 +52,19 @@ def check_method(method: Any, scorer: Scorer, slots: Slots) -> None:
             f"{name} starts from one adapter: got a Mixture without a mean from its base, expected "
             "such as MLE; use the base of its base"
         )
+
+
+def check_launch(method: Any) -> None:
+    """Refuses a method that goes on after a training, where its launcher leaves a base in parts.
+
+    Args:
+        method: whatever it builds on is checked too.
+    """
+    if isinstance(method, _GOES_ON) or getattr(method, "final_std", None) == "auto":
+        refuse_parts_of(type(method).__name__)
+    inner = getattr(method, "method", None)  # of a method that changes its training
+    if hasattr(inner, "fit"):
+        check_launch(inner)
 
 
 def _check_base(kinds: Sequence[type], wanted: type, said: str, advice: str) -> None:

@@ -11,6 +11,7 @@ from bayestune.methods.blob import BLoB
 from bayestune.methods.held_out import held_out_logits, held_out_rows
 from bayestune.methods.method import Method
 from bayestune.methods.mle import MLE
+from bayestune.methods.workplace import refuse_parts_of
 from bayestune.posteriors import Gaussian, Tempered
 from bayestune.scoring import Scorer
 from bayestune.training import Meter, Training
@@ -36,6 +37,7 @@ class Temperature:
 
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Tempered:
         """Fits the base, then T."""
+        refuse_parts_of("Temperature")
         rows = held_out_rows(scorer, "Temperature")
         posterior = self.base.fit(model, scorer, training)
         meter = Meter()
@@ -72,6 +74,7 @@ class PosteriorScale:
 
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Gaussian:
         """Fits the base, then the factor."""
+        refuse_parts_of("PosteriorScale")
         rows = held_out_rows(scorer, "PosteriorScale")
         posterior = self.base.fit(model, scorer, training)
         if not isinstance(posterior, Gaussian):

@@ -17,6 +17,7 @@ from bayestune.forward import Draws
 from bayestune.methods.held_out import head_slots
 from bayestune.methods.method import Method
 from bayestune.methods.mle import MLE
+from bayestune.methods.workplace import refuse_parts_of
 from bayestune.posteriors import Gaussian, Point, Posterior
 from bayestune.scoring import Scorer, row_logits
 from bayestune.training import Meter, Training
@@ -118,6 +119,7 @@ class TFB:
 
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Gaussian:
         """Fits the base, then the standard deviation."""
+        refuse_parts_of("TFB")
         point = as_point(self.base.fit(model, scorer, training))
         anchors = scorer.task.train[: self.anchors]
         return self.bayesianise(point, scorer, anchors, bf16=training.bf16)

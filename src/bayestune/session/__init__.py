@@ -65,6 +65,7 @@ __all__ = [
     "details_if_any",
     "details_of",
     "in_order",
+    "is_plain",
     "joined",
     "kept_reference",
     "load_any",

@@ -114,10 +114,13 @@ class Gated:
             yield line if "error" in line else {**line, "calibration": "none"}
 
     def evaluated(self, options: EvaluationOptions) -> Result:
-        """The record of the calibrated predictions of the session's labelled rows."""
+        """The record of the calibrated predictions of the session's labelled rows.
+
+        Processes under a launcher share the rows.
+        """
         rows = self.session.rows()
         begin = time.perf_counter()
-        look = self.looking.over(rows)
+        look = self.looking.over(rows, shared=True)
         seconds = time.perf_counter() - begin
         count = self.way.draws if self.fit.posterior.atoms is None else self.fit.posterior.atoms
         count = 0 if count == 1 and self.fit.posterior.atoms else count

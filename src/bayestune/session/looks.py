@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bayestune.data import Question
 from bayestune.decisions import Calibration, Distance
+from bayestune.runtime import shared_work
 from bayestune.scoring import Encoded, Scorer
 from bayestune.session.fit import Fit
 from bayestune.session.prediction_ways import BATCH, Way, joined
@@ -54,19 +55,25 @@ class Looking:
         logits, activations = self.way.watched(*asked)
         return Look(logits, extra | {DISTANCE: self.reference.of(activations)})
 
-    def over(self, rows: Sequence[Question]) -> Look:
-        """Any number of rows, a window at a time, as predictions take them."""
-        looks = [self.at(part) for part in windows(rows)]
+    def over(self, rows: Sequence[Question], *, shared: bool = False) -> Look:
+        """Any number of rows, a window at a time, as predictions take them.
+
+        With `shared`, processes that run the same command take some of the windows each.
+        """
+        parts = windows(rows)
+        looks = shared_work(parts, self.at) if shared else [self.at(part) for part in parts]
         extra = columns_joined([look.extra for look in looks])
         return Look(joined([look.logits for look in looks]), extra)
 
-    def activations(self, rows: Sequence[Question]) -> dict[str, Tensor]:
-        """A x (N, r) by slot name, of the mean."""
+    def activations(self, rows: Sequence[Question], *, shared: bool = False) -> dict[str, Tensor]:
+        """A x (N, r) by slot name, of the mean; `shared` as in `over`."""
         mean = Way(0, self.way.draw_seed, self.way.bf16)
-        found = []
-        for part in windows(rows):
-            found.append(mean.watched(self.fit, self.scorer, self.scorer.encode(part))[1])
-        return columns_joined(found)
+
+        def of(part: Sequence[Question]) -> Mapping[str, Tensor]:
+            return mean.watched(self.fit, self.scorer, self.scorer.encode(part))[1]
+
+        parts = windows(rows)
+        return columns_joined(shared_work(parts, of) if shared else list(map(of, parts)))
 
 
 def columns_joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from torch import nn
 from bayestune.adapters import precision_of
 from bayestune.data import Scoring, Task
 from bayestune.models import LoadedModel, is_bits, load_default, load_model
+from bayestune.runtime import sharding
 
 Dtype = Literal["float32", "bfloat16", "4bit", "8bit"]
 Named = str | LoadedModel | None  # a model by its name, or one that is open already
@@ -19,10 +20,12 @@ def open_model(
     num_labels: int | None = None,
     *,
     outline: bool = False,
+    to_train: bool = False,
 ) -> LoadedModel:
     """Loads a model, without a name the default one, onto the accelerator if there is one.
 
     An `outline` has no weights: settings can be checked against it. What is open stays as it is.
+    A model `to_train` in parts is left to what shards it: as a whole it may not fit.
     """
     if isinstance(name, LoadedModel):
         return name
@@ -31,7 +34,10 @@ def open_model(
     if outline:
         options["device"] = "meta"
     loaded = load_default(**options) if name is None else load_model(name, **options)
-    if not outline and not is_bits(dtype) and torch.accelerator.is_available():
+    how = sharding()
+    sharded = to_train and how is not None and how.of_model
+    whole = not (outline or sharded or is_bits(dtype))
+    if whole and torch.accelerator.is_available():
         loaded.model.to(torch.accelerator.current_accelerator())  # type: ignore[arg-type]
     return loaded
 

@@ -91,7 +91,7 @@ class Session:
         task = task or options.load()
         check_trainable(task)
         say_seen(task.name, len(task.seen), len(task.evaluation))
-        loaded = open_model(model, dtype, num_classes(task, options.scoring))
+        loaded = open_model(model, dtype, num_classes(task, options.scoring), to_train=True)
         return cls.of(loaded, task, options)
 
     @classmethod

@@ -29,6 +29,7 @@ from bayestune.runtime import num_processes
 from bayestune.scoring import Encoded, Scorer, TextScorer
 from bayestune.training.callbacks import LogLines, ReadableCheckpoints, StopOnSignal
 from bayestune.training.cpu_attention import eager_attention, trains_faster_eagerly
+from bayestune.training.launched import check_launched
 from bayestune.training.meter import Meter
 from bayestune.training.trainer import ClassTrainer, LengthGroupedTrainer
 
@@ -149,6 +150,7 @@ def train(
     `rows` take the place of the task's training rows; one with a "target", probabilities (C,), is
     trained towards these instead of its answer.
     """
+    check_launched(callbacks, optimizer, bf16=training.bf16)
     meter = Meter()
     if rows is None:
         check_trainable(scorer.task)
