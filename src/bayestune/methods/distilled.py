@@ -1,6 +1,5 @@
 """Distillation: one plain adapter that gives a posterior's averaged probabilities in one pass."""
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Sequence
@@ -14,9 +13,10 @@ from torch import nn
 from bayestune.adapters import CONFIG, base_of, detach
 from bayestune.data import Question
 from bayestune.errors import COUNT, POSITIVE, Refusal, check_fields
-from bayestune.methods.asking import Asking
+from bayestune.methods.asking import Asking, forget
 from bayestune.methods.blob import BLoB
 from bayestune.methods.method import Method
+from bayestune.methods.started import check_started, digest, facts_of, rows_digest
 from bayestune.posteriors import (
     DETAILS,
     FitReport,
@@ -36,6 +36,7 @@ from bayestune.training import Meter, Training, train
 
 _TARGETS = "targets.safetensors"
 _TAUGHT = "taught.json"
+_KEPT = "taught/teacher"
 _REPORT = "report.json"
 
 
@@ -78,11 +79,22 @@ class Distilled:
         with tempfile.TemporaryDirectory() as scratch:
             place = training.output or Path(scratch)
             taught = place / "taught"
+            self._begin(place, scorer, training)
             if not (training.resume and (taught / _TAUGHT).is_file()):
                 teacher = self._teacher(model, scorer, training, place)
                 self.ask(teacher, scorer, taught, training)
                 detach(teacher.model)
             return self.learn(model, scorer, taught, replace(training, output=place / "student"))
+
+    def _begin(self, place: Path, scorer: Scorer, training: Training) -> None:
+        """Goes on with what is there of the same fit, or takes nothing that is there."""
+        facts = facts_of(self, scorer, training)
+        facts["the student's rows"] = rows_digest(self.rows(scorer))
+        check_started(place, facts, (place / "base", place / "student"), resume=training.resume)
+        if not training.resume:
+            for path in (place / "taught" / _TAUGHT, place / _KEPT / DETAILS):
+                path.unlink(missing_ok=True)
+            forget(place / "taught")
 
     def rows(self, scorer: Scorer) -> tuple[Question, ...]:
         """The rows that the student learns from, without their answers."""
@@ -96,7 +108,7 @@ class Distilled:
         self, model: nn.Module, scorer: Scorer, training: Training, place: Path
     ) -> Posterior:
         """The base's posterior, kept until the student is there unless it has a folder already."""
-        kept = place / "taught/teacher"
+        kept = place / _KEPT
         if training.resume and (kept / DETAILS).is_file():
             teacher = load_posterior(model, kept, scorer)
             report = json.loads((kept / _REPORT).read_text(encoding="utf-8"))
@@ -117,17 +129,16 @@ class Distilled:
         items = self.steps * training.batch_size * training.accumulation
         visits = -(-items // len(rows)) if draws is None else 1
         asking = Asking(teacher, scorer, scorer.encode(rows), draws, visits, training)
-        if not training.resume:
-            asking.forget(folder)
         targets = asking.targets(folder)
         save_posterior(_start(teacher), folder)
         _without_dropout(folder)
         save_file({"targets": targets.contiguous()}, folder / _TARGETS)
-        told = Teacher(teacher.digest or "", draws or "fresh", len(rows), _digest(rows))
+        content = digest([row.content for row in rows])
+        told = Teacher(teacher.digest or "", draws or "fresh", len(rows), content)
         report = teacher.report.plus(**meter.read())
         known = {"teacher": asdict(told), "report": report.as_dict()}
         (folder / _TAUGHT).write_text(json.dumps(known), encoding="utf-8")
-        asking.forget(folder)
+        forget(folder)
 
     def learn(self, model: nn.Module, scorer: Scorer, taught: Path, training: Training) -> Point:
         """Trains the student from what `ask` wrote."""
@@ -154,6 +165,7 @@ class _Given:
     """A base that is there already."""
 
     posterior: Posterior
+    digest: str
 
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Posterior:
         """What was given."""
@@ -194,10 +206,13 @@ def distil(
     names: Any = getattr(scorer, "class_names", None)
     rows = [row.with_options(names) if names else row for row in questions]
     asked = replace(scorer, task=replace(scorer.task, unlabelled=tuple(rows)))
+    with tempfile.TemporaryDirectory() as scratch:
+        known = posterior_digest(save_posterior(posterior, scratch))
     taught = training.output and training.output / "taught" / _TAUGHT
     done = training.resume and taught is not None and taught.is_file()
     base = detach(posterior.model) if done else base_of(posterior.model)
-    return replace(method or Distilled(), base=_Given(posterior)).fit(base, asked, training)
+    given = _Given(posterior, known)
+    return replace(method or Distilled(), base=given).fit(base, asked, training)
 
 
 def _start(teacher: Posterior) -> Point:
@@ -214,9 +229,3 @@ def _without_dropout(folder: Path) -> None:
     path = folder / CONFIG
     config = {**json.loads(path.read_text(encoding="utf-8")), "lora_dropout": 0.0}
     path.write_text(json.dumps(config, indent=2), encoding="utf-8")
-
-
-def _digest(rows: Sequence[Question]) -> str:
-    """A hash of what the rows ask."""
-    text = json.dumps([row.content for row in rows])
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -11,6 +11,7 @@ from bayestune.adapters import detach
 from bayestune.errors import COUNT, Refusal, check_fields
 from bayestune.methods.method import Method
 from bayestune.methods.mle import MLE
+from bayestune.methods.started import check_started, facts_of
 from bayestune.posteriors import (
     DETAILS,
     FitReport,
@@ -55,6 +56,10 @@ class Ensemble:
         with tempfile.TemporaryDirectory() as scratch:
             place = training.output or Path(scratch)
             folders = [place / f"member-{k}" for k in range(self.size)]
+            facts = facts_of(replace(self, size=1), scorer, training)  # there may be more members
+            check_started(place, facts, folders, resume=training.resume)
+            for folder in () if training.resume else folders:
+                (folder / DETAILS).unlink(missing_ok=True)
             for k, folder in enumerate(folders):
                 if training.resume and (folder / DETAILS).is_file():
                     continue
