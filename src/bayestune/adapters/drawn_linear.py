@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bayestune.adapters.arrivals import Arrivals
+from bayestune.errors import Refusal
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
@@ -63,6 +64,22 @@ class DrawnLinear(nn.Module):
         if self.bias is not None:
             output += self.bias
         return output.view(*input.shape[:-1], rank)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Refuses in a slot: a state without its own weight would be saved as the adapter."""
+        if self.name:
+            raise Refusal(
+                f"a model is not saved inside drawn(): got the state of {self.name}, which holds "
+                "draws, expected the adapter's own; leave the context first, and take "
+                "export_draw(posterior, index, folder) to write a draw"
+            )
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        """Refuses: the copy would have the draws for good."""
+        raise Refusal(
+            f"a model is not copied inside drawn(): got {self.name or 'a stack'}, which holds "
+            "draws, expected the adapter's own weights; leave the context first"
+        )
 
     @classmethod
     def of(cls, weights: Tensor, slot: nn.Module, name: str, arrivals: Arrivals) -> Self:
