@@ -302,8 +302,9 @@ def test_a_step_that_a_gradient_scaler_skips_takes_no_kl(model, optimizer):
 
 
 def test_a_run_shorter_than_a_burst_is_warned_of(model, optimizer, caplog):
-    KLStep(period=10).attach(model, optimizer, total_steps=10)
-    KLStep(period=10, schedule="constant").attach(model, optimizer, total_steps=9)
+    for step, total in ((KLStep(period=10), 10), (KLStep(period=10, schedule="constant"), 9)):
+        step.attach(model, optimizer, total_steps=total)
+        step.detach()
     assert caplog.text == ""
     KLStep(period=10).attach(model, optimizer, total_steps=9)
     assert "the run of 9 steps ends before the first burst of the KL (period 10)" in caplog.text

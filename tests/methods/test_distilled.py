@@ -199,6 +199,24 @@ def test_questions_are_needed_and_a_scorer_that_puts_them(case, teacher):
         distil(teacher.on(lambda model, batch: model(**batch).logits), case.task.train)
 
 
+def test_what_is_no_posterior_question_or_distilled_is_refused(case, teacher, tmp_path):
+    rows = case.task.evaluation
+    for given in (
+        (str(tmp_path), rows),
+        (teacher, [{"question": "what is red?", "options": ["red", "green"]}]),
+        (teacher, ["what is red?"]),
+        (teacher, rows, BLoB()),
+    ):
+        with pytest.raises(Refusal, match="distil takes a posterior, questions and a Distilled"):
+            distil(*given)
+
+
+def test_an_output_may_be_text(case, tmp_path):
+    student = case.fit(Distilled(MLE(), steps=2), output=str(tmp_path / "run"))
+    assert student.atoms == 1
+    assert (tmp_path / "run/taught/taught.json").is_file()
+
+
 def interrupted_after(monkeypatch, parts):
     """Has the asking of a teacher end as by ctrl-C after so many parts."""
     whole = Asking._asked

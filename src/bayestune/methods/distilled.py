@@ -189,11 +189,14 @@ def distil(
         training: batch size, seed, precision and the like.
 
     Raises:
-        Refusal: if there are no questions, or the posterior's scorer cannot put them.
+        Refusal: if there are no questions, or the posterior's scorer cannot put them, or something
+            else is given.
 
     Example:
         >>> distil(load_posterior(model, "runs/blob", scorer), questions)  # doctest: +SKIP
     """
+    questions = tuple(questions)
+    _check_kinds(posterior, questions, method)
     scorer = posterior.scorer
     if not isinstance(scorer, Scorer):
         raise Refusal(
@@ -213,6 +216,19 @@ def distil(
     base = detach(posterior.model) if done else base_of(posterior.model)
     given = _Given(posterior, known)
     return replace(method or Distilled(), base=given).fit(base, asked, training)
+
+
+def _check_kinds(posterior: Any, questions: Any, method: Any) -> None:
+    for value, kind, remedy in (
+        (posterior, Posterior, "load a folder with load_posterior(model, folder, scorer)"),
+        (method or Distilled(), Distilled, "its base is the posterior itself"),
+        *((row, Question, "load_rows reads a file of them") for row in questions),
+    ):
+        if not isinstance(value, kind):
+            raise Refusal(
+                f"distil takes a posterior, questions and a Distilled: got {value!r:.60}, expected "
+                f"a {kind.__name__}; {remedy}"
+            )
 
 
 def _start(teacher: Posterior) -> Point:

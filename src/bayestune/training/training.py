@@ -91,6 +91,8 @@ class Training:
         check_fields(self, learning_rate=NOT_NEGATIVE, warmup_ratio=WHOLE_PART, seed=SEED)
         check_fields(self, weight_decay=NOT_NEGATIVE, max_grad_norm=NOT_NEGATIVE)
         check_fields(self, save_steps=COUNT, logging_steps=COUNT)
+        if isinstance(self.output, str):
+            object.__setattr__(self, "output", Path(self.output).expanduser())
 
     def total_steps(self, num_rows: int) -> int:
         """Optimiser steps of a run over `num_rows` rows."""
