@@ -57,7 +57,7 @@ def refuse_inside_drawn(model: nn.Module, adapter: str | None = None) -> None:
     Raises:
         Refusal: inside `drawn()` on this adapter; on any, for None.
     """
-    held = _HELD.get(base_of(model), ())
+    held = _HELD.get(base_of(model), [])
     if adapter in held or (held and adapter is None):
         adapter = adapter or held[0]
         raise Refusal(

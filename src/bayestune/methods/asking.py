@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from bayestune.forward import Draws
 from bayestune.posteriors import Mixture, Posterior, Tempered
+from bayestune.runtime import process_index, wait_for_processes
 from bayestune.scoring import Encoded, Scorer
 from bayestune.training import Training
 
@@ -79,11 +80,11 @@ class Asking:
             yield [order[start : start + _BATCH] for start in range(0, len(order), _BATCH)]
 
     def _kept(self, file: Path, batches: Sequence[tuple[list[int], int]]) -> Tensor:
-        if not file.is_file():
-            scratch = file.with_suffix(".partial")
-            save_file({"targets": self._asked(batches)}, scratch)
-            scratch.replace(file)
-        return load_file(file)["targets"]
+        if file.is_file():
+            return load_file(file)["targets"]
+        targets = self._asked(batches)
+        save_targets(targets, file)
+        return targets
 
     def _asked(self, batches: Sequence[tuple[list[int], int]]) -> Tensor:
         rows: list[Tensor] = []
@@ -103,8 +104,16 @@ class Asking:
         return Draws(1, seed, first=member, bf16=bf16)
 
 
+def save_targets(targets: Tensor, file: Path) -> None:
+    """Writes targets whole or not at all, also where several processes write the same ones."""
+    scratch = file.with_suffix(f".{process_index()}.partial")
+    save_file({"targets": targets.contiguous()}, scratch)
+    scratch.replace(file)
+
+
 def forget(folder: Path) -> None:
-    """Removes the parts of targets that are kept in a folder."""
+    """Removes the parts of targets that are kept in a folder, once no process needs them."""
+    wait_for_processes()
     for path in folder.glob("asked-*.safetensors"):
         path.unlink(missing_ok=True)
 

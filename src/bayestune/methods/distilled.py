@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from bayestune.adapters import CONFIG, base_of, detach
 from bayestune.data import Question
 from bayestune.errors import COUNT, POSITIVE, Refusal, check_fields
-from bayestune.methods.asking import Asking, forget
+from bayestune.methods.asking import Asking, forget, save_targets
 from bayestune.methods.blob import BLoB
 from bayestune.methods.method import Method
 from bayestune.methods.started import check_started, digest, facts_of, rows_digest
@@ -31,6 +31,7 @@ from bayestune.posteriors import (
     posterior_digest,
     save_posterior,
 )
+from bayestune.runtime import process_index
 from bayestune.scoring import Scorer
 from bayestune.training import Meter, Training, train
 
@@ -132,12 +133,14 @@ class Distilled:
         targets = asking.targets(folder)
         save_posterior(_start(teacher), folder)
         _without_dropout(folder)
-        save_file({"targets": targets.contiguous()}, folder / _TARGETS)
+        save_targets(targets, folder / _TARGETS)
         content = digest([row.content for row in rows])
         told = Teacher(teacher.digest or "", draws or "fresh", len(rows), content)
         report = teacher.report.plus(**meter.read())
         known = {"teacher": asdict(told), "report": report.as_dict()}
-        (folder / _TAUGHT).write_text(json.dumps(known), encoding="utf-8")
+        scratch = folder / f"{_TAUGHT}.{process_index()}.partial"  # a cut one would stop a resume
+        scratch.write_text(json.dumps(known), encoding="utf-8")
+        scratch.replace(folder / _TAUGHT)
         forget(folder)
 
     def learn(self, model: nn.Module, scorer: Scorer, taught: Path, training: Training) -> Point:

@@ -28,7 +28,7 @@ def batches_of(inputs: Any, posterior: Posterior) -> Iterator[Batch]:
     """
     if isinstance(inputs, Mapping):
         yield inputs
-    elif not isinstance(inputs, Iterable) and not hasattr(inputs, "__getitem__"):
+    elif not (hasattr(inputs, "__iter__") or hasattr(inputs, "__getitem__")):
         raise Refusal(
             f"nothing to predict: got {inputs!r}, expected a batch such as {{'input_ids': …}}, a "
             "DataLoader or a Dataset; give one"
