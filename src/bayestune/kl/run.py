@@ -78,8 +78,10 @@ class KLRun:
             Refusal: if another run acts on the same layers in this optimiser's steps.
         """
         others = _HOOKED.setdefault(optimizer, weakref.WeakSet())
-        own = {id(layer) for layer in self.layers.values()}
-        if any(own & {id(layer) for layer in other.layers.values()} for other in others):
+        taken: set[int] = set()
+        for other in others:
+            taken.update(map(id, other.layers.values()))
+        if taken.intersection(map(id, self.layers.values())):
             raise Refusal(
                 "a KL step acts on these layers already: got a second one on the same optimiser, "
                 "expected one; give a Trainer one KLStep, or detach() the first"
