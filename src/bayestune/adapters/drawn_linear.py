@@ -1,5 +1,6 @@
 """S fixed weights applied to S·N rows in one batched product."""
 
+from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bayestune.adapters.arrivals import Arrivals
+from bayestune.adapters.spread import shape_of
 from bayestune.errors import Refusal
 
 
@@ -92,3 +94,17 @@ class DrawnLinear(nn.Module):
         dtype = compute_dtype(present.weight)
         bias = None if present.bias is None else present.bias.detach().to(dtype)
         return cls(weights.to(present.weight.device, dtype), name, arrivals, bias)
+
+
+def refuse_other_shapes(
+    stacks: Mapping[str, Tensor], slots: Mapping[str, nn.Module], draws: int
+) -> None:
+    """Refuses weights of draws, by slot name, that are not S of each slot's shape."""
+    for name, stack in stacks.items():
+        own: Any = slots[name]
+        expected = (draws, *shape_of(own.weight)[-2:])
+        if tuple(stack.shape) != expected:
+            raise Refusal(
+                f"draws do not fit their slot: got {tuple(stack.shape)} for {name}, expected "
+                f"{expected}, S weights of the slot's shape; a single draw is weight[None]"
+            )

@@ -10,7 +10,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from bayestune.adapters.arrivals import Arrivals, check_arrived
-from bayestune.adapters.drawn_linear import DrawnLinear
+from bayestune.adapters.drawn_linear import DrawnLinear, refuse_other_shapes
 from bayestune.adapters.locks import base_of, exclusive, marked_as_drawn, refuse_inside_drawn
 from bayestune.adapters.spread import shape_of, whole
 from bayestune.adapters.wrapped import eagerly, plain_path, runs_compiled, unwrapped
@@ -133,7 +133,7 @@ class Slots:
         arrivals = arrivals if arrivals is not None else Arrivals(draws)
         with exclusive(self.model), eagerly(self.compiled):
             kept = self._present(stacks)
-            _refuse_other_shapes(stacks, kept, draws)
+            refuse_other_shapes(stacks, kept, draws)
             drawn: dict[str, nn.Module] = {}
             for name, stack in stacks.items():
                 layer = DrawnLinear.of(stack, kept[name], name, arrivals)
@@ -238,19 +238,6 @@ def split_name(name: str) -> tuple[str, str]:
     """The two parts of a slot's name: its layer's path and its side, "lora_A" or "lora_B"."""
     path, _, side = name.rpartition(".")
     return path, side
-
-
-def _refuse_other_shapes(
-    stacks: Mapping[str, Tensor], slots: Mapping[str, nn.Module], draws: int
-) -> None:
-    for name, stack in stacks.items():
-        own: Any = slots[name]
-        expected = (draws, *shape_of(own.weight)[-2:])
-        if tuple(stack.shape) != expected:
-            raise Refusal(
-                f"draws do not fit their slot: got {tuple(stack.shape)} for {name}, expected "
-                f"{expected}, S weights of the slot's shape; a single draw is weight[None]"
-            )
 
 
 @contextmanager
