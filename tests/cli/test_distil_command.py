@@ -191,6 +191,18 @@ def test_rows_without_options_have_those_of_the_fit(place, capsys):
     assert facts(place, "student2")["rows"] == 6
 
 
+@pytest.mark.parametrize("answer", ["purple", 9, "?", [1, 2]])
+def test_answers_of_unlabelled_rows_are_not_looked_at(place, answer):
+    """Not even where they could not be any option."""
+    run(*fitting(place, method="mle"))
+    write_rows(place / "odd.jsonl", [{**row, "answer": answer} for row in own_rows(5)])
+    run(*distilling(place, rows="odd.jsonl", steps=2))
+    assert facts(place)["rows"] == 5
+    unlabelled = {"unlabelled_data": place / "odd.jsonl", "distilled.steps": 2}
+    run(*fitting(place, method="distilled", base="mle", output="fitted", **unlabelled))
+    assert facts(place, "fitted")["rows"] == 5
+
+
 def test_a_student_has_seen_its_rows_and_its_teachers(place, capsys):
     """So that figures and promises on either are told or refused."""
     run(*fitting(place, method="mle"))

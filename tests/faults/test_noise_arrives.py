@@ -1,5 +1,6 @@
 """Draws reach the layers, each its own rows; or they are refused with the reason."""
 
+import copy
 import logging
 from typing import Any
 
@@ -26,7 +27,16 @@ from bayestune.curvature import gauss_newton
 from bayestune.forward import Batch, Draws
 from bayestune.forward import common_prefix as common
 from bayestune.forward.verdicts import Verdicts, agrees
-from bayestune.posteriors import Dropout, Gaussian, Linearised, Point, TokenNoise, predict
+from bayestune.posteriors import (
+    Dropout,
+    Gaussian,
+    Linearised,
+    Point,
+    TokenNoise,
+    export_draw,
+    predict,
+    save_posterior,
+)
 from bayestune.scoring import TextScorer
 from bayestune.scoring.last_logits import last_logits
 from bayestune.scoring.text import can_pack
@@ -121,6 +131,42 @@ def test_a_prediction_inside_drawn_is_refused(posterior, count):
     with drawn(posterior.model, weights), pytest.raises(ValueError, match="inside drawn"):
         posterior.logits(BATCH, Draws(count))
     assert_close(posterior.logits(BATCH, Draws(count)), expected, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("act", "said"),
+    [
+        (lambda p, folder: p.model.save_pretrained(folder), "not saved inside drawn"),
+        (lambda p, folder: p.model.state_dict(), "not saved inside drawn"),
+        (save_posterior, "a save inside drawn"),
+        (lambda p, folder: save_posterior(p.model, folder), "a save inside drawn"),
+        (lambda p, folder: export_draw(p, 0, folder), "a draw or a save inside drawn"),
+        (lambda p, folder: copy.deepcopy(p.model), "not copied inside drawn"),
+        (lambda p, folder: p.model.merge_adapter(), "not merged inside drawn"),
+        (lambda p, folder: p.model.merge_and_unload(), "not merged inside drawn"),
+    ],
+)
+def test_what_would_take_a_draw_for_the_adapter_is_refused(posterior, tmp_path, act, said):
+    """PEFT's own save would leave A out, in silence; the posterior is the same afterwards."""
+    before = posterior.logits(BATCH, Draws(2))
+    weights = {name: weight[None] for name, weight in posterior.draw(0).items()}
+    with drawn(posterior.model, weights), pytest.raises(Refusal, match=said):
+        act(posterior, tmp_path)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert torch.equal(posterior.logits(BATCH, Draws(2)), before)
+    act(posterior, tmp_path)
+
+
+@pytest.mark.parametrize("uneven", [False, True])
+def test_draws_of_another_shape_are_refused(posterior, uneven):
+    weights = posterior.draw(0)
+    if uneven:
+        weights = {name: weight[None] for name, weight in weights.items()}
+        first = next(iter(weights))
+        weights[first] = weights[first].expand(2, -1, -1)
+    refused = pytest.raises(Refusal, match=r"a single draw is weight\[None\]")
+    with refused, drawn(posterior.model, weights):
+        pass
 
 
 def test_hotswapped_weights_are_refused(posterior, tmp_path):

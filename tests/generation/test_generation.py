@@ -440,6 +440,12 @@ def test_prompts_and_draws_that_cannot_work_are_refused(llama_posterior):
         generate(llama_posterior, PROMPTS, Draws(2, shared_prefix=3))
     with pytest.raises(ValueError, match="got 5 draws of 2 rows and max_rows=9"):
         generate(llama_posterior, PROMPTS, Draws(5, max_rows=9))
+    with pytest.raises(ValueError, match="prompts name their tensors: got a Tensor"):
+        generate(llama_posterior, PROMPTS["input_ids"], 2)
+    with pytest.raises(
+        ValueError, match=r"got input_ids of shape \(2, 0\), expected a row or more"
+    ):
+        generate(llama_posterior, {"input_ids": PROMPTS["input_ids"][:, :0]}, 2)
     bert = Point(adapted(tiny_bert(), target_modules=["query"], task_type="SEQ_CLS"), whole)
     with pytest.raises(ValueError, match="BertForSequenceClassification writes no text"):
         generate(bert, PROMPTS, 1)

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.testing import assert_close
 from transformers import Trainer, TrainingArguments
 
+from bayestune import Refusal
 from bayestune.adapters import GaussianLinear, Slots, bayesify
 from bayestune.kl import KLStep, burst_period, kl_divergence, kl_weights, warmup_decay
 from tiny import BATCH, converted, tiny_llama, with_second
@@ -301,8 +302,9 @@ def test_a_step_that_a_gradient_scaler_skips_takes_no_kl(model, optimizer):
 
 
 def test_a_run_shorter_than_a_burst_is_warned_of(model, optimizer, caplog):
-    KLStep(period=10).attach(model, optimizer, total_steps=10)
-    KLStep(period=10, schedule="constant").attach(model, optimizer, total_steps=9)
+    for step, total in ((KLStep(period=10), 10), (KLStep(period=10, schedule="constant"), 9)):
+        step.attach(model, optimizer, total_steps=total)
+        step.detach()
     assert caplog.text == ""
     KLStep(period=10).attach(model, optimizer, total_steps=9)
     assert "the run of 9 steps ends before the first burst of the KL (period 10)" in caplog.text
@@ -340,6 +342,27 @@ REFUSED = [
 def test_settings_that_make_no_sense_are_refused(settings, reason, model, optimizer):
     with pytest.raises(ValueError, match=reason):
         KLStep(**settings).attach(model, optimizer, total_steps=3)
+
+
+@pytest.mark.parametrize("owner", ["sgd", "adamw"])
+def test_a_second_step_on_the_same_layers_is_refused(model, owner):
+    """Under "adamw" it would take the KL twice, in silence."""
+    optimizer = torch.optim.AdamW(trainable(model).values(), LR, weight_decay=0.0)
+    first = KLStep(final_std=0.1, std_optimizer=owner)
+    first.attach(model, optimizer, total_steps=STEPS)
+    second = KLStep(final_std=0.1, std_optimizer=owner)
+    with pytest.raises(Refusal, match="a KL step acts on these layers already"):
+        second.attach(model, optimizer, total_steps=STEPS)
+    first.detach()
+    second.attach(model, optimizer, total_steps=STEPS)
+
+
+@pytest.mark.parametrize("wrong", [{"num_rows": -1}, {"num_rows": 0}, {"batch_size": 0}])
+def test_rows_and_batches_are_counted(model, optimizer, wrong):
+    with pytest.raises(Refusal, match="a period is of rows and batches: got num_rows"):
+        KLStep(kl_lr=KL_LR).attach(
+            model, optimizer, total_steps=STEPS, **{"num_rows": 9, "batch_size": 4, **wrong}
+        )
 
 
 def test_an_adapter_that_is_not_gaussian_is_refused_by_name(model, optimizer):

@@ -1,5 +1,7 @@
 import json
+import re
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -197,6 +199,24 @@ def test_questions_are_needed_and_a_scorer_that_puts_them(case, teacher):
         distil(teacher.on(lambda model, batch: model(**batch).logits), case.task.train)
 
 
+def test_what_is_no_posterior_question_or_distilled_is_refused(case, teacher, tmp_path):
+    rows = case.task.evaluation
+    for given in (
+        (str(tmp_path), rows),
+        (teacher, [{"question": "what is red?", "options": ["red", "green"]}]),
+        (teacher, ["what is red?"]),
+        (teacher, rows, BLoB()),
+    ):
+        with pytest.raises(Refusal, match="distil takes a posterior, questions and a Distilled"):
+            distil(*given)
+
+
+def test_an_output_may_be_text(case, tmp_path):
+    student = case.fit(Distilled(MLE(), steps=2), output=str(tmp_path / "run"))
+    assert student.atoms == 1
+    assert (tmp_path / "run/taught/taught.json").is_file()
+
+
 def interrupted_after(monkeypatch, parts):
     """Has the asking of a teacher end as by ctrl-C after so many parts."""
     whole = Asking._asked
@@ -235,3 +255,71 @@ def test_an_interrupted_teacher_is_asked_on(case, tmp_path, monkeypatch):
     assert not list((tmp_path / "cut/taught").glob("asked-*"))
     assert resumed.teacher == whole.teacher
     assert torch.equal(resumed.logits(case.batch, Draws(0)), whole.logits(case.batch, Draws(0)))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"draws": 5}, "draws: got 5, the fit has None"),
+        ({"base": MLE()}, "base.method: got 'MLE', the fit has 'BLoB'"),
+        ({"base": replace(WIDE, final_std=0.1)}, "base.final_std: got 0.1, the fit has 0.3"),
+        ({"seed": 5}, "training.seed: got 5, the fit has 1"),
+    ],
+)
+@pytest.mark.parametrize("parts", [1, 99])
+def test_another_student_does_not_learn_what_was_kept(
+    case, tmp_path, monkeypatch, parts, change, said
+):
+    method = Distilled(WIDE, steps=4)
+    with monkeypatch.context() as broken:
+        interrupted_after(broken, parts)
+        with pytest.raises(KeyboardInterrupt) if parts == 1 else nullcontext():
+            case.fit(method, output=tmp_path)
+    run = {"output": tmp_path, "resume": True}
+    if "seed" in change:
+        run |= change
+    else:
+        method = replace(method, **change)
+    with pytest.raises(Refusal, match=re.escape(said)):
+        case.fit(method, **run)
+
+
+def test_other_rows_or_another_posterior_are_not_those_that_were_kept(case, teacher, tmp_path):
+    """Also where the posterior was fitted anew in the same place."""
+    folder = save_posterior(teacher, tmp_path / "teacher")
+    run = replace(TRAINING, output=tmp_path / "run")
+    again = replace(run, resume=True)
+
+    def load():
+        return load_posterior(case.make(), folder, case.scorer)
+
+    first = distil(load(), case.task.evaluation, Distilled(steps=2), run)
+    same = distil(load(), case.task.evaluation, Distilled(steps=2), again)
+    assert same.teacher == first.teacher
+    with pytest.raises(Refusal, match="the student's rows: got '5 rows"):
+        distil(load(), case.task.train[:5], Distilled(steps=2), again)
+    refitted = load()
+    with torch.no_grad():
+        next(iter(refitted.slots.modules().values())).weight.mul_(2)
+    with pytest.raises(Refusal, match="base.digest: got"):
+        distil(refitted, case.task.evaluation, Distilled(steps=2), again)
+
+
+@pytest.mark.parametrize("part", ["base", "student"])
+def test_a_run_over_an_older_one_goes_on_with_its_own(case, tmp_path, monkeypatch, part):
+    """A fit that is started anew where another was, and cut off, takes nothing of the other."""
+    case.fit(Distilled(WIDE, steps=12), output=tmp_path, save_steps=4)
+    other = Distilled(replace(WIDE, final_std=0.1), steps=8)
+    cut = BLoB if part == "base" else Distilled
+    with monkeypatch.context() as broken:
+        broken.setattr(cut, "fit" if part == "base" else "learn", _interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            case.fit(other, output=tmp_path, save_steps=4)
+    resumed = case.fit(other, output=tmp_path, save_steps=4, resume=True)
+    whole = case.fit(other)
+    assert resumed.teacher == whole.teacher
+    assert torch.equal(resumed.logits(case.batch, Draws(0)), whole.logits(case.batch, Draws(0)))
+
+
+def _interrupted(*given):
+    raise KeyboardInterrupt

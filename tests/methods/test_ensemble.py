@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from bayestune import Refusal
 from bayestune.forward import Draws
 from bayestune.forward.verdicts import without_comparison
 from bayestune.methods import MLE, BLoB, Ensemble, Temperature
@@ -83,3 +84,26 @@ def test_mixtures_that_make_no_sense_are_refused(case):
         Mixture.restore(Saved(point.model, case.scorer, {}, {}, "default"))
     with pytest.raises(ValueError, match="Tempered draws are not adapters: got a mixture of them"):
         case.fit(Ensemble(base=Temperature(), size=1)).draw(0)
+
+
+def test_members_of_another_base_are_not_kept(case, tmp_path, monkeypatch):
+    case.fit(Ensemble(WIDE, size=2), output=tmp_path)
+    with pytest.raises(Refusal, match=r"base.method: got 'MLE', the fit has 'BLoB'"):
+        case.fit(Ensemble(MLE(), size=2), output=tmp_path, resume=True)
+    assert len(case.fit(Ensemble(WIDE, size=3), output=tmp_path, resume=True).members) == 3
+    fit = MLE.fit
+    fits = []
+
+    def cut(self, *given):
+        fits.append(1)
+        if len(fits) == 2:
+            raise KeyboardInterrupt
+        return fit(self, *given)
+
+    monkeypatch.setattr(MLE, "fit", cut)
+    with pytest.raises(KeyboardInterrupt):
+        case.fit(Ensemble(MLE(), size=2), output=tmp_path)
+    resumed = case.fit(Ensemble(MLE(), size=2), output=tmp_path, resume=True)
+    assert len(fits) == 3
+    whole = case.fit(Ensemble(MLE(), size=2))
+    assert torch.equal(resumed.logits(case.batch, Draws(2)), whole.logits(case.batch, Draws(2)))

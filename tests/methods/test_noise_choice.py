@@ -118,6 +118,29 @@ def test_a_resumed_choice_asks_for_nothing_twice(whole, tmp_path):
     assert tried["1 × noise and 1 × steps"] == expected.mean().item()
 
 
+def test_losses_of_another_prior_choose_nothing(whole, tmp_path, monkeypatch):
+    def cut(self, candidate):
+        self.known["1 × noise and 1 × steps"] = [0.0] * 24
+        self._keep()
+        raise KeyboardInterrupt
+
+    auto = BLoB(final_std="auto")
+    with monkeypatch.context() as broken:
+        broken.setattr(CrossFit, "losses", cut)
+        with pytest.raises(KeyboardInterrupt):
+            whole.fit(auto, output=tmp_path)
+    with pytest.raises(Refusal, match=r"prior_std: got 0.8, the fit has 0.2"):
+        whole.fit(replace(auto, prior_std=0.8), output=tmp_path, resume=True)
+
+    def asked(self, candidate):
+        assert not self.known
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CrossFit, "losses", asked)
+    with pytest.raises(KeyboardInterrupt):
+        whole.fit(replace(auto, prior_std=0.8), output=tmp_path)
+
+
 def test_what_cannot_be_chosen_is_refused(case):
     few = replace(case.scorer, task=replace(case.task, train=case.task.train[:3]))
     with pytest.raises(Refusal, match="leaves training rows out to choose by: got 3 rows"):

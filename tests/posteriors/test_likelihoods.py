@@ -15,7 +15,7 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from bayestune import Draws, Gaussian, HeadLogits, LastToken, Regression, predict
+from bayestune import Draws, Gaussian, HeadLogits, LastToken, Refusal, Regression, predict
 from bayestune.posteriors import Prediction, Reward, Sigmoid
 from tiny import CAUSAL, SIZES, causal, converted, tiny_bert
 
@@ -104,6 +104,20 @@ def test_the_noise_is_fitted_as_what_the_draws_leave_over():
     assert Regression.fitted(plain, plain.mean[:, 0]).noise_var.item() == 0
     with pytest.raises(ValueError, match=r"got a Regression\(\) without noise_var, expected one"):
         _ = plain.total
+
+
+def test_a_missing_target_is_left_out_of_the_noise():
+    logits = torch.randn(4, 6, 2, dtype=torch.float64)
+    prediction = Regression().predictive(logits, exact=True)
+    targets = torch.randn(6, 2, dtype=torch.float64)
+    targets[:2, 1] = math.nan
+    found = Regression.fitted(prediction, targets).noise_var
+    known = Regression().predictive(logits[:, 2:], exact=True)
+    assert found[0] == Regression.fitted(prediction, targets.nan_to_num(0.0)).noise_var[0]
+    assert_close(found[1], Regression.fitted(known, targets[2:]).noise_var[1])
+    targets[:, 1] = math.nan
+    with pytest.raises(Refusal, match=r"got NaN in all 6 rows of the targets \[1\]"):
+        Regression.fitted(prediction, targets)
 
 
 def test_a_regression_head_predicts_numbers_and_one_logit_is_no_class():
@@ -201,6 +215,21 @@ def test_reward_heads_of_decoders_work_and_others_are_refused():
     fewer = predict(posterior, batch, 2, likelihood="reward")
     with pytest.raises(ValueError, match=r"got \(4, 2\) and \(2, 2\) rewards"):
         found.preferred(fewer)
+
+
+def test_nothing_to_predict_is_refused():
+    posterior = of_bert()
+    batch = {"input_ids": torch.arange(3, 13).reshape(2, 5)}
+    with pytest.raises(Refusal, match=r"got input_ids of shape \(0, 5\), expected a row or more"):
+        predict(posterior, {"input_ids": batch["input_ids"][:0]})
+    with pytest.raises(Refusal, match="nothing to predict: got None"):
+        predict(posterior, None)
+    with pytest.raises(Refusal, match="unknown likelihood: got <class"):
+        predict(posterior, batch, likelihood=Regression)
+    with pytest.raises(Refusal, match=r"got count=2.5, first=0, expected"):
+        predict(posterior, batch, 2.5)
+    with pytest.raises(Refusal, match=r"a variance for each target: got \(2,\)"):
+        predict(posterior, batch, likelihood=Regression(torch.ones(2)))
 
 
 def test_an_unknown_likelihood_is_refused():

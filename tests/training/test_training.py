@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -143,6 +144,18 @@ def test_a_checkpoint_that_a_kill_cut_short_is_passed_over(tmp_path):
         if whole:
             (folder / "trainer_state.json").write_text("{}")
     assert newest_checkpoint(tmp_path).name == "checkpoint-10"
+
+
+def test_a_resumed_run_goes_on_with_its_own_checkpoints(case, tmp_path):
+    """A run that was started anew in the folder of a longer one, and then was cut off."""
+    run(case, steps=8, save_steps=4, output=tmp_path)
+    _, report = run(case, steps=6, save_steps=2, output=tmp_path, learning_rate=0.02)
+    assert report.steps == 6
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    assert newest_checkpoint(tmp_path).name == "checkpoint-4"
+    run(case, steps=6, save_steps=6, output=tmp_path)
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    assert newest_checkpoint(tmp_path) is None
 
 
 def test_nothing_to_learn_from_is_refused(case):

@@ -1,5 +1,6 @@
 """S fixed weights applied to S·N rows in one batched product."""
 
+from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
@@ -7,6 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bayestune.adapters.arrivals import Arrivals
+from bayestune.adapters.spread import shape_of
+from bayestune.errors import Refusal
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
@@ -64,6 +67,22 @@ class DrawnLinear(nn.Module):
             output += self.bias
         return output.view(*input.shape[:-1], rank)
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Refuses in a slot: a state without its own weight would be saved as the adapter."""
+        if self.name:
+            raise Refusal(
+                f"a model is not saved inside drawn(): got the state of {self.name}, which holds "
+                "draws, expected the adapter's own; leave the context first, and take "
+                "export_draw(posterior, index, folder) to write a draw"
+            )
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        """Refuses: the copy would have the draws for good."""
+        raise Refusal(
+            f"a model is not copied inside drawn(): got {self.name or 'a stack'}, which holds "
+            "draws, expected the adapter's own weights; leave the context first"
+        )
+
     @classmethod
     def of(cls, weights: Tensor, slot: nn.Module, name: str, arrivals: Arrivals) -> Self:
         """The stack for a slot that holds a module now: on its device, in the type of its product.
@@ -75,3 +94,17 @@ class DrawnLinear(nn.Module):
         dtype = compute_dtype(present.weight)
         bias = None if present.bias is None else present.bias.detach().to(dtype)
         return cls(weights.to(present.weight.device, dtype), name, arrivals, bias)
+
+
+def refuse_other_shapes(
+    stacks: Mapping[str, Tensor], slots: Mapping[str, nn.Module], draws: int
+) -> None:
+    """Refuses weights of draws, by slot name, that are not S of each slot's shape."""
+    for name, stack in stacks.items():
+        own: Any = slots[name]
+        expected = (draws, *shape_of(own.weight)[-2:])
+        if tuple(stack.shape) != expected:
+            raise Refusal(
+                f"draws do not fit their slot: got {tuple(stack.shape)} for {name}, expected "
+                f"{expected}, S weights of the slot's shape; a single draw is weight[None]"
+            )

@@ -51,14 +51,17 @@ def marked_as_drawn(model: nn.Module, adapter: str) -> Iterator[None]:
         held.remove(adapter)
 
 
-def refuse_inside_drawn(model: nn.Module, adapter: str) -> None:
-    """Refuses to ask a posterior while draws stand in its adapter's slots.
+def refuse_inside_drawn(model: nn.Module, adapter: str | None = None) -> None:
+    """Refuses to ask a posterior, or to save it, while draws stand in its adapter's slots.
 
     Raises:
-        Refusal: inside `drawn()` on this adapter.
+        Refusal: inside `drawn()` on this adapter; on any, for None.
     """
-    if adapter in _HELD.get(base_of(model), ()):
+    held = _HELD.get(base_of(model), [])
+    if adapter in held or (held and adapter is None):
+        adapter = adapter or held[0]
         raise Refusal(
-            f"the slots of the adapter {adapter!r} hold other draws: got a prediction inside "
-            "drawn(), expected one outside; leave the context first, or call the model itself"
+            f"the slots of the adapter {adapter!r} hold other draws: got a prediction, a draw or "
+            "a save inside drawn(), expected it outside; leave the context first, or call the "
+            "model itself"
         )

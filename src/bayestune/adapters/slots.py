@@ -10,8 +10,8 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from bayestune.adapters.arrivals import Arrivals, check_arrived
-from bayestune.adapters.drawn_linear import DrawnLinear
-from bayestune.adapters.locks import base_of, exclusive, marked_as_drawn
+from bayestune.adapters.drawn_linear import DrawnLinear, refuse_other_shapes
+from bayestune.adapters.locks import base_of, exclusive, marked_as_drawn, refuse_inside_drawn
 from bayestune.adapters.spread import shape_of, whole
 from bayestune.adapters.wrapped import eagerly, plain_path, runs_compiled, unwrapped
 from bayestune.errors import Refusal
@@ -89,8 +89,14 @@ class Slots:
         return chosen
 
     def weights(self) -> dict[str, Tensor]:
-        """A (r, k) and B (d, r) by slot name: the mean where a slot is stochastic."""
+        """A (r, k) and B (d, r) by slot name: the mean where a slot is stochastic.
+
+        Raises:
+            Refusal: inside `drawn()`.
+        """
         modules = self.modules()
+        if any(isinstance(slot, DrawnLinear) for slot in modules.values()):
+            refuse_inside_drawn(self.model)
         return {
             name: whole(slot.get_parameter("weight")).detach() for name, slot in modules.items()
         }
@@ -120,20 +126,21 @@ class Slots:
             arrivals: of the pass; made if it is not given.
 
         Raises:
-            Refusal: if a name is not a slot of the adapter, or its layer does not apply it as a
-                plain map, such as DoRA's.
+            Refusal: if a name is not a slot of the adapter, its weights have another shape or
+                number, or its layer does not apply it as a plain map, such as DoRA's.
         """
         draws = len(next(iter(stacks.values()), ()))
         arrivals = arrivals if arrivals is not None else Arrivals(draws)
         with exclusive(self.model), eagerly(self.compiled):
             kept = self._present(stacks)
+            refuse_other_shapes(stacks, kept, draws)
             drawn: dict[str, nn.Module] = {}
             for name, stack in stacks.items():
                 layer = DrawnLinear.of(stack, kept[name], name, arrivals)
                 drawn[name] = layer.train(kept[name].training)
             try:
                 self.put(drawn)
-                with marked_as_drawn(self.model, self.adapter):
+                with marked_as_drawn(self.model, self.adapter), _not_merged(self.layers.values()):
                     yield arrivals
             finally:
                 self.put(kept)
@@ -234,6 +241,25 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 @contextmanager
+def _not_merged(layers: Collection[nn.Module]) -> Iterator[None]:
+    """Refuses to merge an adapter into the base while draws stand in its slots."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise Refusal(
+            "an adapter is not merged inside drawn(): got a merge while slots hold draws, expected "
+            "it outside; export_draw(posterior, index, folder), and merge that adapter"
+        )
+
+    for layer in layers:
+        layer.merge = refuse  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("merge", None)
+
+
+@contextmanager
 def drawn(
     model: nn.Module, weights: Mapping[str, Tensor], adapter: str | None = None
 ) -> Iterator[None]:
@@ -242,9 +268,11 @@ def drawn(
     The model must be called on S·N rows, draw by draw. Where S is 1 every model can be called;
     otherwise those whose layers see the rows as their first axis.
 
+    Inside, the adapter is neither saved nor copied nor merged.
+
     Raises:
         Refusal: if a layer sees other rows than the model was given, or the model was called and
-            used none of the weights.
+            used none of the weights, or the weights do not fit.
     """
     slots = Slots(model, adapter)
     passes = 0

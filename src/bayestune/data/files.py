@@ -59,12 +59,17 @@ def load_rows(
     return read_rows(Path(path), reading, labelled=labelled)
 
 
-def read_rows(path: Path, reading: Reading, *, labelled: bool = True) -> tuple[Question, ...]:
-    """Reads a file as `load_rows` does."""
-    file = _read(path, reading, labelled)
+def read_rows(
+    path: Path, reading: Reading, *, labelled: bool | None = True
+) -> tuple[Question, ...]:
+    """Reads a file as `load_rows` does; answers are not looked at if `labelled` is None."""
+    file = _read(path, reading, bool(labelled))
     for problem in file.problems.values():
         raise problem
-    answers = _answers(file.drafts.values(), labelled, file.answer_is)
+    if labelled is None:
+        answers: list[int | None] = [None] * len(file.drafts)
+    else:
+        answers = _answers(file.drafts.values(), labelled, file.answer_is)
     file.say_unused(reading.options)
     return file.questions(answers)
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from bayestune.errors import Refusal
+from bayestune.errors import NUMBER, Refusal
 
 Batch = Mapping[str, Tensor]
 _SEEDING = threading.RLock()
@@ -48,7 +48,7 @@ class Draws:
     bf16: bool = False
 
     def __post_init__(self) -> None:
-        if self.count < 0 or self.first < 0:
+        if self.count not in NUMBER or self.first not in NUMBER:
             raise Refusal(
                 f"draws are counted from 0: got count={self.count}, first={self.first}, expected "
                 "neither to be negative; count=0 means the mean"
@@ -91,11 +91,20 @@ def main_input(inputs: Batch) -> Tensor:
     for name in ("input_ids", "inputs_embeds", *inputs):
         value = inputs.get(name)
         if isinstance(value, Tensor) and value.dim():
+            _refuse_nothing(name, value)
             return value
     raise Refusal(
         f"a batch without rows: got {sorted(inputs)}, expected tensors whose leading axis is the "
         "rows; give what the tokenizer or the scorer's collate returns"
     )
+
+
+def _refuse_nothing(name: str, value: Tensor) -> None:
+    if not all(value.shape[:2]):
+        raise Refusal(
+            f"a batch without anything to read: got {name} of shape {tuple(value.shape)}, expected "
+            "a row or more, of a token or more; leave it out"
+        )
 
 
 @contextmanager

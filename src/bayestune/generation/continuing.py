@@ -1,6 +1,7 @@
 """Generation with S draws side by side, in transformers' own loop."""
 
 import copy
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -53,6 +54,7 @@ def generate(
     """
     if draws_as not in ("average", "sequences"):
         raise Refusal(f"got draws_as={draws_as!r}; expected 'average' or 'sequences'; choose one")
+    _refuse_without_names(inputs)
     model = base_of(posterior.model)
     _refuse_without_text(model)
     refuse_unsupported(options, model.generation_config)
@@ -69,6 +71,15 @@ def generate(
         batch = repeat_rows(on_device(prompts, posterior.model), num_copies)
         sequences = model.generate(**batch, **loop.options(), custom_generate=loop)
     return loop.result(sequences)
+
+
+def _refuse_without_names(inputs: Any) -> None:
+    if not isinstance(inputs, Mapping):
+        raise Refusal(
+            f"prompts name their tensors: got a {type(inputs).__name__}, expected what a tokenizer "
+            "returns, {'input_ids': …, 'attention_mask': …}; give that"
+        )
+    main_input(inputs)
 
 
 def _refuse_without_text(model: Any) -> None:

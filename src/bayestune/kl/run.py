@@ -1,6 +1,7 @@
 """A run's KL steps: what happens before and after each step of the optimiser it is hooked to."""
 
 import logging
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bayestune.adapters import GaussianLinear
+from bayestune.errors import Refusal
 from bayestune.kl.closed_form import kl_divergence, kl_step_
 from bayestune.kl.plan import Plan
 from bayestune.kl.remainders import Remainders
@@ -20,6 +22,7 @@ from bayestune.kl.surroundings import (
 
 logger = logging.getLogger(__name__)
 
+_HOOKED: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # by optimiser
 _SOON = 20  # steps after which what has not happened is told
 
 
@@ -59,6 +62,7 @@ class KLRun:
         self.owed = list(progress.owed)
         self.moves_root_std = moves_root_std
         self._handles: list[Any] = []
+        self._hooked: Any = None
         self._gradients: dict[str, Tensor] = {}  # of G: they wait for the optimiser
         self._before: list[tuple[Tensor, Tensor]] = []  # G's that the optimiser moves for nothing
         self._unreached: list[str] | None = None
@@ -68,7 +72,22 @@ class KLRun:
         self._overflowed = False
 
     def hook(self, optimizer: torch.optim.Optimizer) -> None:
-        """Puts the hooks on."""
+        """Puts the hooks on.
+
+        Raises:
+            Refusal: if another run acts on the same layers in this optimiser's steps.
+        """
+        others = _HOOKED.setdefault(optimizer, weakref.WeakSet())
+        taken: set[int] = set()
+        for other in others:
+            taken.update(map(id, other.layers.values()))
+        if taken.intersection(map(id, self.layers.values())):
+            raise Refusal(
+                "a KL step acts on these layers already: got a second one on the same optimiser, "
+                "expected one; give a Trainer one KLStep, or detach() the first"
+            )
+        others.add(self)
+        self._hooked = weakref.ref(optimizer)
         self._remainders = Remainders(optimizer)
         self._handles = [
             optimizer.register_step_pre_hook(self._before_gradients),
@@ -85,6 +104,9 @@ class KLRun:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        optimizer = self._hooked and self._hooked()
+        if optimizer is not None:
+            _HOOKED[optimizer].discard(self)
 
     def _before_pass(self, *_: Any) -> None:
         self._handles.pop().remove()  # once

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from bayestune.errors import Refusal
+from bayestune.errors import COUNT, Refusal
 
 Schedule = Literal["bursts", "constant", "early"]
 
@@ -22,6 +22,11 @@ def burst_period(num_rows: int, batch_size: int) -> int:
         >>> burst_period(640, 4)
         316
     """
+    if num_rows not in COUNT or batch_size not in COUNT:
+        raise Refusal(
+            f"a period is of rows and batches: got num_rows={num_rows} and batch_size={batch_size},"
+            f" expected each to be {COUNT.said}; correct them"
+        )
     return max(1, int(100 * num_rows ** (math.pi / 8) / batch_size))
 
 

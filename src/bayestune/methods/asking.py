@@ -69,11 +69,6 @@ class Asking:
         width = max(visit.shape[1] for visit in found)
         return torch.stack([pad(visit, (0, width - visit.shape[1])) for visit in found])
 
-    def forget(self, folder: Path) -> None:
-        """Removes the parts that are kept."""
-        for path in folder.glob("asked-*.safetensors"):
-            path.unlink()
-
     def _visits(self) -> Iterator[list[list[int]]]:
         """The numbers of each batch's rows, of similar length; shuffled for fresh draws."""
         generator = torch.Generator().manual_seed(self.training.seed)
@@ -89,9 +84,7 @@ class Asking:
             return load_file(file)["targets"]
         targets = self._asked(batches)
         if is_first_process():
-            scratch = file.with_suffix(".partial")
-            save_file({"targets": targets}, scratch)
-            scratch.replace(file)
+            save_targets(targets, file)
         return targets
 
     def _asked(self, batches: Sequence[tuple[list[int], int]]) -> Tensor:
@@ -110,6 +103,19 @@ class Asking:
         # draw i of a mixture is one of member i mod K
         member = random.Random(seed).randrange(num_members(self.teacher))
         return Draws(1, seed, first=member, bf16=bf16)
+
+
+def save_targets(targets: Tensor, file: Path) -> None:
+    """Writes targets whole or not at all."""
+    scratch = file.with_suffix(".partial")
+    save_file({"targets": targets.contiguous()}, scratch)
+    scratch.replace(file)
+
+
+def forget(folder: Path) -> None:
+    """Removes the parts of targets that are kept in a folder."""
+    for path in folder.glob("asked-*.safetensors"):
+        path.unlink(missing_ok=True)
 
 
 def num_members(posterior: Posterior) -> int:

@@ -1,22 +1,23 @@
 """Distillation: one plain adapter that gives a posterior's averaged probabilities in one pass."""
 
-import hashlib
 import json
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from bayestune.adapters import CONFIG, base_of, detach
 from bayestune.data import Question
 from bayestune.errors import COUNT, POSITIVE, Refusal, check_fields
-from bayestune.methods.asking import Asking
+from bayestune.methods.asking import Asking, forget, save_targets
 from bayestune.methods.blob import BLoB
 from bayestune.methods.method import Method
+from bayestune.methods.started import check_started, digest, facts_of, rows_digest
 from bayestune.methods.workplace import refuse_parts_of, workplace
 from bayestune.posteriors import (
     DETAILS,
@@ -38,6 +39,7 @@ from bayestune.training import Meter, Training, train
 
 _TARGETS = "targets.safetensors"
 _TAUGHT = "taught.json"
+_KEPT = "taught/teacher"
 _REPORT = "report.json"
 
 
@@ -80,11 +82,20 @@ class Distilled:
         refuse_parts_of("Distilled")
         with workplace(training) as place:
             taught = place / "taught"
+            self._begin(place, scorer, training)
             if not of_first_process(training.resume and (taught / _TAUGHT).is_file()):
                 teacher = self._teacher(model, scorer, training, place)
                 self.ask(teacher, scorer, taught, training)
                 detach(teacher.model)
             return self.learn(model, scorer, taught, replace(training, output=place / "student"))
+
+    def _begin(self, place: Path, scorer: Scorer, training: Training) -> None:
+        """Goes on with what is there of the same fit, or takes nothing that is there."""
+        facts = facts_of(self, scorer, training)
+        facts["the student's rows"] = rows_digest(self.rows(scorer))
+        check_started(place, facts, (place / "base", place / "student"), resume=training.resume)
+        if not training.resume:
+            in_first_process(partial(_take_nothing, place))
 
     def rows(self, scorer: Scorer) -> tuple[Question, ...]:
         """The rows that the student learns from, without their answers."""
@@ -98,7 +109,7 @@ class Distilled:
         self, model: nn.Module, scorer: Scorer, training: Training, place: Path
     ) -> Posterior:
         """The base's posterior, kept until the student is there unless it has a folder already."""
-        kept = place / "taught/teacher"
+        kept = place / _KEPT
         if of_first_process(training.resume and (kept / DETAILS).is_file()):
             teacher = load_posterior(model, kept, scorer)
             report = json.loads((kept / _REPORT).read_text(encoding="utf-8"))
@@ -118,19 +129,20 @@ class Distilled:
         items = self.steps * training.batch_size * training.accumulation
         visits = -(-items // len(rows)) if draws is None else 1
         asking = Asking(teacher, scorer, scorer.encode(rows), draws, visits, training)
-        if not training.resume:
-            in_first_process(partial(asking.forget, folder))
         targets = asking.targets(folder)
-        told = Teacher(teacher.digest or "", draws or "fresh", len(rows), _digest(rows))
+        content = digest([row.content for row in rows])
+        told = Teacher(teacher.digest or "", draws or "fresh", len(rows), content)
         report = teacher.report.plus(**meter.read())
         known = {"teacher": asdict(told), "report": report.as_dict()}
 
         def write() -> None:
             save_posterior(_start(teacher), folder)
             _without_dropout(folder)
-            save_file({"targets": targets.contiguous()}, folder / _TARGETS)
-            (folder / _TAUGHT).write_text(json.dumps(known), encoding="utf-8")
-            asking.forget(folder)
+            save_targets(targets, folder / _TARGETS)
+            scratch = folder / f"{_TAUGHT}.partial"  # one that is cut off would stop a resume
+            scratch.write_text(json.dumps(known), encoding="utf-8")
+            scratch.replace(folder / _TAUGHT)
+            forget(folder)
 
         in_first_process(write)
 
@@ -159,6 +171,7 @@ class _Given:
     """A base that is there already."""
 
     posterior: Posterior
+    digest: str
 
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Posterior:
         """What was given."""
@@ -182,11 +195,14 @@ def distil(
         training: batch size, seed, precision and the like.
 
     Raises:
-        Refusal: if there are no questions, or the posterior's scorer cannot put them.
+        Refusal: if there are no questions, or the posterior's scorer cannot put them, or something
+            else is given.
 
     Example:
         >>> distil(load_posterior(model, "runs/blob", scorer), questions)  # doctest: +SKIP
     """
+    questions = tuple(questions)
+    _check_kinds(posterior, questions, method)
     scorer = posterior.scorer
     if not isinstance(scorer, Scorer):
         raise Refusal(
@@ -199,10 +215,33 @@ def distil(
     names: Any = getattr(scorer, "class_names", None)
     rows = [row.with_options(names) if names else row for row in questions]
     asked = replace(scorer, task=replace(scorer.task, unlabelled=tuple(rows)))
+    with tempfile.TemporaryDirectory() as scratch:
+        known = posterior_digest(save_posterior(posterior, scratch))
     taught = training.output and training.output / "taught" / _TAUGHT
     done = training.resume and taught is not None and taught.is_file()
     base = detach(posterior.model) if done else base_of(posterior.model)
-    return replace(method or Distilled(), base=_Given(posterior)).fit(base, asked, training)
+    given = _Given(posterior, known)
+    return replace(method or Distilled(), base=given).fit(base, asked, training)
+
+
+def _check_kinds(posterior: Any, questions: Any, method: Any) -> None:
+    for value, kind, remedy in (
+        (posterior, Posterior, "load a folder with load_posterior(model, folder, scorer)"),
+        (method or Distilled(), Distilled, "its base is the posterior itself"),
+        *((row, Question, "load_rows reads a file of them") for row in questions),
+    ):
+        if not isinstance(value, kind):
+            raise Refusal(
+                f"distil takes a posterior, questions and a Distilled: got {value!r:.60}, expected "
+                f"a {kind.__name__}; {remedy}"
+            )
+
+
+def _take_nothing(place: Path) -> None:
+    """Removes what says that the teacher and its answers are there."""
+    for path in (place / "taught" / _TAUGHT, place / _KEPT / DETAILS):
+        path.unlink(missing_ok=True)
+    forget(place / "taught")
 
 
 def _start(teacher: Posterior) -> Point:
@@ -226,9 +265,3 @@ def _without_dropout(folder: Path) -> None:
     path = folder / CONFIG
     config = {**json.loads(path.read_text(encoding="utf-8")), "lora_dropout": 0.0}
     path.write_text(json.dumps(config, indent=2), encoding="utf-8")
-
-
-def _digest(rows: Sequence[Question]) -> str:
-    """A hash of what the rows ask."""
-    text = json.dumps([row.content for row in rows])
-    return hashlib.sha256(text.encode()).hexdigest()

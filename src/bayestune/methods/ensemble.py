@@ -10,6 +10,7 @@ from bayestune.adapters import detach
 from bayestune.errors import COUNT, Refusal, check_fields
 from bayestune.methods.method import Method
 from bayestune.methods.mle import MLE
+from bayestune.methods.started import check_started, facts_of
 from bayestune.methods.workplace import refuse_parts_of, workplace
 from bayestune.posteriors import (
     DETAILS,
@@ -56,6 +57,10 @@ class Ensemble:
         refuse_parts_of("Ensemble")
         with workplace(training) as place:
             folders = [place / f"member-{k}" for k in range(self.size)]
+            facts = facts_of(replace(self, size=1), scorer, training)  # there may be more members
+            check_started(place, facts, folders, resume=training.resume)
+            for folder in () if training.resume else folders:
+                in_first_process(partial((folder / DETAILS).unlink, missing_ok=True))
             for k, folder in enumerate(folders):
                 if training.resume and (folder / DETAILS).is_file():
                     continue

@@ -7,6 +7,7 @@ import random
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,8 +20,9 @@ from bayestune.errors import Refusal
 from bayestune.forward import Draws
 from bayestune.methods.held_out import held_out_logits
 from bayestune.methods.method import Method
+from bayestune.methods.started import check_started, facts_of
 from bayestune.methods.workplace import refuse_parts_of
-from bayestune.runtime import is_first_process, of_first_process
+from bayestune.runtime import in_first_process, is_first_process, of_first_process
 from bayestune.scoring import Scorer
 from bayestune.training import Training
 
@@ -176,14 +178,23 @@ def choose_noise(
             f'final_std="auto" leaves training rows out to choose by: got {len(contents)} rows, '
             f"expected at least {FOLDS * _FEWEST}; give final_std as a number, 0.1 is usual"
         )
-    known = {}
-    if training.output and training.resume and (training.output / _LOSSES).is_file():
-        known = json.loads((training.output / _LOSSES).read_text(encoding="utf-8"))
+    known = _known(method(1.0), scorer, training)
     crossed = CrossFit(method, model, scorer, training, known, training.output)
     chosen, means = choose(crossed.losses)
     steps = max(1, round(training.total_steps(len(scorer.task.train)) * chosen.length))
     said = {"noise_choice": _said(chosen), "cross_fitted_nll": means}
     return method(chosen.factor), replace(training, steps=steps, epochs=None), said
+
+
+def _known(method: Method, scorer: Scorer, training: Training) -> dict[str, list[float]]:
+    """The losses of an interrupted run that goes on."""
+    if training.output is None:
+        return {}
+    check_started(training.output, facts_of(method, scorer, training), resume=training.resume)
+    file = training.output / _LOSSES
+    if not training.resume:
+        in_first_process(partial(file.unlink, missing_ok=True))
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def _said(candidate: Candidate) -> str:

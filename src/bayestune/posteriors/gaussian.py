@@ -10,9 +10,11 @@ from torch import Tensor
 from bayestune.adapters import (
     GaussianLinear,
     Slots,
+    exclusive,
     held_weights,
     make_gaussian,
     noise_of,
+    refuse_inside_drawn,
     whole,
 )
 from bayestune.errors import Refusal
@@ -45,9 +47,12 @@ class Gaussian(AdapterPosterior):
         """One held draw M + Ω∘E of every Gaussian slot.
 
         Raises:
-            Refusal: if σ is gone from the model: PEFT's hotswap sets it to 0.
+            Refusal: if σ is gone from the model, as PEFT's hotswap sets it to 0, or inside
+                `drawn()`.
         """
-        layers = self.layers()
+        with exclusive(self.model):
+            refuse_inside_drawn(self.model, self.adapter)
+            layers = self.layers()
         self._refuse_without_std(layers)
         weights = {}
         for name, slot in layers.items():

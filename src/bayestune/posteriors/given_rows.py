@@ -28,6 +28,11 @@ def batches_of(inputs: Any, posterior: Posterior) -> Iterator[Batch]:
     """
     if isinstance(inputs, Mapping):
         yield inputs
+    elif not (hasattr(inputs, "__iter__") or hasattr(inputs, "__getitem__")):
+        raise Refusal(
+            f"nothing to predict: got {inputs!r}, expected a batch such as {{'input_ids': …}}, a "
+            "DataLoader or a Dataset; give one"
+        )
     elif isinstance(inputs, DataLoader) or not hasattr(inputs, "__getitem__"):
         for batch in inputs:
             _check_mapping(batch, "batch of the loader")

@@ -151,7 +151,7 @@ class Regression:
             aleatoric = log_vars.exp().mean(0)
         mean = values.mean(0)
         if self.noise_var is not None:
-            aleatoric = torch.as_tensor(self.noise_var).to(mean).expand_as(mean)
+            aleatoric = _of_each(torch.as_tensor(self.noise_var).to(mean), mean)
         return RegressionPrediction(mean, _variance(values, exact), aleatoric)
 
     @classmethod
@@ -162,10 +162,20 @@ class Regression:
 
         Args:
             prediction: of those rows.
-            targets: y (N, K), or (N,) where K is 1.
+            targets: y (N, K), or (N,) where K is 1; NaN where a row's is missing.
+
+        Raises:
+            Refusal: if the targets do not fit, or no row has one of them.
         """
-        error = (_like(targets, prediction.mean) - prediction.mean).square()
-        return cls((error - prediction.epistemic).mean(0).clamp_min(0))
+        targets = _like(targets, prediction.mean)
+        if missing := targets.isnan().all(0).nonzero().flatten().tolist():
+            raise Refusal(
+                f"the noise of a target is found on rows that have it: got NaN in all "
+                f"{len(targets)} rows of the targets {missing}, expected a number in one or more; "
+                "give held-out rows with answers, or noise_var"
+            )
+        error = (targets - prediction.mean).square()
+        return cls((error - prediction.epistemic).nanmean(0).clamp_min(0))
 
 
 @dataclass(frozen=True)
@@ -268,7 +278,7 @@ def _variance(values: Tensor, exact: bool) -> Tensor:
 
 def _like(targets: Tensor, mean: Tensor) -> Tensor:
     """Targets in the shape of a mean (N, K)."""
-    targets = targets.to(mean)
+    targets = torch.as_tensor(targets).to(mean)
     if targets.dim() == mean.dim() - 1 and mean.shape[-1] == 1:
         targets = targets[..., None]
     if targets.shape != mean.shape:
@@ -277,3 +287,13 @@ def _like(targets: Tensor, mean: Tensor) -> Tensor:
             f"{tuple(mean.shape)}"
         )
     return targets
+
+
+def _of_each(noise_var: Tensor, mean: Tensor) -> Tensor:
+    """Noise in the shape of a mean (N, K)."""
+    if noise_var.shape not in ((), (1,), mean.shape[-1:]):
+        raise Refusal(
+            f"a variance for each target: got {tuple(noise_var.shape)}, expected one number or "
+            f"{tuple(mean.shape[-1:])}; the head has {mean.shape[-1]} targets"
+        )
+    return noise_var.expand_as(mean)

@@ -110,7 +110,7 @@ def predict(
 
 
 def _likelihood(given: str | Likelihood[Any]) -> Likelihood[Any]:
-    if not isinstance(given, str):
+    if not isinstance(given, str | type):
         return given
     if given not in LIKELIHOODS:
         raise Refusal(

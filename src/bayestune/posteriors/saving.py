@@ -15,10 +15,12 @@ from bayestune.adapters import (
     GaussianLinear,
     Slots,
     add_beside,
+    exclusive,
     facts_of,
     is_spread,
     place_of,
     plain_state,
+    refuse_inside_drawn,
     refuse_unless_saved_whole,
     write_posterior,
 )
@@ -96,6 +98,9 @@ def save_posterior(
             is meant.
     """
     place = Path(folder).expanduser()
+    model = posterior if isinstance(posterior, nn.Module) else posterior.model
+    with exclusive(model):
+        refuse_inside_drawn(model)
     if isinstance(posterior, nn.Module):
         posterior = _of_model(posterior, adapter)
     record: dict[str, Any] = {"posterior": posterior.kind}

@@ -32,7 +32,7 @@ from bayestune.session.looks import (
     windows,
 )
 from bayestune.session.opened_model import Dtype, num_classes, open_model
-from bayestune.session.plain_adapter import details_if_any, load_any, named_base
+from bayestune.session.plain_adapter import details_if_any, is_plain, load_any, named_base
 from bayestune.session.prediction_ways import Way, joined
 from bayestune.session.session import Session
 from bayestune.session.task_options import OF_THE_FIT, TaskOptions

@@ -87,7 +87,7 @@ class LessonRows:
             return task
         own = {"options": tuple(self.options), "columns": self.columns}
         reading = replace(usual_reading(details), **own)
-        rows = read_rows(self.unlabelled, reading, labelled=False)
+        rows = read_rows(self.unlabelled, reading, labelled=None)
         spare = task.unlabelled if self.unlabelled_rows else ()
         return replace(task, unlabelled=(*spare, *with_unlabelled(task, rows).unlabelled))
 

@@ -127,7 +127,7 @@ class TaskOptions:
         rows = (*task.train, *task.evaluation)
         task = replace(task, prompt=self.own_prompt().of(task.prompt, rows, self.scoring))
         if self.unlabelled_data:
-            spare = self._rows(self.unlabelled_data, usual, labelled=False)
+            spare = self._rows(self.unlabelled_data, usual, labelled=None)
             task = with_unlabelled(task, spare)
             refuse_unshown(task.prompt, task.unlabelled, self.scoring)
         fixed = self.evaluation_seed
@@ -163,7 +163,7 @@ class TaskOptions:
         return self.task or DEFAULT_TASK
 
     def _rows(
-        self, file: Path | None, usual: Reading, *, labelled: bool = True
+        self, file: Path | None, usual: Reading, *, labelled: bool | None = True
     ) -> tuple[Question, ...]:
         if file is None:
             return ()

@@ -11,6 +11,7 @@ from bayestune.training.training import (
     fit_adapter,
     newest_checkpoint,
     start_adapter,
+    start_anew,
     train,
 )
 
@@ -25,5 +26,6 @@ __all__ = [
     "fit_adapter",
     "newest_checkpoint",
     "start_adapter",
+    "start_anew",
     "train",
 ]

@@ -1,5 +1,7 @@
 """Fits an adapter: the settings of a training, its start and its run."""
 
+import hashlib
+import json
 import logging
 import math
 import os
@@ -25,7 +27,7 @@ from bayestune.errors import (
     check_fields,
 )
 from bayestune.posteriors import FitReport
-from bayestune.runtime import num_processes
+from bayestune.runtime import is_first_process, num_processes
 from bayestune.scoring import Encoded, Scorer, TextScorer
 from bayestune.training.callbacks import LogLines, ReadableCheckpoints, StopOnSignal
 from bayestune.training.cpu_attention import eager_attention, trains_faster_eagerly
@@ -34,6 +36,8 @@ from bayestune.training.meter import Meter
 from bayestune.training.trainer import ClassTrainer, LengthGroupedTrainer
 
 logger = logging.getLogger(__name__)
+
+_EARLIER = "earlier_checkpoints.json"
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 """Makes the optimiser of a PEFT model's trainable parameters."""
@@ -88,6 +92,8 @@ class Training:
         check_fields(self, learning_rate=NOT_NEGATIVE, warmup_ratio=WHOLE_PART, seed=SEED)
         check_fields(self, weight_decay=NOT_NEGATIVE, max_grad_norm=NOT_NEGATIVE)
         check_fields(self, save_steps=COUNT, logging_steps=COUNT)
+        if isinstance(self.output, str):
+            object.__setattr__(self, "output", Path(self.output).expanduser())
 
     def total_steps(self, num_rows: int) -> int:
         """Optimiser steps of a run over `num_rows` rows."""
@@ -169,6 +175,8 @@ def train(
         if not training.progress:  # instead of printing to standard output, which is for results
             trainer.pop_callback(PrinterCallback)
             trainer.add_callback(LogLines)
+        if not training.resume:
+            start_anew(folder)
         checkpoint = newest_checkpoint(folder) if training.resume else None
         # the mask of packed rows fits the model's own attention only
         packed = isinstance(scorer, TextScorer) and scorer.layout == "packed"
@@ -183,9 +191,28 @@ def train(
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; one that a kill cut short is skipped."""
-    written = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    return max(written, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    """The newest checkpoint that was written to its end; one that a kill cut short is skipped.
+
+    So are those that stood there when the run was started anew, see `start_anew`.
+    """
+    file = folder / _EARLIER
+    earlier = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    written = {
+        name: folder / name for name, state in _states(folder).items() if earlier.get(name) != state
+    }
+    return max(written.values(), key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def start_anew(folder: Path) -> None:
+    """Notes the checkpoints of an earlier run in a folder, with which this one does not go on."""
+    if is_first_process() and (states := _states(folder)):
+        (folder / _EARLIER).write_text(json.dumps(states), encoding="utf-8")
+
+
+def _states(folder: Path) -> dict[str, str]:
+    """A hash of each whole checkpoint's state: its steps and losses."""
+    files = folder.glob("checkpoint-*/trainer_state.json")
+    return {file.parent.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 # transformers has renamed it

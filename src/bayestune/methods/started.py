@@ -1,0 +1,95 @@
+"""What a fit of several parts was started with, so that it goes on with the same parts or anew."""
+
+import hashlib
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from bayestune.adapters import Lora
+from bayestune.data import Question
+from bayestune.errors import Refusal
+from bayestune.methods.method import Method
+from bayestune.runtime import is_first_process
+from bayestune.scoring import Scorer
+from bayestune.training import Training, start_anew
+
+_STARTED = "started.json"
+
+Facts = Mapping[str, Any]
+
+
+def facts_of(method: Method, scorer: Scorer, training: Training) -> dict[str, Any]:
+    """What determines a fit, by the names of its settings: JSON values."""
+    task = scorer.task
+    found = dict(_settings(method))
+    found |= _settings(training, "training.")
+    found["the prompt"] = digest([type(scorer).__name__, str(task.prompt)])
+    found["the training rows"] = rows_digest(task.train)
+    found["the held-out rows"] = rows_digest(task.held_out)
+    return found
+
+
+def check_started(place: Path, facts: Facts, parts: Collection[Path] = (), *, resume: bool) -> None:
+    """Notes what a fit in a folder is started with, or compares it where the fit goes on.
+
+    Args:
+        place: where its parts are kept.
+        facts: of `facts_of`.
+        parts: folders with the checkpoints of its parts, which are passed over if it starts anew.
+        resume: whether it goes on with the parts that are there.
+
+    Raises:
+        Refusal: if it shall go on and the parts are those of another fit.
+    """
+    file = place / _STARTED
+    if resume and file.is_file():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        differ = [name for name in facts if name in before and facts[name] != before[name]]
+        if differ:
+            told = [f"{name}: got {facts[name]!r}, the fit has {before[name]!r}" for name in differ]
+            raise Refusal(
+                f"resume=True goes on with the fit in {place}, which was started with other "
+                f"settings; {'; '.join(told)}; give those, or another output, or leave resume out"
+            )
+        return
+    if resume and place.is_dir() and any(place.iterdir()):
+        return  # of an earlier version, which noted nothing
+    if not is_first_process():
+        return
+    for part in () if resume else parts:
+        for state in part.rglob("checkpoint-*/trainer_state.json"):
+            start_anew(state.parents[1])
+    place.mkdir(parents=True, exist_ok=True)
+    scratch = file.with_suffix(".partial")
+    scratch.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    scratch.replace(file)
+
+
+def digest(value: Any) -> str:
+    """A hash of what JSON can hold."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def rows_digest(rows: Sequence[Question]) -> str:
+    """How many rows there are, and a hash of what they ask and answer, whatever their ids."""
+    return f"{len(rows)} rows, {digest([(row.content, row.answer) for row in rows])[:10]}"
+
+
+def _settings(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The fields that change a result, a base's too; those that no file can hold are left out."""
+    wrapped = getattr(value, "method", None)
+    if hasattr(wrapped, "fit"):
+        yield from _settings(wrapped, prefix)
+    elif hasattr(value, "fit"):
+        yield f"{prefix}method", type(value).__name__
+    for field in fields(value):
+        inner = getattr(value, field.name)
+        name = f"{prefix}{field.name}"
+        if not field.metadata.get("changes_result", True) or field.name == "method":
+            continue
+        if hasattr(inner, "fit") or isinstance(inner, Lora):
+            yield from _settings(inner, f"{name}.")
+        elif inner is None or isinstance(inner, str | int | float | list | tuple | Mapping):
+            yield name, json.loads(json.dumps(inner, default=str))
