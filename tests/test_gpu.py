@@ -29,6 +29,7 @@ def run(file, *arguments):
     return {record["options"]["sections"][0]: record["cases"] for record in records}
 
 
+@pytest.mark.slow
 def test_every_section_is_measured_or_says_why_not(tmp_path, capsys):
     cases = run(tmp_path / "gpu.jsonl")
     assert list(cases) == [name for name in gpu.SECTIONS if name != "flash-4"]
@@ -258,6 +259,7 @@ def planned(monkeypatch, tmp_path, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_a_section_that_does_not_fit_is_left_out_and_the_later_ones_have_its_time(planned):
     printed, done, failed, end = planned({"quick": 0.1, "slow": 30.0, "after": 0.2}, 300)
     assert (done, failed) == (["quick", "after"], [])
@@ -272,6 +274,7 @@ def test_when_the_time_is_up_the_rest_is_left_out(planned):
     assert "tiny late left out: no time is left" in printed
 
 
+@pytest.mark.slow
 def test_a_failure_loses_its_own_section_only_and_shows_in_the_exit_code(planned, monkeypatch):
     laps = {"one": 0.1, "broken": RuntimeError("out of memory"), "two": 0.1}
     printed, done, failed, _ = planned(laps, 100)

@@ -362,6 +362,7 @@ def test_a_run_killed_twenty_times_ends_as_one_that_was_not(place):
     assert lasting_part(place / "killed") == lasting_part(place / "whole")
 
 
+@pytest.mark.slow
 def test_two_runs_on_one_folder_share_the_cells(place):
     helper("both", place)
     log = (place / "both.log").read_text()

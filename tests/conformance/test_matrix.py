@@ -1,7 +1,8 @@
 """Families × bases: each method fits, is saved, exported and predicts on bases of several kinds.
 
-Every method meets three bases, every base at least three methods; beside it, what PEFT and torch
-offer around an adapter (patterns, checkpoints, half precision, compilation) on several bases each.
+Every method meets three bases, the third one in a slow test, and every base at least three methods;
+beside it, what PEFT and torch offer around an adapter (patterns, checkpoints, half precision,
+compilation) on several bases each.
 """
 
 import copy
@@ -40,6 +41,8 @@ NAMES = list(BASES)
 PAIRS: list[tuple[str, str]] = []
 for number, name in enumerate(METHODS):
     PAIRS += [(name, NAMES[(3 * number + 5 * j) % len(NAMES)]) for j in range(3)]
+SLOW = {2: pytest.mark.slow}  # the third base of a method
+TRIED = [pytest.param(*pair, marks=SLOW.get(k % 3, ())) for k, pair in enumerate(PAIRS)]
 SETTINGS: dict[str, dict[str, Any]] = {
     "tfb": {"anchors": 6, "draws": 2, "evaluations": 3},
     "posterior_scale": {"factors": (0.5, 1.0)},
@@ -70,7 +73,7 @@ def quiet() -> None:
     transformers.logging.set_verbosity_error()
 
 
-@pytest.mark.parametrize(("method", "base"), PAIRS)
+@pytest.mark.parametrize(("method", "base"), TRIED)
 def test_a_fit_lowers_the_loss_and_its_draws_differ_unless_it_is_a_point(method, base):
     posterior, scorer, before = fitted(method, base)
     batch, labels = scorer.batch()
@@ -81,7 +84,7 @@ def test_a_fit_lowers_the_loss_and_its_draws_differ_unless_it_is_a_point(method,
     assert spread < 1e-9 if method in WITHOUT_SPREAD else spread > 1e-6
 
 
-@pytest.mark.parametrize(("method", "base"), PAIRS)
+@pytest.mark.parametrize(("method", "base"), TRIED)
 def test_a_saved_fit_predicts_the_same_to_the_bit(method, base, tmp_path):
     posterior, scorer, _ = fitted(method, base)
     batch, _ = scorer.batch("evaluation")
@@ -90,7 +93,7 @@ def test_a_saved_fit_predicts_the_same_to_the_bit(method, base, tmp_path):
     assert torch.equal(loaded.logits(batch, Draws(3)), posterior.logits(batch, Draws(3)))
 
 
-@pytest.mark.parametrize(("method", "base"), PAIRS)
+@pytest.mark.parametrize(("method", "base"), TRIED)
 def test_draws_of_one_pass_are_the_draws_alone(method, base):
     posterior, scorer, _ = fitted(method, base)
     batch, _ = scorer.batch("evaluation")
@@ -101,7 +104,7 @@ def test_draws_of_one_pass_are_the_draws_alone(method, base):
         assert torch.equal(posterior.logits(batch, Draws(3)), logits)
 
 
-@pytest.mark.parametrize(("method", "base"), PAIRS)
+@pytest.mark.parametrize(("method", "base"), TRIED)
 def test_a_draw_is_a_plain_adapter_in_stock_peft_or_is_refused(method, base, tmp_path):
     posterior, scorer, _ = fitted(method, base)
     batch, _ = scorer.batch("evaluation")
@@ -115,7 +118,7 @@ def test_a_draw_is_a_plain_adapter_in_stock_peft_or_is_refused(method, base, tmp
     assert_close(stock, posterior.logits(batch, Draws(2))[1], **CLOSER)
 
 
-@pytest.mark.parametrize(("method", "base"), PAIRS)
+@pytest.mark.parametrize(("method", "base"), TRIED)
 def test_the_mean_is_the_stock_adapter_of_the_folder(method, base, tmp_path):
     posterior, scorer, _ = fitted(method, base)
     batch, _ = scorer.batch("evaluation")

@@ -101,6 +101,7 @@ def test_paired_p_values_have_their_size():
     assert all(count / 100 <= most for count in small.values()), small
 
 
+@pytest.mark.slow
 def test_the_study_has_records_and_its_page_is_theirs():
     records = read_json_lines(RESULTS / "coverage/records.jsonl")
     assert {one["n"] for one in records} == set(coverage.NUMBERS)
