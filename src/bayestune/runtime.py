@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Collection, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from accelerate import PartialState
@@ -179,6 +179,20 @@ def of_all_processes(value: T) -> list[T]:
 def of_first_process(value: T) -> T:
     """What the first process gives, in all of them; called by all."""
     return of_all_processes(value)[0]
+
+
+def by_first_process(work: Callable[[], T]) -> T:
+    """What `work` gives in the first process, or a ValueError or OSError of it, in all."""
+    given: tuple[T | None, Exception | None] = (None, None)
+    if is_first_process():
+        try:
+            given = work(), None
+        except (ValueError, OSError) as error:
+            given = None, error
+    value, refused = of_first_process(given)
+    if refused is not None:
+        raise refused
+    return cast(T, value)
 
 
 def shared_work(items: Sequence[S], work: Callable[[S], T]) -> list[T]:

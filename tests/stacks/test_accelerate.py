@@ -112,6 +112,15 @@ def test_a_batch_that_two_processes_cannot_share_is_refused(place):
     assert not (place / "refused" / "posterior.json").exists()
 
 
+def test_what_the_first_process_refuses_all_refuse(place):
+    (place / "full").mkdir()
+    (place / "full/notes.txt").write_text("mine")
+    done = launched(2, fitting(place, "fit", "full", **FIT))
+    assert done.returncode
+    assert "full is not empty: choose another --output" in done.stderr
+    assert "unexpected" not in done.stderr
+
+
 def test_a_command_that_two_processes_cannot_share_is_refused(place):
     done = launched(2, ["calibrate", place / "blob", f"--rows={place / 'test.jsonl'}"])
     assert done.returncode

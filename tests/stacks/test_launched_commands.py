@@ -221,8 +221,8 @@ REFUSED = [
 
 @pytest.mark.parametrize(("stack", "method", "said"), REFUSED)
 def test_what_a_launcher_would_break_is_refused_at_the_start(stack, method, said, place):
-    command = fitting(place, "fit", "refused", **TRAINING, method=method)
+    command = fitting(place, "fit", f"refused-{method}", **TRAINING, method=method)
     done = launched(place, STACKS[stack], [command])
     assert done.returncode
     assert said in done.stderr
-    assert not (place / "refused/adapter_model.safetensors").exists()
+    assert not (place / f"refused-{method}/adapter_model.safetensors").exists()

@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,7 +15,7 @@ from bayestune.cli.output_folder import check_writable, inputs_of, refuse_both
 from bayestune.cli.run_settings import check_same, settings_file, write_settings
 from bayestune.errors import Refusal
 from bayestune.jsonl import JsonRow, json_line, whole_lines
-from bayestune.runtime import is_first_process, of_first_process
+from bayestune.runtime import by_first_process, is_first_process, of_first_process
 
 STANDARD_INPUT = Path("-")
 
@@ -35,21 +36,8 @@ class Answers:
         """The output of a command; refused before any work if it may not or cannot be written."""
         path = options.output
         refuse_both(options.resume, options.overwrite)
-        answers = cls(path, options.resume)
-        if not is_first_process():  # the first one looks, before it writes
-            return answers
-        if path is None:
-            if options.resume:
-                raise Refusal("--resume goes on with a file: got none, expected --output")
-            return answers
-        refuse_input(path, options)
-        if path.is_file() and not (options.overwrite or options.resume):
-            raise FileExistsError(
-                f"{path} is there already: choose another --output, or give --overwrite, or "
-                "--resume to go on after its last line"
-            )
-        check_writable(path.absolute().parent)
-        return answers
+        by_first_process(partial(_check, path, options))  # which looks before it writes
+        return cls(path, options.resume)
 
     @property
     def replaces(self) -> Path | None:
@@ -64,8 +52,7 @@ class Answers:
         Raises:
             Refusal: with `--resume`, if the lines there are of other rows or settings.
         """
-        begun = self._begun(rows, settings) if is_first_process() else (None, 0)
-        return of_first_process(begun)
+        return by_first_process(partial(self._begun, rows, settings))
 
     def _begun(self, rows: Sequence[JsonRow], settings: dict[str, Any]) -> tuple[Path | None, int]:
         path = self.path
@@ -99,6 +86,20 @@ class Answers:
         if place is not None and self.path is not None and place == self.replaces:
             settings_file(place).replace(settings_file(self.path))
             place.replace(self.path)
+
+
+def _check(path: Path | None, options: Namespace) -> None:
+    if path is None:
+        if options.resume:
+            raise Refusal("--resume goes on with a file: got none, expected --output")
+        return
+    refuse_input(path, options)
+    if path.is_file() and not (options.overwrite or options.resume):
+        raise FileExistsError(
+            f"{path} is there already: choose another --output, or give --overwrite, or "
+            "--resume to go on after its last line"
+        )
+    check_writable(path.absolute().parent)
 
 
 def _whole_rows(path: Path, rows: Sequence[JsonRow]) -> int:

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,7 +17,7 @@ from bayestune.errors import Refusal
 from bayestune.evaluation import RECORDS
 from bayestune.methods import METHODS
 from bayestune.posteriors import DETAILS
-from bayestune.runtime import is_first_process, wait_for_processes
+from bayestune.runtime import by_first_process, is_first_process, wait_for_processes
 
 UNFINISHED = ".unfinished"
 CHECKPOINTS = "checkpoints"
@@ -54,15 +55,16 @@ class OutputFolder:
         flags = {name: bool(options.get(name, False)) for name in ("resume", "overwrite")}
         output = cls(options.output, **flags)
         refuse_both(**flags)
-        if not is_first_process():  # the first one looks, before it writes
-            return output
-        check_writable(output.folder)
-        if output.occupied and not (output.overwrite or output.resume):
-            advice = "choose another --output, or give --overwrite or --resume"
-            raise FileExistsError(f"{output.folder} is not empty: {advice}")
-        if output.occupied and output.overwrite:
-            _refuse_precious(output.folder, options)
+        by_first_process(partial(output._check, options))  # which looks before it writes
         return output
+
+    def _check(self, options: Namespace) -> None:
+        check_writable(self.folder)
+        if self.occupied and not (self.overwrite or self.resume):
+            advice = "choose another --output, or give --overwrite or --resume"
+            raise FileExistsError(f"{self.folder} is not empty: {advice}")
+        if self.occupied and self.overwrite:
+            _refuse_precious(self.folder, options)
 
     @property
     def occupied(self) -> bool:
@@ -86,9 +88,7 @@ class OutputFolder:
         Raises:
             Refusal: with `--resume`, if the run there has other settings.
         """
-        place = self._begun(settings) if is_first_process() else None
-        wait_for_processes()
-        return place or self.place
+        return by_first_process(partial(self._begun, settings))
 
     def _begun(self, settings: dict[str, Any] | None) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)
