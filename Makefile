@@ -56,7 +56,7 @@ demo: $(VENV)/installed  ## environment, install, fine-tune MLE and BLoB on the 
 	$(BIN)/bayestune demo --output runs/demo --overwrite
 
 test: lint  ## environment, install, lint, types, tests, doctests, README code
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal # neighbours share their fits
 
 test-oldest: .venv-oldest/installed  ## the tests that touch them, on the oldest supported transformers and peft
 	.venv-oldest/bin/python -m pytest -n auto $(APART)

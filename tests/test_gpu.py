@@ -172,6 +172,7 @@ def test_no_cuda_is_said(capsys, monkeypatch):
     assert "no CUDA device: got --device cuda, expected a machine with one; give --device" in said
 
 
+@pytest.mark.slow
 def test_it_runs_from_the_repository_with_torch_transformers_and_peft_alone(tmp_path):
     absent = ["datasets", "matplotlib", "jsonargparse", "gguf", "ray", "scipy", "torchmetrics"]
     program = "import runpy, sys; sys.modules.update(dict.fromkeys({!r})); sys.argv.pop(0); "

@@ -26,7 +26,10 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(scope="module", params=["letter", "text", "head"])
+SCORINGS = ["letter", "head", pytest.param("text", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module", params=SCORINGS)
 def case(request):
     return Case(request.param)
 
