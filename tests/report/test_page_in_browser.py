@@ -156,6 +156,7 @@ def test_rows_open_with_draws_and_a_bin_shows_its_rows(opened, look):
     opened.select_option("#row-run", label="BLoB N=4, calibrated, arc_easy")
     first = opened.locator(".row").first
     first.locator("summary").click()
+    first.locator(".options li").first.wait_for()  # a row is drawn once it is open
     assert first.locator(".options li").count() == 8
     first.locator("button").click()
     assert first.locator(".options li").count() == 100
