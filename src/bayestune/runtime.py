@@ -181,8 +181,8 @@ def of_first_process(value: T) -> T:
     return of_all_processes(value)[0]
 
 
-def by_first_process(work: Callable[[], T]) -> T:
-    """What `work` gives in the first process, or a ValueError or OSError of it, in all."""
+def in_first_process(work: Callable[[], T]) -> T:
+    """What `work` gives in the first process, or its ValueError or OSError; all wait for it."""
     given: tuple[T | None, Exception | None] = (None, None)
     if is_first_process():
         try:
@@ -200,13 +200,6 @@ def shared_work(items: Sequence[S], work: Callable[[S], T]) -> list[T]:
     own = [work(item) for item in items[process_index() :: num_processes()]]
     parts = of_all_processes(own)
     return [parts[index % len(parts)][index // len(parts)] for index in range(len(items))]
-
-
-def in_first_process(write: Callable[[], object]) -> None:
-    """Has the first process write what all have; the others wait until it stands there."""
-    if is_first_process():
-        write()
-    wait_for_processes()
 
 
 class Sharding(NamedTuple):

@@ -15,7 +15,7 @@ from bayestune.cli.output_folder import check_writable, inputs_of, refuse_both
 from bayestune.cli.run_settings import check_same, settings_file, write_settings
 from bayestune.errors import Refusal
 from bayestune.jsonl import JsonRow, json_line, whole_lines
-from bayestune.runtime import by_first_process, is_first_process, of_first_process
+from bayestune.runtime import in_first_process, is_first_process, of_first_process
 
 STANDARD_INPUT = Path("-")
 
@@ -36,7 +36,7 @@ class Answers:
         """The output of a command; refused before any work if it may not or cannot be written."""
         path = options.output
         refuse_both(options.resume, options.overwrite)
-        by_first_process(partial(_check, path, options))  # which looks before it writes
+        in_first_process(partial(_check, path, options))  # which looks before it writes
         return cls(path, options.resume)
 
     @property
@@ -52,7 +52,7 @@ class Answers:
         Raises:
             Refusal: with `--resume`, if the lines there are of other rows or settings.
         """
-        return by_first_process(partial(self._begun, rows, settings))
+        return in_first_process(partial(self._begun, rows, settings))
 
     def _begun(self, rows: Sequence[JsonRow], settings: dict[str, Any]) -> tuple[Path | None, int]:
         path = self.path

@@ -17,7 +17,7 @@ from bayestune.errors import Refusal
 from bayestune.evaluation import RECORDS
 from bayestune.methods import METHODS
 from bayestune.posteriors import DETAILS
-from bayestune.runtime import by_first_process, is_first_process, wait_for_processes
+from bayestune.runtime import in_first_process, is_first_process, wait_for_processes
 
 UNFINISHED = ".unfinished"
 CHECKPOINTS = "checkpoints"
@@ -55,7 +55,7 @@ class OutputFolder:
         flags = {name: bool(options.get(name, False)) for name in ("resume", "overwrite")}
         output = cls(options.output, **flags)
         refuse_both(**flags)
-        by_first_process(partial(output._check, options))  # which looks before it writes
+        in_first_process(partial(output._check, options))  # which looks before it writes
         return output
 
     def _check(self, options: Namespace) -> None:
@@ -88,7 +88,7 @@ class OutputFolder:
         Raises:
             Refusal: with `--resume`, if the run there has other settings.
         """
-        return by_first_process(partial(self._begun, settings))
+        return in_first_process(partial(self._begun, settings))
 
     def _begun(self, settings: dict[str, Any] | None) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)
