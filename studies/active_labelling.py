@@ -23,12 +23,12 @@ from torch import Tensor
 from bayestune.adapters import Lora, detach
 from bayestune.data import Question, Task
 from bayestune.decisions import best_temperature, rank_rows, spread_out
-from bayestune.jsonl import read_json_lines, write_json_lines
 from bayestune.methods import MLE, BLoB, Method
 from bayestune.metrics import accuracy, nll
 from bayestune.runtime import versions
 from bayestune.session import Fit, Session, TaskOptions, Way, shown
 from bayestune.training import Training
+from bayestune.whole_files import read_json_lines, write_json_lines
 
 FOLDER = Path(__file__).parents[1] / "results/active_labelling"
 POOL = 200

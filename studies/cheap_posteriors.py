@@ -31,7 +31,6 @@ from bayestune.adapters import (
 )
 from bayestune.data import Question, Task, load_task
 from bayestune.forward import Draws
-from bayestune.jsonl import read_json_lines, write_json_lines
 from bayestune.kl import KLStep
 from bayestune.methods import MLE
 from bayestune.metrics import accuracy, ece, nll
@@ -40,6 +39,7 @@ from bayestune.posteriors import Gaussian, Posterior
 from bayestune.scoring import LetterScorer, row_logits
 from bayestune.scoring.batches import batches_by_length
 from bayestune.training import Training, fit_adapter
+from bayestune.whole_files import read_json_lines, write_json_lines
 from harness import Spread, environment, interleave, named, paired_ratios
 from studies.calibration_cost import LastBlocks
 from studies.cheap_arms import ARMS, Antithetic, Arm, Batch

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayestune.jsonl import read_json_lines, write_json_lines
 from bayestune.metrics import accuracy, aurc, brier, ece, nll, paired_bootstrap, summarise
 from bayestune.metrics.intervals import resampled
 from bayestune.metrics.scores import METRICS as WEIGHTED
 from bayestune.metrics.scores import RowTerms
+from bayestune.whole_files import read_json_lines, write_json_lines
 from studies.calibration_table import share_kept
 from studies.coverage_page import page
 

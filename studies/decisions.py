@@ -30,8 +30,8 @@ from bayestune.decisions import (
     score_rows,
 )
 from bayestune.errors import Refusal
-from bayestune.jsonl import read_json_lines, write_json_lines
 from bayestune.runtime import versions
+from bayestune.whole_files import read_json_lines, write_json_lines
 
 FOLDER = Path(__file__).parents[1] / "results/decisions"
 DRAWS = 5

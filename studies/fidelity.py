@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from bayestune.adapters import GaussianLinear
 from bayestune.cli.demo import TRAINING
-from bayestune.jsonl import read_json_lines
 from bayestune.kl import burst_period, kl_divergence, kl_weights, warmup_decay
 from bayestune.kl.closed_form import kl_step_
 from bayestune.metrics import accuracy, ece, nll, paired_bootstrap
+from bayestune.whole_files import read_json_lines
 from studies.fidelity_fits import FITS, figures, prompts, say, shown, token_noise, truncation
 
 ROWS = {"WG-S": 640, "ARC-C": 1119, "ARC-E": 2251, "WG-M": 2558, "OBQA": 4957, "BoolQ": 9427}

@@ -23,7 +23,6 @@ from torch import Tensor
 from bayestune.adapters import Lora, detach
 from bayestune.decisions import best_temperature
 from bayestune.forward import Draws
-from bayestune.jsonl import read_json_lines, write_json_lines
 from bayestune.methods import MLE, BLoB
 from bayestune.methods.held_out import held_out_logits
 from bayestune.methods.method import Method
@@ -31,6 +30,7 @@ from bayestune.methods.noise_choice import Candidate, CrossFit, choose
 from bayestune.runtime import versions
 from bayestune.session import Session, TaskOptions
 from bayestune.training import Training
+from bayestune.whole_files import read_json_lines, write_json_lines
 
 RECORDS = Path(__file__).parents[1] / "results/noise_choice/records.jsonl"
 TASKS = ("arc_easy", "openbookqa", "arc_challenge", "everyday")

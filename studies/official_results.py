@@ -26,13 +26,13 @@ import yaml
 from torch import Tensor
 
 from bayestune.data import Question, Task
-from bayestune.jsonl import JsonRow, json_line, read_json_lines, write_json_lines
 from bayestune.methods import changed
 from bayestune.models import load_model
 from bayestune.runtime import revision, versions
 from bayestune.scoring import LetterScorer
 from bayestune.session import TaskOptions, shown
 from bayestune.training import Training
+from bayestune.whole_files import JsonRow, json_line, read_json_lines, write_json_lines
 from studies.official_arms import ARMS, Bench, TheirPrompts, draws_of
 from studies.official_runs import Official
 from studies.official_table import table

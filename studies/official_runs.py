@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import set_seed
 
 from bayestune.adapters import ADAPTER, GaussianLinear, Slots
-from bayestune.jsonl import JsonRow
 from bayestune.models import LoadedModel
+from bayestune.whole_files import JsonRow
 from studies.official import official_module, one_process
 from subjects import autocast
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayestune.jsonl import read_json_lines
 from bayestune.metrics import calibrated_level, paired_bootstrap
+from bayestune.whole_files import read_json_lines
 
 UNITS = {"nll": (1, 3), "ece": (100, 1), "accuracy": (100, 1), "brier": (1, 3)}
 NAMES = {"nll": "NLL", "ece": "ECE %", "accuracy": "ACC %", "brier": "Brier"}

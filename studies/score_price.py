@@ -32,7 +32,6 @@ from torch import Tensor
 from bayestune.adapters import GaussianLinear, Slots, detach, make_gaussian
 from bayestune.data import own_task
 from bayestune.decisions import Distance
-from bayestune.jsonl import write_json_lines
 from bayestune.posteriors import Gaussian, Point, Posterior
 from bayestune.runtime import versions
 from bayestune.session import (
@@ -45,6 +44,7 @@ from bayestune.session import (
     details_of,
     shown,
 )
+from bayestune.whole_files import write_json_lines
 from studies.score_price_table import Collected, records_of, table
 
 FOLDER = Path(__file__).parents[1] / "results/decisions/scores"

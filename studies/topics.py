@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from bayestune.data import Prompt, Question, Task, public_tasks
-from bayestune.jsonl import read_json_lines
+from bayestune.whole_files import read_json_lines
 
 TOPICS = (
     ("animals", "animals"),

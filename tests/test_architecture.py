@@ -15,7 +15,7 @@ SOURCE = Path(__file__).parents[1] / "src/bayestune"
 ORDER = [
     "errors",
     "runtime",
-    "jsonl",
+    "whole_files",
     "metrics",
     "decisions",
     "adapters",

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from bayestune.jsonl import read_json_lines
+from bayestune.whole_files import read_json_lines
 from studies import active_labelling as study
 from tests.hub_files import write_arc, write_model
 

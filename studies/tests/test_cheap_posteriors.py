@@ -9,8 +9,8 @@ from torch.testing import assert_close
 
 from bayestune.adapters import GaussianLinear, Lora, Slots, attach, drawn
 from bayestune.forward import Draws
-from bayestune.jsonl import read_json_lines
 from bayestune.models import LoadedModel
+from bayestune.whole_files import read_json_lines
 from studies import cheap_posteriors as study
 from studies.cheap_arms import Antithetic, Arm, TailScorer, block_of
 from studies.cheap_table import fitted_average

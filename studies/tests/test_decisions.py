@@ -1,6 +1,6 @@
 """The simulation of decisions: a cell's figures, a file that goes on, the table."""
 
-from bayestune.jsonl import read_json_lines
+from bayestune.whole_files import read_json_lines
 from studies import decisions
 
 

@@ -12,8 +12,8 @@ import torch
 from transformers import TrainerCallback
 
 from bayestune.adapters import GaussianLinear, Lora, Slots, attach, bayesify
-from bayestune.jsonl import read_json_lines
 from bayestune.metrics import nll
+from bayestune.whole_files import read_json_lines
 from studies import official_arms, official_runs
 from studies import official_results as study
 from studies.tests.whole_checkout import write_whole_checkout

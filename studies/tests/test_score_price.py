@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from bayestune.adapters import Lora
-from bayestune.jsonl import read_json_lines
 from bayestune.methods import MLE, BLoB
 from bayestune.metrics import auroc
 from bayestune.session import Session, TaskOptions
 from bayestune.training import Training
+from bayestune.whole_files import read_json_lines
 from studies import score_price as study
 from studies.score_price_table import added, cross_fitted, logistic, realised
 from tests.hub_files import write_arc, write_model

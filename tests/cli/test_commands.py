@@ -8,8 +8,10 @@ import sys
 
 import pytest
 from safetensors import safe_open
+from transformers import Trainer
 
 from bayestune.cli import main, parser
+from bayestune.errors import Refusal
 from bayestune.evaluation import read_records
 from bayestune.training import Interrupted
 from bayestune.training.training import newest_checkpoint
@@ -228,6 +230,19 @@ def test_output_is_only_overwritten_when_told_to(place, capsys):
     run(*fitting(place), "--overwrite")
     assert (out / "notes.txt").read_text() == "mine"
     assert (out / "posterior.json").is_file()
+
+
+@pytest.mark.parametrize("method", ["mle", "ensemble"])
+def test_a_run_whose_first_step_fails_is_in_nobodys_way(place, capsys, monkeypatch, method):
+    def fails(*_, **__):
+        raise Refusal("not this")
+
+    with monkeypatch.context() as changed:
+        changed.setattr(Trainer, "training_step", fails)
+        assert "not this" in failed(fitting(place, method=method), capsys)
+    run(*fitting(place, seed=2, method=method))
+    assert (place / "out/posterior.json").is_file()
+    assert "is not empty" in failed(fitting(place, method=method), capsys)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bayestune.jsonl import read_json_lines
+from bayestune.whole_files import read_json_lines
 
 ROOT = Path(__file__).parents[2] / "src/bayestune/data/everyday/default"
 SIZES = {"train": 240, "validation": 120, "test": 360}

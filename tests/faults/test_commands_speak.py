@@ -16,8 +16,8 @@ from transformers.utils import logging as transformers_logging
 
 from bayestune.cli import guard, main, parser, slips, start
 from bayestune.cli.answers import LineWriter
-from bayestune.jsonl import json_line
 from bayestune.methods import METHODS
+from bayestune.whole_files import json_line
 from running import failed, fitting, furnish, run
 
 

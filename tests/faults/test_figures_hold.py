@@ -13,13 +13,13 @@ from bayestune.data import Question
 from bayestune.evaluation import Adaptive, EvaluationOptions, make_result
 from bayestune.evaluation.adaptive import in_rounds
 from bayestune.evaluation.evaluate import Evaluated
-from bayestune.jsonl import read_json_lines
 from bayestune.metrics import PairedDifference, paired_bootstrap, summarise
 from bayestune.metrics.proportions import share_interval
 from bayestune.posteriors import Prediction
 from bayestune.report import grid_tables, render, renewed, summary_tables
 from bayestune.report.claims import Evaluation, paired_table, sentence
 from bayestune.report.columns import ACCURACY, BRIER, NLL
+from bayestune.whole_files import read_json_lines
 from report.recorded import evaluated, record, row, shown, with_rows
 from studies import coverage, coverage_page
 

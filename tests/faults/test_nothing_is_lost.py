@@ -17,11 +17,11 @@ from bayestune.bench import run_bench
 from bayestune.cli import main, output_folder
 from bayestune.errors import Refusal
 from bayestune.evaluation import read_records
-from bayestune.jsonl import whole_lines
 from bayestune.models import load_model
 from bayestune.session import Session
 from bayestune.training import NotFiniteError, Training, newest_checkpoint
 from bayestune.training.callbacks import FiniteLoss, StopOnSignal, Terminated
+from bayestune.whole_files import whole_lines
 from benching import furnish as furnish_grid
 from benching import small
 from running import failed, fitting, furnish, own_rows, predicted, read_rows, run, write_rows

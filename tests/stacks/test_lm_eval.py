@@ -13,8 +13,8 @@ from torch.testing import assert_close
 from bayestune import Draws, Gaussian, Mixture, Point, generate, save_posterior
 from bayestune.adapters import Slots
 from bayestune.evaluation import read_records
-from bayestune.jsonl import read_json_lines
 from bayestune.posteriors import Dropout, Tempered, posterior_digest
+from bayestune.whole_files import read_json_lines
 from conformance.test_posteriors import linearised
 from running import COLOURS, failed, fitting, furnish, run
 from tiny import CAUSAL, adapted, byte_level_tokenizer, causal, converted, end_logits, with_second

@@ -5,14 +5,13 @@ A field that a settings class got later says what its absence means, as in
 A field with `metadata={"changes_result": False}` is in no key.
 """
 
-import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from bayestune.data import digest as full_digest
 from bayestune.methods import METHODS, Method, described
 from bayestune.session import shown
 
@@ -68,8 +67,7 @@ def model_facts(model: str | None) -> list[Any]:
 def digest(*parts: Any) -> str:
     """A short hash of dataclasses and what JSON can hold."""
     arithmetic = () if ARITHMETIC == 1 else (ARITHMETIC,)
-    text = json.dumps((*parts, *arithmetic), sort_keys=True, default=_jsonable)
-    return hashlib.sha256(text.encode()).hexdigest()[:10]
+    return full_digest(*parts, *arithmetic, default=_jsonable)[:10]
 
 
 def _jsonable(value: Any) -> Any:

@@ -13,12 +13,12 @@ from torch import nn
 
 from bayestune.bench.keys import digest, lasting, lasting_method, place, slug
 from bayestune.evaluation import RECORDS, Record
-from bayestune.jsonl import read_json_lines, write_json_lines
 from bayestune.methods import Method, WithTraining, changed
 from bayestune.posteriors import DETAILS, Posterior, posterior_digest
 from bayestune.scoring import Scorer
 from bayestune.session import Fit, Session
 from bayestune.training import Training
+from bayestune.whole_files import read_json_lines, write_json_lines, write_text_whole
 
 logger = logging.getLogger(__name__)
 
@@ -47,9 +47,7 @@ def write_plan(folder: Path, keys: Sequence[str]) -> None:
     places = {place(key) for key in keys}
     with claimed(folder / LOCKS, "plan", wait=True):
         earlier = [key for key in _read_plan(folder) if place(key) not in places]
-        scratch = folder / f".{PLAN}.partial"
-        scratch.write_text(json.dumps([*keys, *earlier], indent=1) + "\n", encoding="utf-8")
-        scratch.replace(folder / PLAN)
+        write_text_whole(folder / PLAN, json.dumps([*keys, *earlier], indent=1) + "\n")
 
 
 def _read_plan(folder: Path) -> list[str]:

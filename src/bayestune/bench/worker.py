@@ -15,9 +15,9 @@ from bayestune.bench.cells import Cell, Grid
 from bayestune.bench.store import LOCKS, ROWS, Busy, Kept, cell_file, claimed, read_cell
 from bayestune.data import Task
 from bayestune.evaluation import Record
-from bayestune.jsonl import write_json_lines
 from bayestune.models import LoadedModel
 from bayestune.session import Session, num_classes, open_model
+from bayestune.whole_files import write_json_lines
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from jsonargparse import Namespace
 from bayestune.cli.output_folder import check_writable, inputs_of, refuse_both
 from bayestune.cli.run_settings import check_same, settings_file, write_settings
 from bayestune.errors import Refusal
-from bayestune.jsonl import JsonRow, json_line, whole_lines
 from bayestune.runtime import in_first_process, is_first_process, of_first_process
+from bayestune.whole_files import JsonRow, json_line, whole_lines
 
 STANDARD_INPUT = Path("-")
 

@@ -7,7 +7,8 @@ from jsonargparse import Namespace
 from bayestune.bench import lasting, lasting_method
 from bayestune.cli.options import built
 from bayestune.cli.output_folder import OutputFolder
-from bayestune.cli.run_settings import Settings, plain_settings, rows_digest
+from bayestune.cli.run_settings import Settings, plain_settings
+from bayestune.data import rows_digest
 from bayestune.methods import Distilled
 from bayestune.posteriors import DETAILS, Teacher, read_details
 from bayestune.runtime import is_first_process

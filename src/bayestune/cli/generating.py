@@ -13,10 +13,10 @@ from bayestune.cli.labelling import new_file
 from bayestune.errors import Refusal
 from bayestune.forward import Draws
 from bayestune.generation import Generation, generate
-from bayestune.jsonl import JsonRow, read_json_lines
 from bayestune.models import LoadedModel
 from bayestune.posteriors import Posterior
 from bayestune.session import LanguageFit
+from bayestune.whole_files import JsonRow, read_json_lines
 
 _FIGURES = ("log_probability", "total_entropy", "expected_entropy", "mutual_information")
 _OF_SAMPLING = ("temperature", "top_p", "top_k")

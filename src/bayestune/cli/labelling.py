@@ -29,7 +29,6 @@ from bayestune.decisions import (
     spread_out,
 )
 from bayestune.errors import INNER_PART, Refusal
-from bayestune.jsonl import write_json_lines
 from bayestune.posteriors import artefact_folder, count_for
 from bayestune.report import promises, render, variant_table
 from bayestune.runtime import is_first_process
@@ -46,6 +45,7 @@ from bayestune.session import (
     read_calibration,
     rows_of,
 )
+from bayestune.whole_files import write_json_lines
 
 _LEAST_ALARMS = 100  # repetitions of the simulated false alarms
 _SHOWN = 10

@@ -12,10 +12,10 @@ from typing import Any, Self
 
 from jsonargparse import Namespace
 
-from bayestune.cli.run_settings import check_same, read_settings, write_settings
+from bayestune.cli.run_settings import RUN, check_same, read_settings, write_settings
 from bayestune.errors import Refusal
 from bayestune.evaluation import RECORDS
-from bayestune.methods import METHODS
+from bayestune.methods import METHODS, STARTED
 from bayestune.posteriors import DETAILS
 from bayestune.runtime import in_first_process, is_first_process, wait_for_processes
 
@@ -68,9 +68,12 @@ class OutputFolder:
 
     @property
     def occupied(self) -> bool:
-        """Whether the folder holds anything but what a file system puts there itself."""
+        """Whether the folder holds more than a file system and a run without a step put there."""
         folder = self.folder
-        return folder.is_dir() and any(p.name not in _OF_SYSTEM for p in folder.iterdir())
+        if not folder.is_dir():
+            return False
+        names = {path.name for path in folder.iterdir()} - _OF_SYSTEM
+        return bool(names) and not (names <= {RUN, CHECKPOINTS} and _only_settings(folder))
 
     @property
     def unfinished(self) -> Path:
@@ -165,6 +168,12 @@ def _refuse_precious(folder: Path, options: Namespace) -> None:
                 f"--overwrite: {folder} was not written by bayestune, but has files of the same "
                 f"names as its own: got {names[:5]}; move them, or {advice}"
             )
+
+
+def _only_settings(folder: Path) -> bool:
+    """Whether a run of ours has noted its settings in a folder, and kept nothing since."""
+    kept = (path for path in (folder / CHECKPOINTS).rglob("*") if path.is_file())
+    return read_settings(folder) is not None and all(path.name == STARTED for path in kept)
 
 
 def _is_ours(folder: Path) -> bool:

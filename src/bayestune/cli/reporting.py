@@ -8,9 +8,9 @@ from jsonargparse import Namespace
 from bayestune.bench import PLAN, finished
 from bayestune.errors import Refusal
 from bayestune.evaluation import RECORDS, Record, read_records
-from bayestune.jsonl import read_json_lines
 from bayestune.report import Origin, write_page
 from bayestune.runtime import revision, versions
+from bayestune.whole_files import read_json_lines
 
 
 def report(o: Namespace) -> None:

@@ -9,12 +9,13 @@ from typing import Any
 
 import bayestune
 from bayestune.bench import digest, lasting, lasting_method, model_facts
-from bayestune.data import Question, Task
+from bayestune.data import Question, Task, rows_digest
 from bayestune.errors import Refusal
 from bayestune.evaluation import EvaluationOptions
-from bayestune.methods import Method
+from bayestune.methods import Method, other_settings
 from bayestune.session import TaskOptions, shown
 from bayestune.training import Training
+from bayestune.whole_files import write_text_whole
 
 logger = logging.getLogger(__name__)
 
@@ -54,11 +55,6 @@ def evaluation_settings(rows: Sequence[Question], options: EvaluationOptions) ->
     return plain_settings({**lasting(options), "the rows of --evaluation_data": rows_digest(rows)})
 
 
-def rows_digest(rows: Sequence[Question]) -> str:
-    """How many rows there are, and a digest of what they ask and answer, whatever their ids."""
-    return f"{len(rows)} rows, {digest([(row.content, row.answer) for row in rows])}"
-
-
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in settings.items():
         if isinstance(value, Mapping):
@@ -81,7 +77,7 @@ def write_settings(place: Path, settings: Settings) -> None:
     """Notes what a run is started with."""
     noted = {"bayestune": bayestune.__version__, "settings": settings}
     text = json.dumps(noted, indent=1, ensure_ascii=False)
-    settings_file(place).write_text(f"{text}\n", encoding="utf-8", errors="backslashreplace")
+    write_text_whole(settings_file(place), f"{text}\n")
 
 
 def read_settings(place: Path) -> Settings | None:
@@ -95,21 +91,16 @@ def read_settings(place: Path) -> Settings | None:
 
 
 def check_same(place: Path, settings: Settings) -> None:
-    """Refuses to resume a run that was started with other settings, by name, old and new.
-
-    A setting that only one of the two knows, such as those of a method that is added, is no
-    difference.
-    """
+    """Refuses to resume a run that was started with other settings, by name, new and old."""
     before = read_settings(place)
     if before is None:
         if place.is_dir() and any(place.iterdir()):
             said = "%s does not say which settings its run was started with: they are not compared"
             logger.warning(said, place)
         return
-    differ = [name for name in settings if name in before and settings[name] != before[name]]
-    if differ:
-        told = [f"{name}: got {settings[name]!r}, the run has {before[name]!r}" for name in differ]
+    told = other_settings(settings, before, "the run")
+    if told:
         raise Refusal(
-            f"--resume goes on with the run in {place}, which was started with other settings; "
-            f"{'; '.join(told)}; give those of the run, or choose another --output"
+            f"--resume goes on with the run in {place}, {told}; give those of the run, or choose "
+            "another --output"
         )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bayestune.errors import Refusal, nearest
-from bayestune.jsonl import JsonRow
+from bayestune.whole_files import JsonRow
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from pathlib import Path, PurePath
 
 from bayestune.data.column_roles import known_names, plain_name
 from bayestune.errors import Refusal
-from bayestune.jsonl import JsonRow, json_row
+from bayestune.whole_files import JsonRow, json_row
 
 SEPARATORS = (",", ";", "\t", "|")
 _JSON = (".jsonl", ".ndjson", ".json")

@@ -9,7 +9,7 @@ from bayestune.data.prompts import Prompt
 from bayestune.data.questions import Question
 from bayestune.data.tasks import Task
 from bayestune.errors import Refusal, nearest
-from bayestune.jsonl import JsonRow, read_json_lines
+from bayestune.whole_files import JsonRow, read_json_lines
 
 Parse = Callable[[JsonRow, str], Question]
 

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, SupportsIndex
 
+from bayestune.data.digests import digest
 from bayestune.errors import Refusal
 
 Scoring = Literal["letter", "text", "head"]
@@ -97,3 +99,8 @@ class Question:
             return self
         answer = None if self.answer is None else options.index(self.options[self.answer])
         return replace(self, options=options, answer=answer)
+
+
+def rows_digest(rows: Sequence[Question]) -> str:
+    """How many rows there are, and a short hash of what they ask and answer, whatever their ids."""
+    return f"{len(rows)} rows, {digest([(row.content, row.answer) for row in rows])[:10]}"

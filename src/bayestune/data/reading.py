@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from bayestune.data.answer_readings import AnswerIs
 from bayestune.data.column_roles import checked_columns, plain_name
 from bayestune.errors import Refusal, nearest
-from bayestune.jsonl import JsonRow
+from bayestune.whole_files import JsonRow
 
 
 @dataclass(frozen=True)

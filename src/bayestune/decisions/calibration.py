@@ -11,6 +11,7 @@ from torch import Tensor
 from bayestune.decisions.sets import SetKind, SetRule
 from bayestune.decisions.thresholds import Threshold
 from bayestune.errors import POSITIVE, Refusal
+from bayestune.whole_files import write_text_whole
 
 FILE_NAME = "calibration.json"
 _DIGITS = 8  # of the held-out scores that are kept
@@ -155,9 +156,7 @@ class Calibration:
     def write(self, folder: Path) -> Path:
         """Writes `calibration.json` into a folder, whole or not at all; returns its path."""
         path = folder / FILE_NAME
-        scratch = folder / f".{FILE_NAME}.partial"
-        scratch.write_text(self.to_json(), encoding="utf-8")
-        scratch.replace(path)
+        write_text_whole(path, self.to_json())
         return path
 
     @classmethod

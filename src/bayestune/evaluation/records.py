@@ -15,10 +15,10 @@ from bayestune.data import Question
 from bayestune.evaluation.adaptive import AdaptivePrediction
 from bayestune.evaluation.evaluate import Evaluated, EvaluationOptions
 from bayestune.evaluation.gates import class_record, gate_record
-from bayestune.jsonl import read_json_lines, write_json_lines
 from bayestune.metrics import Bins, summarise
 from bayestune.posteriors import Posterior, Prediction
 from bayestune.runtime import peak_memory_mb, revision, versions
+from bayestune.whole_files import read_json_lines, write_json_lines
 
 RECORDS = "records.jsonl"
 Record = dict[str, Any]

@@ -9,9 +9,11 @@ from bayestune.methods.method import Method
 from bayestune.methods.preconditions import check_launch, check_method
 from bayestune.methods.recipes import Settings, WithTraining, changed, described, make_method
 from bayestune.methods.registry import *  # noqa: F403
+from bayestune.methods.started import STARTED, other_settings
 
 __all__ = [  # noqa: PLE0604 # pyright: ignore[reportUnsupportedDunderAll]
     *_registry.__all__,
+    "STARTED",
     "Method",
     "Settings",
     "WithTraining",
@@ -21,4 +23,5 @@ __all__ = [  # noqa: PLE0604 # pyright: ignore[reportUnsupportedDunderAll]
     "described",
     "distil",
     "make_method",
+    "other_settings",
 ]

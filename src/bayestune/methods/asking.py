@@ -18,6 +18,7 @@ from bayestune.posteriors import Mixture, Posterior, Tempered
 from bayestune.runtime import is_first_process
 from bayestune.scoring import Encoded, Scorer
 from bayestune.training import Training
+from bayestune.whole_files import replaced
 
 _BATCH = 8  # rows that share a fresh draw
 _PART = 32  # batches that are kept together, so that an interrupted run goes on behind them
@@ -107,9 +108,8 @@ class Asking:
 
 def save_targets(targets: Tensor, file: Path) -> None:
     """Writes targets whole or not at all."""
-    scratch = file.with_suffix(".partial")
-    save_file({"targets": targets.contiguous()}, scratch)
-    scratch.replace(file)
+    with replaced(file) as scratch:
+        save_file({"targets": targets.contiguous()}, scratch)
 
 
 def forget(folder: Path) -> None:

@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from bayestune.adapters import CONFIG, base_of, detach
-from bayestune.data import Question
+from bayestune.data import Question, digest, rows_digest
 from bayestune.errors import COUNT, POSITIVE, Refusal, check_fields
 from bayestune.methods.asking import Asking, forget, save_targets
 from bayestune.methods.blob import BLoB
 from bayestune.methods.method import Method
-from bayestune.methods.started import check_started, digest, facts_of, rows_digest
+from bayestune.methods.started import check_started, facts_of
 from bayestune.methods.workplace import refuse_parts_of, workplace
 from bayestune.posteriors import (
     DETAILS,
@@ -36,6 +36,7 @@ from bayestune.posteriors import (
 from bayestune.runtime import in_first_process, of_first_process
 from bayestune.scoring import Scorer
 from bayestune.training import Meter, Training, train
+from bayestune.whole_files import write_text_whole
 
 _TARGETS = "targets.safetensors"
 _TAUGHT = "taught.json"
@@ -139,9 +140,7 @@ class Distilled:
             save_posterior(_start(teacher), folder)
             _without_dropout(folder)
             save_targets(targets, folder / _TARGETS)
-            scratch = folder / f"{_TAUGHT}.partial"  # one that is cut off would stop a resume
-            scratch.write_text(json.dumps(known), encoding="utf-8")
-            scratch.replace(folder / _TAUGHT)
+            write_text_whole(folder / _TAUGHT, json.dumps(known))
             forget(folder)
 
         in_first_process(write)
@@ -256,7 +255,7 @@ def _start(teacher: Posterior) -> Point:
 def _keep(teacher: Posterior, folder: Path) -> None:
     """Writes a teacher and what its fit took."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / _REPORT).write_text(json.dumps(teacher.report.as_dict()), encoding="utf-8")
+    write_text_whole(folder / _REPORT, json.dumps(teacher.report.as_dict()))
     save_posterior(teacher, folder)
 
 

@@ -18,6 +18,7 @@ from bayestune.posteriors import Point
 from bayestune.runtime import is_first_process
 from bayestune.scoring import Scorer
 from bayestune.training import Training, fit_adapter
+from bayestune.whole_files import replaced, write_text_whole
 
 _WEIGHTS = "best.safetensors"
 _LOSSES = "best.json"
@@ -73,10 +74,9 @@ class KeepBest(TrainerCallback):
         self.losses[step] = loss
         if self.folder and is_first_process():
             self.folder.mkdir(parents=True, exist_ok=True)
-            scratch = self.folder / f".{_WEIGHTS}.partial"  # a kill leaves the old or the new
-            save_file(self._best, scratch)
-            scratch.replace(self.folder / _WEIGHTS)
-            (self.folder / _LOSSES).write_text(json.dumps(self.losses), encoding="utf-8")
+            with replaced(self.folder / _WEIGHTS) as scratch:
+                save_file(self._best, scratch)
+            write_text_whole(self.folder / _LOSSES, json.dumps(self.losses))
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:

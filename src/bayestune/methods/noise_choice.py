@@ -25,6 +25,7 @@ from bayestune.methods.workplace import refuse_parts_of
 from bayestune.runtime import in_first_process, is_first_process, of_first_process
 from bayestune.scoring import Scorer
 from bayestune.training import Training
+from bayestune.whole_files import write_text_whole
 
 FOLDS = 2
 LENGTHS = (0.5, 0.25)
@@ -87,7 +88,7 @@ class CrossFit:
     def _keep(self) -> None:
         if self.place and is_first_process():
             self.place.mkdir(parents=True, exist_ok=True)
-            (self.place / _LOSSES).write_text(json.dumps(self.known), encoding="utf-8")
+            write_text_whole(self.place / _LOSSES, json.dumps(self.known))
 
     def _folds(self) -> Iterator[Sequence[Question]]:
         answers = {row.fingerprint: row.answer or 0 for row in self.scorer.task.train}

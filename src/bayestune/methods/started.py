@@ -1,21 +1,21 @@
 """What a fit of several parts was started with, so that it goes on with the same parts or anew."""
 
-import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from bayestune.adapters import Lora
-from bayestune.data import Question
+from bayestune.data import digest, rows_digest
 from bayestune.errors import Refusal
 from bayestune.methods.method import Method
 from bayestune.runtime import is_first_process
 from bayestune.scoring import Scorer
 from bayestune.training import Training, start_anew
+from bayestune.whole_files import write_text_whole
 
-_STARTED = "started.json"
+STARTED = "started.json"
 
 Facts = Mapping[str, Any]
 
@@ -43,15 +43,14 @@ def check_started(place: Path, facts: Facts, parts: Collection[Path] = (), *, re
     Raises:
         Refusal: if it shall go on and the parts are those of another fit.
     """
-    file = place / _STARTED
+    file = place / STARTED
     if resume and file.is_file():
         before = json.loads(file.read_text(encoding="utf-8"))
-        differ = [name for name in facts if name in before and facts[name] != before[name]]
-        if differ:
-            told = [f"{name}: got {facts[name]!r}, the fit has {before[name]!r}" for name in differ]
+        told = other_settings(facts, before, "the fit")
+        if told:
             raise Refusal(
-                f"resume=True goes on with the fit in {place}, which was started with other "
-                f"settings; {'; '.join(told)}; give those, or another output, or leave resume out"
+                f"resume=True goes on with the fit in {place}, {told}; give those, or another "
+                "output, or leave resume out"
             )
         return
     if resume and place.is_dir() and any(place.iterdir()):
@@ -62,19 +61,23 @@ def check_started(place: Path, facts: Facts, parts: Collection[Path] = (), *, re
         for state in part.rglob("checkpoint-*/trainer_state.json"):
             start_anew(state.parents[1])
     place.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_suffix(".partial")
-    scratch.write_text(json.dumps(facts, indent=1), encoding="utf-8")
-    scratch.replace(file)
+    write_text_whole(file, json.dumps(facts, indent=1))
 
 
-def digest(value: Any) -> str:
-    """A hash of what JSON can hold."""
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+def other_settings(now: Facts, before: Facts, whose: str) -> str | None:
+    """In which settings two runs differ, by name, new and old; None if in none.
 
+    A setting that only one of the two knows, such as those of a method that is added, is no
+    difference.
 
-def rows_digest(rows: Sequence[Question]) -> str:
-    """How many rows there are, and a hash of what they ask and answer, whatever their ids."""
-    return f"{len(rows)} rows, {digest([(row.content, row.answer) for row in rows])[:10]}"
+    Args:
+        now: the settings that were given.
+        before: those of the run that is there.
+        whose: what that run is called.
+    """
+    differ = [name for name in now if name in before and now[name] != before[name]]
+    told = [f"{name}: got {now[name]!r}, {whose} has {before[name]!r}" for name in differ]
+    return f"which was started with other settings; {'; '.join(told)}" if told else None
 
 
 def _settings(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

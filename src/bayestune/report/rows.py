@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from bayestune.jsonl import read_json_lines
 from bayestune.metrics import Bins, Row, summarise
+from bayestune.whole_files import read_json_lines
 
 Record = Mapping[str, Any]
 Pair = tuple[Sequence[Row], Sequence[Row]]  # the rows of two methods in one run

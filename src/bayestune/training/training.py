@@ -34,6 +34,7 @@ from bayestune.training.cpu_attention import eager_attention, trains_faster_eage
 from bayestune.training.launched import check_launched
 from bayestune.training.meter import Meter
 from bayestune.training.trainer import ClassTrainer, LengthGroupedTrainer
+from bayestune.whole_files import write_text_whole
 
 logger = logging.getLogger(__name__)
 
@@ -206,7 +207,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def start_anew(folder: Path) -> None:
     """Notes the checkpoints of an earlier run in a folder, with which this one does not go on."""
     if is_first_process() and (states := _states(folder)):
-        (folder / _EARLIER).write_text(json.dumps(states), encoding="utf-8")
+        write_text_whole(folder / _EARLIER, json.dumps(states))
 
 
 def _states(folder: Path) -> dict[str, str]:

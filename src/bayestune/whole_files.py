@@ -1,9 +1,10 @@
-"""JSON lines, one object a line: read and written here and nowhere else."""
+"""Files written whole or not at all, and JSON lines, one object a line."""
 
 import gzip
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,23 @@ from typing import Any
 from bayestune.errors import Refusal
 
 JsonRow = dict[str, Any]
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to; the file takes its place once the block has ended well."""
+    scratch = path.with_name(f".{path.name}.partial")
+    try:
+        yield scratch
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def write_text_whole(path: Path, text: str) -> None:
+    """Writes UTF-8; a lone surrogate becomes its escape, which JSON reads as the same."""
+    with replaced(path) as scratch:
+        scratch.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def read_json_lines(path: Path, *, missing_ok: bool = False) -> list[JsonRow]:
@@ -76,11 +94,7 @@ def whole_lines(path: Path) -> list[JsonRow]:
 
 def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes one JSON object a line, the whole file or nothing; paths are written as text."""
-    scratch = path.with_name(f".{path.name}.partial")
-    text = "".join(map(json_line, rows))
-    # a lone surrogate becomes the escape \\udXXX, which JSON reads as the same
-    scratch.write_text(text, encoding="utf-8", errors="backslashreplace")
-    scratch.replace(path)
+    write_text_whole(path, "".join(map(json_line, rows)))
 
 
 def json_line(row: Mapping[str, Any]) -> str:
