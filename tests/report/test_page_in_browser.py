@@ -42,6 +42,12 @@ def rich_rows(num_rows, shift=0.0):
     return rows
 
 
+def in_bands(row):
+    """The row, decided by bands of other names."""
+    decision = {"act": "auto", "abstain": "ask"}[row["decision"]]
+    return row | {"decision": decision, "calibration": {"bands": {"auto": 0.2, "look": 0.4}}}
+
+
 @pytest.fixture(scope="module")
 def page_file(tmp_path_factory):
     """A page on which every section has something to show."""
@@ -52,7 +58,7 @@ def page_file(tmp_path_factory):
     facts = {"trained_on": "arc_easy", "seconds": {"predict": 9.0}, "timed_draws": 4, **fit}
     metrics = evaluated(folder, "x")["metrics"]
     rows = rich_rows(120)
-    shifted = rich_rows(120, 0.5)
+    shifted = [in_bands(one) for one in rich_rows(120, 0.5)]
     facts["metrics"] = metrics
     records = [
         evaluated(folder, "MLE", 2.0, seconds={"predict": 1.0}, draws=0),
@@ -176,6 +182,18 @@ def test_rows_open_with_draws_and_a_bin_shows_its_rows(opened, look):
     line.locator("button").click()
     count = line.locator("td").first.inner_text()
     assert opened.inner_text("#row-count").startswith(f"{count} of 120 rows")
+
+
+@pytest.mark.parametrize("look", [("desktop", "light")], indirect=False)
+def test_rows_that_were_acted_on_are_shown_whatever_the_band_is_called(opened, look):
+    for run in ("BLoB N=4, calibrated, arc_easy", "BLoB N=4, mmlu"):
+        opened.select_option("#row-run", label=run)
+        counts = []
+        for shown in ("act", "ask"):
+            opened.select_option("#row-show", shown)
+            counts.append(int(opened.inner_text("#row-count").split()[0]))
+        assert min(counts) > 0
+        assert sum(counts) == 120
 
 
 @pytest.mark.parametrize("look", [("desktop", "light")], indirect=False)

@@ -409,23 +409,27 @@ function drawCharts(kinds) {
 
 // Rows
 
-/** A run's answer to a question, of the compact array. */
-function answerOf(compact) {
+/** A run's answer to a question, of the compact array; `acting` is the decision that acts. */
+function answerOf(compact, acting) {
   const [place, units, total, expected, mutual, decision, set, drawn] = compact;
   const p = units.map((unit) => unit / 10000);
   const confidence = Math.max(...p);
   const choice = p.indexOf(confidence);
   const question = data.questions[place];
   return {place, p, total, expected, mutual, decision, set, confidence, choice, question, right: choice === question.answer,
+    acted: decision === acting, asked: Boolean(decision) && decision !== acting,
     drawn: drawn.map((draw) => draw.map((unit) => unit / 10000))};
 }
 
-const answers = runs.map((_, index) => (data.answers[index] ?? []).map(answerOf));
+const answers = runs.map((run, index) => {
+  const acting = run.coverage?.threshold?.acting ?? "act";
+  return (data.answers[index] ?? []).map((compact) => answerOf(compact, acting));
+});
 const byPlace = answers.map((own) => new Map(own.map((one) => [one.place, one])));
 const optionName = (question, index) => question.options?.[index] ?? `option ${LETTERS[index] ?? index + 1}`;
 const SHOWS = {
   all: ["all rows", () => true], wrong: ["wrong", (a) => !a.right], right: ["right", (a) => a.right],
-  act: ["acted on", (a) => a.decision === "act"], ask: ["left to a person", (a) => a.decision && a.decision !== "act"],
+  act: ["acted on", (a) => a.acted], ask: ["left to a person", (a) => a.asked],
   changed: ["another choice", (a, b) => b && a.choice !== b.choice], mended: ["wrong here, right there", (a, b) => b && !a.right && b.right],
   broken: ["right here, wrong there", (a, b) => b && a.right && !b.right],
 };

@@ -103,7 +103,7 @@ def threshold_of(rows: Sequence[Row]) -> Numbers | None:
     wrong = acts & ~is_right(rows)
     acted = int(acts.sum())
     thresholds = {(row.get("score") or {}).get("threshold") for row in rows}
-    found: Numbers = {"coverage": short(acted / len(rows)), "acted": acted}
+    found: Numbers = {"coverage": short(acted / len(rows)), "acted": acted, "acting": acting}
     found["wrong"] = int(wrong.sum())
     found["risk"] = short(int(wrong.sum()) / acted) if acted else None
     found["value"] = thresholds.pop() if len(thresholds) == 1 else None
