@@ -186,9 +186,11 @@ def test_kernels_that_pass_the_slots_by_are_refused(posterior, monkeypatch):
 def test_weights_that_a_model_never_used_are_refused_by_drawn(posterior):
     weights = {name: value[None] for name, value in posterior.draw(0).items()}
     with (
-        pytest.raises(ValueError, match="the draws reach nothing"),
+        pytest.raises(
+            ValueError, match=r"reach nothing: .*are disabled in .*leave disable_adapter"
+        ),
         drawn(posterior.model, weights),
-        posterior.model.disable_adapter(),
+        posterior.model.disable_adapter(),  # left before drawn() is
     ):
         end_logits(posterior.model, BATCH)
     with drawn(posterior.model, weights):

@@ -27,6 +27,7 @@ class Arrivals:
         self.draws = draws
         self.rows = rows
         self.called: set[str] = set()
+        self.silent: tuple[str, str] | None = None  # why a pass called none, and the remedy
         self._several: int | None = None  # what one row brings where it brings several
 
     def take(self, name: str, leading: int) -> None:
@@ -91,7 +92,7 @@ def check_arrived(arrivals: Arrivals, layers: Mapping[str, nn.Module], adapter: 
     """
     if arrivals.called:
         return
-    found = why_silent(layers, adapter)
+    found = arrivals.silent or why_silent(layers, adapter)
     if found is None:
         reason = "the model computes its layers without them (a fused or quantised kernel)"
         found = reason, "switch to the plain implementation of these layers"

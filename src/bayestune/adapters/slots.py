@@ -9,7 +9,7 @@ from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper, _ConvNd
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from bayestune.adapters.arrivals import Arrivals, check_arrived
+from bayestune.adapters.arrivals import Arrivals, check_arrived, why_silent
 from bayestune.adapters.drawn_linear import DrawnLinear, refuse_other_shapes
 from bayestune.adapters.locks import base_of, exclusive, marked_as_drawn, refuse_inside_drawn
 from bayestune.adapters.spread import shape_of, whole
@@ -280,6 +280,7 @@ def drawn(
     def begin(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         nonlocal passes
         passes += 1
+        arrivals.silent = arrivals.silent or why_silent(slots.layers, slots.adapter)
         given = (*args, *kwargs.values())
         arrivals.rows = next((len(x) for x in given if isinstance(x, Tensor) and x.dim()), None)
 
