@@ -113,6 +113,18 @@ def test_the_order_of_the_rows_changes_nothing_and_repeats_count_once(caplog):
     assert "400 rows repeat the content of others" in caplog.text
 
 
+def test_rows_that_contradict_each_other_are_told(caplog):
+    _, held_out = some_rows()
+    contents = [*held_out.contents] * 2
+    contradicted = HeldOut(torch.cat([held_out.labels, held_out.labels.flip(0)]), contents)
+    unlike = int((held_out.labels != held_out.labels.flip(0)).sum())
+    with caplog.at_level(logging.WARNING):
+        kept = contradicted.order()
+    assert 0 < unlike < 400
+    assert f"{unlike} rows repeat a content with another label" in caplog.text
+    assert int(kept.max()) < 400
+
+
 def test_rows_that_are_the_same_but_for_their_options_order_count_once(caplog):
     """Else a row would choose in one part, and vouch for the choice in the other."""
     logits, held_out = some_rows()

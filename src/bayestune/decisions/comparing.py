@@ -89,7 +89,16 @@ class HeldOut:
         repeated = len(self.contents) - len(first)
         if repeated:
             _log.warning("%d rows repeat the content of others: each content counts once", repeated)
+            self._warn_of_other_labels()
         return torch.tensor([index for _, index in sorted(first.values())])
+
+    def _warn_of_other_labels(self) -> None:
+        labels: dict[str, int] = {}
+        pairs = zip(self.contents, self.labels.tolist(), strict=True)
+        others = [content for content, label in pairs if labels.setdefault(content, label) != label]
+        if others:
+            told = "%d rows repeat a content with another label, such as %r: the first one counts"
+            _log.warning(told, len(others), others[0][:60])
 
     def digest(self) -> str:
         """SHA-256 of contents and labels, whatever their order."""
