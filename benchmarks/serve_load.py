@@ -24,7 +24,7 @@ import torch
 
 import harness
 from bayestune.data import Question
-from bayestune.session import Artefact, Gated, Way, read_calibration, rows_of
+from bayestune.session import Artefact, Gated, PredictionOptions, read_calibration, rows_of
 from harness import Case, Spread, parser_of, quantile
 
 TOLERANCE = 1e-5
@@ -70,10 +70,10 @@ def service(options: Namespace) -> Iterator[int]:
 def offline(options: Namespace) -> tuple[Gated, Sequence[Question]]:
     """What predicts as `bayestune predict` does, and the rows."""
     calibration = read_calibration(options.posterior)
-    way = Way.of(calibration.settings) if calibration else None
+    way = PredictionOptions.of(calibration.settings) if calibration else None
     rows = rows_of(options.rows, options.posterior, labelled=False)[: options.most]
     opened = Artefact.open(options.posterior, rows, None, options.model, way)
-    own = way or Way(bf16=opened.fit.bf16)
+    own = way or PredictionOptions(bf16=opened.fit.bf16)
     session = replace(opened.session, progress=False)
     return Gated(session, opened.fit, own, calibration), opened.rows
 

@@ -14,10 +14,9 @@ from pathlib import Path
 
 import bayestune as bt
 from bayestune import Question
-from bayestune.decisions import Asked, Promise
+from bayestune.decisions import CalibrationOptions, Promise
 from bayestune.methods import TFB
 from bayestune.posteriors import load_adapter
-from bayestune.session import Put
 
 ANIMALS = ("ant", "horse", "mouse", "whale", "wasp", "bear", "snail", "cow")
 OPTIONS = ("smaller than a shoe", "larger than a person")
@@ -56,8 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         posterior = TFB(anchors=16).bayesianise(point, scorer, task.train)
         bt.save_posterior(posterior, Path(name, "posterior"))
         found = bt.predict(posterior, scorer.collate(scorer.encode(asked)), given.draws)
-        asking = Asked(Promise(risk=0.2))
-        bt.calibrate(adapter, questions(32, 92), asking, put=Put(), model=given.model)
+        options = CalibrationOptions(Promise(risk=0.2))
+        bt.calibrate(adapter, questions(32, 92), options, model=given.model)
         for row, line in enumerate(bt.decide(adapter, asked, model=given.model)):
             wide = found.probabilities[row].max().item()
             told = f"adapter {line['confidence']:.2f} ({line['decision']}), posterior {wide:.2f}"

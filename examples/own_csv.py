@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bayestune import BLoB, Lora, Training, calibrate, decide, load_rows
-from bayestune.decisions import Asked, Promise
+from bayestune.decisions import CalibrationOptions, Promise
 from bayestune.report import promises
 from bayestune.session import Session, TaskOptions
 
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         session.fit(BLoB(), training, place / "posterior")
 
         promise = Promise(risk=0.2, confidence=0.9)
-        print(promises(calibrate(place / "posterior", held_out, Asked(promise))))
+        print(promises(calibrate(place / "posterior", held_out, CalibrationOptions(promise))))
         new = write_tickets(place / "new.csv", range(0))
         with new.open("a", encoding="utf-8") as opened:
             opened.writelines(f"{ticket},\n" for ticket in NEW)

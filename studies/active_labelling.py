@@ -26,7 +26,7 @@ from bayestune.decisions import best_temperature, rank_rows, spread_out
 from bayestune.methods import MLE, BLoB, Method
 from bayestune.metrics import accuracy, nll
 from bayestune.runtime import versions
-from bayestune.session import Fit, Session, TaskOptions, Way, shown
+from bayestune.session import Fit, PredictionOptions, Session, TaskOptions, shown
 from bayestune.training import Training
 from bayestune.whole_files import read_json_lines, write_json_lines
 
@@ -76,7 +76,7 @@ class Fitted:
 
     session: Session
     fit: Fit
-    way: Way
+    way: PredictionOptions
     temperature: float = 1.0
 
     @classmethod
@@ -88,7 +88,7 @@ class Fitted:
         posterior = METHODS[method].fit(here.loaded.model, here.scorer, TRAINING)
         draws = 0 if method == "mle" else DRAWS
         fit = Fit(posterior, {}, TRAINING.bf16, method)
-        found = cls(here.quietly(), fit, Way(draws, bf16=TRAINING.bf16))
+        found = cls(here.quietly(), fit, PredictionOptions(draws, bf16=TRAINING.bf16))
         if method != "mle":
             return found
         answers = torch.tensor([row.answer for row in rows.for_temperature])

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from bayestune.decisions import (
-    Asked,
     Calibration,
+    CalibrationOptions,
     HeldOut,
     Promise,
     Variant,
@@ -142,7 +142,7 @@ def outcome(found: Calibration, population: Rows) -> dict[str, float | bool | st
 def cell(model: str, num_rows: int, repetitions: int) -> dict[str, object]:
     """One model and number of rows: shares over repetitions."""
     g = torch.Generator().manual_seed(num_rows)
-    asked = Asked(PROMISE, set_coverage=COVERAGE)
+    asked = CalibrationOptions(PROMISE, set_coverage=COVERAGE)
     began = time.process_time()
     outcomes = []
     refused = 0

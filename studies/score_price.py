@@ -37,10 +37,10 @@ from bayestune.runtime import versions
 from bayestune.session import (
     DISTANCE,
     PROMPT_LENGTH,
-    Looking,
+    PredictionOptions,
+    RowPredictor,
     Session,
     TaskOptions,
-    Way,
     details_of,
     shown,
 )
@@ -85,7 +85,7 @@ class Folder:
         for name in ("data", "evaluation_data", "unlabelled_data"):
             told.pop(name, None)
         told |= {"data_root": options.data_root, "unlabelled_rows": 0}
-        told |= {"evaluation_rows": options.rows, "options": tuple(told["options"])}
+        told |= {"evaluation_rows": options.rows, "options": ()}  # a public task has its own
         questions = TaskOptions(**told)
         session = Session.of_posterior(self.path, questions, options.model)
         return replace(session, progress=False)
@@ -133,12 +133,12 @@ def keep(
         fit = replace(fit, posterior=noisy(fit.posterior, norms))
     scorer = session.quietly().scorer
     rows = session.task.evaluation
-    way = Way(DRAWS, bf16=fit.bf16)
+    way = PredictionOptions(DRAWS, bf16=fit.bf16)
     training = session.quietly().on(own_task("training", (), session.task.train))
-    trained = Looking(fit, way, scorer).activations(training.task.evaluation)
-    looking = Looking(fit, replace(way, draws=0), scorer, Distance.fit(trained))
-    mean = looking.over(rows)
-    drawn = Looking(fit, way, scorer).over(rows)
+    trained = RowPredictor(fit, way, scorer).activations(training.task.evaluation)
+    predictor = RowPredictor(fit, replace(way, draws=0), scorer, Distance.fit(trained))
+    mean = predictor.over(rows)
+    drawn = RowPredictor(fit, way, scorer).over(rows)
     facts = {
         **folder.origin,
         "fit": folder.path.name,

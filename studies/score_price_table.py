@@ -11,7 +11,7 @@ from bayestune.decisions import (
     ONE_PASS,
     OVER_DRAWS,
     ROW_SCORES,
-    Asked,
+    CalibrationOptions,
     HeldOut,
     Promise,
     Spread,
@@ -87,7 +87,7 @@ def realised(found: Collected, risk: float) -> Record:
     variants = {"draws": Variant(found.draws[:, held], 1.0)}
     rows = HeldOut(found.labels[held], [ids[index] for index in held.tolist()], extra=extra)
     try:
-        kept = calibrate(variants, rows, Asked(Promise(risk, PROMISED)))
+        kept = calibrate(variants, rows, CalibrationOptions(Promise(risk, PROMISED)))
     except Refusal as problem:
         return {"refused": str(problem), "held_out": len(held), "new": len(new)}
     logits = found.draws[:, new]

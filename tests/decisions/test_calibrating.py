@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from bayestune.decisions import (
-    Asked,
     Calibration,
+    CalibrationOptions,
     HeldOut,
     Promise,
     Variant,
@@ -145,7 +145,7 @@ def test_rows_that_are_the_same_but_for_their_options_order_count_once(caplog):
 
 def test_a_calibration_survives_its_file(tmp_path):
     costs = torch.ones(4, 4) - torch.eye(4)
-    asked = Asked(Promise(0.1, 0.9), bands={"act": 0.1, "flag": 0.2}, costs=costs)
+    asked = CalibrationOptions(Promise(0.1, 0.9), bands={"act": 0.1, "flag": 0.2}, costs=costs)
     found, _, _ = some_calibration(asked)
     path = found.write(tmp_path)
     assert path.name == "calibration.json"
@@ -200,7 +200,9 @@ def test_without_a_calibration_there_are_probabilities_alone():
 
 
 def test_bands_ask_beyond_the_last():
-    found, logits, _ = some_calibration(Asked(bands={"act": 0.05, "flag": 0.2}), count=1000)
+    found, logits, _ = some_calibration(
+        CalibrationOptions(bands={"act": 0.05, "flag": 0.2}), count=1000
+    )
     mean = logits.mean(0, keepdim=True)
     got = decide(found, mean)
     assert set(got.decisions) == {"act", "flag", "ask"} or set(got.decisions) == {"act", "flag"}
@@ -212,7 +214,7 @@ def test_bands_ask_beyond_the_last():
 
 
 def test_each_class_has_its_threshold():
-    found, logits, _ = some_calibration(Asked(per_class=True), count=1500)
+    found, logits, _ = some_calibration(CalibrationOptions(per_class=True), count=1500)
     assert set(found.classes) == {"0", "1", "2", "3"}
     got = decide(found, logits.mean(0, keepdim=True))
     for word, value, choice in zip(got.decisions, got.values, got.choice.tolist(), strict=True):
@@ -268,7 +270,7 @@ def test_a_variants_own_scores_are_on_offer_for_it_alone():
 def test_what_costs_nothing_stands_beside_the_promises():
     logits, held_out = some_rows()
     found = calibrate({"draw": Variant(logits[:1], 1.0)}, held_out)
-    _, second = parts(held_out, Asked())
+    _, second = parts(held_out, CalibrationOptions())
     labels = held_out.labels[second]
     wrong = (logits[0, second].argmax(-1) != labels).double().mean().item()
     commonest = labels.bincount().max().item() / len(labels)
@@ -278,7 +280,7 @@ def test_what_costs_nothing_stands_beside_the_promises():
 
 def test_the_smallest_samples_calibrate_or_are_refused(caplog):
     """Two rows choose nothing; three do, and one of them is right by chance."""
-    asked = Asked(Promise(0.5, 0.5), set_coverage=0.5)
+    asked = CalibrationOptions(Promise(0.5, 0.5), set_coverage=0.5)
     for count in range(1, 21):
         logits, held_out = some_rows(count)
         variants = {"mean": Variant(logits[:1], 1.0), "draws": Variant(logits, 4.0)}
@@ -308,7 +310,7 @@ def test_bands_begin_where_the_other_part_says_that_they_pass():
     logits, held_out = some_rows(600, sharpness=1.0)
     noisy = torch.rand(600, generator=torch.Generator().manual_seed(3)) < 0.05
     labels = torch.where(noisy, (held_out.labels + 1) % 4, logits.mean(0).argmax(-1))
-    asked = Asked(Promise(0.3, 0.9), bands={"auto": 0.1, "look": 0.3})
+    asked = CalibrationOptions(Promise(0.3, 0.9), bands={"auto": 0.1, "look": 0.3})
     acted = []
     for seed in range(8):
         contents = [f"{seed}.{index}" for index in range(600)]
@@ -320,7 +322,7 @@ def test_bands_begin_where_the_other_part_says_that_they_pass():
 
 
 def test_random_ties_need_contents():
-    found, logits, held_out = some_calibration(Asked(set_kind="aps"))
+    found, logits, held_out = some_calibration(CalibrationOptions(set_kind="aps"))
     with pytest.raises(ValueError, match="got no contents; expected one a row"):
         decide(found, logits)
     first = decide(found, logits, held_out.contents).sets
@@ -333,9 +335,9 @@ def test_refusals():
     variants = {"draws": Variant(logits, 1.0)}
     match = "got 45 rows to choose thresholds on; expected 59 or more .* give 118 held-out rows"
     with pytest.raises(ValueError, match=match):
-        calibrate(variants, held_out, Asked(Promise(0.05, 0.95)))
+        calibrate(variants, held_out, CalibrationOptions(Promise(0.05, 0.95)))
     with pytest.raises(ValueError, match="expected 59 or more .* give 118 held-out rows"):
-        calibrate(variants, held_out, Asked(bands={"act": 0.05, "flag": 0.2}))
+        calibrate(variants, held_out, CalibrationOptions(bands={"act": 0.05, "flag": 0.2}))
     with pytest.raises(ValueError, match="got 2 of 89 rows that training saw, such as '0.1'"):
         replace(held_out, seen={"0.1", "0.2", "other"})
     with pytest.raises(ValueError, match="got no variants; expected one or more"):
@@ -361,7 +363,7 @@ def test_refusals():
         ({"costs": torch.tensor([[0, 1], [torch.inf, 0]])}, "expected .C, C., finite, none below"),
     ]:
         with pytest.raises(ValueError, match=match):
-            Asked(**options)
+            CalibrationOptions(**options)
     for options, match in [
         (
             {"set_coverage": 0.98},
@@ -371,6 +373,6 @@ def test_refusals():
         ({"costs": torch.ones(5, 5)}, r"got costs of shape \(5, 5\) for 4 classes"),
     ]:
         with pytest.raises(ValueError, match=match):
-            parts(held_out, Asked(**options), 4)
+            parts(held_out, CalibrationOptions(**options), 4)
         with pytest.raises(ValueError, match=match):
-            calibrate(variants, held_out, Asked(**options))
+            calibrate(variants, held_out, CalibrationOptions(**options))

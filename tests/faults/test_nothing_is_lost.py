@@ -232,7 +232,7 @@ def test_a_comparison_takes_further_methods_but_no_other_rows(place, capsys):
 
 
 def test_rows_are_written_as_they_come_and_gone_on_with(fitted, capsys, monkeypatch):
-    monkeypatch.setattr("bayestune.session.looks.WINDOW", 2)
+    monkeypatch.setattr("bayestune.session.row_predictor.WINDOW", 2)
     whole = predicted(fitted, "--draws=2")
     answers = fitted / "some.jsonl"
     command = asking(fitted, f"--output={answers}")

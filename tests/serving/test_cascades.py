@@ -7,10 +7,10 @@ import torch
 from clients import serving, with_band
 
 import bayestune
-from bayestune.decisions import Asked, Calibration, Promise, doubtful_band
+from bayestune.decisions import Calibration, CalibrationOptions, Promise, doubtful_band
 from bayestune.errors import Refusal
 from bayestune.posteriors import posterior_digest
-from bayestune.session import Compared, Way
+from bayestune.session import PredictionOptions, VariantOptions
 from running import run
 
 
@@ -65,13 +65,13 @@ def test_a_cascade_is_compared_with_the_other_ways(place, tmp_path, capsys):
     calibration = Calibration.read(folder, posterior_digest(folder))
     times = {row["variant"]: row["milliseconds"] for row in calibration.table}
     assert times["mean"] < times["cascade"] < times["mean"] + times["3 draws"]
-    assert Way.of({"band": [0.1, 0.2]}).band == (0.1, 0.2)
-    easier = Asked(Promise(0.3, 0.8))
-    only_draws = Compared((3,), factors=(), cascade=0.4)
+    assert PredictionOptions.of({"band": [0.1, 0.2]}).band == (0.1, 0.2)
+    easier = CalibrationOptions(Promise(0.3, 0.8))
+    only_draws = VariantOptions((3,), factors=(), cascade=0.4)
     with pytest.raises(Refusal, match="expected a student or the mean, and draws"):
         bayestune.calibrate(folder, place / "held_out.jsonl", easier, only_draws)
-    with pytest.raises(Refusal, match="Compared.cascade: got 1.5"):
-        Compared(cascade=1.5)
+    with pytest.raises(Refusal, match="VariantOptions.cascade: got 1.5"):
+        VariantOptions(cascade=1.5)
 
 
 def test_an_artefact_without_a_cascade_is_not_served_as_one(place):

@@ -10,9 +10,9 @@ from fastapi.testclient import TestClient
 
 import bayestune
 from bayestune import decisions
-from bayestune.decisions import Asked, Calibration, Promise
+from bayestune.decisions import Calibration, CalibrationOptions, Promise
 from bayestune.posteriors import posterior_digest
-from bayestune.session import Compared, Put
+from bayestune.session import RowOptions, VariantOptions
 from running import fitting, furnish, read_rows, run, write_rows
 from tiny import byte_level_tokenizer, tiny_llama
 
@@ -139,8 +139,14 @@ def test_a_cascade_has_the_distance_in_the_adapter_that_is_asked_first(
     place, tmp_path, monkeypatch, student
 ):
     folder = shutil.copytree(place / "own", tmp_path / "own")
-    compared = Compared((0, 3), factors=(), student=place / "mle" if student else None, cascade=0.4)
-    given = (Asked(Promise(0.9, 0.5)), compared, Put(trained_on=place / "train.csv"))
+    compared = VariantOptions(
+        (0, 3), factors=(), student=place / "mle" if student else None, cascade=0.4
+    )
+    given = (
+        CalibrationOptions(Promise(0.9, 0.5)),
+        compared,
+        RowOptions(trained_on=place / "train.csv"),
+    )
     chosen = decisions.calibrate
     lines = {}
     for variant in ("cascade", "student" if student else "mean"):

@@ -14,14 +14,22 @@ from bayestune.evaluation import Bar, EvaluationOptions, Result
 from bayestune.forward import Draws
 from bayestune.posteriors import artefact_folder
 from bayestune.runtime import num_processes, shared_work
-from bayestune.session import Fit, Gated, Session, Way, load_way, read_calibration, windows
+from bayestune.session import (
+    Fit,
+    Gated,
+    PredictionOptions,
+    Session,
+    load_way,
+    read_calibration,
+    windows,
+)
 
 logger = logging.getLogger(__name__)
 
 EXIT_BELOW_GATE = 1
 
 
-def chosen_way(o: Namespace) -> tuple[Calibration | None, Way]:
+def chosen_way(o: Namespace) -> tuple[Calibration | None, PredictionOptions]:
     """The calibration that applies to these options, and how to predict.
 
     It applies unless the user asks for other draws or another way than was calibrated.
@@ -30,15 +38,15 @@ def chosen_way(o: Namespace) -> tuple[Calibration | None, Way]:
     given = {"draws": o.draws, "draw_seed": o.draw_seed, "bf16": o.bf16}
     given = {name: value for name, value in given.items() if value is not None}
     if calibration is None:
-        return None, Way(**given)
-    way = Way.of(calibration.settings)
+        return None, PredictionOptions(**given)
+    way = PredictionOptions.of(calibration.settings)
     differ = [name for name, value in given.items() if getattr(way, name) != value]
     differ += [name for name in ("shared_prefix", "decided") if o[name]]
     if not differ:
         return calibration, way
     said = "--%s is not what was calibrated: the calibration is not applied, there is no decision"
     logger.warning(said, ", --".join(differ))
-    return None, Way(**given)
+    return None, PredictionOptions(**given)
 
 
 def answered(gated: Gated, rows: Sequence[Question], o: Namespace) -> Iterator[dict[str, Any]]:
@@ -67,7 +75,7 @@ def calibrated_result(
     session: Session, fit: Fit, calibration: Calibration, folder: Path, options: EvaluationOptions
 ) -> Result:
     """What a calibration makes of the session's rows; a student takes the posterior's place."""
-    way = Way.of(calibration.settings)
+    way = PredictionOptions.of(calibration.settings)
     if way.student is not None:
         detach(fit.posterior.model)
         fit = load_way(session, artefact_folder(folder), way)

@@ -12,7 +12,7 @@ from bayestune.generation import DrawsAs
 from bayestune.methods import METHODS, TFB, Distilled
 from bayestune.report import Style
 from bayestune.serving import Limits, Serving
-from bayestune.session import OF_THE_FIT, Compared, Dtype, LessonRows, Put, TaskOptions
+from bayestune.session import OF_THE_FIT, Dtype, LessonRows, RowOptions, TaskOptions, VariantOptions
 from bayestune.sharing import Exporting
 from bayestune.training import Training
 
@@ -207,8 +207,8 @@ def add_calibrate(parser: Parser) -> None:
     parser.option("per_class", bool, False, "a threshold for each class by itself")
     parser.option("costs", list[list[float]], [], "of errors: for each right answer a list")
     parser.option("model", str | None, None, "the base model, where it has moved")
-    parser.add_class_arguments(Compared)
-    parser.add_class_arguments(Put)
+    parser.add_class_arguments(VariantOptions)
+    parser.add_class_arguments(RowOptions)
 
 
 def add_rank(parser: Parser) -> None:
@@ -225,7 +225,7 @@ def add_rank(parser: Parser) -> None:
     parser.option("overwrite", bool, False, "replace the output file")
     parser.option("model", str | None, None, "the base model, where it has moved")
     parser.option("bf16", bool | None, None, "bfloat16 autocast; left out: as fitted")
-    parser.add_class_arguments(Put, skip={"answer_is", "unsure", "trained_on"})
+    parser.add_class_arguments(RowOptions, skip={"answer_is", "unsure", "trained_on"})
 
 
 def add_drift(parser: Parser) -> None:

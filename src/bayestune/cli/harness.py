@@ -53,7 +53,7 @@ def run_harness(o: Namespace) -> None:
     )
     how = {"num_fewshot": o.num_fewshot, "limit": o.limit}
     how["apply_chat_template"] = o.apply_chat_template
-    run = tasks.run_tasks(lm, tasks.Asked(_names(o.tasks), o.include_path, **how))
+    run = tasks.run_tasks(lm, tasks.HarnessOptions(_names(o.tasks), o.include_path, **how))
     print(run.table)
     results = list(_results(run, lm, opened, {**how, "batch_size": o.batch_size}))
     append_results(output, results)

@@ -15,8 +15,8 @@ from bayestune.cli.output_folder import check_writable
 from bayestune.data import Question
 from bayestune.decisions import (
     FILE_NAME,
-    Asked,
     Calibration,
+    CalibrationOptions,
     Drift,
     Promise,
     as_kept,
@@ -36,9 +36,9 @@ from bayestune.session import (
     DISTANCE,
     PROMPT_LENGTH,
     Artefact,
-    Compared,
-    Put,
-    Way,
+    PredictionOptions,
+    RowOptions,
+    VariantOptions,
     is_plain,
     kept_reference,
     own_reference,
@@ -58,10 +58,11 @@ def calibrate(o: Namespace) -> None:
     place = artefact_folder(o.posterior)
     check_writable(place)
     costs = _costs(o.costs) if o.costs else None
+    bands = dict(o.bands) or None
     promise = Promise(o.risk, o.confidence)
-    asked = built(Asked, o, promise=promise, costs=costs, bands=dict(o.bands) or None)
-    compared = built(Compared, o)
-    found = session.calibrate(place, o.rows, asked, compared, built(Put, o), o.model)
+    options = built(CalibrationOptions, o, promise=promise, costs=costs, bands=bands)
+    compared = built(VariantOptions, o)
+    found = session.calibrate(place, o.rows, options, compared, built(RowOptions, o), o.model)
     print(render([variant_table(found)]))
     print()
     print(promises(found))
@@ -84,24 +85,24 @@ def rank(o: Namespace) -> None:
     """Ranks unlabelled rows: which to label next."""
     output = new_file(o)
     calibration = read_calibration(o.posterior)
-    put: Put | None = built(Put, o)
-    put.check(artefact_folder(o.posterior), calibrated=calibration is not None)
+    row_options: RowOptions | None = built(RowOptions, o)
+    row_options.check(artefact_folder(o.posterior), calibrated=calibration is not None)
     if calibration is not None and is_plain(o.posterior):
-        put = None  # its calibration says how rows are put
+        row_options = None  # its calibration says how rows are put
     with readable(o.rows) as file:
-        rows = rows_of(file, o.posterior, put, labelled=False, columns=o.columns)
-    artefact = Artefact.open(o.posterior, rows, put, o.model)
+        rows = rows_of(file, o.posterior, row_options, labelled=False, columns=o.columns)
+    artefact = Artefact.open(o.posterior, rows, row_options, o.model)
     rows = artefact.rows
     bf16 = artefact.fit.bf16 if o.bf16 is None else o.bf16
-    way = Way(o.draws, o.draw_seed, bf16)
+    way = PredictionOptions(o.draws, o.draw_seed, bf16)
     draws = max(1, count_for(artefact.fit.posterior, o.draws))
     by = o.by or ("bald" if draws > 1 else "entropy")
     number = len(rows) if o.number is None else o.number
     check_ranking(number, by, draws, len(rows), max(len(row.options) for row in rows))
-    look = artefact.looking(way, own_reference(calibration)).over(rows, shared=True)
+    outputs = artefact.predictor(way, own_reference(calibration)).over(rows, shared=True)
     near = _places(artefact, way) if by == "bald" else None
-    order = rank_rows(look.logits, number, by, near, o.draw_seed).tolist()
-    scores = score_rows(look.logits) | dict(look.extra)
+    order = rank_rows(outputs.logits, number, by, near, o.draw_seed).tolist()
+    scores = score_rows(outputs.logits) | dict(outputs.extra)
     lines = []
     for place, index in enumerate(order, 1):
         row = rows[index]
@@ -112,11 +113,11 @@ def rank(o: Namespace) -> None:
         _write(lines, output)
 
 
-def _places(artefact: Artefact, way: Way) -> Tensor | None:
+def _places(artefact: Artefact, way: PredictionOptions) -> Tensor | None:
     """Where the rows lie in the adapter's activations; None if all are alike or it has no mean."""
     if not artefact.fit.posterior.has_mean or len(artefact.rows) < 2:
         return None
-    return spread_out(artefact.looking(way).activations(artefact.rows, shared=True))
+    return spread_out(artefact.predictor(way).activations(artefact.rows, shared=True))
 
 
 def drift(o: Namespace) -> int:
@@ -135,10 +136,10 @@ def drift(o: Namespace) -> int:
     permutations = permutations_for(o.level, len(held_out))
     with readable(o.rows) as file:
         rows = rows_of(file, o.posterior, labelled=False, columns=o.columns)
-    way = Way.of(calibration.settings)
+    way = PredictionOptions.of(calibration.settings)
     artefact = Artefact.open(o.posterior, rows, None, o.model, way)
-    look = artefact.looking(way, kept_reference(calibration)).over(artefact.rows)
-    scores = score_rows(look.logits, temperature=calibration.temperature) | dict(look.extra)
+    outputs = artefact.predictor(way, kept_reference(calibration)).over(artefact.rows)
+    scores = score_rows(outputs.logits, temperature=calibration.temperature) | dict(outputs.extra)
     new = as_kept({name: scores[name] for name in held_out})
     found = drift_test(held_out, _numbers(new), permutations)
     size = min(len(rows), len(next(iter(held_out.values()))) // 2)

@@ -15,7 +15,7 @@ from bayestune.decisions.bounds import (
     rows_needed,
     smallest_risk,
 )
-from bayestune.decisions.calibrating import Asked, calibrate, parts
+from bayestune.decisions.calibrating import CalibrationOptions, calibrate, parts
 from bayestune.decisions.calibration import FILE_NAME, Calibration, as_kept
 from bayestune.decisions.cascade import doubtful_band
 from bayestune.decisions.comparing import HeldOut, Trial, Variant, compare, kept
@@ -54,8 +54,8 @@ __all__ = [
     "OVER_DRAWS",
     "ROW_SCORES",
     "Acquisition",
-    "Asked",
     "Calibration",
+    "CalibrationOptions",
     "ClassFigures",
     "Decision",
     "Distance",

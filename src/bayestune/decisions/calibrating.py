@@ -49,7 +49,7 @@ _FEWEST_CHOOSING = 2  # rows: one to fit a temperature on, and another to judge 
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
+class CalibrationOptions:
     """What a calibration is asked for.
 
     Args:
@@ -106,18 +106,23 @@ class _Part:
 
     @classmethod
     def of(
-        cls, logits: Tensor, temperature: float, held_out: HeldOut, rows: Tensor, asked: Asked
+        cls,
+        logits: Tensor,
+        temperature: float,
+        held_out: HeldOut,
+        rows: Tensor,
+        options: CalibrationOptions,
     ) -> Self:
         """The part of the rows with these indices, at a temperature."""
         own = logits[:, rows]
         spread = Spread.of(own, temperature)
-        scores = score_rows(own, asked.scores, temperature)
+        scores = score_rows(own, options.scores, temperature)
         scores |= {name: values[rows].double() for name, values in held_out.extra.items()}
         if held_out.unsure is not None:
             abstains = spread.choice == held_out.unsure[rows]
             scores = {name: s.masked_fill(abstains, torch.inf) for name, s in scores.items()}
         labels = held_out.labels[rows]
-        losses = losses_of(spread.choice, labels, asked.costs)
+        losses = losses_of(spread.choice, labels, options.costs)
         contents = [held_out.contents[int(index)] for index in rows.tolist()]
         return cls(scores, losses, spread, labels, contents, rows)
 
@@ -125,7 +130,7 @@ class _Part:
 def calibrate(
     variants: Mapping[str, Variant],
     held_out: HeldOut,
-    asked: Asked | None = None,
+    options: CalibrationOptions | None = None,
     posterior: str = "",
     method: str = "",
 ) -> Calibration:
@@ -139,7 +144,7 @@ def calibrate(
     Args:
         variants: ways of predicting by name, on all rows.
         held_out: the rows.
-        asked: the promises; an error rate of 0.05 with confidence 0.9 unless given.
+        options: the promises; an error rate of 0.05 with confidence 0.9 unless given.
         posterior: digest of the posterior, which the calibration is bound to.
         method: how it was fitted, for people.
 
@@ -150,40 +155,40 @@ def calibrate(
         Refusal: if training saw some of the rows, the variants are not of these rows, or there are
             too few rows for what is asked, whatever the model.
     """
-    asked = asked or Asked()
+    options = options or CalibrationOptions()
     check_variants(variants, held_out)
     num_classes = next(iter(variants.values())).logits.shape[-1]
-    first, second = parts(held_out, asked, num_classes)
+    first, second = parts(held_out, options, num_classes)
     labels = held_out.labels[first]
     of_first = {
         name: Variant(variant.logits[:, first], variant.milliseconds)
         for name, variant in variants.items()
     }
-    trial, table = kept(compare(of_first, labels, asked.folds))
+    trial, table = kept(compare(of_first, labels, options.folds))
     chosen = variants[trial.variant]
     logits = chosen.logits
     held_out = replace(held_out, extra={**held_out.extra, **chosen.extra})
     temperature = compared_temperature(logits[:, first], labels) if trial.tempered else 1.0
-    choosing = _Part.of(logits, temperature, held_out, first, asked)
-    promising = _Part.of(logits, temperature, held_out, second, asked)
+    choosing = _Part.of(logits, temperature, held_out, first, options)
+    promising = _Part.of(logits, temperature, held_out, second, options)
     areas = {name: _area(scores, choosing.losses) for name, scores in choosing.scores.items()}
     score = min(areas, key=areas.__getitem__)
-    bands, classes = _finer((choosing, promising), score, asked, num_classes)
+    bands, classes = _finer((choosing, promising), score, options, num_classes)
     return Calibration(
         posterior=posterior,
         method=method,
         variant=trial.variant,
         temperature=temperature,
         score=score,
-        thresholds=_thresholds(choosing, promising, asked),
-        sets=_sets(promising, asked.set_coverage),
-        set_kind=asked.set_kind,
+        thresholds=_thresholds(choosing, promising, options),
+        sets=_sets(promising, options.set_coverage),
+        set_kind=options.set_kind,
         num_choosing=len(first),
         num_thresholds=len(second),
         rows=held_out.digest(),
         bands=bands,
         classes={str(index): found for index, found in classes.items()},
-        costs=None if asked.costs is None else asked.costs.tolist(),
+        costs=None if options.costs is None else options.costs.tolist(),
         table=table,
         versions=_versions(),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -192,28 +197,30 @@ def calibrate(
     )
 
 
-def parts(held_out: HeldOut, asked: Asked, num_classes: int | None = None) -> tuple[Tensor, Tensor]:
+def parts(
+    held_out: HeldOut, options: CalibrationOptions, num_classes: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Indices of the rows for the choices, and of those for the promises.
 
     Args:
         held_out: the rows.
-        asked: the promises.
+        options: the promises.
         num_classes: C, the most options that a row has; None leaves promises of classes unchecked.
 
     Raises:
         Refusal: if there are too few rows for what is asked, whatever the model, or costs are of
             another number of classes.
     """
-    if asked.costs is not None:
-        check_costs(asked.costs, num_classes)
+    if options.costs is not None:
+        check_costs(options.costs, num_classes)
     order = held_out.order()
-    num_choosing = round(asked.choosing_share * len(order))
+    num_choosing = round(options.choosing_share * len(order))
     promising = len(order) - num_choosing
-    share = 1 - asked.choosing_share
-    check_enough(promising, _strictest(asked, num_classes), share)
-    check_set_rows(promising, asked.set_coverage, share)
+    share = 1 - options.choosing_share
+    check_enough(promising, _strictest(options, num_classes), share)
+    check_set_rows(promising, options.set_coverage, share)
     if num_choosing < _FEWEST_CHOOSING:
-        total = math.ceil(_FEWEST_CHOOSING / asked.choosing_share)
+        total = math.ceil(_FEWEST_CHOOSING / options.choosing_share)
         raise Refusal(
             f"got {num_choosing} rows to choose a way of predicting on; expected "
             f"{_FEWEST_CHOOSING} or more; give {total} held-out rows in all"
@@ -221,13 +228,13 @@ def parts(held_out: HeldOut, asked: Asked, num_classes: int | None = None) -> tu
     return order[:num_choosing], order[num_choosing:]
 
 
-def _strictest(asked: Asked, num_classes: int | None) -> Promise:
+def _strictest(options: CalibrationOptions, num_classes: int | None) -> Promise:
     """The promise that needs the most rows."""
-    promises = [asked.promise]
-    if asked.per_class and num_classes:
-        promises.append(asked.promise.shared_by(num_classes))
-    if asked.bands:
-        promises += band_promises(asked.bands, asked.promise.confidence).values()
+    promises = [options.promise]
+    if options.per_class and num_classes:
+        promises.append(options.promise.shared_by(num_classes))
+    if options.bands:
+        promises += band_promises(options.bands, options.promise.confidence).values()
     return max(promises, key=rows_needed)
 
 
@@ -241,10 +248,12 @@ def _area(scores: Tensor, losses: Tensor) -> float:
     return (ranked.cumsum(0) / place).mean().item()
 
 
-def _thresholds(choosing: _Part, promising: _Part, asked: Asked) -> dict[str, Threshold]:
+def _thresholds(
+    choosing: _Part, promising: _Part, options: CalibrationOptions
+) -> dict[str, Threshold]:
     found = {}
-    promise = asked.promise
-    bounded = asked.costs is not None
+    promise = options.promise
+    bounded = options.costs is not None
     for name, scores in promising.scores.items():
         start = likely_start(choosing.scores[name], choosing.losses, len(scores), promise)
         found[name] = threshold(scores, promising.losses, promise, start, bounded=bounded)
@@ -252,25 +261,25 @@ def _thresholds(choosing: _Part, promising: _Part, asked: Asked) -> dict[str, Th
 
 
 def _finer(
-    both: tuple[_Part, _Part], score: str, asked: Asked, num_classes: int
+    both: tuple[_Part, _Part], score: str, options: CalibrationOptions, num_classes: int
 ) -> tuple[dict[str, Threshold], dict[int, Threshold]]:
     """Thresholds of bands and of classes, on the chosen score, if asked for."""
     choosing, part = both
     scores = part.scores[score]
-    bounded = asked.costs is not None
-    if asked.bands:
-        confidence = asked.promise.confidence
+    bounded = options.costs is not None
+    if options.bands:
+        confidence = options.promise.confidence
         starts = {}
-        for name, promise in band_promises(asked.bands, confidence).items():
+        for name, promise in band_promises(options.bands, confidence).items():
             known = (choosing.scores[score], choosing.losses)
             starts[name] = likely_start(*known, len(scores), promise)
-        of_bands = (asked.bands, confidence, starts)
+        of_bands = (options.bands, confidence, starts)
         return band_thresholds(scores, part.losses, *of_bands, bounded=bounded), {}
-    if asked.per_class:
+    if options.per_class:
         most = int(torch.bincount(part.spread.choice).max())
-        share = (1 - asked.choosing_share) * most / len(scores)
-        check_enough(most, asked.promise.shared_by(num_classes), share)
-        classes = (part.spread.choice, asked.promise, num_classes)
+        share = (1 - options.choosing_share) * most / len(scores)
+        check_enough(most, options.promise.shared_by(num_classes), share)
+        classes = (part.spread.choice, options.promise, num_classes)
         return {}, class_thresholds(scores, part.losses, *classes, bounded=bounded)
     return {}, {}
 

@@ -61,7 +61,7 @@ def _told(tasks: Any) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Asked:
+class HarnessOptions:
     """Which tasks of the harness, and how they are put.
 
     Args:
@@ -119,14 +119,14 @@ class Run:
         return [reading for reading in READINGS if reading in metrics] or ["acc"]
 
 
-def run_tasks(lm: AveragedLM, asked: Asked) -> Run:
+def run_tasks(lm: AveragedLM, options: HarnessOptions) -> Run:
     """Runs tasks of the harness.
 
     Raises:
         Refusal: if a task is unknown, or cannot be loaded.
     """
-    manager = _Tasks(asked.include_path)
-    for name in asked.tasks:
+    manager = _Tasks(options.include_path)
+    for name in options.tasks:
         known = name in manager.all_tasks or Path(name).is_file()
         if not known:
             near = nearest(name, manager.all_tasks)
@@ -137,10 +137,10 @@ def run_tasks(lm: AveragedLM, asked: Asked) -> Run:
             )
     results = simple_evaluate(
         lm,
-        tasks=list(asked.tasks),
-        num_fewshot=asked.num_fewshot,
-        limit=asked.limit,
-        apply_chat_template=asked.apply_chat_template,
+        tasks=list(options.tasks),
+        num_fewshot=options.num_fewshot,
+        limit=options.limit,
+        apply_chat_template=options.apply_chat_template,
         task_manager=manager,
         log_samples=True,
     )

@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from bayestune.decisions import ROW_SCORES, Calibration, as_kept, drift_test, score_rows
 from bayestune.serving.shelf import Shelf
-from bayestune.session import DISTANCE, Gated, Look
+from bayestune.session import DISTANCE, Gated, RowOutputs
 
 _RECENT = 500  # rows that drift is looked for in
 _LEAST = 50
@@ -27,16 +27,16 @@ class Recent:
     _told: tuple[int, float, float] = (-1, 0.0, 0.0)
     _lock: threading.Lock = field(default_factory=threading.Lock)  # passes add, others read
 
-    def add(self, look: Look) -> None:
+    def add(self, outputs: RowOutputs) -> None:
         """Remembers some rows."""
         names = [name for name in self._names() if name in self.calibration.held_out]
         of_logits = [name for name in names if name in ROW_SCORES]
-        found = score_rows(look.logits, of_logits, self.calibration.temperature)
-        found |= {name: look.extra[name] for name in names if name in look.extra}
+        found = score_rows(outputs.logits, of_logits, self.calibration.temperature)
+        found |= {name: outputs.extra[name] for name in names if name in outputs.extra}
         with self._lock:
             for name, values in as_kept(found).items():
                 self.values.setdefault(name, deque(maxlen=_RECENT)).extend(values)
-            self.seen += look.logits.shape[1]
+            self.seen += outputs.logits.shape[1]
 
     def drift(self) -> tuple[float, float] | None:
         """The largest distance of a score, and the test's p-value; None of too few rows."""
@@ -85,9 +85,9 @@ class Counters:
         )
         self._p_value = Gauge("drift_p_value", "Of recent rows like held-out", ["model"], **own)
 
-    def saw(self, gated: Gated, look: Look, tokens: int) -> None:
+    def saw(self, gated: Gated, outputs: RowOutputs, tokens: int) -> None:
         """A pass was made. Rows that were asked otherwise than calibrated say nothing of drift."""
-        self.pass_rows.observe(look.logits.shape[1])
+        self.pass_rows.observe(outputs.logits.shape[1])
         self.pass_tokens.inc(tokens)
         if gated.calibration is None:
             return
@@ -96,7 +96,7 @@ class Counters:
                 recent = self._recent.get(served.name)
                 if recent is None or recent.calibration is not gated.calibration:
                     recent = self._recent[served.name] = Recent(gated.calibration)
-                recent.add(look)
+                recent.add(outputs)
 
     def decided(self, model: str, decision: str | None) -> None:
         """A row was answered."""

@@ -15,7 +15,7 @@ from bayestune.serving.shelf import Served
 from bayestune.serving.waiting import Answer
 from bayestune.session import (
     DISTANCE,
-    Way,
+    PredictionOptions,
     columns_joined,
     joined,
     own_reference,
@@ -63,7 +63,7 @@ async def ranked(desk: Desk, served: Served, body: RankBody) -> list[dict[str, A
 async def _activations(desk: Desk, served: Served, answers: Sequence[Answer]) -> dict[str, Tensor]:
     """A x (N, r) of rows by slot name, some at a time, so that other requests have their turn."""
     scorer = served.session.scorer
-    mean = Way(0, bf16=served.fit.bf16)
+    mean = PredictionOptions(0, bf16=served.fit.bf16)
     parts = []
     for window in windows([answer.encoded for answer in answers]):
         parts.append(await desk.call(partial(mean.watched, served.fit, scorer, window)))

@@ -17,9 +17,9 @@ from bayestune.posteriors import Posterior, artefact_folder, posterior_digest
 from bayestune.session import (
     Fit,
     Gated,
+    PredictionOptions,
     Session,
     TaskOptions,
-    Way,
     classes_of,
     details_of,
     load_way,
@@ -110,7 +110,7 @@ class Served:
         if len(self._others) > _MOST_WAYS:
             self._others.clear()
         if key not in self._others:
-            way = Way(draws, seed, self.fit.bf16)
+            way = PredictionOptions(draws, seed, self.fit.bf16)
             self._others[key] = Gated(self.session, self.fit, way)
         return self._others[key]
 
@@ -226,7 +226,9 @@ def opened(name: str, folder: Path, bases: Bases) -> Served:
     calibration = read_calibration(place)
     session = _session(details, bases)
     fit = session.load(place)
-    way = Way.of(calibration.settings) if calibration else Way(Draws().count, bf16=fit.bf16)
+    way = PredictionOptions(Draws().count, bf16=fit.bf16)
+    if calibration:
+        way = PredictionOptions.of(calibration.settings)
     decided = fit
     if way.student is not None:
         beside = replace(_session(details, bases), scorer=session.scorer)

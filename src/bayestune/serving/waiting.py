@@ -16,7 +16,7 @@ from bayestune.data import Question
 from bayestune.posteriors import count_for
 from bayestune.scoring import Encoded
 from bayestune.serving.limits import Limits
-from bayestune.session import Gated, Look
+from bayestune.session import Gated, RowOutputs
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class Worker:
     less than a pass of their own.
     """
 
-    def __init__(self, limits: Limits, see: Callable[[Gated, Look, int], None]) -> None:
+    def __init__(self, limits: Limits, see: Callable[[Gated, RowOutputs, int], None]) -> None:
         self._limits = limits
         self._see = see  # is told of each pass
         self._queue: deque[Waiting] = deque()
@@ -206,18 +206,20 @@ class Worker:
         encoded = [item.encoded for item in items]
         rows = [item.row for item in items if item.row is not None]
         begin = time.perf_counter()
-        look = gated.looking.at_encoded(encoded, len(items))
-        lines = gated.lines_of(rows, look)
+        outputs = gated.predictor.at_encoded(encoded, len(items))
+        lines = gated.lines_of(rows, outputs)
         seconds = time.perf_counter() - begin
-        for item, line, own in zip(items, lines, look.logits.unbind(1), strict=True):
+        for item, line, own in zip(items, lines, outputs.logits.unbind(1), strict=True):
             item.future.set_result(Answer(line, own[:, : len(line["options"])], item.encoded))
-        self._tell(gated, look, items, seconds)
+        self._tell(gated, outputs, items, seconds)
 
-    def _tell(self, gated: Gated, look: Look, items: Sequence[Waiting], seconds: float) -> None:
+    def _tell(
+        self, gated: Gated, outputs: RowOutputs, items: Sequence[Waiting], seconds: float
+    ) -> None:
         tokens = padded(items)
         logger.debug("%d rows, %d tokens with padding, in %.3f s", len(items), tokens, seconds)
         try:
-            self._see(gated, look, tokens)
+            self._see(gated, outputs, tokens)
         except Exception as problem:  # figures are worth no answer
             logger.warning("a pass is not in the figures: %s", type(problem).__name__)
 

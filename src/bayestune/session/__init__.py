@@ -3,7 +3,7 @@
 It is opened by names, or from a posterior's folder with prompt, scoring and precision as fitted.
 """
 
-from bayestune.session.artefact import Artefact, Put, load_way, rows_of
+from bayestune.session.artefact import Artefact, RowOptions, load_way, rows_of
 from bayestune.session.as_fitted import (
     classes_of,
     in_order,
@@ -14,26 +14,26 @@ from bayestune.session.as_fitted import (
     say_seen,
     usual_reading,
 )
-from bayestune.session.compared_ways import Compared
+from bayestune.session.compared_ways import VariantOptions
 from bayestune.session.fit import REPORT, Fit, details_of, read_report, shown
 from bayestune.session.fitted import Fitted
 from bayestune.session.gated import Gated, decide, read_calibration
 from bayestune.session.language_fit import LanguageFit
 from bayestune.session.lesson import Lesson, LessonRows
-from bayestune.session.looks import (
+from bayestune.session.opened_model import Dtype, num_classes, open_model
+from bayestune.session.plain_adapter import details_if_any, is_plain, load_any, named_base
+from bayestune.session.prediction_options import PredictionOptions, joined
+from bayestune.session.row_predictor import (
     DISTANCE,
     PROMPT_LENGTH,
-    Look,
-    Looking,
+    RowOutputs,
+    RowPredictor,
     columns_joined,
     kept_reference,
     own_reference,
     prompt_lengths,
     windows,
 )
-from bayestune.session.opened_model import Dtype, num_classes, open_model
-from bayestune.session.plain_adapter import details_if_any, is_plain, load_any, named_base
-from bayestune.session.prediction_ways import Way, joined
 from bayestune.session.session import Session
 from bayestune.session.task_options import OF_THE_FIT, TaskOptions
 from bayestune.session.with_labels import calibrate
@@ -44,7 +44,6 @@ __all__ = [
     "PROMPT_LENGTH",
     "REPORT",
     "Artefact",
-    "Compared",
     "Dtype",
     "Fit",
     "Fitted",
@@ -52,12 +51,13 @@ __all__ = [
     "LanguageFit",
     "Lesson",
     "LessonRows",
-    "Look",
-    "Looking",
-    "Put",
+    "PredictionOptions",
+    "RowOptions",
+    "RowOutputs",
+    "RowPredictor",
     "Session",
     "TaskOptions",
-    "Way",
+    "VariantOptions",
     "calibrate",
     "classes_of",
     "columns_joined",

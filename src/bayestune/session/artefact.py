@@ -28,10 +28,10 @@ from bayestune.posteriors import (
 )
 from bayestune.session.as_fitted import usual_reading
 from bayestune.session.fit import Fit, details_of
-from bayestune.session.looks import Looking
 from bayestune.session.opened_model import Dtype, num_classes, open_model
 from bayestune.session.plain_adapter import is_plain, named_base, told_details
-from bayestune.session.prediction_ways import Way
+from bayestune.session.prediction_options import PredictionOptions
+from bayestune.session.row_predictor import RowPredictor
 from bayestune.session.session import Session
 from bayestune.session.task_options import TaskOptions
 
@@ -39,7 +39,7 @@ Rows = Path | str | Sequence[Question]
 
 
 @dataclass(frozen=True)
-class Put:
+class RowOptions:
     """How rows are read, and how they are put to a plain adapter: a posterior knows that itself.
 
     Args:
@@ -123,16 +123,16 @@ class Artefact:
         cls,
         folder: Path | str,
         rows: Sequence[Question],
-        put: Put | None = None,
+        row_options: RowOptions | None = None,
         model: str | None = None,
-        way: Way | None = None,
+        way: PredictionOptions | None = None,
     ) -> Self:
         """Loads what predicts: the artefact, or the student in its place.
 
         Args:
             folder: of `fit`, or an adapter's.
             rows: that it shall predict.
-            put: how, to a plain adapter; None for what its calibration says.
+            row_options: how, to a plain adapter; None for what its calibration says.
             model: the base model, where it has moved, or where the adapter does not name it.
             way: how to predict.
 
@@ -140,25 +140,27 @@ class Artefact:
             Refusal: if the folder does not tell how its rows are put, and nobody else does.
         """
         place = artefact_folder(folder)
-        if put is not None and is_plain(place):
-            return cls._plain(place, rows, put, model)
+        if row_options is not None and is_plain(place):
+            return cls._plain(place, rows, row_options, model)
         details = details_of(place)
         task = own_task("rows", (), rows)
         session = Session.as_fitted(details, task, TaskOptions(), model)
         return cls(place, session, load_way(session, place, way))
 
     @classmethod
-    def _plain(cls, place: Path, rows: Sequence[Question], put: Put, model: str | None) -> Self:
+    def _plain(
+        cls, place: Path, rows: Sequence[Question], row_options: RowOptions, model: str | None
+    ) -> Self:
         name = named_base(place, {}, model)
         task = own_task("rows", (), rows)
-        if put.task is not None:
-            task = replace(task, prompt=prompt_of(put.task))
-        options = put.task_options()
-        prompt = options.own_prompt().of(task.prompt, rows, put.scoring)
+        if row_options.task is not None:
+            task = replace(task, prompt=prompt_of(row_options.task))
+        options = row_options.task_options()
+        prompt = options.own_prompt().of(task.prompt, rows, row_options.scoring)
         task = replace(task, prompt=prompt)
-        loaded = open_model(name, put.dtype, num_classes(task, options.scoring))
+        loaded = open_model(name, row_options.dtype, num_classes(task, options.scoring))
         session = Session.of(loaded, task, options)
-        details = told_details(loaded.name, session.task, options, put.dtype)
+        details = told_details(loaded.name, session.task, options, row_options.dtype)
         posterior = load_adapter(loaded.model, place, session.scorer)
         return cls(place, session, Fit.of(posterior, details))
 
@@ -167,9 +169,9 @@ class Artefact:
         """The rows that it was opened for, as they are put."""
         return self.session.task.evaluation
 
-    def looking(self, way: Way, reference: Distance | None = None) -> Looking:
-        """What looks at its rows, and at others that are put alike."""
-        return Looking(self.fit, way, self.session.quietly().scorer, reference)
+    def predictor(self, way: PredictionOptions, reference: Distance | None = None) -> RowPredictor:
+        """What predicts its rows, and others that are put alike."""
+        return RowPredictor(self.fit, way, self.session.quietly().scorer, reference)
 
     def student(self, folder: Path) -> Self:
         """The same with a student in its place; what was loaded is taken off the model."""
@@ -180,7 +182,7 @@ class Artefact:
 
 
 def load_way(
-    session: Session, place: Path, way: Way | None = None, bf16: bool | None = None
+    session: Session, place: Path, way: PredictionOptions | None = None, bf16: bool | None = None
 ) -> Fit:
     """What a folder holds, or the student that predicts in its place.
 
@@ -208,7 +210,7 @@ def load_way(
 def rows_of(
     rows: Rows,
     folder: Path | str,
-    put: Put | None = None,
+    row_options: RowOptions | None = None,
     *,
     labelled: bool,
     columns: Mapping[str, str] | None = None,
@@ -218,7 +220,7 @@ def rows_of(
     Args:
         rows: questions, or a file of them.
         folder: of the artefact that they are for.
-        put: how they are read; None for what the artefact or its calibration says.
+        row_options: how they are read; None for what the artefact or its calibration says.
         labelled: whether each must have an answer.
         columns: the file's own names, before those of the artefact.
 
@@ -227,7 +229,7 @@ def rows_of(
     """
     if isinstance(rows, str | Path):
         place = artefact_folder(folder)
-        reading = usual_reading(details_of(place)) if put is None else put.reading(place)
+        reading = row_options.reading(place) if row_options else usual_reading(details_of(place))
         reading = replace(reading, columns=columns or reading.columns)
         rows = read_rows(Path(rows), reading, labelled=labelled)
     found = tuple(rows)

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from bayestune import decisions
 from bayestune.data import Question, own_task
-from bayestune.decisions import Asked, Distance, HeldOut, Variant
+from bayestune.decisions import CalibrationOptions, Distance, HeldOut, Variant
 from bayestune.errors import NUMBER, PART, POSITIVE, Refusal, check_fields
 from bayestune.posteriors import Gaussian, artefact_folder, posterior_digest
 from bayestune.session.artefact import Artefact
-from bayestune.session.looks import DISTANCE
-from bayestune.session.prediction_ways import Way, in_band, staged
+from bayestune.session.prediction_options import PredictionOptions, in_band, staged
+from bayestune.session.row_predictor import DISTANCE
 
 _log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ _MOST_TRAINED = 500  # training rows that distances are taken from: enough for r
 
 
 @dataclass(frozen=True)
-class Compared:
+class VariantOptions:
     """Which ways of predicting are compared.
 
     Args:
@@ -57,22 +57,23 @@ class Compared:
         if any(factor not in POSITIVE for factor in self.factors):
             raise Refusal(f"got factors={list(self.factors)}; expected {POSITIVE.said}; correct it")
 
-    def ways(self, artefact: Artefact, bf16: bool) -> list[Way]:
+    def ways(self, artefact: Artefact, bf16: bool) -> list[PredictionOptions]:
         """The ways that a posterior has, without its student."""
         posterior = artefact.fit.posterior
         if posterior.atoms is not None:
-            return [Way(0 if posterior.has_mean else posterior.atoms, self.draw_seed, bf16)]
+            count = 0 if posterior.has_mean else posterior.atoms
+            return [PredictionOptions(count, self.draw_seed, bf16)]
         counts = [count for count in self.draws if count or posterior.has_mean]
-        ways = [Way(count, self.draw_seed, bf16) for count in dict.fromkeys(counts)]
+        ways = [PredictionOptions(count, self.draw_seed, bf16) for count in dict.fromkeys(counts)]
         most = max(counts, default=0)
         if isinstance(posterior, Gaussian) and most:
             factors = [factor for factor in self.factors if factor != 1]
-            ways += [Way(most, self.draw_seed, bf16, factor) for factor in factors]
+            ways += [PredictionOptions(most, self.draw_seed, bf16, factor) for factor in factors]
         return ways
 
 
 def variants_of(
-    artefact: Artefact, compared: Compared, trained: Sequence[Question]
+    artefact: Artefact, compared: VariantOptions, trained: Sequence[Question]
 ) -> dict[str, Variant]:
     """Every way of predicting on all rows, with its time, and its distances."""
     precise = artefact.fit.bf16 if compared.bf16 is None else compared.bf16
@@ -85,7 +86,7 @@ def variants_of(
         folder = artefact_folder(compared.student)
         seen_from = os.path.relpath(folder.resolve(), artefact.place.resolve())
         digest = posterior_digest(folder)
-        plain = Way(0, compared.draw_seed, precise)
+        plain = PredictionOptions(0, compared.draw_seed, precise)
         way = replace(plain, student=Path(seen_from).as_posix(), student_digest=digest)
         student = artefact.student(folder)
         near = _near(student, way, trained)
@@ -108,37 +109,37 @@ class _Near:
         return replace(variant, settings=settings, extra={DISTANCE: self.scores})
 
 
-def _near(artefact: Artefact, way: Way, trained: Sequence[Question]) -> _Near:
+def _near(artefact: Artefact, way: PredictionOptions, trained: Sequence[Question]) -> _Near:
     """Distances in the adapter's activations; none without training rows or a mean adapter."""
     if not trained:
         return _Near()
     if not artefact.fit.posterior.has_mean:
         _log.warning("no distance: the posterior has no mean adapter to tell activations by")
         return _Near()
-    looking = artefact.looking(way)
+    predictor = artefact.predictor(way)
     step = -(-len(trained) // _MOST_TRAINED)
     task = own_task("trained on", (), trained[::step])
     reference = artefact.session.quietly().on(task).task.evaluation
     try:
-        distance = Distance.fit(looking.activations(reference))
+        distance = Distance.fit(predictor.activations(reference))
     except Refusal as problem:
         _log.warning("no distance: %s", problem)
         return _Near()
-    return _Near(distance, distance.of(looking.activations(artefact.rows)))
+    return _Near(distance, distance.of(predictor.activations(artefact.rows)))
 
 
-def _variant(artefact: Artefact, way: Way) -> Variant:
+def _variant(artefact: Artefact, way: PredictionOptions) -> Variant:
     rows = artefact.rows
-    looking = artefact.looking(way)
-    looking.at(rows[:_WARM_UP])
+    predictor = artefact.predictor(way)
+    predictor.at(rows[:_WARM_UP])
     begin = time.perf_counter()
-    logits = looking.over(rows).logits
+    logits = predictor.over(rows).logits
     milliseconds = 1000 * (time.perf_counter() - begin) / len(rows)
     return Variant(logits, milliseconds, way.settings)
 
 
 def cascade_of(
-    variants: Mapping[str, Variant], held_out: HeldOut, asked: Asked, share: float
+    variants: Mapping[str, Variant], held_out: HeldOut, options: CalibrationOptions, share: float
 ) -> Variant:
     """The student, or else the mean, and the draws for the rows about which it is in doubt.
 
@@ -154,11 +155,11 @@ def cascade_of(
         )
     plain = [each for each in ways if each.settings["factor"] == 1] or ways
     drawn = max(plain, key=lambda each: each.settings["draws"])
-    choosing, _ = decisions.parts(held_out, asked, first.logits.shape[-1])
+    choosing, _ = decisions.parts(held_out, options, first.logits.shape[-1])
     quick = first.logits[0].double().softmax(-1)
     wrong = (quick.argmax(-1) != held_out.labels)[choosing]
     doubt = (1 - quick.amax(-1))[choosing]
-    band = decisions.doubtful_band(doubt, wrong, asked.promise.risk, share)
+    band = decisions.doubtful_band(doubt, wrong, options.promise.risk, share)
     rows = in_band(first.logits, band).nonzero()[:, 0].tolist()
     logits = staged(first.logits, drawn.logits[:, rows], rows)
     milliseconds = first.milliseconds + drawn.milliseconds * len(rows) / len(held_out.labels)

@@ -26,8 +26,8 @@ from bayestune.posteriors import Prediction, artefact_folder, is_hub_id, posteri
 from bayestune.session.artefact import Artefact, Rows, content_of, rows_of, unsure_options
 from bayestune.session.as_fitted import in_order, of_its_classes, usual_reading
 from bayestune.session.fit import Fit, details_of
-from bayestune.session.looks import DISTANCE, Look, Looking, kept_reference
-from bayestune.session.prediction_ways import Way
+from bayestune.session.prediction_options import PredictionOptions
+from bayestune.session.row_predictor import DISTANCE, RowOutputs, RowPredictor, kept_reference
 from bayestune.session.session import Session
 
 
@@ -48,43 +48,43 @@ class Gated:
 
     session: Session
     fit: Fit
-    way: Way
+    way: PredictionOptions
     calibration: Calibration | None = None
 
     def lines(self, rows: Sequence[Question]) -> list[dict[str, Any]]:
         """One JSON object a row, of some rows at once: the prediction and what to do with it."""
-        return self.lines_of(rows, self.looking.at(rows))
+        return self.lines_of(rows, self.predictor.at(rows))
 
-    def lines_of(self, rows: Sequence[Question], look: Look) -> list[dict[str, Any]]:
+    def lines_of(self, rows: Sequence[Question], outputs: RowOutputs) -> list[dict[str, Any]]:
         """The lines of rows that were looked at."""
-        told = prediction_rows(rows, self._prediction(look.logits))
-        both = zip(told, self.decided(rows, look), strict=True)
+        told = prediction_rows(rows, self._prediction(outputs.logits))
+        both = zip(told, self.decided(rows, outputs), strict=True)
         return [{**line, **decision} for line, decision in both]
 
     @cached_property
-    def looking(self) -> Looking:
-        """What looks at rows."""
+    def predictor(self) -> RowPredictor:
+        """What predicts rows."""
         scorer = self.session.quietly().scorer
-        return Looking(self.fit, self.way, scorer, kept_reference(self.calibration))
+        return RowPredictor(self.fit, self.way, scorer, kept_reference(self.calibration))
 
-    def decided(self, rows: Sequence[Question], look: Look) -> list[dict[str, Any]]:
+    def decided(self, rows: Sequence[Question], outputs: RowOutputs) -> list[dict[str, Any]]:
         """What is decided of each row, with its distance where the calibration knows one."""
         text = self.calibration.settings.get("unsure") if self.calibration else None
         unsure = unsure_options(rows, text)
         found = decisions.decide(
             self.calibration,
-            look.logits,
+            outputs.logits,
             [content_of(row) for row in rows],
             None if unsure is None else torch.tensor(unsure),
-            look.extra,
-            self._class_of(rows, look.logits.shape[-1]),
+            outputs.extra,
+            self._class_of(rows, outputs.logits.shape[-1]),
         )
         names = ("decision", "score", "set", "calibration")
         lines = []
         for index, decision in enumerate(found.rows()):
             line = {name: decision[name] for name in names if name in decision}
-            if DISTANCE in look.extra:
-                line[DISTANCE] = look.extra[DISTANCE][index].item()
+            if DISTANCE in outputs.extra:
+                line[DISTANCE] = outputs.extra[DISTANCE][index].item()
             lines.append(line)
         return lines
 
@@ -120,13 +120,13 @@ class Gated:
         """
         rows = self.session.rows()
         begin = time.perf_counter()
-        look = self.looking.over(rows, shared=True)
+        outputs = self.predictor.over(rows, shared=True)
         seconds = time.perf_counter() - begin
         count = self.way.draws if self.fit.posterior.atoms is None else self.fit.posterior.atoms
         count = 0 if count == 1 and self.fit.posterior.atoms else count
-        found = Evaluated(count, self._prediction(look.logits), seconds, count)
+        found = Evaluated(count, self._prediction(outputs.logits), seconds, count)
         result = make_result(self._facts(count), rows, found, options)
-        return self._with_decisions(result, self.decided(rows, look))
+        return self._with_decisions(result, self.decided(rows, outputs))
 
     def _with_decisions(self, result: Result, decided: Sequence[Mapping[str, Any]]) -> Result:
         """A result whose rows say what is done with them, and whose figures how that went."""
@@ -199,10 +199,10 @@ def decide(
     calibration = read_calibration(folder) if calibrated else None
     of_file = _sorted(Path(rows), folder) if isinstance(rows, str | Path) else None
     asked = rows_of(rows if of_file is None else of_file.questions, folder, labelled=False)
-    way = Way.of(calibration.settings) if calibration else None
+    way = PredictionOptions.of(calibration.settings) if calibration else None
     opened = Artefact.open(folder, asked, None, model, way)
     session = replace(opened.session, progress=progress)
-    lines = Gated(session, opened.fit, way or Way(), calibration).answers(opened.rows)
+    lines = Gated(session, opened.fit, way or PredictionOptions(), calibration).answers(opened.rows)
     return list(lines if of_file is None else in_order(of_file, lines))
 
 

@@ -35,8 +35,8 @@ from bayestune.session.as_fitted import (
 )
 from bayestune.session.before_fitting import check_answers, check_fits, learns_unlabelled
 from bayestune.session.fit import Fit, details_of
-from bayestune.session.looks import windows
 from bayestune.session.opened_model import Dtype, Named, dtype_of, num_classes, open_model
+from bayestune.session.row_predictor import windows
 from bayestune.session.task_options import TaskOptions
 from bayestune.training import Training
 

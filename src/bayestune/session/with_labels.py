@@ -10,23 +10,23 @@ from torch import Tensor
 
 from bayestune import decisions
 from bayestune.data import Question
-from bayestune.decisions import Asked, Calibration, HeldOut, score_rows
+from bayestune.decisions import Calibration, CalibrationOptions, HeldOut, score_rows
 from bayestune.errors import Refusal
 from bayestune.posteriors import artefact_folder, is_hub_id, posterior_digest
 from bayestune.scoring import check_lengths
 from bayestune.session.artefact import (
     Artefact,
-    Put,
+    RowOptions,
     Rows,
     content_of,
     rows_of,
     unsure_options,
 )
 from bayestune.session.as_fitted import seen_fingerprints
-from bayestune.session.compared_ways import Compared, cascade_of, variants_of
+from bayestune.session.compared_ways import VariantOptions, cascade_of, variants_of
 from bayestune.session.fit import details_of
-from bayestune.session.looks import prompt_lengths
 from bayestune.session.plain_adapter import is_plain
+from bayestune.session.row_predictor import prompt_lengths
 
 _UNLIKE = "promises about classes, or costs of errors, for rows of unlike options"
 _LEAVE_OUT = "leave --per_class and --costs out"
@@ -35,9 +35,9 @@ _LEAVE_OUT = "leave --per_class and --costs out"
 def calibrate(
     folder: Path | str,
     rows: Rows,
-    asked: Asked | None = None,
-    compared: Compared | None = None,
-    put: Put | None = None,
+    options: CalibrationOptions | None = None,
+    compared: VariantOptions | None = None,
+    row_options: RowOptions | None = None,
     model: str | None = None,
 ) -> Calibration:
     """Chooses on held-out rows how an artefact predicts and when one may act on it; keeps that.
@@ -48,9 +48,9 @@ def calibrate(
     Args:
         folder: of `fit`, or any LoRA adapter's.
         rows: questions with answers that training did not see, or a file of them.
-        asked: the promises; an error rate of 0.05 with confidence 0.9 unless given.
+        options: the promises; an error rate of 0.05 with confidence 0.9 unless given.
         compared: the ways of predicting.
-        put: how rows are read and put.
+        row_options: how rows are read and put.
         model: the base model, where it has moved, or where the adapter does not name it.
 
     Returns:
@@ -59,36 +59,37 @@ def calibrate(
     Raises:
         Refusal: if training saw some of the rows, or there are too few for what is asked.
     """
-    asked = asked or Asked()
-    compared = compared or Compared()
+    options = options or CalibrationOptions()
+    compared = compared or VariantOptions()
     if isinstance(folder, str) and is_hub_id(folder):
         raise Refusal(
             f"got {folder} on the Hub, expected a folder of this machine, which the calibration is "
             "written into; download it first: `hf download`"
         )
     place = artefact_folder(folder)
-    put = put or Put()
-    put.check(place)
-    given = rows_of(rows, place, put, labelled=True)
-    trained = _trained_on(place, put)
+    row_options = row_options or RowOptions()
+    row_options.check(place)
+    given = rows_of(rows, place, row_options, labelled=True)
+    trained = _trained_on(place, row_options)
     _refuse_seen(given, trained, [place, *([compared.student] if compared.student else [])])
-    _refuse_unlike(given, asked)
+    _refuse_unlike(given, options)
     classes = max(len(row.options) for row in given)
-    decisions.parts(_held_out(given, put), asked, classes)  # too few are refused before any pass
-    artefact = Artefact.open(place, given, put, model)
-    asked = _in_class_order(asked, given, artefact.rows)
+    # too few are refused before any pass
+    decisions.parts(_held_out(given, row_options), options, classes)
+    artefact = Artefact.open(place, given, row_options, model)
+    options = _in_class_order(options, given, artefact.rows)
     given = artefact.rows  # as they are put
     check_lengths(artefact.session.loaded.model, given, artefact.session.scorer.encode(given))
     encoded = artefact.session.quietly().scorer.encode(given)
-    held_out = replace(_held_out(given, put), extra=prompt_lengths(encoded))
+    held_out = replace(_held_out(given, row_options), extra=prompt_lengths(encoded))
     variants = variants_of(artefact, compared, trained)
     if compared.cascade:
-        variants["cascade"] = cascade_of(variants, held_out, asked, compared.cascade)
+        variants["cascade"] = cascade_of(variants, held_out, options, compared.cascade)
     digest = posterior_digest(place)
-    found = decisions.calibrate(variants, held_out, asked, digest, artefact.fit.label)
+    found = decisions.calibrate(variants, held_out, options, digest, artefact.fit.label)
     kept = variants[found.variant]
-    settings: dict[str, Any] = {**found.settings, "unsure": put.unsure}
-    if asked.per_class or asked.costs is not None:
+    settings: dict[str, Any] = {**found.settings, "unsure": row_options.unsure}
+    if options.per_class or options.costs is not None:
         settings["classes"] = given[0].options
     if is_plain(place):
         settings["adapter"] = artefact.fit.details
@@ -98,26 +99,26 @@ def calibrate(
     return found
 
 
-def _held_out(rows: Sequence[Question], put: Put) -> HeldOut:
+def _held_out(rows: Sequence[Question], row_options: RowOptions) -> HeldOut:
     labels = torch.tensor([row.answer for row in rows])
-    places = unsure_options(rows, put.unsure)
+    places = unsure_options(rows, row_options.unsure)
     if places is not None and max(places) < 0:
-        got = f"no row with the option {put.unsure!r}"
+        got = f"no row with the option {row_options.unsure!r}"
         raise Refusal(f"got {got}; expected some; look at its spelling, or leave --unsure out")
     unsure_of = None if places is None else torch.tensor(places)
     same = [row.fingerprint for row in rows]  # whatever the order of their options
     return HeldOut(labels, [content_of(row) for row in rows], unsure_of, same=same)
 
 
-def _trained_on(place: Path, put: Put) -> tuple[Question, ...]:
+def _trained_on(place: Path, row_options: RowOptions) -> tuple[Question, ...]:
     """The rows of the file that training saw, by what the folder tells, else all of them.
 
     Raises:
         Refusal: if training saw none of them.
     """
-    if put.trained_on is None:
+    if row_options.trained_on is None:
         return ()
-    rows = rows_of(put.trained_on, place, put, labelled=False)
+    rows = rows_of(row_options.trained_on, place, row_options, labelled=False)
     details = {} if is_plain(place) else details_of(place)
     if "seen" not in details:
         return rows
@@ -125,8 +126,8 @@ def _trained_on(place: Path, put: Put) -> tuple[Question, ...]:
     found = tuple(row for row in rows if row.fingerprint in known)
     if not found:
         raise Refusal(
-            f"got {put.trained_on}, of whose {len(rows)} rows {place} was fitted on none; expected "
-            "the rows of its training; give those, or leave --trained_on out"
+            f"got {row_options.trained_on}, of whose {len(rows)} rows {place} was fitted on none; "
+            "expected the rows of its training; give those, or leave --trained_on out"
         )
     return found
 
@@ -147,14 +148,16 @@ def _refuse_seen(
         )
 
 
-def _refuse_unlike(rows: Sequence[Question], asked: Asked) -> None:
+def _refuse_unlike(rows: Sequence[Question], options: CalibrationOptions) -> None:
     """Refuses promises about classes where the rows' options are not classes."""
-    about_classes = asked.per_class or asked.costs is not None
+    about_classes = options.per_class or options.costs is not None
     if about_classes and len({tuple(sorted(row.options)) for row in rows}) > 1:
         raise Refusal(f"got {_UNLIKE}; expected the same options in every row; {_LEAVE_OUT}")
 
 
-def _in_class_order(asked: Asked, given: Sequence[Question], put: Sequence[Question]) -> Asked:
+def _in_class_order(
+    options: CalibrationOptions, given: Sequence[Question], as_put: Sequence[Question]
+) -> CalibrationOptions:
     """What is asked, its costs in the order of the options as they are put.
 
     Costs are in the order that the file's rows have; under a head these are put in its order.
@@ -162,16 +165,16 @@ def _in_class_order(asked: Asked, given: Sequence[Question], put: Sequence[Quest
     Raises:
         Refusal: if rows have no one order where promises are about classes.
     """
-    if not asked.per_class and asked.costs is None:
-        return asked
-    orders = {row.options for row in (put if asked.costs is None else given)}
+    if not options.per_class and options.costs is None:
+        return options
+    orders = {row.options for row in (as_put if options.costs is None else given)}
     if len(orders) > 1:
         expected = "the same options in the same order in every row"
         raise Refusal(f"got {_UNLIKE}; expected {expected}; {_LEAVE_OUT}")
-    if asked.costs is None:
-        return asked
-    places = [given[0].options.index(option) for option in put[0].options]
-    return replace(asked, costs=asked.costs[places][:, places])
+    if options.costs is None:
+        return options
+    places = [given[0].options.index(option) for option in as_put[0].options]
+    return replace(options, costs=options.costs[places][:, places])
 
 
 def _scores(

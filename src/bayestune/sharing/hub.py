@@ -18,7 +18,7 @@ from bayestune.decisions import FILE_NAME as CALIBRATION
 from bayestune.errors import Refusal
 from bayestune.evaluation import Record
 from bayestune.posteriors import artefact_folder, posterior_digest
-from bayestune.session import REPORT, Way, details_if_any
+from bayestune.session import REPORT, PredictionOptions, details_if_any
 from bayestune.sharing.card import CARD, card_digest, make_card
 from bayestune.sharing.known import Known
 
@@ -146,10 +146,11 @@ def _refuse_local_base(known: Known, base_model: str | None) -> None:
 
 def _refuse_outside(known: Known) -> None:
     """Refuses a calibration that predicts with a student: it lies in another folder."""
-    way = Way.of(known.calibration.settings) if known.calibration else Way()
-    if way.student is not None:
+    settings = known.calibration.settings if known.calibration else {}
+    student = PredictionOptions.of(settings).student
+    if student is not None:
         raise Refusal(
-            f"got a calibration that predicts with the student in {way.student}, which is not part "
+            f"got a calibration that predicts with the student in {student}, which is not part "
             "of the posterior; expected one that needs its own folder alone; push the student by "
             "itself, or run `bayestune calibrate` without --student"
         )

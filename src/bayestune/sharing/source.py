@@ -20,7 +20,7 @@ from bayestune.posteriors import (
 )
 from bayestune.scoring import LetterScorer
 from bayestune.session import (
-    Way,
+    PredictionOptions,
     details_if_any,
     load_any,
     named_base,
@@ -91,9 +91,9 @@ class Source:
         return f"a posterior of {method}" if method else f"a {type(self.posterior).__name__}"
 
     @property
-    def way(self) -> Way:
+    def way(self) -> PredictionOptions:
         """How it predicts: as calibrated, or else with ten draws."""
-        return Way.of(self.calibration.settings) if self.calibration else Way()
+        return PredictionOptions.of(self.calibration.settings if self.calibration else {})
 
     def calibrated_temperature(self, role: str, count: int, seed: int) -> float:
         """T that the calibration chose for the mean, a student or the average; 1 for what else.

@@ -19,7 +19,7 @@ BATCH = 8  # rows of a pass
 
 
 @dataclass(frozen=True)
-class Way:
+class PredictionOptions:
     """How rows are predicted.
 
     Args:

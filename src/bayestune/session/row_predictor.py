@@ -1,4 +1,4 @@
-"""A look at rows: their logits, and the scores that are known beside those of the logits."""
+"""Rows' logits, and the scores that are known beside those of the logits."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from bayestune.decisions import Calibration, Distance
 from bayestune.runtime import shared_work
 from bayestune.scoring import Encoded, Scorer
 from bayestune.session.fit import Fit
-from bayestune.session.prediction_ways import BATCH, Way, joined
+from bayestune.session.prediction_options import BATCH, PredictionOptions, joined
 
 PROMPT_LENGTH = "prompt_length"  # the score that every artefact has for nothing
 DISTANCE = "distance"  # of the calibrations that saw training rows
@@ -21,8 +21,8 @@ WINDOW = 32  # rows that are predicted before their lines are written
 
 
 @dataclass(frozen=True, eq=False)
-class Look:
-    """What was seen of N rows.
+class RowOutputs:
+    """What a model says of N rows.
 
     Args:
         logits: (S, N, C).
@@ -34,40 +34,40 @@ class Look:
 
 
 @dataclass(frozen=True, eq=False)
-class Looking:
+class RowPredictor:
     """What predicts and how, and the training rows' activations if distances are asked for."""
 
     fit: Fit
-    way: Way
+    way: PredictionOptions
     scorer: Scorer
     reference: Distance | None = None
 
-    def at(self, rows: Sequence[Question]) -> Look:
+    def at(self, rows: Sequence[Question]) -> RowOutputs:
         """Some rows at once."""
         return self.at_encoded(self.scorer.encode(rows))
 
-    def at_encoded(self, encoded: Sequence[Encoded], batch_size: int = BATCH) -> Look:
+    def at_encoded(self, encoded: Sequence[Encoded], batch_size: int = BATCH) -> RowOutputs:
         """The same of encoded rows, so many in a pass."""
         extra = prompt_lengths(encoded)
         asked = (self.fit, self.scorer, encoded, batch_size)
         if self.reference is None:
-            return Look(self.way.passed(*asked), extra)
+            return RowOutputs(self.way.passed(*asked), extra)
         logits, activations = self.way.watched(*asked)
-        return Look(logits, extra | {DISTANCE: self.reference.of(activations)})
+        return RowOutputs(logits, extra | {DISTANCE: self.reference.of(activations)})
 
-    def over(self, rows: Sequence[Question], *, shared: bool = False) -> Look:
+    def over(self, rows: Sequence[Question], *, shared: bool = False) -> RowOutputs:
         """Any number of rows, a window at a time, as predictions take them.
 
         With `shared`, processes that run the same command take some of the windows each.
         """
         parts = windows(rows)
-        looks = shared_work(parts, self.at) if shared else [self.at(part) for part in parts]
-        extra = columns_joined([look.extra for look in looks])
-        return Look(joined([look.logits for look in looks]), extra)
+        found = shared_work(parts, self.at) if shared else [self.at(part) for part in parts]
+        extra = columns_joined([outputs.extra for outputs in found])
+        return RowOutputs(joined([outputs.logits for outputs in found]), extra)
 
     def activations(self, rows: Sequence[Question], *, shared: bool = False) -> dict[str, Tensor]:
         """A x (N, r) by slot name, of the mean; `shared` as in `over`."""
-        mean = Way(0, self.way.draw_seed, self.way.bf16)
+        mean = PredictionOptions(0, self.way.draw_seed, self.way.bf16)
 
         def of(part: Sequence[Question]) -> Mapping[str, Tensor]:
             return mean.watched(self.fit, self.scorer, self.scorer.encode(part))[1]
@@ -105,6 +105,6 @@ def kept_reference(calibration: Calibration | None) -> Distance | None:
 
 def own_reference(calibration: Calibration | None) -> Distance | None:
     """The same in the artefact itself: a student's activations are another adapter's."""
-    if calibration is None or Way.of(calibration.settings).student is not None:
+    if calibration is None or PredictionOptions.of(calibration.settings).student is not None:
         return None
     return kept_reference(calibration)
