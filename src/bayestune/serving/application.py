@@ -1,11 +1,11 @@
-"""The paths of the service, and what each answers."""
+"""The service as an application: its page, its state, its errors."""
 
 import asyncio
 import base64
 import hashlib
 import logging
 import re
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from importlib.resources import files
@@ -19,22 +19,15 @@ from starlette.exceptions import HTTPException
 
 import bayestune
 from bayestune.errors import Refusal
-from bayestune.serving.bodies import ChatBody, DecisionsBody, ErrorBody, RankBody, RowBody
-from bayestune.serving.chat import completion
 from bayestune.serving.counters import Counters
-from bayestune.serving.desk import Desk, TooLarge, Unknown, told
+from bayestune.serving.desk import Desk, TooLarge, Unknown
 from bayestune.serving.doorkeeper import Doorkeeper, error_body
 from bayestune.serving.limits import Limits, Serving
-from bayestune.serving.own_columns import named, refuse_unknown
-from bayestune.serving.ranking_rows import ranked
+from bayestune.serving.paths import Paths
 from bayestune.serving.shelf import Served, Shelf
 from bayestune.serving.waiting import Busy, Stopping, Worker
 
 logger = logging.getLogger(__name__)
-
-_ERRORS: Any = {
-    code: {"model": ErrorBody} for code in (400, 401, 404, 408, 413, 422, 429, 503, 504)
-}
 
 
 def make_app(shelf: Shelf, limits: Limits | None = None, serving: Serving | None = None) -> FastAPI:
@@ -72,7 +65,7 @@ def make_app(shelf: Shelf, limits: Limits | None = None, serving: Serving | None
     app.state.desk = desk
     _say_errors(app)
     _add_state(app, desk, counters)
-    _add_paths(app, desk, counters, serving)
+    Paths(desk, counters, serving).add_to(app)
     return app
 
 
@@ -105,79 +98,6 @@ def _add_state(app: FastAPI, desk: Desk, counters: Counters) -> None:
         return {"object": "list", "data": data}
 
 
-def _add_paths(app: FastAPI, desk: Desk, counters: Counters, serving: Serving) -> None:
-    @app.post("/v1/decisions", responses=_ERRORS, summary="Probabilities and what to do")
-    async def decisions(body: DecisionsBody, request: Request) -> dict[str, Any]:
-        """Answers one row, or each of `rows` in its place; one that cannot be put has an `error`.
-
-        Probabilities, choice, entropies in nats, decision, score and set are those of
-        `bayestune predict`.
-        """
-        served = desk.served(body.model)
-        gated = desk.gated(served, body)
-        single = body.rows is None
-        columns = served.columns
-        bodies = [_row(body, columns)] if body.rows is None else _rows(body, columns)
-        _note(request, served, bodies, serving)
-        async with asyncio.timeout(desk.limits.request_seconds):
-            found = await desk.answers(served, gated, bodies)
-        temperature = gated.calibration.temperature if gated.calibration else 1.0
-        lines = []
-        for row, outcome in zip(bodies, found, strict=True):
-            if isinstance(outcome, Refusal):
-                lines.append({"id": row.id, "error": str(outcome)})
-                continue
-            lines.append(told(outcome, temperature if body.include_draws else None))
-            counters.decided(served.name, lines[-1]["decision"])
-        common = {"model": served.name, "artefact": served.digest}
-        return common | (lines[0] if single else {"rows": lines})
-
-    @app.post("/v1/rank", responses=_ERRORS, summary="Which rows to label next")
-    async def rank(body: RankBody, request: Request) -> dict[str, Any]:
-        """Ranks rows as `bayestune rank` does; the first one teaches the most."""
-        served = desk.served(body.model)
-        body.rows = [named(row, served.columns) for row in body.rows]
-        _note(request, served, body.rows, serving)
-        async with asyncio.timeout(desk.limits.request_seconds):
-            lines = await ranked(desk, served, body)
-        return {"model": served.name, "artefact": served.digest, "rows": lines}
-
-    @app.post("/v1/chat/completions", responses=_ERRORS, summary="As OpenAI's")
-    async def chat(body: ChatBody, request: Request) -> dict[str, Any]:
-        """One of `options`, or without any a short answer in free words, the likeliest one.
-
-        Log-probabilities are those of the average over draws; `bayestune` has the decision.
-        """
-        served = desk.served(body.model)
-        _note(request, served, (), serving)
-        async with asyncio.timeout(desk.limits.request_seconds):
-            answer = await completion(desk, body)
-        if "decision" in answer["bayestune"]:
-            counters.decided(served.name, answer["bayestune"]["decision"])
-        return answer
-
-
-def _row(body: DecisionsBody, columns: Mapping[str, str]) -> RowBody:
-    names = (RowBody.model_fields.keys() & body.model_fields_set) | (body.model_extra or {}).keys()
-    return named(RowBody.model_validate(body.model_dump(include=names)), columns)
-
-
-def _rows(body: DecisionsBody, columns: Mapping[str, str]) -> list[RowBody]:
-    refuse_unknown(body.model_extra)
-    alone = [name for name in RowBody.model_fields if getattr(body, name)]
-    alone = [name for name in alone if name != "options"]
-    if alone:
-        raise Refusal(f"got `{alone[0]}` beside `rows`; expected one of them; put it into a row")
-    rows = [named(row, columns) for row in body.rows or ()]
-    for number, row in enumerate(rows, 1):
-        row.id = f"row-{number}" if row.id is None else row.id
-        row.options = row.options or body.options
-    ids = [row.id for row in rows]
-    if len(set(ids)) < len(ids):
-        raise Refusal("got rows that share an id; expected one for each; number them")
-    return rows
-
-
 def about(served: Served, limits: Limits) -> dict[str, Any]:
     """What a client may want to know of an artefact before it asks."""
     posterior = served.posterior
@@ -203,14 +123,6 @@ def about(served: Served, limits: Limits) -> dict[str, Any]:
             "draws": limits.max_draws,
         },
     }
-
-
-def _note(request: Request, served: Served, rows: Sequence[RowBody], serving: Serving) -> None:
-    """What the log says of a request; its texts only if asked for."""
-    noted = request.scope["told"]
-    noted |= {"model": served.name, "rows": len(rows)}
-    if serving.log_texts:
-        noted["texts"] = [row.question for row in rows]
 
 
 def _say_errors(app: FastAPI) -> None:
