@@ -61,42 +61,61 @@ def calibrate(
     """
     options = options or CalibrationOptions()
     compared = compared or VariantOptions()
-    if isinstance(folder, str) and is_hub_id(folder):
-        raise Refusal(
-            f"got {folder} on the Hub, expected a folder of this machine, which the calibration is "
-            "written into; download it first: `hf download`"
-        )
-    place = artefact_folder(folder)
     row_options = row_options or RowOptions()
+    place = _own_folder(folder)
     row_options.check(place)
     given = rows_of(rows, place, row_options, labelled=True)
     trained = _trained_on(place, row_options)
     _refuse_seen(given, trained, [place, *([compared.student] if compared.student else [])])
     _refuse_unlike(given, options)
-    classes = max(len(row.options) for row in given)
-    # too few are refused before any pass
-    decisions.parts(_held_out(given, row_options), options, classes)
+    _refuse_too_few(given, options, row_options)
     artefact = Artefact.open(place, given, row_options, model)
     options = _in_class_order(options, given, artefact.rows)
-    given = artefact.rows  # as they are put
-    check_lengths(artefact.session.loaded.model, given, artefact.session.scorer.encode(given))
-    encoded = artefact.session.quietly().scorer.encode(given)
-    held_out = replace(_held_out(given, row_options), extra=prompt_lengths(encoded))
+    encoded = artefact.session.scorer.encode(artefact.rows)
+    check_lengths(artefact.session.loaded.model, artefact.rows, encoded)
+    held_out = replace(_held_out(artefact.rows, row_options), extra=prompt_lengths(encoded))
     variants = variants_of(artefact, compared, trained)
     if compared.cascade:
         variants["cascade"] = cascade_of(variants, held_out, options, compared.cascade)
     digest = posterior_digest(place)
     found = decisions.calibrate(variants, held_out, options, digest, artefact.fit.label)
-    kept = variants[found.variant]
-    settings: dict[str, Any] = {**found.settings, "unsure": row_options.unsure}
-    if options.per_class or options.costs is not None:
-        settings["classes"] = given[0].options
-    if is_plain(place):
-        settings["adapter"] = artefact.fit.details
-    scores = _scores(kept.logits, found.temperature, {**held_out.extra, **kept.extra})
-    found = replace(found, settings=settings, held_out=scores)
+    chosen = variants[found.variant]
+    found = replace(
+        found,
+        settings={**found.settings, **_facts(artefact, options, row_options)},
+        held_out=_scores(chosen.logits, found.temperature, {**held_out.extra, **chosen.extra}),
+    )
     found.write(place)
     return found
+
+
+def _own_folder(folder: Path | str) -> Path:
+    if isinstance(folder, str) and is_hub_id(folder):
+        raise Refusal(
+            f"got {folder} on the Hub, expected a folder of this machine, which the calibration is "
+            "written into; download it first: `hf download`"
+        )
+    return artefact_folder(folder)
+
+
+def _refuse_too_few(
+    rows: Sequence[Question], options: CalibrationOptions, row_options: RowOptions
+) -> None:
+    """Refuses before any pass what would be refused after all of them."""
+    num_classes = max(len(row.options) for row in rows)
+    decisions.parts(_held_out(rows, row_options), options, num_classes)
+
+
+def _facts(
+    artefact: Artefact, options: CalibrationOptions, row_options: RowOptions
+) -> dict[str, Any]:
+    """What applies the calibration to other rows: options of their own, a plain adapter's rows."""
+    facts: dict[str, Any] = {"unsure": row_options.unsure}
+    if options.per_class or options.costs is not None:
+        facts["classes"] = artefact.rows[0].options
+    if is_plain(artefact.place):
+        facts["adapter"] = artefact.fit.details
+    return facts
 
 
 def _held_out(rows: Sequence[Question], row_options: RowOptions) -> HeldOut:
