@@ -196,7 +196,7 @@ def in_first_process(work: Callable[[], T]) -> T:
 
 
 def shared_work(items: Sequence[S], work: Callable[[S], T]) -> list[T]:
-    """`work(item)` of each item in order: processes take every so manieth, and all get all."""
+    """`work(item)` of each item in order: processes divide the items, and all get all results."""
     own = [work(item) for item in items[process_index() :: num_processes()]]
     parts = of_all_processes(own)
     return [parts[index % len(parts)][index // len(parts)] for index in range(len(items))]

@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 
 import bayestune
+from bayestune.cli import main
 from bayestune.data import Question
 from bayestune.decisions import Calibration
 from bayestune.evaluation import read_records
@@ -233,3 +234,24 @@ def test_no_held_out_row_is_decided_otherwise_in_other_company(place):
     for text in nearest:
         (alone,) = bayestune.decide(place / "out", [Question("one", text, COLOURS, None)])
         assert alone["decision"] == decided[text]
+
+
+def test_what_acting_costs_needs_no_texts_in_the_rows(place):
+    calibrated(place, "--costs=[[0,1,1],[2,0,1],[1,1,0]]")
+    test = f"--evaluation_data={place / 'new.jsonl'}"
+    for texts in ("true", "false"):
+        run("evaluate", f"--posterior={place / 'out'}", test, "--resamples=20", f"--texts={texts}")
+    with_texts, without = [r for r in read_records(place / "out") if "calibration" in r]
+    assert with_texts["gate"]["cost"] == without["gate"]["cost"]
+
+
+def test_the_risk_of_no_row_is_unknown_and_holds_no_bar(place, capsys):
+    found = calibrated(place, "--risk=0.01", "--confidence=0.5")
+    assert found.threshold.value is None
+    test = f"--evaluation_data={place / 'new.jsonl'}"
+    evaluating = ["evaluate", f"--posterior={place / 'out'}", test, "--resamples=20"]
+    assert main([str(part) for part in [*evaluating, "--gate=risk<=0.9"]]) == 1
+    record = read_records(place / "out")[-1]
+    assert (record["gate"]["acted"], record["gate"]["risk"]) == (0.0, None)
+    assert record["seen_rows"] == 0
+    assert record["config"]["predicting"]["draws"] == [0]

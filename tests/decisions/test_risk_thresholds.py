@@ -1,6 +1,7 @@
 """Bounds and thresholds: scipy's tails, exact cases, and the promise over simulated rows."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from bayestune.decisions import (
     smallest_risk,
     threshold,
 )
+from bayestune.decisions.thresholds import check_enough
 
 
 @pytest.mark.parametrize(("k", "n"), [(0, 45), (3, 45), (45, 45), (7, 3000), (200, 3000), (0, 0)])
@@ -190,20 +192,24 @@ def test_classes_have_promises_of_their_own_that_hold_together():
     scores = torch.arange(200.0)
     choices = torch.arange(200) % 2
     losses = ((choices == 1) & (scores > 20)).double()
-    found = class_thresholds(scores, losses, choices, Promise(0.05, 0.9), 3)
+    found = class_thresholds(scores, losses, choices, Promise(0.05, 0.9), [None] * 3)
     assert found[0].acted == 100
     assert found[0].confidence == pytest.approx(1 - 0.1 / 3)
     assert found[1].value is None  # class 1 errs
     assert (found[2].value, found[2].rows, found[2].coverage) == (None, 0, 0.0)
     assert "67 rows acted on would" in found[2].sentence()
     assert "no number of rows would" in found[1].sentence()
-    few = class_thresholds(scores, torch.zeros(200), (scores < 60).long(), Promise(0.05, 0.9), 2)
+    few = class_thresholds(
+        scores, torch.zeros(200), (scores < 60).long(), Promise(0.05, 0.9), [None] * 2
+    )
     assert few[1].value is not None
-    fewer = class_thresholds(scores, torch.zeros(200), (scores < 40).long(), Promise(0.05, 0.9), 2)
+    fewer = class_thresholds(
+        scores, torch.zeros(200), (scores < 40).long(), Promise(0.05, 0.9), [None] * 2
+    )
     assert fewer[1].supported == pytest.approx(1 - 0.05 ** (1 / 40), abs=1e-6)
     assert "59 rows acted on would" in fewer[1].sentence()
     with pytest.raises(ValueError, match="got 50 rows to choose thresholds on; expected 67"):
-        class_thresholds(scores[:100], losses[:100], choices[:100], Promise(0.05, 0.9), 3)
+        class_thresholds(scores[:100], losses[:100], choices[:100], Promise(0.05, 0.9), [None] * 3)
 
 
 def test_bands_are_nested():
@@ -246,3 +252,11 @@ def test_refusals(call, match):
 
 def test_a_threshold_of_nothing_covers_nothing():
     assert Threshold(None, 0.05, 0.9, 10, 0, 0.0, 0.2).coverage == 0
+
+
+@pytest.mark.parametrize("rows", range(5, 45))
+def test_the_smallest_risk_that_a_refusal_names_is_not_refused(rows):
+    with pytest.raises(ValueError, match="or ask for") as refused:
+        check_enough(rows, Promise(0.01, 0.9))
+    named = float(re.search(r"ask for ([\d.]+),", str(refused.value))[1])
+    check_enough(rows, Promise(named, 0.9))

@@ -1,11 +1,13 @@
 """Sets: exact quantiles, coverage over simulated rows, rows of unlike numbers of options."""
 
 import math
+import re
 
 import pytest
 import torch
 
 from bayestune.decisions import SetRule, fit_sets, option_scores, row_uniforms
+from bayestune.decisions.sets import check_set_rows
 
 KINDS = ("lac", "aps", "aps_inclusive")
 
@@ -84,3 +86,10 @@ def test_refusals():
         fit_sets(p, labels, "raps")
     with pytest.raises(ValueError, match="got coverage=1; expected a share between 0 and 1"):
         fit_sets(p, labels, coverage=1)
+
+
+@pytest.mark.parametrize("rows", range(2, 60))
+def test_the_coverage_that_a_refusal_names_is_not_refused(rows):
+    with pytest.raises(ValueError, match="or ask for") as refused:
+        check_set_rows(rows, 0.999)
+    check_set_rows(rows, float(re.search(r"ask for ([\d.]+) or", str(refused.value))[1]))

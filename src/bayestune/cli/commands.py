@@ -18,7 +18,16 @@ from bayestune.cli.output_folder import OutputFolder, check_writable
 from bayestune.cli.reporting import origin_of
 from bayestune.cli.run_settings import evaluation_settings, fit_settings
 from bayestune.cli.sieve import told
-from bayestune.data import Part, Reading, Task, own_task, prompt_of, read_rows, sort_rows
+from bayestune.data import (
+    Part,
+    Reading,
+    SortedRows,
+    Task,
+    own_task,
+    prompt_of,
+    read_rows,
+    sort_rows,
+)
 from bayestune.errors import Refusal
 from bayestune.evaluation import RECORDS, Bar, EvaluationOptions, append_results, read_records
 from bayestune.methods import MLE, TFB, Method, check_launch
@@ -133,12 +142,7 @@ def predict(o: Namespace) -> None:
     """
     answers = Answers.of(o)
     calibration, way = chosen_way(o)
-    details = details_of(o.posterior)
-    own = {"options": tuple(o.options), "answer_is": o.answer_is, "columns": o.columns}
-    reading = replace(usual_reading(details), **own)
-    with readable(o.input) as file:
-        found = sort_rows(file, reading)
-    rows = of_its_classes(found, details)
+    rows = _rows_to_predict(o)
     task = own_task(o.input.stem, (), rows.questions)
     options = TaskOptions(evaluation_data=o.input)
     session = Session.of_posterior(o.posterior, options, o.model, task=task)
@@ -147,18 +151,21 @@ def predict(o: Namespace) -> None:
     if len(problems) == len(questions):
         raise problems[0]
     fitted = load_way(session, artefact_folder(o.posterior), way, o.bf16)
-    settings = {**way.settings, "shared_prefix": o.shared_prefix, "decided": o.decided}
-    settings["bf16"] = o.bf16
-    settings["the files of --posterior"] = posterior_digest(o.posterior)
-    settings["the calibration"] = calibration and calibration.applied()
+    settings = {
+        **way.settings,
+        "shared_prefix": o.shared_prefix,
+        "decided": o.decided,
+        "bf16": o.bf16,
+        "the files of --posterior": posterior_digest(o.posterior),
+        "the calibration": calibration and calibration.applied(),
+    }
     place, done = answers.begin(told(rows), settings)
     left = questions[done - sum(number < done for number in rows.problems) :]
     gated = Gated(session, fitted, way, calibration)
     lines = in_order(rows, in_shares(left, lambda some: answered(gated, some, o)), done)
     count = len(questions) + len(rows.problems)
-    bar = tqdm(
-        lines, "predict", count, initial=done, unit="row", disable=not o.progress or place is None
-    )
+    hidden = not o.progress or place is None
+    bar = tqdm(lines, "predict", count, initial=done, unit="row", disable=hidden)
     with LineWriter(place) as writer:
         for line in bar:
             writer.write(line)
@@ -167,13 +174,21 @@ def predict(o: Namespace) -> None:
         logger.warning("%d of %d rows could not be put, see their error", bad, count)
 
 
+def _rows_to_predict(o: Namespace) -> SortedRows:
+    """The file's rows, in the order of the posterior's classes, and those that cannot be read."""
+    details = details_of(o.posterior)
+    own = {"options": tuple(o.options), "answer_is": o.answer_is, "columns": o.columns}
+    with readable(o.input) as file:
+        return of_its_classes(sort_rows(file, replace(usual_reading(details), **own)), details)
+
+
 def bayesianise(o: Namespace) -> None:
     """A posterior around any LoRA adapter, without training (TFB)."""
     output = OutputFolder.of(o)
     method = built(TFB, o, base=MLE())
     options = built(TaskOptions, o, data=o.anchor)
-    given = (options.options, (), options.answer_is, options.columns)
-    rows = read_rows(o.anchor, Reading(*given))[: method.anchors]
+    reading = Reading(options.options, answer_is=options.answer_is, columns=options.columns)
+    rows = read_rows(o.anchor, reading)[: method.anchors]
     task = own_task(o.anchor.stem, rows, ())
     prompt = prompt_of(options.task) if options.task else task.prompt  # named for its prompt
     task = replace(task, prompt=options.own_prompt().of(prompt, rows, options.scoring))

@@ -6,7 +6,13 @@ A row is one `Question`; a `Task` holds the rows to train on, to choose on and t
 from bayestune.data.answer_readings import AnswerIs
 from bayestune.data.column_roles import checked_columns, plain_name
 from bayestune.data.digests import digest
-from bayestune.data.files import SortedRows, load_rows, read_rows, sort_rows
+from bayestune.data.files import (
+    SortedRows,
+    load_rows,
+    read_rows,
+    read_rows_and_answers,
+    sort_rows,
+)
 from bayestune.data.option_lists import checked_options
 from bayestune.data.own_prompts import OwnPrompt, refuse_unshown
 from bayestune.data.prompts import Prompt
@@ -38,6 +44,7 @@ __all__ = [
     "plain_name",
     "prompt_of",
     "read_rows",
+    "read_rows_and_answers",
     "refuse_unshown",
     "rows_digest",
     "sort_rows",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+from bayestune.data.column_roles import is_missing
 from bayestune.data.questions import LETTERS
 from bayestune.errors import Refusal, nearest
 
@@ -16,6 +17,7 @@ logger = logging.getLogger(__name__)
 AnswerIs = Literal["index", "letter", "text"]
 READINGS = ("index", "letter", "text")
 _WHOLE = re.compile(r"\d+(\.0*)?")
+_NUMERIC = re.compile(r"[-+]?\d+(\.\d*)?")
 _LETTER = re.compile(r"[(\[]?([A-Za-z])[)\].:]*")
 _TRUTH = {True: ("true", "yes"), False: ("false", "no")}
 _ENOUGH_ROWS = 12  # four options: 3 % of files have no answer 0 by chance
@@ -32,7 +34,9 @@ class Answered:
     counted: int | None = None  # the first option column's number, where the columns have numbers
 
 
-def right_options(rows: Sequence[Answered], answer_is: AnswerIs | None = None) -> list[int]:
+def right_options(
+    rows: Sequence[Answered], answer_is: AnswerIs | None = None, usual: AnswerIs | None = None
+) -> list[int]:
     """The index of each row's right option, by the one reading that fits all rows.
 
     JSON integers are indices. Texts are options' texts, letters or indices, whichever all rows are;
@@ -41,10 +45,16 @@ def right_options(rows: Sequence[Answered], answer_is: AnswerIs | None = None) -
     Args:
         rows: those that have an answer.
         answer_is: the reading; None to find it.
+        usual: the reading of files like this one, which comes first; the only one for options that
+            are numbers themselves, which an index would be taken for.
 
     Raises:
         Refusal: if no reading fits all rows, or two fit and differ.
     """
+    if answer_is is None and usual is not None:
+        of_numbers = usual == "text" and any(map(_is_numeric, rows))
+        if of_numbers or all(_read(usual, row) is not None for row in rows):
+            answer_is = usual
     names = _candidates(rows, answer_is)
     found = {name: list(map(partial(_read, name), rows)) for name in names}
     fitting = {name: indices for name, indices in found.items() if None not in indices}
@@ -59,6 +69,12 @@ def right_options(rows: Sequence[Answered], answer_is: AnswerIs | None = None) -
     return indices  # type: ignore[return-value]
 
 
+def is_readable(row: Answered) -> bool:
+    """Whether a row has no answer, or some reading reads it."""
+    names = ("label", *READINGS) if row.labels else READINGS
+    return is_missing(row.answer) or any(_read(name, row) is not None for name in names)
+
+
 def _candidates(rows: Sequence[Answered], answer_is: AnswerIs | None) -> tuple[str, ...]:
     if answer_is is not None:
         if answer_is not in READINGS:
@@ -71,6 +87,10 @@ def _candidates(rows: Sequence[Answered], answer_is: AnswerIs | None) -> tuple[s
     if any(_is_number(row.answer) for row in rows):
         return ("index",)
     return ("text", "letter", "index")
+
+
+def _is_numeric(row: Answered) -> bool:
+    return any(_NUMERIC.fullmatch(option.strip()) for option in row.options)
 
 
 def _is_number(answer: object) -> bool:
@@ -103,6 +123,8 @@ def _of_text(answer: Any, options: tuple[str, ...]) -> int | None:
     >>> _of_text("Yes", ("no", "yes"))
     1
     """
+    if isinstance(answer, float) and answer.is_integer() and str(answer) not in options:
+        answer = int(answer)  # a whole number beside missing ones
     texts = _TRUTH[answer] if isinstance(answer, bool) else (str(answer).strip(),)
     if texts[0] in options:
         return options.index(texts[0])

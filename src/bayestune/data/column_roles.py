@@ -31,7 +31,8 @@ _PLAIN |= {"messages"}
 _NOT_MEANT = {"id", "messages"}  # names that a slip of another is too easily taken for
 _ROLE = {name: role for role, names in ROLES.items() for name in names}
 _UNSAID = re.compile(r"|unnamed:_\d+|index|idx|__index_level_0__|level_0")
-_LETTERED = re.compile(r"(option|choice|opt|op|answer|ending|sol|)_?([a-j]|\d)")
+_LETTERED = re.compile(r"(option|choice|opt|op|answer|ending|sol|)_?([a-z]|\d{1,2})")
+_LAST_BARE = "j"  # of columns that are named by a letter alone
 # how programs write a value that is missing, where a text is expected
 MISSING_WORDS = frozenset(("nan", "NaN", "NAN", "null", "NULL", "None", "<NA>", "NaT", "#N/A"))
 
@@ -172,7 +173,7 @@ class Columns:
         values = {role: cells[name] for role, name in found.items()}
         if lettered and "options" not in found:
             values["options"] = _options_of(lettered, row, place)
-            counted = int(lettered[0][-1]) if lettered[0][-1].isdigit() else None
+            counted = _counted(lettered[0])
         self._note(names, found, lettered if "options" not in found else (), place)
         return Fields(**values, counted=counted)
 
@@ -193,7 +194,7 @@ class Columns:
         for name in names:
             is_used = name in found.values() or self._role(name) is not None
             # a letter that was not used is an option that this row does not have
-            is_option = lettered and _LETTERED.fullmatch(name)
+            is_option = lettered and _marked(name) is not None
             if is_used or is_option or _UNSAID.fullmatch(name):
                 continue
             if name not in _ROLE:  # else another column has its role
@@ -229,23 +230,43 @@ def _filled(row: JsonRow) -> JsonRow:
 
 def _lettered(names: Collection[str]) -> list[str]:
     """Names such as option_a, option_b or A, B, C: the longest run of one kind from its start."""
-    kinds: dict[str, dict[str, str]] = {}
+    kinds: dict[str, dict[int, str]] = {}
     for name in names:
-        if match := _LETTERED.fullmatch(name):
-            stem, mark = match.groups()
-            if stem or mark.isalpha():
-                kind = f"{stem} {'a' if mark.isalpha() else '1'}"
-                kinds.setdefault(kind, {})[mark] = name
+        if marked := _marked(name):
+            kind, number = marked
+            kinds.setdefault(kind, {})[number] = name
     runs = []
-    for marks in kinds.values():
-        runs.append([marks[mark] for mark in sorted(marks)])
-    starts = [run for run in runs if len(run) > 1 and run[0][-1] in "a01"]
-    return max(starts, key=len, default=[])
+    for kind, marks in kinds.items():
+        first = 1 if kind.endswith("1") else 0  # numbers may begin at 1
+        if len(marks) > 1 and min(marks) <= first:
+            runs.append([marks[number] for number in sorted(marks)])
+    return max(runs, key=len, default=[])
+
+
+def _marked(name: str) -> tuple[str, int] | None:
+    """The kind of an option's column and its place there; None of other columns.
+
+    >>> _marked("option_c"), _marked("choice10"), _marked("k")
+    (('option a', 2), ('choice 1', 10), None)
+    """
+    match = _LETTERED.fullmatch(name)
+    if match is None:
+        return None
+    stem, mark = match.groups()
+    if not stem and (mark.isdigit() or mark > _LAST_BARE):
+        return None
+    return (f"{stem} 1", int(mark)) if mark.isdigit() else (f"{stem} a", ord(mark) - ord("a"))
+
+
+def _counted(name: str) -> int | None:
+    """The number of an option's column; None if it has a letter."""
+    kind, number = _marked(name) or ("", 0)
+    return number if kind.endswith("1") else None
 
 
 def _options_of(names: Sequence[str], row: JsonRow, place: str) -> list[Any]:
     """The options that stand in columns of their own, without empty ones at the end."""
-    marks = [ord(name[-1]) for name in names]
+    marks = [marked[1] for marked in map(_marked, names) if marked]
     if marks != list(range(marks[0], marks[0] + len(marks))):
         raise Refusal(
             f"row {place}: got options in the columns {list(names)}, expected no empty one between "

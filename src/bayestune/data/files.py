@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 
 from bayestune.data.answer_classes import with_classes
-from bayestune.data.answer_readings import Answered, AnswerIs, right_options
+from bayestune.data.answer_readings import Answered, AnswerIs, is_readable, right_options
 from bayestune.data.column_roles import Columns, Fields, as_text, is_missing
 from bayestune.data.conversations import Turns, read_conversation
 from bayestune.data.file_kinds import GivenRow, given_rows
@@ -55,7 +55,7 @@ def load_rows(
             options as its answer, or answers can be read in two ways; file and line are named.
         FileNotFoundError: if there is no such file.
     """
-    reading = Reading(tuple(options), tuple(otherwise), answer_is, columns or {})
+    reading = Reading(tuple(options), tuple(otherwise), answer_is, columns=columns or {})
     return read_rows(Path(path), reading, labelled=labelled)
 
 
@@ -63,15 +63,22 @@ def read_rows(
     path: Path, reading: Reading, *, labelled: bool | None = True
 ) -> tuple[Question, ...]:
     """Reads a file as `load_rows` does; answers are not looked at if `labelled` is None."""
+    return read_rows_and_answers(path, reading, labelled=labelled)[0]
+
+
+def read_rows_and_answers(
+    path: Path, reading: Reading, *, labelled: bool | None = True
+) -> tuple[tuple[Question, ...], AnswerIs | None]:
+    """The rows, and what their answers are: as told, or texts if the options are the answers."""
     file = _read(path, reading, bool(labelled))
     for problem in file.problems.values():
         raise problem
     if labelled is None:
         answers: list[int | None] = [None] * len(file.drafts)
     else:
-        answers = _answers(file.drafts.values(), labelled, file.answer_is)
+        answers = file.answers(labelled=labelled)
     file.say_unused(reading.options)
-    return file.questions(answers)
+    return file.questions(answers), file.answer_is
 
 
 @dataclass(frozen=True)
@@ -96,10 +103,10 @@ def sort_rows(path: Path, reading: Reading) -> SortedRows:
     file = _read(path, reading, labelled=False)
     file.say_unused(reading.options)
     try:
-        answers = _answers(file.drafts.values(), False, file.answer_is)
+        answers = file.answers(labelled=False)
     except Refusal:
         file.take_out_bad_answers()
-        answers = _answers(file.drafts.values(), False, file.answer_is)
+        answers = file.answers(labelled=False)
     if not file.drafts:
         raise next(iter(file.problems.values()))
     problems = {}
@@ -118,12 +125,27 @@ class _File:
     drafts: dict[int, "_Draft"]
     problems: dict[int, Refusal]
     answer_is: AnswerIs | None = None
+    usual: AnswerIs | None = None
+
+    def answers(self, *, labelled: bool) -> list[int | None]:
+        """The right option of each row; None where there is no answer and none is needed."""
+        return _answers(self.drafts.values(), labelled, self.answer_is, self.usual)
 
     def take_out_bad_answers(self) -> None:
-        """Puts rows whose answers cannot be read, even alone, among those that cannot be read."""
-        for number, draft in list(self.drafts.items()):
+        """Puts rows whose answers no reading reads among those that cannot be read.
+
+        If the others do not go together, so are those that cannot be read alone.
+        """
+        self._take_out([n for n, draft in self.drafts.items() if not is_readable(draft.answered)])
+        try:
+            self.answers(labelled=False)
+        except Refusal:
+            self._take_out(list(self.drafts))
+
+    def _take_out(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
             try:
-                _answers([draft], False, self.answer_is)
+                _answers([self.drafts[number]], False, self.answer_is, self.usual)
             except Refusal as problem:
                 self.problems[number] = problem
                 del self.drafts[number]
@@ -170,7 +192,7 @@ def _read(path: Path, reading: Reading, labelled: bool) -> _File:
     if reading.from_answers and not options and all(row.options is None for row in fields.values()):
         fields, options = with_classes(fields, path.name, answer_is)
         answer_is = "text"
-    file = replace(file, answer_is=answer_is)
+    file = replace(file, answer_is=answer_is, usual=reading.usual_answer_is)
     advice = _possible_options(fields.values())
     for number in [number for number in fields if number not in file.problems]:
         try:
@@ -249,9 +271,11 @@ def _text(row: GivenRow, field: Fields) -> str:
 
 
 def _answers(
-    drafts: Collection[_Draft], labelled: bool, answer_is: AnswerIs | None
+    drafts: Collection[_Draft],
+    labelled: bool,
+    answer_is: AnswerIs | None,
+    usual: AnswerIs | None,
 ) -> list[int | None]:
-    """The right option of each row; None where there is no answer and none is needed."""
     rows = [draft.answered for draft in drafts]
     known = [row for row in rows if not is_missing(row.answer)]
     if labelled and len(known) < len(rows):
@@ -260,7 +284,7 @@ def _answers(
             f"row {place}: no column 'answer': got an empty one or none, expected one; fill it or "
             "drop the row"
         )
-    right = iter(right_options(known, answer_is) if known else ())
+    right = iter(right_options(known, answer_is, usual) if known else ())
     return [None if is_missing(row.answer) else next(right) for row in rows]
 
 

@@ -21,6 +21,7 @@ class Reading:
         usual_columns: the same, of roles that `columns` leave out; those that a file does not have
             are looked for under the known names.
         from_answers: whether rows without any options have the different answers as theirs.
+        usual_answer_is: what answers are in other files of the fit, which is tried first.
 
     Raises:
         Refusal: if columns are given to unknown roles, or one column to two.
@@ -32,6 +33,7 @@ class Reading:
     columns: Mapping[str, str] = field(default_factory=dict)
     usual_columns: Mapping[str, str] = field(default_factory=dict)
     from_answers: bool = False
+    usual_answer_is: AnswerIs | None = None
 
     def __post_init__(self) -> None:
         checked_columns(self.columns)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from bayestune.data import prompts
+from bayestune.data.answer_readings import AnswerIs
 from bayestune.data.prompts import Prompt
 from bayestune.data.questions import Question
 from bayestune.errors import Refusal
@@ -25,6 +26,7 @@ class Task:
         held_out: rows taken from train, for choosing anything.
         prompt: the templates.
         unlabelled: rows without answers, for a student to learn a posterior on.
+        answer_is: what the answers of the training file were, where that was told or found.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Task:
     held_out: tuple[Question, ...] = ()
     prompt: Prompt = prompts.CHOICES
     unlabelled: tuple[Question, ...] = ()
+    answer_is: AnswerIs | None = None
 
     def __post_init__(self) -> None:
         check_ids(self.evaluation)

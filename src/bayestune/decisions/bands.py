@@ -1,6 +1,6 @@
 """Several thresholds whose promises hold together: for each class, and for bands."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ def class_thresholds(
     losses: Tensor,
     choices: Tensor,
     promise: Promise,
-    num_classes: int,
+    starts: Sequence[int | None],
     *,
     bounded: bool = False,
 ) -> dict[int, Threshold]:
@@ -46,20 +46,20 @@ def class_thresholds(
         losses: (N,), in [0, 1].
         choices: ĉ (N,); classes must mean the same in every row.
         promise: for each class.
-        num_classes: C.
+        starts: C of them, for each class `start` as in `threshold`.
         bounded: as in `threshold`.
 
     Raises:
         Refusal: if no class has enough rows.
     """
     values, sums = checked(scores, losses, bounded=bounded)
-    each = promise.shared_by(num_classes)
-    most = int(torch.bincount(choices, minlength=num_classes).max())
+    each = promise.shared_by(len(starts))
+    most = int(torch.bincount(choices, minlength=len(starts)).max())
     check_enough(most, each, most / len(values))
     found = {}
-    for index in range(num_classes):
+    for index, start in enumerate(starts):
         own = choices == index
-        found[index] = last_kept(values[own], sums[own], each, None, whole=not bounded)
+        found[index] = last_kept(values[own], sums[own], each, start, whole=not bounded)
     return found
 
 

@@ -144,7 +144,7 @@ def relative_entropy(mean: float, risk: float) -> float:
 
 
 def rows_for_rate(rate: float, promise: Promise) -> int | None:
-    """How many rows acted on surely suffice if their error rate is `rate`; None if it is α or more.
+    """How many rows acted on suffice if their error rate is `rate`; None if it is α or more.
 
     n = ⌈−log δ / h(r, α)⌉ by Hoeffding's bound, for errors and costs alike.
 

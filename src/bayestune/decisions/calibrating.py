@@ -279,9 +279,25 @@ def _finer(
         most = int(torch.bincount(part.spread.choice).max())
         share = (1 - options.choosing_share) * most / len(scores)
         check_enough(most, options.promise.shared_by(num_classes), share)
-        classes = (part.spread.choice, options.promise, num_classes)
+        starts = _class_starts(both, score, options, num_classes)
+        classes = (part.spread.choice, options.promise, starts)
         return {}, class_thresholds(scores, part.losses, *classes, bounded=bounded)
     return {}, {}
+
+
+def _class_starts(
+    both: tuple[_Part, _Part], score: str, options: CalibrationOptions, num_classes: int
+) -> list[int]:
+    """Where each class's sequence begins, by the rows for choices that have that choice."""
+    choosing, promising = both
+    each = options.promise.shared_by(num_classes)
+    starts = []
+    for index in range(num_classes):
+        own = choosing.spread.choice == index
+        count = int((promising.spread.choice == index).sum())
+        known = (choosing.scores[score][own], choosing.losses[own])
+        starts.append(likely_start(*known, count, each))
+    return starts
 
 
 def _baselines(part: _Part, logits: Tensor) -> dict[str, float]:

@@ -131,17 +131,19 @@ class Calibration:
         try:
             facts = json.loads(text)
             found = facts.pop("format")
+            if found != _FORMAT:  # first: a later one may have other fields
+                got = f"a calibration of format {found}"
+                raise Refusal(f"got {got}; expected {_FORMAT}; update bayestune")
             for name in ("thresholds", "bands", "classes"):
                 facts[name] = {key: Threshold(**value) for key, value in facts[name].items()}
             facts["sets"] = {key: SetRule(**value) for key, value in facts["sets"].items()}
             calibration = cls(**facts)
             calibration._check_names()
+        except Refusal:
+            raise
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             expected = "what `bayestune calibrate` writes"
             raise Refusal(f"got {error}; expected {expected}; calibrate again") from error
-        if found != _FORMAT:
-            got = f"a calibration of format {found}"
-            raise Refusal(f"got {got}; expected {_FORMAT}; update bayestune")
         return calibration
 
     def _check_names(self) -> None:

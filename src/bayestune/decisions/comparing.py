@@ -50,8 +50,8 @@ class HeldOut:
         unsure: index of the option that means "I do not know", (N,); −1 in rows without one.
         extra: further scores by name, (N,) each, whatever the variant: the prompt's length.
         seen: contents of the rows that training saw.
-        same: a text each, equal for rows of which one counts, such as those with the same options
-            in another order; the contents unless given.
+        same: a key for each row. Rows with equal keys count once, such as those with the same
+            options in another order. The contents unless given.
     """
 
     labels: Tensor

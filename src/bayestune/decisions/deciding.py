@@ -21,9 +21,10 @@ class Decision:
         probabilities: p̄ (N, C), at the calibration's temperature.
         total_entropy: (N,).
         expected_entropy: (N,).
-        mutual_information: (N,), their difference.
+        mutual_information: (N,), their difference times S/(S − 1), of S draws that are a sample.
         options: (N, C) bool, the options that each row has.
-        decisions: "act" or "abstain", or the name of a band or "ask", a row; none if uncalibrated.
+        decisions: a row each, "act" or "abstain"; with bands a band's name, or "ask" beyond the
+            last one. None if uncalibrated.
         score: name of the score behind it; none if uncalibrated.
         values: of the score, (N,); infinite where the choice is the row's unsure option.
         thresholds: λ̂ of each row, NaN where nothing is ever acted on, (N,).
@@ -142,7 +143,7 @@ def _undecided(spread: Spread, options: Tensor) -> Decision:
         probabilities=spread.mean,
         total_entropy=spread.total_entropy(),
         expected_entropy=spread.expected_entropy(),
-        mutual_information=spread.mutual_information(),
+        mutual_information=spread.corrected_mutual_information(),
         options=options,
         decisions=None,
         score=None,

@@ -99,7 +99,7 @@ def permutations_for(level: float, num_scores: int) -> int:
     """
     needed = max(_USUAL, math.ceil(2 * num_scores / level) - 1)
     if needed > _MOST:
-        least = 2 * num_scores / (1 + _MOST)
+        least = math.ceil(1e5 * 2 * num_scores / (1 + _MOST)) / 1e5
         raise Refusal(
             f"got level={level:g}; expected {least:g} or more for {num_scores} scores: {needed} "
             "permutations could tell less, and take too long; raise it, or name fewer scores"

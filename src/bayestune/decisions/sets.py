@@ -107,9 +107,10 @@ def check_set_rows(rows: int, coverage: float, share: float = 1.0) -> None:
         return
     needed = math.ceil(coverage / (1 - coverage) - 1e-9)
     total = math.ceil(needed / share - 1e-9)
+    most = math.floor(1000 * rows / (rows + 1)) / 1000
     raise Refusal(
         f"got {rows} rows for sets of coverage {coverage:g}; expected {needed} or more; give "
-        f"{total} held-out rows in all, or ask for {rows / (rows + 1):.3g} or less"
+        f"{total} held-out rows in all, or ask for {most:g} or less"
     )
 
 

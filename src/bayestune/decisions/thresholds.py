@@ -51,7 +51,7 @@ class Threshold:
         losses: the sum of their losses: their errors, if errors have no costs.
         supported: the smallest risk that the strictest threshold can promise on these rows, with
             the same confidence.
-        needed: how many rows must be acted on for the promise, at the loss of the strictest
+        needed: how many rows acted on suffice for the promise, at the loss of the strictest
             threshold; None if that is as great as the risk.
     """
 
@@ -176,10 +176,11 @@ def check_enough(rows: int, promise: Promise, share: float = 1.0) -> None:
     needed = rows_needed(promise)
     if rows < needed:
         total = -int(-needed // share)
+        least = math.ceil(1000 * smallest_risk(rows, promise.confidence)) / 1000
         raise Refusal(
             f"got {rows} rows to choose thresholds on; expected {needed} or more for a risk of "
             f"{promise.risk:g} with confidence {promise.confidence:g}: give {total} held-out rows "
-            f"in all, or ask for {smallest_risk(rows, promise.confidence):.3f}, the smallest risk "
+            f"in all, or ask for {least:.3f}, the smallest risk "
             "that these can support without a single error"
         )
 
@@ -254,13 +255,15 @@ def likely_start(scores: Tensor, losses: Tensor, rows: int, promise: Promise) ->
     those that the threshold is then chosen on.
 
     Args:
-        scores: (N,) of rows on which one may choose.
+        scores: (N,) of rows on which one may choose, of a class perhaps none.
         losses: (N,), in [0, 1].
         rows: n of the rows for the threshold.
         promise: what they must keep.
     """
-    values, sums = checked(scores, losses, bounded=True)
     fewest = rows_needed(promise)
+    if len(scores) == 0:
+        return fewest
+    values, sums = checked(scores, losses, bounded=True)
     finite = int(values.isfinite().sum())
     if finite == 0 or rows <= fewest:
         return fewest

@@ -44,7 +44,8 @@ class Ways:
         inputs: the batch of N rows, on the model's device.
         sharing: the cheapest way.
         kind: of the batch.
-        approximate: whether what is shared is asked for, so that draws alone share it too.
+        only_head: whether draws stand in the output head alone.
+        approximate: whether the user asked for what is shared, so that a draw alone shares it too.
     """
 
     slots: Slots

@@ -71,11 +71,11 @@ class Posterior(ABC):
 
     Every posterior has `model`, the PEFT model; `scorer`, which maps (model, batch) to class logits
     (N, C); `adapter`, the name of its adapter; and `report`, what its fit took. `has_mean` says
-    whether `Draws(0)`, the mean adapter, can be asked for. `atoms` is the number of draws that
-    makes the predictive exact, 1 for a point and K for K points, or precise where draws cost
-    nothing; None where more are better. `by_batch` says whether a row's draws depend on the rows
-    of its batch, as noise by token does. `digest` is that of the folder it comes from, where
-    whoever loaded it says so.
+    whether `Draws(0)`, the mean adapter, can be asked for. `atoms` is the number of draws where it
+    is fixed: 1 of a point and K of K points, whose predictive it makes exact; a thousand where
+    draws cost nothing. None where more are better. `by_batch` says whether a row's draws depend on
+    the rows of its batch, as noise by token does. `digest` is that of the folder it comes from,
+    where whoever loaded it says so.
     """
 
     kind: ClassVar[str]

@@ -1,7 +1,7 @@
 """Bodies → rows that wait → answers: what every path of the service does."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -193,11 +193,12 @@ def told(answer: Answer, temperature: float | None = None) -> dict[str, Any]:
     """
     line = dict(answer.line)
     line.pop("answer", None)
-    applied = line["calibration"] != "none"
     for name in ("decision", "score", "set"):
         line.setdefault(name, None)
-    is_band = applied and line["decision"] not in ("act", "abstain")
-    line |= {"band": line["decision"] if is_band else None, "calibration_applied": applied}
+    applied = line["calibration"]
+    bands = applied.get("bands") or () if isinstance(applied, Mapping) else ()
+    line["band"] = line["decision"] if line["decision"] in bands else None
+    line["calibration_applied"] = applied != "none"
     if temperature is not None:
         line["draws"] = (answer.logits.double() / temperature).softmax(-1).tolist()
     return line

@@ -1,6 +1,5 @@
 """Opens what is calibrated and decides: a posterior's folder, or any plain LoRA adapter's."""
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -191,7 +190,7 @@ def load_way(
     """
     if way is None or way.student is None:
         return session.load(place, bf16)
-    folder = Path(os.path.normpath(place / way.student))
+    folder = (place / way.student).resolve()
     again = "put it back, or run `bayestune calibrate` again"
     if not folder.is_dir():
         got = f"a calibration that predicts with the student in {folder}"
@@ -231,7 +230,7 @@ def rows_of(
         place = artefact_folder(folder)
         reading = row_options.reading(place) if row_options else usual_reading(details_of(place))
         reading = replace(reading, columns=columns or reading.columns)
-        rows = read_rows(Path(rows), reading, labelled=labelled)
+        rows = read_rows(Path(rows), reading, labelled=labelled or None)
     found = tuple(rows)
     if not found:
         raise Refusal("got no rows; expected one or more; give a file or questions")

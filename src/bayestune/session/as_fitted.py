@@ -166,12 +166,13 @@ def say_seen(task: str, count: int, total: int) -> None:
 
 
 def usual_reading(details: Mapping[str, Any]) -> Reading:
-    """How files of rows for a fit are read where nobody says otherwise: its options, its columns.
-
-    The answers' reading is found in each file anew.
-    """
-    columns = checked_columns(details.get("questions", {}).get("columns", {}))
-    return Reading(otherwise=options_of(details), usual_columns=columns)
+    """How files of rows for a fit are read where nobody says otherwise: as those of the fit."""
+    questions = details.get("questions", {})
+    return Reading(
+        otherwise=options_of(details),
+        usual_answer_is=questions.get("answer_is"),
+        usual_columns=checked_columns(questions.get("columns", {})),
+    )
 
 
 def options_of(details: Mapping[str, Any]) -> tuple[str, ...]:

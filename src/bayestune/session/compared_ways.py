@@ -35,11 +35,12 @@ class VariantOptions:
             posterior alone.
         student: folder of a student, if there is one.
         bf16: whether to predict under bfloat16 autocast; left out: as fitted.
-        cascade: share of the rows that are drawn for, after the student or the mean was asked; 0
-            for no such way.
+        cascade: share of the rows that go on to the draws, after the student or the mean answered;
+            0 for no cascade.
 
     Raises:
-        Refusal: if a number is no number of draws, a factor not positive, or a share none.
+        Refusal: if a number of draws is negative or not whole, a factor is not positive, or
+            `cascade` is not in [0, 1).
     """
 
     draws: tuple[int, ...] = (0, 10)

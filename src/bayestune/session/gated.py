@@ -24,7 +24,7 @@ from bayestune.evaluation import (
 from bayestune.forward import Draws
 from bayestune.posteriors import Prediction, artefact_folder, is_hub_id, posterior_digest
 from bayestune.session.artefact import Artefact, Rows, content_of, rows_of, unsure_options
-from bayestune.session.as_fitted import in_order, of_its_classes, usual_reading
+from bayestune.session.as_fitted import in_order, of_its_classes, seen_rows, usual_reading
 from bayestune.session.fit import Fit, details_of
 from bayestune.session.prediction_options import PredictionOptions
 from bayestune.session.row_predictor import DISTANCE, RowOutputs, RowPredictor, kept_reference
@@ -56,7 +56,7 @@ class Gated:
         return self.lines_of(rows, self.predictor.at(rows))
 
     def lines_of(self, rows: Sequence[Question], outputs: RowOutputs) -> list[dict[str, Any]]:
-        """The lines of rows that were looked at."""
+        """The same of outputs that are there."""
         told = prediction_rows(rows, self._prediction(outputs.logits))
         both = zip(told, self.decided(rows, outputs), strict=True)
         return [{**line, **decision} for line, decision in both]
@@ -125,25 +125,37 @@ class Gated:
         count = self.way.draws if self.fit.posterior.atoms is None else self.fit.posterior.atoms
         count = 0 if count == 1 and self.fit.posterior.atoms else count
         found = Evaluated(count, self._prediction(outputs.logits), seconds, count)
-        result = make_result(self._facts(count), rows, found, options)
-        return self._with_decisions(result, self.decided(rows, outputs))
+        facts = self._facts(count)
+        if (seen := seen_rows(self.fit.details, rows)) is not None:
+            facts["seen_rows"] = seen
+        used = {"draws": (count,), "draw_seed": self.way.draw_seed, "shared_prefix": None}
+        result = make_result(facts, rows, found, replace(options, **used))
+        return self._with_decisions(result, rows, self.decided(rows, outputs))
 
-    def _with_decisions(self, result: Result, decided: Sequence[Mapping[str, Any]]) -> Result:
-        """A result whose rows say what is done with them, and whose figures how that went."""
+    def _with_decisions(
+        self, result: Result, questions: Sequence[Question], decided: Sequence[Mapping[str, Any]]
+    ) -> Result:
+        """A result whose rows say what is done with them, and whose figures how that went.
+
+        A risk or a cost of no row is None.
+        """
         calibration = self.calibration
         assert calibration is not None
         rows = [{**row, **own} for row, own in zip(result.rows, decided, strict=True)]
-        acted = [row for row in rows if row["decision"] == calibration.acting]
-        count = max(1, len(acted))
-        wrong = sum(row["choice"] != row["answer"] for row in acted)
-        figures = {"acted": len(acted) / len(rows), "risk": wrong / count}
+        both = zip(questions, rows, strict=True)
+        acted = [pair for pair in both if pair[1]["decision"] == calibration.acting]
+        count = len(acted)
+        wrong = sum(row["choice"] != question.answer for question, row in acted)
+        figures: dict[str, float | None] = {"acted": count / len(rows)}
+        figures["risk"] = wrong / count if count else None
         if calibration.costs is not None:
-            figures["cost"] = sum(map(self._cost, acted)) / count
+            costs = [self._cost(question, row["choice"]) for question, row in acted]
+            figures["cost"] = sum(costs) / count if count else None
         gate = result.record["gate"] | figures
         applied = calibration.applied()
         return Result(result.record | {"gate": gate, "calibration": applied}, rows)
 
-    def _cost(self, row: Mapping[str, Any]) -> float:
+    def _cost(self, question: Question, choice: int) -> float:
         """What acting on a row cost, as a share of the greatest cost, by the classes' names.
 
         An option that is none of the classes costs as much as the worst error.
@@ -151,8 +163,9 @@ class Gated:
         assert self.calibration is not None
         costs = self.calibration.costs
         assert costs is not None
-        names = list(self.calibration.settings.get("classes") or row["options"])
-        right, chosen = (row["options"][row[name]] for name in ("answer", "choice"))
+        assert question.answer is not None
+        names = list(self.calibration.settings.get("classes") or question.options)
+        right, chosen = (question.options[index] for index in (question.answer, choice))
         if right not in names or chosen not in names:
             return float(right != chosen)
         return costs[names.index(right)][names.index(chosen)] / max(map(max, costs))
@@ -163,7 +176,7 @@ class Gated:
         kind = ", cascade" if self.way.band else kind
         label = f"{label}{kind}, calibrated"
         facts = {"task": self.session.task.name, "rows": "evaluation", "label": label}
-        return facts | self.fit.facts(self.session.options)
+        return facts | replace(self.fit, bf16=self.way.bf16).facts(self.session.options)
 
     def _prediction(self, logits: Tensor) -> Prediction:
         temperature = self.calibration.temperature if self.calibration else 1.0

@@ -1,4 +1,4 @@
-"""Ways to predict with one artefact: its mean, so many draws, narrower or wider ones, a student."""
+"""How an artefact predicts: by its mean, by draws, by narrower or wider ones, by a student."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,7 +27,7 @@ class PredictionOptions:
         draw_seed: of the held draws.
         bf16: whether under bfloat16 autocast.
         factor: on every standard deviation of a Gaussian.
-        student: folder of the student that predicts in the posterior's place, as seen from its own.
+        student: folder of the student that predicts in the posterior's place, relative to its own.
         student_digest: of that folder.
         band: of a cascade. The student, or without one the mean, is asked first; rows whose
             1 − confidence then lies between these two are asked anew, under the draws.

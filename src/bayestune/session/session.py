@@ -184,6 +184,7 @@ class Session:
         training = changed(training, settings.get("training") or {})
         questions = self.options.recorded()
         questions["options"] = self.options.options or self.task.shared_options
+        questions["answer_is"] = self.options.answer_is or self.task.answer_is
         spare = self.task.unlabelled if learns_unlabelled(method) else ()
         details = {
             "method": settings["method"],

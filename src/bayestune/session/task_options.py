@@ -19,6 +19,7 @@ from bayestune.data import (
     load_task,
     own_task,
     read_rows,
+    read_rows_and_answers,
     refuse_unshown,
     with_unlabelled,
 )
@@ -119,11 +120,12 @@ class TaskOptions:
                 logger.info(said, self.named)
             task = load_task(self.named, self.data_root)
         else:
-            train = self._rows(self.data, replace(usual, from_answers=True))
+            train, answer_is = self._training_rows(replace(usual, from_answers=True))
             task = own_task(self._file.stem, train, ())
             usual = replace(usual, otherwise=task.shared_options or usual.otherwise)
+            usual = replace(usual, usual_answer_is=answer_is or usual.usual_answer_is)
             test = self._rows(self.evaluation_data, usual, labelled=labelled)
-            task = own_task(task.name, train, test)
+            task = replace(own_task(task.name, train, test), answer_is=answer_is)
         rows = (*task.train, *task.evaluation)
         task = replace(task, prompt=self.own_prompt().of(task.prompt, rows, self.scoring))
         if self.unlabelled_data:
@@ -167,8 +169,16 @@ class TaskOptions:
     ) -> tuple[Question, ...]:
         if file is None:
             return ()
+        return read_rows(file, self._reading(usual), labelled=labelled)
+
+    def _training_rows(self, usual: Reading) -> tuple[tuple[Question, ...], AnswerIs | None]:
+        if self.data is None:
+            return (), None
+        return read_rows_and_answers(self.data, self._reading(usual))
+
+    def _reading(self, usual: Reading) -> Reading:
         own = {"options": self.options, "answer_is": self.answer_is, "columns": self.columns}
-        return read_rows(file, replace(usual, **own), labelled=labelled)
+        return replace(usual, **own)
 
     def recorded(self, fitted: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The options as records keep them: files by name, and what a fit settled as fitted."""

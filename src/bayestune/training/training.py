@@ -179,16 +179,20 @@ def train(
         if not training.resume:
             start_anew(folder)
         checkpoint = newest_checkpoint(folder) if training.resume else None
-        # the mask of packed rows fits the model's own attention only
-        packed = isinstance(scorer, TextScorer) and scorer.layout == "packed"
-        longest = max(row.get("length", math.inf) for row in rows)
-        eagerly = not packed and trains_faster_eagerly(model, longest, bf16=training.bf16)
-        with eager_attention(model, eagerly):
+        with eager_attention(model, _eagerly(model, scorer, rows, bf16=training.bf16)):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state = trainer.state
     stop.raise_if_stopped(state.global_step)
     report = FitReport(steps=state.global_step, history=list(state.log_history))
     return report.plus(**meter.read())
+
+
+def _eagerly(model: nn.Module, scorer: Scorer, rows: Sequence[Encoded], *, bf16: bool) -> bool:
+    """Whether plain attention trains faster on these rows."""
+    if isinstance(scorer, TextScorer) and scorer.layout == "packed":
+        return False  # the mask of packed rows fits the model's own attention only
+    longest = max(row.get("length", math.inf) for row in rows)
+    return trains_faster_eagerly(model, longest, bf16=bf16)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
