@@ -53,14 +53,20 @@ def learnt(posterior, case):
 
 
 def resumes(method, case, folder):
-    """Whether a run that is stopped at a checkpoint and resumed ends as the whole one."""
+    """Whether a run that is stopped at a checkpoint, or after the last, ends as the whole one."""
     whole = case.fit(method, save_steps=4, output=folder)
+    finished = case.fit(method, save_steps=4, output=folder, resume=True)
+    assert finished.report.steps == whole.report.steps
     shutil.rmtree(newest_checkpoint(folder))
     assert newest_checkpoint(folder).name == "checkpoint-4"
     resumed = case.fit(method, save_steps=4, output=folder, resume=True)
+    return all(_are_equal(own, whole, case) for own in (finished, resumed))
+
+
+def _are_equal(own, whole, case):
     expected = whole.state()[0]
-    tensors = resumed.state()[0]
+    tensors = own.state()[0]
     assert set(tensors) == set(expected)
     same = all(torch.equal(value, expected[name]) for name, value in tensors.items())
     draws = Draws(2)
-    return same and torch.equal(resumed.logits(case.batch, draws), whole.logits(case.batch, draws))
+    return same and torch.equal(own.logits(case.batch, draws), whole.logits(case.batch, draws))

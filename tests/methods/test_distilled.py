@@ -87,10 +87,10 @@ def test_a_point_is_its_own_students_optimum(case):
 def test_answers_are_not_seen(case):
     unlabelled = replace(case.task, unlabelled=case.task.evaluation)
     scorer = replace(case.scorer, task=unlabelled)
-    chosen = Distilled().rows(scorer)
+    chosen = Distilled().offered(scorer)
     assert [row.content for row in chosen] == [row.content for row in case.task.evaluation]
     assert all(row.answer is None for row in chosen)
-    both = Distilled(labelled=True).rows(scorer)
+    both = Distilled(labelled=True).offered(scorer)
     assert len(both) == len(case.task.evaluation) + len(case.task.train)
     assert all(row.answer is None for row in both)
 
@@ -323,3 +323,20 @@ def test_a_run_over_an_older_one_goes_on_with_its_own(case, tmp_path, monkeypatc
 
 def _interrupted(*given):
     raise KeyboardInterrupt
+
+
+def test_of_more_rows_than_its_steps_reach_a_student_learns_a_choice_by_the_seed(case, tmp_path):
+    """The teacher is not asked about the others, and nobody says that they were learnt."""
+    rows = case.task.train + case.task.evaluation
+    task = replace(case.task, unlabelled=rows)
+    method = Distilled(MLE(), steps=2)
+    training = replace(TRAINING, batch_size=2, output=tmp_path)
+    scorer = replace(case.scorer, task=task)
+    chosen = [method.rows(scorer, replace(training, seed=seed)) for seed in range(40)]
+    assert {len(own) for own in chosen} == {4}
+    assert chosen[0] == method.rows(scorer, replace(training, seed=0))
+    assert {row.id for own in chosen for row in own} == {row.id for row in rows}
+    student = method.fit(case.make(), scorer, training)
+    assert student.teacher.rows == 4
+    assert len(load_file(tmp_path / "taught/targets.safetensors")["targets"][0]) == 4
+    assert len(method.rows(scorer, replace(training, accumulation=len(rows)))) == len(rows)

@@ -1,3 +1,4 @@
+import signal
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,9 @@ from bayestune import Refusal
 from bayestune.decisions import predictive_nll
 from bayestune.forward import Draws
 from bayestune.methods import MLE, EarlyStopping
+from bayestune.methods.early_stopping import KeepBest
 from bayestune.methods.held_out import held_out_logits
+from bayestune.training import Interrupted
 from promises import LONG, TRAINING
 
 
@@ -46,3 +49,16 @@ def test_what_cannot_be_measured_is_refused(case):
     scorer = replace(case.scorer, task=replace(case.task, held_out=()))
     with pytest.raises(Refusal, match="EarlyStopping chooses on held-out rows: got none"):
         EarlyStopping().fit(case.make(), scorer, TRAINING)
+
+
+def test_a_resumed_run_takes_nothing_of_an_older_one(case, tmp_path, monkeypatch):
+    case.fit(EarlyStopping(every=2), output=tmp_path, save_steps=4)
+    other = {"learning_rate": 0.3, "output": tmp_path}
+    with monkeypatch.context() as cut:
+        cut.setattr(KeepBest, "on_step_end", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(Interrupted):
+            case.fit(EarlyStopping(every=4), **other)
+    resumed = case.fit(EarlyStopping(every=4), resume=True, **other)
+    whole = case.fit(EarlyStopping(every=4), learning_rate=0.3)
+    assert resumed.report.extra == whole.report.extra
+    assert torch.equal(resumed.logits(case.batch, Draws(0)), whole.logits(case.batch, Draws(0)))

@@ -1,12 +1,16 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from bayestune import Refusal
 from bayestune.forward import Draws
 from bayestune.forward.verdicts import without_comparison
-from bayestune.methods import MLE, BLoB, Ensemble, Temperature
+from bayestune.methods import MLE, BLoB, Distilled, Ensemble, Temperature
 from bayestune.posteriors import Mixture, predict
 from bayestune.posteriors.posterior import Saved
+from promises import TRAINING
+from tiny import tiny_llama
 
 WIDE = BLoB(prior_std=0.4, final_std=0.3, schedule="constant")
 
@@ -107,3 +111,36 @@ def test_members_of_another_base_are_not_kept(case, tmp_path, monkeypatch):
     assert len(fits) == 3
     whole = case.fit(Ensemble(MLE(), size=2))
     assert torch.equal(resumed.logits(case.batch, Draws(2)), whole.logits(case.batch, Draws(2)))
+
+
+def test_members_of_other_lengths_rows_or_models_are_not_kept(case, tmp_path):
+    method, training = Ensemble(size=1), replace(TRAINING, output=tmp_path)
+    method.fit(case.make(), case.scorer, training)
+    again = replace(training, resume=True)
+    short = replace(case.scorer, max_length=40)
+    with pytest.raises(Refusal, match="max_length: got 40, the fit has"):
+        method.fit(case.make(), short, again)
+    spare = replace(case.task, unlabelled=case.task.evaluation)
+    with pytest.raises(Refusal, match="the unlabelled rows: got"):
+        method.fit(case.make(), replace(case.scorer, task=spare), again)
+    with pytest.raises(Refusal, match="the base model: got"):
+        method.fit(tiny_llama(num_hidden_layers=3), case.scorer, again)
+
+
+def test_a_fit_that_starts_anew_goes_on_with_its_own_parts(case, tmp_path, monkeypatch):
+    """Whatever an older fit of another base left in its members' folders."""
+    case.fit(Ensemble(Temperature(Distilled(WIDE, steps=2)), size=2), output=tmp_path)
+    other = Ensemble(Temperature(Distilled(replace(WIDE, prior_std=0.5), steps=2)), size=2)
+    fit = BLoB.fit
+    with monkeypatch.context() as cut:
+        cut.setattr(BLoB, "fit", _interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            case.fit(other, output=tmp_path)
+    assert BLoB.fit is fit
+    resumed = case.fit(other, output=tmp_path, resume=True)
+    whole = case.fit(other)
+    assert torch.equal(resumed.logits(case.batch, Draws(2)), whole.logits(case.batch, Draws(2)))
+
+
+def _interrupted(*given):
+    raise KeyboardInterrupt

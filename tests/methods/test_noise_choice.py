@@ -141,6 +141,30 @@ def test_losses_of_another_prior_choose_nothing(whole, tmp_path, monkeypatch):
         whole.fit(replace(auto, prior_std=0.8), output=tmp_path)
 
 
+def test_a_fit_that_starts_anew_goes_on_with_its_own_checkpoints(whole, tmp_path, monkeypatch):
+    older = whole.fit(BLoB(), output=tmp_path, save_steps=4)
+    auto = BLoB(final_std="auto")
+    with monkeypatch.context() as broken:
+        broken.setattr(CrossFit, "losses", _interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            whole.fit(auto, output=tmp_path, steps=16)
+    monkeypatch.setattr(CrossFit, "losses", losses_of_the_usual)
+    resumed = whole.fit(auto, output=tmp_path, steps=16, resume=True)
+    fresh = whole.fit(auto, steps=16)
+    assert older.report.steps == 8
+    draws = Draws(2)
+    assert torch.equal(resumed.logits(whole.batch, draws), fresh.logits(whole.batch, draws))
+
+
+def losses_of_the_usual(_, candidate):
+    """The usual noise and length are the best."""
+    return torch.full((24,), 1.0 if candidate == Candidate() else 2.0, dtype=torch.float64)
+
+
+def _interrupted(*given):
+    raise KeyboardInterrupt
+
+
 def test_what_cannot_be_chosen_is_refused(case):
     few = replace(case.scorer, task=replace(case.task, train=case.task.train[:3]))
     with pytest.raises(Refusal, match="leaves training rows out to choose by: got 3 rows"):

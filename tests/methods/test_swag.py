@@ -95,7 +95,11 @@ def test_the_fit_is_the_mean_and_the_spread_of_maximum_likelihoods_iterates(head
 def test_a_checkpoint_without_the_iterates_is_refused(case, tmp_path):
     often = SWAG(start=0.25, every=1, rank=3)
     case.fit(often, save_steps=4, output=tmp_path)
-    (tmp_path / "checkpoint-8" / FILE).unlink()
+    (tmp_path / "checkpoint-8" / FILE).unlink()  # as a kill leaves it: the one before is taken
+    resumed = case.fit(often, save_steps=6, output=tmp_path, steps=12, resume=True)
+    assert resumed.report.extra["iterates"] == 10  # two before, eight after
+    for checkpoint in tmp_path.glob("checkpoint-*"):
+        (checkpoint / FILE).unlink(missing_ok=True)
     message = "SWAG cannot go on from this checkpoint: got no .*swag.safetensors"
     with pytest.raises(ValueError, match=message):
         case.fit(often, save_steps=4, output=tmp_path, steps=12, resume=True)

@@ -33,7 +33,9 @@ _FILES = re.compile(
 _REPORT = {"table.md", "summary.png", "report.html"}
 _FOLDERS = re.compile(rf"member-\d+|base|{CHECKPOINTS}|\.partial-.*|{'|'.join(METHODS)}")
 # what fits leave in `checkpoints` beside what has such names too
-_CHECKPOINT = re.compile(r"checkpoint-\d+|taught|student|best\.(json|safetensors)")
+_CHECKPOINT = re.compile(
+    r"checkpoint-\d+|taught|student|best\.(json|safetensors)|(started|noise_choice)\.json"
+)
 
 
 @dataclass(frozen=True)

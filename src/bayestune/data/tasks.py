@@ -120,7 +120,8 @@ class Task:
             )
         left = rows[count:]
         kept, spare = _spared(left, train, unlabelled)
-        known = {row.content for row in left}
+        contents = {row.content for row in left}
+        used = {row.fingerprint for row in kept}  # whatever their options' order
         test = self.evaluation
         if evaluation is not None and evaluation < len(test):
             test = tuple(random.Random(seed).sample(test, evaluation))
@@ -128,7 +129,11 @@ class Task:
             self,
             train=kept,
             unlabelled=(*self.unlabelled, *spare),
-            held_out=tuple(row for row in rows[:count] if row.content not in known),
+            held_out=tuple(
+                row
+                for row in rows[:count]
+                if row.content not in contents and row.fingerprint not in used
+            ),
             evaluation=test,
         )
 

@@ -1,6 +1,8 @@
 """Distillation: one plain adapter that gives a posterior's averaged probabilities in one pass."""
 
 import json
+import logging
+import random
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -17,7 +19,7 @@ from bayestune.errors import COUNT, POSITIVE, Refusal, check_fields
 from bayestune.methods.asking import Asking, forget, save_targets
 from bayestune.methods.blob import BLoB
 from bayestune.methods.method import Method
-from bayestune.methods.started import check_started, facts_of
+from bayestune.methods.started import TAUGHT, check_started, facts_of
 from bayestune.methods.workplace import refuse_parts_of, workplace
 from bayestune.posteriors import (
     DETAILS,
@@ -38,8 +40,9 @@ from bayestune.scoring import Scorer
 from bayestune.training import Meter, Training, train
 from bayestune.whole_files import write_text_whole
 
+logger = logging.getLogger(__name__)
+
 _TARGETS = "targets.safetensors"
-_TAUGHT = "taught.json"
 _KEPT = "taught/teacher"
 _REPORT = "report.json"
 
@@ -83,28 +86,40 @@ class Distilled:
         refuse_parts_of("Distilled")
         with workplace(training) as place:
             taught = place / "taught"
-            self._begin(place, scorer, training)
-            if not of_first_process(training.resume and (taught / _TAUGHT).is_file()):
+            self._begin(place, model, scorer, training)
+            if not of_first_process(training.resume and (taught / TAUGHT).is_file()):
                 teacher = self._teacher(model, scorer, training, place)
                 self.ask(teacher, scorer, taught, training)
                 detach(teacher.model)
             return self.learn(model, scorer, taught, replace(training, output=place / "student"))
 
-    def _begin(self, place: Path, scorer: Scorer, training: Training) -> None:
+    def _begin(self, place: Path, model: nn.Module, scorer: Scorer, training: Training) -> None:
         """Goes on with what is there of the same fit, or takes nothing that is there."""
-        facts = facts_of(self, scorer, training)
-        facts["the student's rows"] = rows_digest(self.rows(scorer))
-        check_started(place, facts, (place / "base", place / "student"), resume=training.resume)
-        if not training.resume:
-            in_first_process(partial(_take_nothing, place))
+        facts = facts_of(self, model, scorer, training)
+        facts["the student's rows"] = rows_digest(self.rows(scorer, training))
+        parts = [place / name for name in ("base", "taught", "student")]
+        check_started(place, facts, parts, resume=training.resume)
 
-    def rows(self, scorer: Scorer) -> tuple[Question, ...]:
-        """The rows that the student learns from, without their answers."""
+    def offered(self, scorer: Scorer) -> tuple[Question, ...]:
+        """The rows that the student may learn from, without their answers."""
         task = scorer.task
         chosen = task.unlabelled
         if self.labelled or not chosen:
             chosen = (*chosen, *task.train)
         return tuple(replace(row, answer=None) for row in chosen)
+
+    def rows(self, scorer: Scorer, training: Training) -> tuple[Question, ...]:
+        """Those that its steps reach: all, or a choice by the training's seed, in their order."""
+        offered = self.offered(scorer)
+        reached = self._items(training)
+        if reached >= len(offered):
+            return offered
+        picked = random.Random(training.seed).sample(range(len(offered)), reached)
+        return tuple(offered[number] for number in sorted(picked))
+
+    def _items(self, training: Training) -> int:
+        """How many rows its steps take, repeated ones too."""
+        return self.steps * training.batch_size * training.accumulation
 
     def _teacher(
         self, model: nn.Module, scorer: Scorer, training: Training, place: Path
@@ -125,10 +140,12 @@ class Distilled:
     def ask(self, teacher: Posterior, scorer: Scorer, folder: Path, training: Training) -> None:
         """Writes what the student starts from and learns: the mean adapter and the targets."""
         meter = Meter()
-        rows = self.rows(scorer)
+        rows = self.rows(scorer, training)
         draws = teacher.atoms if self.draws is None else count_for(teacher, self.draws)
-        items = self.steps * training.batch_size * training.accumulation
-        visits = -(-items // len(rows)) if draws is None else 1
+        if (offered := len(self.offered(scorer))) > len(rows):
+            said = "the student learns %d of %d rows, as many as %d steps reach"
+            logger.warning(said, len(rows), offered, self.steps)
+        visits = -(-self._items(training) // len(rows)) if draws is None else 1
         asking = Asking(teacher, scorer, scorer.encode(rows), draws, visits, training)
         targets = asking.targets(folder)
         content = digest([row.content for row in rows])
@@ -140,24 +157,23 @@ class Distilled:
             save_posterior(_start(teacher), folder)
             _without_dropout(folder)
             save_targets(targets, folder / _TARGETS)
-            write_text_whole(folder / _TAUGHT, json.dumps(known))
+            write_text_whole(folder / TAUGHT, json.dumps(known))
             forget(folder)
 
         in_first_process(write)
 
     def learn(self, model: nn.Module, scorer: Scorer, taught: Path, training: Training) -> Point:
         """Trains the student from what `ask` wrote."""
-        encoded = scorer.encode(self.rows(scorer))
+        encoded = scorer.encode(self.rows(scorer, training))
         targets = load_file(taught / _TARGETS)["targets"]
-        items = self.steps * training.batch_size * training.accumulation
         rows = []
-        for item in range(items):
+        for item in range(self._items(training)):
             visit, number = divmod(item, len(encoded))
             rows.append({**encoded[number], "target": targets[visit % len(targets), number]})
         own = replace(training, steps=self.steps, epochs=None, learning_rate=self.learning_rate)
         student = load_adapter(model, taught, scorer, trainable=True)
         report = train(student.model, scorer, own, rows=rows)
-        known = json.loads((taught / _TAUGHT).read_text(encoding="utf-8"))
+        known = json.loads((taught / TAUGHT).read_text(encoding="utf-8"))
         before = FitReport.of_dict(known["report"])
         whole = before.plus(report.seconds, report.peak_memory_mb)
         history = [*before.history, *report.history]
@@ -216,7 +232,7 @@ def distil(
     asked = replace(scorer, task=replace(scorer.task, unlabelled=tuple(rows)))
     with tempfile.TemporaryDirectory() as scratch:
         known = posterior_digest(save_posterior(posterior, scratch))
-    taught = training.output and training.output / "taught" / _TAUGHT
+    taught = training.output and training.output / "taught" / TAUGHT
     done = training.resume and taught is not None and taught.is_file()
     base = detach(posterior.model) if done else base_of(posterior.model)
     given = _Given(posterior, known)
@@ -234,13 +250,6 @@ def _check_kinds(posterior: Any, questions: Any, method: Any) -> None:
                 f"distil takes a posterior, questions and a Distilled: got {value!r:.60}, expected "
                 f"a {kind.__name__}; {remedy}"
             )
-
-
-def _take_nothing(place: Path) -> None:
-    """Removes what says that the teacher and its answers are there."""
-    for path in (place / "taught" / _TAUGHT, place / _KEPT / DETAILS):
-        path.unlink(missing_ok=True)
-    forget(place / "taught")
 
 
 def _start(teacher: Posterior) -> Point:

@@ -45,10 +45,14 @@ class KeepBest(TrainerCallback):
         return min(self.losses, key=self.losses.__getitem__)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Takes up what a run that is resumed had found before its checkpoint."""
+        """Takes up what a run that is resumed had found before its checkpoint, or nothing."""
+        if self.folder and not state.global_step and is_first_process():
+            for name in (_LOSSES, _WEIGHTS):
+                (self.folder / name).unlink(missing_ok=True)
         if self.folder and state.global_step and (self.folder / _LOSSES).is_file():
             losses = json.loads((self.folder / _LOSSES).read_text(encoding="utf-8"))
-            self.losses = {int(step): loss for step, loss in losses.items()}
+            known = {int(step): loss for step, loss in losses.items()}
+            self.losses = {step: known[step] for step in known if step <= state.global_step}
             self._best = load_file(self.folder / _WEIGHTS)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -57,10 +57,9 @@ class Ensemble:
         refuse_parts_of("Ensemble")
         with workplace(training) as place:
             folders = [place / f"member-{k}" for k in range(self.size)]
-            facts = facts_of(replace(self, size=1), scorer, training)  # there may be more members
+            one = replace(self, size=1)  # there may be more members
+            facts = facts_of(one, model, scorer, training)
             check_started(place, facts, folders, resume=training.resume)
-            for folder in () if training.resume else folders:
-                in_first_process(partial((folder / DETAILS).unlink, missing_ok=True))
             for k, folder in enumerate(folders):
                 if training.resume and (folder / DETAILS).is_file():
                     continue

@@ -39,8 +39,8 @@ def held_out_rows(scorer: Scorer, method: str) -> tuple[Question, ...]:
         raise Refusal(
             f"{method} chooses on held-out rows with answers: got a row without one; drop it"
         )
-    seen = {row.content for row in scorer.task.train}
-    both = [row.id for row in rows if row.content in seen]
+    seen = {row.fingerprint for row in scorer.task.train}
+    both = [row.id for row in rows if row.fingerprint in seen]
     if both:
         raise Refusal(
             f"{method} must not choose on rows seen in training: got {len(both)} of {len(rows)}, "

@@ -20,11 +20,11 @@ from bayestune.errors import Refusal
 from bayestune.forward import Draws
 from bayestune.methods.held_out import held_out_logits
 from bayestune.methods.method import Method
-from bayestune.methods.started import check_started, facts_of
+from bayestune.methods.started import LOSSES_BY_NOISE, check_started, facts_of
 from bayestune.methods.workplace import refuse_parts_of
 from bayestune.runtime import in_first_process, is_first_process, of_first_process
 from bayestune.scoring import Scorer
-from bayestune.training import Training
+from bayestune.training import Training, start_anew
 from bayestune.whole_files import write_text_whole
 
 FOLDS = 2
@@ -33,7 +33,6 @@ LARGER = (2.0, 4.0)
 SMALLER = (0.5, 0.25)
 _DRAWS = 10
 _FEWEST = 8  # rows of a fold, below which its loss says nothing
-_LOSSES = "noise_choice.json"
 
 logger = logging.getLogger(__name__)
 M = TypeVar("M", bound=Method)
@@ -88,7 +87,7 @@ class CrossFit:
     def _keep(self) -> None:
         if self.place and is_first_process():
             self.place.mkdir(parents=True, exist_ok=True)
-            write_text_whole(self.place / _LOSSES, json.dumps(self.known))
+            write_text_whole(self.place / LOSSES_BY_NOISE, json.dumps(self.known))
 
     def _folds(self) -> Iterator[Sequence[Question]]:
         answers = {row.fingerprint: row.answer or 0 for row in self.scorer.task.train}
@@ -179,7 +178,7 @@ def choose_noise(
             f'final_std="auto" leaves training rows out to choose by: got {len(contents)} rows, '
             f"expected at least {FOLDS * _FEWEST}; give final_std as a number, 0.1 is usual"
         )
-    known = _known(method(1.0), scorer, training)
+    known = _known(method(1.0), model, scorer, training)
     crossed = CrossFit(method, model, scorer, training, known, training.output)
     chosen, means = choose(crossed.losses)
     steps = max(1, round(training.total_steps(len(scorer.task.train)) * chosen.length))
@@ -187,15 +186,24 @@ def choose_noise(
     return method(chosen.factor), replace(training, steps=steps, epochs=None), said
 
 
-def _known(method: Method, scorer: Scorer, training: Training) -> dict[str, list[float]]:
+def _known(
+    method: Method, model: nn.Module, scorer: Scorer, training: Training
+) -> dict[str, list[float]]:
     """The losses of an interrupted run that goes on."""
-    if training.output is None:
+    place = training.output
+    if place is None:
         return {}
-    check_started(training.output, facts_of(method, scorer, training), resume=training.resume)
-    file = training.output / _LOSSES
+    file = place / LOSSES_BY_NOISE
     if not training.resume:
-        in_first_process(partial(file.unlink, missing_ok=True))
+        in_first_process(partial(_drop, file, place))
+    check_started(place, facts_of(method, model, scorer, training), resume=training.resume)
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _drop(file: Path, place: Path) -> None:
+    """Has a fit that starts anew take no loss and no checkpoint of an earlier one."""
+    file.unlink(missing_ok=True)
+    start_anew(place)
 
 
 def _said(candidate: Candidate) -> str:

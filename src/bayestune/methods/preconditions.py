@@ -10,10 +10,11 @@ from bayestune.methods.early_stopping import EarlyStopping
 from bayestune.methods.ensemble import Ensemble
 from bayestune.methods.held_out import head_slots, held_out_rows
 from bayestune.methods.laplace import Laplace
+from bayestune.methods.mc_dropout import MCDropout
 from bayestune.methods.temperature import PosteriorScale, Temperature
 from bayestune.methods.tfb import TFB
 from bayestune.methods.workplace import refuse_parts_of
-from bayestune.posteriors import Gaussian, Mixture, Point
+from bayestune.posteriors import Gaussian, Mixture, Point, Tempered
 from bayestune.scoring import Scorer
 
 # they train again on their base model, or ask about rows, once a training has ended
@@ -41,16 +42,38 @@ def check_method(method: Any, scorer: Scorer, slots: Slots) -> None:
     # Laplace takes the last block where the head has no adapter
     if getattr(method, "layers", "all") == "last" and not isinstance(method, Laplace):
         head_slots(slots, getattr(method, "sides", ("lora_A",)))
+    _check_kind_of_base(method)
+
+
+def _check_kind_of_base(method: Any) -> None:
+    """Refuses a base whose posterior the method cannot build on."""
+    name = type(method).__name__
     kinds = _posteriors_of(getattr(method, "base", None))
-    if isinstance(method, Laplace):
+    is_mixture = bool(kinds) and all(issubclass(kind, Mixture) for kind in kinds)
+    if isinstance(method, Laplace | MCDropout):
         _check_base(kinds, Point, f"{name} builds on a point", "use MLE or MAP as its base")
     if isinstance(method, PosteriorScale):
         said = f"{name} scales a Gaussian"
         _check_base(kinds, Gaussian, said, "expected BLoB, BBB, TFB or IVON")
-    if isinstance(method, TFB) and any(issubclass(kind, Mixture) for kind in kinds):
+    if isinstance(method, TFB) and is_mixture:
         raise Refusal(
             f"{name} starts from one adapter: got a Mixture without a mean from its base, expected "
             "such as MLE; use the base of its base"
+        )
+    if isinstance(method, TFB) and Tempered in kinds:
+        raise Refusal(
+            f"{name} takes an adapter, which has no temperature: got a Temperature as its base, "
+            f"expected such as MLE; put the temperature around it, Temperature(base={name}())"
+        )
+    if isinstance(method, Ensemble) and is_mixture:
+        raise Refusal(
+            f"{name} saves its members as adapters: got an Ensemble as its base, expected a method "
+            "of one adapter; raise `size` instead"
+        )
+    if isinstance(method, Temperature) and method.draws == 0 and is_mixture:
+        raise Refusal(
+            f"{name} of the mean: got draws=0 and a base without a mean, expected draws; leave "
+            "draws out"
         )
 
 

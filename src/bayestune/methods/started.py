@@ -3,50 +3,75 @@
 import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor, nn
 
 from bayestune.adapters import Lora
 from bayestune.data import digest, rows_digest
 from bayestune.errors import Refusal
 from bayestune.methods.method import Method
-from bayestune.runtime import is_first_process
+from bayestune.posteriors import DETAILS
+from bayestune.runtime import in_first_process
 from bayestune.scoring import Scorer
 from bayestune.training import Training, start_anew
 from bayestune.whole_files import write_text_whole
 
 STARTED = "started.json"
+TAUGHT = "taught.json"
+LOSSES_BY_NOISE = "noise_choice.json"
+# what says that a part of a fit is there
+_KEPT = (STARTED, DETAILS, TAUGHT, LOSSES_BY_NOISE, "asked-*.safetensors")
 
 Facts = Mapping[str, Any]
 
 
-def facts_of(method: Method, scorer: Scorer, training: Training) -> dict[str, Any]:
+def facts_of(
+    method: Method, model: nn.Module, scorer: Scorer, training: Training
+) -> dict[str, Any]:
     """What determines a fit, by the names of its settings: JSON values."""
     task = scorer.task
     found = dict(_settings(method))
     found |= _settings(training, "training.")
+    found["the base model"] = _said_of(model)
+    found["max_length"] = scorer.max_length
     found["the prompt"] = digest([type(scorer).__name__, str(task.prompt)])
     found["the training rows"] = rows_digest(task.train)
     found["the held-out rows"] = rows_digest(task.held_out)
+    found["the unlabelled rows"] = rows_digest(task.unlabelled)
     return found
+
+
+def _said_of(model: nn.Module) -> str:
+    name = Path(str(getattr(getattr(model, "config", None), "name_or_path", "") or "unnamed")).name
+    own = [value for path, value in model.named_parameters() if "lora_" not in path]
+    return f"{name}, a {type(model).__name__} of {sum(map(Tensor.numel, own))} parameters"
 
 
 def check_started(place: Path, facts: Facts, parts: Collection[Path] = (), *, resume: bool) -> None:
     """Notes what a fit in a folder is started with, or compares it where the fit goes on.
 
+    A fit that starts anew takes nothing of an earlier one: what says that parts of it are there is
+    removed before anything is noted.
+
     Args:
         place: where its parts are kept.
         facts: of `facts_of`.
-        parts: folders with the checkpoints of its parts, which are passed over if it starts anew.
+        parts: its parts' folders, which hold nothing else.
         resume: whether it goes on with the parts that are there.
 
     Raises:
         Refusal: if it shall go on and the parts are those of another fit.
     """
+    in_first_process(partial(_begin, place, facts, parts, resume))
+
+
+def _begin(place: Path, facts: Facts, parts: Collection[Path], resume: bool) -> None:
     file = place / STARTED
     if resume and file.is_file():
-        before = json.loads(file.read_text(encoding="utf-8"))
-        told = other_settings(facts, before, "the fit")
+        told = other_settings(facts, json.loads(file.read_text(encoding="utf-8")), "the fit")
         if told:
             raise Refusal(
                 f"resume=True goes on with the fit in {place}, {told}; give those, or another "
@@ -55,13 +80,18 @@ def check_started(place: Path, facts: Facts, parts: Collection[Path] = (), *, re
         return
     if resume and place.is_dir() and any(place.iterdir()):
         return  # of an earlier version, which noted nothing
-    if not is_first_process():
-        return
     for part in () if resume else parts:
-        for state in part.rglob("checkpoint-*/trainer_state.json"):
-            start_anew(state.parents[1])
+        _forget(part)
     place.mkdir(parents=True, exist_ok=True)
     write_text_whole(file, json.dumps(facts, indent=1))
+
+
+def _forget(part: Path) -> None:
+    for name in _KEPT:
+        for kept in part.rglob(name):
+            kept.unlink()
+    for checkpoint in part.rglob("checkpoint-*"):
+        start_anew(checkpoint.parent)
 
 
 def other_settings(now: Facts, before: Facts, whose: str) -> str | None:

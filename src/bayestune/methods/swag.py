@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,6 +16,7 @@ from bayestune.errors import COUNT, NUMERIC, Refusal, check_fields
 from bayestune.posteriors import LowRank
 from bayestune.scoring import Scorer
 from bayestune.training import Training, fit_adapter
+from bayestune.whole_files import replaced
 
 FILE = "swag.safetensors"
 
@@ -38,6 +39,7 @@ class Collector(TrainerCallback):
     every: int
     rank: int
     rate: float
+    kept_file: ClassVar[str] = FILE  # of each checkpoint that one can go on from
 
     def __post_init__(self) -> None:
         self.count = 0
@@ -91,7 +93,8 @@ class Collector(TrainerCallback):
             tensors[f"squares/{name}"] = self.squares[name]
             tensors[f"deviations/{name}"] = torch.stack(self.deviations[name])
         if state.is_world_process_zero:
-            save_file(tensors, _file(args, state))
+            with replaced(_file(args, state)) as scratch:
+                save_file(tensors, scratch)
 
     def _load(self, path: Path, device: torch.device) -> None:
         if not path.is_file():

@@ -64,7 +64,7 @@ class PosteriorScale:
     shared_prefix: int | None = None
 
     def __post_init__(self) -> None:
-        check_fields(self, draws=NUMBER, shared_prefix=COUNT)
+        check_fields(self, draws=COUNT, shared_prefix=COUNT)
         wrong = [factor for factor in self.factors if factor not in NOT_NEGATIVE]
         if wrong or not self.factors:
             raise Refusal(

@@ -18,7 +18,7 @@ from bayestune.methods.held_out import head_slots
 from bayestune.methods.method import Method
 from bayestune.methods.mle import MLE
 from bayestune.methods.workplace import refuse_parts_of
-from bayestune.posteriors import Gaussian, Point, Posterior
+from bayestune.posteriors import Gaussian, Point, Posterior, Tempered
 from bayestune.scoring import Scorer, row_logits
 from bayestune.training import Meter, Training
 
@@ -31,6 +31,11 @@ def as_point(posterior: Posterior) -> Point:
         raise Refusal(
             f"TFB starts from one adapter: got a {type(posterior).__name__} without a mean; use "
             "its base"
+        )
+    if isinstance(posterior, Tempered):
+        raise Refusal(
+            "TFB takes an adapter, which has no temperature: got one with a temperature, expected "
+            "such as a Point; put the temperature around TFB"
         )
     slots = Slots(posterior.model, posterior.adapter)
     plain = {}

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -39,7 +40,8 @@ class HeadScorer(Scorer):
         Raises:
             Refusal: if the rows do not all have the options of the task's rows.
         """
-        options = next(iter((*self.task.train, *self.task.evaluation, *rows))).options
+        first = next(chain(self.task.train, self.task.evaluation, rows), None)
+        options = first.options if first else ()
         for row in rows:
             if row.options != options:
                 raise Refusal(

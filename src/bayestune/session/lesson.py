@@ -159,8 +159,8 @@ class Lesson:
 
     @property
     def rows(self) -> tuple[Question, ...]:
-        """What the teacher is asked about, without answers."""
-        return self.method.rows(self.session.scorer)
+        """What the teacher may be asked about, without answers."""
+        return self.method.offered(self.session.scorer)
 
     def training(self, training: Training, bf16: bool | None = None) -> Training:
         """A training with the adapter of the posterior's fit, and its precision unless given."""
@@ -186,9 +186,10 @@ class Lesson:
         kept = {name: self.details[name] for name in _AS_TAUGHT if name in self.details}
         own = {field.name: getattr(self.method, field.name) for field in fields(self.method)}
         own["base"] = self.details["fields"]
-        size = len(self.rows[0].fingerprint)
+        learnt = self.method.rows(self.session.scorer, training)
+        size = len(learnt[0].fingerprint)
         seen = seen_fingerprints(self.details, size) | seen_fingerprints(
-            {"seen": fingerprints(self.rows)}, size
+            {"seen": fingerprints(learnt)}, size
         )
         file = self.session.options.unlabelled_data
         told = {"unlabelled_data": file.name if file else None}

@@ -1,7 +1,5 @@
 """Fits an adapter: the settings of a training, its start and its run."""
 
-import hashlib
-import json
 import logging
 import math
 import os
@@ -34,11 +32,11 @@ from bayestune.training.cpu_attention import eager_attention, trains_faster_eage
 from bayestune.training.launched import check_launched
 from bayestune.training.meter import Meter
 from bayestune.training.trainer import ClassTrainer, LengthGroupedTrainer
-from bayestune.whole_files import write_text_whole
 
 logger = logging.getLogger(__name__)
 
-_EARLIER = "earlier_checkpoints.json"
+_STATE = "trainer_state.json"  # which the Trainer writes last
+_EARLIER = "earlier_trainer_state.json"
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 """Makes the optimiser of a PEFT model's trainable parameters."""
@@ -163,12 +161,13 @@ def train(
         check_trainable(scorer.task)
         rows = scorer.encode(scorer.task.train)
     kind = LengthGroupedTrainer if training.group_by_length else ClassTrainer
+    steps = training.total_steps(len(rows))
     with tempfile.TemporaryDirectory() as scratch, StopOnSignal() as stop:
         folder = training.output or Path(scratch)
         trainer = kind(
             model,
             scorer,
-            args=_arguments(training, folder, training.total_steps(len(rows))),
+            args=_arguments(training, folder, steps),
             train_dataset=list(rows),
             callbacks=[*callbacks, stop, ReadableCheckpoints()],
             optimizers=(optimizer(model) if optimizer else None, None),
@@ -178,7 +177,7 @@ def train(
             trainer.add_callback(LogLines)
         if not training.resume:
             start_anew(folder)
-        checkpoint = newest_checkpoint(folder) if training.resume else None
+        checkpoint = _to_go_on_from(folder, callbacks, steps) if training.resume else None
         with eager_attention(model, _eagerly(model, scorer, rows, bf16=training.bf16)):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state = trainer.state
@@ -195,29 +194,45 @@ def _eagerly(model: nn.Module, scorer: Scorer, rows: Sequence[Encoded], *, bf16:
     return trains_faster_eagerly(model, longest, bf16=bf16)
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
+def _to_go_on_from(folder: Path, callbacks: Sequence[Any], steps: int) -> Path | None:
+    """The newest checkpoint before the last step that has what the callbacks keep in it.
+
+    From one of the last step the Trainer would take a step more: the last ones are taken again. One
+    without what a callback keeps is for the callback to refuse, if there is no other.
+    """
+    kept = [callback.kept_file for callback in callbacks if hasattr(callback, "kept_file")]
+    whole = newest_checkpoint(folder, steps, kept)
+    return newest_checkpoint(folder, steps) if whole is None else whole
+
+
+def newest_checkpoint(
+    folder: Path, before: float = math.inf, kept: Collection[str] = ()
+) -> Path | None:
     """The newest checkpoint that was written to its end; one that a kill cut short is skipped.
 
     So are those that stood there when the run was started anew, see `start_anew`.
+
+    Args:
+        folder: of the run.
+        before: the step that it must stand before.
+        kept: files that it must have, of callbacks.
     """
-    file = folder / _EARLIER
-    earlier = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    written = {
-        name: folder / name for name, state in _states(folder).items() if earlier.get(name) != state
-    }
-    return max(written.values(), key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    found: dict[int, Path] = {}
+    for state in folder.glob(f"checkpoint-*/{_STATE}"):
+        step = int(state.parent.name.rpartition("-")[2])
+        if step < before and all((state.parent / name).is_file() for name in kept):
+            found[step] = state.parent
+    return found[max(found)] if found else None
 
 
 def start_anew(folder: Path) -> None:
-    """Notes the checkpoints of an earlier run in a folder, with which this one does not go on."""
-    if is_first_process() and (states := _states(folder)):
-        write_text_whole(folder / _EARLIER, json.dumps(states))
+    """Puts the checkpoints of an earlier run in a folder aside: this one does not go on with them.
 
-
-def _states(folder: Path) -> dict[str, str]:
-    """A hash of each whole checkpoint's state: its steps and losses."""
-    files = folder.glob("checkpoint-*/trainer_state.json")
-    return {file.parent.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    Their state, which is written last, gets another name.
+    """
+    if is_first_process():
+        for state in folder.glob(f"checkpoint-*/{_STATE}"):
+            state.replace(state.with_name(_EARLIER))
 
 
 # transformers has renamed it
