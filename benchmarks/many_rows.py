@@ -28,7 +28,7 @@ OPTIONS = ["billing", "shipping", "returns", "something else"]
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadOptions:
     """How many answers there were, after how long, and the resident memory."""
 
     answers: int
@@ -87,7 +87,7 @@ def memory_of(process: int) -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-def readings(process: subprocess.Popen[bytes], output: Path, count: int) -> Iterator[Reading]:
+def readings(process: subprocess.Popen[bytes], output: Path, count: int) -> Iterator[ReadOptions]:
     """A reading whenever another tenth of the answers is written."""
     begin = time.perf_counter()
     written = 0
@@ -104,7 +104,7 @@ def readings(process: subprocess.Popen[bytes], output: Path, count: int) -> Iter
         written += text.count(b"\n")
         if written >= goal:
             goal += count // TENTHS
-            yield Reading(written, time.perf_counter() - begin, memory_of(process.pid))
+            yield ReadOptions(written, time.perf_counter() - begin, memory_of(process.pid))
 
 
 def measure(options: Namespace, _: torch.device) -> tuple[str, list[Case]]:
@@ -126,7 +126,7 @@ def measure(options: Namespace, _: torch.device) -> tuple[str, list[Case]]:
     return f"{options.count} rows through predict, {options.draws} draws", cases_of(found)
 
 
-def cases_of(found: Sequence[Reading]) -> list[Case]:
+def cases_of(found: Sequence[ReadOptions]) -> list[Case]:
     """Memory and rate at the end over those at the beginning."""
     first = found[0]
     last = found[-1]

@@ -5,7 +5,7 @@ import string
 
 import pytest
 
-from bayestune.data import Reading, load_rows, read_rows, sort_rows
+from bayestune.data import ReadOptions, load_rows, read_rows, sort_rows
 from bayestune.session import TaskOptions, usual_reading
 from running import write_rows
 
@@ -45,7 +45,7 @@ def test_a_number_that_is_no_class_is_no_index(tmp_path):
 
 
 def test_a_reading_of_the_fit_yields_to_a_file_that_it_does_not_fit(tmp_path):
-    reading = Reading(("yes", "no"), usual_answer_is="text")
+    reading = ReadOptions(("yes", "no"), usual_answer_is="text")
     path = rated(tmp_path / "test.jsonl", (1, 0))
     assert chosen(read_rows(path, reading)) == ["no", "yes"]
 
@@ -57,7 +57,7 @@ def test_one_bad_answer_spoils_no_other(tmp_path):
         lines = csv.writer(file)
         lines.writerow(["text", "options", "label"])
         lines.writerows([f"row {i}", "1|2|3|4|5", answer] for i, answer in enumerate(answers))
-    found = sort_rows(path, Reading())
+    found = sort_rows(path, ReadOptions())
     assert chosen(found.questions) == answers[:10]
     assert list(found.problems) == [10]
 

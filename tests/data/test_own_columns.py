@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from bayestune.data import Reading, load_rows, read_rows, sort_rows
+from bayestune.data import ReadOptions, load_rows, read_rows, sort_rows
 
 COLUMNS = {"question": "Ticket Subject", "context": "body", "answer": "queue"}
 TICKETS = [("no invoice", "dear all", "billing"), ("crash", "help", "technical")] * 2
@@ -60,41 +60,41 @@ def test_a_named_column_that_is_not_there_is_refused(tmp_path):
 )
 def test_columns_that_say_nothing_are_refused(columns, said):
     with pytest.raises(ValueError, match=said):
-        Reading(columns=columns)
+        ReadOptions(columns=columns)
 
 
 def test_usual_columns_are_taken_where_they_are(tmp_path):
-    usual = Reading(("billing", "technical"), usual_columns=COLUMNS)
+    usual = ReadOptions(("billing", "technical"), usual_columns=COLUMNS)
     own = read_rows(tickets(tmp_path), usual)
     row = {"question": "no invoice", "context": "dear all", "label": "billing"}
     known = read_rows(lines(tmp_path, row), usual)
     assert own[0].content == known[0].content
     assert own[0].answer == known[0].answer == 0
     swapped = tickets(tmp_path, "swapped.csv", [("a", "b")], ("body", "ticket subject"))
-    found = sort_rows(swapped, Reading(("x", "y"), (), None, {"question": "body"}, COLUMNS))
+    found = sort_rows(swapped, ReadOptions(("x", "y"), (), None, {"question": "body"}, COLUMNS))
     assert found.questions[0].question == "a"
     assert found.questions[0].context == ""
 
 
 def test_classes_are_the_different_answers_in_order(tmp_path):
-    reading = Reading(columns=COLUMNS, from_answers=True)
+    reading = ReadOptions(columns=COLUMNS, from_answers=True)
     found = read_rows(tickets(tmp_path), reading)
     assert {row.options for row in found} == {("billing", "technical")}
     assert [row.answer for row in found] == [0, 1, 0, 1]
     numbers = lines(tmp_path, *({"text": "a", "label": n} for n in (10, 2, 1.0, 2)))
-    found = read_rows(numbers, Reading(from_answers=True))
+    found = read_rows(numbers, ReadOptions(from_answers=True))
     assert found[0].options == ("1", "2", "10")
     assert [row.answer for row in found] == [2, 1, 0, 1]  # not indices
     truths = lines(tmp_path, *({"text": "a", "label": n} for n in (True, False)))
-    assert [row.answer for row in read_rows(truths, Reading(from_answers=True))] == [1, 0]
+    assert [row.answer for row in read_rows(truths, ReadOptions(from_answers=True))] == [1, 0]
     words = lines(tmp_path, *({"text": "a", "label": n} for n in ("None", "nan", "None")))
-    assert read_rows(words, Reading(from_answers=True))[0].options == ("None", "nan")
+    assert read_rows(words, ReadOptions(from_answers=True))[0].options == ("None", "nan")
     with pytest.raises(ValueError, match="no options; give a column 'options'"):
         load_rows(numbers)
 
 
 def test_answers_that_are_no_classes_are_refused(tmp_path):
-    reading = Reading(from_answers=True)
+    reading = ReadOptions(from_answers=True)
     alike = lines(tmp_path, *({"text": "a", "label": "x"} for _ in range(3)))
     with pytest.raises(ValueError, match="all have the same answer 'x'; expected two or more"):
         read_rows(alike, reading)
@@ -103,7 +103,7 @@ def test_answers_that_are_no_classes_are_refused(tmp_path):
         read_rows(free, reading)
     indices = lines(tmp_path, *({"text": "a", "label": n} for n in (0, 1)))
     with pytest.raises(ValueError, match="answers that are the index of an option each"):
-        read_rows(indices, Reading(from_answers=True, answer_is="index"))
+        read_rows(indices, ReadOptions(from_answers=True, answer_is="index"))
     empty = lines(tmp_path, {"text": "a", "label": "x"}, {"text": "b"}, {"text": "c", "label": "y"})
     with pytest.raises(ValueError, match="own.jsonl:2: no column 'answer'"):
         read_rows(empty, reading)

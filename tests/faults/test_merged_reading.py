@@ -13,7 +13,7 @@ import pytest
 from bayestune.cli.output_folder import delete_own
 from bayestune.cli.run_settings import fit_settings, write_settings
 from bayestune.cli.sieve import in_order
-from bayestune.data import Question, Reading, Task, load_rows, sort_rows
+from bayestune.data import Question, ReadOptions, Task, load_rows, sort_rows
 from bayestune.data.prompts import CHOICES
 from bayestune.errors import Refusal
 from bayestune.methods import Distilled, EarlyStopping, Ensemble, check_method
@@ -52,7 +52,7 @@ def test_a_bad_row_spoils_no_other(tmp_path, name):
         path.write_bytes(FILES[name])
     else:
         pd.DataFrame(BAD).to_parquet(path)
-    found = sort_rows(path, Reading(OPTIONS))
+    found = sort_rows(path, ReadOptions(OPTIONS))
     assert [row.id for row in found.questions] == ["r0", "r1", "r3"]
     ((number, (key, problem)),) = found.problems.items()
     assert (number, key) == (2, "r2")
@@ -68,14 +68,14 @@ def test_a_bad_row_spoils_no_other(tmp_path, name):
 def test_lines_and_cells_that_cannot_be_read_stand_alone(tmp_path):
     path = tmp_path / "own.jsonl"
     path.write_bytes(lines(ROWS[:1]) + b"{oops\n[1]\n" + lines(ROWS[1:2]))
-    found = sort_rows(path, Reading(OPTIONS))
+    found = sort_rows(path, ReadOptions(OPTIONS))
     assert {n: key for n, (key, _) in found.problems.items()} == {
         1: "own.jsonl:2",
         2: "own.jsonl:3",
     }
     path = tmp_path / "own.csv"
     path.write_bytes(b"id,text\na,hello, world\nb,fine\n\nc\n")
-    found = sort_rows(path, Reading(OPTIONS))
+    found = sort_rows(path, ReadOptions(OPTIONS))
     assert [row.id for row in found.questions] == ["b"]
     assert [key for key, _ in found.problems.values()] == ["a", "c"]
 
@@ -83,15 +83,15 @@ def test_lines_and_cells_that_cannot_be_read_stand_alone(tmp_path):
 def test_a_bad_answer_spoils_no_other_but_one_rule_holds(tmp_path):
     path = tmp_path / "own.jsonl"
     path.write_bytes(lines([{**ROWS[0], "answer": "no"}, {**ROWS[1], "answer": "nope"}, ROWS[2]]))
-    found = sort_rows(path, Reading(OPTIONS))
+    found = sort_rows(path, ReadOptions(OPTIONS))
     assert [row.answer for row in found.questions] == [1, None]
     assert "did you mean 'no'" in str(found.problems[1][1])
     path.write_bytes(lines([{**ROWS[0], "answer": "B"}, {**ROWS[1], "answer": "1"}]))
     with pytest.raises(Refusal, match="one kind of answer in the whole file"):
-        sort_rows(path, Reading(OPTIONS))
+        sort_rows(path, ReadOptions(OPTIONS))
     path.write_bytes(lines([{**ROWS[0], "answer": 7}]))
     with pytest.raises(Refusal, match="expected an index from 0"):
-        sort_rows(path, Reading(OPTIONS))
+        sort_rows(path, ReadOptions(OPTIONS))
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, name, content):
 def test_options_that_no_row_needs_are_named_once_and_only_if_given(tmp_path, caplog):
     path = tmp_path / "own.jsonl"
     path.write_bytes(lines([{**row, "options": ["a", "b"]} for row in ROWS]))
-    sort_rows(path, Reading(otherwise=OPTIONS))
+    sort_rows(path, ReadOptions(otherwise=OPTIONS))
     load_rows(path, ("b", "a"), labelled=False)
     assert not caplog.messages
     TaskOptions(evaluation_data=path, options=OPTIONS).load(labelled=False)
@@ -123,7 +123,7 @@ def test_a_row_of_other_classes_than_the_heads_stands_alone(tmp_path):
     path.write_bytes(lines([ROWS[0], {**ROWS[1], "options": ["no", "perhaps"]}, ROWS[2]]))
     prompt = {"letter": CHOICES.letter, "text": CHOICES.text}
     details = {"scoring": "head", "class_names": ["no", "yes"], "task": {"prompt": prompt}}
-    rows = sort_rows(path, Reading(OPTIONS))
+    rows = sort_rows(path, ReadOptions(OPTIONS))
     found = of_its_classes(rows, details)
     assert [(row.id, row.options) for row in found.questions] == [
         ("r0", ("no", "yes")),

@@ -9,7 +9,7 @@ from fastapi.testclient import TestClient
 
 from bayestune.decisions import Calibration
 from bayestune.posteriors import posterior_digest
-from bayestune.serving import Limits, Serving, Shelf
+from bayestune.serving import ArtefactStore, Limits, ServiceOptions
 from bayestune.serving.application import make_app
 from bayestune.serving.waiting import Waiting
 
@@ -17,7 +17,9 @@ from bayestune.serving.waiting import Waiting
 @contextmanager
 def serving(folders, limits=None, **settings):
     """A client of a service of these folders."""
-    app = make_app(Shelf(folders), limits or Limits(), Serving(reload_seconds=0, **settings))
+    app = make_app(
+        ArtefactStore(folders), limits or Limits(), ServiceOptions(reload_seconds=0, **settings)
+    )
     with TestClient(app, base_url="http://localhost", raise_server_exceptions=False) as client:
         yield client
 
@@ -32,7 +34,7 @@ def held(client):
         begun.set()
         release.wait(20)
 
-    client.app.state.desk.worker.submit([Waiting(call=work)])
+    client.app.state.handler.worker.submit([Waiting(call=work)])
     assert begun.wait(20)
     try:
         yield release

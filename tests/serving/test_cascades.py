@@ -35,7 +35,7 @@ def test_rows_in_the_band_have_the_draws_and_others_the_first_answer(place, new,
 
     told = bayestune.decide(folder, place / "new.jsonl")
     with serving([folder]) as client:
-        client.app.state.desk.served(None).check_cascade()
+        client.app.state.handler.served(None).check_cascade()
         found = lines_of(client, new, include_draws=True)
         alone = [client.post("/v1/decisions", json=row).json() for row in new[:6]]
     asked = 0
@@ -76,7 +76,7 @@ def test_a_cascade_is_compared_with_the_other_ways(place, tmp_path, capsys):
 
 def test_an_artefact_without_a_cascade_is_not_served_as_one(place):
     with serving([place / "blob"]) as client:
-        served = client.app.state.desk.served(None)
+        served = client.app.state.handler.served(None)
         with pytest.raises(Refusal, match="got --cascade for blob, of '3 draws"):
             served.check_cascade()
 

@@ -18,7 +18,7 @@ from bayestune.decisions import FILE_NAME
 from bayestune.errors import Refusal
 from bayestune.forward import Draws
 from bayestune.scoring import NextToken
-from bayestune.serving import Limits, Serving, Shelf, serve
+from bayestune.serving import ArtefactStore, Limits, ServiceOptions, serve
 from running import fitting, furnish, read_rows, run, write_rows
 
 PARTS = ("total_entropy", "expected_entropy", "mutual_information", "confidence")
@@ -141,8 +141,8 @@ def test_a_written_answer_has_the_probability_that_the_draws_give_it_on_average(
     total = sum(token["logprob"] for token in tokens)
     assert found["bayestune"]["log_probability"] == pytest.approx(total, abs=1e-9)
 
-    desk = client.app.state.desk
-    served = desk.served("blob")
+    handler = client.app.state.handler
+    served = handler.served("blob")
     tokenizer = served.session.loaded.tokenizer
     prompt = tokenizer("what is red?")["input_ids"]
     posterior = served.posterior.on(NextToken())
@@ -167,7 +167,7 @@ def test_a_written_answer_has_the_probability_that_the_draws_give_it_on_average(
 
 
 def test_several_posteriors_have_one_base_in_memory(client, place, new):
-    blob, mle = client.app.state.desk.shelf.all()
+    blob, mle = client.app.state.handler.store.all()
     names = dict(mle.posterior.model.named_parameters())
     shared = 0
     for name, parameter in blob.posterior.model.named_parameters():
@@ -180,7 +180,7 @@ def test_several_posteriors_have_one_base_in_memory(client, place, new):
         same(line, told)
     assert client.get("/v1/models").json()["data"][1]["calibration"] is None
     with pytest.raises(Refusal, match="expected unlike names"):
-        Shelf([place / "blob", place / "blob"])
+        ArtefactStore([place / "blob", place / "blob"])
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_a_calibrated_plain_adapter_is_served(place, new, tmp_path):
     for name in ("posterior.json", "posterior.safetensors"):
         (folder / name).unlink(missing_ok=True)
     with pytest.raises(Refusal, match="is not a posterior: got a plain LoRA adapter"):
-        Shelf([folder])
+        ArtefactStore([folder])
     rows = f"--rows={place / 'held_out.jsonl'}"
     run("calibrate", folder, rows, "--risk=0.8", "--confidence=0.6")
     expected = bayestune.decide(folder, place / "new.jsonl")
@@ -238,19 +238,19 @@ def test_a_calibrated_plain_adapter_is_served(place, new, tmp_path):
 def test_an_artefact_that_changes_is_opened_anew(place, new, tmp_path, caplog):
     folder = shutil.copytree(place / "blob", tmp_path / "blob")
     with serving([folder]) as client:
-        shelf = client.app.state.desk.shelf
+        store = client.app.state.handler.store
         before = ask(client, **new[0])
-        assert shelf.renew() == []
+        assert store.renew() == []
         config = folder / "posterior.safetensors"
         whole = config.read_bytes()
         config.write_bytes(whole[:100])  # as while it is written
-        assert shelf.renew() == []
+        assert store.renew() == []
         assert "is served as it was" in caplog.text
         assert ask(client, **new[0])["artefact"] == before["artefact"]
         shutil.rmtree(folder)
-        assert shelf.renew() == []
+        assert store.renew() == []
         shutil.copytree(place / "mle", folder)
-        assert shelf.renew() == ["blob"]
+        assert store.renew() == ["blob"]
         after = ask(client, **new[0])
         assert after["artefact"] != before["artefact"]
         (told,) = bayestune.decide(folder, [bayestune.Question("a", **as_row(new[0]))])
@@ -267,7 +267,7 @@ def test_too_many_rows_are_turned_away_and_the_others_answered(place, new):
     with serving([place / "blob"], limits) as client, held(client) as release:
         with ThreadPoolExecutor(4) as pool:
             waits = pool.submit(ask, client, rows=new[:3])
-            wait_for(lambda: client.app.state.desk.worker.waiting == 3)
+            wait_for(lambda: client.app.state.handler.worker.waiting == 3)
             reply = client.post("/v1/decisions", json=new[3])
             assert reply.status_code == 429
             assert reply.headers["retry-after"] == "1"
@@ -283,13 +283,13 @@ def test_what_takes_too_long_is_given_up_and_the_service_goes_on(place, new):
         with held(client) as release:
             assert "took too long" in ask(client, **new[0], status=504)
             release.set()
-        client.app.state.desk.limits.__dict__["request_seconds"] = 20.0
+        client.app.state.handler.limits.__dict__["request_seconds"] = 20.0
         assert ask(client, **new[0])["model"] == "blob"
 
 
 def test_rows_that_wait_are_answered_at_the_end(place, new):
     with serving([place / "blob"]) as client, ThreadPoolExecutor(1) as pool:
-        worker = client.app.state.desk.worker
+        worker = client.app.state.handler.worker
         with held(client) as release:
             waits = pool.submit(ask, client, rows=new[:5])
             wait_for(lambda: worker.waiting == 5)
@@ -317,13 +317,13 @@ def test_a_token_is_asked_for_everything_but_health_and_the_page(place, new, mon
 def test_an_address_beyond_this_machine_needs_a_token(monkeypatch, tmp_path):
     monkeypatch.delenv("BAYESTUNE_TOKEN", raising=False)
     with pytest.raises(Refusal, match="without a token: anybody who reaches"):
-        Serving("0.0.0.0").token()
-    assert Serving("0.0.0.0", open_to_all=True).token() is None
-    assert Serving("::1").token() is None
+        ServiceOptions("0.0.0.0").token()
+    assert ServiceOptions("0.0.0.0", open_to_all=True).token() is None
+    assert ServiceOptions("::1").token() is None
     short = tmp_path / "token"
     short.write_text("abc\n")
     with pytest.raises(Refusal, match="a token of 3 characters; expected 16 or more"):
-        Serving(token_file=short).token()
+        ServiceOptions(token_file=short).token()
 
 
 def test_the_extra_is_asked_for_by_name(place, monkeypatch):

@@ -9,7 +9,7 @@ from clients import held, serving, wait_for, with_band
 
 from bayestune.data import Question
 from bayestune.scoring import TextScorer
-from bayestune.serving import Limits, Shelf
+from bayestune.serving import ArtefactStore, Limits
 from bayestune.serving.waiting import Waiting, Worker
 from running import fitting, read_rows, run, write_rows
 
@@ -119,7 +119,7 @@ def test_rows_that_nobody_waits_for_make_room(place, new):
                 reply = client.post("/v1/decisions", json={"rows": new[:3]})
                 assert reply.status_code == 504
             release.set()
-        client.app.state.desk.limits.__dict__["request_seconds"] = 20.0
+        client.app.state.handler.limits.__dict__["request_seconds"] = 20.0
         assert client.post("/v1/decisions", json=new[0]).status_code == 200
         figures = client.get("/metrics").text.splitlines()
     assert "bayestune_pass_rows_sum 1.0" in figures  # the model read none of the others
@@ -151,7 +151,7 @@ def row_of(number, words, options=WORDS[:2]):
 
 
 def test_rows_of_like_length_share_a_pass_the_oldest_first(place):
-    gated = Shelf([place / "mle"]).get(None).decided
+    gated = ArtefactStore([place / "mle"]).get(None).decided
     words = [40, 1, 1, 40, 90, 1, 40, 1]
     rows = [row_of(number, count) for number, count in enumerate(words)]
     done, items = passes_over(gated, rows)
@@ -166,7 +166,7 @@ def test_rows_of_like_length_share_a_pass_the_oldest_first(place):
 
 def test_a_pass_counts_the_sequences_of_rows_with_many_options(place, tmp_path):
     run(*fitting(place, output=tmp_path / "text", method="mle", scoring="text"))
-    gated = Shelf([tmp_path / "text"]).get(None).decided
+    gated = ArtefactStore([tmp_path / "text"]).get(None).decided
     scorer = gated.session.scorer
     assert isinstance(scorer, TextScorer)
     many = [f"{word} {number}" for word in WORDS for number in range(8)]
@@ -181,11 +181,11 @@ def test_a_pass_counts_the_sequences_of_rows_with_many_options(place, tmp_path):
 
 
 def test_a_posterior_of_one_atom_has_the_tokens_of_one_pass(place):
-    gated = Shelf([place / "mle"]).get(None).decided
+    gated = ArtefactStore([place / "mle"]).get(None).decided
     assert gated.way.draws == 10
     rows = [row_of(number, 5) for number in range(10)]
     (encoded,) = gated.session.scorer.encode(rows[:1])
     whole = Limits(pass_tokens=10 * encoded["length"])
     assert len(passes_over(gated, rows, whole)[0]) == 1
-    drawn = Shelf([place / "blob"]).get(None).gated(10)
+    drawn = ArtefactStore([place / "blob"]).get(None).gated(10)
     assert [len(numbers) for numbers, _ in passes_over(drawn, rows, whole)[0]] == [4, 4, 2]

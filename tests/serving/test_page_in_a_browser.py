@@ -11,7 +11,7 @@ import uvicorn
 pytestmark = pytest.mark.browser
 pytest.importorskip("playwright.sync_api")
 
-from bayestune.serving import Limits, Serving, Shelf  # noqa: E402
+from bayestune.serving import ArtefactStore, Limits, ServiceOptions  # noqa: E402
 from bayestune.serving.application import make_app  # noqa: E402
 from browsing import axe_source, chromium  # noqa: E402
 
@@ -20,7 +20,9 @@ SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
 
 @pytest.fixture(scope="module")
 def address(place):
-    app = make_app(Shelf([place / "blob", place / "mle"]), Limits(), Serving(reload_seconds=0))
+    app = make_app(
+        ArtefactStore([place / "blob", place / "mle"]), Limits(), ServiceOptions(reload_seconds=0)
+    )
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_config=None))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

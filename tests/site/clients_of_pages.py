@@ -5,7 +5,7 @@ from urllib.parse import urlsplit
 
 from fastapi.testclient import TestClient
 
-from bayestune.serving import Limits, Serving, Shelf
+from bayestune.serving import ArtefactStore, Limits, ServiceOptions
 from bayestune.serving.application import make_app
 
 
@@ -20,7 +20,7 @@ def asked(folder, words):
     for switch in ("--silent", "--fail", "--retry-connrefused"):
         parser.add_argument(switch, action="store_true")
     given = parser.parse_args(words[1:])
-    app = make_app(Shelf([folder]), Limits(), Serving(reload_seconds=0))
+    app = make_app(ArtefactStore([folder]), Limits(), ServiceOptions(reload_seconds=0))
     with TestClient(app, base_url="http://localhost") as client:
         name, _, value = given.header.partition(": ")
         verb = "POST" if given.data else "GET"

@@ -11,9 +11,16 @@ from bayestune.evaluation import EvaluationOptions
 from bayestune.generation import DrawsAs
 from bayestune.methods import METHODS, TFB, Distilled
 from bayestune.report import Style
-from bayestune.serving import Limits, Serving
-from bayestune.session import OF_THE_FIT, Dtype, LessonRows, RowOptions, TaskOptions, VariantOptions
-from bayestune.sharing import Exporting
+from bayestune.serving import Limits, ServiceOptions
+from bayestune.session import (
+    OF_THE_FIT,
+    DistillationRows,
+    Dtype,
+    RowOptions,
+    TaskOptions,
+    VariantOptions,
+)
+from bayestune.sharing import ExportOptions
 from bayestune.training import Training
 
 _KINDS = "directory, Hub id, .gguf file or pypi:<distribution>==<version>"
@@ -153,7 +160,7 @@ def add_distil(parser: Parser) -> None:
     parser.add_argument("posterior", type=Path, help="a folder of `fit`")
     parser.option("model", str | None, None, "the base model, where it has moved")
     parser.option("bf16", bool | None, None, "bfloat16 autocast; left out: as fitted")
-    parser.add_class_arguments(LessonRows)
+    parser.add_class_arguments(DistillationRows)
     parser.add_class_arguments(Distilled, skip={"base"})
     own = ("lora", "steps", "epochs", "learning_rate", "bf16", "output")
     parser.add_class_arguments(Training, skip={*own})
@@ -165,7 +172,7 @@ def add_export(parser: Parser) -> None:
     """Adapters for servers."""
     parser.add_argument("posterior", type=Path, help=ARTEFACT_HELP)
     parser.needed("to", "folder of the adapters and their manifest")
-    parser.add_class_arguments(Exporting)
+    parser.add_class_arguments(ExportOptions)
     parser.option("model", str | None, None, "the base model, where it has moved")
     parser.option("overwrite", bool, False, "replace an earlier export in the folder")
 
@@ -245,7 +252,7 @@ def add_serve(parser: Parser) -> None:
     about = f"each {ARTEFACT_HELP}, calibrated; the first one is the default"
     parser.add_argument("posteriors", type=Path, nargs="+", help=about)
     parser.option("model", str | None, None, "the base model, where it has moved")
-    parser.add_class_arguments(Serving)
+    parser.add_class_arguments(ServiceOptions)
     parser.add_class_arguments(Limits)
 
 

@@ -20,7 +20,7 @@ from bayestune.cli.run_settings import evaluation_settings, fit_settings
 from bayestune.cli.sieve import told
 from bayestune.data import (
     Part,
-    Reading,
+    ReadOptions,
     SortedRows,
     Task,
     own_task,
@@ -51,8 +51,8 @@ from bayestune.report import (
 )
 from bayestune.runtime import is_first_process
 from bayestune.session import (
-    Fitted,
     Gated,
+    LoadedBase,
     Session,
     TaskOptions,
     details_of,
@@ -187,7 +187,7 @@ def bayesianise(o: Namespace) -> None:
     output = OutputFolder.of(o)
     method = built(TFB, o, base=MLE())
     options = built(TaskOptions, o, data=o.anchor)
-    reading = Reading(options.options, answer_is=options.answer_is, columns=options.columns)
+    reading = ReadOptions(options.options, answer_is=options.answer_is, columns=options.columns)
     rows = read_rows(o.anchor, reading)[: method.anchors]
     task = own_task(o.anchor.stem, rows, ())
     prompt = prompt_of(options.task) if options.task else task.prompt  # named for its prompt
@@ -238,7 +238,7 @@ def compare_methods(
     done = {record["method"] for record in read_records(place)}
     for name, method in methods.items():
         if name not in done:
-            base = _base_of(method, methods, Fitted(session, place, training=training))
+            base = _base_of(method, methods, LoadedBase(session, place, training=training))
             fitted = session.fit(method, training, place / name, base=base)
             fitted = replace(fitted, label=run.labels.get(name, fitted.label))
             results = session.evaluate(fitted, options, run.part)
@@ -250,7 +250,7 @@ def compare_methods(
         write_report(run.output.folder, run.command)
 
 
-def _base_of(method: Any, methods: Mapping[str, Method], fitted: Fitted) -> Method | None:
+def _base_of(method: Any, methods: Mapping[str, Method], fitted: LoadedBase) -> Method | None:
     """A method's base as it was fitted before, in a folder of its name; None if it was not."""
     own = getattr(method, "base", None)
     for name, other in methods.items():

@@ -12,7 +12,7 @@ from bayestune.data import rows_digest
 from bayestune.methods import Distilled
 from bayestune.posteriors import DETAILS, Teacher, read_details
 from bayestune.runtime import is_first_process
-from bayestune.session import Lesson, LessonRows
+from bayestune.session import DistillationRows, Lesson
 from bayestune.training import Training
 
 
@@ -20,7 +20,7 @@ def distil(o: Namespace) -> None:
     """A student of a posterior: one plain LoRA adapter that answers as its draws do."""
     output = OutputFolder.of(o)
     method = built(Distilled, o)
-    rows = built(LessonRows, o)
+    rows = built(DistillationRows, o)
     started = built(Training, o, output=None, bf16=False)
     lesson = Lesson.open(o.posterior, rows, method, o.model)
     training = lesson.training(started, o.bf16)

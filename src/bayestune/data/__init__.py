@@ -18,7 +18,7 @@ from bayestune.data.own_prompts import OwnPrompt, refuse_unshown
 from bayestune.data.prompts import Prompt
 from bayestune.data.public_tasks import TASKS, load_split, load_task, prompt_of
 from bayestune.data.questions import Question, Scoring, rows_digest
-from bayestune.data.reading import Reading
+from bayestune.data.read_options import ReadOptions
 from bayestune.data.tasks import Part, Task, check_ids, check_trainable, own_task, with_unlabelled
 
 __all__ = [
@@ -28,7 +28,7 @@ __all__ = [
     "Part",
     "Prompt",
     "Question",
-    "Reading",
+    "ReadOptions",
     "Scoring",
     "SortedRows",
     "Task",

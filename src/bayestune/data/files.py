@@ -15,7 +15,7 @@ from bayestune.data.conversations import Turns, read_conversation
 from bayestune.data.file_kinds import GivenRow, given_rows
 from bayestune.data.option_lists import checked_options, option_list
 from bayestune.data.questions import Question
-from bayestune.data.reading import Reading
+from bayestune.data.read_options import ReadOptions
 from bayestune.errors import Refusal
 
 logger = logging.getLogger(__name__)
@@ -55,19 +55,19 @@ def load_rows(
             options as its answer, or answers can be read in two ways; file and line are named.
         FileNotFoundError: if there is no such file.
     """
-    reading = Reading(tuple(options), tuple(otherwise), answer_is, columns=columns or {})
+    reading = ReadOptions(tuple(options), tuple(otherwise), answer_is, columns=columns or {})
     return read_rows(Path(path), reading, labelled=labelled)
 
 
 def read_rows(
-    path: Path, reading: Reading, *, labelled: bool | None = True
+    path: Path, reading: ReadOptions, *, labelled: bool | None = True
 ) -> tuple[Question, ...]:
     """Reads a file as `load_rows` does; answers are not looked at if `labelled` is None."""
     return read_rows_and_answers(path, reading, labelled=labelled)[0]
 
 
 def read_rows_and_answers(
-    path: Path, reading: Reading, *, labelled: bool | None = True
+    path: Path, reading: ReadOptions, *, labelled: bool | None = True
 ) -> tuple[tuple[Question, ...], AnswerIs | None]:
     """The rows, and what their answers are: as told, or texts if the options are the answers."""
     file = _read(path, reading, bool(labelled))
@@ -94,7 +94,7 @@ class SortedRows:
     problems: dict[int, tuple[str, Refusal]]
 
 
-def sort_rows(path: Path, reading: Reading) -> SortedRows:
+def sort_rows(path: Path, reading: ReadOptions) -> SortedRows:
     """Reads rows that need no answers as `load_rows` does, but a bad one spoils no other.
 
     Raises:
@@ -167,7 +167,7 @@ class _File:
         return tuple(questions)
 
 
-def _read(path: Path, reading: Reading, labelled: bool) -> _File:
+def _read(path: Path, reading: ReadOptions, labelled: bool) -> _File:
     """The rows of a file, each read by itself."""
     given = given_rows(path)
     if not given:

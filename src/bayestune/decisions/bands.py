@@ -59,7 +59,7 @@ def class_thresholds(
     found = {}
     for index, start in enumerate(starts):
         own = choices == index
-        found[index] = last_kept(values[own], sums[own], each, start, whole=not bounded)
+        found[index] = last_kept(values[own], sums[own], each, start, bounded=bounded)
     return found
 
 

@@ -88,14 +88,14 @@ def bounded_loss_p_value(losses: float, rows: int, risk: float) -> float:
     return min(1.0, math.exp(-rows * entropy), math.e * binomial_p_value(ceiling, rows, risk))
 
 
-def p_value(losses: float, rows: int, risk: float, *, whole: bool) -> float:
+def p_value(losses: float, rows: int, risk: float, *, bounded: bool) -> float:
     """The p-value of a sum of losses among n rows: binomial if all losses are 0 or 1."""
-    if whole:
-        return binomial_p_value(round(losses), rows, risk)
-    return bounded_loss_p_value(losses, rows, risk)
+    if bounded:
+        return bounded_loss_p_value(losses, rows, risk)
+    return binomial_p_value(round(losses), rows, risk)
 
 
-def risk_bound(losses: float, rows: int, confidence: float, *, whole: bool = True) -> float:
+def risk_bound(losses: float, rows: int, confidence: float, *, bounded: bool = False) -> float:
     """The least α that n rows with these losses rule out: an upper bound on the mean loss.
 
     For errors it is Clopper and Pearson's one-sided bound, P(Bin(n, α) ≤ k) = 1 − confidence.
@@ -104,7 +104,7 @@ def risk_bound(losses: float, rows: int, confidence: float, *, whole: bool = Tru
         losses: k errors, or a sum of losses in [0, 1].
         rows: n; no rows give 1.
         confidence: of the bound.
-        whole: whether each loss is 0 or 1.
+        bounded: whether losses may lie between 0 and 1.
 
     >>> round(risk_bound(0, 45, 0.9), 4)
     0.0499
@@ -113,7 +113,7 @@ def risk_bound(losses: float, rows: int, confidence: float, *, whole: bool = Tru
     high = 1.0
     for _ in range(40):
         middle = (low + high) / 2
-        kept = p_value(losses, rows, middle, whole=whole) <= 1 - confidence
+        kept = p_value(losses, rows, middle, bounded=bounded) <= 1 - confidence
         low, high = (low, middle) if kept else (middle, high)
     return high
 
@@ -157,7 +157,7 @@ def rows_for_rate(rate: float, promise: Promise) -> int | None:
 
 
 def _enough(promise: Promise, errors: int, rows: int) -> bool:
-    return p_value(errors, rows, promise.risk, whole=True) <= promise.delta + _ROUNDING
+    return p_value(errors, rows, promise.risk, bounded=False) <= promise.delta + _ROUNDING
 
 
 def smallest_risk(rows: int, confidence: float) -> float:

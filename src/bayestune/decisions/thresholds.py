@@ -102,11 +102,11 @@ class _Sequence:
     rows: Tensor
     losses: Tensor
 
-    def passed(self, promise: Promise, *, whole: bool) -> int:
+    def passed(self, promise: Promise, *, bounded: bool) -> int:
         """How many thresholds keep the promise before the first that does not."""
         pairs = zip(self.losses.tolist(), self.rows.tolist(), strict=True)
         for place, (losses, rows) in enumerate(pairs):
-            if not promise.kept_at(p_value(losses, rows, promise.risk, whole=whole)):
+            if not promise.kept_at(p_value(losses, rows, promise.risk, bounded=bounded)):
                 return place
         return len(self.rows)
 
@@ -213,11 +213,11 @@ def threshold(
     """
     values, sums = checked(scores, losses, bounded=bounded)
     check_enough(len(values), promise)
-    return last_kept(values, sums, promise, start, whole=not bounded)
+    return last_kept(values, sums, promise, start, bounded=bounded)
 
 
 def last_kept(
-    scores: Tensor, losses: Tensor, promise: Promise, start: int | None, *, whole: bool
+    scores: Tensor, losses: Tensor, promise: Promise, start: int | None, *, bounded: bool
 ) -> Threshold:
     """The last threshold kept of checked scores and losses; none if there are too few rows."""
     num_rows = len(scores)
@@ -226,16 +226,16 @@ def last_kept(
     finite = int(scores.isfinite().sum())
     if finite < fewest:
         lost = scores.isfinite().double().dot(losses).item()
-        supported = risk_bound(lost, finite, promise.confidence, whole=whole)
+        supported = risk_bound(lost, finite, promise.confidence, bounded=bounded)
         needed = rows_for_rate(lost / max(1, finite), promise)
         return replace(nothing, supported=supported, needed=needed)
     first = min(max(fewest, start or 0), finite)
     sequence = _sequence(scores, losses, first)
     strictest = (sequence.losses[0].item(), int(sequence.rows[0]))
-    supported = risk_bound(*strictest, promise.confidence, whole=whole)
+    supported = risk_bound(*strictest, promise.confidence, bounded=bounded)
     needed = rows_for_rate(strictest[0] / strictest[1], promise)
     nothing = replace(nothing, supported=supported, needed=needed)
-    passed = sequence.passed(promise, whole=whole)
+    passed = sequence.passed(promise, bounded=bounded)
     if passed == 0:
         return nothing
     last = passed - 1

@@ -3,8 +3,8 @@
 Requests that come together are answered in one pass. `serve` needs the extra `serve`.
 """
 
-from bayestune.serving.limits import Limits, Serving
-from bayestune.serving.shelf import Shelf
+from bayestune.serving.artefact_store import ArtefactStore
+from bayestune.serving.limits import Limits, ServiceOptions
 from bayestune.serving.starting import serve
 
-__all__ = ["Limits", "Serving", "Shelf", "serve"]
+__all__ = ["ArtefactStore", "Limits", "ServiceOptions", "serve"]

@@ -19,32 +19,34 @@ from starlette.exceptions import HTTPException
 
 import bayestune
 from bayestune.errors import Refusal
+from bayestune.serving.artefact_store import ArtefactStore, Served
 from bayestune.serving.counters import Counters
-from bayestune.serving.desk import Desk, TooLarge, Unknown
-from bayestune.serving.doorkeeper import Doorkeeper, error_body
-from bayestune.serving.limits import Limits, Serving
+from bayestune.serving.limits import Limits, ServiceOptions
 from bayestune.serving.paths import Paths
-from bayestune.serving.shelf import Served, Shelf
+from bayestune.serving.request_guard import RequestGuard, error_body
+from bayestune.serving.request_handler import RequestHandler, TooLarge, Unknown
 from bayestune.serving.waiting import Busy, Stopping, Worker
 
 logger = logging.getLogger(__name__)
 
 
-def make_app(shelf: Shelf, limits: Limits | None = None, serving: Serving | None = None) -> FastAPI:
+def make_app(
+    store: ArtefactStore, limits: Limits | None = None, serving: ServiceOptions | None = None
+) -> FastAPI:
     """The service as an ASGI application; its thread starts and ends with it."""
     limits = limits or Limits()
-    serving = serving or Serving()
+    serving = serving or ServiceOptions()
     token = serving.token()
-    counters = Counters(shelf)
+    counters = Counters(store)
     worker = Worker(limits, counters.saw)
-    desk = Desk(shelf, worker, limits, ThreadPoolExecutor(1, "encoding"))
+    handler = RequestHandler(store, worker, limits, ThreadPoolExecutor(1, "encoding"))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         worker.start()
-        shelf.watch(serving.reload_seconds)
+        store.watch(serving.reload_seconds)
         yield
-        shelf.close()
+        store.close()
         await asyncio.to_thread(worker.stop)
 
     app = FastAPI(
@@ -56,20 +58,20 @@ def make_app(shelf: Shelf, limits: Limits | None = None, serving: Serving | None
         redoc_url=None,
     )
     app.add_middleware(
-        Doorkeeper,
+        RequestGuard,
         limits=limits,
         counters=counters,
         token=token,
         local=serving.is_loopback and token is None,
     )
-    app.state.desk = desk
+    app.state.handler = handler
     _say_errors(app)
-    _add_state(app, desk, counters)
-    Paths(desk, counters, serving).add_to(app)
+    _add_state(app, handler, counters)
+    Paths(handler, counters, serving).add_to(app)
     return app
 
 
-def _add_state(app: FastAPI, desk: Desk, counters: Counters) -> None:
+def _add_state(app: FastAPI, handler: RequestHandler, counters: Counters) -> None:
     page, policy = read_page()
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
@@ -78,23 +80,23 @@ def _add_state(app: FastAPI, desk: Desk, counters: Counters) -> None:
 
     @app.get("/healthz", summary="Whether the process can answer at all")
     async def healthz() -> JSONResponse:
-        alive = desk.worker.is_alive
+        alive = handler.worker.is_alive
         return JSONResponse({"status": "ok" if alive else "dead"}, 200 if alive else 503)
 
     @app.get("/readyz", summary="Whether a further request would be taken")
     async def readyz() -> JSONResponse:
-        ready = desk.worker.is_ready
-        told = {"status": "ready" if ready else "busy", "waiting": desk.worker.waiting}
-        return JSONResponse({**told, "models": desk.shelf.names}, 200 if ready else 503)
+        ready = handler.worker.is_ready
+        told = {"status": "ready" if ready else "busy", "waiting": handler.worker.waiting}
+        return JSONResponse({**told, "models": handler.store.names}, 200 if ready else 503)
 
     @app.get("/metrics", summary="Figures for Prometheus", response_class=Response)
     async def metrics() -> Response:
-        await asyncio.to_thread(counters.renew, desk.worker.waiting)
+        await asyncio.to_thread(counters.renew, handler.worker.waiting)
         return Response(generate_latest(counters.registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/v1/models", summary="The artefacts, and how each predicts")
     async def models() -> dict[str, Any]:
-        data = [about(served, desk.limits) for served in desk.shelf.all()]
+        data = [about(served, handler.limits) for served in handler.store.all()]
         return {"object": "list", "data": data}
 
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from bayestune.errors import Refusal
+from bayestune.serving.artefact_store import Served
 from bayestune.serving.bodies import ChatBody, Message, RowBody
-from bayestune.serving.desk import Desk, TooLarge, shortened, told
-from bayestune.serving.shelf import Served
+from bayestune.serving.request_handler import RequestHandler, TooLarge, shortened, told
 from bayestune.serving.waiting import Answer
 from bayestune.serving.written import Written
 from bayestune.session import Gated
@@ -17,25 +17,25 @@ from bayestune.session import Gated
 _TOKENS = 16  # of an answer, unless the request says
 
 
-async def completion(desk: Desk, body: ChatBody) -> dict[str, Any]:
+async def completion(handler: RequestHandler, body: ChatBody) -> dict[str, Any]:
     """The answer to a body, in OpenAI's form; `bayestune` has the decision beside it."""
-    served = desk.served(body.model)
-    gated = desk.gated(served, body)
+    served = handler.served(body.model)
+    gated = handler.gated(served, body)
     options = body.choices
     if options is None:
         options = list(served.options)
     if options:
-        return await _chosen(desk, served, gated, (body, options))
-    return await _written(desk, served, gated, body)
+        return await _chosen(handler, served, gated, (body, options))
+    return await _written(handler, served, gated, body)
 
 
 async def _chosen(
-    desk: Desk, served: Served, gated: Gated, asked: tuple[ChatBody, Sequence[str]]
+    handler: RequestHandler, served: Served, gated: Gated, asked: tuple[ChatBody, Sequence[str]]
 ) -> dict[str, Any]:
     """The likeliest option, with the averaged log-probabilities of all."""
     body, options = asked
     row = RowBody.model_validate({"messages": body.messages, "options": list(options)})
-    (found,) = await desk.answers(served, gated, [row])
+    (found,) = await handler.answers(served, gated, [row])
     assert isinstance(found, Answer)
     line = found.line
     logs = [_log(p) for p in line["probabilities"]]
@@ -47,31 +47,33 @@ async def _chosen(
     return answer | {"bayestune": told(found)}
 
 
-async def _written(desk: Desk, served: Served, gated: Gated, body: ChatBody) -> dict[str, Any]:
+async def _written(
+    handler: RequestHandler, served: Served, gated: Gated, body: ChatBody
+) -> dict[str, Any]:
     """The likeliest tokens, one after the other."""
     if served.fit.details["scoring"] == "head":
         raise Refusal(
             f"got no options for {served.name}, which has a classification head; expected some; "
             "give `options`"
         )
-    most = body.max_completion_tokens or body.max_tokens or min(_TOKENS, _most(desk))
-    if most > _most(desk):
+    most = body.max_completion_tokens or body.max_tokens or min(_TOKENS, _most(handler))
+    if most > _most(handler):
         got = f"max_tokens={most}"
-        raise TooLarge(f"got {got}; expected {_most(desk)} or fewer: answers here are short")
+        raise TooLarge(f"got {got}; expected {_most(handler)} or fewer: answers here are short")
     tokenizer: Any = served.session.loaded.tokenizer
-    ids = await desk.encoded(lambda: prompt_ids(tokenizer, body.messages))
-    desk.refuse_long(served, len(ids) + most)
+    ids = await handler.encoded(lambda: prompt_ids(tokenizer, body.messages))
+    handler.refuse_long(served, len(ids) + most)
     prompt = len(ids)
     written = Written.begin(gated, ids)
     reason = "length"
     for _ in range(most):
-        token = await desk.call(lambda: written.step(body.top_logprobs))
+        token = await handler.call(lambda: written.step(body.top_logprobs))
         if token in _ends(served):
             reason = "stop"
             break
     kept = [one for one in written.tokens if one["id"] not in _ends(served)]
-    text = await desk.encoded(lambda: tokenizer.decode([one["id"] for one in kept]))
-    told = await desk.encoded(lambda: [_of_token(tokenizer, one) for one in written.tokens])
+    text = await handler.encoded(lambda: tokenizer.decode([one["id"] for one in kept]))
+    told = await handler.encoded(lambda: [_of_token(tokenizer, one) for one in written.tokens])
     answer = _answer(served, text, told if body.logprobs else None, reason)
     answer["usage"] = _usage(prompt, len(written.tokens))
     total = sum(one["logprob"] for one in written.tokens)
@@ -93,8 +95,8 @@ def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _most(desk: Desk) -> int:
-    return desk.limits.max_answer_tokens
+def _most(handler: RequestHandler) -> int:
+    return handler.limits.max_answer_tokens
 
 
 def _ends(served: Served) -> set[int]:

@@ -8,7 +8,7 @@ import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from bayestune.decisions import ROW_SCORES, Calibration, as_kept, drift_test, score_rows
-from bayestune.serving.shelf import Shelf
+from bayestune.serving.artefact_store import ArtefactStore
 from bayestune.session import DISTANCE, Gated, RowOutputs
 
 _RECENT = 500  # rows that drift is looked for in
@@ -59,9 +59,9 @@ class Recent:
 class Counters:
     """The figures of one service, in a registry of its own."""
 
-    def __init__(self, shelf: Shelf) -> None:
+    def __init__(self, store: ArtefactStore) -> None:
         self.registry = CollectorRegistry()
-        self._shelf = shelf
+        self._store = store
         self._recent: dict[str, Recent] = {}
         own = {"registry": self.registry, "namespace": "bayestune"}
         self.latency = Histogram(
@@ -91,7 +91,7 @@ class Counters:
         self.pass_tokens.inc(tokens)
         if gated.calibration is None:
             return
-        for served in self._shelf.all():
+        for served in self._store.all():
             if served.decided is gated:
                 recent = self._recent.get(served.name)
                 if recent is None or recent.calibration is not gated.calibration:
@@ -110,7 +110,7 @@ class Counters:
     def renew(self, waiting: int) -> None:
         """Brings the figures up to date that are only looked at when somebody asks."""
         self.waiting.set(waiting)
-        for name, count in list(self._shelf.reloads.items()):
+        for name, count in list(self._store.reloads.items()):
             self.reloads.labels(name).set(count)
         for name, recent in list(self._recent.items()):
             found = recent.drift()

@@ -51,7 +51,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Serving:
+class ServiceOptions:
     """Where a service listens, who may ask it, and what it looks after.
 
     Args:

@@ -8,14 +8,14 @@ from typing import Any
 from fastapi import FastAPI, Request
 
 from bayestune.errors import Refusal
+from bayestune.serving.artefact_store import Served
 from bayestune.serving.bodies import ChatBody, DecisionsBody, ErrorBody, RankBody, RowBody
 from bayestune.serving.chat import completion
 from bayestune.serving.counters import Counters
-from bayestune.serving.desk import Desk, told
-from bayestune.serving.limits import Serving
+from bayestune.serving.limits import ServiceOptions
 from bayestune.serving.own_columns import named, refuse_unknown
 from bayestune.serving.ranking_rows import ranked
-from bayestune.serving.shelf import Served
+from bayestune.serving.request_handler import RequestHandler, told
 from bayestune.session import Gated
 
 _ERRORS: Any = {
@@ -27,9 +27,9 @@ _ERRORS: Any = {
 class Paths:
     """The paths that answer rows; each method's docstring is what the service says of its path."""
 
-    desk: Desk
+    handler: RequestHandler
     counters: Counters
-    serving: Serving
+    serving: ServiceOptions
 
     def add_to(self, app: FastAPI) -> None:
         """Registers them."""
@@ -46,13 +46,13 @@ class Paths:
         Probabilities, choice, entropies in nats, decision, score and set are those of
         `bayestune predict`.
         """
-        served = self.desk.served(body.model)
-        gated = self.desk.gated(served, body)
+        served = self.handler.served(body.model)
+        gated = self.handler.gated(served, body)
         single = body.rows is None
         bodies = [_row(body, served.columns)] if single else _rows(body, served.columns)
         self._note(request, served, bodies)
-        async with asyncio.timeout(self.desk.limits.request_seconds):
-            found = await self.desk.answers(served, gated, bodies)
+        async with asyncio.timeout(self.handler.limits.request_seconds):
+            found = await self.handler.answers(served, gated, bodies)
         lines = []
         for row, outcome in zip(bodies, found, strict=True):
             lines.append(self._line(row, outcome, served, gated, body.include_draws))
@@ -72,11 +72,11 @@ class Paths:
 
     async def rank(self, body: RankBody, request: Request) -> dict[str, Any]:
         """Ranks rows as `bayestune rank` does; the first one teaches the most."""
-        served = self.desk.served(body.model)
+        served = self.handler.served(body.model)
         body.rows = [named(row, served.columns) for row in body.rows]
         self._note(request, served, body.rows)
-        async with asyncio.timeout(self.desk.limits.request_seconds):
-            lines = await ranked(self.desk, served, body)
+        async with asyncio.timeout(self.handler.limits.request_seconds):
+            lines = await ranked(self.handler, served, body)
         return {"model": served.name, "artefact": served.digest, "rows": lines}
 
     async def chat(self, body: ChatBody, request: Request) -> dict[str, Any]:
@@ -84,10 +84,10 @@ class Paths:
 
         Log-probabilities are those of the average over draws; `bayestune` has the decision.
         """
-        served = self.desk.served(body.model)
+        served = self.handler.served(body.model)
         self._note(request, served, ())
-        async with asyncio.timeout(self.desk.limits.request_seconds):
-            answer = await completion(self.desk, body)
+        async with asyncio.timeout(self.handler.limits.request_seconds):
+            answer = await completion(self.handler, body)
         if "decision" in answer["bayestune"]:
             self.counters.decided(served.name, answer["bayestune"]["decision"])
         return answer

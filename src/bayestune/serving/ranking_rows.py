@@ -9,9 +9,9 @@ from torch import Tensor
 from bayestune.decisions import rank_rows, score_rows, spread_out
 from bayestune.errors import Refusal
 from bayestune.forward import Draws
+from bayestune.serving.artefact_store import Served
 from bayestune.serving.bodies import RankBody
-from bayestune.serving.desk import Desk
-from bayestune.serving.shelf import Served
+from bayestune.serving.request_handler import RequestHandler
 from bayestune.serving.waiting import Answer
 from bayestune.session import (
     DISTANCE,
@@ -24,7 +24,7 @@ from bayestune.session import (
 )
 
 
-async def ranked(desk: Desk, served: Served, body: RankBody) -> list[dict[str, Any]]:
+async def ranked(handler: RequestHandler, served: Served, body: RankBody) -> list[dict[str, Any]]:
     """The lines of rows, the one that teaches most first.
 
     Raises:
@@ -32,10 +32,10 @@ async def ranked(desk: Desk, served: Served, body: RankBody) -> list[dict[str, A
     """
     count = Draws().count if body.draws is None else body.draws
     asked = body.model_copy(update={"draws": count, "seed": body.seed or 0})
-    desk.gated(served, asked)  # refuses draws that may not be asked for
+    handler.gated(served, asked)  # refuses draws that may not be asked for
     gated = served.plainly(count, asked.seed or 0)
     answers = []
-    for outcome in await desk.answers(served, gated, body.rows):
+    for outcome in await handler.answers(served, gated, body.rows):
         if isinstance(outcome, Refusal):
             raise outcome
         assert isinstance(outcome, Answer)
@@ -47,7 +47,7 @@ async def ranked(desk: Desk, served: Served, body: RankBody) -> list[dict[str, A
     reference = own_reference(served.calibration)
     near = None
     if served.posterior.has_mean and (by == "bald" or reference is not None):
-        found = await _activations(desk, served, answers)
+        found = await _activations(handler, served, answers)
         near = spread_out(found) if by == "bald" and len(answers) > 1 else None
         scores |= {DISTANCE: reference.of(found)} if reference is not None else {}
     order = rank_rows(logits, number, by, near, asked.seed or 0).tolist()
@@ -60,11 +60,13 @@ async def ranked(desk: Desk, served: Served, body: RankBody) -> list[dict[str, A
     return lines
 
 
-async def _activations(desk: Desk, served: Served, answers: Sequence[Answer]) -> dict[str, Tensor]:
+async def _activations(
+    handler: RequestHandler, served: Served, answers: Sequence[Answer]
+) -> dict[str, Tensor]:
     """A x (N, r) of rows by slot name, some at a time, so that other requests have their turn."""
     scorer = served.session.scorer
     mean = PredictionOptions(0, bf16=served.fit.bf16)
     parts = []
     for window in windows([answer.encoded for answer in answers]):
-        parts.append(await desk.call(partial(mean.watched, served.fit, scorer, window)))
+        parts.append(await handler.call(partial(mean.watched, served.fit, scorer, window)))
     return columns_joined([found for _, found in parts])

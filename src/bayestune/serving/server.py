@@ -11,7 +11,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from bayestune.serving.doorkeeper import error_body
+from bayestune.serving.request_guard import error_body
 
 _GRACE = 30  # seconds for requests in flight at the end
 _MOST_CONNECTIONS = 2048

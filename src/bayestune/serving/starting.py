@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bayestune.errors import Refusal
-from bayestune.serving.limits import Limits, Serving
-from bayestune.serving.shelf import Shelf
+from bayestune.serving.artefact_store import ArtefactStore
+from bayestune.serving.limits import Limits, ServiceOptions
 
 logger = logging.getLogger(__name__)
 
@@ -16,7 +16,7 @@ _EXTRA = {"fastapi", "uvicorn", "prometheus_client", "pydantic", "starlette", "h
 
 def serve(
     folders: Sequence[Path],
-    serving: Serving | None = None,
+    serving: ServiceOptions | None = None,
     limits: Limits | None = None,
     model: str | None = None,
 ) -> None:
@@ -32,7 +32,7 @@ def serve(
         Refusal: if the extra is missing, others than this machine could ask without a token, or an
             artefact cannot be opened.
     """
-    serving = serving or Serving()
+    serving = serving or ServiceOptions()
     limits = limits or Limits()
     token = serving.token()
     try:
@@ -45,9 +45,9 @@ def serve(
         raise Refusal(
             f"got {got}; expected the service's extra; pip install 'bayestune[serve]'"
         ) from problem
-    shelf = Shelf(folders, model)
+    store = ArtefactStore(folders, model)
     if serving.cascade:
-        for served in shelf.all():
+        for served in store.all():
             served.check_cascade()
     if not serving.is_loopback and token is None:
         logger.warning(
@@ -55,7 +55,7 @@ def serve(
             serving.host,
         )
     server.log_as_json()
-    app = application.make_app(shelf, limits, serving)
+    app = application.make_app(store, limits, serving)
     try:
         server.listen(app, serving.host, serving.port, limits.read_seconds)
     except KeyboardInterrupt:  # the signal that uvicorn has obeyed is raised once more

@@ -16,10 +16,10 @@ from bayestune.session.as_fitted import (
 )
 from bayestune.session.compared_ways import VariantOptions
 from bayestune.session.fit import REPORT, Fit, details_of, read_report, shown
-from bayestune.session.fitted import Fitted
 from bayestune.session.gated import Gated, decide, read_calibration
 from bayestune.session.language_fit import LanguageFit
-from bayestune.session.lesson import Lesson, LessonRows
+from bayestune.session.lesson import DistillationRows, Lesson
+from bayestune.session.loaded_base import LoadedBase
 from bayestune.session.opened_model import Dtype, num_classes, open_model
 from bayestune.session.plain_adapter import details_if_any, is_plain, load_any, named_base
 from bayestune.session.prediction_options import PredictionOptions, joined
@@ -44,13 +44,13 @@ __all__ = [
     "PROMPT_LENGTH",
     "REPORT",
     "Artefact",
+    "DistillationRows",
     "Dtype",
     "Fit",
-    "Fitted",
     "Gated",
     "LanguageFit",
     "Lesson",
-    "LessonRows",
+    "LoadedBase",
     "PredictionOptions",
     "RowOptions",
     "RowOutputs",

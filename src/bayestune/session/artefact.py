@@ -10,7 +10,7 @@ from bayestune.data import (
     AnswerIs,
     OwnPrompt,
     Question,
-    Reading,
+    ReadOptions,
     Scoring,
     check_ids,
     checked_columns,
@@ -80,9 +80,9 @@ class RowOptions:
         names = ("scoring", "max_length", "options", "columns", "prompt", "chat", "system")
         return TaskOptions(**{name: getattr(self, name) for name in names})
 
-    def reading(self, place: Path) -> Reading:
+    def reading(self, place: Path) -> ReadOptions:
         """How files of rows are read for a folder's artefact."""
-        usual = Reading() if is_plain(place) else usual_reading(details_of(place))
+        usual = ReadOptions() if is_plain(place) else usual_reading(details_of(place))
         given = {"answer_is": self.answer_is, "columns": self.columns}
         return replace(usual, options=self.options, **given)
 

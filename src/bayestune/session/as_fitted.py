@@ -8,7 +8,7 @@ from typing import Any
 from bayestune.data import (
     Prompt,
     Question,
-    Reading,
+    ReadOptions,
     Scoring,
     SortedRows,
     Task,
@@ -165,10 +165,10 @@ def say_seen(task: str, count: int, total: int) -> None:
         logger.warning(said, count, total, task)
 
 
-def usual_reading(details: Mapping[str, Any]) -> Reading:
+def usual_reading(details: Mapping[str, Any]) -> ReadOptions:
     """How files of rows for a fit are read where nobody says otherwise: as those of the fit."""
     questions = details.get("questions", {})
-    return Reading(
+    return ReadOptions(
         otherwise=options_of(details),
         usual_answer_is=questions.get("answer_is"),
         usual_columns=checked_columns(questions.get("columns", {})),

@@ -25,7 +25,7 @@ from bayestune.session.as_fitted import (
     usual_reading,
 )
 from bayestune.session.fit import Fit, details_of
-from bayestune.session.fitted import Fitted
+from bayestune.session.loaded_base import LoadedBase
 from bayestune.session.session import Session
 from bayestune.session.task_options import TaskOptions
 from bayestune.training import Training
@@ -39,7 +39,7 @@ _NOT_AGAIN += ("options", "columns", "prompt", "chat", "system")
 
 
 @dataclass(frozen=True)
-class LessonRows:
+class DistillationRows:
     """Which rows a student learns from; left out, those that the posterior was trained on.
 
     Args:
@@ -138,7 +138,7 @@ class Lesson:
 
     @classmethod
     def open(
-        cls, folder: Path, rows: LessonRows, method: Distilled, model: str | None = None
+        cls, folder: Path, rows: DistillationRows, method: Distilled, model: str | None = None
     ) -> Self:
         """Loads the rows, then the base model; `model` is its name where it has moved.
 
@@ -176,7 +176,7 @@ class Lesson:
         With `training.resume` it goes on where an earlier run was interrupted.
         """
         here = replace(training, output=output / "checkpoints")
-        taught: Any = replace(self.method, base=Fitted(self.session, self.folder))
+        taught: Any = replace(self.method, base=LoadedBase(self.session, self.folder))
         student = taught.fit(self.session.loaded.model, self.session.scorer, here)
         fit = Fit.of(student, self._details(training))
         fit.save(output)

@@ -11,7 +11,7 @@ from bayestune.data import (
     AnswerIs,
     OwnPrompt,
     Question,
-    Reading,
+    ReadOptions,
     Scoring,
     Task,
     checked_columns,
@@ -98,7 +98,7 @@ class TaskOptions:
         """What is said of the prompt."""
         return OwnPrompt(self.prompt, self.chat, self.system)
 
-    def load(self, *, labelled: bool = True, usual: Reading | None = None) -> Task:
+    def load(self, *, labelled: bool = True, usual: ReadOptions | None = None) -> Task:
         """The task with its rows chosen; `evaluation_data` may lack answers if not `labelled`.
 
         Training rows without any options have the different answers as theirs, and the rows of the
@@ -113,7 +113,7 @@ class TaskOptions:
                 the rows and the prompt do not go together.
         """
         self._check_named()
-        usual = usual or Reading()
+        usual = usual or ReadOptions()
         if self._file is None:
             if self.task is None:
                 said = "no rows were named: taking the embedded questions %r; yours go in --data"
@@ -165,18 +165,18 @@ class TaskOptions:
         return self.task or DEFAULT_TASK
 
     def _rows(
-        self, file: Path | None, usual: Reading, *, labelled: bool | None = True
+        self, file: Path | None, usual: ReadOptions, *, labelled: bool | None = True
     ) -> tuple[Question, ...]:
         if file is None:
             return ()
         return read_rows(file, self._reading(usual), labelled=labelled)
 
-    def _training_rows(self, usual: Reading) -> tuple[tuple[Question, ...], AnswerIs | None]:
+    def _training_rows(self, usual: ReadOptions) -> tuple[tuple[Question, ...], AnswerIs | None]:
         if self.data is None:
             return (), None
         return read_rows_and_answers(self.data, self._reading(usual))
 
-    def _reading(self, usual: Reading) -> Reading:
+    def _reading(self, usual: ReadOptions) -> ReadOptions:
         own = {"options": self.options, "answer_is": self.answer_is, "columns": self.columns}
         return replace(usual, **own)
 

@@ -5,7 +5,7 @@ posterior, and `push_to_hub` uploads it whole.
 """
 
 from bayestune.sharing.card import make_card, write_card
-from bayestune.sharing.draw_folders import Exporting, Server, export
+from bayestune.sharing.draw_folders import ExportOptions, Server, export
 from bayestune.sharing.hub import push_to_hub
 from bayestune.sharing.known import Known
 from bayestune.sharing.manifest import MANIFEST, read_manifest, vllm_command
@@ -13,7 +13,7 @@ from bayestune.sharing.vllm_rules import Finding, vllm_findings
 
 __all__ = [
     "MANIFEST",
-    "Exporting",
+    "ExportOptions",
     "Finding",
     "Known",
     "Server",

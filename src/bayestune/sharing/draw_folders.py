@@ -36,7 +36,7 @@ _AVERAGE = "p(y | x) = 1/S Σ_s softmax(f_s(x) / T), f_s(x) the logits of the cl
 
 
 @dataclass(frozen=True)
-class Exporting:
+class ExportOptions:
     """What is exported of a posterior, and for whom.
 
     Args:
@@ -89,7 +89,7 @@ def export(
     Raises:
         Refusal: if the posterior's draws are not adapters, or the server does not load them.
     """
-    asked = Exporting(**options)
+    asked = ExportOptions(**options)
     place = Path(to).expanduser()
     check_target(place, overwrite)
     source = Source.of(posterior, model)
@@ -151,7 +151,7 @@ def _bare(source: Source) -> tuple[AdapterPosterior | Mixture, float]:
     return posterior, temperature
 
 
-def _student(source: Source, asked: Exporting) -> Path | None:
+def _student(source: Source, asked: ExportOptions) -> Path | None:
     """The folder of the student that goes with the draws."""
     if asked.student is None:
         return student_beside(source)

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 from bayestune.data import Question, checked_options
 from bayestune.errors import Refusal
 from bayestune.scoring import check_lengths, position_limit
+from bayestune.serving.artefact_store import ArtefactStore, Served
 from bayestune.serving.bodies import AskedBody, ChatBody, Message, RowBody
 from bayestune.serving.limits import Limits
-from bayestune.serving.shelf import Served, Shelf
 from bayestune.serving.waiting import Answer, Waiting, Worker
 from bayestune.session import Gated, rows_as_fitted
 
@@ -29,10 +29,10 @@ class Unknown(Refusal):
 
 
 @dataclass(frozen=True)
-class Desk:
+class RequestHandler:
     """Takes bodies in, and hands answers out."""
 
-    shelf: Shelf
+    store: ArtefactStore
     worker: Worker
     limits: Limits
     encoding: ThreadPoolExecutor  # of one thread: a tokenizer may not be used by two at once
@@ -44,10 +44,10 @@ class Desk:
             Unknown: if there is none.
         """
         try:
-            return self.shelf.get(name)
+            return self.store.get(name)
         except KeyError:
             raise Unknown(
-                f"got model={shortened(str(name))}; expected one of {self.shelf.names}; GET "
+                f"got model={shortened(str(name))}; expected one of {self.store.names}; GET "
                 "/v1/models lists them"
             ) from None
 

@@ -13,7 +13,7 @@ from bayestune.training import Training
 
 
 @dataclass(frozen=True)
-class Fitted:
+class LoadedBase:
     """A base that is loaded instead of fitted.
 
     Args:

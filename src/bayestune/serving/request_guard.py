@@ -41,7 +41,7 @@ def error_body(kind: str, message: str) -> dict[str, Any]:
     return {"error": {"type": kind, "message": message}}
 
 
-class Doorkeeper:
+class RequestGuard:
     """Middleware that reads a body whole, within its limits, before anything else sees it."""
 
     def __init__(

@@ -10,7 +10,7 @@ from bayestune.whole_files import JsonRow
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadOptions:
     """How a file of rows is read.
 
     Args:

@@ -143,7 +143,7 @@ class Bases:
         return self._loaded[key].again(shared=not details.get(_BESIDE))
 
 
-class Shelf:
+class ArtefactStore:
     """Artefacts by name, each opened anew when its folder changes."""
 
     def __init__(self, folders: Sequence[Path], model: str | None = None) -> None:
