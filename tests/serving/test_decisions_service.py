@@ -19,6 +19,8 @@ from bayestune.errors import Refusal
 from bayestune.forward import Draws
 from bayestune.scoring import NextToken
 from bayestune.serving import ArtefactStore, Limits, ServiceOptions, serve
+from bayestune.serving.request_handler import service_line
+from bayestune.serving.waiting import Answer
 from running import fitting, furnish, read_rows, run, write_rows
 
 PARTS = ("total_entropy", "expected_entropy", "mutual_information", "confidence")
@@ -87,6 +89,25 @@ def test_messages_are_a_question_and_what_stands_before_it(client, new):
     more = [{"role": "system", "content": "Be brief."}, *said]
     message = ask(client, messages=more, options=row["options"], status=422)
     assert "got a fit whose rows had none" in message
+
+
+@pytest.mark.parametrize(
+    ("decision", "bands", "band"),
+    [
+        ("act", {"act": 0.05, "flag": 0.2}, "act"),
+        ("flag", {"act": 0.05, "flag": 0.2}, "flag"),
+        ("ask", {"act": 0.05, "flag": 0.2}, None),
+        ("act", None, None),
+        ("abstain", None, None),
+    ],
+)
+def test_a_line_names_its_band(decision, bands, band):
+    calibration = {"risk": 0.05, **({"bands": bands} if bands else {})}
+    line = {"decision": decision, "calibration": calibration, "answer": None}
+    told = service_line(Answer(line, torch.zeros(1, 2), {}))
+    assert (told["band"], told["decision"], told["calibration_applied"]) == (band, decision, True)
+    unapplied = service_line(Answer({"calibration": "none"}, torch.zeros(1, 2), {}))
+    assert (unapplied["band"], unapplied["calibration_applied"]) == (None, False)
 
 
 def test_rows_are_ranked_as_by_the_command(client, place, new, tmp_path):

@@ -9,7 +9,7 @@ from typing import Any
 from bayestune.errors import Refusal
 from bayestune.serving.artefact_store import Served
 from bayestune.serving.bodies import ChatBody, Message, RowBody
-from bayestune.serving.request_handler import RequestHandler, TooLarge, shortened, told
+from bayestune.serving.request_handler import RequestHandler, TooLarge, service_line, shortened
 from bayestune.serving.waiting import Answer
 from bayestune.serving.written import Written
 from bayestune.session import Gated
@@ -44,7 +44,7 @@ async def _chosen(
     chosen = _told(line["choice_text"], logs[line["choice"]]) | {"top_logprobs": top}
     answer = _answer(served, line["choice_text"], [chosen] if body.logprobs else None, "stop")
     answer["usage"] = _usage(found.tokens, 1)
-    return answer | {"bayestune": told(found)}
+    return answer | {"bayestune": service_line(found)}
 
 
 async def _written(

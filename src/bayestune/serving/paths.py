@@ -15,7 +15,7 @@ from bayestune.serving.counters import Counters
 from bayestune.serving.limits import ServiceOptions
 from bayestune.serving.own_columns import named, refuse_unknown
 from bayestune.serving.ranking_rows import ranked
-from bayestune.serving.request_handler import RequestHandler, told
+from bayestune.serving.request_handler import RequestHandler, service_line
 from bayestune.session import Gated
 
 _ERRORS: Any = {
@@ -66,7 +66,7 @@ class Paths:
         if isinstance(outcome, Refusal):
             return {"id": row.id, "error": str(outcome)}
         temperature = gated.calibration.temperature if gated.calibration else 1.0
-        line = told(outcome, temperature if with_draws else None)
+        line = service_line(outcome, temperature if with_draws else None)
         self.counters.decided(served.name, line["decision"])
         return line
 

@@ -186,7 +186,7 @@ def _said(body: RowBody, served: Served, key: str) -> tuple[str | None, str, Tur
     return question, "\n".join(f"{role}: {text}" for role, text in turns), ()
 
 
-def told(answer: Answer, temperature: float | None = None) -> dict[str, Any]:
+def service_line(answer: Answer, temperature: float | None = None) -> dict[str, Any]:
     """A line of the service: that of `predict`, with all fields whether calibrated or not.
 
     With a temperature, each draw's probabilities are in it.
