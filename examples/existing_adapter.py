@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import bayestune as bt
-from bayestune import Question
-from bayestune.decisions import CalibrationOptions, Promise
+from bayestune import CalibrationOptions, Promise, Question
 from bayestune.methods import TFB
 from bayestune.posteriors import load_adapter
 

@@ -14,8 +14,16 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from bayestune import BLoB, Lora, Training, calibrate, decide, load_rows
-from bayestune.decisions import CalibrationOptions, Promise
+from bayestune import (
+    BLoB,
+    CalibrationOptions,
+    Lora,
+    Promise,
+    Training,
+    calibrate,
+    decide,
+    load_rows,
+)
 from bayestune.report import promises
 from bayestune.session import Session, TaskOptions
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from bayestune.data import load_rows as load_rows
     from bayestune.data import load_task as load_task
     from bayestune.decisions import Calibration as Calibration
+    from bayestune.decisions import CalibrationOptions as CalibrationOptions
+    from bayestune.decisions import Promise as Promise
     from bayestune.errors import Refusal as Refusal
     from bayestune.evaluation import Adaptive as Adaptive
     from bayestune.evaluation import predict_adaptively as predict_adaptively
@@ -51,7 +53,7 @@ __version__ = "0.2.0"
 _ROOMS = {
     "adapters": "Lora bayesify drawn group_rows",
     "data": "Question Task load_rows load_task",
-    "decisions": "Calibration",
+    "decisions": "Calibration CalibrationOptions Promise",
     "errors": "Refusal",
     "evaluation": "Adaptive predict_adaptively",
     "forward": "Draws",
