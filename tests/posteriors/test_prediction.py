@@ -80,3 +80,14 @@ def test_a_mean_that_is_not_there_and_negative_draws_are_refused(posterior):
         predict(Meanless(posterior.model, end_logits), BATCH, 0)
     with pytest.raises(ValueError, match="got count=-1, first=0, expected neither to be negative"):
         predict(posterior, BATCH, -1)
+
+
+def test_rows_that_are_predicted_in_parts_are_those_predicted_at_once():
+    logits = torch.randn(5, 7, 3, generator=torch.Generator().manual_seed(0))
+    logits[:, 2, 2] = -torch.inf
+    whole = Prediction.of(logits)
+    joined = Prediction.joined([Prediction.of(part) for part in logits.split(3, dim=1)])
+    for name in ("probabilities", "total_entropy", "expected_entropy", "mutual_information"):
+        assert_close(getattr(joined, name), getattr(whole, name), rtol=1e-12, atol=1e-12)
+    assert_close(joined.drawn, whole.drawn, rtol=1e-12, atol=1e-12)
+    assert torch.equal(joined.with_draws(2).drawn, joined.drawn[:2])

@@ -62,6 +62,10 @@ class EvaluationOptions:
         return counts or [count_for(posterior, 0)]
 
 
+DRAWS_TOLD = 32  # of each row, in its file: as many as a picture can show
+_ROWS_AT_ONCE = 1024
+
+
 @dataclass(frozen=True)
 class Evaluated:
     """The predictive of all rows for one number of draws."""
@@ -102,7 +106,15 @@ def evaluate_posterior(
     found = []
     for count in counts:
         logits, seconds = passes[timed[count]]
-        exact = posterior.atoms is not None
-        prediction = Prediction.of(logits[: max(count, 1)], exact=exact)
+        prediction = _predictive(logits[: max(count, 1)], exact=posterior.atoms is not None)
         found.append(Evaluated(count, prediction, seconds, timed[count]))
     return found
+
+
+def _predictive(logits: Tensor, *, exact: bool) -> Prediction:
+    """`Prediction.of` logits, some rows at a time, with the draws that records tell.
+
+    A thousand draws of Laplace would take many times the logits' memory.
+    """
+    parts = [Prediction.of(rows, exact=exact) for rows in logits.split(_ROWS_AT_ONCE, dim=1)]
+    return Prediction.joined([part.with_draws(DRAWS_TOLD) for part in parts])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bayestune.data import Question
 from bayestune.evaluation.adaptive import AdaptivePrediction
-from bayestune.evaluation.evaluate import Evaluated, EvaluationOptions
+from bayestune.evaluation.evaluate import DRAWS_TOLD, Evaluated, EvaluationOptions
 from bayestune.evaluation.gates import class_record, gate_record
 from bayestune.metrics import Bins, summarise
 from bayestune.posteriors import Posterior, Prediction
@@ -26,7 +26,6 @@ Record = dict[str, Any]
 _VOLATILE = ("seconds", "timed_draws", "peak_memory_mb", "versions", "revision", "predictions")
 _VOLATILE += ("gate", "by_class")  # follow from the rows, as the metrics do
 _VOLATILE += ("date", "fit")
-_DRAWS_TOLD = 32  # as many as a picture of a row can show
 _UNCERTAINTY = ("confidence", "total_entropy", "expected_entropy", "mutual_information")
 
 
@@ -129,7 +128,7 @@ def _with_draws(rows: list[dict[str, Any]], prediction: Prediction) -> list[dict
     drawn = prediction.drawn
     if drawn is None or len(drawn) < 2:
         return rows
-    told = drawn[:_DRAWS_TOLD].transpose(0, 1)
+    told = drawn[:DRAWS_TOLD].transpose(0, 1)
     found = []
     for row, draws in zip(rows, told, strict=True):
         own = draws[:, : len(row["probabilities"])].tolist()

@@ -1,8 +1,9 @@
 """The predictive: probabilities averaged over draws, and the uncertainty of each row."""
 
 import math
-from dataclasses import dataclass, field
-from typing import Self
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -76,6 +77,21 @@ class Prediction:
         known = logs.logsumexp(0) - math.log(len(logits))
         more = {"log_probabilities": known, "drawn": draws}
         return cls(probabilities, total, expected, information, **more)
+
+    def with_draws(self, most: int) -> Self:
+        """The same with the probabilities of at most so many draws, in memory of their own."""
+        return replace(self, drawn=None if self.drawn is None else self.drawn[:most].clone())
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """Predictions of some rows each as one of all; of equal numbers of classes and draws."""
+
+        def column(name: str, axis: int = 0) -> Any:
+            own = [getattr(part, name) for part in parts]
+            return None if own[0] is None else torch.cat(own, axis)
+
+        names = [field.name for field in fields(cls) if field.name != "drawn"]
+        return cls(**{name: column(name) for name in names}, drawn=column("drawn", 1))
 
 
 def refuse_one_class(logits: Tensor) -> None:
