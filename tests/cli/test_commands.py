@@ -13,8 +13,7 @@ from transformers import Trainer
 from bayestune.cli import main, parser
 from bayestune.errors import Refusal
 from bayestune.evaluation import read_records
-from bayestune.training import Interrupted
-from bayestune.training.training import newest_checkpoint
+from bayestune.training import Interrupted, newest_checkpoint
 from running import (
     failed,
     fitting,

@@ -131,12 +131,12 @@ def test_a_heads_student_has_its_classes(tmp_path, bert, byte_level):
         ("tfb", {"tfb.evaluations": 2, "tfb.draws": 2}, "fresh"),
         ("temperature", {"base": "ensemble", "ensemble.size": 2, "holdout": 0.25}, 2),
         ("scalabl", {}, "fresh"),
-        ("distilled", {"distilled.steps": 2}, 1),
+        ("distilled", {"distilled.steps": 3}, 1),
     ],
 )
 def test_every_kind_of_posterior_teaches(place, method, more, draws):
     run(*fitting(place, method=method, **more))
-    run(*distilling(place, steps=2))
+    run(*distilling(place))
     told = facts(place)
     assert (told["draws"], told["rows"]) == (draws, 7)
     assert told["digest"] == posterior_digest(place / "out")
@@ -157,9 +157,9 @@ def test_without_a_file_the_training_rows_are_asked_about(place, capsys):
     given = (f"--data={place / 'train.jsonl'}", "--overwrite")
     run(*distilling(place, *given, rows=None))
     assert facts(place)["rows"] == 3  # those that the fit had set aside
-    run(*distilling(place, *given, "--labelled"))
+    run(*distilling(place, *given, "--labelled", steps=6))
     assert facts(place)["rows"] == 7 + 5
-    run(*distilling(place, *given, "--unlabelled_rows=2"))
+    run(*distilling(place, *given, "--unlabelled_rows=2", steps=6))
     assert facts(place)["rows"] == 7 + 2
     write_rows(place / "other.jsonl", own_rows(8, start=50))
     other = (f"--data={place / 'other.jsonl'}", "--overwrite")
@@ -196,9 +196,9 @@ def test_answers_of_unlabelled_rows_are_not_looked_at(place, answer):
     """Not even where they could not be any option."""
     run(*fitting(place, method="mle"))
     write_rows(place / "odd.jsonl", [{**row, "answer": answer} for row in own_rows(5)])
-    run(*distilling(place, rows="odd.jsonl", steps=2))
+    run(*distilling(place, rows="odd.jsonl", steps=3))
     assert facts(place)["rows"] == 5
-    unlabelled = {"unlabelled_data": place / "odd.jsonl", "distilled.steps": 2}
+    unlabelled = {"unlabelled_data": place / "odd.jsonl", "distilled.steps": 3}
     run(*fitting(place, method="distilled", base="mle", output="fitted", **unlabelled))
     assert facts(place, "fitted")["rows"] == 5
 
@@ -209,12 +209,12 @@ def test_a_student_has_seen_its_rows_and_its_teachers(place, capsys):
     write_rows(place / "spare.jsonl", own_rows(60, start=200))
     run(*distilling(place, rows="spare.jsonl"))
     command = ["calibrate", place / "student", f"--rows={place / 'spare.jsonl'}"]
-    assert "got 60 of 60 rows that training saw" in failed(command, capsys)
+    assert "got 8 of 60 rows that training saw" in failed(command, capsys)
     command = ["calibrate", place / "out", f"--rows={place / 'spare.jsonl'}"]
     said = failed([*command, f"--student={place / 'student'}"], capsys)
-    assert "got 60 of 60 rows that training saw" in said
+    assert "got 8 of 60 rows that training saw" in said
     seen = read_details(place / "student")["seen"]
-    assert len(seen) == 12 * (60 + 8)
+    assert len(seen) == 12 * (8 + 8)
     teachers = read_details(place / "out")["seen"]
     assert all(teachers[i : i + 12] in seen for i in range(0, len(teachers), 12))
 

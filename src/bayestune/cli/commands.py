@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
@@ -15,7 +14,7 @@ from bayestune.cli.answers import Answers, LineWriter, readable
 from bayestune.cli.applying import answered, calibrated_result, chosen_way, in_shares, passed
 from bayestune.cli.options import built, chosen_methods
 from bayestune.cli.output_folder import OutputFolder, check_writable
-from bayestune.cli.reporting import origin_of
+from bayestune.cli.reporting import write_report
 from bayestune.cli.run_settings import evaluation_settings, fit_settings
 from bayestune.cli.sieve import told
 from bayestune.data import (
@@ -44,9 +43,6 @@ from bayestune.report import (
     has_shift,
     render,
     renewed,
-    save_figure,
-    summary_figure,
-    write_page,
     write_shift,
 )
 from bayestune.runtime import is_first_process
@@ -257,19 +253,6 @@ def _base_of(method: Any, methods: Mapping[str, Method], fitted: LoadedBase) -> 
         if own == other and (fitted.folder / name / DETAILS).is_file():
             return replace(fitted, folder=fitted.folder / name, method=own)
     return None
-
-
-def write_report(folder: Path, command: str = "") -> None:
-    """Table, picture and page of a results folder, from its records alone."""
-    records = renewed(read_records(folder), folder)
-    tables = evaluation_tables(records)
-    table = render(tables, "markdown")
-    (folder / "table.md").write_text(f"{table}\n", encoding="utf-8")
-    save_figure(summary_figure(records), folder / "summary.png")
-    title = f"{records[0]['task']}, {records[0]['model']}"
-    page = write_page({folder: records}, folder / "report.html", title, origin_of(command))
-    print(render(tables))
-    print(f"report: {page}")
 
 
 def bench(o: Namespace) -> int:

@@ -8,7 +8,15 @@ from jsonargparse import Namespace
 from bayestune.bench import PLAN, finished
 from bayestune.errors import Refusal
 from bayestune.evaluation import RECORDS, Record, read_records
-from bayestune.report import Origin, write_page
+from bayestune.report import (
+    Origin,
+    evaluation_tables,
+    render,
+    renewed,
+    save_figure,
+    summary_figure,
+    write_page,
+)
 from bayestune.runtime import revision, versions
 from bayestune.whole_files import read_json_lines
 
@@ -29,6 +37,19 @@ def report(o: Namespace) -> None:
 def origin_of(command_line: str) -> Origin:
     """This revision and its versions, which a command line asked."""
     return Origin(command_line, revision(), versions())
+
+
+def write_report(folder: Path, command: str = "") -> None:
+    """Table, picture and page of a results folder, from its records alone."""
+    records = renewed(read_records(folder), folder)
+    tables = evaluation_tables(records)
+    table = render(tables, "markdown")
+    (folder / "table.md").write_text(f"{table}\n", encoding="utf-8")
+    save_figure(summary_figure(records), folder / "summary.png")
+    title = f"{records[0]['task']}, {records[0]['model']}"
+    page = write_page({folder: records}, folder / "report.html", title, origin_of(command))
+    print(render(tables))
+    print(f"report: {page}")
 
 
 def title_of(records: Sequence[Record]) -> str:

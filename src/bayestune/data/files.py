@@ -1,6 +1,5 @@
 """Reads the user's own rows from files of the usual kinds."""
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -9,11 +8,12 @@ from os import PathLike
 from pathlib import Path
 
 from bayestune.data.answer_classes import with_classes
-from bayestune.data.answer_readings import Answered, AnswerIs, is_readable, right_options
+from bayestune.data.answer_readings import AnswerIs, is_readable, right_options
 from bayestune.data.column_roles import Columns, Fields, as_text, is_missing
-from bayestune.data.conversations import Turns, read_conversation
-from bayestune.data.file_kinds import GivenRow, given_rows
-from bayestune.data.option_lists import checked_options, option_list
+from bayestune.data.conversations import read_conversation
+from bayestune.data.drafts import Draft, draft_of, possible_options
+from bayestune.data.file_kinds import given_rows
+from bayestune.data.option_lists import checked_options
 from bayestune.data.questions import Question
 from bayestune.data.read_options import ReadOptions
 from bayestune.errors import Refusal
@@ -122,7 +122,7 @@ class _File:
     name: str
     columns: Columns
     ids: dict[int, str]
-    drafts: dict[int, "_Draft"]
+    drafts: dict[int, Draft]
     problems: dict[int, Refusal]
     answer_is: AnswerIs | None = None
     usual: AnswerIs | None = None
@@ -193,10 +193,10 @@ def _read(path: Path, reading: ReadOptions, labelled: bool) -> _File:
         fields, options = with_classes(fields, path.name, answer_is)
         answer_is = "text"
     file = replace(file, answer_is=answer_is, usual=reading.usual_answer_is)
-    advice = _possible_options(fields.values())
+    advice = possible_options(fields.values())
     for number in [number for number in fields if number not in file.problems]:
         try:
-            file.drafts[number] = _draft(given[number], fields[number], options, advice)
+            file.drafts[number] = draft_of(given[number], fields[number], options, advice)
         except Refusal as problem:
             file.problems[number] = problem
     return file
@@ -220,58 +220,8 @@ def _with_conversation(field: Fields, place: str) -> Fields:
     return replace(field, messages=turns, question=question, answer=answer)
 
 
-@dataclass(frozen=True)
-class _Draft:
-    """A row whose right option is not known yet."""
-
-    question: str
-    context: str
-    answered: Answered
-    turns: Turns = ()
-
-
-def _draft(row: GivenRow, field: Fields, options: Sequence[str], advice: str) -> _Draft:
-    """A row's texts, and its answer with its options, its own before those of all rows."""
-    question = _text(row, field)
-    labels: tuple[str, ...] = ()
-    own = tuple(options)
-    if field.options is not None:
-        texts, labels = option_list(field.options, row.place)
-        own = checked_options(texts, f"row {row.place}")
-    elif not own:
-        raise Refusal(
-            f"row {row.place}: no options; give a column 'options' or the same options for all "
-            f"rows{advice}"
-        )
-    answered = Answered(row.place, field.answer, own, labels, field.counted)
-    context = as_text(field.context, "the context", row.place)
-    return _Draft(question, context, answered, field.messages)
-
-
-def _possible_options(fields: Iterable[Fields]) -> str:
-    """Advice that offers the answers of a file as its options; "" where they can be none."""
-    words = sorted({str(f.answer).strip() for f in fields if isinstance(f.answer, str)})
-    return f", such as {json.dumps(words, ensure_ascii=False)}" if 1 < len(words) <= 26 else ""
-
-
-def _text(row: GivenRow, field: Fields) -> str:
-    text = as_text(field.question, "the question", row.place)
-    if not text and is_missing(field.question):
-        got = sorted(map(str, row.cells))
-        raise Refusal(
-            f"row {row.place}: no column 'question' or 'text'; got the columns {got}, expected a "
-            "text in one of these; name and fill it"
-        )
-    if not text:
-        raise Refusal(
-            f"row {row.place}: got the question {field.question!r}, which is how a missing value "
-            "is written, expected a text; fill it or drop the row"
-        )
-    return text
-
-
 def _answers(
-    drafts: Collection[_Draft],
+    drafts: Collection[Draft],
     labelled: bool,
     answer_is: AnswerIs | None,
     usual: AnswerIs | None,

@@ -15,8 +15,9 @@ from bayestune.decisions.bounds import (
     rows_needed,
     smallest_risk,
 )
-from bayestune.decisions.calibrating import CalibrationOptions, calibrate, parts
+from bayestune.decisions.calibrating import calibrate, parts
 from bayestune.decisions.calibration import FILE_NAME, Calibration, as_kept
+from bayestune.decisions.calibration_options import CalibrationOptions
 from bayestune.decisions.cascade import doubtful_band
 from bayestune.decisions.comparing import HeldOut, Trial, Variant, compare, kept
 from bayestune.decisions.costs import losses_of

@@ -4,14 +4,13 @@
 """
 
 from bayestune.training.callbacks import Interrupted, NotFiniteError, Terminated, add_to_log
+from bayestune.training.checkpoints import newest_checkpoint, start_anew
 from bayestune.training.meter import Meter
 from bayestune.training.training import (
     Training,
     adamw,
     fit_adapter,
-    newest_checkpoint,
     start_adapter,
-    start_anew,
     train,
 )
 

@@ -25,9 +25,10 @@ from bayestune.errors import (
     check_fields,
 )
 from bayestune.posteriors import FitReport
-from bayestune.runtime import is_first_process, num_processes
+from bayestune.runtime import num_processes
 from bayestune.scoring import Encoded, Scorer, TextScorer
 from bayestune.training.callbacks import LogLines, ReadableCheckpoints, StopOnSignal
+from bayestune.training.checkpoints import start_anew, to_go_on_from
 from bayestune.training.cpu_attention import eager_attention, trains_faster_eagerly
 from bayestune.training.launched import check_launched
 from bayestune.training.meter import Meter
@@ -35,8 +36,6 @@ from bayestune.training.trainer import ClassTrainer, LengthGroupedTrainer
 
 logger = logging.getLogger(__name__)
 
-_STATE = "trainer_state.json"  # which the Trainer writes last
-_EARLIER = "earlier_trainer_state.json"
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 """Makes the optimiser of a PEFT model's trainable parameters."""
@@ -177,7 +176,7 @@ def train(
             trainer.add_callback(LogLines)
         if not training.resume:
             start_anew(folder)
-        checkpoint = _to_go_on_from(folder, callbacks, steps) if training.resume else None
+        checkpoint = to_go_on_from(folder, callbacks, steps) if training.resume else None
         with eager_attention(model, _eagerly(model, scorer, rows, bf16=training.bf16)):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state = trainer.state
@@ -192,47 +191,6 @@ def _eagerly(model: nn.Module, scorer: Scorer, rows: Sequence[Encoded], *, bf16:
         return False  # the mask of packed rows fits the model's own attention only
     longest = max(row.get("length", math.inf) for row in rows)
     return trains_faster_eagerly(model, longest, bf16=bf16)
-
-
-def _to_go_on_from(folder: Path, callbacks: Sequence[Any], steps: int) -> Path | None:
-    """The newest checkpoint before the last step that has what the callbacks keep in it.
-
-    From one of the last step the Trainer would take a step more: the last ones are taken again. One
-    without what a callback keeps is for the callback to refuse, if there is no other.
-    """
-    kept = [callback.kept_file for callback in callbacks if hasattr(callback, "kept_file")]
-    whole = newest_checkpoint(folder, steps, kept)
-    return newest_checkpoint(folder, steps) if whole is None else whole
-
-
-def newest_checkpoint(
-    folder: Path, before: float = math.inf, kept: Collection[str] = ()
-) -> Path | None:
-    """The newest checkpoint that was written to its end; one that a kill cut short is skipped.
-
-    So are those that stood there when the run was started anew, see `start_anew`.
-
-    Args:
-        folder: of the run.
-        before: the step that it must stand before.
-        kept: files that it must have, of callbacks.
-    """
-    found: dict[int, Path] = {}
-    for state in folder.glob(f"checkpoint-*/{_STATE}"):
-        step = int(state.parent.name.rpartition("-")[2])
-        if step < before and all((state.parent / name).is_file() for name in kept):
-            found[step] = state.parent
-    return found[max(found)] if found else None
-
-
-def start_anew(folder: Path) -> None:
-    """Puts the checkpoints of an earlier run in a folder aside: this one does not go on with them.
-
-    Their state, which is written last, gets another name.
-    """
-    if is_first_process():
-        for state in folder.glob(f"checkpoint-*/{_STATE}"):
-            state.replace(state.with_name(_EARLIER))
 
 
 # transformers has renamed it
