@@ -1,3 +1,4 @@
+import ast
 import re
 from pathlib import Path
 
@@ -132,3 +133,24 @@ def test_the_package_names_only_commands_that_exist():
     for path in (ROOT / "src").rglob("*.py"):
         named = re.findall(r"`bayestune ([a-z][\w-]*)", path.read_text(encoding="utf-8"))
         assert set(named) <= set(COMMANDS), path
+
+
+# git, pip, accelerate, vLLM, the Hub's command line, and what argparse adds
+OF_OTHERS = {"--always", "--dirty", "--exclude", "--show-toplevel", "--no-deps", "--only-binary"}
+OF_OTHERS |= {"--multi_gpu", "--mixed_precision", "--fsdp_version", "--local-dir", "--version"}
+OF_OTHERS |= {"--enable-lora", "--lora-modules", "--max-lora-rank", "--max-loras"}
+
+
+def test_every_option_that_the_source_names_exists():
+    """A refusal's remedy can be typed."""
+    (commands,) = (a for a in make_parser()._actions if isinstance(a.choices, dict))
+    known = set(OF_OTHERS)
+    for command in COMMANDS:
+        known.update(*(action.option_strings for action in commands.choices[command]._actions))
+    unknown = {}
+    for path in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                named = re.findall(r"(?<![\w-])--[a-z](?:[\w.-]*\w)?", node.value)
+                unknown |= {name: path.name for name in named if name not in known}
+    assert unknown == {}
