@@ -340,3 +340,10 @@ def test_of_more_rows_than_its_steps_reach_a_student_learns_a_choice_by_the_seed
     assert student.teacher.rows == 4
     assert len(load_file(tmp_path / "taught/targets.safetensors")["targets"][0]) == 4
     assert len(method.rows(scorer, replace(training, accumulation=len(rows)))) == len(rows)
+
+
+def test_a_student_that_was_saved_beside_the_parts_stays(case, tmp_path):
+    student = case.fit(Distilled(MLE(), steps=2))
+    save_posterior(student, tmp_path / "student")
+    case.fit(Distilled(MLE(), steps=2), output=tmp_path)
+    assert (tmp_path / "student/posterior.json").is_file()

@@ -59,6 +59,8 @@ class Ensemble:
             folders = [place / f"member-{k}" for k in range(self.size)]
             one = replace(self, size=1)  # there may be more members
             facts = facts_of(one, model, scorer, training)
+            for folder in () if training.resume else folders:
+                in_first_process(partial((folder / DETAILS).unlink, missing_ok=True))
             check_started(place, facts, folders, resume=training.resume)
             for k, folder in enumerate(folders):
                 if training.resume and (folder / DETAILS).is_file():

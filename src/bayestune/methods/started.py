@@ -59,7 +59,7 @@ def check_started(place: Path, facts: Facts, parts: Collection[Path] = (), *, re
     Args:
         place: where its parts are kept.
         facts: of `facts_of`.
-        parts: its parts' folders, which hold nothing else.
+        parts: its parts' folders; a posterior that lies in one itself stays.
         resume: whether it goes on with the parts that are there.
 
     Raises:
@@ -89,7 +89,8 @@ def _begin(place: Path, facts: Facts, parts: Collection[Path], resume: bool) -> 
 def _forget(part: Path) -> None:
     for name in _KEPT:
         for kept in part.rglob(name):
-            kept.unlink()
+            if kept != part / DETAILS:  # a posterior that was saved there is not a part of a part
+                kept.unlink()
     for checkpoint in part.rglob("checkpoint-*"):
         start_anew(checkpoint.parent)
 
