@@ -44,7 +44,7 @@ from bayestune.session import (
     details_of,
     shown,
 )
-from bayestune.whole_files import write_json_lines
+from bayestune.whole_files import replaced, write_json_lines
 from studies.score_price_table import Collected, records_of, table
 
 FOLDER = Path(__file__).parents[1] / "results/decisions/scores"
@@ -155,9 +155,8 @@ def keep(
         "labels": torch.tensor([row.answer for row in rows]),
     }
     kept = {name: values.contiguous() for name, values in tensors.items()}
-    scratch = path.with_suffix(".partial")
-    save_file(kept, scratch, {"facts": json.dumps(facts)})
-    scratch.replace(path)
+    with replaced(path) as scratch:
+        save_file(kept, scratch, {"facts": json.dumps(facts)})
     print(f"{path.name}: {facts['cpu_seconds']} s of one thread for {len(rows)} rows", flush=True)
     detach(fit.posterior.model)
 

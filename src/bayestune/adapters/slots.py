@@ -280,7 +280,8 @@ def drawn(
     def begin(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         nonlocal passes
         passes += 1
-        arrivals.silent = arrivals.silent or why_silent(slots.layers, slots.adapter)
+        if not arrivals.called:
+            arrivals.silent = arrivals.silent or why_silent(slots.layers, slots.adapter)
         given = (*args, *kwargs.values())
         arrivals.rows = next((len(x) for x in given if isinstance(x, Tensor) and x.dim()), None)
 

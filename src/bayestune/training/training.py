@@ -36,7 +36,6 @@ from bayestune.training.trainer import ClassTrainer, LengthGroupedTrainer
 
 logger = logging.getLogger(__name__)
 
-
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 """Makes the optimiser of a PEFT model's trainable parameters."""
 
