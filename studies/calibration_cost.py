@@ -25,6 +25,7 @@ from bayestune.forward import Draws
 from bayestune.posteriors import Gaussian
 from bayestune.scoring import Encoded, Scorer, row_logits
 from bayestune.session import Session, TaskOptions
+from bayestune.whole_files import replaced
 from harness import Action, environment, interleave, quantile
 from studies.calibration_page import render
 from studies.calibration_table import (
@@ -158,9 +159,8 @@ def keep(one: Subject, setting: Setting, part: str, options: Namespace) -> None:
         return
     begin = time.perf_counter()
     logits = one.logits(setting, one.rows[part], options.batch)
-    partial = path.with_suffix(".partial")
-    save_file({"logits": logits.contiguous(), "labels": one.labels[part]}, partial)
-    partial.replace(path)
+    with replaced(path) as scratch:
+        save_file({"logits": logits.contiguous(), "labels": one.labels[part]}, scratch)
     seconds = time.perf_counter() - begin
     print(f"{options.task} {part} {setting.name}: {seconds:.1f} s", flush=True)
 

@@ -20,6 +20,7 @@ from bayestune.scoring import Encoded, Scorer
 from bayestune.training import Training
 from bayestune.whole_files import replaced
 
+ASKED = "asked-*.safetensors"  # parts of targets
 _BATCH = 8  # rows that share a fresh draw
 _PART = 32  # batches that are kept together, so that an interrupted run goes on behind them
 
@@ -114,7 +115,7 @@ def save_targets(targets: Tensor, file: Path) -> None:
 
 def forget(folder: Path) -> None:
     """Removes the parts of targets that are kept in a folder."""
-    for path in folder.glob("asked-*.safetensors"):
+    for path in folder.glob(ASKED):
         path.unlink(missing_ok=True)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bayestune.adapters import Lora
 from bayestune.data import digest, rows_digest
 from bayestune.errors import Refusal
+from bayestune.methods.asking import ASKED
 from bayestune.methods.method import Method
 from bayestune.posteriors import DETAILS
 from bayestune.runtime import in_first_process
@@ -23,7 +24,7 @@ STARTED = "started.json"
 TAUGHT = "taught.json"
 LOSSES_BY_NOISE = "noise_choice.json"
 # what says that a part of a fit is there
-_KEPT = (STARTED, DETAILS, TAUGHT, LOSSES_BY_NOISE, "asked-*.safetensors")
+_KEPT = (STARTED, DETAILS, TAUGHT, LOSSES_BY_NOISE, ASKED)
 
 Facts = Mapping[str, Any]
 

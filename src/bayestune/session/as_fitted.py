@@ -144,6 +144,12 @@ def seen_rows(details: Mapping[str, Any], rows: Sequence[Question]) -> int | Non
     return sum(row.fingerprint in known for row in rows)
 
 
+def seen_facts(details: Mapping[str, Any], rows: Sequence[Question]) -> dict[str, int]:
+    """The same as records say it; nothing of an older folder."""
+    seen = seen_rows(details, rows)
+    return {} if seen is None else {"seen_rows": seen}
+
+
 def seen_fingerprints(details: Mapping[str, Any], size: int) -> set[str]:
     """The fingerprints, of so many characters, of a fit's training rows; none in older folders."""
     text = details.get("seen", "")

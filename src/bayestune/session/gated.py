@@ -24,7 +24,7 @@ from bayestune.evaluation import (
 from bayestune.forward import Draws
 from bayestune.posteriors import Prediction, artefact_folder, is_hub_id, posterior_digest
 from bayestune.session.artefact import Artefact, Rows, content_of, rows_of, unsure_options
-from bayestune.session.as_fitted import in_order, of_its_classes, seen_rows, usual_reading
+from bayestune.session.as_fitted import in_order, of_its_classes, seen_facts, usual_reading
 from bayestune.session.fit import Fit, details_of
 from bayestune.session.prediction_options import PredictionOptions
 from bayestune.session.row_predictor import DISTANCE, RowOutputs, RowPredictor, kept_reference
@@ -125,9 +125,7 @@ class Gated:
         count = self.way.draws if self.fit.posterior.atoms is None else self.fit.posterior.atoms
         count = 0 if count == 1 and self.fit.posterior.atoms else count
         found = Evaluated(count, self._prediction(outputs.logits), seconds, count)
-        facts = self._facts(count)
-        if (seen := seen_rows(self.fit.details, rows)) is not None:
-            facts["seen_rows"] = seen
+        facts = self._facts(count) | seen_facts(self.fit.details, rows)
         used = {"draws": (count,), "draw_seed": self.way.draw_seed, "shared_prefix": None}
         result = make_result(facts, rows, found, replace(options, **used))
         return self._with_decisions(result, rows, self.decided(rows, outputs))

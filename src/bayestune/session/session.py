@@ -30,6 +30,7 @@ from bayestune.session.as_fitted import (
     prompt_of_fit,
     put_as_fitted,
     say_seen,
+    seen_facts,
     seen_rows,
     usual_reading,
 )
@@ -222,9 +223,7 @@ class Session:
         for one in evaluated:
             label = label_of(fit.label, one.draws, posterior, options.shared_prefix)
             facts: dict[str, Any] = {"task": self.task.name, "rows": part, "label": label}
-            facts |= fit.facts(self.options)
-            if (seen := seen_rows(fit.details, rows)) is not None:
-                facts["seen_rows"] = seen
+            facts |= fit.facts(self.options) | seen_facts(fit.details, rows)
             results.append(make_result(facts, rows, one, options))
         return results
 
