@@ -1,4 +1,4 @@
-"""On a GPU: what is fitted there answers on the CPU as it does there. Without one, all is skipped."""
+"""On a GPU: what is fitted there answers on the CPU as it does there."""
 
 import pytest
 import torch
@@ -44,9 +44,7 @@ def test_draws_are_the_same_on_the_cpu(name, tmp_path):
 def test_the_mean_of_a_fit_in_bfloat16_is_near_the_one_in_float32(name):
     case = Case()
     method = METHODS[name](**SETTINGS.get(name, {}))
-    one, half = (
-        case.fit(method, bf16=bf16).logits(case.batch, Draws(0)) for bf16 in (False, True)
-    )
+    one, half = (case.fit(method, bf16=bf16).logits(case.batch, Draws(0)) for bf16 in (False, True))
     options = one.isfinite()
     assert_close(half[options].float(), one[options], rtol=0.1, atol=0.1)
 

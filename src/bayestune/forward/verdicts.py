@@ -126,22 +126,22 @@ def _padding(inputs: Batch) -> Hashable:
     return tuple(ends.tolist())
 
 
-def agrees(logits: Tensor, alone: Tensor, index: int, model: nn.Module) -> bool | None:
-    """Whether one draw of a pass is what it is alone, up to rounding or 1 % of the draws' spread.
+def agrees(logits: Tensor, alone: Tensor, index: int | slice, model: nn.Module) -> bool | None:
+    """Whether draws of a pass are what they are alone, up to rounding or 1 % of the draws' spread.
 
     Args:
         logits: of the pass, (S, N, …).
-        alone: the draw's own, (N, …).
-        index: which of the S it is.
+        alone: one draw's own, (N, …), or those of several.
+        index: which of the S they are.
         model: whose types say how large rounding is.
 
     Returns:
         None if the draws hardly differ, so that another's logits would have passed too.
     """
-    if logits.shape[1:] != alone.shape:
-        return False
     own = logits[index].double()
     other = alone.double()
+    if own.shape != other.shape:
+        return False
     if not torch.equal(own.isfinite(), other.isfinite()):
         return False
     gap = _size(own - other)
@@ -149,8 +149,6 @@ def agrees(logits: Tensor, alone: Tensor, index: int, model: nn.Module) -> bool 
     spread = 0.0
     if len(logits) > 1:
         spread = _size(logits.double().std(0))
-        if _size((logits.double() - other).flatten(1)) == 0:
-            return None
     if gap > max(rounding, OF_SPREAD * spread):
         return False
     return True if len(logits) == 1 or spread > 3 * rounding else None

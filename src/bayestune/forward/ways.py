@@ -143,14 +143,25 @@ class Ways:
             return True
         found: bool | None = False
         if len(logits) % chunk.size == 0:
-            place = chunk.size // 2  # a wrong way might be right for the first or the last
-            alone = self._alone(chunk, place)
-            together = logits.unflatten(0, (chunk.size, -1))
-            found = agrees(together, alone, place, self.slots.model)
+            found = self._agrees(logits.unflatten(0, (chunk.size, -1)), chunk)
         verdicts.put((kind, way, share), found)
         if found is False:
             verdicts.put((kind, way), found)
         return found is not False
+
+    def _agrees(self, together: Tensor, chunk: Chunk) -> bool | None:
+        """Whether a draw of a pass is what it is alone; if not, whether all of them together are.
+
+        One draw of a small batch has few logits: by chance they may be small beside what rounding
+        changes, on a GPU in 16 bits above all. Draws that share a wrong pass are all wrong.
+        """
+        model = self.slots.model
+        place = chunk.size // 2  # a wrong way might be right for the first or the last
+        found = agrees(together, self._alone(chunk, place), place, model)
+        if found is not False or chunk.size == 1:
+            return found
+        alone = torch.stack([self._alone(chunk, place) for place in range(chunk.size)])
+        return agrees(together, alone, slice(None), model)
 
     def _check_arrived(self, arrivals: Arrivals, chunk: Chunk) -> None:
         """Refuses passes that use no draw; names, once, slots that a pass does not use."""
