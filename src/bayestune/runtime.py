@@ -17,6 +17,8 @@ from accelerate.utils import parse_flag_from_env
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from transformers.utils import logging as transformers_logging
 
+import bayestune
+
 try:
     import resource
 except ImportError:  # Windows has none
@@ -123,9 +125,9 @@ def peak_memory_mb() -> float:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries a figure depends on."""
-    names = ("bayestune", "torch", "transformers", "peft", "accelerate")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+    """Versions of Python, of this package, and of the libraries a figure depends on."""
+    own = {"python": platform.python_version(), "bayestune": bayestune.__version__}
+    return own | {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")}
 
 
 def revision() -> str | None:

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from bayestune.data import Question
 from bayestune.scoring import LetterScorer, TextScorer, batches_by_length, make_scorer
+from promises import Case
 
 
 @pytest.fixture
@@ -50,6 +51,22 @@ def test_unknown_scoring(byte_level, wide):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    ("scoring", "options"),
+    [
+        ("letter", {}),
+        ("text", {"layout": "packed"}),
+        ("text", {"layout": "expanded"}),
+        ("head", {}),
+    ],
+)
+def test_a_batch_can_be_pinned_for_a_gpu(scoring, options):
+    """Each element has memory of its own; a Trainer pins batches where there is a GPU."""
+    case = Case(scoring, **options)
+    for name, value in case.scorer.collate(case.scorer.encode(case.task.train)).items():
+        assert torch._debug_has_internal_overlap(value) == 0, name
+
+
 def test_letter_logits_are_those_of_each_row_alone(with_bos, wide):
     five = Question("e", "red?", tuple("uvwxy"), 0)  # more options than any row of the task
     questions = (*RAGGED, five)

@@ -5,10 +5,10 @@ row's Jacobian of that logit with respect to W is J = Σ_t g_t a_tᵀ, of W's sh
 each other, so one backward pass on a sum over rows gives every row's g.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,10 @@ from bayestune.forward import (
     agrees,
     checked,
     coincidences,
+    finite_rms,
     kind_of,
     on_device,
+    sizes_change,
 )
 
 Calls = dict[str, list[tuple[Tensor, Tensor]]]
@@ -101,8 +103,11 @@ def traced(
         num_rows = len(trace.logits)
         whole = num_rows > 1 and num_rows == rows_of(inputs)
         if whole and verdicts.due(kind):
-            alone = _traced(model, score, some_rows(inputs, num_rows - 1, num_rows), slots)
-            verdicts.put(kind, _has_row(trace, alone, num_rows - 1, model))
+            row = some_rows(inputs, num_rows - 1, num_rows)
+            alone = _traced(model, score, row, slots)
+            score_of = partial(score, model)
+            by_size = sizes_change(score_of, on_device(row, model), alone.logits, num_rows)
+            verdicts.put(kind, _has_row(trace, alone, num_rows - 1, by_size, model))
             if verdicts.wrong(kind):
                 _refuse_rows(next(iter(slots)))
     return trace
@@ -121,21 +126,38 @@ def _traced(
     return Trace(logits, calls)
 
 
-def _has_row(trace: Trace, alone: Trace, place: int, model: nn.Module) -> bool:
-    """Whether every slot saw of one row of a batch what it sees of the row alone."""
+def _has_row(
+    trace: Trace, alone: Trace, place: int, by_size: Callable[[], Tensor], model: nn.Module
+) -> bool:
+    """Whether every slot saw of one row of a batch what it sees of the row alone.
+
+    Args:
+        trace: of the batch.
+        alone: of the row.
+        place: of the row in the batch.
+        by_size: what a batch's size alone changes of the row's logits: of the activations, whose
+            rows are in question, it would not tell.
+        model: which was traced.
+    """
     if trace.calls.keys() != alone.calls.keys():
         return False
+    num_rows = len(trace.logits)
+    change = cache(lambda: finite_rms(by_size()) / finite_rms(alone.logits))
     for name, calls in trace.calls.items():
         others = alone.calls[name]
         if len(calls) != len(others):
             return False
         for (a, _), (b, _) in zip(calls, others, strict=True):
-            if a[..., 0].numel() % len(trace.logits):
+            if a[..., 0].numel() % num_rows:
                 return False
-            own = _by_row(a, len(trace.logits), name)[place]
-            if agrees(own[None], _by_row(b, 1, name)[0], 0, model) is False:
+            own, row = _by_row(a, num_rows, name)[place], _by_row(b, 1, name)[0]
+            if agrees(own[None], row, 0, model, partial(_share, row, change)) is False:
                 return False
     return True
+
+
+def _share(values: Tensor, share: Callable[[], float]) -> Tensor:
+    return share() * values
 
 
 def _refuse_rows(name: str) -> None:

@@ -16,7 +16,15 @@ from bayestune.forward.draws import (
 )
 from bayestune.forward.kept_tokens import has_own_window
 from bayestune.forward.passes import KeptDraws, drawn_logits, mean_logits
-from bayestune.forward.verdicts import Verdicts, agrees, coincidences, kind_of, without_comparison
+from bayestune.forward.verdicts import (
+    Verdicts,
+    agrees,
+    coincidences,
+    finite_rms,
+    kind_of,
+    sizes_change,
+    without_comparison,
+)
 from bayestune.forward.ways import checked
 
 __all__ = [
@@ -29,6 +37,7 @@ __all__ = [
     "checked",
     "coincidences",
     "drawn_logits",
+    "finite_rms",
     "has_own_window",
     "kind_of",
     "main_input",
@@ -36,6 +45,7 @@ __all__ = [
     "on_device",
     "repeat_rows",
     "seeded",
+    "sizes_change",
     "stacked",
     "without_common_prefix",
     "without_comparison",

@@ -1,6 +1,7 @@
 """The logits of the mean and of S drawn adapters, S·N rows in one pass where memory allows."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -22,7 +23,7 @@ from bayestune.forward.common_prefix import CommonPrefix
 from bayestune.forward.draws import Batch, Chunk, ClassLogits, Draws, on_device
 from bayestune.forward.fingerprint import Fingerprint
 from bayestune.forward.shared_prefix import SharedPrefix
-from bayestune.forward.verdicts import Verdicts, agrees, coincidences, kind_of
+from bayestune.forward.verdicts import Verdicts, agrees, coincidences, kind_of, sizes_change
 from bayestune.forward.ways import Ways, checked
 
 
@@ -54,7 +55,9 @@ def mean_logits(model: nn.Module, scorer: ClassLogits, inputs: Batch) -> Tensor:
                 logits = checked(scorer(plain, inputs))
             if not prefix.shared or not verdicts.due(kind):
                 return logits[None]
-            verdicts.put(kind, agrees(logits[None], scorer(plain, inputs), 0, plain))
+            whole = scorer(plain, inputs)
+            by_size = sizes_change(partial(scorer, plain), inputs, whole)
+            verdicts.put(kind, agrees(logits[None], whole, 0, plain, by_size))
             if not verdicts.wrong(kind):
                 return logits[None]
         return checked(scorer(plain, inputs))[None]
@@ -165,7 +168,8 @@ class KeptDraws:
             with halves.computing(Chunk(0, 1, {}), Arrivals(1)) as reader:
                 read = checked(ways.scorer(reader, ways.inputs))[None]
             whole = checked(ways.scorer(model, ways.inputs))
-            verdicts.put(kind, agrees(read, whole, 0, model))
+            by_size = sizes_change(partial(ways.scorer, model), ways.inputs, whole)
+            verdicts.put(kind, agrees(read, whole, 0, model, by_size))
         if verdicts.wrong(kind):
             raise Refusal(
                 f"draws cannot share a prefix: a {type(base_of(model)).__name__} gives other "

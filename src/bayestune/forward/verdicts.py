@@ -2,7 +2,7 @@
 
 import logging
 import weakref
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from bayestune.adapters import base_of
-from bayestune.forward.draws import Batch, ClassLogits, device_of, main_input
+from bayestune.forward.draws import Batch, ClassLogits, device_of, main_input, repeat_rows
 
 logger = logging.getLogger(__name__)
 
 OF_SPREAD = 0.01  # of the draws' spread, which a difference may be
 IN_FLOAT32 = 3e-5  # of the logits, which rounding changes
 IN_HALF = 4  # units in the last place of shorter types
+BY_SIZE = 4  # times what the size of a batch alone changes, where that is more
 _ON = ContextVar("comparison", default=True)
 _OF_MODELS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
@@ -126,7 +127,13 @@ def _padding(inputs: Batch) -> Hashable:
     return tuple(ends.tolist())
 
 
-def agrees(logits: Tensor, alone: Tensor, index: int | slice, model: nn.Module) -> bool | None:
+def agrees(
+    logits: Tensor,
+    alone: Tensor,
+    index: int | slice,
+    model: nn.Module,
+    by_size: Callable[[], Tensor] | None = None,
+) -> bool | None:
     """Whether draws of a pass are what they are alone, up to rounding or 1 % of the draws' spread.
 
     Args:
@@ -134,27 +141,50 @@ def agrees(logits: Tensor, alone: Tensor, index: int | slice, model: nn.Module) 
         alone: one draw's own, (N, …), or those of several.
         index: which of the S they are.
         model: whose types say how large rounding is.
+        by_size: measures rounding, asked where a difference exceeds the usual, see `sizes_change`.
 
     Returns:
         None if the draws hardly differ, so that another's logits would have passed too.
     """
     own = logits[index].double()
     other = alone.double()
-    if own.shape != other.shape:
+    if own.shape != other.shape or not torch.equal(own.isfinite(), other.isfinite()):
         return False
-    if not torch.equal(own.isfinite(), other.isfinite()):
-        return False
-    gap = _size(own - other)
-    rounding = relative_rounding(model) * _size(other)
-    spread = 0.0
-    if len(logits) > 1:
-        spread = _size(logits.double().std(0))
+    gap = finite_rms(own - other)
+    spread = finite_rms(logits.double().std(0)) if len(logits) > 1 else 0.0
+    rounding = relative_rounding(model) * finite_rms(other)
     if gap > max(rounding, OF_SPREAD * spread):
-        return False
+        rounding = BY_SIZE * finite_rms(by_size().double()) if by_size else 0.0
+        if gap > rounding:
+            return False
     return True if len(logits) == 1 or spread > 3 * rounding else None
 
 
-def _size(values: Tensor) -> float:
+def sizes_change(
+    score: Callable[[Batch], Tensor], inputs: Batch, alone: Tensor, times: int = 4
+) -> Callable[[], Tensor]:
+    """What the size of a batch alone changes of its logits: they are asked for `times` over.
+
+    A GPU multiplies matrices of other sizes by other kernels, which add up in another order; over
+    the layers of a large model in 16 bits that comes to more than a few units in the last place.
+
+    Args:
+        score: gives logits (N, C) of inputs.
+        inputs: of N rows.
+        alone: their logits.
+        times: as often each row stands in the larger batch.
+    """
+
+    def measured() -> Tensor:
+        try:
+            return score(repeat_rows(inputs, times)).unflatten(0, (times, -1)) - alone
+        except Exception:  # such as too little memory: nothing is known then
+            return torch.zeros(1)
+
+    return measured
+
+
+def finite_rms(values: Tensor) -> float:
     """The root mean square of what is finite."""
     return values.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).square().mean().sqrt().item()
 

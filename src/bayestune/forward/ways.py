@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bayestune.adapters import Arrivals, Slots, check_arrived, is_spread
 from bayestune.errors import Refusal
 from bayestune.forward.draws import Batch, Chunk, ClassLogits, main_input, repeat_rows
-from bayestune.forward.verdicts import Verdicts, agrees, coincidences
+from bayestune.forward.verdicts import Verdicts, agrees, coincidences, sizes_change
 
 TOGETHER = "together"
 ALONE = "alone"
@@ -120,16 +120,17 @@ class Ways:
         self._check_arrived(arrivals, chunk)
         return checked(logits), ALONE if way in ("once", TOGETHER) and chunk.size == 1 else way
 
-    def _alone(self, chunk: Chunk, place: int) -> Tensor:
-        """The logits (N, C) of one draw in a plain pass over the batch as it is."""
+    def _alone(self, chunk: Chunk, place: int, inputs: Batch | None = None) -> Tensor:
+        """The logits (N, C) of one draw in a plain pass over the batch as it is, or another."""
+        inputs = self.inputs if inputs is None else inputs
         one = chunk.one(place)
         arrivals = Arrivals(1)
         if self.approximate:
             with self.sharing.computing(one, arrivals) as model:
-                logits = self.scorer(model, self.inputs)
+                logits = self.scorer(model, inputs)
         else:
             with self.slots.holding(one.stacks, arrivals):
-                logits = self.scorer(self.slots.model, self.inputs)
+                logits = self.scorer(self.slots.model, inputs)
         self._check_arrived(arrivals, one)
         return checked(logits)
 
@@ -157,11 +158,16 @@ class Ways:
         """
         model = self.slots.model
         place = chunk.size // 2  # a wrong way might be right for the first or the last
-        found = agrees(together, self._alone(chunk, place), place, model)
+        one = self._alone(chunk, place)
+        found = agrees(together, one, place, model)
         if found is not False or chunk.size == 1:
             return found
-        alone = torch.stack([self._alone(chunk, place) for place in range(chunk.size)])
-        return agrees(together, alone, slice(None), model)
+        others = [self._alone(chunk, other) for other in range(chunk.size) if other != place]
+        alone = torch.stack([*others[:place], one, *others[place:]])
+        by_size = sizes_change(
+            lambda inputs: self._alone(chunk, place, inputs), self.inputs, one, chunk.size
+        )
+        return agrees(together, alone, slice(None), model, None if self.approximate else by_size)
 
     def _check_arrived(self, arrivals: Arrivals, chunk: Chunk) -> None:
         """Refuses passes that use no draw; names, once, slots that a pass does not use."""

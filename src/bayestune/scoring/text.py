@@ -4,6 +4,7 @@ import inspect
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, Literal, get_args
 
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 from bayestune.adapters import base_of, evaluating, group_rows
 from bayestune.data import Question, Task
 from bayestune.errors import Refusal
-from bayestune.forward import agrees, has_own_window, on_device
+from bayestune.forward import agrees, has_own_window, on_device, sizes_change
 from bayestune.scoring.last_logits import last_logits
 from bayestune.scoring.scorer import Encoded, Scorer, option_mask
 from bayestune.scoring.tokens import (
@@ -162,7 +163,7 @@ class TextScorer(Scorer):
             sequences += [row["ids"] + ids for ids in own]
         targets = left_padded(options, self.pad)
         option = left_padded([[0] * len(ids) for ids in options], _PADDING)
-        source = torch.arange(targets.shape[1]).expand_as(targets)
+        source = torch.arange(targets.shape[1]).repeat(len(targets), 1)
         batch = left_padded_inputs(sequences, self.pad)
         return {**batch, "targets": targets, "option": option, "source": source}
 
@@ -218,11 +219,12 @@ def _packs_exactly(model: Any) -> bool:
         tokens = torch.randint(config.vocab_size, (13,), generator=generator).tolist()
         row = {"ids": tokens[:8], "options": [tokens[8:10], tokens[10:]]}
         tokenizer: Any = SimpleNamespace(pad_token_id=0)
-        found = []
-        for layout in get_args(Layout):
-            bool_mask = config._attn_implementation == "sdpa"
-            scorer = TextScorer(tokenizer, Task("tried", (), ()), 300, layout, bool_mask)
-            with evaluating(model):
-                found.append(scorer(model, on_device(scorer.pad_rows([row]), model)))
-        _PACKS[model] = agrees(found[0][None], found[1], 0, model) is True
+        bool_mask = config._attn_implementation == "sdpa"
+        task = Task("tried", (), ())
+        both = [TextScorer(tokenizer, task, 300, layout, bool_mask) for layout in get_args(Layout)]
+        with evaluating(model):
+            batches = [on_device(scorer.pad_rows([row]), model) for scorer in both]
+            one, other = (score(model, batch) for score, batch in zip(both, batches, strict=True))
+            by_size = sizes_change(partial(both[1], model), batches[1], other)
+            _PACKS[model] = agrees(one[None], other, 0, model, by_size) is True
     return _PACKS[model]
