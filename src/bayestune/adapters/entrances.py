@@ -151,8 +151,8 @@ def sizes_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sizes | None:
     for name in (*_IDS, *_EMBEDS):
         if name in tensors:
             ids = tensors[name] if name in _IDS else tensors[name][..., 0]
-            sizes = Sizes(len(ids), ids.shape[:-1].numel(), ids.shape[-1])
-            return sizes._replace(positions=_packed(tensors, ids))
+            sequences, tokens = ids.shape[:-1].numel(), ids.shape[-1]
+            return Sizes(len(ids), sequences, tokens, _packed(tensors, ids))
     if not tensors:
         return None
     first = next(iter(tensors.values()))

@@ -1,5 +1,6 @@
 """One training pass: its rows, its layers' noise, and how an input is put into blocks."""
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,8 @@ from bayestune.adapters.packing import Documents
 from bayestune.adapters.row_groups import RowGroups, Rows
 
 
-class Sizes(NamedTuple):
+@dataclass(frozen=True)
+class Sizes:
     """What the inputs of a model say of a pass: N rows in S sequences of T tokens, 0 if unknown.
 
     Positions (S, T) are given where a sequence may hold several documents.
@@ -91,7 +93,8 @@ class Pass:
             return as_a_whole(input)
         leading = len(input)
         width = input.shape[-1]
-        _, sequences, tokens, _ = self.sizes or Sizes(leading, leading)
+        sizes = self.sizes or Sizes(leading, leading)
+        sequences, tokens = sizes.sequences, sizes.tokens
         flat = input.dim() == 2 and leading == sequences * tokens
         if leading == sequences or flat:
             if rows.row_of is None:
