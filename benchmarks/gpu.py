@@ -229,10 +229,20 @@ def launch_counts(subject: Subject, pace: Pace, rows: int) -> list[Case]:
 
 
 def draw_ways(subject: Subject, batch: Batch) -> dict[str, Action]:
-    """Ten held draws in one pass, in ten, and the mean; refuses draws that disagree."""
+    """Ten held draws in one pass, in ten, and the mean; refuses draws that disagree.
+
+    Raises:
+        UnfitError: if the draws do not share a pass.
+    """
     one = held.Subject(subject.posterior, [batch], subject.device, "bf16")
     ways = one.ways(DRAWS, len(batch["input_ids"]))
     held.check(ways[held.ONE](0), ways[held.SEPARATE](0), "bf16")
+    passes: list[int] = []
+    hook = subject.posterior.model.register_forward_pre_hook(lambda *_: passes.append(1))
+    ways[held.ONE](0)  # the passes that compare are behind it
+    hook.remove()
+    if len(passes) > 1:
+        raise UnfitError(f"{DRAWS} draws took {len(passes)} passes, where one should do")
     return ways
 
 

@@ -51,7 +51,8 @@ def text_of(case: Record) -> str:
 
 def figure_of(record: Record, case: Record) -> Figure:
     """A case; its name begins with the benchmark's title where that is a ratio."""
-    ratio, _, model = record["title"].partition(": ")
+    ratio, colon, model = record["title"].partition(": ")
+    model = model if colon else record["title"]
     if record["options"].get("dtype") == "bfloat16":
         model = model.replace(";", ", bfloat16 weights;")
     name = case["name"].partition(";")[0]
