@@ -166,9 +166,9 @@ def test_conv1d_and_odd_widths_are_quantised_too(bits, tmp_path, scorer, batch):
         model = randomised(attach(given.model, Lora(targets=(target,))))
         bayesify(model, init_root_std=0.5)
         posterior = Gaussian(model, scorer)
-        logits = posterior.logits(batch, Draws(3))
-        assert finite(logits).std(0).max() > 1e-2
-        assert_close(logits, alone(posterior, batch, Draws(3)), **ROUNDING)
+        logits = finite(posterior.logits(batch, Draws(3)))
+        off = logits - finite(alone(posterior, batch, Draws(3)))
+        assert off.square().mean().sqrt() < 0.05 * logits.std(0).mean()  # 8 bits: of the batch
 
 
 def test_experts_in_one_tensor_are_said_to_stay(bits, tmp_path, caplog):
