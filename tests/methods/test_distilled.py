@@ -1,7 +1,6 @@
 import json
 import re
 import shutil
-from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -23,11 +22,10 @@ from bayestune.methods import (
     ScalaBL,
     Temperature,
     distil,
-    distilled,
 )
 from bayestune.methods.asking import Asking
 from bayestune.posteriors import load_posterior, posterior_digest, predict, save_posterior
-from bayestune.training import newest_checkpoint, train
+from bayestune.training import newest_checkpoint
 from promises import LONG, TRAINING
 
 WIDE = BLoB(prior_std=0.4, final_std=0.3, schedule="constant")
@@ -342,26 +340,6 @@ def test_of_more_rows_than_its_steps_reach_a_student_learns_a_choice_by_the_seed
     assert student.teacher.rows == 4
     assert len(load_file(tmp_path / "taught/targets.safetensors")["targets"][0]) == 4
     assert len(method.rows(scorer, replace(training, accumulation=len(rows)))) == len(rows)
-
-
-def test_a_last_visit_that_ends_early_takes_a_choice_by_the_seed(case, monkeypatch):
-    """Not the file's first rows, which may all be of one class."""
-    seen = []
-
-    def watched(model, scorer, training, rows):
-        seen.append([tuple(row["ids"]) for row in rows])
-        return train(model, scorer, training, rows=rows)
-
-    monkeypatch.setattr(distilled, "train", watched)
-    rows = tuple(replace(row, question=f"{i}?") for i, row in enumerate(case.task.train))
-    scorer = replace(case.scorer, task=replace(case.task, unlabelled=rows))
-    for seed in (0, 0, 1):
-        training = replace(TRAINING, batch_size=2, seed=seed)
-        Distilled(MLE(), steps=9).fit(case.make(), scorer, training)
-    visits = [(Counter(own[:12]), tuple(own[12:])) for own in seen]
-    assert all(len(first) == 12 and len(set(rest)) == 6 for first, rest in visits)
-    assert visits[0] == visits[1]
-    assert visits[0][1] != visits[2][1]
 
 
 def test_a_student_that_was_saved_beside_the_parts_stays(case, tmp_path):

@@ -121,13 +121,6 @@ class Distilled:
         """How many rows its steps take, repeated ones too."""
         return self.steps * training.batch_size * training.accumulation
 
-    def _order(self, num_rows: int, training: Training) -> list[tuple[int, int]]:
-        """The visit and the row of each item: whole visits, then a choice by the seed."""
-        whole, rest = divmod(self._items(training), num_rows)
-        order = [(visit, number) for visit in range(whole) for number in range(num_rows)]
-        chosen = random.Random(training.seed).sample(range(num_rows), rest)
-        return order + [(whole, number) for number in sorted(chosen)]
-
     def _teacher(
         self, model: nn.Module, scorer: Scorer, training: Training, place: Path
     ) -> Posterior:
@@ -174,7 +167,8 @@ class Distilled:
         encoded = scorer.encode(self.rows(scorer, training))
         targets = load_file(taught / _TARGETS)["targets"]
         rows = []
-        for visit, number in self._order(len(encoded), training):
+        for item in range(self._items(training)):
+            visit, number = divmod(item, len(encoded))
             rows.append({**encoded[number], "target": targets[visit % len(targets), number]})
         own = replace(training, steps=self.steps, epochs=None, learning_rate=self.learning_rate)
         student = load_adapter(model, taught, scorer, trainable=True)
