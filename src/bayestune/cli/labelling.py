@@ -25,8 +25,10 @@ from bayestune.decisions import (
     false_alarm_rate,
     permutations_for,
     rank_rows,
+    ranked_lines,
     score_rows,
     spread_out,
+    usual_acquisition,
 )
 from bayestune.errors import INNER_PART, Refusal
 from bayestune.posteriors import artefact_folder, count_for
@@ -96,19 +98,18 @@ def rank(o: Namespace) -> None:
     bf16 = artefact.fit.bf16 if o.bf16 is None else o.bf16
     way = PredictionOptions(o.draws, o.draw_seed, bf16)
     draws = max(1, count_for(artefact.fit.posterior, o.draws))
-    by = o.by or ("bald" if draws > 1 else "entropy")
+    by = o.by or usual_acquisition(draws)
     number = len(rows) if o.number is None else o.number
     check_ranking(number, by, draws, len(rows), max(len(row.options) for row in rows))
     outputs = artefact.predictor(way, own_reference(calibration)).over(rows, shared=True)
     near = _places(artefact, way) if by == "bald" else None
-    order = rank_rows(outputs.logits, number, by, near, o.draw_seed).tolist()
+    order = rank_rows(outputs.logits, number, by, near, o.draw_seed)
     scores = score_rows(outputs.logits) | dict(outputs.extra)
-    lines = []
-    for place, index in enumerate(order, 1):
-        row = rows[index]
-        line = {"rank": place, "id": row.id, "question": row.question, "by": by}
-        line |= {"options": list(row.options), "context": row.context}
-        lines.append(line | {name: values[index].item() for name, values in scores.items()})
+    told = []
+    for row in rows:
+        own = {"id": row.id, "question": row.question}
+        told.append({**own, "options": list(row.options), "context": row.context})
+    lines = ranked_lines(order, told, by, scores)
     if is_first_process():
         _write(lines, output)
 

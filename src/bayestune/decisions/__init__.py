@@ -32,7 +32,13 @@ from bayestune.decisions.gating import (
     gate,
     macro_f1,
 )
-from bayestune.decisions.rank import Acquisition, check_ranking, rank_rows
+from bayestune.decisions.rank import (
+    Acquisition,
+    check_ranking,
+    rank_rows,
+    ranked_lines,
+    usual_acquisition,
+)
 from bayestune.decisions.row_scores import (
     ONE_PASS,
     OVER_DRAWS,
@@ -98,6 +104,7 @@ __all__ = [
     "permutations_for",
     "predictive_nll",
     "rank_rows",
+    "ranked_lines",
     "risk_bound",
     "row_uniforms",
     "rows_for_rate",
@@ -107,4 +114,5 @@ __all__ = [
     "smallest_risk",
     "spread_out",
     "threshold",
+    "usual_acquisition",
 ]

@@ -1,7 +1,8 @@
 """Which unlabelled rows to label next."""
 
 import math
-from typing import Literal, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -79,6 +80,29 @@ def check_ranking(
             f"got number={number} for 'batch_bald'; expected {most} or fewer with {num_classes} "
             "options: joint answers are counted exactly; take 'bald'"
         )
+
+
+def usual_acquisition(draws: int) -> Acquisition:
+    """The rule where none is asked for."""
+    return "bald" if draws > 1 else "entropy"
+
+
+def ranked_lines(
+    order: Tensor, rows: Sequence[Mapping[str, Any]], by: Acquisition, scores: Mapping[str, Tensor]
+) -> list[dict[str, Any]]:
+    """What is told of ranked rows, the first one first: rank, row, rule and every score.
+
+    Args:
+        order: the indices that `rank_rows` gave.
+        rows: what is told of each row.
+        by: the rule.
+        scores: (N,) each.
+    """
+    lines = []
+    for rank, index in enumerate(order.tolist(), 1):
+        own = {name: values[index].item() for name, values in scores.items()}
+        lines.append({"rank": rank, **rows[index], "by": by, **own})
+    return lines
 
 
 def _diverse(spread: Spread, number: int, features: Tensor | None) -> Tensor:

@@ -6,7 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from bayestune.decisions import rank_rows, score_rows, spread_out
+from bayestune.decisions import (
+    rank_rows,
+    ranked_lines,
+    score_rows,
+    spread_out,
+    usual_acquisition,
+)
 from bayestune.errors import Refusal
 from bayestune.forward import Draws
 from bayestune.serving.artefact_store import Served
@@ -41,7 +47,7 @@ async def ranked(handler: RequestHandler, served: Served, body: RankBody) -> lis
         assert isinstance(outcome, Answer)
         answers.append(outcome)
     logits = joined([answer.logits[:, None] for answer in answers])
-    by = body.by or ("bald" if len(logits) > 1 else "entropy")
+    by = body.by or usual_acquisition(len(logits))
     number = len(answers) if body.number is None else body.number
     scores = score_rows(logits) | prompt_lengths([answer.encoded for answer in answers])
     reference = own_reference(served.calibration)
@@ -50,14 +56,14 @@ async def ranked(handler: RequestHandler, served: Served, body: RankBody) -> lis
         found = await _activations(handler, served, answers)
         near = spread_out(found) if by == "bald" and len(answers) > 1 else None
         scores |= {DISTANCE: reference.of(found)} if reference is not None else {}
-    order = rank_rows(logits, number, by, near, asked.seed or 0).tolist()
-    lines = []
-    for place, index in enumerate(order, 1):
-        line = answers[index].line
-        told = {"rank": place, "index": index, "id": line["id"], "question": line["question"]}
-        told |= {"by": by, "options": line["options"]}
-        lines.append(told | {name: values[index].item() for name, values in scores.items()})
-    return lines
+    order = rank_rows(logits, number, by, near, asked.seed or 0)
+    told = []
+    for index, answer in enumerate(answers):
+        line = answer.line
+        told.append(
+            {"index": index, **{name: line[name] for name in ("id", "question", "options")}}
+        )
+    return ranked_lines(order, told, by, scores)
 
 
 async def _activations(
