@@ -52,7 +52,7 @@ def text_of(case: Record) -> str:
 def figure_of(record: Record, case: Record) -> Figure:
     """A case; its name begins with the benchmark's title where that is a ratio."""
     ratio, colon, model = record["title"].partition(": ")
-    model = model if colon else record["title"]
+    model = model if colon else ratio.partition(",")[0]
     if record["options"].get("dtype") == "bfloat16":
         model = model.replace(";", ", bfloat16 weights;")
     name = case["name"].partition(";")[0]
