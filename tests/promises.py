@@ -7,6 +7,7 @@ from functools import cache
 import torch
 
 from bayestune.forward import Draws
+from bayestune.methods import MLE
 from bayestune.posteriors import AdapterPosterior, Mixture, predict
 from bayestune.scoring import make_scorer
 from bayestune.training import Training, newest_checkpoint
@@ -14,6 +15,12 @@ from tiny import byte_level_tokenizer, coloured_questions, labelled_sentences, t
 
 TRAINING = Training(steps=8, learning_rate=1e-2, progress=False, logging_steps=1)
 LONG = {"steps": 60, "learning_rate": 3e-2}
+SHORT = {  # arguments of methods that take longer by default
+    "tfb": {"anchors": 6, "draws": 2, "evaluations": 3},
+    "posterior_scale": {"factors": (0.5, 1.0)},
+    "ivon": {"learning_rate": 12.0},
+    "distilled": {"base": MLE(), "steps": 8},
+}
 
 tokenizer = cache(byte_level_tokenizer)
 

@@ -8,19 +8,13 @@ from torch.testing import assert_close
 
 from bayestune import Gaussian, KLStep, LastToken, bayesify, load_posterior, save_posterior
 from bayestune.forward import Draws
-from bayestune.methods import METHODS, MLE
-from promises import Case
+from bayestune.methods import METHODS
+from promises import SHORT, Case
 from tiny import randomised, tiny_llama
 
 pytestmark = pytest.mark.skipif(
     not torch.accelerator.is_available(), reason="no accelerator is there"
 )
-SETTINGS = {
-    "tfb": {"anchors": 6, "draws": 2, "evaluations": 3},
-    "posterior_scale": {"factors": (0.5, 1.0)},
-    "ivon": {"learning_rate": 12.0},
-    "distilled": {"base": MLE(), "steps": 8},
-}
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.0)
 
 
@@ -35,7 +29,7 @@ HELD = [name for name in METHODS if name not in ("mc_dropout", "blob_authors")]
 @pytest.mark.parametrize("name", HELD)
 def test_held_draws_are_the_same_on_the_cpu(name, tmp_path):
     case = Case()
-    posterior = case.fit(METHODS[name](**SETTINGS.get(name, {})))
+    posterior = case.fit(METHODS[name](**SHORT.get(name, {})))
     assert next(posterior.model.parameters()).device.type == there().type
     loaded = load_posterior(case.make(), save_posterior(posterior, tmp_path), case.scorer)
     assert next(loaded.model.parameters()).device.type == "cpu"
@@ -47,7 +41,7 @@ def test_held_draws_are_the_same_on_the_cpu(name, tmp_path):
 @pytest.mark.parametrize("name", ["blob", "mle", "laplace", "distilled"])
 def test_the_mean_of_a_fit_in_bfloat16_is_near_the_one_in_float32(name):
     case = Case()
-    method = METHODS[name](**SETTINGS.get(name, {}))
+    method = METHODS[name](**SHORT.get(name, {}))
     one, half = (case.fit(method, bf16=bf16).logits(case.batch, Draws(0)) for bf16 in (False, True))
     options = one.isfinite()
     assert_close(half[options].float(), one[options], rtol=0.1, atol=0.1)

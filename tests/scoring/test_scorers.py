@@ -50,7 +50,6 @@ def test_unknown_scoring(byte_level, wide):
 # The answer's letter
 
 
-@torch.no_grad()
 @pytest.mark.parametrize(
     ("scoring", "options"),
     [
@@ -67,6 +66,7 @@ def test_a_batch_can_be_pinned_for_a_gpu(scoring, options):
         assert torch._debug_has_internal_overlap(value) == 0, name
 
 
+@torch.no_grad()
 def test_letter_logits_are_those_of_each_row_alone(with_bos, wide):
     five = Question("e", "red?", tuple("uvwxy"), 0)  # more options than any row of the task
     questions = (*RAGGED, five)

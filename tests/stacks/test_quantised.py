@@ -27,12 +27,12 @@ from bayestune import Gaussian, bayesify, export_draw, load_posterior, save_post
 from bayestune.adapters import Lora, Slots, attach, detach, precision_of
 from bayestune.evaluation import RECORDS
 from bayestune.forward import Draws
-from bayestune.methods import METHODS, MLE
+from bayestune.methods import METHODS
 from bayestune.models import load_model
 from bayestune.posteriors import Point
 from bayestune.scoring import make_scorer
 from models.ggufs import small, write_gguf
-from promises import TRAINING, exportable
+from promises import SHORT, TRAINING, exportable
 from running import failed, fitting, furnish, predicted, probabilities, run
 from tiny import (
     GPT2,
@@ -52,12 +52,6 @@ BITS = ("4bit", "8bit")
 SIZE = {"hidden_size": 64, "intermediate_size": 128}
 # of the logits: products in bfloat16, and in 8 bits outliers of a batch
 ROUNDING = {"rtol": 0.02, "atol": 0.02}
-SETTINGS = {
-    "tfb": {"anchors": 6, "draws": 2, "evaluations": 3},
-    "posterior_scale": {"factors": (0.5, 1.0)},
-    "ivon": {"learning_rate": 12.0},
-    "distilled": {"base": MLE(), "steps": 8},
-}
 
 
 @pytest.fixture(scope="module")
@@ -166,9 +160,9 @@ def test_conv1d_and_odd_widths_are_quantised_too(bits, tmp_path, scorer, batch):
         model = randomised(attach(given.model, Lora(targets=(target,))))
         bayesify(model, init_root_std=0.5)
         posterior = Gaussian(model, scorer)
-        logits = finite(posterior.logits(batch, Draws(3)))
-        off = logits - finite(alone(posterior, batch, Draws(3)))
-        assert off.square().mean().sqrt() < 0.05 * logits.std(0).mean()  # 8 bits: of the batch
+        logits = posterior.logits(batch, Draws(3))
+        assert finite(logits).std(0).max() > 1e-2
+        assert_close(logits, alone(posterior, batch, Draws(3)), **ROUNDING)
 
 
 def test_experts_in_one_tensor_are_said_to_stay(bits, tmp_path, caplog):
@@ -195,7 +189,7 @@ def test_what_is_quantised_already_is_refused_and_loads_as_it_is(bits, tmp_path)
 def test_each_method_fits_saves_and_loads(name, loaded, bits, scorer, batch, tmp_path):
     base = loaded.again(shared=False).model
     before = {name: p.clone() for name, p in base.named_parameters()}
-    method = METHODS[name](**SETTINGS.get(name, {}))
+    method = METHODS[name](**SHORT.get(name, {}))
     posterior = method.fit(base, scorer, TRAINING)
     logits = posterior.logits(batch, Draws(3))
     assert torch.isfinite(logits).any(-1).all()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -175,6 +176,7 @@ def sizes_change(
         times: as often each row stands in the larger batch.
     """
 
+    @cache
     def measured() -> Tensor:
         try:
             return score(repeat_rows(inputs, times)).unflatten(0, (times, -1)) - alone

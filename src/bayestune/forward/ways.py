@@ -3,6 +3,7 @@
 from collections.abc import Hashable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -15,6 +16,7 @@ from bayestune.forward.verdicts import Verdicts, agrees, coincidences, sizes_cha
 
 TOGETHER = "together"
 ALONE = "alone"
+FEW_LOGITS = 16  # of a draw: fewer tell too little of how large rounding is beside them
 
 
 class Sharing(Protocol):
@@ -151,23 +153,24 @@ class Ways:
         return found is not False
 
     def _agrees(self, together: Tensor, chunk: Chunk) -> bool | None:
-        """Whether a draw of a pass is what it is alone; if not, whether all of them together are.
+        """Whether a draw of a pass is what it is alone.
 
         One draw of a small batch has few logits: by chance they may be small beside what rounding
-        changes, on a GPU in 16 bits above all. Draws that share a wrong pass are all wrong.
+        changes. Then all draws are compared, for those that share a wrong pass are all wrong.
         """
         model = self.slots.model
         place = chunk.size // 2  # a wrong way might be right for the first or the last
         one = self._alone(chunk, place)
-        found = agrees(together, one, place, model)
-        if found is not False or chunk.size == 1:
+        by_size = None
+        if not self.approximate:
+            again = partial(self._alone, chunk, place)
+            by_size = sizes_change(again, self.inputs, one, chunk.size)
+        found = agrees(together, one, place, model, by_size)
+        if found is not False or chunk.size == 1 or one.numel() >= FEW_LOGITS:
             return found
         others = [self._alone(chunk, other) for other in range(chunk.size) if other != place]
         alone = torch.stack([*others[:place], one, *others[place:]])
-        by_size = sizes_change(
-            lambda inputs: self._alone(chunk, place, inputs), self.inputs, one, chunk.size
-        )
-        return agrees(together, alone, slice(None), model, None if self.approximate else by_size)
+        return agrees(together, alone, slice(None), model, by_size)
 
     def _check_arrived(self, arrivals: Arrivals, chunk: Chunk) -> None:
         """Refuses passes that use no draw; names, once, slots that a pass does not use."""

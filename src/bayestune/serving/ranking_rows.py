@@ -60,9 +60,8 @@ async def ranked(handler: RequestHandler, served: Served, body: RankBody) -> lis
     told = []
     for index, answer in enumerate(answers):
         line = answer.line
-        told.append(
-            {"index": index, **{name: line[name] for name in ("id", "question", "options")}}
-        )
+        own = {"index": index, "id": line["id"], "question": line["question"]}
+        told.append({**own, "options": line["options"]})
     return ranked_lines(order, told, by, scores)
 
 
