@@ -164,6 +164,52 @@ def test_a_bfloat16_run_that_is_resumed_goes_on_without_a_jump(tmp_path):
     assert mean_std(model) == pytest.approx(0.1, rel=0.01)
 
 
+class ScheduleFree(torch.optim.Optimizer):
+    """Steps on iterates z and pulls the parameters towards them, as Defazio et al. (2024) do."""
+
+    def __init__(self, params: Any, rate: float) -> None:
+        super().__init__(params, {"lr": rate, "steps": 0})
+
+    def eval(self) -> None:
+        """Puts the average x where y was: y = 0.1 z + 0.9 x."""
+        self._mix(1 - 1 / 0.9)
+
+    def train(self) -> None:
+        self._mix(0.1)
+
+    @torch.no_grad()
+    def _mix(self, weight: float) -> None:
+        for parameter, state in self.state.items():
+            parameter.lerp_(state["z"], weight)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        (group,) = self.param_groups
+        group["steps"] += 1
+        share = 1 / group["steps"]
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                iterate = self.state[parameter].setdefault("z", parameter.detach().clone())
+                parameter.lerp_(iterate, share)
+                parameter.sub_(parameter.grad, alpha=group["lr"] * (1 - 0.9 * (1 - share)))
+                iterate.sub_(parameter.grad, alpha=group["lr"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("std_optimizer", ["sgd", "adamw"])
+def test_an_optimiser_that_averages_its_iterates_keeps_all_of_the_step(std_optimizer, dtype):
+    model = gaussian().to(dtype)
+    optimizer = ScheduleFree([p for p in model.parameters() if p.requires_grad], 0.0)
+    before = size(model)
+    step = KLStep(std_lr=0.0, std_optimizer=std_optimizer)
+    step.attach(model, optimizer, total_steps=100)
+    loop(model, optimizer, 100)
+    for _ in range(2):
+        assert mean_std(model) == pytest.approx(0.1, rel=0.02)
+        assert size(model) / before == pytest.approx(0.25, rel=0.07)
+        optimizer.eval()
+
+
 # Where the standard deviation is
 
 

@@ -2,15 +2,16 @@
 
 import logging
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bayestune.adapters import GaussianLinear
 from bayestune.errors import Refusal
 from bayestune.kl.closed_form import kl_divergence, kl_step_
+from bayestune.kl.iterates import iterates_following
 from bayestune.kl.plan import Plan
 from bayestune.kl.remainders import Remainders
 from bayestune.kl.surroundings import (
@@ -91,7 +92,7 @@ class KLRun:
         self._remainders = Remainders(optimizer)
         self._handles = [
             optimizer.register_step_pre_hook(self._before_gradients),
-            optimizer.register_step_post_hook(lambda *_: self.after_step()),
+            optimizer.register_step_post_hook(lambda *given: self.after_step(given[0])),
         ]
         for layer in self.layers.values():
             layer.takes_kl = True
@@ -156,7 +157,7 @@ class KLRun:
         root_std.grad = torch.zeros_like(gradient)
         self._before.append((root_std, root_std.detach().clone()))
 
-    def after_step(self) -> None:
+    def after_step(self, optimizer: Any) -> None:
         """Takes the step, unless the optimiser has skipped its own."""
         with torch.no_grad():
             for root_std, value in self._before:
@@ -166,7 +167,8 @@ class KLRun:
         if not self._overflowed:
             sizes, std_rate = self.planned()
             if sizes:
-                self._move(sizes, std_rate / self._scale)
+                with iterates_following(self._moved(), optimizer, self._remainders):
+                    self._move(sizes, std_rate / self._scale)
             self.count_step()
 
     def planned(self) -> tuple[list[float], float]:
@@ -191,6 +193,11 @@ class KLRun:
         self.kl_time += sum(self.planned()[0])
         self.owed = []
         self.step += 1
+
+    def _moved(self) -> Iterator[nn.Parameter]:
+        """The parameters that a step moves."""
+        for layer in self.layers.values():
+            yield from (one for one in layer.parameters() if one.requires_grad)
 
     @torch.no_grad()
     def _move(self, sizes: Sequence[float], std_rate: float) -> None:
