@@ -223,6 +223,26 @@ def test_a_second_run_ends_where_it_is_told(tmp_path, caplog):
         trainer(model, tmp_path, KLStep(final_std=0.05)).train()
 
 
+class OutOfMemory(TrainerCallback):
+    """Fails once, as a batch that is too large does."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.train_batch_size == args.train_batch_size:
+            raise RuntimeError("CUDA out of memory.")
+
+
+def test_a_batch_that_the_trainer_made_smaller_has_its_own_period(tmp_path):
+    step = KLStep(kl_lr=0.001, schedule="constant")
+    found = trainer(gaussian(), tmp_path, step, OutOfMemory(), auto_find_batch_size=True)
+    found.train()
+    smaller = found.state.train_batch_size
+    assert smaller < found.args.train_batch_size
+    own = KLStep(kl_lr=0.001, schedule="constant")
+    trainer(gaussian(), tmp_path, own, per_device_train_batch_size=smaller).train()
+    times = [one.state_of_kl()["kl_time"] for one in (step, own)]
+    assert times[0] == pytest.approx(times[1], rel=1e-6)
+
+
 def test_resumed_to_more_steps_it_still_ends_where_it_is_told(tmp_path):
     steps = {"save_strategy": "steps", "save_steps": 10}
     whole = gaussian()

@@ -21,7 +21,13 @@ from bayestune.kl.surroundings import (
     put_first,
     rows_of,
 )
-from bayestune.kl.trainer_runs import begin_run, end_run, give_noise_of_its_own, say_several_batches
+from bayestune.kl.trainer_runs import (
+    begin_run,
+    end_run,
+    give_noise_of_its_own,
+    rows_of_a_step,
+    say_several_batches,
+)
 from bayestune.kl.zero_optimizer import is_zero
 from bayestune.kl.zero_run import ZeroRun
 
@@ -242,7 +248,7 @@ class KLStep(TrainerCallback):
             kwargs["optimizer"],
             total_steps=state.max_steps,
             num_rows=rows_of(kwargs.get("train_dataloader")),
-            batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            batch_size=rows_of_a_step(args, state),
             step=state.global_step,
         )
         give_noise_of_its_own(args)

@@ -35,6 +35,15 @@ def say_several_batches(args: Any) -> None:
         )
 
 
+def rows_of_a_step(args: Any, state: Any) -> int:
+    """The rows of an optimiser step over all processes.
+
+    The batch is the state's: `auto_find_batch_size` makes it smaller than the arguments say.
+    """
+    batch = state.train_batch_size or args.train_batch_size
+    return batch * args.gradient_accumulation_steps * args.world_size
+
+
 def begin_run(model: nn.Module, dataloader: Any) -> None:
     """Tells the model's passes that a Trainer's run begins and how its batches make rows."""
     passes = found_passes(model)
