@@ -487,3 +487,52 @@ def test_a_copy_of_a_step_goes_on_where_the_run_is_once_it_is_attached():
     loop(twin, other, 20)
     assert mean_std(model) == pytest.approx(0.1, rel=0.02)
     assert mean_std(twin) == pytest.approx(0.1, rel=0.02)
+
+
+def test_a_copy_of_a_step_whose_run_is_over_begins_anew():
+    step = KLStep()
+    first = gaussian()
+    optimizer = sgd(first)
+    step.attach(first, optimizer, total_steps=40)
+    loop(first, optimizer, 40)
+    model = gaussian()
+    optimizer = sgd(model)
+    again = copy.deepcopy(step)
+    again.attach(model, optimizer, total_steps=40)
+    loop(model, optimizer, 40)
+    assert mean_std(model) == pytest.approx(0.1, rel=0.02)
+    assert again.state_of_kl()["kl_time"] == pytest.approx(step.state_of_kl()["kl_time"], rel=0.01)
+
+
+@pytest.mark.parametrize("order", ["attached first", "loaded first"])
+def test_a_loop_that_is_resumed_goes_on_at_its_step_in_either_order(order):
+    model = gaussian()
+    optimizer = sgd(model)
+    step = KLStep()
+    step.attach(model, optimizer, total_steps=40)
+    loop(model, optimizer, 25)
+    resumed = copy.deepcopy(model)
+    other = sgd(resumed)
+    own = KLStep()
+    if order == "loaded first":
+        own.load_state_dict(json.loads(json.dumps(step.state_dict())))
+    own.attach(resumed, other, total_steps=40)
+    if order == "attached first":  # as accelerate's load_state does
+        own.load_state_dict(json.loads(json.dumps(step.state_dict())))
+    assert own.step == 25
+    loop(model, optimizer, 15)
+    loop(resumed, other, 15)
+    assert mean_std(resumed) == pytest.approx(mean_std(model), rel=1e-3)
+    assert mean_std(resumed) == pytest.approx(0.1, rel=0.02)
+    assert size(resumed) == pytest.approx(size(model), rel=1e-3)
+
+
+def test_a_state_of_other_settings_is_refused_once_a_step_is_attached():
+    model = gaussian()
+    optimizer = sgd(model)
+    step = KLStep()
+    step.attach(model, optimizer, total_steps=40)
+    state = step.state_dict()
+    step.attach(model, optimizer, total_steps=50)
+    with pytest.raises(Refusal, match=r"attached with other settings: got .*40.* expected .*50"):
+        step.load_state_dict(state)

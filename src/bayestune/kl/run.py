@@ -173,7 +173,7 @@ class KLRun:
 
     def planned(self) -> tuple[list[float], float]:
         """The KL steps η to take now, none once the plan is over, and G's rate."""
-        if self.step >= len(self.plan.rates):
+        if self.is_over:
             return [], 0.0
         return [*self.owed, self.plan.size(self.step)], float(self.plan.std_rates[self.step])
 
@@ -235,6 +235,22 @@ class KLRun:
                 min(self._unreached),
             )
             self._unreached = []
+
+    @property
+    def is_hooked(self) -> bool:
+        """Whether it acts in an optimiser's steps."""
+        return bool(self._handles)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its plan has no step left."""
+        return self.step >= len(self.plan.rates)
+
+    def go_on(self, plan: Plan, progress: Progress) -> None:
+        """Goes on with a plan from where another run of it was."""
+        self.plan = plan
+        self.step, self.kl_time, owed = progress
+        self.owed = list(owed)
 
     def catch_up(self, step: int) -> None:
         """Goes on to a step, and keeps the KL of those that the optimiser skipped for the next."""

@@ -21,13 +21,7 @@ from bayestune.kl.surroundings import (
     put_first,
     rows_of,
 )
-from bayestune.kl.trainer_runs import (
-    begin_run,
-    end_run,
-    give_noise_of_its_own,
-    rows_of_a_step,
-    say_several_batches,
-)
+from bayestune.kl.trainer_runs import begin_run, end_run, rows_of_a_step
 from bayestune.kl.zero_optimizer import is_zero
 from bayestune.kl.zero_run import ZeroRun
 
@@ -119,7 +113,7 @@ class KLStep(TrainerCallback):
         total_steps: int,
         num_rows: int | None = None,
         batch_size: int | None = None,
-        step: int = 0,
+        step: int | None = None,
     ) -> None:
         """Hooks the KL step to an optimiser; the Trainer does this by itself.
 
@@ -129,7 +123,7 @@ class KLStep(TrainerCallback):
             total_steps: T, the optimiser steps of the whole run.
             num_rows: N, for the authors' period; needed with `kl_lr` or bursts without `period`.
             batch_size: b, likewise.
-            step: how many steps are done already.
+            step: how many steps are done already; None for those of a loaded state, or 0.
 
         Raises:
             Refusal: if the adapter has no Gaussian layer, the period cannot be known, the
@@ -142,15 +136,16 @@ class KLStep(TrainerCallback):
             optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
         follows = self.std_optimizer == "sgd"
         check_optimizer(optimizer, layers, moves_root_std=not follows)
+        saved = self._saved or {}
+        step = int(saved.get("step", 0)) if step is None else step
         plan = self._plan(total_steps, self._period(total_steps, num_rows, batch_size))
         learnt = [layer for layer in layers.values() if layer.root_std.requires_grad]
         points = points_of([as_one(layer.root_std) for layer in learnt])
         if self._aim.final_std is not None:
             plan = self._solved(plan, points, step)
         refuse_long_steps((plan.weights * plan.rates)[step:].tolist(), self.prior_std, points)
-        saved = self._saved or {"kl_time": plan.kl_time(step), "owed": ()}
         self._saved = None
-        progress = Progress(step, saved["kl_time"], saved["owed"])
+        progress = Progress(step, saved.get("kl_time", plan.kl_time(step)), saved.get("owed", ()))
         kind = ZeroRun if is_zero(optimizer) else KLRun
         self._run = kind(layers, plan, self.prior_std, progress, moves_root_std=follows)
         self._run.hook(optimizer)
@@ -158,9 +153,11 @@ class KLStep(TrainerCallback):
     def __getstate__(self) -> dict[str, Any]:
         """A copy is attached to nothing, for an optimiser's copy has no hooks.
 
-        Its next `attach` goes on where this run is.
+        Its next `attach` goes on where this run is, and begins anew if the run is over.
         """
-        saved = self.state_dict() if self._run else self._saved
+        saved = self._saved
+        if self._run:
+            saved = None if self._run.is_over else self.state_dict()
         return {**vars(self), "_run": None, "_saved": saved}
 
     def detach(self) -> None:
@@ -177,13 +174,28 @@ class KLStep(TrainerCallback):
         return {
             "settings": self._settings,
             "rate": self._rate,
+            "step": run.step,
             "kl_time": run.kl_time,
             "owed": run.owed,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes what `state_dict` gave, for the next `attach`."""
-        self._saved = dict(state)
+        """Takes what `state_dict` gave: the run that is attached goes on from there, or the next.
+
+        Raises:
+            Refusal: if the run that is attached has other settings.
+        """
+        if self._run is None or not self._run.is_hooked:
+            self._saved = dict(state)
+            return
+        if list(state["settings"]) != self._settings:
+            raise Refusal(
+                f"the KL step is attached with other settings: got {list(state['settings'])}, "
+                f"expected {self._settings}; give it those, or load the state before attach"
+            )
+        self._rate = state["rate"]
+        progress = Progress(state.get("step", self._run.step), state["kl_time"], state["owed"])
+        self._run.go_on(self._shape._replace(rates=self._shape.rates * self._rate), progress)
 
     def _period(self, total_steps: int, num_rows: int | None, batch_size: int | None) -> int:
         if self.period is not None:
@@ -202,9 +214,9 @@ class KLStep(TrainerCallback):
         self._rate = 1.0
         plan = self._aim.plan(total_steps, period, self.warmup_ratio)
         kl_lr = AUTHORS_KL_LR if self.kl_lr is None else self.kl_lr
-        return plan._replace(
-            std_rates=plan.std_rates * (kl_lr if self.std_lr is None else self.std_lr)
-        )
+        std_rates = plan.std_rates * (kl_lr if self.std_lr is None else self.std_lr)
+        self._shape = plan._replace(std_rates=std_rates)
+        return self._shape
 
     def _solved(self, plan: Plan, points: Sequence[float], step: int) -> Plan:
         """The plan at the rate that ends at `final_std`: from here, or as the run began with."""
@@ -240,9 +252,12 @@ class KLStep(TrainerCallback):
         passes without gradients are the mean's, as the reference's and the sampling policy's.
         """
         put_first(self, sys._getframe(1))
-        saved = state.stateful_callbacks.get(self._place) if state.global_step else None
-        if saved is not None:
-            self.load_state_dict(saved["attributes"])
+        self.detach()
+        found = state.stateful_callbacks.get(self._place)
+        if not state.global_step:
+            self._saved = None
+        elif found is not None:
+            self._saved = found["attributes"]
         self.attach(
             kwargs["model"],
             kwargs["optimizer"],
@@ -251,9 +266,7 @@ class KLStep(TrainerCallback):
             batch_size=rows_of_a_step(args, state),
             step=state.global_step,
         )
-        give_noise_of_its_own(args)
-        say_several_batches(args)
-        begin_run(kwargs["model"], kwargs.get("train_dataloader"))
+        begin_run(args, kwargs["model"], kwargs.get("train_dataloader"))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keeps the KL of a step that a gradient scaler skipped for the next; notes its state."""

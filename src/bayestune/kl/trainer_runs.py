@@ -44,8 +44,10 @@ def rows_of_a_step(args: Any, state: Any) -> int:
     return batch * args.gradient_accumulation_steps * args.world_size
 
 
-def begin_run(model: nn.Module, dataloader: Any) -> None:
+def begin_run(args: Any, model: nn.Module, dataloader: Any) -> None:
     """Tells the model's passes that a Trainer's run begins and how its batches make rows."""
+    give_noise_of_its_own(args)
+    say_several_batches(args)
     passes = found_passes(model)
     if passes is not None:
         passes.begin_run(RowGroups(row_of=chosen_then_rejected) if _has_pairs(dataloader) else None)
