@@ -89,8 +89,12 @@ def trainer(
         "logging_steps": 10,
         "use_cpu": True,
     }
+    held_out = changes.pop("eval_dataset", None)
     arguments = TrainingArguments(output_dir=str(folder), **{**settings, **changes})
-    return Trainer(model, arguments, train_dataset=rows or Rows(), callbacks=list(callbacks))
+    rows = rows or Rows()
+    return Trainer(
+        model, arguments, train_dataset=rows, eval_dataset=held_out, callbacks=list(callbacks)
+    )
 
 
 # Low precision
@@ -221,6 +225,37 @@ def test_a_second_run_ends_where_it_is_told(tmp_path, caplog):
     assert caplog.text.count("is at final_std (0.1) already: the KL has nothing left to take") == 1
     with pytest.raises(Refusal, match=r"got final_std=0.05, expected at least 0.*upwards"):
         trainer(model, tmp_path, KLStep(final_std=0.05)).train()
+
+
+class StopAt(TrainerCallback):
+    """Ends a run early; the steps before are the better ones."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop |= state.global_step == self.step
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        kwargs["metrics"]["eval_loss"] = float(state.global_step)
+
+
+@pytest.mark.parametrize("how", ["whole", "stopped", "best"])
+def test_a_run_that_ends_before_the_standard_deviation_is_there_says_so(how, tmp_path, caplog):
+    best = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 10, "save_steps": 10}
+    changes = {**best, "load_best_model_at_end": True, "eval_dataset": Rows()}
+    stop = StopAt(12 if how == "stopped" else STEPS)
+    model = gaussian()
+    run = trainer(model, tmp_path, KLStep(), stop, **(changes if how == "best" else {}))
+    run.train()
+    told = [one for one in caplog.messages if "at the end of the run" in one]
+    if how == "whole":
+        assert not told
+        assert mean_std(model) == pytest.approx(0.1, rel=0.02)
+    else:
+        (line,) = told
+        assert f"is {mean_std(model):.3g} at the end of the run, not final_std (0.1)" in line
+        assert mean_std(model) < 0.08
 
 
 class OutOfMemory(TrainerCallback):

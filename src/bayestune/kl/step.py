@@ -290,9 +290,9 @@ class KLStep(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Detaches."""
-        self._attached().name_unreached()
+        run = self._attached()
         self.detach()
-        end_run(kwargs["model"])
+        end_run(args, kwargs["model"], run, self._aim.final_std)
 
     @property
     def _place(self) -> str:

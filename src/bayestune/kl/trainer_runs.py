@@ -7,10 +7,13 @@ import torch
 from torch import nn
 
 from bayestune.adapters import RowGroups, found_passes
+from bayestune.kl.run import KLRun
 
 logger = logging.getLogger(__name__)
 
 _APART = 0x9E3779B97F4A7C15  # far from the seeds that people choose
+
+_NEAR = 0.95  # a σ of at least this share of final_std has come to it
 
 # TRL's collators of batches [chosen; rejected]
 _OF_PAIRS = ("DataCollatorForPreference", "DataCollatorForVisionPreference")
@@ -63,11 +66,29 @@ def give_noise_of_its_own(args: Any) -> None:
         torch.manual_seed((torch.initial_seed() + args.process_index * _APART) % 2**63)
 
 
-def end_run(model: nn.Module) -> None:
-    """Tells the model's passes that the run has ended."""
+def end_run(args: Any, model: nn.Module, run: KLRun, final_std: float | None) -> None:
+    """Tells the model's passes that the run has ended; says if σ has not come to `final_std`."""
+    run.name_unreached()
+    if final_std is not None and (not run.is_over or args.load_best_model_at_end):
+        _say_short(run, final_std)
     passes = found_passes(model)
     if passes is not None:
         passes.end_run()
+
+
+def _say_short(run: KLRun, final_std: float) -> None:
+    std = run.state()["std_over_prior"] * run.prior_std
+    if std < _NEAR * final_std:
+        logger.warning(
+            "the standard deviation is %.3g at the end of the run, not final_std (%.3g): the run "
+            "took %d of the KL's %d steps, or its best checkpoint is an earlier one; "
+            'schedule="early" takes nine tenths of the KL by a third of the steps, and '
+            "PosteriorScale finds a factor on held-out rows",
+            std,
+            final_std,
+            run.step,
+            len(run.plan.rates),
+        )
 
 
 def _has_pairs(dataloader: Any) -> bool:
