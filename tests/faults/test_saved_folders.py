@@ -128,6 +128,7 @@ OPTIONS: dict[str, tuple[Make, dict[str, Any]]] = {
     "some layers": (tiny_llama, {"layers_to_transform": [1]}),
     "excluded": (tiny_llama, {"exclude_modules": ["model.layers.0.self_attn.q_proj"]}),
     "replicated": (tiny_llama, {"layer_replication": [[0, 2], [1, 2]]}),
+    "moved layers": (tiny_llama, {"layer_replication": [[0, 1], [0, 2]]}),
     "gaussian": (tiny_llama, {"init_lora_weights": "gaussian"}),
     "random B": (tiny_llama, {"init_lora_weights": False}),
     "orthogonal": (tiny_llama, {"init_lora_weights": "orthogonal"}),

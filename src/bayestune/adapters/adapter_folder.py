@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 import bayestune
-from bayestune.adapters.base_samples import base_samples
+from bayestune.adapters.base_samples import base_samples, before_replication
 from bayestune.adapters.locks import base_of
 from bayestune.adapters.lora import input_embedding, output_head
 from bayestune.adapters.slots import ADAPTER, PREFIX, Slots
@@ -247,7 +247,8 @@ def _samples(slots: Slots, state: Mapping[str, Tensor], beside: list[str]) -> di
         heads = isinstance(module, ModulesToSaveWrapper)
         if heads or getattr(module, "merged_adapters", None):
             whole.append(f"{path}.")
-    biases = model.peft_config[slots.adapter].bias != "none"
+    config = model.peft_config[slots.adapter]
+    biases = config.bias != "none"
     base = {}
     adapted = []
     for name, value in state.items():
@@ -256,6 +257,7 @@ def _samples(slots: Slots, state: Mapping[str, Tensor], beside: list[str]) -> di
             continue
         plain = name.removeprefix(PREFIX).replace(_COMPILED, "")
         plain = plain.replace(".token_adapter.", ".").replace(".base_layer.", ".")
+        plain = before_replication(plain, config.layer_replication)
         base[plain] = value
         if ".base_layer." in name:
             adapted.append(plain)

@@ -1,6 +1,8 @@
 """Tells by samples of its weights whether a base is the one that an adapter was fitted on."""
 
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,6 +14,9 @@ from bayestune.adapters.spread import shape_of, whole
 
 TENSORS = 16
 VALUES = 16
+
+# the list of layers that PEFT copies
+_COPIED = re.compile(r"((?:model\.|bert\.)*(?:encoder\.layer|layers|h)\.)(\d+)\.")
 
 # What changes a model's function and leaves no trace in its weights.
 _SETTINGS = (
@@ -50,6 +55,24 @@ def base_samples(
         }
     found = {"tensors": tensors, "settings": _settings(model)}
     return {**found, "precision": precision_of(model)}
+
+
+def before_replication(name: str, spans: Sequence[Sequence[int]] | None) -> str:
+    """The name that a tensor has in the base whose layers PEFT's `layer_replication` has copied.
+
+    Args:
+        name: of the tensor in the model with the copies.
+        spans: beginning and end of each run of layers, as the configuration gives them.
+
+    Example:
+        >>> before_replication("model.layers.2.mlp.up_proj.weight", [[0, 2], [1, 3]])
+        'model.layers.1.mlp.up_proj.weight'
+    """
+    found = _COPIED.match(name)
+    if not spans or found is None:
+        return name
+    layers = list(chain.from_iterable(range(*span) for span in spans))
+    return f"{found[1]}{layers[int(found[2])]}{name[found.end(2) :]}"
 
 
 def differs(saved: Mapping[str, Any], model: nn.Module) -> list[str]:
