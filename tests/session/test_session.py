@@ -8,9 +8,12 @@ from bayestune.data.prompts import CHOICES, PASSAGE_CHOICES
 from bayestune.errors import Refusal
 from bayestune.evaluation import EvaluationOptions
 from bayestune.forward import Draws
-from bayestune.methods import METHODS, MLE, MCDropout
+from bayestune.methods import METHODS, MLE, Distilled, Ensemble, MCDropout, Temperature
+from bayestune.methods.recipes import WithTraining
 from bayestune.models import LoadedModel
 from bayestune.session import Session, TaskOptions
+from bayestune.session.as_fitted import seen_rows
+from bayestune.session.before_fitting import learnt_rows
 from bayestune.session.fit import details_of
 from bayestune.training import Training
 
@@ -55,6 +58,37 @@ def test_a_fit_is_saved_and_loaded_as_it_was(opened, tmp_path):
     assert now.record["config"]["training"] == json.loads(json.dumps(fit.details["training"]))
     for key in ("method", "name", "label", "seed", "train_rows", "model", "rows"):
         assert now.record[key] == then.record[key], key
+
+
+def new_rows(task):
+    """Six rows that differ from each other and from those of the task."""
+    rows = enumerate(task.evaluation)
+    return tuple(
+        replace(row, id=f"n{i}", question=f"{'the ' * (i + 1)}{row.question}") for i, row in rows
+    )
+
+
+@pytest.mark.parametrize(("steps", "count"), [(1, 2), (2, 4), (3, 6), (5, 6)])
+def test_of_the_unlabelled_rows_those_that_a_student_reached_were_seen(
+    steps, count, opened, tmp_path
+):
+    rows = new_rows(opened.task)
+    scorer = replace(opened.scorer, task=replace(opened.task, unlabelled=rows))
+    student = Distilled(MLE(), steps=steps)
+    for method in (student, Temperature(student), WithTraining(student, {"progress": False})):
+        learnt = learnt_rows(method, scorer, QUICK)
+        assert len({row.fingerprint for row in learnt}) == count
+        assert {row.fingerprint for row in learnt} <= {row.fingerprint for row in rows}
+    assert learnt_rows(MLE(), scorer, QUICK) == ()
+    assert len(learnt_rows(Ensemble(student), scorer, QUICK)) == 6  # a choice a member
+
+
+def test_a_student_keeps_which_rows_it_has_seen(opened, tmp_path):
+    rows = new_rows(opened.task)
+    task = replace(opened.task, unlabelled=rows)
+    session = Session.of(opened.loaded, task, OPTIONS, progress=False)
+    fit = session.fit(Distilled(MLE(), steps=1), QUICK, tmp_path / "out")
+    assert seen_rows(fit.details, rows) == fit.posterior.teacher.rows == 2
 
 
 def test_a_finished_fit_is_loaded_and_not_made_again(opened, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from torch import nn
 from bayestune.adapters import Lora, Slots, attach, detach
 from bayestune.data import Question
 from bayestune.errors import Refusal
-from bayestune.methods import Distilled, Method, check_method
+from bayestune.methods import Distilled, Ensemble, Method, changed, check_method
 from bayestune.scoring import Scorer, check_lengths
+from bayestune.training import Training
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,19 @@ def learns_unlabelled(method: Any) -> bool:
     """Whether a method, or what it builds on, learns on a task's unlabelled rows."""
     inner = (getattr(method, "base", None), getattr(method, "method", None))
     return isinstance(method, Distilled) or any(map(learns_unlabelled, filter(None, inner)))
+
+
+def learnt_rows(method: Any, scorer: Scorer, training: Training) -> tuple[Question, ...]:
+    """The rows beside training ones that a fit learns from: of a student, what its steps reach."""
+    if not learns_unlabelled(method):
+        return ()
+    if isinstance(method, Ensemble):  # each member chooses its own
+        return scorer.task.unlabelled
+    own = method.rows(scorer, training) if isinstance(method, Distilled) else ()
+    inner = [getattr(method, name, None) for name in ("base", "method")]
+    training = changed(training, getattr(method, "changes", {}))
+    rows = (learnt_rows(one, scorer, training) for one in inner if one is not None)
+    return (*own, *chain.from_iterable(rows))
 
 
 def check_answers(rows: Sequence[Question]) -> None:

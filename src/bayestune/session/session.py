@@ -34,7 +34,7 @@ from bayestune.session.as_fitted import (
     seen_rows,
     usual_reading,
 )
-from bayestune.session.before_fitting import check_answers, check_fits, learns_unlabelled
+from bayestune.session.before_fitting import check_answers, check_fits, learnt_rows
 from bayestune.session.fit import Fit, details_of
 from bayestune.session.opened_model import Dtype, Named, dtype_of, num_classes, open_model
 from bayestune.session.row_predictor import windows
@@ -186,7 +186,7 @@ class Session:
         questions = self.options.recorded()
         questions["options"] = self.options.options or self.task.shared_options
         questions["answer_is"] = self.options.answer_is or self.task.answer_is
-        spare = self.task.unlabelled if learns_unlabelled(method) else ()
+        spare = learnt_rows(method, self.scorer, training)
         details = {
             "method": settings["method"],
             "fields": settings,
