@@ -262,6 +262,28 @@ def test_rows_are_written_as_they_come_and_gone_on_with(fitted, capsys, monkeypa
     assert "answers row 'ask.jsonl:1'" in failed([*command, "--resume"], capsys)
 
 
+def test_answers_about_other_contexts_are_not_gone_on_with(place, capsys):
+    def contexts(count, text):
+        return [{**row, "context": f"{text} {i}"} for i, row in enumerate(own_rows(count))]
+
+    write_rows(place / "train.jsonl", contexts(8, "the sky"))
+    run(*fitting(place, method="mle"))
+    answers = place / "some.jsonl"
+    command = asking(place, f"--output={answers}")
+    write_rows(place / "ask.jsonl", contexts(4, "green"))
+    run(*command)
+    whole = read_rows(answers)
+    write_rows(answers, whole[:2])
+    write_rows(place / "ask.jsonl", contexts(4, "blue"))
+    said = failed([*command, "--resume"], capsys)
+    assert "the texts of the rows, contexts among them: got" in said
+    write_rows(place / "ask.jsonl", contexts(6, "green"))  # rows that are added are no other rows
+    run(*command, "--resume")
+    assert read_rows(answers)[:4] == whole
+    write_rows(place / "ask.jsonl", [*contexts(5, "green"), *contexts(6, "blue")[5:]])
+    assert "the texts of the rows" in failed([*command, "--resume"], capsys)
+
+
 def test_old_answers_stay_until_the_new_ones_are_whole(fitted, monkeypatch):
     before = predicted(fitted)
 
