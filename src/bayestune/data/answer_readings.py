@@ -128,16 +128,17 @@ def _of_text(answer: Any, options: tuple[str, ...]) -> int | None:
     texts = _TRUTH[answer] if isinstance(answer, bool) else (str(answer).strip(),)
     if texts[0] in options:
         return options.index(texts[0])
-    folded = [_folded(option) for option in options]
-    if isinstance(answer, str) and _folded(answer) in ("true", "false"):
-        texts = _TRUTH[_folded(answer) == "true"]
+    alike = [folded(option) for option in options]
+    if isinstance(answer, str) and folded(answer) in ("true", "false"):
+        texts = _TRUTH[folded(answer) == "true"]
     for text in texts:
-        if folded.count(_folded(text)) == 1:
-            return folded.index(_folded(text))
+        if alike.count(folded(text)) == 1:
+            return alike.index(folded(text))
     return None
 
 
-def _folded(text: str) -> str:
+def folded(text: str) -> str:
+    """A text without outer spaces, case, and ways to write one letter."""
     return unicodedata.normalize("NFC", text.strip()).casefold()
 
 
