@@ -170,3 +170,15 @@ def test_options_settle_the_spelling_of_classes(tmp_path):
     path.write_text("text,label\na,yes\nb,Yes\nc,NO\n")
     found = read_rows(path, ReadOptions(("no", "yes"), from_answers=True))
     assert [row.options[row.answer] for row in found] == ["yes", "yes", "no"]
+
+
+def test_it_is_said_that_1_is_a_no_where_the_yes_comes_first(tmp_path, caplog):
+    path = tmp_path / "own.csv"
+    path.write_text("text,label\na,1\nb,0\n")
+    assert [row.answer for row in load_rows(path, ("no", "yes"))] == [1, 0]
+    assert not caplog.text
+    assert [row.answer for row in load_rows(path, ("yes", "no"))] == [1, 0]
+    assert "0 is 'yes' and 1 is 'no'; if 1 means 'yes', put 'no' first" in caplog.text
+    caplog.clear()
+    load_rows(path, ("yes", "no"), answer_is="index")
+    assert not caplog.text

@@ -66,6 +66,7 @@ def right_options(
     name, indices = next(iter(fitting.items()))
     if name == "index" and answer_is is None:
         _check_count_from_0(rows, indices)
+        _warn_of_truths(rows)
     return indices  # type: ignore[return-value]
 
 
@@ -172,6 +173,17 @@ def _check_count_from_0(rows: Sequence[Answered], indices: Sequence[int | None])
         )
     if len(rows) >= _ENOUGH_ROWS and len(row.options) > 2:
         logger.warning("no row's answer is 0: indices count from 0, perhaps the file's from 1")
+
+
+def _warn_of_truths(rows: Sequence[Answered]) -> None:
+    """Says that 1 is a no, where the options are a yes and a no in this order."""
+    for row in rows:
+        yes, no = map(folded, row.options[:2])
+        if len(row.options) == 2 and yes in _TRUTH[True] and no in _TRUTH[False]:
+            first, second = row.options
+            said = "row %s: answers are indices: 0 is %r and 1 is %r; if 1 means %r, put %r first"
+            logger.warning(said, row.place, first, second, first, second)
+            return
 
 
 def _refusal(rows: Sequence[Answered], found: dict[str, list[int | None]]) -> Refusal:
