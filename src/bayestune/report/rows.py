@@ -80,8 +80,10 @@ def paired_tensors(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor, Tensor] | Non
 
 def common_texts(runs: Sequence[Sequence[Row]]) -> tuple[str, ...]:
     """Which texts all rows of all runs keep, by which they are told apart beside their ids."""
-    names = ("question", "options")
-    return tuple(name for name in names if all(name in row for row in chain(*runs)))
+    common = {"question", "options"}
+    for row in chain(*runs):
+        common &= row.keys()
+    return tuple(sorted(common))
 
 
 def row_key(row: Row, texts: Sequence[str]) -> tuple[str, ...]:
