@@ -281,6 +281,38 @@ def test_rank_and_drift(place, capsys):
     assert 0 <= read_rows(figures)[0]["false_alarm_rate"] <= 0.05
 
 
+def test_repeated_rows_are_no_further_evidence_and_labelled_once(place, capsys):
+    run(*fitting(place, **NOISY))
+    held_out = read_rows(place / "held_out.jsonl")
+    turned = [{**row, "options": row["options"][:2][::-1]} for row in held_out[::2]]
+    turned = [{**row, "answer": 1 - row["answer"]} for row in turned]
+    write_rows(place / "held_out.jsonl", [*held_out, *held_out[1::2], *turned])
+    run(*calibrating(place, "--draws=[2]", "--factors=[]"))
+    calibration = Calibration.read(place / "out", posterior_digest(place / "out"))
+    assert {len(scores) for scores in calibration.held_out.values()} == {80}
+    once = read_rows(place / "new.jsonl")
+    figures = place / "drift.jsonl"
+    told = []
+    for rows in (once, once * 4):
+        write_rows(place / "new.jsonl", rows)
+        drifting = [f"--rows={place / 'new.jsonl'}", f"--output={figures}", "--overwrite"]
+        main([str(part) for part in ("drift", place / "out", *drifting)])
+        (line,) = read_rows(figures)
+        told.append((line["rows"], line["p_value"]))
+    assert told[0] == told[1]
+    assert told[0][0] == 40
+
+    capsys.readouterr()
+    for by in ("bald", "entropy", "margin", "random"):
+        run("rank", place / "out", f"--rows={place / 'new.jsonl'}", "--number=6", f"--by={by}")
+        lines = [json.loads(text) for text in capsys.readouterr().out.splitlines()]
+        assert len({line["question"] for line in lines}) == 6
+    run("rank", place / "out", f"--rows={place / 'new.jsonl'}")
+    lines = [json.loads(text) for text in capsys.readouterr().out.splitlines()]
+    assert len({line["id"] for line in lines}) == 160
+    assert len({line["question"] for line in lines[:40]}) == 40
+
+
 def test_the_commands_of_the_readme_run(place, monkeypatch, capsys):
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     block = readme.split("## Decide")[1].split("```bash\n")[1].split("```")[0]

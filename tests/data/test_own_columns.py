@@ -147,3 +147,38 @@ def test_messages_are_a_question_its_turns_and_perhaps_its_answer(tmp_path):
 def test_what_is_no_conversation_is_refused(tmp_path, row, said):
     with pytest.raises(ValueError, match=f"row own.jsonl:1: .*{said}"):
         load_rows(lines(tmp_path, {**row, "answer": "x"}), ("x", "y"))
+
+
+@pytest.mark.parametrize(
+    ("answers", "got"),
+    [
+        (["yes", "Yes", "no", "yes"], r"'yes' \(2 rows\), 'Yes' \(1 rows\)"),
+        (["not  so", "so", "not so"], r"'not  so' \(1 rows\), 'not so' \(1 rows\)"),
+        (["Cafe\u0301", "the", "Caf\u00e9"], "'Caf"),
+    ],
+)
+def test_a_class_in_two_spellings_is_not_two_classes(tmp_path, answers, got):
+    rows = [{"text": f"row {i}", "label": answer} for i, answer in enumerate(answers)]
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=rf"differ in case or spaces alone: got {got}"):
+        read_rows(path, ReadOptions(from_answers=True))
+
+
+def test_options_settle_the_spelling_of_classes(tmp_path):
+    path = tmp_path / "own.csv"
+    path.write_text("text,label\na,yes\nb,Yes\nc,NO\n")
+    found = read_rows(path, ReadOptions(("no", "yes"), from_answers=True))
+    assert [row.options[row.answer] for row in found] == ["yes", "yes", "no"]
+
+
+def test_it_is_said_that_1_is_a_no_where_the_yes_comes_first(tmp_path, caplog):
+    path = tmp_path / "own.csv"
+    path.write_text("text,label\na,1\nb,0\n")
+    assert [row.answer for row in load_rows(path, ("no", "yes"))] == [1, 0]
+    assert not caplog.text
+    assert [row.answer for row in load_rows(path, ("yes", "no"))] == [1, 0]
+    assert "0 is 'yes' and 1 is 'no'; if 1 means 'yes', put 'no' first" in caplog.text
+    caplog.clear()
+    load_rows(path, ("yes", "no"), answer_is="index")
+    assert not caplog.text

@@ -209,3 +209,14 @@ def test_rank_refusals():
     ]:
         with pytest.raises(ValueError, match=match):
             call()
+
+
+@pytest.mark.parametrize("by", ["bald", "batch_bald", "entropy", "margin", "random"])
+def test_copies_of_a_row_are_ranked_behind_all_others(by):
+    logits = torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(0))
+    copied = torch.cat([logits, logits[:, :1].expand(-1, 20, -1)], 1)  # one row, 21 times
+    features = copied.transpose(0, 1).flatten(1)
+    same = ["a", "b", "c", *["a"] * 20]
+    assert sorted(rank_rows(copied, 3, by, features, same=same).tolist()) == [0, 1, 2]
+    assert rank_rows(copied, 5, by, features, same=same).tolist()[3:] == [3, 4]
+    assert torch.equal(rank_rows(logits, 3, by), rank_rows(logits, 3, by, same=["a", "b", "c"]))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from bayestune.adapters import Lora
@@ -262,6 +263,28 @@ def test_rows_are_written_as_they_come_and_gone_on_with(fitted, capsys, monkeypa
     assert "answers row 'ask.jsonl:1'" in failed([*command, "--resume"], capsys)
 
 
+def test_answers_about_other_contexts_are_not_gone_on_with(place, capsys):
+    def contexts(count, text):
+        return [{**row, "context": f"{text} {i}"} for i, row in enumerate(own_rows(count))]
+
+    write_rows(place / "train.jsonl", contexts(8, "the sky"))
+    run(*fitting(place, method="mle"))
+    answers = place / "some.jsonl"
+    command = asking(place, f"--output={answers}")
+    write_rows(place / "ask.jsonl", contexts(4, "green"))
+    run(*command)
+    whole = read_rows(answers)
+    write_rows(answers, whole[:2])
+    write_rows(place / "ask.jsonl", contexts(4, "blue"))
+    said = failed([*command, "--resume"], capsys)
+    assert "the texts of the rows, contexts among them: got" in said
+    write_rows(place / "ask.jsonl", contexts(6, "green"))  # rows that are added are no other rows
+    run(*command, "--resume")
+    assert read_rows(answers)[:4] == whole
+    write_rows(place / "ask.jsonl", [*contexts(5, "green"), *contexts(6, "blue")[5:]])
+    assert "the texts of the rows" in failed([*command, "--resume"], capsys)
+
+
 def test_old_answers_stay_until_the_new_ones_are_whole(fitted, monkeypatch):
     before = predicted(fitted)
 
@@ -315,7 +338,41 @@ def test_a_row_that_cannot_be_put_is_marked_and_the_others_go_on(fitted, caplog,
     assert "probabilities" not in bad
     for one, other in zip([first, second, third, fourth], expected, strict=True):
         assert one["probabilities"] == pytest.approx(other["probabilities"], abs=1e-6)
-    assert "1 of 5 rows could not be put, see their error" in caplog.text
+    assert "1 of 5 rows could not be put or predicted, see their error" in caplog.text
+
+
+@pytest.fixture
+def overflowing(place, byte_level):
+    """A fit on a model that overflows where it reads a z, which no training row has."""
+    path = place / "model" / "model.safetensors"
+    weights = load_file(path)
+    weights["model.embed_tokens.weight"][byte_level("z")["input_ids"]] = float("nan")
+    save_file(weights, path, metadata={"format": "pt"})
+    run(*fitting(place, method="mle"))
+    return place
+
+
+def asked_about(*words):
+    return [{"question": f"is {word}?", "options": ["red", "green"], "answer": 0} for word in words]
+
+
+@pytest.mark.parametrize("more", [[], ["--decided"], ["--draws=0"]])
+def test_a_row_whose_logits_are_no_numbers_is_marked_and_the_others_go_on(
+    overflowing, caplog, more
+):
+    write_rows(overflowing / "ask.jsonl", asked_about("blue", "grass", "a z", "the sky"))
+    found = predicted(overflowing, "--draws=2", *more)
+    assert "got logits with NaN" in found[2]["error"]
+    assert ["choice" in line for line in found] == [True, True, False, True]
+    assert "1 of 4 rows could not be put or predicted, see their error" in caplog.text
+
+
+def test_rows_without_any_number_are_no_success(overflowing, capsys):
+    rows = write_rows(overflowing / "ask.jsonl", asked_about("z", "a z"))
+    evaluating = ["evaluate", f"--posterior={overflowing / 'out'}", f"--evaluation_data={rows}"]
+    output = f"--output={overflowing / 'answers.jsonl'}"
+    for command in (asking(overflowing, output), evaluating):
+        assert "got logits with NaN" in failed(command, capsys)
 
 
 def test_a_line_that_is_no_json_is_marked(fitted):

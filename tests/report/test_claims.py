@@ -109,3 +109,16 @@ def test_rows_are_matched_by_id_and_answer():
     assert answers.tolist() == [0, 0]
     assert paired_tensors([(first, second), (first, first[1:2])]) is None
     assert paired_tensors([]) is None
+
+
+def test_rows_that_ask_something_else_are_not_matched_by_their_place_in_a_file():
+    texts = ("red?", "green?", "blue?", "grey?")
+    asked = [{"question": text, "options": ["yes", "no"]} for text in texts]
+    first = [{**row(i, [0.5, 0.5], 0), **asked[i]} for i in range(3)]
+    second = [{**row(i, [i / 10, 1 - i / 10], 0), **asked[i]} for i in range(3)]
+    second[1] |= asked[3]  # the row in that place was replaced
+    _, two, answers = paired_tensors([(first, second)])
+    assert two[0, :, 0].tolist() == [0.0, 0.2]
+    assert answers.tolist() == [0, 0]
+    bare = [row(i, [0.5, 0.5], 0) for i in range(3)]
+    assert paired_tensors([(bare, second)])[2].tolist() == [0, 0, 0]

@@ -1,6 +1,7 @@
 """Chats: rows as a model's chat template puts them, and where their answers stand."""
 
 import copy
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from bayestune import Question, Task, make_scorer
 from bayestune.data import Prompt
 from bayestune.scoring.tokens import prompt_text
+from bayestune.session.as_fitted import prompt_of_fit
 
 CHATML = (
     "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}"
@@ -52,6 +54,34 @@ def test_labels_follow_a_chat_without_a_space(llama, byte_level):
     assert tokenizer.convert_ids_to_tokens(tokens[:3]) == ["A", "B", "C"]
     options = scorer_of(llama, tokenizer, "text", max_length=400).encode_row(ROW)["options"]
     assert [tokenizer.decode(ids) for ids in options] == ["green", "blue"]
+
+
+BY_TOKENS = (
+    "{% for m in messages %}<s>{{ m.role }}</s>{{ SPACE + m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant</s>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("space", ["", " "])
+def test_an_answer_follows_as_the_template_writes_it(llama, byte_level, space):
+    tokenizer = copy.deepcopy(byte_level)
+    tokenizer.chat_template = BY_TOKENS.replace("SPACE", repr(space))
+    scorer = scorer_of(llama, tokenizer, max_length=400)
+    messages = [*CHAT.messages(ROW, "letter"), {"role": "assistant", "content": "A"}]
+    whole = tokenizer.apply_chat_template(messages, tokenize=False).removesuffix("\n")
+    ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
+    assert [*scorer.encode_row(ROW)["ids"], scorer.tokens[0]] == ids
+    options = scorer_of(llama, tokenizer, "text", max_length=400).encode_row(ROW)["options"]
+    assert [tokenizer.decode(ids) for ids in options] == [f"{space}green", f"{space}blue"]
+    earlier = scorer_of(llama, tokenizer, prompt=replace(CHAT, spaced_by_end=True))
+    assert tokenizer.convert_ids_to_tokens(earlier.tokens[:2]) == ["ĠA", "ĠB"]
+
+
+def test_a_fit_that_does_not_tell_is_asked_as_it_was():
+    told = asdict(CHAT)
+    assert prompt_of_fit({"task": {"prompt": told}}) == CHAT
+    del told["spaced_by_end"]
+    assert prompt_of_fit({"task": {"prompt": told}}) == replace(CHAT, spaced_by_end=True)
 
 
 @pytest.mark.parametrize("scoring", ["letter", "text"])

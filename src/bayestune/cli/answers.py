@@ -12,12 +12,19 @@ from typing import Any, Self
 from jsonargparse import Namespace
 
 from bayestune.cli.output_folder import check_writable, inputs_of, refuse_both
-from bayestune.cli.run_settings import check_same, settings_file, write_settings
+from bayestune.cli.run_settings import (
+    check_same,
+    read_settings,
+    settings_file,
+    write_settings,
+)
+from bayestune.data import digest
 from bayestune.errors import Refusal
 from bayestune.runtime import in_first_process, is_first_process, of_first_process
 from bayestune.whole_files import JsonRow, json_line, whole_lines
 
 STANDARD_INPUT = Path("-")
+_COUNT = "how many rows"
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ class Answers:
         if not self.resume:
             place = hidden if path.exists() else path
             place.write_text("")
-            write_settings(place, settings)
+            write_settings(place, settings | _texts(rows, len(rows)))
             return place, 0
         place = hidden if hidden.exists() else path
         if not place.exists():
@@ -75,8 +82,10 @@ class Answers:
                 f"--resume: got {place} without {settings_file(place).name}, which says how its "
                 "lines were made, expected both; give --overwrite to begin anew"
             )
-        check_same(place, settings)
-        write_settings(place, settings)
+        # a file that rows were added to goes on, with those that it had
+        count = (read_settings(place) or {}).get(_COUNT, len(rows))
+        check_same(place, settings | _texts(rows, count))
+        write_settings(place, settings | _texts(rows, len(rows)))
         return place, done
 
     def finish(self, place: Path | None) -> None:
@@ -100,6 +109,12 @@ def _check(path: Path | None, options: Namespace) -> None:
             "--resume to go on after its last line"
         )
     check_writable(path.absolute().parent)
+
+
+def _texts(rows: Sequence[JsonRow], count: int) -> dict[str, Any]:
+    """What the first rows of a file are about, of which an answer repeats a part."""
+    told = [row.get("fingerprint") for row in rows[:count]]
+    return {_COUNT: count, "the texts of the rows, contexts among them": digest(told)[:10]}
 
 
 def _whole_rows(path: Path, rows: Sequence[JsonRow]) -> int:

@@ -1,8 +1,9 @@
 """What the commands do, each a few lines over a session."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
@@ -162,12 +163,24 @@ def predict(o: Namespace) -> None:
     count = len(questions) + len(rows.problems)
     hidden = not o.progress or place is None
     bar = tqdm(lines, "predict", count, initial=done, unit="row", disable=hidden)
-    with LineWriter(place) as writer:
-        for line in bar:
-            writer.write(line)
+    bad = _write(bar, place)
+    if len(bad) == count:
+        raise Refusal(bad[0])
     answers.finish(place)
-    if bad := len(problems) + len(rows.problems):
-        logger.warning("%d of %d rows could not be put, see their error", bad, count)
+    if bad:
+        said = "%d of %d rows could not be put or predicted, see their error"
+        logger.warning(said, len(bad), count - done)
+
+
+def _write(lines: Iterable[Mapping[str, Any]], place: Path | None) -> list[str]:
+    """Writes lines as they come; returns the errors among them."""
+    errors = []
+    with LineWriter(place) as writer:
+        for line in lines:
+            writer.write(line)
+            if "error" in line:
+                errors.append(line["error"])
+    return errors
 
 
 def _rows_to_predict(o: Namespace) -> SortedRows:

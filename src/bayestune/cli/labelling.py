@@ -1,5 +1,6 @@
 """`calibrate`, `rank` and `drift`: what held-out rows promise, what to label next, what is new."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ from bayestune.session import (
     rows_of,
 )
 from bayestune.whole_files import write_json_lines
+
+logger = logging.getLogger(__name__)
 
 _LEAST_ALARMS = 100  # repetitions of the simulated false alarms
 _SHOWN = 10
@@ -103,7 +106,8 @@ def rank(o: Namespace) -> None:
     check_ranking(number, by, draws, len(rows), max(len(row.options) for row in rows))
     outputs = artefact.predictor(way, own_reference(calibration)).over(rows, shared=True)
     near = _places(artefact, way) if by == "bald" else None
-    order = rank_rows(outputs.logits, number, by, near, o.draw_seed)
+    same = [row.fingerprint for row in rows]
+    order = rank_rows(outputs.logits, number, by, near, o.draw_seed, same)
     scores = score_rows(outputs.logits) | dict(outputs.extra)
     told = []
     for row in rows:
@@ -136,7 +140,7 @@ def drift(o: Namespace) -> int:
     held_out = _compared(calibration, o.scores)
     permutations = permutations_for(o.level, len(held_out))
     with readable(o.rows) as file:
-        rows = rows_of(file, o.posterior, labelled=False, columns=o.columns)
+        rows = _once_each(rows_of(file, o.posterior, labelled=False, columns=o.columns))
     way = PredictionOptions.of(calibration.settings)
     artefact = Artefact.open(o.posterior, rows, None, o.model, way)
     outputs = artefact.predictor(way, kept_reference(calibration)).over(artefact.rows)
@@ -152,6 +156,17 @@ def drift(o: Namespace) -> int:
     if output is not None:
         write_json_lines(output, [told])
     return EXIT_DRIFT if differs else 0
+
+
+def _once_each(rows: Sequence[Question]) -> tuple[Question, ...]:
+    """The rows, of those that are the same the first one: copies are no further evidence."""
+    first: dict[str, Question] = {}
+    for row in rows:
+        first.setdefault(row.fingerprint, row)
+    if repeated := len(rows) - len(first):
+        said = "%d of %d rows repeat the content of others: each content counts once"
+        logger.warning(said, repeated, len(rows))
+    return tuple(first.values())
 
 
 def _compared(calibration: Calibration, names: Sequence[str]) -> dict[str, Tensor]:

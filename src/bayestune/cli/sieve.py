@@ -10,9 +10,14 @@ Line = dict[str, Any]
 
 
 def told(rows: SortedRows) -> list[Line]:
-    """What the answer of each row of a file repeats of it."""
+    """What the answer of each row of a file repeats of it, and a hash of all that it is about."""
     asked: Iterator[Line] = (
-        {"id": row.id, "question": row.question, "options": list(row.options)}
+        {
+            "id": row.id,
+            "question": row.question,
+            "options": list(row.options),
+            "fingerprint": row.fingerprint,
+        }
         for row in rows.questions
     )
     return list(in_order(rows, asked))

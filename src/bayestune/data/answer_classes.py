@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
-from bayestune.data.answer_readings import AnswerIs
+from bayestune.data.answer_readings import AnswerIs, folded
 from bayestune.data.column_roles import Fields, as_option, is_missing
 from bayestune.errors import Refusal
 
@@ -44,6 +44,7 @@ def with_classes(
             f"{name}: no row has options, and all have the same answer {next(iter(counts))!r}; "
             "expected two or more classes; give the others as options"
         )
+    _refuse_spellings(counts, name)
     if len(counts) > max(_FEW, counts.total() // 2):
         raise Refusal(
             f"{name}: no row has options, and {counts.total()} rows have {len(counts)} different "
@@ -55,6 +56,22 @@ def with_classes(
     more = f" and {len(classes) - _SHOWN} more" if len(classes) > _SHOWN else ""
     logger.info("%s: the options are its answers: %s%s", name, ", ".join(shown), more)
     return named, classes
+
+
+def _refuse_spellings(counts: Counter[str], name: str) -> None:
+    """Refuses answers that are one class in several spellings, which would be as many classes."""
+    spellings: dict[str, list[str]] = {}
+    for text in sorted(counts, key=counts.__getitem__, reverse=True):
+        spellings.setdefault(" ".join(folded(text).split()), []).append(text)
+    for texts in spellings.values():
+        if len(texts) > 1:
+            got = ", ".join(f"{text!r} ({counts[text]} rows)" for text in texts)
+            others = [each[0] for each in spellings.values()][:_SHOWN]
+            raise Refusal(
+                f"{name}: no row has options, and answers differ in case or spaces alone: got "
+                f"{got}, expected one spelling of each class; write it alike, or give the classes "
+                f"as options, such as {others}"
+            )
 
 
 def _as_class(row: Fields, name: str, number: int) -> Fields:

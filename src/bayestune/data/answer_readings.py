@@ -66,6 +66,7 @@ def right_options(
     name, indices = next(iter(fitting.items()))
     if name == "index" and answer_is is None:
         _check_count_from_0(rows, indices)
+        _warn_of_truths(rows)
     return indices  # type: ignore[return-value]
 
 
@@ -128,16 +129,17 @@ def _of_text(answer: Any, options: tuple[str, ...]) -> int | None:
     texts = _TRUTH[answer] if isinstance(answer, bool) else (str(answer).strip(),)
     if texts[0] in options:
         return options.index(texts[0])
-    folded = [_folded(option) for option in options]
-    if isinstance(answer, str) and _folded(answer) in ("true", "false"):
-        texts = _TRUTH[_folded(answer) == "true"]
+    alike = [folded(option) for option in options]
+    if isinstance(answer, str) and folded(answer) in ("true", "false"):
+        texts = _TRUTH[folded(answer) == "true"]
     for text in texts:
-        if folded.count(_folded(text)) == 1:
-            return folded.index(_folded(text))
+        if alike.count(folded(text)) == 1:
+            return alike.index(folded(text))
     return None
 
 
-def _folded(text: str) -> str:
+def folded(text: str) -> str:
+    """A text without outer spaces, case, and ways to write one letter."""
     return unicodedata.normalize("NFC", text.strip()).casefold()
 
 
@@ -171,6 +173,17 @@ def _check_count_from_0(rows: Sequence[Answered], indices: Sequence[int | None])
         )
     if len(rows) >= _ENOUGH_ROWS and len(row.options) > 2:
         logger.warning("no row's answer is 0: indices count from 0, perhaps the file's from 1")
+
+
+def _warn_of_truths(rows: Sequence[Answered]) -> None:
+    """Says that 1 is a no, where the options are a yes and a no in this order."""
+    for row in rows:
+        yes, no = map(folded, row.options[:2])
+        if len(row.options) == 2 and yes in _TRUTH[True] and no in _TRUTH[False]:
+            first, second = row.options
+            said = "row %s: answers are indices: 0 is %r and 1 is %r; if 1 means %r, put %r first"
+            logger.warning(said, row.place, first, second, first, second)
+            return
 
 
 def _refusal(rows: Sequence[Answered], found: dict[str, list[int | None]]) -> Refusal:

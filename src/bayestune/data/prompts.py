@@ -18,6 +18,8 @@ class Prompt:
         chat: whether it is a user's message, put by the tokenizer's chat template, and not plain
             text.
         system: the message before it; one of the row's own takes its place.
+        spaced_by_end: whether the end of a chat's prompt alone says if a space is before the
+            answer, whatever the template writes, as in fits of 0.2.
     """
 
     letter: str
@@ -25,6 +27,7 @@ class Prompt:
     labels: tuple[str, ...] = LETTERS
     chat: bool = field(default=False, metadata={"absent_means": False})
     system: str = field(default="", metadata={"absent_means": ""})
+    spaced_by_end: bool = field(default=False, metadata={"absent_means": False})
 
     def template(self, scoring: Scoring) -> str:
         """The template under a way of scoring."""

@@ -48,7 +48,13 @@ from bayestune.decisions.row_scores import (
     score_rows,
 )
 from bayestune.decisions.sets import SetKind, SetRule, fit_sets, option_scores, row_uniforms
-from bayestune.decisions.tempering import best_temperature, log_predictive, predictive_nll
+from bayestune.decisions.tempering import (
+    NotFiniteLogits,
+    best_temperature,
+    check_draws,
+    log_predictive,
+    predictive_nll,
+)
 from bayestune.decisions.thresholds import (
     Threshold,
     likely_start,
@@ -69,6 +75,7 @@ __all__ = [
     "Drift",
     "Gate",
     "HeldOut",
+    "NotFiniteLogits",
     "Promise",
     "SetKind",
     "SetRule",
@@ -82,6 +89,7 @@ __all__ = [
     "binomial_p_value",
     "bounded_loss_p_value",
     "calibrate",
+    "check_draws",
     "check_ranking",
     "class_figures",
     "class_thresholds",

@@ -52,6 +52,8 @@ class HeldOut:
         seen: contents of the rows that training saw.
         same: a key for each row. Rows with equal keys count once, such as those with the same
             options in another order. The contents unless given.
+        answers: what each label says, by which rows that are the same contradict each other in
+            whichever order their options are. The labels unless given.
     """
 
     labels: Tensor
@@ -60,11 +62,13 @@ class HeldOut:
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     seen: Collection[str] = frozenset()
     same: Sequence[str] | None = None
+    answers: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         count = len(self.labels)
         columns = [self.contents, *self.extra.values()]
-        columns += [column for column in (self.unsure, self.same) if column is not None]
+        others = (self.unsure, self.same, self.answers)
+        columns += [column for column in others if column is not None]
         if any(len(column) != count for column in columns):
             got = f"columns of {[len(column) for column in columns]} rows for {count} labels"
             raise Refusal(f"got {got}; expected as many of each; give one a row")
@@ -78,26 +82,42 @@ class HeldOut:
     def order(self) -> Tensor:
         """Indices of the rows in the order of their contents' digests, of the same rows one.
 
-        The order is as good as random, and the same whatever order the rows came in.
+        The order is as good as random, and the same whatever order the rows came in. So is which
+        one of rows counts that contradict each other: the first in a file that is sorted by label
+        would always be of one class.
         """
-        first: dict[str, tuple[str, int]] = {}
-        both = zip(self.contents, self.same or self.contents, strict=True)
-        for index, (content, known_by) in enumerate(both):
-            digest = hashlib.sha256(f"part\0{content}".encode()).hexdigest()
-            place = (digest, index)
-            first[known_by] = min(place, first.get(known_by, place))
-        repeated = len(self.contents) - len(first)
+        found = self.distinct()
+        repeated = len(self.contents) - len(found)
         if repeated:
             _log.warning("%d rows repeat the content of others: each content counts once", repeated)
-            self._warn_of_other_labels()
-        return torch.tensor([index for _, index in sorted(first.values())])
+            self._warn_of_contradictions()
+        return torch.tensor(found)
 
-    def _warn_of_other_labels(self) -> None:
-        labels: dict[str, int] = {}
-        pairs = zip(self.contents, self.labels.tolist(), strict=True)
-        others = [content for content, label in pairs if labels.setdefault(content, label) != label]
+    def distinct(self) -> list[int]:
+        """The same indices; of repeated rows nothing is said."""
+        first: dict[str, tuple[str, str, int]] = {}
+        both = zip(self.contents, self._known_by, self._said, strict=True)
+        for index, (content, known_by, said) in enumerate(both):
+            place = (_digest(f"part\0{content}"), _digest(f"label\0{content}\0{said}"), index)
+            first[known_by] = min(place, first.get(known_by, place))
+        return [index for *_, index in sorted(first.values())]
+
+    @property
+    def _known_by(self) -> Sequence[str]:
+        return self.contents if self.same is None else self.same
+
+    @property
+    def _said(self) -> Sequence[str]:
+        return list(map(str, self.labels.tolist())) if self.answers is None else self.answers
+
+    def _warn_of_contradictions(self) -> None:
+        said: dict[str, str] = {}
+        others = []
+        for content, known_by, own in zip(self.contents, self._known_by, self._said, strict=True):
+            if said.setdefault(known_by, own) != own:
+                others.append(content)
         if others:
-            told = "%d rows repeat a content with another label, such as %r: the first one counts"
+            told = "%d rows repeat a content with another label, such as %r: one of them counts"
             _log.warning(told, len(others), others[0][:60])
 
     def digest(self) -> str:
@@ -105,6 +125,10 @@ class HeldOut:
         pairs = zip(self.contents, self.labels.tolist(), strict=True)
         lines = sorted(f"{content}\0{label}" for content, label in pairs)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,6 +22,7 @@ def rank_rows(
     acquisition: Acquisition = "bald",
     features: Tensor | None = None,
     seed: int = 0,
+    same: Sequence[str] | None = None,
 ) -> Tensor:
     """Indices of the rows to label, the first one first, (b,).
 
@@ -37,6 +38,8 @@ def rank_rows(
         features: (N, k), where rows are near that are alike, such as `spread_out` activations of
             the adapter; the draws' probabilities about their average unless given.
         seed: of "random".
+        same: a key for each row. Rows with equal keys are one question, whose label is wanted once:
+            all but the first of them come last.
 
     Raises:
         Refusal: if b is not in 1…N, a rule over draws has one draw, or too many joint answers.
@@ -53,6 +56,12 @@ def rank_rows(
     spread = Spread.of(logits)
     draws, num_rows, num_classes = logits.shape
     check_ranking(number, acquisition, draws, num_rows, num_classes)
+    if same is not None and len(set(same)) < num_rows:
+        first, others = _parted(same)
+        kept = None if features is None else features[first]
+        count = min(number, len(first))
+        order = rank_rows(logits[:, first], count, acquisition, kept, seed)
+        return torch.cat([first[order], others])[:number]
     if acquisition == "random":
         return torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed))[:number]
     if acquisition == "batch_bald":
@@ -61,6 +70,16 @@ def rank_rows(
         return _diverse(spread, number, features)
     score = spread.total_entropy() if acquisition == "entropy" else spread.negative_margin()
     return score.argsort(descending=True, stable=True)[:number]
+
+
+def _parted(same: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """The first row of each key, and the others."""
+    first: dict[str, int] = {}
+    for index, key in enumerate(same):
+        first.setdefault(key, index)
+    taken = set(first.values())
+    others = [index for index in range(len(same)) if index not in taken]
+    return torch.tensor(list(first.values())), torch.tensor(others, dtype=torch.long)
 
 
 def check_ranking(

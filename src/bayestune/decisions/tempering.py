@@ -11,20 +11,27 @@ from bayestune.errors import Refusal
 LOG_GRID = torch.arange(-16, 25, dtype=torch.float64) / 8
 
 
+class NotFiniteLogits(Refusal):
+    """Logits that are NaN or infinite: nothing can be said of their rows."""
+
+
 def check_draws(logits: Tensor, labels: Tensor | None = None) -> None:
     """Refuses what are not logits of draws with a label a row.
 
     Raises:
-        Refusal: if the logits are not (S, N, C) and non-empty, hold NaN, or a row has no option, or
-            a label is not one of its row's options.
+        NotFiniteLogits: if they hold NaN or ∞, or a row has no option.
+        Refusal: if the logits are not (S, N, C) and non-empty, or a label is not one of its row's
+            options.
     """
     shape = tuple(logits.shape)
     if logits.ndim != 3 or 0 in shape:
         raise Refusal(f"got logits of shape {shape}; expected (S, N, C); put the draws first")
     if logits.isnan().any() or (logits == -torch.inf).all(-1).any():
-        raise Refusal("got logits with NaN or rows of no option; expected numbers; look at the fit")
+        got = "got logits with NaN or rows of no option"
+        raise NotFiniteLogits(f"{got}; expected numbers; look at the fit, or its precision")
     if (logits == torch.inf).any():
-        raise Refusal("got infinite logits; expected numbers; look at the fit, or its precision")
+        got = "got infinite logits"
+        raise NotFiniteLogits(f"{got}; expected numbers; look at the fit, or its precision")
     if labels is None:
         return
     if labels.shape != shape[1:2]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from bayestune.data import Question
-from bayestune.decisions import mutual_information
+from bayestune.decisions import check_draws, mutual_information
 from bayestune.errors import Refusal
 from bayestune.forward import Draws
 from bayestune.posteriors import Posterior, Prediction, refuse_one_class
@@ -134,6 +134,7 @@ def predict_adaptively(
         title = f"predict, draws {part.start + 1} to {part.stop}" if progress else None
         chosen = [encoded[row] for row in rows]
         logits = row_logits(posterior, scorer, chosen, which, progress=title)
+        check_draws(logits)
         if part.start == 0:  # of all rows
             refuse_one_class(logits)
         return logits

@@ -8,6 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from bayestune.data import Question
+from bayestune.decisions import check_draws
 from bayestune.errors import COUNT, NUMBER, Refusal, check_fields
 from bayestune.forward import Draws
 from bayestune.posteriors import Posterior, Prediction, count_for
@@ -106,6 +107,7 @@ def evaluate_posterior(
     found = []
     for count in counts:
         logits, seconds = passes[timed[count]]
+        check_draws(logits)
         prediction = _predictive(logits[: max(count, 1)], exact=posterior.atoms is not None)
         found.append(Evaluated(count, prediction, seconds, timed[count]))
     return found

@@ -18,7 +18,7 @@ from bayestune.report.panels import (
     shift_between,
     short,
 )
-from bayestune.report.rows import Record
+from bayestune.report.rows import Record, common_texts, row_key
 
 MOST_BYTES = 3_600_000  # of the JSON: with the library the page stays below 5 MB
 _METRICS = ("accuracy", "ece", "ece_if_calibrated", "nll", "brier", "aurc")
@@ -215,9 +215,11 @@ def _shifts(evaluations: Sequence[Evaluation]) -> list[Payload]:
 def _fitting(evaluations: Sequence[Evaluation], most: int) -> Payload:
     """Questions and answers in at most so many bytes of JSON: fewer draws, then fewer rows."""
     keyed: dict[tuple[Any, ...], dict[int, Row]] = {}
+    common = common_texts([one.rows for one in evaluations])
     for index, one in enumerate(evaluations):
         for row in one.rows:
-            key = (one.record.get("task"), row["id"], row["answer"], len(row["probabilities"]))
+            own = (one.record.get("task"), len(row["probabilities"]))
+            key = (row["id"], row["answer"], *own, *row_key(row, common))
             keyed.setdefault(key, {})[index] = row
     ranked = sorted(keyed.items(), key=lambda item: -_interest(item[1].values()))
     found: Payload = {}
@@ -247,7 +249,7 @@ def _rows(
     answers: dict[int, list[list[Any]]] = {}
     for place, (key, runs) in enumerate(keyed):
         told = next((row for row in runs.values() if row.get("question")), {})
-        _, name, answer, _ = key
+        name, answer, *_ = key
         question = {"id": str(name), "answer": answer}
         for name in ("question", "context"):
             question |= {name: _cut(str(told[name]), 10 * texts)} if told.get(name) else {}

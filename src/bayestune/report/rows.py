@@ -55,19 +55,37 @@ def tensors(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
 
 
 def paired_tensors(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor, Tensor] | None:
-    """K pairs of runs on the rows that all of them have: those of the same id and answer.
+    """K pairs of runs on the rows that all of them have: those of the same id, texts and answer.
+
+    An id that a row has from its place in a file says nothing of another file, or of the same one
+    after rows were put into it. Where some runs keep no texts, id and answer alone count.
 
     Returns:
         Probabilities (K, N, C) of the first and of the second of each pair, and answers (N,), in
         the order of the first run; None without such rows.
     """
+    runs = list(chain(*pairs))
+    texts = common_texts(runs)
     keyed = []
-    for rows in chain(*pairs):
-        keyed.append({(row["id"], row["answer"]): row for row in rows})
+    for rows in runs:
+        keyed.append({row_key(row, texts): row for row in rows})
     shared = set(keyed[0]).intersection(*keyed) if keyed else set()
     if not shared:
         return None
     order = [key for key in keyed[0] if key in shared]
-    runs = [tensors(list(map(rows.__getitem__, order))) for rows in keyed]
-    probabilities = torch.stack([run for run, _ in runs])
-    return probabilities[::2], probabilities[1::2], runs[0][1]
+    found = [tensors(list(map(rows.__getitem__, order))) for rows in keyed]
+    probabilities = torch.stack([own for own, _ in found])
+    return probabilities[::2], probabilities[1::2], found[0][1]
+
+
+def common_texts(runs: Sequence[Sequence[Row]]) -> tuple[str, ...]:
+    """Which texts all rows of all runs keep, by which they are told apart beside their ids."""
+    common = {"question", "options"}
+    for row in chain(*runs):
+        common &= row.keys()
+    return tuple(sorted(common))
+
+
+def row_key(row: Row, texts: Sequence[str]) -> tuple[str, ...]:
+    """What makes a row of one run the row of another: id, answer and texts."""
+    return (str(row["id"]), str(row["answer"]), *(str(row[name]) for name in texts))

@@ -9,10 +9,10 @@ from bayestune.adapters import is_classifier
 from bayestune.data import Scoring, Task
 from bayestune.errors import Refusal
 from bayestune.scoring.head import HeadScorer
-from bayestune.scoring.letter import ANY_ROW, LetterScorer
+from bayestune.scoring.letter import LetterScorer
 from bayestune.scoring.scorer import Scorer
 from bayestune.scoring.text import Layout, TextScorer, can_pack
-from bayestune.scoring.tokens import prompt_text
+from bayestune.scoring.tokens import ANY_ROW, prompt_text
 
 
 def make_scorer(

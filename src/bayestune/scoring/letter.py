@@ -13,16 +13,15 @@ from bayestune.errors import Refusal
 from bayestune.scoring.last_logits import last_logits
 from bayestune.scoring.scorer import Encoded, Scorer, option_mask
 from bayestune.scoring.tokens import (
+    ANY_ROW,
     answer_tokens,
     before_answer,
     left_padded_inputs,
     prompt_ids,
     prompt_text,
     token_ids,
+    written_before_answer,
 )
-
-# Labels' tokens are found on the prompt of this row: they must not depend on the rows at hand.
-ANY_ROW = Question("any", "?", ("yes", "no"), answer=None)
 
 
 @dataclass
@@ -42,8 +41,13 @@ class LetterScorer(Scorer):
     @cached_property
     def tokens(self) -> list[int]:
         """The token of each label, up to the first label that is not a token of its own."""
-        text = prompt_text(self.tokenizer, self.task.prompt, ANY_ROW, "letter")
-        return answer_tokens(self.tokenizer, text, self.task.prompt.labels)
+        prompt = self.task.prompt
+        text = prompt_text(self.tokenizer, prompt, ANY_ROW, "letter")
+        return answer_tokens(self.tokenizer, text, prompt.labels, self._spaces(text))
+
+    def _spaces(self, text: str) -> tuple[str, str]:
+        written = written_before_answer(self.tokenizer, self.task.prompt, "letter")
+        return before_answer(text, written)
 
     def _refuse_without_token(self, row: Question) -> None:
         labels = self.task.prompt.answers(row, "letter")
@@ -51,7 +55,7 @@ class LetterScorer(Scorer):
             return
         label = labels[len(self.tokens)]
         prompt = prompt_text(self.tokenizer, self.task.prompt, ANY_ROW, "letter")
-        text = f"{prompt}{before_answer(prompt)[0]}{label}"
+        text = f"{prompt}{self._spaces(prompt)[0]}{label}"
         last = self.tokenizer.convert_ids_to_tokens(token_ids(self.tokenizer, text)[-3:])
         raise Refusal(
             f"label {label!r} is not a token of its own after the prompt: got {last} as the last "

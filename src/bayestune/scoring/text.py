@@ -4,7 +4,7 @@ import inspect
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from types import SimpleNamespace
 from typing import Any, Literal, get_args
 
@@ -25,6 +25,7 @@ from bayestune.scoring.tokens import (
     prompt_ids,
     right_padded,
     token_ids,
+    written_before_answer,
 )
 
 # What was found of each model, for as long as it lives.
@@ -96,11 +97,16 @@ class TextScorer(Scorer):
         separators = ("", " ") if self.task.prompt.chat else (" ",)
         return max(len(token_ids(self.tokenizer, f"{before}{text}")) for before in separators)
 
+    @cached_property
+    def _written(self) -> str | None:
+        """What the chat template writes before an answer, where it tells."""
+        return written_before_answer(self.tokenizer, self.task.prompt, "text")
+
     def _option_ids(self, prompt: list[int], text: str) -> list[int]:
         """Tokens by which an option continues the prompt; on its own if the two would merge."""
         end = str(self.tokenizer.decode(prompt[-8:]))
         start = token_ids(self.tokenizer, end)
-        continued = f"{before_answer(end)[0]}{text}"
+        continued = f"{before_answer(end, self._written)[0]}{text}"
         whole = token_ids(self.tokenizer, f"{end}{continued}")
         if whole[: len(start)] == start and len(whole) > len(start):
             return whole[len(start) :]

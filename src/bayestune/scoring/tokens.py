@@ -12,6 +12,9 @@ from bayestune.data import Prompt, Question, Scoring
 from bayestune.errors import Refusal
 from bayestune.scoring.scorer import Scorer
 
+# What does not depend on the rows at hand, such as labels' tokens, is found on this row's prompt.
+ANY_ROW = Question("any", "?", ("yes", "no"), answer=None)
+
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a text, without special tokens."""
@@ -50,15 +53,42 @@ def prompt_text(
     return str(text)
 
 
-def before_answer(text: str) -> tuple[str, str]:
+def before_answer(text: str, written: str | None = None) -> tuple[str, str]:
     r"""What may stand between a prompt and its answer, the likelier first.
 
-    It is a space, unless the prompt ends in white space, as a chat's does.
+    It is a space, unless the prompt ends in white space, or a chat's template writes none.
 
-    >>> before_answer("Answer:"), before_answer("assistant\n")
-    ((' ', ''), ('', ' '))
+    Args:
+        text: the prompt.
+        written: what the template writes, where it tells; see `written_before_answer`.
+
+    >>> before_answer("Answer:"), before_answer("assistant\n"), before_answer("[/INST]", "")
+    ((' ', ''), ('', ' '), ('', ' '))
     """
-    return ("", " ") if text[-1:].isspace() else (" ", "")
+    first = ("" if text[-1:].isspace() else " ") if written is None else written
+    return (first, "" if first else " ")
+
+
+def written_before_answer(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, scoring: Scoring
+) -> str | None:
+    """What a chat template writes between its prompt and an answer: a space, or nothing.
+
+    Models were tuned on what the template makes of an assistant's message. None of a prompt that is
+    no chat, and of a template that does not write the two one after the other.
+    """
+    if not prompt.chat or prompt.spaced_by_end:
+        return None
+    begin = prompt_text(tokenizer, prompt, ANY_ROW, scoring)
+    answered = [*prompt.messages(ANY_ROW, scoring), {"role": "assistant", "content": "A"}]
+    try:
+        whole = str(tokenizer.apply_chat_template(answered, tokenize=False))
+    except TemplateError:
+        return None
+    behind = whole.removeprefix(begin)
+    if behind == whole:
+        return None
+    return next((space for space in ("", " ") if behind.startswith(f"{space}A")), None)
 
 
 def prompt_ids(
@@ -100,17 +130,17 @@ def _start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def answer_tokens(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, labels: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase, prompt: str, labels: Sequence[str], spaces: Sequence[str]
 ) -> list[int]:
     """The token by which each label continues the prompt, up to the first without one of its own.
 
     "Answer:" + " A" is one token " A" in byte-level BPE and "▁A" in SentencePiece; other tokenizers
-    want "A", and so does a chat, whose prompt ends with a line. The first two labels decide which
-    it is, because every row has these.
+    want "A", and so does a chat whose prompt ends with a line. The first two labels decide which
+    of the `spaces` it is, the likelier first, because every row has these.
     """
     start = token_ids(tokenizer, prompt)
     tokens: list[int] = []
-    for separator in before_answer(prompt):
+    for separator in spaces:
         tokens = []
         for label in labels:
             *before, token = token_ids(tokenizer, prompt + separator + label)

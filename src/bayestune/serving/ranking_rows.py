@@ -56,7 +56,8 @@ async def ranked(handler: RequestHandler, served: Served, body: RankBody) -> lis
         found = await _activations(handler, served, answers)
         near = spread_out(found) if by == "bald" and len(answers) > 1 else None
         scores |= {DISTANCE: reference.of(found)} if reference is not None else {}
-    order = rank_rows(logits, number, by, near, asked.seed or 0)
+    same = [repr(answer.encoded) for answer in answers]  # what the model read
+    order = rank_rows(logits, number, by, near, asked.seed or 0, same)
     told = []
     for index, answer in enumerate(answers):
         line = answer.line

@@ -77,6 +77,7 @@ def prompt_of_fit(details: Mapping[str, Any]) -> Prompt:
     """The prompt that a fit's folder keeps."""
     told = details["task"]["prompt"]
     more = {name: told[name] for name in ("chat", "system") if name in told}
+    more["spaced_by_end"] = told.get("spaced_by_end", bool(told.get("chat")))  # not told by 0.2
     return Prompt(told["letter"], told["text"], tuple(told["labels"]), **more)
 
 

@@ -177,6 +177,7 @@ class Gated:
         return facts | replace(self.fit, bf16=self.way.bf16).facts(self.session.options)
 
     def _prediction(self, logits: Tensor) -> Prediction:
+        decisions.check_draws(logits)
         temperature = self.calibration.temperature if self.calibration else 1.0
         exact = self.fit.posterior.atoms is not None
         return Prediction.of(logits.double() / temperature, exact=exact)

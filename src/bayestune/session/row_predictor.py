@@ -1,6 +1,6 @@
 """Rows' logits, and the scores that are known beside those of the logits."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from bayestune.data import Question
-from bayestune.decisions import Calibration, Distance
+from bayestune.decisions import Calibration, Distance, NotFiniteLogits
+from bayestune.evaluation import error_row
 from bayestune.runtime import shared_work
 from bayestune.scoring import Encoded, Scorer
 from bayestune.session.fit import Fit
@@ -108,3 +109,18 @@ def own_reference(calibration: Calibration | None) -> Distance | None:
     if calibration is None or PredictionOptions.of(calibration.settings).student is not None:
         return None
     return kept_reference(calibration)
+
+
+def told_or_error(
+    rows: Sequence[Question], tell: Callable[[Sequence[Question]], Iterable[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """The lines that `tell` makes of rows; where logits are no numbers, of each row by itself."""
+    try:
+        return list(tell(rows)) if rows else []
+    except NotFiniteLogits as problem:
+        if len(rows) == 1:
+            return [error_row(rows[0], problem)]
+    lines = []
+    for row in rows:
+        lines += told_or_error([row], tell)
+    return lines

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from bayestune.data import Part, Question, Task, check_ids, check_trainable
+from bayestune.decisions import check_draws
 from bayestune.errors import Refusal
 from bayestune.evaluation import (
     Adaptive,
@@ -37,7 +38,7 @@ from bayestune.session.as_fitted import (
 from bayestune.session.before_fitting import check_answers, check_fits, learnt_rows
 from bayestune.session.fit import Fit, details_of
 from bayestune.session.opened_model import Dtype, Named, dtype_of, num_classes, open_model
-from bayestune.session.row_predictor import windows
+from bayestune.session.row_predictor import told_or_error, windows
 from bayestune.session.task_options import TaskOptions
 from bayestune.training import Training
 
@@ -235,7 +236,7 @@ class Session:
         decided: bool = False,
         rows: Sequence[Question] | None = None,
     ) -> Prediction:
-        """The predictive of rows, those to evaluate on by default, in the precision of the fit.
+        """The predictive of rows, by default those to evaluate on, as precise as the fit.
 
         With `decided`, drawing stops for rows whose decision is certain, see `Adaptive`.
         """
@@ -248,6 +249,7 @@ class Session:
         draws = replace(draws, count=count_for(fit.posterior, draws.count))
         title = f"predict, {draws.count} draws" if self.progress else None
         logits = row_logits(*asked, self.scorer.encode(rows), draws, progress=title)
+        check_draws(logits)
         return Prediction.of(logits, exact=fit.posterior.atoms is not None)
 
     def quietly(self) -> Self:
@@ -273,10 +275,7 @@ class Session:
     def answers(
         self, fit: Fit, draws: Draws, rows: Sequence[Question], *, decided: bool = False
     ) -> Iterator[dict[str, Any]]:
-        """A line for each row, in order, some rows at a time; with an `error` if it cannot be put.
-
-        Rows of one window are batched by length.
-        """
+        """A line for each row, in order, some at a time; with an `error` if it cannot be put."""
         quiet = self.quietly()
 
         def tell(good: Sequence[Question]) -> list[dict[str, Any]]:
@@ -290,10 +289,10 @@ class Session:
         tell: Callable[[Sequence[Question]], Iterable[dict[str, Any]]],
     ) -> Iterator[dict[str, Any]]:
         """The lines that `tell` makes of some rows at a time, and of those that cannot be put."""
-        quiet = self.quietly()
+        scorer = self.quietly().scorer
         for window in windows(rows):
-            problems = [self._problem(quiet.scorer, row) for row in window]
+            problems = [self._problem(scorer, row) for row in window]
             good = [row for row, problem in zip(window, problems, strict=True) if problem is None]
-            told = iter(tell(good) if good else ())
+            told = iter(told_or_error(good, tell))
             for row, problem in zip(window, problems, strict=True):
                 yield next(told) if problem is None else error_row(row, problem)

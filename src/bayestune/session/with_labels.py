@@ -1,16 +1,15 @@
 """Calibrates an artefact on labelled rows that its training did not see."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bayestune import decisions
 from bayestune.data import Question
-from bayestune.decisions import Calibration, CalibrationOptions, HeldOut, score_rows
+from bayestune.decisions import Calibration, CalibrationOptions, HeldOut, Variant, score_rows
 from bayestune.errors import Refusal
 from bayestune.posteriors import artefact_folder, is_hub_id, posterior_digest
 from bayestune.scoring import check_lengths
@@ -83,7 +82,7 @@ def calibrate(
     found = replace(
         found,
         settings={**found.settings, **_facts(artefact, options, row_options)},
-        held_out=_scores(chosen.logits, found.temperature, {**held_out.extra, **chosen.extra}),
+        held_out=_scores(chosen, found.temperature, held_out),
     )
     found.write(place)
     return found
@@ -126,7 +125,9 @@ def _held_out(rows: Sequence[Question], row_options: RowOptions) -> HeldOut:
         raise Refusal(f"got {got}; expected some; look at its spelling, or leave --unsure out")
     unsure_of = None if places is None else torch.tensor(places)
     same = [row.fingerprint for row in rows]  # whatever the order of their options
-    return HeldOut(labels, [content_of(row) for row in rows], unsure_of, same=same)
+    answers = [row.options[row.answer] for row in rows if row.answer is not None]
+    contents = [content_of(row) for row in rows]
+    return HeldOut(labels, contents, unsure_of, same=same, answers=answers)
 
 
 def _trained_on(place: Path, row_options: RowOptions) -> tuple[Question, ...]:
@@ -196,10 +197,14 @@ def _in_class_order(
     return replace(options, costs=options.costs[places][:, places])
 
 
-def _scores(
-    logits: Tensor, temperature: float, extra: Mapping[str, Tensor]
-) -> dict[str, list[float]]:
-    """What new rows are compared with: every score of the variant that varies, and the others."""
-    found = score_rows(logits, temperature=temperature) | dict(extra)
+def _scores(variant: Variant, temperature: float, held_out: HeldOut) -> dict[str, list[float]]:
+    """What new rows are compared with: every score of the variant that varies, and the others.
+
+    Each content counts once: copies would seem to be as many rows, and any others unlike them.
+    """
+    rows = sorted(held_out.distinct())
+    found = score_rows(variant.logits[:, rows], temperature=temperature)
+    extra = {**held_out.extra, **variant.extra}
+    found |= {name: values[rows] for name, values in extra.items()}
     varies = {name: values for name, values in found.items() if values.max() > values.min()}
     return decisions.as_kept(varies)
