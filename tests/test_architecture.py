@@ -3,6 +3,7 @@
 import ast
 import importlib
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -154,6 +155,18 @@ def test_importing_loads_nothing_heavy_before_it_is_needed(module, heavy):
     code = f"import sys, {module}; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_classes_that_docstrings_name_exist():
+    nodes = [node for path in MODULES for node in ast.walk(tree(path))]
+    known = {node.name for node in nodes if isinstance(node, ast.ClassDef)}
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom):
+            known |= {alias.name for alias in node.names}
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    text = "\n".join(ast.get_docstring(n) or "" for n in nodes if isinstance(n, documented))
+    named = set(re.findall(r"`([A-Z][A-Za-z]*[a-z][A-Za-z]*)(?:\([^`]*)?`", text))
+    assert named - known == set()
 
 
 # The tests

@@ -81,7 +81,7 @@ def export(
         to: the folder to write to; made if it is not there.
         model: the base model, where it has moved.
         overwrite: whether an earlier export there is replaced.
-        options: fields of `Exporting`: draws, draw_seed, student, name, server.
+        options: fields of `ExportOptions`: draws, draw_seed, student, name, server.
 
     Returns:
         The folder.
