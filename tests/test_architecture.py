@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import inspect
 import pkgutil
 import re
 import subprocess
@@ -167,6 +168,22 @@ def test_classes_that_docstrings_name_exist():
     text = "\n".join(ast.get_docstring(n) or "" for n in nodes if isinstance(n, documented))
     named = set(re.findall(r"`([A-Z][A-Za-z]*[a-z][A-Za-z]*)(?:\([^`]*)?`", text))
     assert named - known == set()
+
+
+WITHOUT_PARAMETERS = {
+    "METHODS",
+    "Method",
+    "Posterior",
+    "Refusal",
+}  # a table, two protocols, an error
+
+
+@pytest.mark.parametrize("name", sorted({*bayestune.__all__} - WITHOUT_PARAMETERS))
+def test_a_public_name_explains_its_parameters(name):
+    public = getattr(bayestune, name)
+    text = inspect.getdoc(public) or ""
+    for parameter in inspect.signature(public).parameters:
+        assert re.search(rf"^ +{parameter}: |`{parameter}`", text, re.MULTILINE), parameter
 
 
 # The tests

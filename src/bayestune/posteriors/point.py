@@ -37,6 +37,10 @@ class Point(AdapterPosterior):
     """A posterior with all its mass on one adapter: what maximum likelihood and MAP return.
 
     Args:
+        model: the PEFT model.
+        scorer: maps (model, batch) to class logits (N, C).
+        adapter: the adapter's name; None for the active one.
+        report: what the fit took.
         teacher: what it was distilled from, if it is a student.
     """
 
