@@ -47,7 +47,7 @@ from bayestune.report import (
 )
 from bayestune.runtime import is_first_process
 from bayestune.session import (
-    Gated,
+    CalibratedPredictor,
     LoadedBase,
     Session,
     TaskOptions,
@@ -157,8 +157,8 @@ def predict(o: Namespace) -> None:
     }
     place, done = answers.begin(told(rows), settings)
     left = questions[done - sum(number < done for number in rows.problems) :]
-    gated = Gated(session, fitted, way, calibration)
-    lines = in_order(rows, in_shares(left, lambda some: answered(gated, some, o)), done)
+    predictor = CalibratedPredictor(session, fitted, way, calibration)
+    lines = in_order(rows, in_shares(left, lambda some: answered(predictor, some, o)), done)
     count = len(questions) + len(rows.problems)
     hidden = not o.progress or place is None
     bar = tqdm(lines, "predict", count, initial=done, unit="row", disable=hidden)

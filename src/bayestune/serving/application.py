@@ -117,7 +117,7 @@ def about(served: Served, limits: Limits) -> dict[str, Any]:
         "columns": served.columns,
         "has_mean": posterior.has_mean,
         "atoms": posterior.atoms,
-        "draws": served.decided.way.draws,
+        "draws": served.calibrated.way.draws,
         "calibration": None if calibration is None else calibration.applied(),
         "limits": {
             "rows": limits.max_rows,

@@ -12,7 +12,7 @@ from bayestune.serving.bodies import ChatBody, Message, RowBody
 from bayestune.serving.request_handler import RequestHandler, TooLarge, service_line, shortened
 from bayestune.serving.waiting import Answer
 from bayestune.serving.written import Written
-from bayestune.session import Gated
+from bayestune.session import CalibratedPredictor
 
 _TOKENS = 16  # of an answer, unless the request says
 
@@ -20,22 +20,25 @@ _TOKENS = 16  # of an answer, unless the request says
 async def completion(handler: RequestHandler, body: ChatBody) -> dict[str, Any]:
     """The answer to a body, in OpenAI's form; `bayestune` has the decision beside it."""
     served = handler.served(body.model)
-    gated = handler.gated(served, body)
+    predictor = handler.predictor_for(served, body)
     options = body.choices
     if options is None:
         options = list(served.options)
     if options:
-        return await _chosen(handler, served, gated, (body, options))
-    return await _written(handler, served, gated, body)
+        return await _chosen(handler, served, predictor, (body, options))
+    return await _written(handler, served, predictor, body)
 
 
 async def _chosen(
-    handler: RequestHandler, served: Served, gated: Gated, asked: tuple[ChatBody, Sequence[str]]
+    handler: RequestHandler,
+    served: Served,
+    predictor: CalibratedPredictor,
+    asked: tuple[ChatBody, Sequence[str]],
 ) -> dict[str, Any]:
     """The likeliest option, with the averaged log-probabilities of all."""
     body, options = asked
     row = RowBody.model_validate({"messages": body.messages, "options": list(options)})
-    (found,) = await handler.answers(served, gated, [row])
+    (found,) = await handler.answers(served, predictor, [row])
     assert isinstance(found, Answer)
     line = found.line
     logs = [_log(p) for p in line["probabilities"]]
@@ -48,7 +51,7 @@ async def _chosen(
 
 
 async def _written(
-    handler: RequestHandler, served: Served, gated: Gated, body: ChatBody
+    handler: RequestHandler, served: Served, predictor: CalibratedPredictor, body: ChatBody
 ) -> dict[str, Any]:
     """The likeliest tokens, one after the other."""
     if served.fit.details["scoring"] == "head":
@@ -64,7 +67,7 @@ async def _written(
     ids = await handler.encoded(lambda: prompt_ids(tokenizer, body.messages))
     handler.refuse_long(served, len(ids) + most)
     prompt = len(ids)
-    written = Written.begin(gated, ids)
+    written = Written.begin(predictor, ids)
     reason = "length"
     for _ in range(most):
         token = await handler.call(lambda: written.step(body.top_logprobs))
