@@ -13,8 +13,10 @@ from jsonargparse import Namespace
 
 from bayestune.cli.output_folder import check_writable, inputs_of, refuse_both
 from bayestune.cli.run_settings import check_same, settings_file, write_settings
+from bayestune.data import SortedRows
 from bayestune.errors import Refusal
 from bayestune.runtime import in_first_process, is_first_process, of_first_process
+from bayestune.session import in_order
 from bayestune.whole_files import JsonRow, json_line, whole_lines
 
 STANDARD_INPUT = Path("-")
@@ -173,3 +175,12 @@ def readable(path: Path) -> Iterator[Path]:
         copy = Path(scratch, "input.jsonl" if is_json else "input.csv")
         copy.write_bytes(text)
         yield copy
+
+
+def repeated(rows: SortedRows) -> list[JsonRow]:
+    """What each row's line repeats of the row; of one that cannot be read, its `error`."""
+    asked: Iterator[JsonRow] = (
+        {"id": row.id, "question": row.question, "options": list(row.options)}
+        for row in rows.questions
+    )
+    return list(in_order(rows, asked))

@@ -10,13 +10,12 @@ from tqdm import tqdm
 
 from bayestune.adapters import detach
 from bayestune.bench import PLAN, Grid, collect, run_bench
-from bayestune.cli.answers import Answers, LineWriter, readable
+from bayestune.cli.answers import Answers, LineWriter, readable, repeated
 from bayestune.cli.applying import answered, calibrated_result, chosen_way, in_shares, passed
 from bayestune.cli.options import built, chosen_methods
 from bayestune.cli.output_folder import OutputFolder, check_writable
 from bayestune.cli.reporting import write_report
 from bayestune.cli.run_settings import evaluation_settings, fit_settings
-from bayestune.cli.sieve import told
 from bayestune.data import (
     Part,
     ReadOptions,
@@ -155,7 +154,7 @@ def predict(o: Namespace) -> None:
         "the files of --posterior": posterior_digest(o.posterior),
         "the calibration": calibration and calibration.applied(),
     }
-    place, done = answers.begin(told(rows), settings)
+    place, done = answers.begin(repeated(rows), settings)
     left = questions[done - sum(number < done for number in rows.problems) :]
     predictor = CalibratedPredictor(session, fitted, way, calibration)
     lines = in_order(rows, in_shares(left, lambda some: answered(predictor, some, o)), done)

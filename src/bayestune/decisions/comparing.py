@@ -97,8 +97,8 @@ class HeldOut:
         pairs = zip(self.contents, self.labels.tolist(), strict=True)
         others = [content for content, label in pairs if labels.setdefault(content, label) != label]
         if others:
-            told = "%d rows repeat a content with another label, such as %r: the first one counts"
-            _log.warning(told, len(others), others[0][:60])
+            said = "%d rows repeat a content with another label, such as %r: the first one counts"
+            _log.warning(said, len(others), others[0][:60])
 
     def digest(self) -> str:
         """SHA-256 of contents and labels, whatever their order."""

@@ -67,6 +67,6 @@ class Point(AdapterPosterior):
     @classmethod
     def restore(cls, saved: Saved) -> Self:
         """The posterior of a saved `state`."""
-        told: Mapping[str, Any] | None = saved.facts.get("teacher")
-        teacher = None if told is None else Teacher(**told)
+        facts: Mapping[str, Any] | None = saved.facts.get("teacher")
+        teacher = None if facts is None else Teacher(**facts)
         return cls(saved.model, saved.scorer, adapter=saved.adapter, teacher=teacher)

@@ -256,8 +256,8 @@ def stamp(folder: Path) -> Stamp:
     try:
         for path in sorted(folder.rglob("*")):
             if path.suffix in _KEPT and "checkpoints" not in path.parts:
-                told = path.stat()
-                found.append((str(path), told.st_mtime_ns, told.st_size))
+                facts = path.stat()
+                found.append((str(path), facts.st_mtime_ns, facts.st_size))
     except OSError:  # a file went away meanwhile
         return frozenset()
     return frozenset(found)

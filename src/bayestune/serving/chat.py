@@ -43,8 +43,9 @@ async def _chosen(
     line = found.line
     logs = [_log(p) for p in line["probabilities"]]
     order = sorted(range(len(logs)), key=lambda index: -logs[index])
-    top = [_told(line["options"][index], logs[index]) for index in order[: body.top_logprobs]]
-    chosen = _told(line["choice_text"], logs[line["choice"]]) | {"top_logprobs": top}
+    offered = line["options"]
+    top = [_with_logprob(offered[index], logs[index]) for index in order[: body.top_logprobs]]
+    chosen = _with_logprob(line["choice_text"], logs[line["choice"]]) | {"top_logprobs": top}
     answer = _answer(served, line["choice_text"], [chosen] if body.logprobs else None, "stop")
     answer["usage"] = _usage(found.tokens, 1)
     return answer | {"bayestune": service_line(found)}
@@ -76,8 +77,8 @@ async def _written(
             break
     kept = [one for one in written.tokens if one["id"] not in _ends(served)]
     text = await handler.encoded(lambda: tokenizer.decode([one["id"] for one in kept]))
-    told = await handler.encoded(lambda: [_of_token(tokenizer, one) for one in written.tokens])
-    answer = _answer(served, text, told if body.logprobs else None, reason)
+    tokens = await handler.encoded(lambda: [_of_token(tokenizer, one) for one in written.tokens])
+    answer = _answer(served, text, tokens if body.logprobs else None, reason)
     answer["usage"] = _usage(prompt, len(written.tokens))
     total = sum(one["logprob"] for one in written.tokens)
     return answer | {"bayestune": {"log_probability": total, "draws": written.draws.count}}
@@ -89,9 +90,9 @@ def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
         raise Refusal("got a last message without text; expected some; say what is asked")
     if not getattr(tokenizer, "chat_template", None):
         return list(tokenizer("\n".join(message.text for message in messages))["input_ids"])
-    told = [{"role": message.role, "content": message.text} for message in messages]
+    turns = [{"role": message.role, "content": message.text} for message in messages]
     try:
-        text = tokenizer.apply_chat_template(told, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     except Exception as problem:  # a template raises what it likes
         got = f"messages that the model's template refuses ({shortened(str(problem))})"
         raise Refusal(f"got {got}; expected roles in its order; change them") from None
@@ -112,11 +113,11 @@ def _ends(served: Served) -> set[int]:
 
 
 def _of_token(tokenizer: Any, one: dict[str, Any]) -> dict[str, Any]:
-    top = [_told(tokenizer.decode([token]), value) for token, value in one["top"]]
-    return _told(tokenizer.decode([one["id"]]), one["logprob"]) | {"top_logprobs": top}
+    top = [_with_logprob(tokenizer.decode([token]), value) for token, value in one["top"]]
+    return _with_logprob(tokenizer.decode([one["id"]]), one["logprob"]) | {"top_logprobs": top}
 
 
-def _told(text: str, value: float) -> dict[str, Any]:
+def _with_logprob(text: str, value: float) -> dict[str, Any]:
     return {"token": text, "logprob": value, "bytes": list(text.encode("utf-8", "replace"))}
 
 

@@ -24,7 +24,7 @@ class Recent:
     calibration: Calibration
     values: dict[str, "deque[float]"] = field(default_factory=dict)
     seen: int = 0
-    _told: tuple[int, float, float] = (-1, 0.0, 0.0)
+    _latest: tuple[int, float, float] = (-1, 0.0, 0.0)
     _lock: threading.Lock = field(default_factory=threading.Lock)  # passes add, others read
 
     def add(self, outputs: RowOutputs) -> None:
@@ -42,14 +42,14 @@ class Recent:
         """The largest distance of a score, and the test's p-value; None of too few rows."""
         if self.seen < _LEAST or not self.values:
             return None
-        if self._told[0] != self.seen:
+        if self._latest[0] != self.seen:
             with self._lock:
                 new = {name: torch.tensor(list(values)) for name, values in self.values.items()}
             kept = self.calibration.held_out
             held_out = {name: torch.tensor(kept[name]) for name in new}
             found = drift_test(held_out, new, _PERMUTATIONS)
-            self._told = (self.seen, max(found.statistics.values()), found.p_value)
-        return self._told[1:]
+            self._latest = (self.seen, max(found.statistics.values()), found.p_value)
+        return self._latest[1:]
 
     def _names(self) -> list[str]:
         usual = ("total_entropy", "corrected_mutual_information", DISTANCE)

@@ -99,7 +99,7 @@ class Paths:
 
     def _note(self, request: Request, served: Served, rows: Sequence[RowBody]) -> None:
         """What the log says of a request; its texts only if asked for."""
-        noted = request.scope["told"]
+        noted = request.scope["log_line"]
         noted |= {"model": served.name, "rows": len(rows)}
         if self.serving.log_texts:
             noted["texts"] = [row.question for row in rows]

@@ -57,12 +57,12 @@ async def ranked(handler: RequestHandler, served: Served, body: RankBody) -> lis
         near = spread_out(found) if by == "bald" and len(answers) > 1 else None
         scores |= {DISTANCE: reference.of(found)} if reference is not None else {}
     order = rank_rows(logits, number, by, near, asked.seed or 0)
-    told = []
+    shown = []
     for index, answer in enumerate(answers):
         line = answer.line
         own = {"index": index, "id": line["id"], "question": line["question"]}
-        told.append({**own, "options": line["options"]})
-    return ranked_lines(order, told, by, scores)
+        shown.append({**own, "options": line["options"]})
+    return ranked_lines(order, shown, by, scores)
 
 
 async def _activations(

@@ -69,15 +69,15 @@ def rows_as_fitted(rows: Sequence[Question], details: Mapping[str, Any]) -> tupl
     Raises:
         Refusal: if a row has a context for which the prompt has no place, or other classes.
     """
-    told = (prompt_of_fit(details), details["scoring"], classes_of(details))
-    return put_as_fitted(own_task("this request", (), rows), *told, warns=False).evaluation
+    how = (prompt_of_fit(details), details["scoring"], classes_of(details))
+    return put_as_fitted(own_task("this request", (), rows), *how, warns=False).evaluation
 
 
 def prompt_of_fit(details: Mapping[str, Any]) -> Prompt:
     """The prompt that a fit's folder keeps."""
-    told = details["task"]["prompt"]
-    more = {name: told[name] for name in ("chat", "system") if name in told}
-    return Prompt(told["letter"], told["text"], tuple(told["labels"]), **more)
+    kept = details["task"]["prompt"]
+    more = {name: kept[name] for name in ("chat", "system") if name in kept}
+    return Prompt(kept["letter"], kept["text"], tuple(kept["labels"]), **more)
 
 
 def _is_shown(template: str, scoring: Scoring) -> bool:
@@ -132,8 +132,8 @@ def in_order(
 
 def classes_of(details: Mapping[str, Any]) -> tuple[str, ...] | None:
     """The options that all rows of a fit had, in their order, as far as its folder tells."""
-    told = details.get("class_names") or details.get("questions", {}).get("options")
-    return tuple(told) if told else None
+    names = details.get("class_names") or details.get("questions", {}).get("options")
+    return tuple(names) if names else None
 
 
 def seen_rows(details: Mapping[str, Any], rows: Sequence[Question]) -> int | None:

@@ -57,8 +57,8 @@ class CalibratedPredictor:
 
     def lines_of(self, rows: Sequence[Question], outputs: RowOutputs) -> list[dict[str, Any]]:
         """The same of outputs that are there."""
-        told = prediction_rows(rows, self._prediction(outputs.logits))
-        both = zip(told, self.decisions_of(rows, outputs), strict=True)
+        lines = prediction_rows(rows, self._prediction(outputs.logits))
+        both = zip(lines, self.decisions_of(rows, outputs), strict=True)
         return [{**line, **decision} for line, decision in both]
 
     @cached_property
@@ -104,7 +104,7 @@ class CalibratedPredictor:
         """The lines of `predict`, in order; with an `error` where a row cannot be put."""
         if self.calibration is None:
             return self.uncalibrated(rows, Draws(self.way.draws, self.way.draw_seed))
-        return self.session.told(rows, self.lines)
+        return self.session.in_windows(rows, self.lines)
 
     def uncalibrated(
         self, rows: Sequence[Question], draws: Draws, *, decided: bool = False

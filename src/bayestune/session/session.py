@@ -282,9 +282,9 @@ class Session:
         def tell(good: Sequence[Question]) -> list[dict[str, Any]]:
             return prediction_rows(good, quiet.predict(fit, draws, decided=decided, rows=good))
 
-        return self.told(rows, tell)
+        return self.in_windows(rows, tell)
 
-    def told(
+    def in_windows(
         self,
         rows: Sequence[Question],
         tell: Callable[[Sequence[Question]], Iterable[dict[str, Any]]],
@@ -294,6 +294,6 @@ class Session:
         for window in windows(rows):
             problems = [self._problem(quiet.scorer, row) for row in window]
             good = [row for row, problem in zip(window, problems, strict=True) if problem is None]
-            told = iter(tell(good) if good else ())
+            lines = iter(tell(good) if good else ())
             for row, problem in zip(window, problems, strict=True):
-                yield next(told) if problem is None else error_row(row, problem)
+                yield next(lines) if problem is None else error_row(row, problem)
