@@ -24,7 +24,13 @@ import torch
 
 import harness
 from bayestune.data import Question
-from bayestune.session import Artefact, Gated, PredictionOptions, read_calibration, rows_of
+from bayestune.session import (
+    Artefact,
+    CalibratedPredictor,
+    PredictionOptions,
+    read_calibration,
+    rows_of,
+)
 from harness import Case, Spread, parser_of, quantile
 
 TOLERANCE = 1e-5
@@ -67,7 +73,7 @@ def service(options: Namespace) -> Iterator[int]:
             process.terminate()
 
 
-def offline(options: Namespace) -> tuple[Gated, Sequence[Question]]:
+def offline(options: Namespace) -> tuple[CalibratedPredictor, Sequence[Question]]:
     """What predicts as `bayestune predict` does, and the rows."""
     calibration = read_calibration(options.posterior)
     way = PredictionOptions.of(calibration.settings) if calibration else None
@@ -75,7 +81,7 @@ def offline(options: Namespace) -> tuple[Gated, Sequence[Question]]:
     opened = Artefact.open(options.posterior, rows, None, options.model, way)
     own = way or PredictionOptions(bf16=opened.fit.bf16)
     session = replace(opened.session, progress=False)
-    return Gated(session, opened.fit, own, calibration), opened.rows
+    return CalibratedPredictor(session, opened.fit, own, calibration), opened.rows
 
 
 def body_of(row: Question) -> bytes:
@@ -123,8 +129,8 @@ def asked(
 
 def measure(options: Namespace, _: torch.device) -> tuple[str, list[Case]]:
     """Interleaved turns of offline prediction and of the service under load."""
-    gated, rows = offline(options)
-    lines = list(gated.answers(rows))
+    predictor, rows = offline(options)
+    lines = list(predictor.answers(rows))
     bodies = [body_of(row) for row in rows]
     rates: dict[str, list[float]] = {SERVED: [], OFFLINE: []}
     whole = Tally()
@@ -132,7 +138,7 @@ def measure(options: Namespace, _: torch.device) -> tuple[str, list[Case]]:
         asked(port, bodies, lines, Namespace(**{**vars(options), "seconds": 2, "repeats": 1}))
         for _ in range(options.repeats):
             begin = time.perf_counter()
-            list(gated.answers(rows))
+            list(predictor.answers(rows))
             rates[OFFLINE].append(len(rows) / (time.perf_counter() - begin))
             rate, tally = asked(port, bodies, lines, options)
             rates[SERVED].append(rate)

@@ -1,6 +1,6 @@
 """QLoRA with two more lines: a base in 4 bits, a Gaussian adapter, and answers that say how sure.
 
-    pip install 'bayestune[quantised]'
+    pip install '.[quantised]'
     python examples/qlora.py --model HuggingFaceTB/SmolLM2-135M-Instruct
 
 The model is loaded and prepared as PEFT's QLoRA recipe has it. Runs on a GPU, and on a CPU.

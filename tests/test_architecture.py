@@ -2,7 +2,9 @@
 
 import ast
 import importlib
+import inspect
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -154,6 +156,34 @@ def test_importing_loads_nothing_heavy_before_it_is_needed(module, heavy):
     code = f"import sys, {module}; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_classes_that_docstrings_name_exist():
+    nodes = [node for path in MODULES for node in ast.walk(tree(path))]
+    known = {node.name for node in nodes if isinstance(node, ast.ClassDef)}
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom):
+            known |= {alias.name for alias in node.names}
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    text = "\n".join(ast.get_docstring(n) or "" for n in nodes if isinstance(n, documented))
+    named = set(re.findall(r"`([A-Z][A-Za-z]*[a-z][A-Za-z]*)(?:\([^`]*)?`", text))
+    assert named - known == set()
+
+
+WITHOUT_PARAMETERS = {
+    "METHODS",
+    "Method",
+    "Posterior",
+    "Refusal",
+}  # a table, two protocols, an error
+
+
+@pytest.mark.parametrize("name", sorted({*bayestune.__all__} - WITHOUT_PARAMETERS))
+def test_a_public_name_explains_its_parameters(name):
+    public = getattr(bayestune, name)
+    text = inspect.getdoc(public) or ""
+    for parameter in inspect.signature(public).parameters:
+        assert re.search(rf"^ +{parameter}: |`{parameter}`", text, re.MULTILINE), parameter
 
 
 # The tests

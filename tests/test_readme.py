@@ -1,6 +1,7 @@
 """The Python of the README runs, in order, where the reader's own model and data exist."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import torch
@@ -48,3 +49,16 @@ def test_the_tables_are_what_the_kept_rows_give_today():
 def test_the_links_of_the_readme_exist():
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README.read_text(encoding="utf-8")):
         assert (README.parent / target).exists(), target
+
+
+def test_pages_install_extras_that_exist_and_from_a_checkout():
+    root = README.parent
+    declared = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    pages = [README, *root.glob("docs/**/*.md"), *root.glob("examples/*.py")]
+    lines = [line for page in pages for line in page.read_text(encoding="utf-8").splitlines()]
+    extras = re.findall(r"pip install ['\"](\S*)\[([\w,-]+)\]", "\n".join(lines))
+    assert {place for place, _ in extras} == {"."}, "the package is on no index"
+    named = {extra for _, names in extras for extra in names.split(",")}
+    assert named <= set(declared["optional-dependencies"])
+    shown = next(line for line in lines if "extras: " in line).partition("extras: ")[2]
+    assert all(re.search(rf"\b{extra}\b", shown) for extra in declared["optional-dependencies"])

@@ -225,8 +225,8 @@ def _zero_stage() -> int:
     """The stage in DeepSpeed's own file where there is one, else in accelerate's options."""
     path = Path(os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none"))
     if path.is_file():
-        told = json.loads(path.read_text(encoding="utf-8"))
-        return int(told.get("zero_optimization", {}).get("stage", 0))
+        config = json.loads(path.read_text(encoding="utf-8"))
+        return int(config.get("zero_optimization", {}).get("stage", 0))
     return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
 
 

@@ -12,12 +12,11 @@ import pytest
 
 from bayestune.cli.output_folder import delete_own
 from bayestune.cli.run_settings import fit_settings, write_settings
-from bayestune.cli.sieve import in_order
 from bayestune.data import Question, ReadOptions, Task, load_rows, sort_rows
 from bayestune.data.prompts import CHOICES
 from bayestune.errors import Refusal
 from bayestune.methods import Distilled, EarlyStopping, Ensemble, check_method
-from bayestune.session import TaskOptions, of_its_classes
+from bayestune.session import TaskOptions, in_order, of_its_classes
 from bayestune.training import Training
 
 OPTIONS = ("yes", "no")

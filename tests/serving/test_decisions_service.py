@@ -362,11 +362,11 @@ def test_the_log_has_no_text_of_users_unless_asked(place, new, caplog):
             with serving([place / "blob"], **given) as client:
                 ask(client, question="SECRET question", options=["red", "green"])
                 client.get("/SECRET")
-            told = [record.told for record in caplog.records if hasattr(record, "told")]
-            assert [line["status"] for line in told] == [200, 404]
-            assert told[0]["route"] == "/v1/decisions"
-            assert ("SECRET" in str(told)) == bool(given)
-            assert "SECRET" not in str(told[1])
+            lines = [record.log_line for record in caplog.records if hasattr(record, "log_line")]
+            assert [line["status"] for line in lines] == [200, 404]
+            assert lines[0]["route"] == "/v1/decisions"
+            assert ("SECRET" in str(lines)) == bool(given)
+            assert "SECRET" not in str(lines[1])
 
 
 def test_figures_for_prometheus(client, new):

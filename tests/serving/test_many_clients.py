@@ -125,12 +125,12 @@ def test_rows_that_nobody_waits_for_make_room(place, new):
     assert "bayestune_pass_rows_sum 1.0" in figures  # the model read none of the others
 
 
-def passes_over(gated, rows, limits=None):
+def passes_over(predictor, rows, limits=None):
     """The numbers of the rows of each pass over rows that wait together, and its tokens."""
     items = []
     for row in rows:
-        (encoded,) = gated.session.scorer.encode([row])
-        items.append(Waiting(gated, row, encoded))
+        (encoded,) = predictor.session.scorer.encode([row])
+        items.append(Waiting(predictor, row, encoded))
     done = []
 
     def see(_, look, tokens):
@@ -151,29 +151,29 @@ def row_of(number, words, options=WORDS[:2]):
 
 
 def test_rows_of_like_length_share_a_pass_the_oldest_first(place):
-    gated = ArtefactStore([place / "mle"]).get(None).decided
+    predictor = ArtefactStore([place / "mle"]).get(None).calibrated
     words = [40, 1, 1, 40, 90, 1, 40, 1]
     rows = [row_of(number, count) for number, count in enumerate(words)]
-    done, items = passes_over(gated, rows)
+    done, items = passes_over(predictor, rows)
     assert [numbers for numbers, _ in done] == [{0, 3, 6}, {1, 2, 5, 7}, {4}]
     for numbers, tokens in done:
         assert tokens == sum(items[number].length for number in numbers)
     near = [row_of(number, 5 + number % 2) for number in range(8)]
-    ((numbers, tokens),), items = passes_over(gated, near)
+    ((numbers, tokens),), items = passes_over(predictor, near)
     assert len(numbers) == 8
     assert 0 < tokens - sum(item.length for item in items) <= 32
 
 
 def test_a_pass_counts_the_sequences_of_rows_with_many_options(place, tmp_path):
     run(*fitting(place, output=tmp_path / "text", method="mle", scoring="text"))
-    gated = ArtefactStore([tmp_path / "text"]).get(None).decided
-    scorer = gated.session.scorer
+    predictor = ArtefactStore([tmp_path / "text"]).get(None).calibrated
+    scorer = predictor.session.scorer
     assert isinstance(scorer, TextScorer)
     many = [f"{word} {number}" for word in WORDS for number in range(8)]
     rows = [row_of(number, 3, many if number < 3 else many[:2]) for number in range(6)]
     assert {scorer.sequences(encoded) for encoded in scorer.encode(rows)} == {1}
     scorer.layout = "expanded"
-    done, items = passes_over(gated, rows)
+    done, items = passes_over(predictor, rows)
     assert items[0].sequences == 64
     assert max(tokens for _, tokens in done) <= max(4096, items[0].tokens)
     assert {number for numbers, _ in done for number in numbers if number > 2} == {3, 4, 5}
@@ -181,11 +181,11 @@ def test_a_pass_counts_the_sequences_of_rows_with_many_options(place, tmp_path):
 
 
 def test_a_posterior_of_one_atom_has_the_tokens_of_one_pass(place):
-    gated = ArtefactStore([place / "mle"]).get(None).decided
-    assert gated.way.draws == 10
+    predictor = ArtefactStore([place / "mle"]).get(None).calibrated
+    assert predictor.way.draws == 10
     rows = [row_of(number, 5) for number in range(10)]
-    (encoded,) = gated.session.scorer.encode(rows[:1])
+    (encoded,) = predictor.session.scorer.encode(rows[:1])
     whole = Limits(pass_tokens=10 * encoded["length"])
-    assert len(passes_over(gated, rows, whole)[0]) == 1
-    drawn = ArtefactStore([place / "blob"]).get(None).gated(10)
+    assert len(passes_over(predictor, rows, whole)[0]) == 1
+    drawn = ArtefactStore([place / "blob"]).get(None).with_draws(10)
     assert [len(numbers) for numbers, _ in passes_over(drawn, rows, whole)[0]] == [4, 4, 2]

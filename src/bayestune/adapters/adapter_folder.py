@@ -87,12 +87,13 @@ def _refuse_own_scaling(slots: Slots, *, rslora: bool) -> None:
     """Refuses a layer whose scaling is not α/r, or α/√r, as its configuration says."""
     for path, layer in slots.layers.items():
         rank = layer.r[slots.adapter] ** (0.5 if rslora else 1)
-        told = layer.lora_alpha[slots.adapter] / rank
+        configured = layer.lora_alpha[slots.adapter] / rank
         scaling = layer.scaling[slots.adapter]
-        if abs(scaling - told) > 1e-6 * abs(told):
+        if abs(scaling - configured) > 1e-6 * abs(configured):
             raise Refusal(
-                f"a scaling that is not saved: got {scaling:g} in {path}, expected {told:g}, which "
-                "the configuration says; call unscale_layer, or set lora_alpha or alpha_pattern"
+                f"a scaling that is not saved: got {scaling:g} in {path}, expected {configured:g}, "
+                "which the configuration says; call unscale_layer, or set lora_alpha or "
+                "alpha_pattern"
             )
 
 

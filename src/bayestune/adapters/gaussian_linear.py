@@ -149,11 +149,12 @@ def bayesify(
     """Makes A of every LoRA layer Gaussian, in place: q(A) = N(M, Ω²), with M the present A.
 
     Afterwards training mode, with gradients or without, draws one A for each row of a pass, and
-    evaluation mode uses the mean, as does `generate` in either mode. Sequences that are one row,
-    such as the two sides of a preference, share their draw if `group_rows` says so; each document
-    of a packed batch, which positions tell apart, is a row. An input that is no row's, such as
-    relative positions that all rows share, sees the first row's draw. All layers are checked before
-    any is converted; how many were is returned.
+    evaluation mode uses the mean, as does `generate` in either mode, and as do passes without
+    gradients while a Trainer runs with `KLStep`. Sequences that are one row, such as the two sides
+    of a preference, share their draw if `group_rows` says so; each document of a packed batch,
+    which positions tell apart, is a row. An input that is no row's, such as relative positions that
+    all rows share, sees the first row's draw. All layers are checked before any is converted; how
+    many were is returned.
 
     The model's own `save_pretrained`, which a Trainer and `push_to_hub` call, then writes the
     posterior's files beside the stock adapter, for `load_posterior`. G starts anew, also on an

@@ -60,7 +60,7 @@ class RowGroups:
             Refusal: if the sequences do not divide into rows, or `row_of` does not fit them.
         """
         if self.size is None:
-            return self._told(sequences)
+            return self._numbered(sequences)
         count, rest = divmod(sequences, self.size)
         if rest:
             raise Refusal(
@@ -69,13 +69,13 @@ class RowGroups:
             )
         return Rows(count)
 
-    def _told(self, sequences: int) -> Rows:
-        told = self.row_of(sequences) if callable(self.row_of) else self.row_of
-        row_of = torch.as_tensor(told)
+    def _numbered(self, sequences: int) -> Rows:
+        numbers = self.row_of(sequences) if callable(self.row_of) else self.row_of
+        row_of = torch.as_tensor(numbers)
         whole = not (row_of.is_floating_point() or row_of.dtype is torch.bool)
         if row_of.shape != (sequences,) or not whole or row_of.min() < 0:
             raise Refusal(
-                f"row_of does not fit the batch: got {told}, expected the number of a row, from "
+                f"row_of does not fit the batch: got {numbers}, expected the number of a row, from "
                 f"0, for each of the {sequences} sequences; a function of their number fits every "
                 "batch"
             )

@@ -97,9 +97,7 @@ class Slots:
         modules = self.modules()
         if any(isinstance(slot, DrawnLinear) for slot in modules.values()):
             refuse_inside_drawn(self.model)
-        return {
-            name: whole(slot.get_parameter("weight")).detach() for name, slot in modules.items()
-        }
+        return {n: whole(slot.get_parameter("weight")).detach() for n, slot in modules.items()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of A and B by slot name."""
@@ -265,10 +263,13 @@ def drawn(
 ) -> Iterator[None]:
     """Puts S fixed weights in an adapter's slots for the time of the context, `Slots.holding`.
 
-    The model must be called on S·N rows, draw by draw. Where S is 1 every model can be called;
-    otherwise those whose layers see the rows as their first axis.
+    The model must be called on S·N rows, draw by draw: every model where S is 1, else those whose
+    layers see the rows as their first axis. Inside, the adapter is not saved, copied or merged.
 
-    Inside, the adapter is neither saved nor copied nor merged.
+    Args:
+        model: a model with LoRA layers.
+        weights: by slot name, A (S, r, k) and B (S, d, r); slots left out keep the mean.
+        adapter: the adapter's name; None for the active one.
 
     Raises:
         Refusal: if a layer sees other rows than the model was given, or the model was called and

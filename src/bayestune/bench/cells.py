@@ -114,8 +114,8 @@ class Grid:
         changes = self.settings(task).methods
         if unknown := sorted(set(changes) - set(self.methods)):
             expected = f"expected some of {sorted(self.methods)}; correct the names"
-            told = f"task {task} changes methods that are not in the grid: got {unknown}"
-            raise Refusal(f"{told}, {expected}")
+            got = f"task {task} changes methods that are not in the grid: got {unknown}"
+            raise Refusal(f"{got}, {expected}")
         given = {name: settings or {} for name, settings in self.methods.items()}
         return {name: _merged(given[name], changes.get(name, {})) for name in given}
 

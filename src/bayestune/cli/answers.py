@@ -18,9 +18,10 @@ from bayestune.cli.run_settings import (
     settings_file,
     write_settings,
 )
-from bayestune.data import digest
+from bayestune.data import SortedRows, digest
 from bayestune.errors import Refusal
 from bayestune.runtime import in_first_process, is_first_process, of_first_process
+from bayestune.session import in_order
 from bayestune.whole_files import JsonRow, json_line, whole_lines
 
 STANDARD_INPUT = Path("-")
@@ -113,8 +114,8 @@ def _check(path: Path | None, options: Namespace) -> None:
 
 def _texts(rows: Sequence[JsonRow], count: int) -> dict[str, Any]:
     """What the first rows of a file are about, of which an answer repeats a part."""
-    told = [row.get("fingerprint") for row in rows[:count]]
-    return {_COUNT: count, "the texts of the rows, contexts among them": digest(told)[:10]}
+    found = [row.get("fingerprint") for row in rows[:count]]
+    return {_COUNT: count, "the texts of the rows, contexts among them": digest(found)[:10]}
 
 
 def _whole_rows(path: Path, rows: Sequence[JsonRow]) -> int:
@@ -188,3 +189,17 @@ def readable(path: Path) -> Iterator[Path]:
         copy = Path(scratch, "input.jsonl" if is_json else "input.csv")
         copy.write_bytes(text)
         yield copy
+
+
+def repeated(rows: SortedRows) -> list[JsonRow]:
+    """What each row's line repeats of the row, and a hash of all its texts; or its `error`."""
+    asked: Iterator[JsonRow] = (
+        {
+            "id": row.id,
+            "question": row.question,
+            "options": list(row.options),
+            "fingerprint": row.fingerprint,
+        }
+        for row in rows.questions
+    )
+    return list(in_order(rows, asked))

@@ -15,8 +15,8 @@ from bayestune.forward import Draws
 from bayestune.posteriors import artefact_folder
 from bayestune.runtime import num_processes, shared_work
 from bayestune.session import (
+    CalibratedPredictor,
     Fit,
-    Gated,
     PredictionOptions,
     Session,
     load_way,
@@ -49,12 +49,14 @@ def chosen_way(o: Namespace) -> tuple[Calibration | None, PredictionOptions]:
     return None, PredictionOptions(**given)
 
 
-def answered(gated: Gated, rows: Sequence[Question], o: Namespace) -> Iterator[dict[str, Any]]:
+def answered(
+    predictor: CalibratedPredictor, rows: Sequence[Question], o: Namespace
+) -> Iterator[dict[str, Any]]:
     """The lines of `predict` for some rows."""
-    if gated.calibration is not None:
-        return gated.answers(rows)
-    draws = Draws(gated.way.draws, gated.way.draw_seed, shared_prefix=o.shared_prefix)
-    return gated.undecided(rows, draws, decided=o.decided)
+    if predictor.calibration is not None:
+        return predictor.answers(rows)
+    draws = Draws(predictor.way.draws, predictor.way.draw_seed, shared_prefix=o.shared_prefix)
+    return predictor.uncalibrated(rows, draws, decided=o.decided)
 
 
 def in_shares(
@@ -79,7 +81,7 @@ def calibrated_result(
     if way.student is not None:
         detach(fit.posterior.model)
         fit = load_way(session, artefact_folder(folder), way)
-    return Gated(session, fit, way, calibration).evaluated(options)
+    return CalibratedPredictor(session, fit, way, calibration).evaluated(options)
 
 
 def passed(bars: Sequence[Bar], results: Sequence[Result]) -> int:

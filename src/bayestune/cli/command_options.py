@@ -180,7 +180,7 @@ def add_export(parser: Parser) -> None:
 def add_card(parser: Parser) -> None:
     """A model card."""
     parser.add_argument("posterior", type=Path, help=ARTEFACT_HELP)
-    add_told(parser)
+    add_card_facts(parser)
     parser.option("overwrite", bool, False, "replace the README.md that is there")
 
 
@@ -190,10 +190,10 @@ def add_push(parser: Parser) -> None:
     parser.add_argument("repo_id", type=str, help="owner/name; made if it is not there")
     parser.option("private", bool, False, "make a private repository")
     parser.option("revision", str | None, None, "a branch, made if it is not there")
-    add_told(parser)
+    add_card_facts(parser)
 
 
-def add_told(parser: Parser) -> None:
+def add_card_facts(parser: Parser) -> None:
     """What a card is told beside the folder."""
     about = "its evaluations, a folder or file; left out, those in the posterior's folder"
     parser.option("records", Path | None, None, about)

@@ -11,13 +11,12 @@ from tqdm import tqdm
 
 from bayestune.adapters import detach
 from bayestune.bench import PLAN, Grid, collect, run_bench
-from bayestune.cli.answers import Answers, LineWriter, readable
+from bayestune.cli.answers import Answers, LineWriter, readable, repeated
 from bayestune.cli.applying import answered, calibrated_result, chosen_way, in_shares, passed
 from bayestune.cli.options import built, chosen_methods
 from bayestune.cli.output_folder import OutputFolder, check_writable
 from bayestune.cli.reporting import write_report
 from bayestune.cli.run_settings import evaluation_settings, fit_settings
-from bayestune.cli.sieve import told
 from bayestune.data import (
     Part,
     ReadOptions,
@@ -48,7 +47,7 @@ from bayestune.report import (
 )
 from bayestune.runtime import is_first_process
 from bayestune.session import (
-    Gated,
+    CalibratedPredictor,
     LoadedBase,
     Session,
     TaskOptions,
@@ -156,10 +155,10 @@ def predict(o: Namespace) -> None:
         "the files of --posterior": posterior_digest(o.posterior),
         "the calibration": calibration and calibration.applied(),
     }
-    place, done = answers.begin(told(rows), settings)
+    place, done = answers.begin(repeated(rows), settings)
     left = questions[done - sum(number < done for number in rows.problems) :]
-    gated = Gated(session, fitted, way, calibration)
-    lines = in_order(rows, in_shares(left, lambda some: answered(gated, some, o)), done)
+    predictor = CalibratedPredictor(session, fitted, way, calibration)
+    lines = in_order(rows, in_shares(left, lambda some: answered(predictor, some, o)), done)
     count = len(questions) + len(rows.problems)
     hidden = not o.progress or place is None
     bar = tqdm(lines, "predict", count, initial=done, unit="row", disable=hidden)

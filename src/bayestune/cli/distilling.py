@@ -35,8 +35,8 @@ def distil(o: Namespace) -> None:
     output.finish(place)
     if not is_first_process():
         return
-    told: dict[str, Any] = read_details(output.folder)["facts"]["teacher"]
-    print(f"student in {output.folder}: {Teacher(**told)}")
+    teacher: dict[str, Any] = read_details(output.folder)["facts"]["teacher"]
+    print(f"student in {output.folder}: {Teacher(**teacher)}")
 
 
 def _settings(lesson: Lesson, training: Training) -> Settings:

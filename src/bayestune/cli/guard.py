@@ -67,7 +67,7 @@ def run_guarded(given: Sequence[str]) -> int:
             sys.stdout.flush()  # a full disk is noticed here, not after the end
             return code
     except Exception as error:
-        return _told(error)
+        return _say(error)
     except KeyboardInterrupt as error:
         said = str(error) or "interrupted"
         print(f"bayestune: {said}", file=sys.stderr)
@@ -127,7 +127,7 @@ def _terminable() -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
-def _told(error: Exception) -> int:
+def _say(error: Exception) -> int:
     """Says in a line what went wrong; returns the exit code."""
     if isinstance(error, BrokenPipeError):  # such as `| head`: the reader has had enough
         _abandon(sys.stdout)

@@ -110,22 +110,22 @@ def _results(run: Any, lm: Any, opened: LanguageFit, how: dict[str, Any]) -> Ite
         if not rows.questions:
             continue
         seconds = lm.seconds * len(rows.questions) / total
-        told = {"task": task, "harness": {**how, **run.version_of(task)}}
+        asked = {"task": task, "harness": {**how, **run.version_of(task)}}
         for reading in run.readings(task):
-            yield _result(rows, reading, lm.draws, (opened, told, seconds))
+            yield _result(rows, reading, lm.draws, (opened, asked, seconds))
 
 
 def _result(
     rows: OptionRows, reading: str, draws: Draws, of: tuple[LanguageFit, dict[str, Any], float]
 ) -> Result:
-    opened, told, seconds = of
+    opened, asked, seconds = of
     fit = opened.fit
     exact = fit.posterior.atoms is not None
     prediction = Prediction.of(rows.logits(reading), exact=exact)
     facts = fit.facts(TaskOptions())
-    facts |= {"task": told["task"], "rows": "evaluation", "scoring": f"lm-eval {reading}"}
+    facts |= {"task": asked["task"], "rows": "evaluation", "scoring": f"lm-eval {reading}"}
     facts["label"] = label_of(fit.label, draws.count, fit.posterior)
-    facts["config"] = {**facts["config"], "questions": told["harness"]}
+    facts["config"] = {**facts["config"], "questions": asked["harness"]}
     options = EvaluationOptions(draws=(draws.count,), draw_seed=draws.seed)
     evaluated = Evaluated(draws.count, prediction, seconds, draws.count)
     return make_result(facts, rows.questions, evaluated, options)

@@ -109,11 +109,11 @@ def rank(o: Namespace) -> None:
     same = [row.fingerprint for row in rows]
     order = rank_rows(outputs.logits, number, by, near, o.draw_seed, same)
     scores = score_rows(outputs.logits) | dict(outputs.extra)
-    told = []
+    shown = []
     for row in rows:
         own = {"id": row.id, "question": row.question}
-        told.append({**own, "options": list(row.options), "context": row.context})
-    lines = ranked_lines(order, told, by, scores)
+        shown.append({**own, "options": list(row.options), "context": row.context})
+    lines = ranked_lines(order, shown, by, scores)
     if is_first_process():
         _write(lines, output)
 
@@ -150,11 +150,11 @@ def drift(o: Namespace) -> int:
     size = min(len(rows), len(next(iter(held_out.values()))) // 2)
     alarms = false_alarm_rate(held_out, size, o.level, _LEAST_ALARMS)
     differs = found.p_value <= o.level
-    told = _told(found, artefact.rows) | {"level": o.level, "differs": differs}
-    told |= {"false_alarm_rate": alarms, "false_alarms_of": size}
-    _say(told)
+    report = _report_of(found, artefact.rows) | {"level": o.level, "differs": differs}
+    report |= {"false_alarm_rate": alarms, "false_alarms_of": size}
+    _say(report)
     if output is not None:
-        write_json_lines(output, [told])
+        write_json_lines(output, [report])
     return EXIT_DRIFT if differs else 0
 
 
@@ -184,7 +184,7 @@ def _numbers(scores: Mapping[str, Sequence[float]]) -> dict[str, Tensor]:
     return {name: torch.tensor(list(own), dtype=torch.float64) for name, own in scores.items()}
 
 
-def _told(found: Drift, rows: Sequence[Question]) -> dict[str, Any]:
+def _report_of(found: Drift, rows: Sequence[Question]) -> dict[str, Any]:
     odd = [{"id": rows[i].id, "p_value": found.row_p_values[i].item()} for i in found.odd]
     return {
         "rows": len(rows),
@@ -195,16 +195,16 @@ def _told(found: Drift, rows: Sequence[Question]) -> dict[str, Any]:
     }
 
 
-def _say(told: Mapping[str, Any]) -> None:
-    verdict = "differ from" if told["differs"] else "are not told from"
-    print(f"The {told['rows']} rows {verdict} the held-out ones: p = {told['p_value']:.3g}.")
-    for name, distance in told["distances"].items():
-        print(f"  {name}: distance {distance:.3f}, p = {told['p_values'][name]:.3g}")
+def _say(report: Mapping[str, Any]) -> None:
+    verdict = "differ from" if report["differs"] else "are not told from"
+    print(f"The {report['rows']} rows {verdict} the held-out ones: p = {report['p_value']:.3g}.")
+    for name, distance in report["distances"].items():
+        print(f"  {name}: distance {distance:.3f}, p = {report['p_values'][name]:.3g}")
     print(
-        f"At the level {told['level']:g}, {told['false_alarms_of']} held-out rows differ from the "
-        f"others in {told['false_alarm_rate']:.0%} of {_LEAST_ALARMS} simulations."
+        f"At the level {report['level']:g}, {report['false_alarms_of']} held-out rows differ from "
+        f"the others in {report['false_alarm_rate']:.0%} of {_LEAST_ALARMS} simulations."
     )
-    for row in told["odd"][:_SHOWN]:
+    for row in report["odd"][:_SHOWN]:
         print(f"  sticks out: {row['id']}, p = {row['p_value']:.3g}")
 
 

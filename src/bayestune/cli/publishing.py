@@ -24,15 +24,15 @@ def export_adapters(o: Namespace) -> None:
 
 def card(o: Namespace) -> None:
     """Writes the model card of a posterior into its folder."""
-    told = {"records": _records(o.records), "base_model": o.base_model}
-    print(f"card in {write_card(o.posterior, overwrite=o.overwrite, **told)}")
+    of_card = {"records": _records(o.records), "base_model": o.base_model}
+    print(f"card in {write_card(o.posterior, overwrite=o.overwrite, **of_card)}")
 
 
 def push(o: Namespace) -> None:
     """Uploads a posterior to the Hub."""
-    told = {"records": _records(o.records), "base_model": o.base_model}
+    of_card = {"records": _records(o.records), "base_model": o.base_model}
     place = {"private": o.private or None, "revision": o.revision}
-    print(f"uploaded: {push_to_hub(o.posterior, o.repo_id, **place, **told)}")
+    print(f"uploaded: {push_to_hub(o.posterior, o.repo_id, **place, **of_card)}")
 
 
 def _records(path: Path | None) -> list[Record] | None:

@@ -98,9 +98,9 @@ def check_same(place: Path, settings: Settings) -> None:
             said = "%s does not say which settings its run was started with: they are not compared"
             logger.warning(said, place)
         return
-    told = other_settings(settings, before, "the run")
-    if told:
+    difference = other_settings(settings, before, "the run")
+    if difference:
         raise Refusal(
-            f"--resume goes on with the run in {place}, {told}; give those of the run, or choose "
-            "another --output"
+            f"--resume goes on with the run in {place}, {difference}; give those of the run, or "
+            "choose another --output"
         )

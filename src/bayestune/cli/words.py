@@ -152,9 +152,9 @@ def _with_words(value: Any, written: Any) -> Any:
     if not isinstance(value, dict) or not isinstance(written, dict) or len(value) != len(written):
         return value
     found = {}
-    for (key, own), told in zip(value.items(), written.values(), strict=True):
-        is_options = bool(_NAMES.fullmatch(str(key))) and _are_words(told)
-        found[key] = told if is_options else _with_words(own, told)
+    for (key, own), as_written in zip(value.items(), written.values(), strict=True):
+        is_options = bool(_NAMES.fullmatch(str(key))) and _are_words(as_written)
+        found[key] = as_written if is_options else _with_words(own, as_written)
     return found
 
 

@@ -117,8 +117,8 @@ class HeldOut:
             if said.setdefault(known_by, own) != own:
                 others.append(content)
         if others:
-            told = "%d rows repeat a content with another label, such as %r: one of them counts"
-            _log.warning(told, len(others), others[0][:60])
+            warning = "%d rows repeat a content with another label, such as %r: one of them counts"
+            _log.warning(warning, len(others), others[0][:60])
 
     def digest(self) -> str:
         """SHA-256 of contents and labels, whatever their order."""

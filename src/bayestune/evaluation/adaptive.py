@@ -123,9 +123,21 @@ def predict_adaptively(
 ) -> AdaptivePrediction:
     """The predictive of all questions, without further draws for those whose decision is certain.
 
-    After each round the undecided rows are batched anew, by length. A posterior with `atoms` is
-    averaged over all of them, for every row. `draws` gives the seed, the bounds of a pass and its
-    precision; `adaptive` says how many there are.
+    After each round the undecided rows are batched anew, by length.
+
+    Args:
+        posterior: one with `atoms` is averaged over all of them, for every row.
+        scorer: encodes the questions and gives their class logits (N, C).
+        questions: N rows.
+        adaptive: how many draws at most, and when to look.
+        draws: the seed, the bounds of a pass and its precision; its `count` is not used.
+        progress: whether each round shows a progress bar.
+
+    Returns:
+        The prediction, with the number of draws of each row in `draws_used` (N,).
+
+    Raises:
+        Refusal: if a question cannot be put, or has a single option.
     """
     encoded = scorer.encode(questions)
 

@@ -63,7 +63,7 @@ class EvaluationOptions:
         return counts or [count_for(posterior, 0)]
 
 
-DRAWS_TOLD = 32  # of each row, in its file: as many as a picture can show
+DRAWS_KEPT = 32  # of each row, in its file: as many as a picture can show
 _ROWS_AT_ONCE = 1024
 
 
@@ -119,4 +119,4 @@ def _predictive(logits: Tensor, *, exact: bool) -> Prediction:
     A thousand draws of Laplace would take many times the logits' memory.
     """
     parts = [Prediction.of(rows, exact=exact) for rows in logits.split(_ROWS_AT_ONCE, dim=1)]
-    return Prediction.joined([part.with_draws(DRAWS_TOLD) for part in parts])
+    return Prediction.joined([part.with_draws(DRAWS_KEPT) for part in parts])

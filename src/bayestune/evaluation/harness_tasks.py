@@ -26,12 +26,12 @@ class _Tasks(TaskManager):
 
     def load(self, task_list: Any) -> Any:
         """Of harnesses from 0.4.12 on."""
-        with _told(task_list):
+        with _refused_in_a_line(task_list):
             return self._noted(super().load(task_list))
 
     def load_task_or_group(self, task_list: Any = None) -> Any:
         """Of earlier ones."""
-        with _told(task_list):
+        with _refused_in_a_line(task_list):
             return self._noted(super().load_task_or_group(task_list))
 
     def _noted(self, found: Any) -> Any:
@@ -46,7 +46,7 @@ class _Tasks(TaskManager):
 
 
 @contextmanager
-def _told(tasks: Any) -> Iterator[None]:
+def _refused_in_a_line(tasks: Any) -> Iterator[None]:
     """Says in a line why tasks cannot be loaded, which the harness says in many ways."""
     try:
         yield

@@ -118,8 +118,8 @@ class AveragedLM(LM):
         temperature = 1.0  # the same under every draw
         ones = list(self._one_by_one())
         for one in tqdm(ones, "draws", disable=not self.progress):
-            with self.posterior.side_by_side(one) as told:
-                temperature = told
+            with self.posterior.side_by_side(one) as own:
+                temperature = own
                 if self.cache is None:
                     found.append(getattr(self.plain, kind)(requests, disable_tqdm=True))
                 else:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bayestune.data import Question
 from bayestune.evaluation.adaptive import AdaptivePrediction
-from bayestune.evaluation.evaluate import DRAWS_TOLD, Evaluated, EvaluationOptions
+from bayestune.evaluation.evaluate import DRAWS_KEPT, Evaluated, EvaluationOptions
 from bayestune.evaluation.gates import class_record, gate_record
 from bayestune.metrics import Bins, summarise
 from bayestune.posteriors import Posterior, Prediction
@@ -128,9 +128,9 @@ def _with_draws(rows: list[dict[str, Any]], prediction: Prediction) -> list[dict
     drawn = prediction.drawn
     if drawn is None or len(drawn) < 2:
         return rows
-    told = drawn[:DRAWS_TOLD].transpose(0, 1)
+    of_rows = drawn[:DRAWS_KEPT].transpose(0, 1)
     found = []
-    for row, draws in zip(rows, told, strict=True):
+    for row, draws in zip(rows, of_rows, strict=True):
         own = draws[:, : len(row["probabilities"])].tolist()
         found.append(row | {"drawn": [_rounded(one) for one in own]})
     return found

@@ -149,9 +149,9 @@ class Distilled:
         asking = Asking(teacher, scorer, scorer.encode(rows), draws, visits, training)
         targets = asking.targets(folder)
         content = digest([row.content for row in rows])
-        told = Teacher(teacher.digest or "", draws or "fresh", len(rows), content)
+        origin = Teacher(teacher.digest or "", draws or "fresh", len(rows), content)
         report = teacher.report.plus(**meter.read())
-        known = {"teacher": asdict(told), "report": report.as_dict()}
+        known = {"teacher": asdict(origin), "report": report.as_dict()}
 
         def write() -> None:
             save_posterior(_start(teacher), folder)

@@ -103,5 +103,5 @@ def _posteriors_of(base: Any) -> list[type]:
         return []
     inner = getattr(base, "method", None)
     kind: Any = type(inner if hasattr(inner, "fit") else base)
-    told = get_type_hints(kind.fit).get("return", object)
-    return [kind for kind in getattr(told, "__args__", (told,)) if isinstance(kind, type)]
+    returned = get_type_hints(kind.fit).get("return", object)
+    return [kind for kind in getattr(returned, "__args__", (returned,)) if isinstance(kind, type)]

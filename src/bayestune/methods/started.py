@@ -72,11 +72,11 @@ def check_started(place: Path, facts: Facts, parts: Collection[Path] = (), *, re
 def _begin(place: Path, facts: Facts, parts: Collection[Path], resume: bool) -> None:
     file = place / STARTED
     if resume and file.is_file():
-        told = other_settings(facts, json.loads(file.read_text(encoding="utf-8")), "the fit")
-        if told:
+        difference = other_settings(facts, json.loads(file.read_text(encoding="utf-8")), "the fit")
+        if difference:
             raise Refusal(
-                f"resume=True goes on with the fit in {place}, {told}; give those, or another "
-                "output, or leave resume out"
+                f"resume=True goes on with the fit in {place}, {difference}; give those, or "
+                "another output, or leave resume out"
             )
         return
     if resume and place.is_dir() and any(place.iterdir()):
@@ -108,8 +108,8 @@ def other_settings(now: Facts, before: Facts, whose: str) -> str | None:
         whose: what that run is called.
     """
     differ = [name for name in now if name in before and now[name] != before[name]]
-    told = [f"{name}: got {now[name]!r}, {whose} has {before[name]!r}" for name in differ]
-    return f"which was started with other settings; {'; '.join(told)}" if told else None
+    differences = [f"{name}: got {now[name]!r}, {whose} has {before[name]!r}" for name in differ]
+    return f"which was started with other settings; {'; '.join(differences)}" if differ else None
 
 
 def _settings(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -25,6 +25,12 @@ from bayestune.posteriors.posterior import AdapterPosterior, Saved, State, check
 class Gaussian(AdapterPosterior):
     """q(A) = N(M, Ω²) on every Gaussian slot of the model that `bayesify` has converted.
 
+    Args:
+        model: the PEFT model.
+        scorer: maps (model, batch) to class logits (N, C).
+        adapter: the adapter's name; None for the active one.
+        report: what the fit took.
+
     Raises:
         Refusal: if the model has no Gaussian layer.
     """

@@ -37,6 +37,10 @@ class Point(AdapterPosterior):
     """A posterior with all its mass on one adapter: what maximum likelihood and MAP return.
 
     Args:
+        model: the PEFT model.
+        scorer: maps (model, batch) to class logits (N, C).
+        adapter: the adapter's name; None for the active one.
+        report: what the fit took.
         teacher: what it was distilled from, if it is a student.
     """
 
@@ -63,6 +67,6 @@ class Point(AdapterPosterior):
     @classmethod
     def restore(cls, saved: Saved) -> Self:
         """The posterior of a saved `state`."""
-        told: Mapping[str, Any] | None = saved.facts.get("teacher")
-        teacher = None if told is None else Teacher(**told)
+        facts: Mapping[str, Any] | None = saved.facts.get("teacher")
+        teacher = None if facts is None else Teacher(**facts)
         return cls(saved.model, saved.scorer, adapter=saved.adapter, teacher=teacher)

@@ -109,14 +109,14 @@ def load_members(
 ) -> list[Posterior]:
     """Loads several posteriors, each under its own adapter, the first active: `load_posterior`."""
     places = [folder_of(folder) for folder in folders]
-    told = [_details(place) for place in places]
-    for place, details in zip(places, told, strict=True):
+    of_folders = [_details(place) for place in places]
+    for place, details in zip(places, of_folders, strict=True):
         _prepare(base, place, details, other_base)
     if len(places) > 1:
-        _refuse_unlike_bases(places, told)
+        _refuse_unlike_bases(places, of_folders)
     model = base
     loaded: list[Posterior] = []
-    for i, (place, details) in enumerate(zip(places, told, strict=True)):
+    for i, (place, details) in enumerate(zip(places, of_folders, strict=True)):
         name = f"member{i}" if i else ADAPTER
         loaded.append(_load(model, place, details, scorer, name, trainable))
         model = loaded[0].model
@@ -201,7 +201,7 @@ def _named(folder: Path, details: Mapping[str, Any]) -> str:
     return f", {name}" if name else ""
 
 
-def _refuse_unlike_bases(folders: Sequence[Path], told: Sequence[Mapping[str, Any]]) -> None:
+def _refuse_unlike_bases(folders: Sequence[Path], of_folders: Sequence[Mapping[str, Any]]) -> None:
     """Refuses members which change the base's own weights, each in its way."""
     first: dict[str, Tensor] | None = None
     if len({bool(_config(folder).get("trainable_token_indices")) for folder in folders}) > 1:
@@ -209,7 +209,7 @@ def _refuse_unlike_bases(folders: Sequence[Path], told: Sequence[Mapping[str, An
             f"PEFT cannot load these members on one model: got {len(folders)} of which some have "
             "trainable_token_indices, expected all or none; fit all of them with the same option"
         )
-    for folder, details in zip(folders, told, strict=True):
+    for folder, details in zip(folders, of_folders, strict=True):
         names = details.get("kept_beside", [])
         weights = load_peft_weights(str(folder), device="cpu") if names else {}
         own = {name: weights[name] for name in names}

@@ -22,7 +22,7 @@ class Evaluation:
     record: Record
     rows: Sequence[Row]
 
-    def told(self, column: Column) -> str:
+    def with_interval(self, column: Column) -> str:
         """A metric's value and interval, with its unit."""
         cell = column.with_interval(self.record)
         unit = "\N{NO-BREAK SPACE}%" if column.scale == 100 else ""
@@ -32,11 +32,11 @@ class Evaluation:
         """Its own numbers, and how far its confidence is from its accuracy."""
         text = (
             f"On {self.record.get('n', '?')} questions of {self.record.get('task', '?')}, "
-            f"{self.name} has {self.told(ACCURACY)} right, with an NLL of {self.told(NLL)} and a "
-            f"calibration error (ECE) of {self.told(ECE)}"
+            f"{self.name} has {self.with_interval(ACCURACY)} right, with an NLL of "
+            f"{self.with_interval(NLL)} and a calibration error (ECE) of {self.with_interval(ECE)}"
         )
         calibrated = CALIBRATED.of(self.record)
-        would = f", where a perfectly calibrated model would score {self.told(CALIBRATED)}"
+        would = f", where a perfectly calibrated model would score {self.with_interval(CALIBRATED)}"
         text = f"{text}{would if calibrated else ''}."
         if not self.rows:
             return text

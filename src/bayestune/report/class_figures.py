@@ -23,8 +23,8 @@ def class_tables(records: Sequence[Record]) -> list[Table]:
     []
     """
     tables = []
-    told = [record for record in records if "by_class" in record]
-    for group in comparable(told) if told else ():
+    with_classes = [record for record in records if "by_class" in record]
+    for group in comparable(with_classes) if with_classes else ():
         of = (group[0], group[0].get("task"), group[0].get("n"))
         blocks = []
         matrices = []

@@ -21,8 +21,8 @@ def gate_tables(records: Sequence[Record]) -> list[Table]:
     []
     """
     tables = []
-    told = [record for record in records if "gate" in record]
-    for group in comparable(told) if told else ():
+    with_gate = [record for record in records if "gate" in record]
+    for group in comparable(with_gate) if with_gate else ():
         columns = [column for column in GATE if any(map(column.of, group))]
         cells = [marked(map(column.with_interval, group), column.sign) for column in columns]
         of = caption(group[0], group[0].get("task"), group[0].get("n"), "the gate")

@@ -106,8 +106,8 @@ def _json_text(text: str) -> str:
 def _distinct(found: Sequence[str]) -> list[str]:
     """Names of which no two are equal: the second of one name is numbered 2."""
     seen: dict[str, int] = {}
-    told = []
+    names = []
     for name in found:
         seen[name] = seen.get(name, 0) + 1
-        told.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
-    return told
+        names.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return names

@@ -159,8 +159,8 @@ def _paired(compared: Compared) -> Payload | str:
     found: Payload = {}
     for column in COMPARED:
         one = compared[column]
-        told = [short(part, 5) for part in (one.difference, one.low, one.high, one.p_value)]
-        found[column.key] = [*told, verdict(column, one)]
+        figures = [short(part, 5) for part in (one.difference, one.low, one.high, one.p_value)]
+        found[column.key] = [*figures, verdict(column, one)]
         found["n"] = one.n
     return found
 
@@ -248,13 +248,13 @@ def _rows(
     questions = []
     answers: dict[int, list[list[Any]]] = {}
     for place, (key, runs) in enumerate(keyed):
-        told = next((row for row in runs.values() if row.get("question")), {})
+        shown = next((row for row in runs.values() if row.get("question")), {})
         name, answer, *_ = key
         question = {"id": str(name), "answer": answer}
         for name in ("question", "context"):
-            question |= {name: _cut(str(told[name]), 10 * texts)} if told.get(name) else {}
-        if told.get("options"):
-            question["options"] = [_cut(str(option), texts) for option in told["options"]]
+            question |= {name: _cut(str(shown[name]), 10 * texts)} if shown.get(name) else {}
+        if shown.get("options"):
+            question["options"] = [_cut(str(option), texts) for option in shown["options"]]
         questions.append(question)
         for index, row in runs.items():
             answers.setdefault(index, []).append(_answer(place, row, place < with_draws))

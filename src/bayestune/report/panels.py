@@ -82,8 +82,8 @@ def coverage_curve(rows: Sequence[Row]) -> Numbers:
     values = torch.tensor([row["confidence"] for row in rows], dtype=torch.float64)
     if len(scores) == len(rows):
         name = scores[0]["name"]
-        told = [score["value"] for score in scores]
-        numbers = [math.inf if value is None else value for value in told]
+        known = [score["value"] for score in scores]
+        numbers = [math.inf if value is None else value for value in known]
         values = -torch.tensor(numbers, dtype=torch.float64)
     risk = risk_coverage(values, is_right(rows))
     n = len(risk)

@@ -86,8 +86,8 @@ def _add_state(app: FastAPI, handler: RequestHandler, counters: Counters) -> Non
     @app.get("/readyz", summary="Whether a further request would be taken")
     async def readyz() -> JSONResponse:
         ready = handler.worker.is_ready
-        told = {"status": "ready" if ready else "busy", "waiting": handler.worker.waiting}
-        return JSONResponse({**told, "models": handler.store.names}, 200 if ready else 503)
+        state = {"status": "ready" if ready else "busy", "waiting": handler.worker.waiting}
+        return JSONResponse({**state, "models": handler.store.names}, 200 if ready else 503)
 
     @app.get("/metrics", summary="Figures for Prometheus", response_class=Response)
     async def metrics() -> Response:
@@ -117,7 +117,7 @@ def about(served: Served, limits: Limits) -> dict[str, Any]:
         "columns": served.columns,
         "has_mean": posterior.has_mean,
         "atoms": posterior.atoms,
-        "draws": served.decided.way.draws,
+        "draws": served.calibrated.way.draws,
         "calibration": None if calibration is None else calibration.applied(),
         "limits": {
             "rows": limits.max_rows,

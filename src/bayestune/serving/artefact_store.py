@@ -15,8 +15,8 @@ from bayestune.forward import Draws
 from bayestune.models import LoadedModel
 from bayestune.posteriors import Posterior, artefact_folder, posterior_digest
 from bayestune.session import (
+    CalibratedPredictor,
     Fit,
-    Gated,
     PredictionOptions,
     Session,
     TaskOptions,
@@ -45,20 +45,20 @@ class Served:
         name: by which requests ask for it.
         place: its folder.
         digest: of what it predicts with and of its calibration, shortened; answers carry it.
-        decided: predicts and decides as calibrated.
+        calibrated: predicts and decides as calibrated.
         fit: the artefact itself, for other numbers of draws.
     """
 
     name: str
     place: Path
     digest: str
-    decided: Gated
+    calibrated: CalibratedPredictor
     fit: Fit
 
     @property
     def session(self) -> Session:
         """How its rows are put."""
-        return self.decided.session
+        return self.calibrated.session
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -78,30 +78,30 @@ class Served:
     @property
     def calibration(self) -> Calibration | None:
         """That of the artefact."""
-        return self.decided.calibration
+        return self.calibrated.calibration
 
     @property
     def posterior(self) -> Posterior:
         """The artefact's own, which a student stands in for."""
         return self.fit.posterior
 
-    def gated(self, draws: int | None = None, seed: int | None = None) -> Gated:
+    def with_draws(self, draws: int | None = None, seed: int | None = None) -> CalibratedPredictor:
         """Predicts with so many draws; decides if that is what was calibrated.
 
         Raises:
             Refusal: if the mean is asked for, by 0, and there is none.
         """
-        way = self.decided.way
+        way = self.calibrated.way
         asked = (way.draws if draws is None else draws, way.draw_seed if seed is None else seed)
         plain = way.student is None and way.band is None
         if (draws is None and seed is None) or (plain and asked == (way.draws, way.draw_seed)):
-            return self.decided
+            return self.calibrated
         if asked[0] == 0 and not self.posterior.has_mean:
             got = f"draws=0, which asks for the mean of a {type(self.posterior).__name__}"
             raise Refusal(f"got {got}; expected 1 or more: it has none; ask for draws")
         return self.plainly(*asked)
 
-    def plainly(self, draws: int, seed: int) -> Gated:
+    def plainly(self, draws: int, seed: int) -> CalibratedPredictor:
         """Predicts with the artefact's own draws, whatever its calibration says.
 
         There is one object for each number of draws, so that rows of unlike requests share a pass.
@@ -111,16 +111,16 @@ class Served:
             self._others.clear()
         if key not in self._others:
             way = PredictionOptions(draws, seed, self.fit.bf16)
-            self._others[key] = Gated(self.session, self.fit, way)
+            self._others[key] = CalibratedPredictor(self.session, self.fit, way)
         return self._others[key]
 
     @cached_property
-    def _others(self) -> dict[tuple[int, int], Gated]:
+    def _others(self) -> dict[tuple[int, int], CalibratedPredictor]:
         return {}
 
     def check_cascade(self) -> None:
         """Refuses an artefact whose calibration is not of a cascade."""
-        if self.decided.way.band is None:
+        if self.calibrated.way.band is None:
             found = "no calibration" if self.calibration is None else self.calibration.variant
             raise Refusal(
                 f"got --cascade for {self.name}, of {found!r}; expected a calibration that kept "
@@ -229,14 +229,14 @@ def opened(name: str, folder: Path, bases: Bases) -> Served:
     way = PredictionOptions(Draws().count, bf16=fit.bf16)
     if calibration:
         way = PredictionOptions.of(calibration.settings)
-    decided = fit
+    fitted = fit
     if way.student is not None:
         beside = replace(_session(details, bases), scorer=session.scorer)
-        decided = load_way(beside, place, way)
+        fitted = load_way(beside, place, way)
     whole = f"{posterior_digest(place)[:12]}"
     if calibration is not None:
         whole += f"-{calibration.rows[:6]}-{calibration.date}"
-    return Served(name, folder, whole, Gated(session, decided, way, calibration), fit)
+    return Served(name, folder, whole, CalibratedPredictor(session, fitted, way, calibration), fit)
 
 
 def _session(details: dict[str, Any], bases: Bases) -> Session:
@@ -256,8 +256,8 @@ def stamp(folder: Path) -> Stamp:
     try:
         for path in sorted(folder.rglob("*")):
             if path.suffix in _KEPT and "checkpoints" not in path.parts:
-                told = path.stat()
-                found.append((str(path), told.st_mtime_ns, told.st_size))
+                facts = path.stat()
+                found.append((str(path), facts.st_mtime_ns, facts.st_size))
     except OSError:  # a file went away meanwhile
         return frozenset()
     return frozenset(found)

@@ -12,7 +12,7 @@ from bayestune.serving.bodies import ChatBody, Message, RowBody
 from bayestune.serving.request_handler import RequestHandler, TooLarge, service_line, shortened
 from bayestune.serving.waiting import Answer
 from bayestune.serving.written import Written
-from bayestune.session import Gated
+from bayestune.session import CalibratedPredictor
 
 _TOKENS = 16  # of an answer, unless the request says
 
@@ -20,35 +20,39 @@ _TOKENS = 16  # of an answer, unless the request says
 async def completion(handler: RequestHandler, body: ChatBody) -> dict[str, Any]:
     """The answer to a body, in OpenAI's form; `bayestune` has the decision beside it."""
     served = handler.served(body.model)
-    gated = handler.gated(served, body)
+    predictor = handler.predictor_for(served, body)
     options = body.choices
     if options is None:
         options = list(served.options)
     if options:
-        return await _chosen(handler, served, gated, (body, options))
-    return await _written(handler, served, gated, body)
+        return await _chosen(handler, served, predictor, (body, options))
+    return await _written(handler, served, predictor, body)
 
 
 async def _chosen(
-    handler: RequestHandler, served: Served, gated: Gated, asked: tuple[ChatBody, Sequence[str]]
+    handler: RequestHandler,
+    served: Served,
+    predictor: CalibratedPredictor,
+    asked: tuple[ChatBody, Sequence[str]],
 ) -> dict[str, Any]:
     """The likeliest option, with the averaged log-probabilities of all."""
     body, options = asked
     row = RowBody.model_validate({"messages": body.messages, "options": list(options)})
-    (found,) = await handler.answers(served, gated, [row])
+    (found,) = await handler.answers(served, predictor, [row])
     assert isinstance(found, Answer)
     line = found.line
     logs = [_log(p) for p in line["probabilities"]]
     order = sorted(range(len(logs)), key=lambda index: -logs[index])
-    top = [_told(line["options"][index], logs[index]) for index in order[: body.top_logprobs]]
-    chosen = _told(line["choice_text"], logs[line["choice"]]) | {"top_logprobs": top}
+    offered = line["options"]
+    top = [_with_logprob(offered[index], logs[index]) for index in order[: body.top_logprobs]]
+    chosen = _with_logprob(line["choice_text"], logs[line["choice"]]) | {"top_logprobs": top}
     answer = _answer(served, line["choice_text"], [chosen] if body.logprobs else None, "stop")
     answer["usage"] = _usage(found.tokens, 1)
     return answer | {"bayestune": service_line(found)}
 
 
 async def _written(
-    handler: RequestHandler, served: Served, gated: Gated, body: ChatBody
+    handler: RequestHandler, served: Served, predictor: CalibratedPredictor, body: ChatBody
 ) -> dict[str, Any]:
     """The likeliest tokens, one after the other."""
     if served.fit.details["scoring"] == "head":
@@ -64,7 +68,7 @@ async def _written(
     ids = await handler.encoded(lambda: prompt_ids(tokenizer, body.messages))
     handler.refuse_long(served, len(ids) + most)
     prompt = len(ids)
-    written = Written.begin(gated, ids)
+    written = Written.begin(predictor, ids)
     reason = "length"
     for _ in range(most):
         token = await handler.call(lambda: written.step(body.top_logprobs))
@@ -73,8 +77,8 @@ async def _written(
             break
     kept = [one for one in written.tokens if one["id"] not in _ends(served)]
     text = await handler.encoded(lambda: tokenizer.decode([one["id"] for one in kept]))
-    told = await handler.encoded(lambda: [_of_token(tokenizer, one) for one in written.tokens])
-    answer = _answer(served, text, told if body.logprobs else None, reason)
+    tokens = await handler.encoded(lambda: [_of_token(tokenizer, one) for one in written.tokens])
+    answer = _answer(served, text, tokens if body.logprobs else None, reason)
     answer["usage"] = _usage(prompt, len(written.tokens))
     total = sum(one["logprob"] for one in written.tokens)
     return answer | {"bayestune": {"log_probability": total, "draws": written.draws.count}}
@@ -86,9 +90,9 @@ def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
         raise Refusal("got a last message without text; expected some; say what is asked")
     if not getattr(tokenizer, "chat_template", None):
         return list(tokenizer("\n".join(message.text for message in messages))["input_ids"])
-    told = [{"role": message.role, "content": message.text} for message in messages]
+    turns = [{"role": message.role, "content": message.text} for message in messages]
     try:
-        text = tokenizer.apply_chat_template(told, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     except Exception as problem:  # a template raises what it likes
         got = f"messages that the model's template refuses ({shortened(str(problem))})"
         raise Refusal(f"got {got}; expected roles in its order; change them") from None
@@ -109,11 +113,11 @@ def _ends(served: Served) -> set[int]:
 
 
 def _of_token(tokenizer: Any, one: dict[str, Any]) -> dict[str, Any]:
-    top = [_told(tokenizer.decode([token]), value) for token, value in one["top"]]
-    return _told(tokenizer.decode([one["id"]]), one["logprob"]) | {"top_logprobs": top}
+    top = [_with_logprob(tokenizer.decode([token]), value) for token, value in one["top"]]
+    return _with_logprob(tokenizer.decode([one["id"]]), one["logprob"]) | {"top_logprobs": top}
 
 
-def _told(text: str, value: float) -> dict[str, Any]:
+def _with_logprob(text: str, value: float) -> dict[str, Any]:
     return {"token": text, "logprob": value, "bytes": list(text.encode("utf-8", "replace"))}
 
 

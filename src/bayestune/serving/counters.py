@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from bayestune.decisions import ROW_SCORES, Calibration, as_kept, drift_test, score_rows
 from bayestune.serving.artefact_store import ArtefactStore
-from bayestune.session import DISTANCE, Gated, RowOutputs
+from bayestune.session import DISTANCE, CalibratedPredictor, RowOutputs
 
 _RECENT = 500  # rows that drift is looked for in
 _LEAST = 50
@@ -24,7 +24,7 @@ class Recent:
     calibration: Calibration
     values: dict[str, "deque[float]"] = field(default_factory=dict)
     seen: int = 0
-    _told: tuple[int, float, float] = (-1, 0.0, 0.0)
+    _latest: tuple[int, float, float] = (-1, 0.0, 0.0)
     _lock: threading.Lock = field(default_factory=threading.Lock)  # passes add, others read
 
     def add(self, outputs: RowOutputs) -> None:
@@ -42,14 +42,14 @@ class Recent:
         """The largest distance of a score, and the test's p-value; None of too few rows."""
         if self.seen < _LEAST or not self.values:
             return None
-        if self._told[0] != self.seen:
+        if self._latest[0] != self.seen:
             with self._lock:
                 new = {name: torch.tensor(list(values)) for name, values in self.values.items()}
             kept = self.calibration.held_out
             held_out = {name: torch.tensor(kept[name]) for name in new}
             found = drift_test(held_out, new, _PERMUTATIONS)
-            self._told = (self.seen, max(found.statistics.values()), found.p_value)
-        return self._told[1:]
+            self._latest = (self.seen, max(found.statistics.values()), found.p_value)
+        return self._latest[1:]
 
     def _names(self) -> list[str]:
         usual = ("total_entropy", "corrected_mutual_information", DISTANCE)
@@ -85,17 +85,17 @@ class Counters:
         )
         self._p_value = Gauge("drift_p_value", "Of recent rows like held-out", ["model"], **own)
 
-    def saw(self, gated: Gated, outputs: RowOutputs, tokens: int) -> None:
+    def saw(self, predictor: CalibratedPredictor, outputs: RowOutputs, tokens: int) -> None:
         """A pass was made. Rows that were asked otherwise than calibrated say nothing of drift."""
         self.pass_rows.observe(outputs.logits.shape[1])
         self.pass_tokens.inc(tokens)
-        if gated.calibration is None:
+        if predictor.calibration is None:
             return
         for served in self._store.all():
-            if served.decided is gated:
+            if served.calibrated is predictor:
                 recent = self._recent.get(served.name)
-                if recent is None or recent.calibration is not gated.calibration:
-                    recent = self._recent[served.name] = Recent(gated.calibration)
+                if recent is None or recent.calibration is not predictor.calibration:
+                    recent = self._recent[served.name] = Recent(predictor.calibration)
                 recent.add(outputs)
 
     def decided(self, model: str, decision: str | None) -> None:

@@ -16,7 +16,7 @@ from bayestune.serving.limits import ServiceOptions
 from bayestune.serving.own_columns import named, refuse_unknown
 from bayestune.serving.ranking_rows import ranked
 from bayestune.serving.request_handler import RequestHandler, service_line
-from bayestune.session import Gated
+from bayestune.session import CalibratedPredictor
 
 _ERRORS: Any = {
     code: {"model": ErrorBody} for code in (400, 401, 404, 408, 413, 422, 429, 503, 504)
@@ -47,25 +47,30 @@ class Paths:
         `bayestune predict`.
         """
         served = self.handler.served(body.model)
-        gated = self.handler.gated(served, body)
+        predictor = self.handler.predictor_for(served, body)
         single = body.rows is None
         bodies = [_row(body, served.columns)] if single else _rows(body, served.columns)
         self._note(request, served, bodies)
         async with asyncio.timeout(self.handler.limits.request_seconds):
-            found = await self.handler.answers(served, gated, bodies)
+            found = await self.handler.answers(served, predictor, bodies)
         lines = []
         for row, outcome in zip(bodies, found, strict=True):
-            lines.append(self._line(row, outcome, served, gated, body.include_draws))
+            lines.append(self._line(row, outcome, served, predictor, body.include_draws))
         common = {"model": served.name, "artefact": served.digest}
         return common | (lines[0] if single else {"rows": lines})
 
     def _line(
-        self, row: RowBody, outcome: Any, served: Served, gated: Gated, with_draws: bool
+        self,
+        row: RowBody,
+        outcome: Any,
+        served: Served,
+        predictor: CalibratedPredictor,
+        with_draws: bool,
     ) -> dict[str, Any]:
         """What is said of one row, which is counted."""
         if isinstance(outcome, Refusal):
             return {"id": row.id, "error": str(outcome)}
-        temperature = gated.calibration.temperature if gated.calibration else 1.0
+        temperature = predictor.calibration.temperature if predictor.calibration else 1.0
         line = service_line(outcome, temperature if with_draws else None)
         self.counters.decided(served.name, line["decision"])
         return line
@@ -94,7 +99,7 @@ class Paths:
 
     def _note(self, request: Request, served: Served, rows: Sequence[RowBody]) -> None:
         """What the log says of a request; its texts only if asked for."""
-        noted = request.scope["told"]
+        noted = request.scope["log_line"]
         noted |= {"model": served.name, "rows": len(rows)}
         if self.serving.log_texts:
             noted["texts"] = [row.question for row in rows]

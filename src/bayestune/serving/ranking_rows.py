@@ -38,10 +38,10 @@ async def ranked(handler: RequestHandler, served: Served, body: RankBody) -> lis
     """
     count = Draws().count if body.draws is None else body.draws
     asked = body.model_copy(update={"draws": count, "seed": body.seed or 0})
-    handler.gated(served, asked)  # refuses draws that may not be asked for
-    gated = served.plainly(count, asked.seed or 0)
+    handler.predictor_for(served, asked)  # refuses draws that may not be asked for
+    predictor = served.plainly(count, asked.seed or 0)
     answers = []
-    for outcome in await handler.answers(served, gated, body.rows):
+    for outcome in await handler.answers(served, predictor, body.rows):
         if isinstance(outcome, Refusal):
             raise outcome
         assert isinstance(outcome, Answer)
@@ -58,12 +58,12 @@ async def ranked(handler: RequestHandler, served: Served, body: RankBody) -> lis
         scores |= {DISTANCE: reference.of(found)} if reference is not None else {}
     same = [repr(answer.encoded) for answer in answers]  # what the model read
     order = rank_rows(logits, number, by, near, asked.seed or 0, same)
-    told = []
+    shown = []
     for index, answer in enumerate(answers):
         line = answer.line
         own = {"index": index, "id": line["id"], "question": line["question"]}
-        told.append({**own, "options": line["options"]})
-    return ranked_lines(order, told, by, scores)
+        shown.append({**own, "options": line["options"]})
+    return ranked_lines(order, shown, by, scores)
 
 
 async def _activations(

@@ -64,13 +64,13 @@ class RequestGuard:
             await self._app(scope, receive, send)
             return
         begin = time.perf_counter()
-        told: dict[str, Any] = {"id": uuid.uuid4().hex[:12]}
-        scope["told"] = told
+        noted: dict[str, Any] = {"id": uuid.uuid4().hex[:12]}
+        scope["log_line"] = noted
 
         async def see(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
-                told["status"] = message["status"]
-                own = (b"x-request-id", told["id"].encode())
+                noted["status"] = message["status"]
+                own = (b"x-request-id", noted["id"].encode())
                 message["headers"] = [*message.get("headers", ()), *_HEADERS, own]
             await send(message)
 
@@ -81,7 +81,7 @@ class RequestGuard:
         except Turned as reason:
             await _answer(see, reason)
         finally:
-            self._note(scope, told, time.perf_counter() - begin)
+            self._note(scope, noted, time.perf_counter() - begin)
 
     def _check(self, scope: Scope) -> None:
         headers = dict(scope["headers"])
@@ -129,12 +129,12 @@ class RequestGuard:
                 408, "too_slow", f"got part of a request in {seconds:g} s; expected all of it"
             ) from None
 
-    def _note(self, scope: Scope, told: dict[str, Any], seconds: float) -> None:
+    def _note(self, scope: Scope, noted: dict[str, Any], seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "other")
-        status = told.pop("status", 500)
+        status = noted.pop("status", 500)
         self._counters.latency.labels(route, str(status)).observe(seconds)
-        line = {"id": told.pop("id"), "method": scope["method"], "route": route, "status": status}
-        requests.info("", extra={"told": {**line, "ms": round(1000 * seconds, 1), **told}})
+        line = {"id": noted.pop("id"), "method": scope["method"], "route": route, "status": status}
+        requests.info("", extra={"log_line": {**line, "ms": round(1000 * seconds, 1), **noted}})
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

@@ -13,7 +13,7 @@ from bayestune.serving.artefact_store import ArtefactStore, Served
 from bayestune.serving.bodies import AskedBody, ChatBody, Message, RowBody
 from bayestune.serving.limits import Limits
 from bayestune.serving.waiting import Answer, Waiting, Worker
-from bayestune.session import Gated, rows_as_fitted
+from bayestune.session import CalibratedPredictor, rows_as_fitted
 
 Outcome = Answer | Refusal
 Turns = tuple[tuple[str, str], ...]
@@ -51,16 +51,16 @@ class RequestHandler:
                 "/v1/models lists them"
             ) from None
 
-    def gated(self, served: Served, body: AskedBody | ChatBody) -> Gated:
+    def predictor_for(self, served: Served, body: AskedBody | ChatBody) -> CalibratedPredictor:
         """How the artefact answers what a body asks for."""
         if (body.draws or 0) > self.limits.max_draws:
             raise TooLarge(
                 f"got draws={body.draws}; expected {self.limits.max_draws} or fewer; ask for fewer"
             )
-        return served.gated(body.draws, body.seed)
+        return served.with_draws(body.draws, body.seed)
 
     async def answers(
-        self, served: Served, gated: Gated, bodies: Sequence[RowBody]
+        self, served: Served, predictor: CalibratedPredictor, bodies: Sequence[RowBody]
     ) -> list[Outcome]:
         """Each row's answer, or why there is none, in order.
 
@@ -73,7 +73,7 @@ class RequestHandler:
         if len(bodies) > most:
             raise TooLarge(f"got {len(bodies)} rows; expected {most} or fewer; send parts")
         self.worker.check_room(len(bodies))  # before their texts are read
-        found = await self.encoded(lambda: self._items(served, gated, bodies))
+        found = await self.encoded(lambda: self._items(served, predictor, bodies))
         items = [item for item in found if isinstance(item, Waiting)]
         if not items:
             assert isinstance(found[0], Refusal)
@@ -108,14 +108,14 @@ class RequestHandler:
                 future.cancel()  # those that are done stay so
 
     def _items(
-        self, served: Served, gated: Gated, bodies: Sequence[RowBody]
+        self, served: Served, predictor: CalibratedPredictor, bodies: Sequence[RowBody]
     ) -> list[Waiting | Refusal]:
         """Rows ready to wait, and why others cannot."""
         found: list[Waiting | Refusal] = []
         total = 0
         for number, body in enumerate(bodies, 1):
             try:
-                item = self._item(served, gated, body, number)
+                item = self._item(served, predictor, body, number)
             except TooLarge:
                 raise
             except Refusal as problem:
@@ -128,14 +128,16 @@ class RequestHandler:
             found.append(item)
         return found
 
-    def _item(self, served: Served, gated: Gated, body: RowBody, number: int) -> Waiting:
+    def _item(
+        self, served: Served, predictor: CalibratedPredictor, body: RowBody, number: int
+    ) -> Waiting:
         details = served.fit.details
         row = question_of(body, number, served, self.limits)
         (row,) = rows_as_fitted([row], details)
         session = served.session
         (encoded,) = session.scorer.encode([row])
         check_lengths(session.loaded.model, [row], [encoded])
-        return Waiting(gated, row, encoded)
+        return Waiting(predictor, row, encoded)
 
 
 def question_of(body: RowBody, number: int, served: Served, limits: Limits) -> Question:

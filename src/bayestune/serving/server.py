@@ -99,8 +99,8 @@ class JsonLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The line; control characters are escaped."""
         when = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        told = getattr(record, "told", None) or {"message": record.getMessage()}
-        line = {"time": when, "level": record.levelname.lower(), "logger": record.name, **told}
+        own = getattr(record, "log_line", None) or {"message": record.getMessage()}
+        line = {"time": when, "level": record.levelname.lower(), "logger": record.name, **own}
         if record.exc_info:
             line["error"] = str(record.exc_info[0])
         return json.dumps(line)

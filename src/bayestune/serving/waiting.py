@@ -16,7 +16,7 @@ from bayestune.data import Question
 from bayestune.posteriors import count_for
 from bayestune.scoring import Encoded
 from bayestune.serving.limits import Limits
-from bayestune.session import Gated, RowOutputs
+from bayestune.session import CalibratedPredictor, RowOutputs
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Answer:
 class Waiting:
     """A row that waits for its answer, or a call that waits for its turn on the model."""
 
-    gated: Gated | None = None
+    predictor: CalibratedPredictor | None = None
     row: Question | None = None
     encoded: Encoded = field(default_factory=dict)
     call: Callable[[], Any] | None = None
@@ -68,7 +68,9 @@ class Waiting:
     @cached_property
     def sequences(self) -> int:
         """How many it has."""
-        return 1 if self.gated is None else self.gated.session.scorer.sequences(self.encoded)
+        if self.predictor is None:
+            return 1
+        return self.predictor.session.scorer.sequences(self.encoded)
 
     @property
     def tokens(self) -> int:
@@ -91,7 +93,9 @@ class Worker:
     less than a pass of their own.
     """
 
-    def __init__(self, limits: Limits, see: Callable[[Gated, RowOutputs, int], None]) -> None:
+    def __init__(
+        self, limits: Limits, see: Callable[[CalibratedPredictor, RowOutputs, int], None]
+    ) -> None:
         self._limits = limits
         self._see = see  # is told of each pass
         self._queue: deque[Waiting] = deque()
@@ -179,12 +183,12 @@ class Worker:
 
     def _together(self) -> list[Waiting]:
         oldest = self._queue[0]
-        if oldest.gated is None or oldest.gated.fit.posterior.by_batch:
+        if oldest.predictor is None or oldest.predictor.fit.posterior.by_batch:
             return [oldest]
-        same = [item for item in self._queue if item.gated is oldest.gated]
+        same = [item for item in self._queue if item.predictor is oldest.predictor]
         same.sort(key=lambda item: abs(item.tokens - oldest.tokens))
-        part = _part(oldest.gated)
-        device = oldest.gated.session.loaded.model.device.type
+        part = _part(oldest.predictor)
+        device = oldest.predictor.session.loaded.model.device.type
         most_padding = part * _PADDING.get(device, _PADDING_ELSEWHERE)
         taken = same[:1]
         for item in same[1:_MOST_ROWS]:
@@ -197,8 +201,8 @@ class Worker:
         return taken
 
     def _answer(self, items: Sequence[Waiting]) -> None:
-        gated = items[0].gated
-        if gated is None:
+        predictor = items[0].predictor
+        if predictor is None:
             call = items[0].call
             assert call is not None
             items[0].future.set_result(call())
@@ -206,20 +210,24 @@ class Worker:
         encoded = [item.encoded for item in items]
         rows = [item.row for item in items if item.row is not None]
         begin = time.perf_counter()
-        outputs = gated.predictor.at_encoded(encoded, len(items))
-        lines = gated.lines_of(rows, outputs)
+        outputs = predictor.row_predictor.at_encoded(encoded, len(items))
+        lines = predictor.lines_of(rows, outputs)
         seconds = time.perf_counter() - begin
         for item, line, own in zip(items, lines, outputs.logits.unbind(1), strict=True):
             item.future.set_result(Answer(line, own[:, : len(line["options"])], item.encoded))
-        self._tell(gated, outputs, items, seconds)
+        self._tell(predictor, outputs, items, seconds)
 
     def _tell(
-        self, gated: Gated, outputs: RowOutputs, items: Sequence[Waiting], seconds: float
+        self,
+        predictor: CalibratedPredictor,
+        outputs: RowOutputs,
+        items: Sequence[Waiting],
+        seconds: float,
     ) -> None:
         tokens = padded(items)
         logger.debug("%d rows, %d tokens with padding, in %.3f s", len(items), tokens, seconds)
         try:
-            self._see(gated, outputs, tokens)
+            self._see(predictor, outputs, tokens)
         except Exception as problem:  # figures are worth no answer
             logger.warning("a pass is not in the figures: %s", type(problem).__name__)
 
@@ -237,8 +245,8 @@ class Worker:
                 item.future.set_exception(own)
 
 
-def _part(gated: Gated) -> float:
+def _part(predictor: CalibratedPredictor) -> float:
     """What part of the usual tokens a pass may have: less where many draws read each."""
-    if gated.way.band:  # most rows are asked once
+    if predictor.way.band:  # most rows are asked once
         return 1.0
-    return min(1.0, _DRAWS / max(1, count_for(gated.fit.posterior, gated.way.draws)))
+    return min(1.0, _DRAWS / max(1, count_for(predictor.fit.posterior, predictor.way.draws)))

@@ -10,7 +10,7 @@ from torch import Tensor
 from bayestune.forward import Draws
 from bayestune.posteriors import Posterior, count_for
 from bayestune.scoring import NextToken
-from bayestune.session import Gated
+from bayestune.session import CalibratedPredictor
 
 
 @dataclass
@@ -35,10 +35,10 @@ class Written:
     _log_weights: Tensor | None = None
 
     @classmethod
-    def begin(cls, gated: Gated, ids: list[int]) -> "Written":
+    def begin(cls, predictor: CalibratedPredictor, ids: list[int]) -> "Written":
         """Nothing yet, after a prompt, under the draws of a way."""
-        posterior = gated.fit.posterior.on(NextToken())
-        way = gated.way
+        posterior = predictor.fit.posterior.on(NextToken())
+        way = predictor.way
         draws = Draws(count_for(posterior, way.draws), way.draw_seed, bf16=way.bf16)
         return cls(posterior, draws, ids)
 

@@ -14,9 +14,9 @@ from bayestune.session.as_fitted import (
     say_seen,
     usual_reading,
 )
+from bayestune.session.calibrated_predictor import CalibratedPredictor, decide, read_calibration
 from bayestune.session.compared_ways import VariantOptions
 from bayestune.session.fit import REPORT, Fit, details_of, read_report, shown
-from bayestune.session.gated import Gated, decide, read_calibration
 from bayestune.session.language_fit import LanguageFit
 from bayestune.session.lesson import DistillationRows, Lesson
 from bayestune.session.loaded_base import LoadedBase
@@ -44,10 +44,10 @@ __all__ = [
     "PROMPT_LENGTH",
     "REPORT",
     "Artefact",
+    "CalibratedPredictor",
     "DistillationRows",
     "Dtype",
     "Fit",
-    "Gated",
     "LanguageFit",
     "Lesson",
     "LoadedBase",

@@ -69,16 +69,16 @@ def rows_as_fitted(rows: Sequence[Question], details: Mapping[str, Any]) -> tupl
     Raises:
         Refusal: if a row has a context for which the prompt has no place, or other classes.
     """
-    told = (prompt_of_fit(details), details["scoring"], classes_of(details))
-    return put_as_fitted(own_task("this request", (), rows), *told, warns=False).evaluation
+    how = (prompt_of_fit(details), details["scoring"], classes_of(details))
+    return put_as_fitted(own_task("this request", (), rows), *how, warns=False).evaluation
 
 
 def prompt_of_fit(details: Mapping[str, Any]) -> Prompt:
     """The prompt that a fit's folder keeps."""
-    told = details["task"]["prompt"]
-    more = {name: told[name] for name in ("chat", "system") if name in told}
-    more["spaced_by_end"] = told.get("spaced_by_end", bool(told.get("chat")))  # not told by 0.2
-    return Prompt(told["letter"], told["text"], tuple(told["labels"]), **more)
+    kept = details["task"]["prompt"]
+    more = {name: kept[name] for name in ("chat", "system") if name in kept}
+    more["spaced_by_end"] = kept.get("spaced_by_end", bool(kept.get("chat")))  # not noted by 0.2
+    return Prompt(kept["letter"], kept["text"], tuple(kept["labels"]), **more)
 
 
 def _is_shown(template: str, scoring: Scoring) -> bool:
@@ -133,8 +133,8 @@ def in_order(
 
 def classes_of(details: Mapping[str, Any]) -> tuple[str, ...] | None:
     """The options that all rows of a fit had, in their order, as far as its folder tells."""
-    told = details.get("class_names") or details.get("questions", {}).get("options")
-    return tuple(told) if told else None
+    names = details.get("class_names") or details.get("questions", {}).get("options")
+    return tuple(names) if names else None
 
 
 def seen_rows(details: Mapping[str, Any], rows: Sequence[Question]) -> int | None:

@@ -50,8 +50,8 @@ class Fit:
     @classmethod
     def load(cls, model: nn.Module, folder: Path, scorer: Scorer, bf16: bool | None) -> Self:
         """Reads what `save` wrote."""
-        is_told = calibrated_details(folder) is not None
-        posterior = (load_adapter if is_told else load_posterior)(model, folder, scorer)
+        is_plain = calibrated_details(folder) is not None
+        posterior = (load_adapter if is_plain else load_posterior)(model, folder, scorer)
         put_report(posterior, folder)
         return cls.of(posterior, details_of(folder), bf16)
 
@@ -111,12 +111,12 @@ class Fit:
 def _course_of(lines: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
     """What a record tells of a log: at most 200 of its lines, the last among them."""
     every = max(1, -(-len(lines) // _LINES))
-    told = []
+    course = []
     for line in lines[::-every]:
         own = {key: line[key] for key in _COURSE if key in line}
         if len(own) > 1:  # not the step alone
-            told.append(own)
-    return told[::-1]
+            course.append(own)
+    return course[::-1]
 
 
 def put_report(posterior: Posterior, folder: Path) -> None:

@@ -94,14 +94,14 @@ class DistillationRows:
     def _trained_on(self, details: Mapping[str, Any]) -> Task:
         """The posterior's training rows, and those that its fit had set aside."""
         advice = "give rows in --unlabelled; their answers are not needed"
-        told = details.get("questions")
-        if told is None or "seen" not in details:
+        chosen = details.get("questions")
+        if chosen is None or "seen" not in details:
             got = "a posterior that does not say which rows it was trained on"
             raise Refusal(f"got {got}; expected that, or other rows; {advice}")
-        if told.get("data") and self.data is None:
-            got = f"a posterior that was trained on the rows of {told['data']}"
+        if chosen.get("data") and self.data is None:
+            got = f"a posterior that was trained on the rows of {chosen['data']}"
             raise Refusal(f"got {got}; expected these rows or others; give --data, or {advice}")
-        task = replace(self._options(told).load(), evaluation=(), held_out=())
+        task = replace(self._options(chosen).load(), evaluation=(), held_out=())
         rows = task.train
         known = seen_fingerprints(details, len(rows[0].fingerprint)) if rows else set()
         if len(rows) != details["train_rows"] or not {row.fingerprint for row in rows} <= known:
@@ -110,15 +110,15 @@ class DistillationRows:
             raise Refusal(f"got {got}; expected {wanted}; give the same file, or {advice}")
         return task
 
-    def _options(self, told: Mapping[str, Any]) -> TaskOptions:
+    def _options(self, chosen: Mapping[str, Any]) -> TaskOptions:
         """How the fit chose its rows, with files where they are now."""
         names = {field.name for field in fields(TaskOptions)}
-        kept = {name: value for name, value in told.items() if name in names}
+        kept = {name: value for name, value in chosen.items() if name in names}
         for name in _NOT_AGAIN:
             kept.pop(name, None)
         if self.data is not None:
-            options = tuple(self.options or told.get("options") or ())
-            columns = self.columns or told.get("columns") or {}
+            options = tuple(self.options or chosen.get("options") or ())
+            columns = self.columns or chosen.get("columns") or {}
             kept |= {"task": None, "data": self.data, "options": options, "columns": columns}
         if self.answer_is is not None:
             kept["answer_is"] = self.answer_is
@@ -164,9 +164,9 @@ class Lesson:
 
     def training(self, training: Training, bf16: bool | None = None) -> Training:
         """A training with the adapter of the posterior's fit, and its precision unless given."""
-        told = self.details["training"]
-        lora = changed(training.lora, told.get("lora") or {})
-        precise = bool(told["bf16"]) if bf16 is None else bf16
+        fitted = self.details["training"]
+        lora = changed(training.lora, fitted.get("lora") or {})
+        precise = bool(fitted["bf16"]) if bf16 is None else bf16
         own = {"steps": self.method.steps, "learning_rate": self.method.learning_rate}
         return replace(training, lora=lora, bf16=precise, **own)
 
@@ -192,14 +192,14 @@ class Lesson:
             {"seen": fingerprints(learnt)}, size
         )
         file = self.session.options.unlabelled_data
-        told = {"unlabelled_data": file.name if file else None}
+        asked = {"unlabelled_data": file.name if file else None}
         return {
             **kept,
             "method": "distilled",
             "fields": {"method": "distilled", **own},
             "base_model": self.session.loaded.name,
             "training": asdict(training),
-            "questions": {**self.details.get("questions", {}), **told},
+            "questions": {**self.details.get("questions", {}), **asked},
             "seen": "".join(sorted(seen)),
         }
 

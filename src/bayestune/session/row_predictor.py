@@ -111,7 +111,7 @@ def own_reference(calibration: Calibration | None) -> Distance | None:
     return kept_reference(calibration)
 
 
-def told_or_error(
+def lines_or_errors(
     rows: Sequence[Question], tell: Callable[[Sequence[Question]], Iterable[dict[str, Any]]]
 ) -> list[dict[str, Any]]:
     """The lines that `tell` makes of rows; where logits are no numbers, of each row by itself."""
@@ -122,5 +122,5 @@ def told_or_error(
             return [error_row(rows[0], problem)]
     lines = []
     for row in rows:
-        lines += told_or_error([row], tell)
+        lines += lines_or_errors([row], tell)
     return lines

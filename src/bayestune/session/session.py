@@ -38,7 +38,7 @@ from bayestune.session.as_fitted import (
 from bayestune.session.before_fitting import check_answers, check_fits, learnt_rows
 from bayestune.session.fit import Fit, details_of
 from bayestune.session.opened_model import Dtype, Named, dtype_of, num_classes, open_model
-from bayestune.session.row_predictor import told_or_error, windows
+from bayestune.session.row_predictor import lines_or_errors, windows
 from bayestune.session.task_options import TaskOptions
 from bayestune.training import Training
 
@@ -281,9 +281,9 @@ class Session:
         def tell(good: Sequence[Question]) -> list[dict[str, Any]]:
             return prediction_rows(good, quiet.predict(fit, draws, decided=decided, rows=good))
 
-        return self.told(rows, tell)
+        return self.in_windows(rows, tell)
 
-    def told(
+    def in_windows(
         self,
         rows: Sequence[Question],
         tell: Callable[[Sequence[Question]], Iterable[dict[str, Any]]],
@@ -293,6 +293,6 @@ class Session:
         for window in windows(rows):
             problems = [self._problem(scorer, row) for row in window]
             good = [row for row, problem in zip(window, problems, strict=True) if problem is None]
-            told = iter(told_or_error(good, tell))
+            lines = iter(lines_or_errors(good, tell))
             for row, problem in zip(window, problems, strict=True):
-                yield next(told) if problem is None else error_row(row, problem)
+                yield next(lines) if problem is None else error_row(row, problem)

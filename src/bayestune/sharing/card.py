@@ -52,9 +52,9 @@ def _results(known: Known) -> list[EvalResult]:
             metric = record["metrics"].get(name)
             if not metric or metric["value"] is None:
                 continue
-            told = {"n": record["n"], "low": metric.get("low"), "high": metric.get("high")}
+            args = {"n": record["n"], "low": metric.get("low"), "high": metric.get("high")}
             if name == "ece":
-                told["bins"] = record.get("bins")
+                args["bins"] = record.get("bins")
             found.append(
                 EvalResult(
                     task_type="text-classification" if head else "multiple-choice",
@@ -64,7 +64,7 @@ def _results(known: Known) -> list[EvalResult]:
                     metric_type=name,
                     metric_name=f"{title}, {record['label']}",
                     metric_value=metric["value"],
-                    metric_args={key: value for key, value in told.items() if value is not None},
+                    metric_args={key: value for key, value in args.items() if value is not None},
                 )
             )
     return found

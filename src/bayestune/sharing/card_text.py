@@ -58,9 +58,9 @@ def _facts(known: Known) -> Iterator[tuple[str, str]]:
     if known.report is not None and known.report.steps:
         yield "optimiser's steps", str(known.report.steps)
     training: Mapping[str, Any] = details.get("training", {})
-    told = [f"`{name}={training[name]}`" for name in _TRAINING if name in training]
-    if told:
-        yield "training", ", ".join(told)
+    settings = [f"`{name}={training[name]}`" for name in _TRAINING if name in training]
+    if settings:
+        yield "training", ", ".join(settings)
     if known.lora:
         targets = known.lora.get("target_modules")
         listed = ", ".join(sorted(targets)) if isinstance(targets, list) else targets

@@ -81,7 +81,7 @@ def export(
         to: the folder to write to; made if it is not there.
         model: the base model, where it has moved.
         overwrite: whether an earlier export there is replaced.
-        options: fields of `Exporting`: draws, draw_seed, student, name, server.
+        options: fields of `ExportOptions`: draws, draw_seed, student, name, server.
 
     Returns:
         The folder.
@@ -104,9 +104,9 @@ def export(
     name = asked.name or source.name
     with written_whole(place) as scratch:
         roles = []
-        told: set[str] = set()
+        warned: set[str] = set()
         for role in _write(bare, student, scratch, count, seed):
-            _check(scratch / role, asked.server, told)
+            _check(scratch / role, asked.server, warned)
             roles.append(role)
         facts = source.facts() | {"draws": {"seed": seed, "indices": list(range(count))}}
         facts |= _averaging(source, temperature, count, seed)
@@ -182,13 +182,13 @@ def _write(
         yield f"draw-{index}"
 
 
-def _check(folder: Path, server: Server, told: set[str]) -> None:
+def _check(folder: Path, server: Server, warned: set[str]) -> None:
     """Refuses what a server does not load, or says so once."""
     for finding in vllm_findings(folder):
         text = str(finding)
         if finding.refused and server == "vllm":
             raise Refusal(f"vLLM does not load {folder.name}: {text}")
-        if text not in told:
-            told.add(text)
+        if text not in warned:
+            warned.add(text)
             verb = "does not load" if finding.refused else "may read otherwise"
             logger.warning("vLLM %s %s %s: %s", VERSION, verb, folder.name, text)

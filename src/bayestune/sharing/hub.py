@@ -160,10 +160,10 @@ def _rename_base(staged: Path, base_model: str, known: Known) -> None:
     """Has the copied files name the base as the Hub does, and the calibration be theirs."""
     renamed = {CONFIG: "base_model_name_or_path", DETAILS: "base_model"}
     for path in [*staged.rglob(CONFIG), *staged.rglob(DETAILS)]:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        if renamed[path.name] in told:
-            told[renamed[path.name]] = base_model
-            path.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if renamed[path.name] in content:
+            content[renamed[path.name]] = base_model
+            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if known.calibration is not None:
         replace(known.calibration, posterior=posterior_digest(staged)).write(staged)
 

@@ -109,9 +109,9 @@ def _is_of(record: Record, details: Mapping[str, Any]) -> bool:
         return False
     config = record.get("config", {})
     training = json.loads(json.dumps(details["training"], default=str))
-    told = config.get("training", {})
+    recorded = config.get("training", {})
     where = ("output", "resume", "progress")
-    same = all(told.get(name) == training[name] for name in training if name not in where)
+    same = all(recorded.get(name) == training[name] for name in training if name not in where)
     own = json.loads(json.dumps(details["fields"], default=str))
     return (
         same

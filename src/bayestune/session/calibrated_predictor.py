@@ -43,7 +43,7 @@ def read_calibration(folder: Path | str) -> Calibration | None:
 
 
 @dataclass(frozen=True)
-class Gated:
+class CalibratedPredictor:
     """What predicts, how, and the calibration that is applied; None for probabilities alone."""
 
     session: Session
@@ -53,21 +53,21 @@ class Gated:
 
     def lines(self, rows: Sequence[Question]) -> list[dict[str, Any]]:
         """One JSON object a row, of some rows at once: the prediction and what to do with it."""
-        return self.lines_of(rows, self.predictor.at(rows))
+        return self.lines_of(rows, self.row_predictor.at(rows))
 
     def lines_of(self, rows: Sequence[Question], outputs: RowOutputs) -> list[dict[str, Any]]:
         """The same of outputs that are there."""
-        told = prediction_rows(rows, self._prediction(outputs.logits))
-        both = zip(told, self.decided(rows, outputs), strict=True)
+        lines = prediction_rows(rows, self._prediction(outputs.logits))
+        both = zip(lines, self.decisions_of(rows, outputs), strict=True)
         return [{**line, **decision} for line, decision in both]
 
     @cached_property
-    def predictor(self) -> RowPredictor:
+    def row_predictor(self) -> RowPredictor:
         """What predicts rows."""
         scorer = self.session.quietly().scorer
         return RowPredictor(self.fit, self.way, scorer, kept_reference(self.calibration))
 
-    def decided(self, rows: Sequence[Question], outputs: RowOutputs) -> list[dict[str, Any]]:
+    def decisions_of(self, rows: Sequence[Question], outputs: RowOutputs) -> list[dict[str, Any]]:
         """What is decided of each row, with its distance where the calibration knows one."""
         text = self.calibration.settings.get("unsure") if self.calibration else None
         unsure = unsure_options(rows, text)
@@ -103,10 +103,10 @@ class Gated:
     def answers(self, rows: Sequence[Question]) -> Iterator[dict[str, Any]]:
         """The lines of `predict`, in order; with an `error` where a row cannot be put."""
         if self.calibration is None:
-            return self.undecided(rows, Draws(self.way.draws, self.way.draw_seed))
-        return self.session.told(rows, self.lines)
+            return self.uncalibrated(rows, Draws(self.way.draws, self.way.draw_seed))
+        return self.session.in_windows(rows, self.lines)
 
-    def undecided(
+    def uncalibrated(
         self, rows: Sequence[Question], draws: Draws, *, decided: bool = False
     ) -> Iterator[dict[str, Any]]:
         """The same without a calibration, in the precision of the fit; see `Session.predict`."""
@@ -120,7 +120,7 @@ class Gated:
         """
         rows = self.session.rows()
         begin = time.perf_counter()
-        outputs = self.predictor.over(rows, shared=True)
+        outputs = self.row_predictor.over(rows, shared=True)
         seconds = time.perf_counter() - begin
         count = self.way.draws if self.fit.posterior.atoms is None else self.fit.posterior.atoms
         count = 0 if count == 1 and self.fit.posterior.atoms else count
@@ -128,7 +128,7 @@ class Gated:
         facts = self._facts(count) | seen_facts(self.fit.details, rows)
         used = {"draws": (count,), "draw_seed": self.way.draw_seed, "shared_prefix": None}
         result = make_result(facts, rows, found, replace(options, **used))
-        return self._with_decisions(result, rows, self.decided(rows, outputs))
+        return self._with_decisions(result, rows, self.decisions_of(rows, outputs))
 
     def _with_decisions(
         self, result: Result, questions: Sequence[Question], decided: Sequence[Mapping[str, Any]]
@@ -214,7 +214,8 @@ def decide(
     way = PredictionOptions.of(calibration.settings) if calibration else None
     opened = Artefact.open(folder, asked, None, model, way)
     session = replace(opened.session, progress=progress)
-    lines = Gated(session, opened.fit, way or PredictionOptions(), calibration).answers(opened.rows)
+    way = way or PredictionOptions()
+    lines = CalibratedPredictor(session, opened.fit, way, calibration).answers(opened.rows)
     return list(lines if of_file is None else in_order(of_file, lines))
 
 
