@@ -19,7 +19,7 @@ def iterates_following(
     parameter, an average of them, towards it. A step on the parameter alone would fade away.
     """
     followed = []
-    for parameter in parameters:
+    for parameter in parameters if _averages(optimizer) else ():
         iterate = _iterate_of(parameter, optimizer)
         if iterate is not None:
             followed.append((parameter, iterate, values.value(parameter).clone()))
@@ -30,9 +30,11 @@ def iterates_following(
         values.put(iterate, value)
 
 
-def _iterate_of(parameter: nn.Parameter, optimizer: Any) -> Any:
+def _averages(optimizer: Any) -> bool:
     named = any("ScheduleFree" in kind.__name__ for kind in type(optimizer).__mro__)
-    if not (named or callable(getattr(optimizer, "eval", None))):
-        return None
+    return named or callable(getattr(optimizer, "eval", None))
+
+
+def _iterate_of(parameter: nn.Parameter, optimizer: Any) -> Tensor | None:
     found = optimizer.state.get(parameter, {}).get("z")
     return found if isinstance(found, Tensor) and found.shape == parameter.shape else None

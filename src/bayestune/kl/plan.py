@@ -32,6 +32,10 @@ class Plan(NamedTuple):
         """τ after so many steps."""
         return float((self.weights * self.rates)[:step].sum())
 
+    def times(self, rate: float) -> "Plan":
+        """The plan with the KL's rates so many times as large."""
+        return self._replace(rates=self.rates * rate)
+
 
 class Aim(NamedTuple):
     """Where the KL should take σ, or at which rate it is taken, and when."""

@@ -195,7 +195,7 @@ class KLStep(TrainerCallback):
             )
         self._rate = state["rate"]
         progress = Progress(state.get("step", self._run.step), state["kl_time"], state["owed"])
-        self._run.go_on(self._shape._replace(rates=self._shape.rates * self._rate), progress)
+        self._run.go_on(self._shape.times(self._rate), progress)
 
     def _period(self, total_steps: int, num_rows: int | None, batch_size: int | None) -> int:
         if self.period is not None:
@@ -225,7 +225,7 @@ class KLStep(TrainerCallback):
             self._rate = saved["rate"]
         else:
             self._rate = self._aim.solved(plan, points, step)
-        return plan._replace(rates=plan.rates * self._rate)
+        return plan.times(self._rate)
 
     def _attached(self) -> KLRun:
         if self._run is None:

@@ -218,8 +218,7 @@ def _fitting(evaluations: Sequence[Evaluation], most: int) -> Payload:
     common = common_texts([one.rows for one in evaluations])
     for index, one in enumerate(evaluations):
         for row in one.rows:
-            own = (one.record.get("task"), len(row["probabilities"]))
-            key = (row["id"], row["answer"], *own, *row_key(row, common))
+            key = (*row_key(row, common), one.record.get("task"), len(row["probabilities"]))
             keyed.setdefault(key, {})[index] = row
     ranked = sorted(keyed.items(), key=lambda item: -_interest(item[1].values()))
     found: Payload = {}

@@ -86,6 +86,6 @@ def common_texts(runs: Sequence[Sequence[Row]]) -> tuple[str, ...]:
     return tuple(sorted(common))
 
 
-def row_key(row: Row, texts: Sequence[str]) -> tuple[str, ...]:
+def row_key(row: Row, texts: Sequence[str]) -> tuple[Any, ...]:
     """What makes a row of one run the row of another: id, answer and texts."""
-    return (str(row["id"]), str(row["answer"]), *(str(row[name]) for name in texts))
+    return (row["id"], row["answer"], *(str(row[name]) for name in texts))

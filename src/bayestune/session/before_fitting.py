@@ -45,8 +45,7 @@ def check_fits(model: nn.Module, scorer: Scorer, lora: Lora, methods: Iterable[M
 
 def learns_unlabelled(method: Any) -> bool:
     """Whether a method, or what it builds on, learns on a task's unlabelled rows."""
-    inner = (getattr(method, "base", None), getattr(method, "method", None))
-    return isinstance(method, Distilled) or any(map(learns_unlabelled, filter(None, inner)))
+    return isinstance(method, Distilled) or any(map(learns_unlabelled, _inner(method)))
 
 
 def learnt_rows(method: Any, scorer: Scorer, training: Training) -> tuple[Question, ...]:
@@ -56,10 +55,15 @@ def learnt_rows(method: Any, scorer: Scorer, training: Training) -> tuple[Questi
     if isinstance(method, Ensemble):  # each member chooses its own
         return scorer.task.unlabelled
     own = method.rows(scorer, training) if isinstance(method, Distilled) else ()
-    inner = [getattr(method, name, None) for name in ("base", "method")]
     training = changed(training, getattr(method, "changes", {}))
-    rows = (learnt_rows(one, scorer, training) for one in inner if one is not None)
+    rows = (learnt_rows(one, scorer, training) for one in _inner(method))
     return (*own, *chain.from_iterable(rows))
+
+
+def _inner(method: Any) -> list[Any]:
+    """What a method builds on."""
+    found = (getattr(method, "base", None), getattr(method, "method", None))
+    return [one for one in found if one is not None]
 
 
 def check_answers(rows: Sequence[Question]) -> None:
