@@ -134,7 +134,7 @@ def added(found: Collected) -> Record:
     for name in ADDED:
         after = cross_fitted([*base, more[name]], wrong)
         difference = auroc(after, wrong) - auroc(before, wrong)
-        low, high = _interval(before, after, wrong)
+        low, high = gain_interval(before, after, wrong)
         gains[name] = {"auroc": difference, "low": low, "high": high}
     return {
         "wrong": int(wrong.sum()),
@@ -149,7 +149,7 @@ def cross_fitted(scores: Sequence[Tensor], wrong: Tensor) -> Tensor:
 
     Ranks, because a score is free in its scale and only its order shall count.
     """
-    columns = [_ranks(values) for values in scores]
+    columns = [ranks(values) for values in scores]
     x = torch.stack([*columns, torch.ones_like(columns[0])], 1)
     total = torch.zeros(len(x), dtype=torch.float64)
     for repeat in range(REPEATS):
@@ -161,7 +161,7 @@ def cross_fitted(scores: Sequence[Tensor], wrong: Tensor) -> Tensor:
     return total / REPEATS
 
 
-def _ranks(values: Tensor) -> Tensor:
+def ranks(values: Tensor) -> Tensor:
     """Ranks with mean 0 and variance 1; equal values have their middle rank."""
     ordered = values.double().sort().values
     left = torch.searchsorted(ordered, values.double())
@@ -190,7 +190,7 @@ def logistic(x: Tensor, y: Tensor) -> Tensor:
     return weights
 
 
-def _interval(before: Tensor, after: Tensor, wrong: Tensor) -> tuple[float, float]:
+def gain_interval(before: Tensor, after: Tensor, wrong: Tensor) -> tuple[float, float]:
     """The bootstrap's interval over rows of the difference of two AUROCs, the fits kept."""
     generator = torch.Generator().manual_seed(0)
     found = []
