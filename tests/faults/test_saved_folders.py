@@ -488,6 +488,15 @@ def test_the_base_may_be_in_another_precision(here, there, tmp_path):
     assert load_posterior(tiny_llama().to(there), tmp_path).kind == "gaussian"
 
 
+@pytest.mark.parametrize("kept_in", [torch.bfloat16, torch.float16])
+def test_an_adapter_in_16_bits_has_the_same_draws_when_it_is_loaded(kept_in, tmp_path):
+    model = fitted(tiny_llama()).to(kept_in)
+    save_posterior(model, tmp_path)
+    loaded = load_posterior(tiny_llama().to(kept_in), tmp_path)
+    for name, weight in Gaussian(model, end_logits).draw(1).items():
+        assert torch.equal(loaded.draw(1)[name], weight)  # type: ignore[attr-defined]
+
+
 def test_the_base_may_be_quantised(tmp_path):
     save_posterior(fitted(tiny_llama()), tmp_path)
     base = tiny_llama()

@@ -71,7 +71,7 @@ def _collated(rows: Sequence[Any], posterior: Posterior) -> dict[str, Tensor]:
         )
     _mask_padding(batch, posterior.scorer)
     pad = getattr(base_of(posterior.model).config, "pad_token_id", None) or 0
-    pads = dict.fromkeys(("input_ids", "decoder_input_ids"), pad)
+    pads: dict[str, int] = {"input_ids": pad, "decoder_input_ids": pad}
     return {name: _stacked(values, pads.get(name, 0)) for name, values in batch.items()}
 
 
