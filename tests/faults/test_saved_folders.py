@@ -474,6 +474,16 @@ def test_another_base_of_the_same_shapes_is_refused_unless_it_is_meant(tmp_path)
         load_adapter(wide, tmp_path)
 
 
+def test_a_base_with_copied_layers_left_in_it_is_another_one(tmp_path):
+    save_posterior(fitted(tiny_llama(), layers_to_transform=[0]), tmp_path / "plain")
+    copied = fitted(tiny_llama(), layer_replication=[[0, 2], [0, 2]])
+    save_posterior(copied, tmp_path / "copied")
+    same(load_posterior(tiny_llama(), tmp_path / "copied"), copied)
+    base = copied.unload()  # PEFT leaves the copies in
+    with pytest.raises(PosteriorError, match=r"got other values of \['num_hidden_layers'\]"):
+        load_posterior(base, tmp_path / "plain")
+
+
 @pytest.mark.parametrize(
     ("here", "there"),
     [

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 import bayestune
-from bayestune.adapters.base_samples import base_samples, before_replication
+from bayestune.adapters.base_samples import DEPTH, base_samples, before_replication
 from bayestune.adapters.locks import base_of
 from bayestune.adapters.lora import input_embedding, output_head
 from bayestune.adapters.slots import ADAPTER, PREFIX, Slots
@@ -262,7 +262,10 @@ def _samples(slots: Slots, state: Mapping[str, Tensor], beside: list[str]) -> di
         base[plain] = value
         if ".base_layer." in name:
             adapted.append(plain)
-    return base_samples(base_of(model), base, adapted)
+    samples = base_samples(base_of(model), base, adapted)
+    if config.layer_replication:
+        samples["settings"].pop(DEPTH, None)  # that of the copies
+    return samples
 
 
 def _address(value: Tensor) -> int:
