@@ -57,7 +57,8 @@ def refuse_unless_saved_whole(slots: Slots) -> None:
     if not isinstance(model, PeftModel) or slots.adapter not in model.peft_config:
         raise Refusal(
             f"the adapter {slots.adapter!r} cannot be saved: got a {type(model).__name__}, "
-            "expected the model that peft.get_peft_model returned; make the adapter with it"
+            "expected the model that peft.get_peft_model returned; make the adapter with it; one "
+            "that a model's own add_adapter made is saved by its model.save_pretrained(folder)"
         )
     config: Any = model.peft_config[slots.adapter]
     if config.peft_type != "LORA":
@@ -212,6 +213,11 @@ def facts_of(slots: Slots, state: Mapping[str, Tensor]) -> dict[str, Any]:
     if rows is not None and is_resized(slots.model):
         facts["embedding_rows"] = rows
     return facts
+
+
+def facts_without_wrapper(slots: Slots, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """`facts_of` an adapter without PEFT's wrapper, whose folder holds nothing beside it."""
+    return {"mean_digest": mean_digest(slots), "base_samples": _samples(slots, state, [])}
 
 
 def _rows(model: nn.Module) -> int | None:
