@@ -63,6 +63,8 @@ SEQ2SEQ = {
     "dropout": 0.0,
 }
 ALBERT = {**ENCODER, "embedding_size": 16, "hidden_dropout_prob": 0.0, "classifier_dropout_prob": 0}
+SWIN = {"image_size": 16, "patch_size": 2, "window_size": 2, "depths": [1, 1], "num_heads": [2, 2]}
+SWIN |= {"embed_dim": 16, "num_labels": 3, "drop_path_rate": 0.0}
 XLNET = {"vocab_size": VOCABULARY, "d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 64}
 RELATIVE = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 16}
 FAMILIES: dict[str, tuple[str, str, dict[str, Any], list[str]]] = {
@@ -115,6 +117,12 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], list[str]]] = {
         {**ENCODER, **RELATIVE, "share_att_key": True},
         ["query_proj", "key_proj", "value_proj"],
     ),
+    "swin": (  # its attention sees (rows × windows, …)
+        "SwinForImageClassification",
+        "SwinConfig",
+        SWIN,
+        ["q_proj", "v_proj", "fc1"],
+    ),
     "bert_choice": ("BertForMultipleChoice", "BertConfig", ENCODER, ["query", "value"]),
     "xlnet_choice": (
         "XLNetForMultipleChoice",
@@ -158,6 +166,8 @@ def batch(*shape: int, seed: int = 0, **more: Tensor) -> dict[str, Tensor]:
 
 
 def inputs(family: str, rows: int, tokens: int) -> dict[str, Tensor]:
+    if family == "swin":
+        return {"pixel_values": torch.randn(rows, 3, 16, 16)}
     shape = (rows, 2, tokens) if family.endswith("choice") else (rows, tokens)
     more = {}
     if family in ("fsmt", "bart"):

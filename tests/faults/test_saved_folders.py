@@ -11,6 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers.integrations.peft
 from packaging.version import Version
 from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors import safe_open
@@ -41,7 +42,7 @@ from bayestune import (
     load_posterior,
     save_posterior,
 )
-from bayestune.adapters import Slots
+from bayestune.adapters import GaussianLinear, Slots
 from bayestune.posteriors import (
     DETAILS,
     Posterior,
@@ -474,6 +475,16 @@ def test_another_base_of_the_same_shapes_is_refused_unless_it_is_meant(tmp_path)
         load_adapter(wide, tmp_path)
 
 
+def test_a_base_with_copied_layers_left_in_it_is_another_one(tmp_path):
+    save_posterior(fitted(tiny_llama(), layers_to_transform=[0]), tmp_path / "plain")
+    copied = fitted(tiny_llama(), layer_replication=[[0, 2], [0, 2]])
+    save_posterior(copied, tmp_path / "copied")
+    same(load_posterior(tiny_llama(), tmp_path / "copied"), copied)
+    base = copied.unload()  # PEFT leaves the copies in
+    with pytest.raises(PosteriorError, match=r"got other values of \['num_hidden_layers'\]"):
+        load_posterior(base, tmp_path / "plain")
+
+
 @pytest.mark.parametrize(
     ("here", "there"),
     [
@@ -486,6 +497,15 @@ def test_another_base_of_the_same_shapes_is_refused_unless_it_is_meant(tmp_path)
 def test_the_base_may_be_in_another_precision(here, there, tmp_path):
     save_posterior(fitted(tiny_llama().to(here)), tmp_path)
     assert load_posterior(tiny_llama().to(there), tmp_path).kind == "gaussian"
+
+
+@pytest.mark.parametrize("kept_in", [torch.bfloat16, torch.float16])
+def test_an_adapter_in_16_bits_has_the_same_draws_when_it_is_loaded(kept_in, tmp_path):
+    model = fitted(tiny_llama()).to(kept_in)
+    save_posterior(model, tmp_path)
+    loaded = load_posterior(tiny_llama().to(kept_in), tmp_path)
+    for name, weight in Gaussian(model, end_logits).draw(1).items():
+        assert torch.equal(loaded.draw(1)[name], weight)  # type: ignore[attr-defined]
 
 
 def test_the_base_may_be_quantised(tmp_path):
@@ -698,3 +718,38 @@ def test_models_without_an_embedding_of_tokens_are_saved(tmp_path):
     bayesify(model)
     model.save_pretrained(tmp_path)
     assert load_posterior(base, tmp_path).kind == "gaussian"
+
+
+# Adapters without PEFT's wrapper
+
+
+def with_own_adapter(monkeypatch, **bayes: Any) -> Any:
+    """A converted model whose own `add_adapter` made the adapter."""
+    # what it asks of PEFT's version may be later than the one here
+    monkeypatch.setattr(transformers.integrations.peft, "MIN_PEFT_VERSION", "0.18.0")
+    model: Any = tiny_llama()
+    model.add_adapter(LoraConfig(r=4, target_modules=QV))
+    bayesify(model, **bayes)
+    return moved(model)
+
+
+def test_an_adapter_of_the_models_own_add_adapter_is_saved_as_a_posterior(tmp_path, monkeypatch):
+    model = with_own_adapter(monkeypatch, noise="independent")
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
+        assert not [name for name in file.keys() if "root_std" in name]  # noqa: SIM118
+    loaded = load_posterior(tiny_llama(), tmp_path)
+    same(loaded, model)
+    layers = Slots(loaded.model).of_kind(GaussianLinear)
+    assert {layer.noise for layer in layers.values()} == {"independent"}
+    other = tiny_llama()
+    for parameter in other.parameters():
+        parameter.data.mul_(1.01)
+    with pytest.raises(PosteriorError, match="of another base model"):
+        load_posterior(other, tmp_path)
+    with pytest.raises(ValueError, match=r"made is saved by its model.save_pretrained\(folder\)"):
+        save_posterior(model, tmp_path / "ours")
+    copied = copy.deepcopy(model)
+    moved(copied, seed=8)
+    copied.save_pretrained(tmp_path / "copy")
+    same(load_posterior(tiny_llama(), tmp_path / "copy"), copied)

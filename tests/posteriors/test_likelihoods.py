@@ -13,9 +13,12 @@ from transformers import (
     DataCollatorWithPadding,
     LlamaConfig,
     LlamaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from bayestune import Draws, Gaussian, HeadLogits, LastToken, Refusal, Regression, predict
+from bayestune.adapters import base_of
 from bayestune.posteriors import Prediction, Reward, Sigmoid
 from tiny import CAUSAL, SIZES, causal, converted, tiny_bert
 
@@ -316,6 +319,54 @@ def test_rows_that_cannot_be_put_together_are_refused():
         predict(posterior, [{"question": "?", "answer": "!"}], 2)
     with pytest.raises(ValueError, match="got no rows, expected one or more"):
         predict(posterior, [], 2)
+
+
+def test_embeddings_of_different_lengths_are_masked():
+    posterior = of_bert(initializer_range=0.2)
+    torch.manual_seed(4)
+    given = [{"inputs_embeds": torch.randn(n, 32)} for n in (9, 4)]
+    together = predict(posterior, given, 3).probabilities
+    assert_close(together[1:], predict(posterior, given[1:], 3).probabilities)
+
+
+def test_a_decoders_tokens_are_padded_and_masked_as_an_encoders_are():
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
+    base = T5ForConditionalGeneration(T5Config(vocab_size=60, **sizes))
+    model = converted(base, target_modules=["q", "v"], task_type=None)
+    posterior = Gaussian(model, LastToken([11, 12]))
+    given = []
+    for length in (4, 7, 2):
+        ids = torch.randint(3, 60, (length,))
+        given.append({"input_ids": ids, "decoder_input_ids": ids.flip(0)[: length // 2]})
+    together = predict(posterior, given, 3).probabilities
+    alone = torch.cat([predict(posterior, [row], 3).probabilities for row in given])
+    assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+RAGGED = {
+    "sounds": [{"input_values": torch.zeros(n)} for n in (600, 400)],
+    "spectrograms": [{"input_features": torch.zeros(n, 8)} for n in (6, 4)],
+    "options": [{"input_ids": torch.zeros(n, 5, dtype=torch.long)} for n in (4, 3)],
+    "patches": [
+        {"input_ids": torch.zeros(t, dtype=torch.long), "pixel_values": torch.zeros(n, 8)}
+        for t, n in ((5, 6), (7, 4))
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", RAGGED)
+def test_rows_whose_padding_no_mask_would_tell_are_refused(kind, monkeypatch):
+    posterior = of_bert()
+    names = ("input_values", "input_features", "pixel_values")
+
+    def forward(self, input_ids=None, input_values=None, input_features=None, pixel_values=None):
+        raise AssertionError("the rows went in")
+
+    monkeypatch.setattr(type(base_of(posterior.model)), "forward", forward)
+    name = next((name for name in names if name in RAGGED[kind][0]), "input_ids")
+    with pytest.raises(ValueError, match=rf"cannot be stacked: got {name} of the shapes \[\("):
+        predict(posterior, RAGGED[kind], 2)
 
 
 # The last real token

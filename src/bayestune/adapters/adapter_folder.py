@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 import bayestune
-from bayestune.adapters.base_samples import base_samples, before_replication
+from bayestune.adapters.base_samples import DEPTH, base_samples, before_replication
 from bayestune.adapters.locks import base_of
 from bayestune.adapters.lora import input_embedding, output_head
 from bayestune.adapters.slots import ADAPTER, PREFIX, Slots
@@ -57,7 +57,8 @@ def refuse_unless_saved_whole(slots: Slots) -> None:
     if not isinstance(model, PeftModel) or slots.adapter not in model.peft_config:
         raise Refusal(
             f"the adapter {slots.adapter!r} cannot be saved: got a {type(model).__name__}, "
-            "expected the model that peft.get_peft_model returned; make the adapter with it"
+            "expected the model that peft.get_peft_model returned; make the adapter with it; one "
+            "that a model's own add_adapter made is saved by its model.save_pretrained(folder)"
         )
     config: Any = model.peft_config[slots.adapter]
     if config.peft_type != "LORA":
@@ -214,6 +215,11 @@ def facts_of(slots: Slots, state: Mapping[str, Tensor]) -> dict[str, Any]:
     return facts
 
 
+def facts_without_wrapper(slots: Slots, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """`facts_of` an adapter without PEFT's wrapper, whose folder holds nothing beside it."""
+    return {"mean_digest": mean_digest(slots), "base_samples": _samples(slots, state, [])}
+
+
 def _rows(model: nn.Module) -> int | None:
     embedding: Any = input_embedding(model)
     return None if embedding is None else shape_of(embedding.weight)[0]
@@ -262,7 +268,10 @@ def _samples(slots: Slots, state: Mapping[str, Tensor], beside: list[str]) -> di
         base[plain] = value
         if ".base_layer." in name:
             adapted.append(plain)
-    return base_samples(base_of(model), base, adapted)
+    samples = base_samples(base_of(model), base, adapted)
+    if config.layer_replication:
+        samples["settings"].pop(DEPTH, None)  # that of the copies
+    return samples
 
 
 def _address(value: Tensor) -> int:

@@ -18,8 +18,10 @@ VALUES = 16
 # the list of layers that PEFT copies
 _COPIED = re.compile(r"((?:model\.|bert\.)*(?:encoder\.layer|layers|h)\.)(\d+)\.")
 
+DEPTH = "num_hidden_layers"
 # What changes a model's function and leaves no trace in its weights.
 _SETTINGS = (
+    DEPTH,
     "num_attention_heads",
     "num_key_value_heads",
     "hidden_act",

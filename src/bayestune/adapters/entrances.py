@@ -14,6 +14,7 @@ from bayestune.adapters.training_passes import TrainingPasses
 
 _IDS = ("input_ids", "decoder_input_ids")
 _EMBEDS = ("inputs_embeds", "decoder_inputs_embeds")
+_TEXT = {"input_ids", "inputs_embeds"}
 # modules whose linear layers see (T, N, …), by the end of their file's name and their class
 _TIME_FIRST = {
     "modeling_longformer": ("LongformerSelfAttention",),
@@ -152,12 +153,19 @@ def sizes_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sizes | None:
         if name in tensors:
             ids = tensors[name] if name in _IDS else tensors[name][..., 0]
             sequences, tokens = ids.shape[:-1].numel(), ids.shape[-1]
-            return Sizes(len(ids), sequences, tokens, _packed(tensors, ids))
+            packed = _packed(tensors, ids)
+            return Sizes(len(ids), sequences, tokens, packed, _of_pictures(tensors))
     if not tensors:
         return None
     first = next(iter(tensors.values()))
     tokens = first.shape[1] if first.dim() == (3 if first.is_floating_point() else 2) else 0
-    return Sizes(len(first), len(first), tokens)
+    return Sizes(len(first), len(first), tokens, windows=_of_pictures(tensors))
+
+
+def _of_pictures(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether rows are pictures, videos or spectrograms, and no text."""
+    fields = [one for one in tensors.values() if one.dim() > 3 and one.is_floating_point()]
+    return bool(fields) and _TEXT.isdisjoint(tensors)
 
 
 def _packed(tensors: Mapping[str, Tensor], ids: Tensor) -> Tensor | None:

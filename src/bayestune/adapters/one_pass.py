@@ -14,13 +14,23 @@ from bayestune.adapters.row_groups import RowGroups, Rows
 class Sizes:
     """What the inputs of a model say of a pass: N rows in S sequences of T tokens, 0 if unknown.
 
-    Positions (S, T) are given where a sequence may hold several documents.
+    Positions (S, T) are given where a sequence may hold several documents. With `windows`
+    rows are pictures, whose windows or frames a layer may see as its leading axis, (N·windows, …).
     """
 
     rows: int
     sequences: int
     tokens: int = 0
     positions: Tensor | None = None
+    windows: bool = False
+
+    def leads(self, input: Tensor) -> bool:
+        """Whether an input (…, k) begins with the sequences, their tokens or their windows."""
+        leading = len(input)
+        if input.dim() == 2:
+            return leading in (self.sequences, self.sequences * self.tokens)
+        in_windows = self.windows and leading > 0 and leading % self.sequences == 0
+        return leading == self.sequences or in_windows
 
 
 class Call(NamedTuple):
@@ -94,12 +104,10 @@ class Pass:
         leading = len(input)
         width = input.shape[-1]
         sizes = self.sizes or Sizes(leading, leading)
-        sequences, tokens = sizes.sequences, sizes.tokens
-        flat = input.dim() == 2 and leading == sequences * tokens
-        if leading == sequences or flat:
+        if sizes.leads(input):
             if rows.row_of is None:
                 return input.reshape(rows.num_rows, -1, width), None
-            return input.reshape(sequences, -1, width), rows.row_of.to(input.device)
+            return input.reshape(sizes.sequences, -1, width), rows.row_of.to(input.device)
         if leading == rows.num_rows:
             return input.reshape(leading, -1, width), None
         return as_a_whole(input)

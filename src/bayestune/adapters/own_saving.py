@@ -10,12 +10,14 @@ from typing import Any
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from bayestune.adapters.adapter_folder import (
     DETAILS,
     TENSORS,
     add_beside,
     facts_of,
+    facts_without_wrapper,
     place_of,
     plain_state,
     refuse_changed_base,
@@ -122,6 +124,34 @@ class OwnSaving:
         return loaded
 
 
+class SavingWithoutWrapper:
+    """Stands for `save_pretrained` of a model whose own `add_adapter` made the adapter.
+
+    So it writes the active adapter as a stock one, with the posterior's files beside it.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        **options: Any,
+    ) -> None:
+        """`PreTrainedModel.save_pretrained`, with the posterior's files beside the adapter."""
+        model: Any = self.model
+        slots = Slots(model)
+        whole = state_of(model) if state_dict is None else state_dict
+        plain = plain_state(model, whole)
+        type(model).save_pretrained(model, save_directory, is_main_process, plain, **options)
+        if is_main_process and stochastic(slots):
+            record = facts_without_wrapper(slots, plain)
+            record |= {"posterior": "gaussian", "facts": noise_of(slots)}
+            write_posterior(Path(save_directory), record, _roots(slots, whole, ""))
+
+
 def keep_standard_deviations(model: nn.Module, adapter: str) -> None:
     """Has the model's own way of saving keep what a conversion to Gaussian slots adds.
 
@@ -134,6 +164,9 @@ def keep_standard_deviations(model: nn.Module, adapter: str) -> None:
         own: Any = OwnSaving(model)
         model.save_pretrained = own.save_pretrained  # type: ignore[method-assign]
         model.load_adapter = own.load_adapter  # type: ignore[method-assign]
+    if getattr(model, "_hf_peft_config_loaded", False) and "save_pretrained" not in vars(model):
+        without: Any = SavingWithoutWrapper(model)  # type: ignore[arg-type]
+        model.save_pretrained = without.save_pretrained  # type: ignore[method-assign]
 
 
 def put_roots(layers: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -164,10 +197,10 @@ def stochastic(slots: Slots) -> dict[str, Any]:
     return {name: slot for name, slot in slots.modules().items() if hasattr(slot, "root_std")}
 
 
-def _roots(slots: Slots, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _roots(slots: Slots, state: Mapping[str, Tensor], prefix: str = PREFIX) -> dict[str, Tensor]:
     """G by the name it has in `posterior.safetensors`."""
     roots = {}
     for name in stochastic(slots):
-        value = state[f"{PREFIX}{name}.{slots.adapter}.root_std"]
+        value = state[f"{prefix}{name}.{slots.adapter}.root_std"]
         roots[f"{name.replace('_orig_mod.', '')}.root_std"] = value
     return roots

@@ -63,7 +63,7 @@ class Gaussian(AdapterPosterior):
         weights = {}
         for name, slot in layers.items():
             path = name.removesuffix(".lora_A")
-            std = whole(slot.root_std).square()
+            std = whole(slot.root_std).float().square()  # a loaded G is float32
             weights[name] = held_weights(whole(slot.weight), std, seed, index, path)
         return weights
 

@@ -52,7 +52,11 @@ def _check_mapping(value: Any, what: str) -> None:
 
 
 def _collated(rows: Sequence[Any], posterior: Posterior) -> dict[str, Tensor]:
-    """The fields that the model takes, stacked; tokens padded on the right."""
+    """The fields that the model takes, stacked; tokens padded on the right.
+
+    Raises:
+        Refusal: if the model takes none, or they cannot be stacked.
+    """
     for row in rows:
         _check_mapping(row, "row of the dataset")
     taken = inspect.signature(base_of(posterior.model).forward).parameters
@@ -65,14 +69,48 @@ def _collated(rows: Sequence[Any], posterior: Posterior) -> dict[str, Tensor]:
             f"the rows have nothing that the model takes: got {sorted(rows[0])}, expected such as "
             "input_ids; tokenise the dataset first"
         )
-    lengths = {len(ids) for ids in batch.get("input_ids", ()) if ids.dim() == 1}
-    if len(lengths) > 1:
-        _refuse_reading_padding(posterior.scorer, lengths)
-        masks = [torch.ones_like(ids) for ids in batch["input_ids"]]
-        batch.setdefault("attention_mask", masks)
+    _mask_padding(batch, posterior.scorer)
     pad = getattr(base_of(posterior.model).config, "pad_token_id", None) or 0
-    pads = {"input_ids": pad}
+    pads: dict[str, int] = {"input_ids": pad, "decoder_input_ids": pad}
     return {name: _stacked(values, pads.get(name, 0)) for name, values in batch.items()}
+
+
+def _mask_padding(batch: dict[str, list[Tensor]], scorer: Any) -> None:
+    """Gives rows of different lengths, which are to be padded, the mask that says so.
+
+    Raises:
+        Refusal: if a field that differs from row to row is not of its tokens, such as sounds, or
+            the scorer might read the padding.
+    """
+    per_token: set[tuple[int, ...]] = set()
+    for start in ("", "decoder_"):
+        ids = _tokens(batch, start)
+        lengths = tuple(len(one) for one in ids)
+        if len(set(lengths)) < 2:
+            continue
+        per_token.add(lengths)
+        _refuse_reading_padding(scorer, set(lengths))
+        masks = [torch.ones(length, dtype=torch.long) for length in lengths]
+        batch.setdefault(f"{start}attention_mask", masks)
+    for name, values in batch.items():
+        shapes = {tuple(value.shape) for value in values}
+        of_tokens = len({shape[1:] for shape in shapes}) == 1
+        if len(shapes) > 1 and not (of_tokens and tuple(map(len, values)) in per_token):
+            raise Refusal(
+                f"rows that cannot be stacked: got {name} of the shapes {sorted(shapes)[:3]}, "
+                "expected one shape, for what would be put at their ends the model would read as "
+                "theirs; give a DataLoader whose collate_fn pads them and says so, such as "
+                "DataCollatorWithPadding(feature_extractor)"
+            )
+
+
+def _tokens(batch: Mapping[str, list[Tensor]], start: str) -> list[Tensor]:
+    """The rows' ids (T,) or embeddings (T, width); none where they have another form."""
+    for name, axes in ((f"{start}input_ids", 1), (f"{start}inputs_embeds", 2)):
+        values = batch.get(name, [])
+        if values and all(value.dim() == axes for value in values):
+            return values
+    return []
 
 
 def _stacked(values: list[Tensor], pad: int) -> Tensor:
