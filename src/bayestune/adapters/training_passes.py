@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -31,8 +32,8 @@ class TrainingPasses:
         self.at_mean = False
         self._lasting = groups
         self._next: RowGroups | None = None
-        self._of_run: RowGroups | None = None
-        self._in_run = False
+        self._drawing = False
+        self.end_run()
         self._forget()
 
     def _forget(self) -> None:
@@ -55,19 +56,32 @@ class TrainingPasses:
             self._lasting = groups
         self._next = None if lasting else groups
 
-    def begin_run(self, groups: RowGroups | None) -> None:
+    def begin_run(self, groups: RowGroups | None, goes_on: Callable[[], bool]) -> None:
         """Notes that a Trainer's run begins, and how its batches make rows if nobody has said.
 
         Until its end, passes without gradients are the mean's: what a trainer asks without them is
-        how likely something is under the adapter that writes its texts, `generate`'s.
+        how likely something is under the adapter that writes its texts, `generate`'s. A run that an
+        error or an interrupt ends does not say so: then `goes_on` is false.
         """
         self._of_run = groups
         self._in_run = True
+        self._goes_on = goes_on
 
     def end_run(self) -> None:
         """Notes that a Trainer's run has ended."""
-        self._of_run = None
+        self._of_run: RowGroups | None = None
         self._in_run = False
+        self._goes_on: Callable[[], bool] = lambda: False
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Passes without gradients draw here in a Trainer's run, too: their draws are asked for."""
+        before = self._drawing
+        self._drawing = True
+        try:
+            yield
+        finally:
+            self._drawing = before
 
     def are_at_mean(self) -> bool:
         """Whether the pass that is open now, or every pass, is the mean's."""
@@ -79,8 +93,10 @@ class TrainingPasses:
         open_depth, _ = self._open.get(_thread(), (depth, None))
         if open_depth < depth:
             return
+        if self._in_run and not torch.compiler.is_compiling() and not self._goes_on():
+            self.end_run()
         one = Pass(sizes, torch.is_grad_enabled())
-        one.at_mean = self._in_run and not one.gradients
+        one.at_mean = self._in_run and not one.gradients and not self._drawing
         self._open[_thread()] = (depth, one)  # one that an interrupt left open is dropped
         if one.gradients and not torch.compiler.is_compiling():
             self._last = one

@@ -1,10 +1,15 @@
 """What a Trainer's batches say of rows, for the time of its run."""
 
 import logging
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import Trainer
 
 from bayestune.adapters import RowGroups, found_passes
 from bayestune.kl.run import KLRun
@@ -53,7 +58,33 @@ def begin_run(args: Any, model: nn.Module, dataloader: Any) -> None:
     say_several_batches(args)
     passes = found_passes(model)
     if passes is not None:
-        passes.begin_run(RowGroups(row_of=chosen_then_rejected) if _has_pairs(dataloader) else None)
+        groups = RowGroups(row_of=chosen_then_rejected) if _has_pairs(dataloader) else None
+        passes.begin_run(groups, going_on(sys._getframe()))
+
+
+def going_on(frame: FrameType | None) -> Callable[[], bool]:
+    """Tells whether the `train` of a Trainer that has led to a frame is still running.
+
+    A Trainer has no callback for a run that an error or an interrupt ends. Of a loop that calls the
+    callback by itself nothing is known: it goes on until it says that it has ended.
+    """
+    while frame is not None and not _is_train(frame):
+        frame = frame.f_back
+    if frame is None:
+        return lambda: True
+    thread = threading.get_ident()
+
+    def is_running() -> bool:
+        one = sys._current_frames().get(thread)
+        while one is not None and one is not frame:
+            one = one.f_back
+        return one is not None
+
+    return is_running
+
+
+def _is_train(frame: FrameType) -> bool:
+    return frame.f_code.co_name == "train" and isinstance(frame.f_locals.get("self"), Trainer)
 
 
 def give_noise_of_its_own(args: Any) -> None:
