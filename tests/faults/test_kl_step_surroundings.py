@@ -337,6 +337,17 @@ def test_what_a_trainer_skips_is_taken_later(tmp_path):
     assert mean_std(model) == pytest.approx(0.1, rel=0.01)
 
 
+def test_a_run_whose_last_steps_are_skipped_says_where_it_ended(tmp_path, caplog):
+    class Skips(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            kwargs["optimizer"].optimizer.found_inf = torch.tensor(float(state.global_step > 9))
+
+    model = gaussian()
+    trainer(model, tmp_path, KLStep(), Skips()).train()
+    (line,) = [one for one in caplog.messages if "at the end of the run" in one]
+    assert f"is {mean_std(model):.3g} at the end of the run, not final_std (0.1)" in line
+
+
 # Gradients that are missing
 
 

@@ -100,7 +100,8 @@ def give_noise_of_its_own(args: Any) -> None:
 def end_run(args: Any, model: nn.Module, run: KLRun, final_std: float | None) -> None:
     """Tells the model's passes that the run has ended; says if σ has not come to `final_std`."""
     run.name_unreached()
-    if final_std is not None and (not run.is_over or args.load_best_model_at_end):
+    ended = run.is_over and not run.owed
+    if final_std is not None and (not ended or args.load_best_model_at_end):
         _say_short(run, final_std)
     passes = found_passes(model)
     if passes is not None:
