@@ -409,6 +409,31 @@ def test_an_optimiser_built_before_bayesify_is_refused(std_optimizer):
         KLStep(std_optimizer=std_optimizer).attach(model, optimizer, total_steps=3)
 
 
+class Fused(torch.optim.SGD):
+    """Steps in hooks of the parameters, as LOMO does; its step is never called."""
+
+    def fused_backward(self, loss: torch.Tensor, rate: float) -> None:
+        loss.backward()
+
+
+class Releasing(torch.optim.SGD):
+    def __init__(self, params: Any, rate: float) -> None:
+        super().__init__(params, rate)
+        self.defaults["gradient_release"] = True
+
+
+class LayerWiseDummyOptimizer(torch.optim.SGD):
+    pass
+
+
+@pytest.mark.parametrize("kind", [Fused, Releasing, LayerWiseDummyOptimizer])
+def test_an_optimiser_that_steps_inside_the_backward_pass_is_refused(kind):
+    model = gaussian()
+    optimizer = kind([p for p in model.parameters() if p.requires_grad], 0.1)
+    with pytest.raises(Refusal, match=f"got {kind.__name__}, which steps inside the backward pass"):
+        KLStep().attach(model, optimizer, total_steps=3)
+
+
 def test_parameters_that_a_wrapper_has_flattened_are_refused():
     model = gaussian()
     optimizer = sgd(model)
