@@ -382,6 +382,20 @@ def test_a_model_left_in_evaluation_mode_is_refused():
         optimizer.step()
 
 
+def test_a_model_that_an_evaluation_leaves_in_its_mode_is_said_once(caplog):
+    model = gaussian()
+    optimizer = sgd(model)
+    KLStep().attach(model, optimizer, total_steps=9)
+    loop(model, optimizer, 3)
+    assert "evaluation mode" not in caplog.text
+    model.eval()
+    loop(model, optimizer, 3)
+    assert caplog.text.count("in evaluation mode in step 4 of the run: its gradients are the") == 1
+    model.train()
+    loop(model, optimizer, 3)
+    assert mean_std(model) == pytest.approx(0.1, rel=0.02)
+
+
 def test_frozen_layers_are_left_as_they_are():
     model = gaussian()
     frozen, learnt = layers_of(model)

@@ -71,6 +71,7 @@ class KLRun:
         self._idle = 0
         self._scale = 1.0
         self._overflowed = False
+        self._is_at_mean = False
 
     def hook(self, optimizer: torch.optim.Optimizer) -> None:
         """Puts the hooks on.
@@ -140,6 +141,7 @@ class KLRun:
             self._unreached = check_gradients(self.layers)
         elif self._unreached and not self._overflowed:
             self._unreached = without_gradient(self.layers, self._unreached)
+        self.say_at_mean()
         self._gradients = {}
         for name, layer in self.layers.items():
             gradient = layer.root_std.grad
@@ -148,6 +150,20 @@ class KLRun:
                 layer.root_std.grad = None
                 if hasattr(gradient, "full_tensor"):
                     self._pass_over(layer.root_std, gradient)
+
+    def say_at_mean(self) -> None:
+        """Says once that later gradients are the mean's: the model stayed in evaluation mode."""
+        learnt = {name: one for name, one in self.layers.items() if one.root_std.requires_grad}
+        if self._is_at_mean or not learnt or any(one.training for one in learnt.values()):
+            return
+        self._is_at_mean = len(without_gradient(self.layers, learnt)) == len(learnt)
+        if self._is_at_mean:
+            logger.warning(
+                "the model is in evaluation mode in step %d of the run: its gradients are the "
+                "mean's, as without noise, while the KL takes the standard deviation on; call "
+                "model.train() after each evaluation",
+                self.step + 1,
+            )
 
     def _pass_over(self, root_std: Tensor, gradient: Tensor) -> None:
         """Has the optimiser step on a spread G at gradient 0, which is undone afterwards.
