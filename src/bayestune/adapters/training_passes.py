@@ -39,6 +39,7 @@ class TrainingPasses:
     def _forget(self) -> None:
         self._open: dict[int, tuple[int, Pass]] = {}  # by thread: nn.DataParallel has several
         self._named: WeakValueDictionary[int, Pass] = WeakValueDictionary()
+        self._mean_is_open = False  # for parts of a model that are compiled by themselves
         self._last: Pass | None = None  # with gradients; its outputs may have no graph we can find
 
     def __getstate__(self) -> dict[str, Any]:
@@ -86,6 +87,8 @@ class TrainingPasses:
     def are_at_mean(self) -> bool:
         """Whether the pass that is open now, or every pass, is the mean's."""
         _, one = self._open.get(_thread(), (0, None))
+        if one is None and torch.compiler.is_compiling():
+            return self.at_mean or self._mean_is_open
         return self.at_mean or (one is not None and one.at_mean)
 
     def begin(self, depth: int, sizes: Sizes | None) -> None:
@@ -98,8 +101,9 @@ class TrainingPasses:
         one = Pass(sizes, torch.is_grad_enabled())
         one.at_mean = self._in_run and not one.gradients and not self._drawing
         self._open[_thread()] = (depth, one)  # one that an interrupt left open is dropped
-        if one.gradients and not torch.compiler.is_compiling():
-            self._last = one
+        if not torch.compiler.is_compiling():
+            self._mean_is_open = one.at_mean
+            self._last = one if one.gradients else self._last
 
     def end(self, depth: int, output: Any) -> None:
         """Ends the pass that began at this depth; its outputs' graph keeps what may be needed."""
@@ -107,6 +111,8 @@ class TrainingPasses:
         if one is None or open_depth != depth:
             return
         del self._open[_thread()]
+        if not torch.compiler.is_compiling():
+            self._mean_is_open = False
         one.noises = {layer: one.noises[layer] for layer in one.repeated}
         if one.gradients and one.rows is not None and not torch.compiler.is_compiling():
             for tensor in _tensors(output):
