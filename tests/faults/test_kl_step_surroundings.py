@@ -214,6 +214,69 @@ def test_an_optimiser_that_averages_its_iterates_keeps_all_of_the_step(std_optim
         optimizer.eval()
 
 
+class MadeScheduleFree:
+    """Lets another optimiser step on z in the parameters' place; no torch optimiser itself."""
+
+    def __init__(self, base: torch.optim.Optimizer) -> None:
+        self.base = base
+        self.steps = 0
+
+    @property
+    def param_groups(self) -> Any:
+        return self.base.param_groups
+
+    @property
+    def state(self) -> Any:
+        return self.base.state
+
+    def zero_grad(self) -> None:
+        self.base.zero_grad()
+
+    def eval(self) -> None:
+        """Puts the average x in the place of y = 0.1 z + 0.9 x."""
+        for parameter, state in self.state.items():
+            parameter.data.lerp_(state["z"], 1 - 1 / 0.9)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        self.steps += 1
+        learnt = [p for p in self.param_groups[0]["params"] if p.grad is not None]
+        averages = []
+        for parameter in learnt:
+            iterate = self.state[parameter].setdefault("z", parameter.detach().clone())
+            averages.append(parameter.lerp(iterate, 1 - 1 / 0.9))
+            parameter.copy_(iterate)
+        self.base.step()
+        for parameter, average in zip(learnt, averages, strict=True):
+            self.state[parameter]["z"].copy_(parameter)
+            average.lerp_(parameter, 1 / self.steps)
+            parameter.copy_(average.lerp(parameter, 0.1))
+
+
+def test_a_wrapper_that_averages_another_optimisers_iterates_keeps_all_of_the_step():
+    model = gaussian()
+    optimizer: Any = MadeScheduleFree(sgd(model))
+    before = size(model)
+    step = KLStep(std_lr=0.0)
+    step.attach(model, optimizer, total_steps=100)
+    loop(model, optimizer, 100)
+    for _ in range(2):
+        assert mean_std(model) == pytest.approx(0.1, rel=0.02)
+        assert size(model) / before == pytest.approx(0.25, rel=0.07)
+        optimizer.eval()
+    step.detach()
+    loop(model, optimizer, 1)
+    assert step.step == 100
+
+
+def test_the_optimiser_inside_such_a_wrapper_is_refused():
+    model = gaussian()
+    optimizer: Any = MadeScheduleFree(sgd(model))
+    KLStep().attach(model, optimizer.base, total_steps=100)
+    with pytest.raises(Refusal, match="got the optimiser inside it, SGD, expected the wrapper"):
+        loop(model, optimizer, 1)
+
+
 # Where the standard deviation is
 
 

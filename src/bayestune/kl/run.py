@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bayestune.adapters import GaussianLinear
 from bayestune.errors import Refusal
 from bayestune.kl.closed_form import kl_divergence, kl_step_
-from bayestune.kl.iterates import iterates_following
+from bayestune.kl.iterates import hooks_around, iterates_following
 from bayestune.kl.plan import Plan
 from bayestune.kl.remainders import Remainders
 from bayestune.kl.surroundings import (
@@ -91,10 +91,7 @@ class KLRun:
         others.add(self)
         self._hooked = weakref.ref(optimizer)
         self._remainders = Remainders(optimizer)
-        self._handles = [
-            optimizer.register_step_pre_hook(self._before_gradients),
-            optimizer.register_step_post_hook(lambda *given: self.after_step(given[0])),
-        ]
+        self._handles = hooks_around(optimizer, self._before_gradients, self.after_step)
         for layer in self.layers.values():
             layer.takes_kl = True
         if torch.distributed.is_available() and torch.distributed.is_initialized():
