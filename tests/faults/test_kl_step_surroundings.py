@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from bayestune import Refusal
+from bayestune import Refusal, save_posterior
 from bayestune.adapters import GaussianLinear, Slots, bayesify
 from bayestune.kl import KLStep
 from tiny import adapted, tiny_llama, with_second
@@ -319,6 +319,34 @@ def test_a_run_that_ends_before_the_standard_deviation_is_there_says_so(how, tmp
         (line,) = told
         assert f"is {mean_std(model):.3g} at the end of the run, not final_std (0.1)" in line
         assert mean_std(model) < 0.08
+
+
+def test_a_posterior_that_is_saved_before_its_kl_is_taken_is_said_once(tmp_path, caplog):
+    """As where total_steps counts batches, and an optimiser's step takes four of them."""
+    model = gaussian()
+    optimizer = sgd(model)
+    step = KLStep()
+    step.attach(model, optimizer, total_steps=40)
+    loop(model, optimizer, 10)
+    for _ in range(2):
+        save_posterior(model, tmp_path / "short")
+    (line,) = [one for one in caplog.messages if "the posterior is saved after" in one]
+    assert "after 10 of the KL's 40 steps" in line
+    assert f"a standard deviation of {mean_std(model):.3g} so far" in line
+    step.detach()
+    step.attach(model, optimizer, total_steps=5)
+    loop(model, optimizer, 5)
+    save_posterior(model, tmp_path / "whole")
+    trainer(gaussian(), tmp_path, KLStep(), Saves()).train()
+    assert caplog.text.count("the posterior is saved after") == 1
+
+
+class Saves(TrainerCallback):
+    """Saves in the midst of a run."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            save_posterior(kwargs["model"], args.output_dir)
 
 
 class OutOfMemory(TrainerCallback):

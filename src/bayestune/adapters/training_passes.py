@@ -74,6 +74,12 @@ class TrainingPasses:
         self._in_run = False
         self._goes_on: Callable[[], bool] = lambda: False
 
+    def are_in_run(self) -> bool:
+        """Whether a Trainer's run goes on; ends one that has ended without saying so."""
+        if self._in_run and not self._goes_on():
+            self.end_run()
+        return self._in_run
+
     @contextmanager
     def drawing(self) -> Iterator[None]:
         """Passes without gradients draw here in a Trainer's run, too: their draws are asked for."""
@@ -96,8 +102,8 @@ class TrainingPasses:
         open_depth, _ = self._open.get(_thread(), (depth, None))
         if open_depth < depth:
             return
-        if self._in_run and not torch.compiler.is_compiling() and not self._goes_on():
-            self.end_run()
+        if not torch.compiler.is_compiling():
+            self.are_in_run()
         one = Pass(sizes, torch.is_grad_enabled())
         one.at_mean = self._in_run and not one.gradients and not self._drawing
         self._open[_thread()] = (depth, one)  # one that an interrupt left open is dropped

@@ -41,7 +41,8 @@ class _StepOfWrapper:
 
         def step(*args: Any, **options: Any) -> Any:
             given = before(optimizer, (optimizer, *args), options)
-            (_, *args), options = given or ((optimizer, *args), options)
+            if given is not None:
+                args, options = given[0][1:], given[1]
             loss = taken(*args, **options)
             after(optimizer)
             return loss

@@ -23,7 +23,7 @@ from bayestune.kl.surroundings import (
 
 logger = logging.getLogger(__name__)
 
-_HOOKED: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # by optimiser
+HOOKED: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # by optimiser
 _SOON = 20  # steps after which what has not happened is told
 
 
@@ -72,6 +72,7 @@ class KLRun:
         self._scale = 1.0
         self._overflowed = False
         self._is_at_mean = False
+        self.is_said_unfinished = False
 
     def hook(self, optimizer: torch.optim.Optimizer) -> None:
         """Puts the hooks on.
@@ -79,7 +80,7 @@ class KLRun:
         Raises:
             Refusal: if another run acts on the same layers in this optimiser's steps.
         """
-        others = _HOOKED.setdefault(optimizer, weakref.WeakSet())
+        others = HOOKED.setdefault(optimizer, weakref.WeakSet())
         taken: set[int] = set()
         for other in others:
             taken.update(map(id, other.layers.values()))
@@ -105,7 +106,7 @@ class KLRun:
         self._handles = []
         optimizer = self._hooked and self._hooked()
         if optimizer is not None:
-            _HOOKED[optimizer].discard(self)
+            HOOKED[optimizer].discard(self)
 
     def _before_pass(self, *_: Any) -> None:
         self._handles.pop().remove()  # once

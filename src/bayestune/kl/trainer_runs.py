@@ -12,7 +12,7 @@ from torch import nn
 from transformers import Trainer
 
 from bayestune.adapters import RowGroups, found_passes
-from bayestune.kl.run import KLRun
+from bayestune.kl.run import HOOKED, KLRun
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +106,35 @@ def end_run(args: Any, model: nn.Module, run: KLRun, final_std: float | None) ->
     passes = found_passes(model)
     if passes is not None:
         passes.end_run()
+
+
+def say_unfinished(model: nn.Module) -> None:
+    """Says once that a posterior is kept while steps of the KL are left, outside a Trainer's run.
+
+    A loop of one's own has no other end that is known: `total_steps` may have counted batches
+    instead of steps, or the optimiser may not be the one that is stepped.
+    """
+    passes = found_passes(model)
+    if passes is None or passes.are_in_run():
+        return
+    modules = {id(module) for module in model.modules()}
+    for runs in list(HOOKED.values()):
+        for run in list(runs):
+            ours = modules.issuperset(map(id, run.layers.values()))
+            if ours and not run.is_over and not run.is_said_unfinished:
+                _say_unfinished(run)
+
+
+def _say_unfinished(run: KLRun) -> None:
+    run.is_said_unfinished = True
+    logger.warning(
+        "the posterior is saved after %d of the KL's %d steps, with a standard deviation of %.3g "
+        "so far; if the training is over, give attach as total_steps the number of the optimiser's "
+        "steps (with accumulation fewer than batches), and the optimiser that is stepped",
+        run.step,
+        len(run.plan.rates),
+        run.state()["std_over_prior"] * run.prior_std,
+    )
 
 
 def _say_short(run: KLRun, final_std: float) -> None:
