@@ -677,3 +677,23 @@ def test_a_compiled_model_holds_its_draw_too():
             torch.manual_seed(seed)
             found.append(one(features(3)))
         assert_close(*found)
+
+
+def test_a_part_that_is_compiled_by_itself_is_at_the_mean_when_its_pass_is():
+    model = looped()
+    model.get_base_model().training = False  # no dropout, which differs by row
+    layers = list(Slots(model).of_kind(GaussianLinear).values())
+    for layer in layers:
+        layer.compile(backend="eager")
+    ids = features(1).expand(3, *features(1).shape[1:])
+    passes = layers[0].passes
+    passes.begin_run(None, lambda: True)
+    with torch.no_grad():
+        first, second, _ = model(ids)
+    assert torch.equal(first, second)
+    first, second, _ = model(ids)
+    assert not torch.equal(first, second)
+    passes.end_run()
+    with torch.no_grad():
+        first, second, _ = model(ids)
+    assert not torch.equal(first, second)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from bayestune import Refusal
+from bayestune import Refusal, save_posterior
 from bayestune.adapters import GaussianLinear, Slots, bayesify
 from bayestune.kl import KLStep
 from tiny import adapted, tiny_llama, with_second
@@ -214,6 +214,69 @@ def test_an_optimiser_that_averages_its_iterates_keeps_all_of_the_step(std_optim
         optimizer.eval()
 
 
+class MadeScheduleFree:
+    """Lets another optimiser step on z in the parameters' place; no torch optimiser itself."""
+
+    def __init__(self, base: torch.optim.Optimizer) -> None:
+        self.base = base
+        self.steps = 0
+
+    @property
+    def param_groups(self) -> Any:
+        return self.base.param_groups
+
+    @property
+    def state(self) -> Any:
+        return self.base.state
+
+    def zero_grad(self) -> None:
+        self.base.zero_grad()
+
+    def eval(self) -> None:
+        """Puts the average x in the place of y = 0.1 z + 0.9 x."""
+        for parameter, state in self.state.items():
+            parameter.data.lerp_(state["z"], 1 - 1 / 0.9)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        self.steps += 1
+        learnt = [p for p in self.param_groups[0]["params"] if p.grad is not None]
+        averages = []
+        for parameter in learnt:
+            iterate = self.state[parameter].setdefault("z", parameter.detach().clone())
+            averages.append(parameter.lerp(iterate, 1 - 1 / 0.9))
+            parameter.copy_(iterate)
+        self.base.step()
+        for parameter, average in zip(learnt, averages, strict=True):
+            self.state[parameter]["z"].copy_(parameter)
+            average.lerp_(parameter, 1 / self.steps)
+            parameter.copy_(average.lerp(parameter, 0.1))
+
+
+def test_a_wrapper_that_averages_another_optimisers_iterates_keeps_all_of_the_step():
+    model = gaussian()
+    optimizer: Any = MadeScheduleFree(sgd(model))
+    before = size(model)
+    step = KLStep(std_lr=0.0)
+    step.attach(model, optimizer, total_steps=100)
+    loop(model, optimizer, 100)
+    for _ in range(2):
+        assert mean_std(model) == pytest.approx(0.1, rel=0.02)
+        assert size(model) / before == pytest.approx(0.25, rel=0.07)
+        optimizer.eval()
+    step.detach()
+    loop(model, optimizer, 1)
+    assert step.step == 100
+
+
+def test_the_optimiser_inside_such_a_wrapper_is_refused():
+    model = gaussian()
+    optimizer: Any = MadeScheduleFree(sgd(model))
+    KLStep().attach(model, optimizer.base, total_steps=100)
+    with pytest.raises(Refusal, match="got the optimiser inside it, SGD, expected the wrapper"):
+        loop(model, optimizer, 1)
+
+
 # Where the standard deviation is
 
 
@@ -256,6 +319,34 @@ def test_a_run_that_ends_before_the_standard_deviation_is_there_says_so(how, tmp
         (line,) = told
         assert f"is {mean_std(model):.3g} at the end of the run, not final_std (0.1)" in line
         assert mean_std(model) < 0.08
+
+
+def test_a_posterior_that_is_saved_before_its_kl_is_taken_is_said_once(tmp_path, caplog):
+    """As where total_steps counts batches, and an optimiser's step takes four of them."""
+    model = gaussian()
+    optimizer = sgd(model)
+    step = KLStep()
+    step.attach(model, optimizer, total_steps=40)
+    loop(model, optimizer, 10)
+    for _ in range(2):
+        save_posterior(model, tmp_path / "short")
+    (line,) = [one for one in caplog.messages if "the posterior is saved after" in one]
+    assert "after 10 of the KL's 40 steps" in line
+    assert f"a standard deviation of {mean_std(model):.3g} so far" in line
+    step.detach()
+    step.attach(model, optimizer, total_steps=5)
+    loop(model, optimizer, 5)
+    save_posterior(model, tmp_path / "whole")
+    trainer(gaussian(), tmp_path, KLStep(), Saves()).train()
+    assert caplog.text.count("the posterior is saved after") == 1
+
+
+class Saves(TrainerCallback):
+    """Saves in the midst of a run."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            save_posterior(kwargs["model"], args.output_dir)
 
 
 class OutOfMemory(TrainerCallback):
@@ -337,6 +428,17 @@ def test_what_a_trainer_skips_is_taken_later(tmp_path):
     assert mean_std(model) == pytest.approx(0.1, rel=0.01)
 
 
+def test_a_run_whose_last_steps_are_skipped_says_where_it_ended(tmp_path, caplog):
+    class Skips(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            kwargs["optimizer"].optimizer.found_inf = torch.tensor(float(state.global_step > 9))
+
+    model = gaussian()
+    trainer(model, tmp_path, KLStep(), Skips()).train()
+    (line,) = [one for one in caplog.messages if "at the end of the run" in one]
+    assert f"is {mean_std(model):.3g} at the end of the run, not final_std (0.1)" in line
+
+
 # Gradients that are missing
 
 
@@ -371,6 +473,20 @@ def test_a_model_left_in_evaluation_mode_is_refused():
         optimizer.step()
 
 
+def test_a_model_that_an_evaluation_leaves_in_its_mode_is_said_once(caplog):
+    model = gaussian()
+    optimizer = sgd(model)
+    KLStep().attach(model, optimizer, total_steps=9)
+    loop(model, optimizer, 3)
+    assert "evaluation mode" not in caplog.text
+    model.eval()
+    loop(model, optimizer, 3)
+    assert caplog.text.count("in evaluation mode in step 4 of the run: its gradients are the") == 1
+    model.train()
+    loop(model, optimizer, 3)
+    assert mean_std(model) == pytest.approx(0.1, rel=0.02)
+
+
 def test_frozen_layers_are_left_as_they_are():
     model = gaussian()
     frozen, learnt = layers_of(model)
@@ -396,6 +512,31 @@ def test_an_optimiser_built_before_bayesify_is_refused(std_optimizer):
     bayesify(model)
     with pytest.raises(Refusal, match=r"does not hold the standard deviations.*after bayesify"):
         KLStep(std_optimizer=std_optimizer).attach(model, optimizer, total_steps=3)
+
+
+class Fused(torch.optim.SGD):
+    """Steps in hooks of the parameters, as LOMO does; its step is never called."""
+
+    def fused_backward(self, loss: torch.Tensor, rate: float) -> None:
+        loss.backward()
+
+
+class Releasing(torch.optim.SGD):
+    def __init__(self, params: Any, rate: float) -> None:
+        super().__init__(params, rate)
+        self.defaults["gradient_release"] = True
+
+
+class LayerWiseDummyOptimizer(torch.optim.SGD):
+    pass
+
+
+@pytest.mark.parametrize("kind", [Fused, Releasing, LayerWiseDummyOptimizer])
+def test_an_optimiser_that_steps_inside_the_backward_pass_is_refused(kind):
+    model = gaussian()
+    optimizer = kind([p for p in model.parameters() if p.requires_grad], 0.1)
+    with pytest.raises(Refusal, match=f"got {kind.__name__}, which steps inside the backward pass"):
+        KLStep().attach(model, optimizer, total_steps=3)
 
 
 def test_parameters_that_a_wrapper_has_flattened_are_refused():

@@ -8,12 +8,15 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import RemoveColumnsCollator
 
+from bayestune import LastToken
 from bayestune.adapters import GaussianLinear, Slots, group_rows
+from bayestune.forward import Draws
 from bayestune.kl import KLStep
 from bayestune.kl.trainer_runs import give_noise_of_its_own
+from bayestune.posteriors import TokenNoise
 from tiny import converted, tiny_llama
 
 ROWS = [{"chosen": [5, 6, 7], "rejected": [5, 9, 8]}, {"chosen": [5, 3, 4], "rejected": [5, 7, 3]}]
@@ -53,7 +56,7 @@ class Watched(Trainer):
         super().log({**logs, "kl": -1.0} if "loss" in logs else logs, *args, **kwargs)
 
 
-def trained(model: nn.Module, collator: Any, folder: Path) -> Watched:
+def trained(model: nn.Module, collator: Any, folder: Path, *more: TrainerCallback) -> Watched:
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=2,
@@ -66,7 +69,8 @@ def trained(model: nn.Module, collator: Any, folder: Path) -> Watched:
         logging_steps=1,
         remove_unused_columns=False,
     )
-    trainer = Watched(model, arguments, collator, ROWS, callbacks=[KLStep(final_std=0.1)])
+    callbacks = [KLStep(final_std=0.1), *more]
+    trainer = Watched(model, arguments, collator, ROWS, callbacks=callbacks)
     trainer.train()
     return trainer
 
@@ -144,3 +148,39 @@ def test_a_copy_by_parameters_names_is_the_mean_without_noise(model):
     assert Slots(model, "default").of_kind(GaussianLinear)
     with pytest.raises(AttributeError, match="has no attribute `root_std`"):
         model.get_parameter("base_model.model.lm_head.root_std")
+
+
+class Interrupts(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+
+def test_a_run_that_is_interrupted_has_ended(model, tmp_path):
+    """Later passes drew nothing, and sequences of later batches were the sides of pairs."""
+    with pytest.raises(KeyboardInterrupt):
+        trained(model, DataCollatorForPreference(), tmp_path, Interrupts())
+    ids = torch.tensor([[5, 6]]).repeat(4, 1)
+    model.train()
+    with torch.no_grad():
+        first, _, third, _ = model(input_ids=ids).logits[:, -1]
+    assert not torch.equal(first, third)
+    with pytest.raises(KeyboardInterrupt):
+        trained(model, DataCollatorForPreference(), tmp_path, Interrupts())
+    model.train()
+    first, _, third, _ = model(input_ids=ids).logits[:, -1]
+    assert not torch.equal(first, third)
+
+
+def test_draws_that_are_asked_for_in_a_run_are_draws(model, tmp_path):
+    """TokenNoise draws in passes without gradients, which are the mean's in a Trainer's run."""
+    spread = []
+
+    class Asks(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            batch = {"input_ids": torch.tensor([[5, 6]])}
+            logits = TokenNoise(model, LastToken([3, 4])).logits(batch, Draws(4))
+            spread.append(float(logits.std(0).max()))
+
+    trained(model, DataCollatorForPreference(), tmp_path, Asks())
+    assert len(spread) == 2
+    assert min(spread) > 0

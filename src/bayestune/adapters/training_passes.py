@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -31,13 +32,14 @@ class TrainingPasses:
         self.at_mean = False
         self._lasting = groups
         self._next: RowGroups | None = None
-        self._of_run: RowGroups | None = None
-        self._in_run = False
+        self._drawing = False
+        self.end_run()
         self._forget()
 
     def _forget(self) -> None:
         self._open: dict[int, tuple[int, Pass]] = {}  # by thread: nn.DataParallel has several
         self._named: WeakValueDictionary[int, Pass] = WeakValueDictionary()
+        self._mean_is_open = False  # for parts of a model that are compiled by themselves
         self._last: Pass | None = None  # with gradients; its outputs may have no graph we can find
 
     def __getstate__(self) -> dict[str, Any]:
@@ -55,23 +57,44 @@ class TrainingPasses:
             self._lasting = groups
         self._next = None if lasting else groups
 
-    def begin_run(self, groups: RowGroups | None) -> None:
+    def begin_run(self, groups: RowGroups | None, goes_on: Callable[[], bool]) -> None:
         """Notes that a Trainer's run begins, and how its batches make rows if nobody has said.
 
         Until its end, passes without gradients are the mean's: what a trainer asks without them is
-        how likely something is under the adapter that writes its texts, `generate`'s.
+        how likely something is under the adapter that writes its texts, `generate`'s. A run that an
+        error or an interrupt ends does not say so: then `goes_on` is false.
         """
         self._of_run = groups
         self._in_run = True
+        self._goes_on = goes_on
 
     def end_run(self) -> None:
         """Notes that a Trainer's run has ended."""
-        self._of_run = None
+        self._of_run: RowGroups | None = None
         self._in_run = False
+        self._goes_on: Callable[[], bool] = lambda: False
+
+    def are_in_run(self) -> bool:
+        """Whether a Trainer's run goes on; ends one that has ended without saying so."""
+        if self._in_run and not self._goes_on():
+            self.end_run()
+        return self._in_run
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Passes without gradients draw here in a Trainer's run, too: their draws are asked for."""
+        before = self._drawing
+        self._drawing = True
+        try:
+            yield
+        finally:
+            self._drawing = before
 
     def are_at_mean(self) -> bool:
         """Whether the pass that is open now, or every pass, is the mean's."""
         _, one = self._open.get(_thread(), (0, None))
+        if one is None and torch.compiler.is_compiling():
+            return self.at_mean or self._mean_is_open
         return self.at_mean or (one is not None and one.at_mean)
 
     def begin(self, depth: int, sizes: Sizes | None) -> None:
@@ -79,11 +102,14 @@ class TrainingPasses:
         open_depth, _ = self._open.get(_thread(), (depth, None))
         if open_depth < depth:
             return
+        if not torch.compiler.is_compiling():
+            self.are_in_run()
         one = Pass(sizes, torch.is_grad_enabled())
-        one.at_mean = self._in_run and not one.gradients
+        one.at_mean = self._in_run and not one.gradients and not self._drawing
         self._open[_thread()] = (depth, one)  # one that an interrupt left open is dropped
-        if one.gradients and not torch.compiler.is_compiling():
-            self._last = one
+        if not torch.compiler.is_compiling():
+            self._mean_is_open = one.at_mean
+            self._last = one if one.gradients else self._last
 
     def end(self, depth: int, output: Any) -> None:
         """Ends the pass that began at this depth; its outputs' graph keeps what may be needed."""
@@ -91,6 +117,8 @@ class TrainingPasses:
         if one is None or open_depth != depth:
             return
         del self._open[_thread()]
+        if not torch.compiler.is_compiling():
+            self._mean_is_open = False
         one.noises = {layer: one.noises[layer] for layer in one.repeated}
         if one.gradients and one.rows is not None and not torch.compiler.is_compiling():
             for tensor in _tensors(output):

@@ -7,6 +7,7 @@ from bayestune.kl.closed_form import bisected, kl_divergence
 from bayestune.kl.plan import Aim
 from bayestune.kl.schedule import Schedule, burst_period, kl_decay, kl_weights, warmup_decay
 from bayestune.kl.step import KLStep, StdOptimizer
+from bayestune.kl.trainer_runs import say_unfinished
 
 __all__ = [
     "Aim",
@@ -18,5 +19,6 @@ __all__ = [
     "kl_decay",
     "kl_divergence",
     "kl_weights",
+    "say_unfinished",
     "warmup_decay",
 ]

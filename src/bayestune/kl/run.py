@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bayestune.adapters import GaussianLinear
 from bayestune.errors import Refusal
 from bayestune.kl.closed_form import kl_divergence, kl_step_
-from bayestune.kl.iterates import iterates_following
+from bayestune.kl.iterates import hooks_around, iterates_following
 from bayestune.kl.plan import Plan
 from bayestune.kl.remainders import Remainders
 from bayestune.kl.surroundings import (
@@ -23,7 +23,7 @@ from bayestune.kl.surroundings import (
 
 logger = logging.getLogger(__name__)
 
-_HOOKED: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # by optimiser
+HOOKED: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # by optimiser
 _SOON = 20  # steps after which what has not happened is told
 
 
@@ -71,6 +71,8 @@ class KLRun:
         self._idle = 0
         self._scale = 1.0
         self._overflowed = False
+        self._is_at_mean = False
+        self.is_said_unfinished = False
 
     def hook(self, optimizer: torch.optim.Optimizer) -> None:
         """Puts the hooks on.
@@ -78,7 +80,7 @@ class KLRun:
         Raises:
             Refusal: if another run acts on the same layers in this optimiser's steps.
         """
-        others = _HOOKED.setdefault(optimizer, weakref.WeakSet())
+        others = HOOKED.setdefault(optimizer, weakref.WeakSet())
         taken: set[int] = set()
         for other in others:
             taken.update(map(id, other.layers.values()))
@@ -90,10 +92,7 @@ class KLRun:
         others.add(self)
         self._hooked = weakref.ref(optimizer)
         self._remainders = Remainders(optimizer)
-        self._handles = [
-            optimizer.register_step_pre_hook(self._before_gradients),
-            optimizer.register_step_post_hook(lambda *given: self.after_step(given[0])),
-        ]
+        self._handles = hooks_around(optimizer, self._before_gradients, self.after_step)
         for layer in self.layers.values():
             layer.takes_kl = True
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -107,7 +106,7 @@ class KLRun:
         self._handles = []
         optimizer = self._hooked and self._hooked()
         if optimizer is not None:
-            _HOOKED[optimizer].discard(self)
+            HOOKED[optimizer].discard(self)
 
     def _before_pass(self, *_: Any) -> None:
         self._handles.pop().remove()  # once
@@ -140,6 +139,7 @@ class KLRun:
             self._unreached = check_gradients(self.layers)
         elif self._unreached and not self._overflowed:
             self._unreached = without_gradient(self.layers, self._unreached)
+        self.say_at_mean()
         self._gradients = {}
         for name, layer in self.layers.items():
             gradient = layer.root_std.grad
@@ -148,6 +148,20 @@ class KLRun:
                 layer.root_std.grad = None
                 if hasattr(gradient, "full_tensor"):
                     self._pass_over(layer.root_std, gradient)
+
+    def say_at_mean(self) -> None:
+        """Says once that later gradients are the mean's: the model stayed in evaluation mode."""
+        learnt = {name: one for name, one in self.layers.items() if one.root_std.requires_grad}
+        if self._is_at_mean or not learnt or any(one.training for one in learnt.values()):
+            return
+        self._is_at_mean = len(without_gradient(self.layers, learnt)) == len(learnt)
+        if self._is_at_mean:
+            logger.warning(
+                "the model is in evaluation mode in step %d of the run: its gradients are the "
+                "mean's, as without noise, while the KL takes the standard deviation on; call "
+                "model.train() after each evaluation",
+                self.step + 1,
+            )
 
     def _pass_over(self, root_std: Tensor, gradient: Tensor) -> None:
         """Has the optimiser step on a spread G at gradient 0, which is undone afterwards.

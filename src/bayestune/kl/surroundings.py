@@ -61,6 +61,7 @@ def check_optimizer(optimizer: Any, layers: Layers, *, moves_root_std: bool) -> 
         layers: the Gaussian layers.
         moves_root_std: whether it is the optimiser that moves G.
     """
+    _refuse_steps_in_backward(optimizer)
     groups = list(groups_of(optimizer))
     held = {id(p) for _, parameters in groups for p in parameters}
     learnt = {name: layer for name, layer in layers.items() if layer.root_std.requires_grad}
@@ -90,6 +91,18 @@ def check_optimizer(optimizer: Any, layers: Layers, *, moves_root_std: bool) -> 
                 f"weight_decay={group['weight_decay']} on root_std, expected 0; set "
                 'weight_decay=0 or std_optimizer="sgd"'
             )
+
+
+def _refuse_steps_in_backward(optimizer: Any) -> None:
+    """Refuses optimisers that move parameters while gradients come: no step is there to follow."""
+    kind = type(optimizer).__name__
+    releases = getattr(optimizer, "defaults", {}).get("gradient_release")
+    if releases or hasattr(optimizer, "fused_backward") or kind == "LayerWiseDummyOptimizer":
+        raise Refusal(
+            f"the KL step follows the optimiser's step(): got {kind}, which steps inside the "
+            "backward pass, expected one that steps after it; take another, such as "
+            'optim="adamw_torch"'
+        )
 
 
 def check_gradients(layers: Layers) -> list[str]:

@@ -1,13 +1,18 @@
 """What a Trainer's batches say of rows, for the time of its run."""
 
 import logging
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import Trainer
 
 from bayestune.adapters import RowGroups, found_passes
-from bayestune.kl.run import KLRun
+from bayestune.kl.run import HOOKED, KLRun
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +58,33 @@ def begin_run(args: Any, model: nn.Module, dataloader: Any) -> None:
     say_several_batches(args)
     passes = found_passes(model)
     if passes is not None:
-        passes.begin_run(RowGroups(row_of=chosen_then_rejected) if _has_pairs(dataloader) else None)
+        groups = RowGroups(row_of=chosen_then_rejected) if _has_pairs(dataloader) else None
+        passes.begin_run(groups, going_on(sys._getframe()))
+
+
+def going_on(frame: FrameType | None) -> Callable[[], bool]:
+    """Tells whether the `train` of a Trainer that has led to a frame is still running.
+
+    A Trainer has no callback for a run that an error or an interrupt ends. Of a loop that calls the
+    callback by itself nothing is known: it goes on until it says that it has ended.
+    """
+    while frame is not None and not _is_train(frame):
+        frame = frame.f_back
+    if frame is None:
+        return lambda: True
+    thread = threading.get_ident()
+
+    def is_running() -> bool:
+        one = sys._current_frames().get(thread)
+        while one is not None and one is not frame:
+            one = one.f_back
+        return one is not None
+
+    return is_running
+
+
+def _is_train(frame: FrameType) -> bool:
+    return frame.f_code.co_name == "train" and isinstance(frame.f_locals.get("self"), Trainer)
 
 
 def give_noise_of_its_own(args: Any) -> None:
@@ -69,11 +100,41 @@ def give_noise_of_its_own(args: Any) -> None:
 def end_run(args: Any, model: nn.Module, run: KLRun, final_std: float | None) -> None:
     """Tells the model's passes that the run has ended; says if σ has not come to `final_std`."""
     run.name_unreached()
-    if final_std is not None and (not run.is_over or args.load_best_model_at_end):
+    ended = run.is_over and not run.owed
+    if final_std is not None and (not ended or args.load_best_model_at_end):
         _say_short(run, final_std)
     passes = found_passes(model)
     if passes is not None:
         passes.end_run()
+
+
+def say_unfinished(model: nn.Module) -> None:
+    """Says once that a posterior is kept while steps of the KL are left, outside a Trainer's run.
+
+    A loop of one's own has no other end that is known: `total_steps` may have counted batches
+    instead of steps, or the optimiser may not be the one that is stepped.
+    """
+    passes = found_passes(model)
+    if passes is None or passes.are_in_run():
+        return
+    modules = {id(module) for module in model.modules()}
+    for runs in list(HOOKED.values()):
+        for run in list(runs):
+            ours = modules.issuperset(map(id, run.layers.values()))
+            if ours and not run.is_over and not run.is_said_unfinished:
+                _say_unfinished(run)
+
+
+def _say_unfinished(run: KLRun) -> None:
+    run.is_said_unfinished = True
+    logger.warning(
+        "the posterior is saved after %d of the KL's %d steps, with a standard deviation of %.3g "
+        "so far; if the training is over, give attach as total_steps the number of the optimiser's "
+        "steps (with accumulation fewer than batches), and the optimiser that is stepped",
+        run.step,
+        len(run.plan.rates),
+        run.state()["std_over_prior"] * run.prior_std,
+    )
 
 
 def _say_short(run: KLRun, final_std: float) -> None:

@@ -61,6 +61,7 @@ class ZeroRun(KLRun):
             bypassed = [name for name in missing if f"{name}.weight" in self._arrived]
             refuse_unreached(learnt, missing, bypassed)
         self._unreached = missing
+        self.say_at_mean()
 
     def _pieces(self, part: str) -> Iterator[Piece]:
         """The pieces of M or G that the inner optimiser holds in this call."""

@@ -109,8 +109,9 @@ class TokenNoise(SingleAdapter):
         layers = list(found.values())
         kinds: list[Noise] = [layer.noise for layer in layers]
         passes = []
+        asked = layers[0].passes.drawing()
         try:
-            with eagerly(slots.compiled), watching(found) as arrivals:
+            with eagerly(slots.compiled), asked, watching(found) as arrivals:
                 for index in draws.indices:
                     with evaluating(slots.model), seeded(slots.model, draws.seed, index):
                         for layer in layers:

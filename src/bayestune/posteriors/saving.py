@@ -26,6 +26,7 @@ from bayestune.adapters import (
 )
 from bayestune.decisions import FILE_NAME as CALIBRATION
 from bayestune.errors import Refusal
+from bayestune.kl import say_unfinished
 from bayestune.posteriors.gaussian import Gaussian
 from bayestune.posteriors.mixture import Mixture
 from bayestune.posteriors.point import Point
@@ -101,6 +102,7 @@ def save_posterior(
     model = posterior if isinstance(posterior, nn.Module) else posterior.model
     with exclusive(model):
         refuse_inside_drawn(model)
+    say_unfinished(model)
     if isinstance(posterior, nn.Module):
         posterior = _of_model(posterior, adapter)
     record: dict[str, Any] = {"posterior": posterior.kind}
