@@ -55,7 +55,9 @@ class Recent:
         if len(rows) < _LEAST or not rows[0]:
             return None
         if self._latest[0] != changes:
-            new = {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+            new = {}
+            for name in rows[0]:
+                new[name] = torch.tensor([row[name] for row in rows])
             kept = self.calibration.held_out
             held_out = {name: torch.tensor(kept[name]) for name in new}
             found = drift_test(held_out, new, _PERMUTATIONS)
