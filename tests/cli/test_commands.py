@@ -222,6 +222,23 @@ def test_a_base_that_was_trained_in_place_is_another_one(place, capsys, command)
     assert "started with other settings; the weights of --model: got" in said
 
 
+def test_rows_that_repeat_or_contradict_others_are_told(place, caplog):
+    train = read_rows(place / "train.jsonl")
+    first = train[0]
+    turned = {**first, "options": first["options"][::-1]}  # the same index is another answer
+    write_rows(place / "train.jsonl", [*train, turned])
+    run(*fitting(place, method="mle"))
+    said = f"2 of the {len(train) + 1} training rows have a content that others have with another"
+    assert said in caplog.text
+    assert "rows to evaluate on" not in caplog.text
+    test = read_rows(place / "test.jsonl")
+    write_rows(place / "test.jsonl", [*test, test[0], test[0]])
+    run(*reading(place))
+    said = f"2 of the {len(test) + 2} rows to evaluate on repeat the content of others: intervals"
+    assert said in caplog.text
+    assert caplog.text.count("with another answer") == 1
+
+
 def test_compare_on_rows_held_out_of_train(place, capsys):
     comparing = fitting(place, "compare", methods="[mle]", on="held_out", resamples=20)
     said = failed(comparing, capsys)
