@@ -41,7 +41,7 @@ def right_options(
     """The index of each row's right option, by the one reading that fits all rows.
 
     Numbers are indices. Texts are options' texts, letters or indices, whichever all rows are. Where
-    two readings fit, as of numbers that are options' texts too, they must agree.
+    two readings fit, as of numbers that are classes' texts too, they must agree.
 
     Args:
         rows: those that have an answer.
@@ -73,7 +73,13 @@ def right_options(
 
 
 def _also_texts(rows: Sequence[Answered]) -> dict[str, list[int | None]]:
-    """The options whose texts answers are that are read as indices; nothing if one is no text."""
+    """The options whose texts answers are that are read as indices; nothing if one is no text.
+
+    Nothing either of options that differ, as of sums: it takes classes, such as stars from 1 to 5,
+    for answers to be meant as texts.
+    """
+    if len(rows) < 2 or len({row.options for row in rows}) > 1:
+        return {}
     texts = list(map(partial(_read, "text"), rows))
     return {} if None in texts else {"text": texts}
 
