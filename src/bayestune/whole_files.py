@@ -55,12 +55,22 @@ def json_row(line: str, place: str) -> JsonRow:
         Refusal: if the line is not a JSON object, or a key stands in it twice.
     """
     try:
-        row = json.loads(line, object_pairs_hook=partial(_once_each, place=place))
+        row = json_value(line, place)
     except json.JSONDecodeError as error:
         raise Refusal(f"{place}: not a JSON object ({error})") from None
     if not isinstance(row, dict):
         raise Refusal(f"{place}: not a JSON object (got a {type(row).__name__})")
     return row
+
+
+def json_value(text: str, place: str) -> Any:
+    """What a text in JSON holds; `place` says where it stands.
+
+    Raises:
+        Refusal: if a key stands twice in one object.
+        JSONDecodeError: if it is not JSON.
+    """
+    return json.loads(text, object_pairs_hook=partial(_once_each, place=place))
 
 
 def _once_each(pairs: list[tuple[str, Any]], *, place: str) -> JsonRow:

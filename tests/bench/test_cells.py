@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
-from bayestune.bench import Grid, TaskSettings, keys, run_bench
+from bayestune.bench import Grid, TaskSettings, keys, run_bench, weights_digest
 from bayestune.bench.keys import digest, lasting, lasting_method
 from bayestune.cli.options import built
 from bayestune.cli.parser import make_parser
@@ -223,3 +224,38 @@ def test_records_carry_the_protocols_digest(place):
     assert run_bench(made, place / "out") == 0
     digests = {record["protocol"] for record in read_records(place / "out")}
     assert digests == {hashlib.sha256(b"what decides\n").hexdigest()}
+
+
+def trained_in_place(folder):
+    """Other weights in the same files, of the same size."""
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    save_file({name: value + 0.01 for name, value in weights.items()}, file, {"format": "pt"})
+
+
+def test_results_of_a_model_that_was_trained_in_place_are_not_taken_for_its_own(place):
+    whole = small(place, methods={"mle": None})
+    assert run_bench(whole, place / "out") == 0
+    before = read_records(place / "out")
+    assert run_bench(whole, place / "out") == 0  # nothing has changed
+    size = (place / "model/model.safetensors").stat().st_size
+    trained_in_place(place / "model")
+    assert (place / "model/model.safetensors").stat().st_size == size
+    with pytest.raises(ValueError, match="has results of model: got .*choose another --output"):
+        run_bench(whole, place / "out")
+    assert read_records(place / "out") == before
+    assert run_bench(whole, place / "new") == 0
+
+
+def test_a_large_files_blocks_are_read_from_first_to_last(tmp_path):
+    file = tmp_path / "large.gguf"
+    whole = bytearray(9 * 2**20)
+    seen = set()
+    for changed_byte in (None, 0, 4 * 2**20 + 1, len(whole) - 1):
+        if changed_byte is not None:
+            start = changed_byte - changed_byte % 2**16
+            whole[start : start + 2**16] = b"x" * (min(len(whole), start + 2**16) - start)
+        file.write_bytes(whole)
+        seen.add(weights_digest(str(file)))
+    assert len(seen) == 4
+    assert weights_digest("owner/model") is None

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import Trainer
 
 from bayestune.cli import main, parser
@@ -205,6 +206,37 @@ def test_compare_goes_on_where_evaluate_has_written(place):
     assert [record["label"] for record in records] == ["MLE", "BLoB N=2"]
     assert all(record["seconds"]["fit"] > 0 for record in records)
     assert (place / "out/report.html").is_file()
+
+
+@pytest.mark.parametrize("command", ["fit", "compare"])
+def test_a_base_that_was_trained_in_place_is_another_one(place, capsys, command):
+    rows = {"evaluation_data": place / "test.jsonl"} if command == "compare" else {}
+    own = {"methods": "[mle]"} if command == "compare" else {"method": "mle"}
+    arguments = fitting(place, command, **rows, **own)
+    run(*arguments)
+    run(*arguments, "--resume")
+    file = place / "model/model.safetensors"
+    weights = {name: value + 0.01 for name, value in load_file(file).items()}
+    save_file(weights, file, {"format": "pt"})
+    said = failed([*arguments, "--resume"], capsys)
+    assert "started with other settings; the weights of --model: got" in said
+
+
+def test_rows_that_repeat_or_contradict_others_are_told(place, caplog):
+    train = read_rows(place / "train.jsonl")
+    first = train[0]
+    turned = {**first, "options": first["options"][::-1]}  # the same index is another answer
+    write_rows(place / "train.jsonl", [*train, turned])
+    run(*fitting(place, method="mle"))
+    said = f"2 of the {len(train) + 1} training rows have a content that others have with another"
+    assert said in caplog.text
+    assert "rows to evaluate on" not in caplog.text
+    test = read_rows(place / "test.jsonl")
+    write_rows(place / "test.jsonl", [*test, test[0], test[0]])
+    run(*reading(place))
+    said = f"2 of the {len(test) + 2} rows to evaluate on repeat the content of others: intervals"
+    assert said in caplog.text
+    assert caplog.text.count("with another answer") == 1
 
 
 def test_compare_on_rows_held_out_of_train(place, capsys):

@@ -77,3 +77,37 @@ def test_a_column_of_another_letter_is_no_option(tmp_path):
     row = {"question": "which?", "a": "one", "b": "two", "x": "0.3", "answer": "b"}
     (found,) = load_rows(write_rows(tmp_path / "own.jsonl", [row]))
     assert found.options == ("one", "two")
+
+
+@pytest.mark.parametrize("labels", [(1, 2, 3, 4), (1.0, 2.0), ("1.0", "2.0"), ("1", "2")])
+def test_numbers_that_are_options_and_indices_of_others(tmp_path, labels):
+    path = rated(tmp_path / "own.jsonl", labels)
+    stars = ("1", "2", "3", "4", "5")
+    with pytest.raises(ValueError, match=r"can be read in two ways: got .* give answer_is"):
+        load_rows(path, stars)
+    assert chosen(load_rows(path, stars, answer_is="text")) == [f"{float(i):g}" for i in labels]
+    if not isinstance(labels[0], str):
+        assert [row.answer for row in load_rows(path, stars, answer_is="index")] == [*labels]
+
+
+def test_numbers_that_are_the_same_option_in_both_readings(tmp_path):
+    path = rated(tmp_path / "own.jsonl", (0, 1, 1))
+    assert chosen(load_rows(path, ("0", "1"))) == ["0", "1", "1"]
+
+
+def test_a_class_in_two_spellings_of_a_number(tmp_path):
+    data = rated(tmp_path / "own.jsonl", ("1.0", "1", "2", "2"))
+    with pytest.raises(ValueError, match=r"a \.0 alone: got '1.0' \(1 rows\), '1' \(1 rows\)"):
+        TaskOptions(data=data).load()
+
+
+def test_a_class_that_is_how_a_missing_value_is_written(tmp_path, caplog):
+    TaskOptions(data=rated(tmp_path / "own.jsonl", ("nan", "good", "bad", "nan"))).load()
+    assert "2 rows have the answer 'nan', which is how a missing value is written" in caplog.text
+
+
+def test_a_key_twice_in_an_array_of_rows(tmp_path):
+    path = tmp_path / "own.json"
+    path.write_text('[{"question": "a", "question": "b", "options": ["x", "y"], "answer": "x"}]')
+    with pytest.raises(ValueError, match=r"got \['question'\] more than once"):
+        load_rows(path)

@@ -1,13 +1,23 @@
 """The public tasks, their prompts, and the parts of a task."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
 import pytest
 
 from bayestune import Refusal
-from bayestune.data import TASKS, Prompt, Question, Task, check_trainable, load_task, own_task
+from bayestune.data import (
+    TASKS,
+    Prompt,
+    Question,
+    Task,
+    check_trainable,
+    load_task,
+    own_task,
+    with_unlabelled,
+)
 from bayestune.data.prompts import CHOICES, PASSAGE_CHOICES, TRUE_FALSE
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -325,3 +335,11 @@ def test_spare_rows_of_train_lose_their_answers():
     assert len(rest.train) == len(task.train) - 30
     with pytest.raises(Refusal, match="too few rows to spare: got .* ask for fewer"):
         task.subset(train=len(task.train) - 5, unlabelled=6)
+
+
+def test_evaluation_rows_that_a_student_learns_from_are_seen():
+    rows = [Question(f"{i}", f"what is {i}?", ("red", "green"), 0) for i in range(6)]
+    task = own_task("own", rows[:2], rows[1:5])
+    assert [row.id for row in task.seen] == ["1"]
+    turned = replace(rows[4], options=("green", "red"), answer=None)
+    assert [row.id for row in with_unlabelled(task, [turned, rows[5]]).seen] == ["1", "4"]

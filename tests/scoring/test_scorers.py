@@ -9,7 +9,8 @@ from ragged import CLOSE, RAGGED, TASK, adapted, wide_llama, with_ends
 from torch.testing import assert_close
 
 from bayestune.data import Question
-from bayestune.scoring import LetterScorer, TextScorer, batches_by_length, make_scorer
+from bayestune.forward import Draws
+from bayestune.scoring import LetterScorer, TextScorer, batches_by_length, make_scorer, row_logits
 from promises import Case
 
 
@@ -40,6 +41,24 @@ def test_batches_hold_rows_of_similar_length(byte_level):
     for numbers, batch in ((first, pair), (last, single)):
         expected = scorer.collate([rows[i] for i in numbers])
         assert_close(batch, expected)
+
+
+class OneLostOption:
+    """A posterior whose second option overflows to −∞ in one row."""
+
+    def logits(self, batch, draws):
+        found = torch.zeros(2, *batch["option_mask"].shape).masked_fill(
+            ~batch["option_mask"], -torch.inf
+        )
+        found[1, 0, 1] = -torch.inf
+        return found
+
+
+def test_an_option_whose_logit_is_minus_infinity_is_not_taken_for_one_that_is_missing(byte_level):
+    scorer = LetterScorer(byte_level, TASK)
+    rows = scorer.encode(RAGGED)
+    with pytest.raises(ValueError, match=r"got logits of −∞ for options of 1 rows; expected num"):
+        row_logits(OneLostOption(), scorer, rows, Draws(2))
 
 
 def test_unknown_scoring(byte_level, wide):

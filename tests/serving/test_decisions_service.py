@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 import shutil
 import sys
 import threading
@@ -369,8 +370,29 @@ def test_the_log_has_no_text_of_users_unless_asked(place, new, caplog):
             assert "SECRET" not in str(lines[1])
 
 
+def test_the_same_question_asked_again_is_no_drift(place, new):
+    others = [{**row, "question": f"and {row['question']}"} for row in new[:15]]
+    rows = [*new, *others]
+
+    def distance(client):
+        text = client.get("/metrics").text
+        return re.findall(r'drift_\w+{model="blob"} (\S+)', text)
+
+    with serving([place / "blob"]) as client:
+        for _ in range(3):
+            ask(client, rows=new[:1] * 40)
+        assert distance(client) == []  # one content
+        ask(client, rows=rows)
+        found = distance(client)
+        assert len(found) == 2
+        for _ in range(5):
+            ask(client, rows=new[:1] * 60)
+        assert distance(client) == found
+
+
 def test_figures_for_prometheus(client, new):
-    ask(client, rows=new * 2)
+    others = [{**row, "question": f"and {row['question']}"} for row in new]
+    ask(client, rows=new + others)
     text = client.get("/metrics").text
     for name in ("request_seconds_bucket", "waiting_rows", "pass_tokens_total"):
         assert f"bayestune_{name}" in text

@@ -4,8 +4,11 @@ import json
 
 import pytest
 from clients import serving
+from safetensors.torch import load_file, save_file
 
 from bayestune.serving import Limits
+from running import fitting, furnish, run
+from tiny import byte_level_tokenizer, tiny_llama
 
 PATHS = ("/v1/decisions", "/v1/rank", "/v1/chat/completions")
 GOOD = {"question": "what is red?", "options": ["red", "green"]}
@@ -164,3 +167,32 @@ def test_characters_of_every_kind_are_questions_too(small):
         reply = small.post("/v1/decisions", json={**GOOD, "question": f"what is {text}?"})
         assert reply.status_code == 200
         assert reply.json()["question"] == f"what is {text}?"
+
+
+@pytest.fixture(scope="module")
+def overflowing(tmp_path_factory):
+    """A fit on a model that overflows where it reads a z, which no training row has."""
+    tokenizer = byte_level_tokenizer()
+    place = furnish(tmp_path_factory.mktemp("z"), tiny_llama(initializer_range=0.3), tokenizer)
+    path = place / "model" / "model.safetensors"
+    weights = load_file(path)
+    weights["model.embed_tokens.weight"][tokenizer("z")["input_ids"]] = float("nan")
+    save_file(weights, path, metadata={"format": "pt"})
+    run(*fitting(place, method="mle"))
+    return place / "out"
+
+
+def test_a_row_whose_logits_are_no_numbers_takes_no_other_with_it(overflowing):
+    bad = {**GOOD, "question": "is a z?"}
+    with serving([overflowing]) as client:
+        reply = client.post("/v1/decisions", json={"rows": [GOOD, bad, GOOD]})
+        assert reply.status_code == 200
+        first, second, third = reply.json()["rows"]
+        assert first["probabilities"] == third["probabilities"]
+        assert "got logits with NaN" in second["error"]
+        for body in (bad, {"rows": [bad, bad]}):
+            reply = client.post("/v1/decisions", json=body)
+            assert reply.status_code == 422
+            assert "got logits with NaN" in reply.json()["error"]["message"]
+        reply = client.post("/v1/rank", json={"rows": [GOOD, bad]})
+        assert "got logits with NaN" in reply.json()["error"]["message"]

@@ -133,10 +133,10 @@ def passes_over(predictor, rows, limits=None):
         items.append(Waiting(predictor, row, encoded))
     done = []
 
-    def see(_, look, tokens):
+    def see(_, asked, look, tokens):
         before = set(itertools.chain.from_iterable(numbers for numbers, _ in done))
         now = {number for number, item in enumerate(items) if item.future.done()}
-        assert look.logits.shape[1] == len(now - before)
+        assert look.logits.shape[1] == len(now - before) == len(asked)
         done.append((now - before, tokens))
 
     worker = Worker(limits or Limits(), see)

@@ -7,6 +7,7 @@ from bayestune.bench.cells import Cell, Grid, TaskSettings
 from bayestune.bench.keys import digest, lasting, lasting_method, model_facts
 from bayestune.bench.launch import Launcher, run_bench
 from bayestune.bench.store import PLAN, collect, finished
+from bayestune.bench.weights import weights_digest
 
 __all__ = [
     "PLAN",
@@ -21,4 +22,5 @@ __all__ = [
     "lasting_method",
     "model_facts",
     "run_bench",
+    "weights_digest",
 ]

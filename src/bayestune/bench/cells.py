@@ -11,7 +11,7 @@ from bayestune.data import Part, Task, check_trainable
 from bayestune.errors import SEED, Refusal
 from bayestune.evaluation import EvaluationOptions
 from bayestune.methods import METHODS, Method, Settings, changed, described, make_method
-from bayestune.session import Dtype, TaskOptions, put_as_fitted, say_seen, shown
+from bayestune.session import Dtype, TaskOptions, put_as_fitted, say_repeated, say_seen, shown
 from bayestune.training import Training
 
 
@@ -158,6 +158,7 @@ class Grid:
         if scoring == "head":
             own = own.in_class_order()
         say_seen(name, len(own.seen), len(own.evaluation))
+        say_repeated(f"training rows of {name}", own.train, evaluated=False)
         for other in self.evaluated(name):
             put_as_fitted(loaded[other], own.prompt, scoring, own.class_names)
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from bayestune.bench.cells import Cell, Grid
 from bayestune.bench.store import FITS, collect, write_plan
+from bayestune.bench.weights import check_weights
 from bayestune.bench.worker import Progress, State, Worker
 from bayestune.errors import Refusal, nearest
 from bayestune.posteriors import DETAILS
@@ -43,10 +44,14 @@ def run_bench(
 
     Returns:
         1 if a cell failed, else 0.
+
+    Raises:
+        Refusal: if the folder has results of other weights under a model's name.
     """
     _refuse_unknown("tasks", only_tasks, grid.tasks)
     _refuse_unknown("methods", only_methods, grid.methods)
     worker = Worker(grid, folder)
+    check_weights(folder, grid.models)
     write_plan(folder, [cell.key for cell in worker.cells])
     tasks = only_tasks or grid.tasks
     methods = only_methods or grid.methods

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import bayestune
-from bayestune.bench import digest, lasting, lasting_method, model_facts
+from bayestune.bench import digest, lasting, lasting_method, model_facts, weights_digest
 from bayestune.data import Question, Task, rows_digest
 from bayestune.errors import Refusal
 from bayestune.evaluation import EvaluationOptions
@@ -37,6 +37,7 @@ def fit_settings(
     options, task, dtype = session_options
     found: Settings = {"model": shown(model) if model else None, "dtype": dtype}
     found["the files of --model"] = digest(model_facts(model))
+    found["the weights of --model"] = weights_digest(model)
     for name, value in asdict(options).items():
         if name not in (*_FILES, *_OF_EVALUATION):
             found[name] = value

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
-from bayestune.data.answer_readings import AnswerIs, folded
-from bayestune.data.column_roles import Fields, as_option, is_missing
+from bayestune.data.answer_readings import AnswerIs, folded, whole_number
+from bayestune.data.column_roles import MISSING_WORDS, Fields, as_option, is_missing
 from bayestune.errors import Refusal
 
 logger = logging.getLogger(__name__)
@@ -45,6 +45,9 @@ def with_classes(
             "expected two or more classes; give the others as options"
         )
     _refuse_spellings(counts, name)
+    for word in sorted(MISSING_WORDS & counts.keys()):
+        said = "%s: %d rows have the answer %r, which is how a missing value is written: a class"
+        logger.warning(said, name, counts[word], word)
     if len(counts) > max(_FEW, counts.total() // 2):
         raise Refusal(
             f"{name}: no row has options, and {counts.total()} rows have {len(counts)} different "
@@ -62,15 +65,16 @@ def _refuse_spellings(counts: Counter[str], name: str) -> None:
     """Refuses answers that are one class in several spellings, which would be as many classes."""
     spellings: dict[str, list[str]] = {}
     for text in sorted(counts, key=counts.__getitem__, reverse=True):
-        spellings.setdefault(" ".join(folded(text).split()), []).append(text)
+        spelling = " ".join(folded(whole_number(text)).split())
+        spellings.setdefault(spelling, []).append(text)
     for texts in spellings.values():
         if len(texts) > 1:
             got = ", ".join(f"{text!r} ({counts[text]} rows)" for text in texts)
             others = [each[0] for each in spellings.values()][:_SHOWN]
             raise Refusal(
-                f"{name}: no row has options, and answers differ in case or spaces alone: got "
-                f"{got}, expected one spelling of each class; write it alike, or give the classes "
-                f"as options, such as {others}"
+                f"{name}: no row has options, and answers differ in case, spaces or a .0 alone: "
+                f"got {got}, expected one spelling of each class; write it alike, or give the "
+                f"classes as options, such as {others}"
             )
 
 
@@ -78,8 +82,8 @@ def _as_class(row: Fields, name: str, number: int) -> Fields:
     if is_missing(row.answer):
         return row
     answer = row.answer
-    if isinstance(answer, float) and answer.is_integer():
-        answer = int(answer)  # a whole number beside missing ones
+    if isinstance(answer, float):
+        answer = whole_number(answer)
     return replace(row, answer=as_option(answer, f"row {name}:{number + 1}"))
 
 

@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 AnswerIs = Literal["index", "letter", "text"]
 READINGS = ("index", "letter", "text")
 _WHOLE = re.compile(r"\d+(\.0*)?")
+_TURNED = re.compile(r"-?\d+\.0+")
 _NUMERIC = re.compile(r"[-+]?\d+(\.\d*)?")
 _LETTER = re.compile(r"[(\[]?([A-Za-z])[)\].:]*")
 _TRUTH = {True: ("true", "yes"), False: ("false", "no")}
@@ -39,8 +40,8 @@ def right_options(
 ) -> list[int]:
     """The index of each row's right option, by the one reading that fits all rows.
 
-    JSON integers are indices. Texts are options' texts, letters or indices, whichever all rows are;
-    where two readings fit, they must agree.
+    Numbers are indices. Texts are options' texts, letters or indices, whichever all rows are. Where
+    two readings fit, as of numbers that are classes' texts too, they must agree.
 
     Args:
         rows: those that have an answer.
@@ -60,14 +61,27 @@ def right_options(
     fitting = {name: indices for name, indices in found.items() if None not in indices}
     if not fitting:
         raise _refusal(rows, found)
-    for name, indices in fitting.items():
-        for other, others in fitting.items():
-            _refuse_difference(rows, (name, indices), (other, others))
     name, indices = next(iter(fitting.items()))
+    if answer_is is None and name == "index":
+        fitting |= _also_texts(rows)
+    for other, others in fitting.items():
+        _refuse_difference(rows, (name, indices), (other, others))
     if name == "index" and answer_is is None:
         _check_count_from_0(rows, indices)
         _warn_of_truths(rows)
     return indices  # type: ignore[return-value]
+
+
+def _also_texts(rows: Sequence[Answered]) -> dict[str, list[int | None]]:
+    """The options whose texts answers are that are read as indices; nothing if one is no text.
+
+    Nothing either of options that differ, as of sums: it takes classes, such as stars from 1 to 5,
+    for answers to be meant as texts.
+    """
+    if len(rows) < 2 or len({row.options for row in rows}) > 1:
+        return {}
+    texts = list(map(partial(_read, "text"), rows))
+    return {} if None in texts else {"text": texts}
 
 
 def is_readable(row: Answered) -> bool:
@@ -121,11 +135,11 @@ def _read(name: str, row: Answered) -> int | None:
 def _of_text(answer: Any, options: tuple[str, ...]) -> int | None:
     """The option of that text; case and a true for a yes do not matter where one option is meant.
 
-    >>> _of_text("Yes", ("no", "yes"))
-    1
+    >>> _of_text("Yes", ("no", "yes")), _of_text("2.0", ("1", "2"))
+    (1, 1)
     """
-    if isinstance(answer, float) and answer.is_integer() and str(answer) not in options:
-        answer = int(answer)  # a whole number beside missing ones
+    if str(answer).strip() not in options:
+        answer = whole_number(answer)
     texts = _TRUTH[answer] if isinstance(answer, bool) else (str(answer).strip(),)
     if texts[0] in options:
         return options.index(texts[0])
@@ -136,6 +150,15 @@ def _of_text(answer: Any, options: tuple[str, ...]) -> int | None:
         if alike.count(folded(text)) == 1:
             return alike.index(folded(text))
     return None
+
+
+def whole_number(answer: Any) -> Any:
+    """A whole number beside missing ones, such as 2.0, which tables turn to floats, as it was."""
+    if isinstance(answer, float) and answer.is_integer():
+        return int(answer)
+    if isinstance(answer, str) and _TURNED.fullmatch(answer.strip()):
+        return answer.strip().partition(".")[0]
+    return answer
 
 
 def folded(text: str) -> str:

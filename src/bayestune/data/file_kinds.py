@@ -12,7 +12,7 @@ from pathlib import Path, PurePath
 
 from bayestune.data.column_roles import known_names, plain_name
 from bayestune.errors import Refusal
-from bayestune.whole_files import JsonRow, json_row
+from bayestune.whole_files import JsonRow, json_row, json_value
 
 SEPARATORS = (",", ";", "\t", "|")
 _JSON = (".jsonl", ".ndjson", ".json")
@@ -105,7 +105,7 @@ def _decoded(data: bytes, name: str) -> str:
 
 def _array(text: str, name: str) -> list[GivenRow]:
     try:
-        listed = json.loads(text)
+        listed = json_value(text, name)
     except json.JSONDecodeError as error:
         raise Refusal(f"{name}, line {error.lineno}: not a JSON array ({error})") from None
     rows = []

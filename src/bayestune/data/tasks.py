@@ -46,8 +46,8 @@ class Task:
 
     @property
     def seen(self) -> tuple[Question, ...]:
-        """The evaluation rows that stand in train too, by their content."""
-        known = {row.fingerprint for row in self.train}
+        """The evaluation rows that stand in train too, or are unlabelled, by their content."""
+        known = {row.fingerprint for row in (*self.train, *self.unlabelled)}
         return tuple(row for row in self.evaluation if row.fingerprint in known)
 
     @property

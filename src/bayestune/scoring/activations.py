@@ -12,7 +12,7 @@ from bayestune.adapters import Slots, eagerly, exclusive
 from bayestune.errors import Refusal
 from bayestune.forward import Draws
 from bayestune.posteriors import Posterior
-from bayestune.scoring.batches import batches_by_length, in_order
+from bayestune.scoring.batches import batch_logits, batches_by_length, in_order
 from bayestune.scoring.scorer import Encoded, Scorer
 
 Places = tuple[Tensor, Tensor, int]  # each row's sequence and position, and the sequences' length
@@ -51,10 +51,9 @@ def mean_pass(
     logits: dict[int, Tensor] = {}
     parts: dict[str, dict[int, Tensor]] = {}
     for numbers, batch in batches_by_length(scorer, rows, batch_size):
-        batch.pop("labels", None)
         places = (*scorer.answer_places(batch), batch["input_ids"].shape[1])
         with _watched(slots) as outputs:
-            found = posterior.logits(batch, Draws(0, bf16=bf16)).float().cpu()
+            found = batch_logits(posterior, batch, Draws(0, bf16=bf16))
         logits.update(zip(numbers, found.unbind(1), strict=True))
         for name, output in outputs.items():
             values = _at(output, places, len(batch["input_ids"]))

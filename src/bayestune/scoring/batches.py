@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from tqdm import tqdm
 
+from bayestune.decisions import NotFiniteLogits
 from bayestune.forward import Draws
 from bayestune.posteriors import Posterior
 from bayestune.runtime import num_processes, of_all_processes, process_index
@@ -45,6 +46,9 @@ def row_logits(
 
     Returns:
         Logits (S, N, C) in the order of the rows, -inf for options that a row does not have.
+
+    Raises:
+        NotFiniteLogits: if they are -inf for one that it has.
     """
     return in_order(_found(posterior, scorer, rows, draws, (batch_size, 0, 1), progress))
 
@@ -83,11 +87,39 @@ def _found(
     batches = islice(batches_by_length(scorer, rows, batch_size), first, None, step)
     with tqdm(total=len(rows), desc=progress, unit="row", disable=progress is None) as bar:
         for numbers, batch in batches:
-            batch.pop("labels", None)
-            logits = posterior.logits(batch, draws).float().cpu()
+            logits = batch_logits(posterior, batch, draws)
             found.update(zip(numbers, logits.unbind(1), strict=True))
             bar.update(step * len(numbers))
     return found
+
+
+def batch_logits(posterior: Posterior, batch: dict[str, Tensor], draws: Draws) -> Tensor:
+    """The logits (S, N, C) of a batch, whose labels are left aside, in float32 on the CPU.
+
+    Raises:
+        NotFiniteLogits: if they are -inf for an option that a row has.
+    """
+    batch.pop("labels", None)
+    mask = batch.get("option_mask")
+    logits = posterior.logits(batch, draws).float().cpu()
+    _refuse_lost_options(logits, None if mask is None else mask.cpu())
+    return logits
+
+
+def _refuse_lost_options(logits: Tensor, mask: Tensor | None) -> None:
+    """Refuses −∞ for an option that a row has: it would be taken for one that it does not have.
+
+    Args:
+        logits: (S, N, C).
+        mask: (N, C), the options that the rows have; None where they have all.
+    """
+    lost = logits.isneginf()
+    if mask is not None:
+        lost = lost & mask
+    if lost.any():
+        count = int(lost.any(-1).any(0).sum())
+        got = f"got logits of −∞ for options of {count} rows"
+        raise NotFiniteLogits(f"{got}; expected numbers; look at the fit, or its precision")
 
 
 def in_order(found: Mapping[int, Tensor]) -> Tensor:

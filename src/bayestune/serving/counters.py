@@ -1,17 +1,18 @@
 """What Prometheus is told: latency, decisions, abstentions, passes, and whether rows drift."""
 
 import threading
-from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from bayestune.data import Question
 from bayestune.decisions import ROW_SCORES, Calibration, as_kept, drift_test, score_rows
 from bayestune.serving.artefact_store import ArtefactStore
 from bayestune.session import DISTANCE, CalibratedPredictor, RowOutputs
 
-_RECENT = 500  # rows that drift is looked for in
+_RECENT = 500  # contents that drift is looked for in
 _LEAST = 50
 _PERMUTATIONS = 199
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -19,36 +20,48 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 @dataclass
 class Recent:
-    """The scores of an artefact's last rows, and whether they are like the held-out ones."""
+    """The scores of an artefact's last rows, and whether they are like the held-out ones.
+
+    Each content counts once, the same question asked again is no further evidence.
+    """
 
     calibration: Calibration
-    values: dict[str, "deque[float]"] = field(default_factory=dict)
-    seen: int = 0
+    values: dict[str, dict[str, float]] = field(default_factory=dict)  # by content, latest last
+    _changes: int = 0
     _latest: tuple[int, float, float] = (-1, 0.0, 0.0)
     _lock: threading.Lock = field(default_factory=threading.Lock)  # passes add, others read
 
-    def add(self, outputs: RowOutputs) -> None:
-        """Remembers some rows."""
+    def add(self, outputs: RowOutputs, contents: Sequence[str]) -> None:
+        """Remembers some rows by their contents."""
         names = [name for name in self._names() if name in self.calibration.held_out]
         of_logits = [name for name in names if name in ROW_SCORES]
         found = score_rows(outputs.logits, of_logits, self.calibration.temperature)
         found |= {name: outputs.extra[name] for name in names if name in outputs.extra}
+        columns = as_kept(found)
         with self._lock:
-            for name, values in as_kept(found).items():
-                self.values.setdefault(name, deque(maxlen=_RECENT)).extend(values)
-            self.seen += outputs.logits.shape[1]
+            for row, content in enumerate(contents):
+                own = {name: values[row] for name, values in columns.items()}
+                self._changes += content not in self.values
+                self.values.pop(content, None)
+                self.values[content] = own
+            for content in list(self.values)[:-_RECENT]:
+                del self.values[content]
 
     def drift(self) -> tuple[float, float] | None:
-        """The largest distance of a score, and the test's p-value; None of too few rows."""
-        if self.seen < _LEAST or not self.values:
+        """The largest distance of a score, and the test's p-value; None of too few contents."""
+        with self._lock:
+            rows = list(self.values.values())
+            changes = self._changes
+        if len(rows) < _LEAST or not rows[0]:
             return None
-        if self._latest[0] != self.seen:
-            with self._lock:
-                new = {name: torch.tensor(list(values)) for name, values in self.values.items()}
+        if self._latest[0] != changes:
+            new = {}
+            for name in rows[0]:
+                new[name] = torch.tensor([row[name] for row in rows])
             kept = self.calibration.held_out
             held_out = {name: torch.tensor(kept[name]) for name in new}
             found = drift_test(held_out, new, _PERMUTATIONS)
-            self._latest = (self.seen, max(found.statistics.values()), found.p_value)
+            self._latest = (changes, max(found.statistics.values()), found.p_value)
         return self._latest[1:]
 
     def _names(self) -> list[str]:
@@ -85,7 +98,13 @@ class Counters:
         )
         self._p_value = Gauge("drift_p_value", "Of recent rows like held-out", ["model"], **own)
 
-    def saw(self, predictor: CalibratedPredictor, outputs: RowOutputs, tokens: int) -> None:
+    def saw(
+        self,
+        predictor: CalibratedPredictor,
+        rows: Sequence[Question],
+        outputs: RowOutputs,
+        tokens: int,
+    ) -> None:
         """A pass was made. Rows that were asked otherwise than calibrated say nothing of drift."""
         self.pass_rows.observe(outputs.logits.shape[1])
         self.pass_tokens.inc(tokens)
@@ -96,7 +115,7 @@ class Counters:
                 recent = self._recent.get(served.name)
                 if recent is None or recent.calibration is not predictor.calibration:
                     recent = self._recent[served.name] = Recent(predictor.calibration)
-                recent.add(outputs)
+                recent.add(outputs, [row.fingerprint for row in rows])
 
     def decided(self, model: str, decision: str | None) -> None:
         """A row was answered."""

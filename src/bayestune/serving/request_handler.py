@@ -65,7 +65,7 @@ class RequestHandler:
         """Each row's answer, or why there is none, in order.
 
         Raises:
-            Refusal: if no row can be put, or they are too many or too long.
+            Refusal: if no row can be put or predicted, or they are too many or too long.
             Busy: if as many wait as may.
             Stopping: if the service ends.
         """
@@ -75,12 +75,13 @@ class RequestHandler:
         self.worker.check_room(len(bodies))  # before their texts are read
         found = await self.encoded(lambda: self._items(served, predictor, bodies))
         items = [item for item in found if isinstance(item, Waiting)]
-        if not items:
-            assert isinstance(found[0], Refusal)
-            raise found[0]
         self.worker.submit(items)
         done = iter(await self._settled([item.future for item in items]))
-        return [item if isinstance(item, Refusal) else next(done) for item in found]
+        outcomes = [item if isinstance(item, Refusal) else next(done) for item in found]
+        refused = [outcome for outcome in outcomes if isinstance(outcome, Refusal)]
+        if len(refused) == len(outcomes):
+            raise refused[0]
+        return outcomes
 
     async def encoded(self, work: Callable[[], T]) -> T:
         """What a function returns that uses a tokenizer, when that is free."""
@@ -98,14 +99,21 @@ class RequestHandler:
         item = Waiting(call=work)
         self.worker.submit([item])
         (found,) = await self._settled([item.future])
+        if isinstance(found, Refusal):
+            raise found
         return found
 
     async def _settled(self, futures: "Sequence[Future[Any]]") -> list[Any]:
+        """What comes of rows that wait; of one that is refused, such as for its logits, why."""
         try:
-            return await asyncio.gather(*map(asyncio.wrap_future, futures))
+            found = await asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
         finally:
             for future in futures:
                 future.cancel()  # those that are done stay so
+        for outcome in found:
+            if isinstance(outcome, BaseException) and not isinstance(outcome, Refusal):
+                raise outcome
+        return found
 
     def _items(
         self, served: Served, predictor: CalibratedPredictor, bodies: Sequence[RowBody]

@@ -85,6 +85,10 @@ def padded(items: Sequence[Waiting]) -> int:
     return len(items) * longest * widest
 
 
+# what is told of each pass: how it was made, of which rows, what came out, its tokens
+See = Callable[[CalibratedPredictor, Sequence[Question], RowOutputs, int], None]
+
+
 class Worker:
     """A bounded queue, and one thread that makes the passes.
 
@@ -93,9 +97,7 @@ class Worker:
     less than a pass of their own.
     """
 
-    def __init__(
-        self, limits: Limits, see: Callable[[CalibratedPredictor, RowOutputs, int], None]
-    ) -> None:
+    def __init__(self, limits: Limits, see: See) -> None:
         self._limits = limits
         self._see = see  # is told of each pass
         self._queue: deque[Waiting] = deque()
@@ -227,7 +229,8 @@ class Worker:
         tokens = padded(items)
         logger.debug("%d rows, %d tokens with padding, in %.3f s", len(items), tokens, seconds)
         try:
-            self._see(predictor, outputs, tokens)
+            rows = [item.row for item in items if item.row is not None]
+            self._see(predictor, rows, outputs, tokens)
         except Exception as problem:  # figures are worth no answer
             logger.warning("a pass is not in the figures: %s", type(problem).__name__)
 

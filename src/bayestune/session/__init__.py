@@ -11,6 +11,7 @@ from bayestune.session.as_fitted import (
     prompt_of_fit,
     put_as_fitted,
     rows_as_fitted,
+    say_repeated,
     say_seen,
     usual_reading,
 )
@@ -82,6 +83,7 @@ __all__ = [
     "read_report",
     "rows_as_fitted",
     "rows_of",
+    "say_repeated",
     "say_seen",
     "shown",
     "usual_reading",

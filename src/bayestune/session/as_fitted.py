@@ -172,6 +172,30 @@ def say_seen(task: str, count: int, total: int) -> None:
         logger.warning(said, count, total, task)
 
 
+def say_repeated(what: str, rows: Sequence[Question], *, evaluated: bool) -> None:
+    """Says that rows repeat a content with another answer, and of evaluated ones any repeated row.
+
+    Rows are the same whatever the order of their options.
+
+    Args:
+        what: the rows are, for the warning.
+        rows: with answers.
+        evaluated: whether figures and intervals are made of them.
+    """
+    answers: dict[str, set[str]] = {}
+    for row in rows:
+        if row.answer is not None:
+            answers.setdefault(row.fingerprint, set()).add(row.options[row.answer])
+    unlike = [row for row in rows if len(answers.get(row.fingerprint, ())) > 1]
+    if unlike:
+        said = "%d of the %d %s have a content that others have with another answer, such as %s: %r"
+        logger.warning(said, len(unlike), len(rows), what, unlike[0].id, unlike[0].question[:60])
+    repeated = len(rows) - len({row.fingerprint for row in rows})
+    if evaluated and repeated:
+        said = "%d of the %d %s repeat the content of others: intervals take each for a further row"
+        logger.warning(said, repeated, len(rows), what)
+
+
 def usual_reading(details: Mapping[str, Any]) -> ReadOptions:
     """How files of rows for a fit are read where nobody says otherwise: as those of the fit."""
     questions = details.get("questions", {})

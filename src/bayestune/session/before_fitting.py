@@ -14,6 +14,7 @@ from bayestune.data import Question
 from bayestune.errors import Refusal
 from bayestune.methods import Distilled, Ensemble, Method, changed, check_method
 from bayestune.scoring import Scorer, check_lengths
+from bayestune.session.as_fitted import say_repeated
 from bayestune.training import Training
 
 logger = logging.getLogger(__name__)
@@ -67,10 +68,11 @@ def _inner(method: Any) -> list[Any]:
 
 
 def check_answers(rows: Sequence[Question]) -> None:
-    """Refuses rows to evaluate on that have no answer."""
+    """Refuses rows to evaluate on that have no answer; says which are no further evidence."""
     unlabelled = [row.id for row in rows if row.answer is None]
     if unlabelled:
         raise Refusal(
             f"rows to evaluate on need answers: got {len(unlabelled)} of {len(rows)} without one, "
             f"such as {unlabelled[0]}; add them, or take these rows out"
         )
+    say_repeated("rows to evaluate on", rows, evaluated=True)

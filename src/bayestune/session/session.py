@@ -30,6 +30,7 @@ from bayestune.session.as_fitted import (
     fingerprints,
     prompt_of_fit,
     put_as_fitted,
+    say_repeated,
     say_seen,
     seen_facts,
     seen_rows,
@@ -93,6 +94,7 @@ class Session:
         task = task or options.load()
         check_trainable(task)
         say_seen(task.name, len(task.seen), len(task.evaluation))
+        say_repeated("training rows", task.train, evaluated=False)
         loaded = open_model(model, dtype, num_classes(task, options.scoring), to_train=True)
         return cls.of(loaded, task, options)
 
