@@ -19,7 +19,7 @@ class HeadLogits:
     """The logits of a model's head: (N, C) of a row, or (N, T, C) of its tokens.
 
     For a model with a sequence classification, regression or reward head, or a token classification
-    head, where padding is -inf for every class. Labels in the batch are left aside.
+    head; of tokens, padding has -inf for every class. Labels in the batch are ignored.
     """
 
     minds_padding: ClassVar[bool] = True
@@ -64,7 +64,7 @@ class LastToken:
         inputs = _without_labels(batch)
         ends = last_positions(inputs)
         kept = ends.unique()
-        logits = model(**inputs, **_of_positions(model, inputs, kept)).logits
+        logits = model(**inputs, **_options_for(model, inputs, kept)).logits
         if logits.shape[1] == len(kept):
             ends = torch.searchsorted(kept, ends)
         rows = torch.arange(len(ends), device=logits.device)
@@ -86,19 +86,20 @@ def last_positions(inputs: Mapping[str, Tensor]) -> Tensor:
     return mask.shape[1] - 1 - mask.flip(1).long().argmax(1)
 
 
-def _of_positions(model: nn.Module, inputs: Mapping[str, Tensor], kept: Tensor) -> dict[str, Any]:
-    """Options that have a model compute the logits of some positions alone, where it can.
+def _options_for(model: nn.Module, inputs: Mapping[str, Tensor], kept: Tensor) -> dict[str, Any]:
+    """Arguments by which a model computes the logits of the `kept` positions alone, if it can.
 
     A row that is padded on the left counts its positions from its first real token.
     """
-    taken = inspect.signature(base_of(model).forward).parameters
+    accepted = inspect.signature(base_of(model).forward).parameters
     mask = inputs.get("attention_mask")
     options: dict[str, Any] = {"use_cache": False}
     at_end = len(kept) == 1 and int(kept) == inputs["input_ids"].shape[1] - 1
     options["logits_to_keep"] = 1 if at_end else kept
     if mask is not None and "position_ids" not in inputs and not mask[:, 0].all():
         options["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
-    return {name: value for name, value in options.items() if name in taken and name not in inputs}
+    new = options.keys() & accepted.keys() - inputs.keys()
+    return {name: value for name, value in options.items() if name in new}
 
 
 def _without_labels(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
