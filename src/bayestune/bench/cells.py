@@ -6,7 +6,7 @@ from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
-from bayestune.bench.keys import digest, lasting, lasting_method, model_facts, place, slug
+from bayestune.bench.keys import digest, lasting, lasting_method, model_facts, readable_part, slug
 from bayestune.data import Part, Task, check_trainable
 from bayestune.errors import SEED, Refusal
 from bayestune.evaluation import EvaluationOptions
@@ -70,9 +70,9 @@ class Grid:
         tasks: names of tasks, each with what is different for it.
         methods: entries by free names, see `make_method`; null where the name is the method's.
         seeds: of training.
-        questions: how questions are put, and how many rows are used; its `task` is not.
+        questions: how questions are put, and how many rows are used; its `task` is not used.
         training: of all cells, unless a task or a method changes it; its `seed` is not used.
-        predicting: numbers of draws and bounds.
+        predicting: numbers of draws, and the bounds of a pass.
         dtype: of the base model's weights.
         rows_by_seed: whether each seed chooses training, held-out and unlabelled rows of its own;
             evaluation rows stay.
@@ -110,34 +110,46 @@ class Grid:
         return self.tasks.get(task) or TaskSettings()
 
     def entries(self, task: str) -> dict[str, Settings]:
-        """The methods' settings on a task; an error if it changes a method not in the grid."""
+        """The settings of each entry of `methods` on a task.
+
+        Raises:
+            Refusal: if the task changes a method that is not in the grid.
+        """
         changes = self.settings(task).methods
         if unknown := sorted(set(changes) - set(self.methods)):
             expected = f"expected some of {sorted(self.methods)}; correct the names"
             got = f"task {task} changes methods that are not in the grid: got {unknown}"
             raise Refusal(f"{got}, {expected}")
-        given = {name: settings or {} for name, settings in self.methods.items()}
-        return {name: _merged(given[name], changes.get(name, {})) for name in given}
+        return {
+            name: _merged(settings or {}, changes.get(name, {}))
+            for name, settings in self.methods.items()
+        }
 
     def options(self, task: str, seed: int) -> TaskOptions:
         """How a task's questions are put, and which."""
         options = changed(replace(self.questions, task=task), self.settings(task).questions)
         if not self.rows_by_seed:
             return options
-        fixed = options.evaluation_seed
-        fixed = options.subset_seed if fixed is None else fixed
-        return replace(options, subset_seed=seed, evaluation_seed=fixed)
+        evaluation_seed = options.evaluation_seed
+        if evaluation_seed is None:
+            evaluation_seed = options.subset_seed
+        return replace(options, subset_seed=seed, evaluation_seed=evaluation_seed)
 
     def evaluated(self, task: str) -> tuple[str, ...]:
         """The tasks that a posterior fitted on a task is evaluated on."""
         return self.settings(task).evaluate_on or (task,)
 
     def load_all(self) -> dict[int, dict[str, Task]]:
-        """All tasks by seed and name; an error if one has no rows to train or evaluate on."""
+        """All tasks by seed and name.
+
+        Raises:
+            Refusal: if one has no rows to train or evaluate on, or rows that cannot be put as those
+                of a fit that is evaluated on them.
+        """
         if self.rows_by_seed:
             return {seed: self._load(seed) for seed in self.seeds}
-        same = self._load(0)
-        return dict.fromkeys(self.seeds, same)
+        of_all_seeds = self._load(0)
+        return dict.fromkeys(self.seeds, of_all_seeds)
 
     def _load(self, seed: int) -> dict[str, Task]:
         tested = dict.fromkeys(chain.from_iterable(map(self.evaluated, self.tasks)))
@@ -152,28 +164,33 @@ class Grid:
         return loaded
 
     def _refuse_rows_of_others(self, name: str, loaded: Mapping[str, Task]) -> None:
-        """Refuses rows that could not be put as those of a task's fit, before any fit."""
-        own = loaded[name]
+        """Refuses tasks to evaluate on whose rows cannot be put as those of the fit on `name`."""
+        fitted = loaded[name]
         scoring = self.options(name, self.seeds[0]).scoring
         if scoring == "head":
-            own = own.in_class_order()
-        say_seen(name, len(own.seen), len(own.evaluation))
-        say_repeated(f"training rows of {name}", own.train, evaluated=False)
+            fitted = fitted.in_class_order()
+        say_seen(name, len(fitted.seen), len(fitted.evaluation))
+        say_repeated(f"training rows of {name}", fitted.train, evaluated=False)
         for other in self.evaluated(name):
-            put_as_fitted(loaded[other], own.prompt, scoring, own.class_names)
+            put_as_fitted(loaded[other], fitted.prompt, scoring, fitted.class_names)
 
     def cells(self, tasks: Mapping[int, Mapping[str, Task]]) -> list[Cell]:
         """The cells on the tasks of `load_all`, seed by seed, task by task, method by method.
 
-        So a run that is cut off has whole tables of the first seeds. Two cells that their names do
-        not tell apart are an error.
+        In this order a run that is cut off has whole tables of the first seeds.
+
+        Args:
+            tasks: by seed and name.
+
+        Raises:
+            Refusal: if the readable parts of two cells' keys are the same.
         """
         order = product(self.models, self.seeds, self.tasks, self.methods)
         cells = []
         for model, seed, task, name in order:
             cells.append(self._cell(tasks[seed], model, seed, task, name))
-        places = [place(cell.key) for cell in cells]
-        if twice := sorted({name for name in places if places.count(name) > 1}):
+        names = [readable_part(cell.key) for cell in cells]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
             raise Refusal(
                 f"cells that cannot be told apart: got {twice[:3]} more than once, expected "
                 "models, tasks, methods and seeds that differ in letters and digits; rename some"
@@ -188,23 +205,35 @@ class Grid:
         training = changed(self.training, self.settings(task).training)
         training = replace(training, seed=seed, progress=False)
         options = self.options(task, seed)
-        own = tasks[task]
-        put = (options.scoring, options.max_length)
-        spare = (own.unlabelled,) if own.unlabelled else ()
-        rows = (own.prompt, own.train, own.held_out, *spare)
-        context = digest(model_facts(model), self.dtype, put, *rows)
+        evaluate_on = self.evaluated(task)
+        fitted = tasks[task]
+        unlabelled = (fitted.unlabelled,) if fitted.unlabelled else ()
+        rows = (fitted.prompt, fitted.train, fitted.held_out, *unlabelled)
+        how_put = (options.scoring, options.max_length)
+        context = digest(model_facts(model), self.dtype, how_put, *rows)
         # rows of other tasks go under the prompt of the fit
-        evaluated = [(own.prompt, tasks[other].part(self.part)) for other in self.evaluated(task)]
+        evaluated = [(fitted.prompt, tasks[other].part(self.part)) for other in evaluate_on]
         settings = (lasting_method(method), lasting(training), lasting(self.predicting))
-        whole = digest(context, *settings, evaluated)
+        of_all = digest(context, *settings, evaluated)
         parts = (shown(model) if model else "default", task, name, str(seed))
-        key = f"{'-'.join(map(slug, parts))}--{whole}"
-        resolved = (method, training, options, self.evaluated(task), self.predicting, self.dtype)
-        return Cell(model, task, name, *resolved, context, key, self.part)
+        return Cell(
+            model=model,
+            task=task,
+            name=name,
+            method=method,
+            training=training,
+            questions=options,
+            evaluate_on=evaluate_on,
+            predicting=self.predicting,
+            dtype=self.dtype,
+            context=context,
+            key=f"{'-'.join(map(slug, parts))}--{of_all}",
+            part=self.part,
+        )
 
 
 def _merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with changes; of nested mappings, only what the changes name."""
+    """Settings with changes; in nested mappings, only what the changes name is replaced."""
     merged = {**settings, **changes}
     for key, new in changes.items():
         old = settings.get(key)

@@ -1,8 +1,8 @@
 """Keys of cells and fits: a readable name, and a hash of everything that determines the result.
 
-A field that a settings class got later says what its absence means, as in
-`metadata={"absent_means": False}`: at that value keys leave it out, and those from before hold.
-A field with `metadata={"changes_result": False}` is in no key.
+A field that was added to a settings class later says what its absence meant before, as in
+`metadata={"absent_means": False}`. At that value keys leave it out, so that earlier keys stay
+valid. A field with `metadata={"changes_result": False}` is in no key.
 """
 
 import re
@@ -15,22 +15,23 @@ from bayestune.data import digest as full_digest
 from bayestune.methods import METHODS, Method, described
 from bayestune.session import shown
 
-# Raised when the same settings give other numbers, so that a grid starts its cells anew instead of
-# mixing. Left out of keys while it is 1.
+# To be raised when the same settings begin to give other numbers, so that a grid starts its cells
+# anew instead of mixing them. Left out of keys while it is 1.
 ARITHMETIC = 1
 
 
 def lasting(settings: Any) -> dict[str, Any]:
     """The fields of a settings object that determine the result, nested ones too."""
-    found = {}
+    kept = {}
     for field in fields(settings):
         value = getattr(settings, field.name)
         if _counts(field, value):
-            found[field.name] = lasting(value) if is_dataclass(value) else value
-    return found
+            kept[field.name] = lasting(value) if is_dataclass(value) else value
+    return kept
 
 
 def _counts(field: Field[Any], value: object) -> bool:
+    """Whether a field with this value is part of keys."""
     if not field.metadata.get("changes_result", True):
         return False
     return "absent_means" not in field.metadata or value != field.metadata["absent_means"]
@@ -52,7 +53,7 @@ def _lasting_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def model_facts(model: str | None) -> list[Any]:
-    """What tells a model from others: its name; a directory's configuration and file sizes."""
+    """What tells a model from others: its name; of a directory, configuration and file sizes."""
     facts: list[Any] = [shown(model) if model else None]
     folder = Path(model or "")
     if model and folder.is_dir():
@@ -83,6 +84,6 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
 
 
-def place(key: str) -> str:
-    """The readable part of a key: which model, task, method and seed, whatever the settings."""
+def readable_part(key: str) -> str:
+    """The part of a key that names model, task, method and seed, without the hash of settings."""
     return key.rpartition("--")[0]

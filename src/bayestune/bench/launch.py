@@ -38,15 +38,17 @@ def run_bench(
         grid: what to run.
         folder: of the results; a run goes on where an earlier one stopped, or beside one that runs.
         launcher: "local" for this process, "ray" for tasks of a Ray cluster that shares the folder.
-        only_tasks: cells of these tasks only; all if empty, and an error if not in the grid.
-        only_methods: likewise for the entries.
+        only_tasks: compute the cells of these tasks only; all if empty.
+        only_methods: likewise for the entries of `methods`.
         discard_fits: remove the saved posteriors when all cells are finished.
 
     Returns:
         1 if a cell failed, else 0.
 
     Raises:
-        Refusal: if the folder has results of other weights under a model's name.
+        Refusal: if a task or method is not in the grid, a cell's fit or evaluation would be refused
+            later, or the folder has results of other weights under a model's name.
+        ImportError: if `launcher` is "ray" and ray is not installed.
     """
     _refuse_unknown("tasks", only_tasks, grid.tasks)
     _refuse_unknown("methods", only_methods, grid.methods)
@@ -148,7 +150,7 @@ def _outcome(ray: Any, reference: Any) -> State:
         return "failed"
 
 
-# Of a Ray worker's process, so that its next cell finds the model loaded.
+# The one worker of a Ray worker's process, kept so that its next cell finds the model loaded.
 _WORKERS: dict[str, Worker] = {}
 
 

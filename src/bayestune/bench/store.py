@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from torch import nn
 
-from bayestune.bench.keys import digest, lasting, lasting_method, place, slug
+from bayestune.bench.keys import digest, lasting, lasting_method, readable_part, slug
 from bayestune.evaluation import RECORDS, Record
 from bayestune.methods import Method, WithTraining, changed
 from bayestune.posteriors import DETAILS, Posterior, posterior_digest
@@ -40,13 +40,13 @@ def read_cell(folder: Path, key: str) -> list[Record]:
 
 
 def write_plan(folder: Path, keys: Sequence[str]) -> None:
-    """Notes the order of the cells, before those of earlier plans.
+    """Writes the order of the cells; cells of earlier plans come after those of this one.
 
-    An earlier cell is dropped if the new plan has one of the same place, computed differently.
+    An earlier cell is dropped if this plan has one of the same model, task, method and seed.
     """
-    places = {place(key) for key in keys}
+    planned = {readable_part(key) for key in keys}
     with claimed(folder / LOCKS, "plan", wait=True):
-        earlier = [key for key in _read_plan(folder) if place(key) not in places]
+        earlier = [key for key in _read_plan(folder) if readable_part(key) not in planned]
         write_text_whole(folder / PLAN, json.dumps([*keys, *earlier], indent=1) + "\n")
 
 
@@ -56,12 +56,12 @@ def _read_plan(folder: Path) -> list[str]:
 
 
 def finished(folder: Path) -> list[Record]:
-    """The records of all finished cells as planned."""
+    """The records of all finished cells of a results folder, in the order of its plan."""
     return [record for key in _read_plan(folder) for record in read_cell(folder, key)]
 
 
 def collect(folder: Path) -> list[Record]:
-    """The records of all finished cells as planned, also written to `records.jsonl`."""
+    """Writes the records of all finished cells to `records.jsonl`, in order, and returns them."""
     with claimed(folder / LOCKS, "records", wait=True):
         records = finished(folder)
         write_json_lines(folder / RECORDS, records)
@@ -69,15 +69,20 @@ def collect(folder: Path) -> list[Record]:
 
 
 class Busy(Exception):
-    """Another process works on this."""
+    """Another process holds the lock of what was to be computed."""
 
 
 @contextmanager
 def claimed(folder: Path, key: str, *, wait: bool = False) -> Iterator[None]:
     """Holds the lock of a key, which the operating system frees however the process ends.
 
+    Args:
+        folder: of the locks.
+        key: what is locked.
+        wait: whether to wait while another process holds the lock.
+
     Raises:
-        Busy: at once, if another process holds it, unless told to `wait`.
+        Busy: at once, if another process holds it and `wait` is false.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / f"{key}.lock")
@@ -93,7 +98,10 @@ def claimed(folder: Path, key: str, *, wait: bool = False) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Kept:
-    """A method whose fits, and those of its base, are kept in the results folder and shared."""
+    """A method whose fits, and those of its base, are kept in the results folder and shared.
+
+    It stands in for the method: its `fit` returns the kept posterior, or fits and keeps it.
+    """
 
     method: Method
     session: Session
@@ -105,21 +113,25 @@ class Kept:
         return self.fitted(training).posterior
 
     def fitted(self, training: Training) -> Fit:
-        """The fit under this training, from a checkpoint if there is one; `Busy` if locked."""
+        """The fit under this training, kept from before, resumed from a checkpoint, or new.
+
+        Raises:
+            Busy: if another process works on it.
+        """
         if isinstance(self.method, WithTraining):
             inner = replace(self, method=self.method.method)
             return inner.fitted(changed(training, self.method.changes))
         settings = lasting_method(self.method)
-        whole = digest(self.context, settings, lasting(training))
-        name = f"{slug(self.session.task.name)}-{settings['method']}-{training.seed}--{whole}"
+        of_all = digest(self.context, settings, lasting(training))
+        name = f"{slug(self.session.task.name)}-{settings['method']}-{training.seed}--{of_all}"
         output = self.folder / FITS / name
         base = getattr(self.method, "base", None)
-        kept = replace(self, method=base) if base else None
+        kept_base = replace(self, method=base) if base else None
         with claimed(self.folder / LOCKS, f"fit-{name}"):
-            known = ", known from before" if (output / DETAILS).is_file() else ""
-            logger.info("fit %s%s", name, known)
+            note = ", known from before" if (output / DETAILS).is_file() else ""
+            logger.info("fit %s%s", name, note)
             training = replace(training, output=None, resume=True)
-            fit = self.session.fit(self.method, training, output, base=kept)
+            fit = self.session.fit(self.method, training, output, base=kept_base)
             shutil.rmtree(output / "checkpoints", ignore_errors=True)
             fit.posterior.digest = posterior_digest(output)
         return fit

@@ -34,8 +34,15 @@ def compute_cell(
 ) -> list[Record]:
     """Fits and evaluates a cell and writes its records, one for each task and number of draws.
 
-    The session has the cell's model, which is left without adapters, and the cell's task. `facts`
-    are added to every record.
+    Args:
+        cell: what to compute.
+        session: with the cell's task and its model, which is left without adapters.
+        tasks: by name, all that the cell is evaluated on.
+        folder: of the results.
+        facts: added to every record.
+
+    Returns:
+        The records.
     """
     begin = time.perf_counter()
     fit = Kept(cell.method, session, folder, cell.context).fitted(cell.training)
@@ -65,10 +72,19 @@ class Worker:
         self._facts: dict[str, Any] = {}
         if grid.protocol is not None:
             self._facts["protocol"] = hashlib.sha256(grid.protocol.read_bytes()).hexdigest()
-        self._held: tuple[tuple[Any, ...], LoadedModel] | None = None
+        self._held: tuple[tuple[Any, ...], LoadedModel] | None = None  # and what it was opened by
 
     def compute(self, cell: Cell, starting: Callable[[Cell], None] | None = None) -> State:
-        """Computes a cell unless it is finished or busy; calls `starting` when the work begins."""
+        """Computes a cell unless it is finished or busy; a failure is logged and noted in a file.
+
+        Args:
+            cell: one of the grid's.
+            starting: called with the cell when the work begins.
+
+        Returns:
+            "finished" if it was already, "computed", "busy" if another process computes it or a fit
+            that it needs, or "failed".
+        """
         try:
             with claimed(self.folder / LOCKS, f"cell-{cell.key}"):
                 if cell_file(self.folder, cell.key).is_file():
@@ -78,7 +94,8 @@ class Worker:
                 tasks = self.tasks[cell.training.seed]
                 compute_cell(cell, self._session(cell), tasks, self.folder, self._facts)
         except Busy:
-            if self._held and Slots(self._held[1].model).layers:  # left by a fit that was given up
+            # a fit that was given up may have left its adapter on the model
+            if self._held and Slots(self._held[1].model).layers:
                 self._held = None
             return "busy"
         except Exception as error:  # one cell must not stop the others
@@ -89,9 +106,9 @@ class Worker:
         return "computed"
 
     def check(self, cells: Iterable[Cell]) -> None:
-        """Refuses what the fits of cells, or evaluating them, would refuse after hours.
+        """Refuses now what fitting or evaluating the cells would refuse only after hours.
 
-        Each model is looked at without its weights, once for each task and seed.
+        Models are opened without their weights, once for each task and seed.
         """
         groups: dict[tuple[Any, ...], list[Cell]] = defaultdict(list)
         for cell in cells:
@@ -126,7 +143,7 @@ class Worker:
 
 
 class Progress:
-    """Logs when cells start and end, and how long the rest may take by the time of like cells."""
+    """Logs when cells start and end, and estimates the time left from that of similar cells."""
 
     def __init__(self, folder: Path, cells: Sequence[Cell]) -> None:
         self.folder = folder
@@ -146,16 +163,16 @@ class Progress:
 
     def left(self) -> str:
         """An estimate of the time that the unfinished cells take one after the other."""
-        known: dict[tuple[str, ...], list[float]] = defaultdict(list)
+        measured: dict[tuple[str, ...], list[float]] = defaultdict(list)
         for cell in self.cells:
             if cell.key in self._seconds:
-                for like in _like(cell):
-                    known[like].append(self._seconds[cell.key])
-        if not known:
+                for group in _groups_of(cell):
+                    measured[group].append(self._seconds[cell.key])
+        if not measured:
             return "time left unknown"
         total = 0.0
         for cell in self.todo():
-            times = next(known[like] for like in _like(cell) if like in known)
+            times = next(measured[group] for group in _groups_of(cell) if group in measured)
             total += sum(times) / len(times)
         return f"about {_span(total)} left"
 
@@ -175,8 +192,8 @@ class Progress:
         logger.info("[%d/%d] %s %s", done, len(self.cells), cell.title, what)
 
 
-def _like(cell: Cell) -> list[tuple[str, ...]]:
-    """What cells like this one share, from the most to the least alike."""
+def _groups_of(cell: Cell) -> list[tuple[str, ...]]:
+    """The groups of similar cells that a cell belongs to, from the most to the least similar."""
     return [(cell.name, cell.task), (cell.name,), ()]
 
 

@@ -1,4 +1,4 @@
-"""The curvature H of one LoRA matrix, and what the Gaussian with precision H + λ·I asks of it.
+"""The curvature H of one LoRA matrix, and the Gaussian with precision H + λ·I.
 
 Symbols: W (out, in) one of LoRA's matrices; H its generalised Gauss-Newton matrix, a sum over the
 training rows; λ the prior's precision; J (N, C, out, in) the Jacobians of the class logits.
@@ -16,7 +16,7 @@ Structure = Literal["kfac", "diagonal"]
 
 @dataclass(frozen=True)
 class Kronecker:
-    """H = F_out ⊗ F_in, each factor given by its eigenvectors and eigenvalues; elsewhere H is 0.
+    """H = F_out ⊗ F_in, each factor given by its eigenpairs; H is 0 outside of their span.
 
     With U the vectors and h_ij = out_i·in_j, (H + λI)⁻¹ scales U_outᵀ·X·U_in by 1/(h_ij + λ) and
     the rest by 1/λ: Woodbury's identity, without a matrix of the large side's size.
@@ -45,7 +45,15 @@ class Kronecker:
         return self.out_values[:, None] * self.in_values
 
     def covariance(self, jacobians: Tensor, precisions: Sequence[float]) -> Tensor:
-        """J·(H + λI)⁻¹·Jᵀ for each λ: (number of λ, N, C, C), semidefinite up to rounding."""
+        """The logits' covariance J·(H + λI)⁻¹·Jᵀ for each λ, semidefinite up to rounding.
+
+        Args:
+            jacobians: J (N, C, out, in).
+            precisions: values of λ.
+
+        Returns:
+            (number of λ, N, C, C).
+        """
         inside, outside = self._split(jacobians)
         rest = 0 if outside is None else _gram(outside)
         scales = [(self.eigenvalues + precision).rsqrt() for precision in precisions]
@@ -53,11 +61,11 @@ class Kronecker:
         return torch.stack([_gram(inside * scale) + rest / precision for scale, precision in pairs])
 
     def spread(self, noise: Tensor, precision: float) -> Tensor:
-        """(H + λI)^(-1/2)·E for standard normal E (out, in)."""
+        """A draw (H + λI)^(-1/2)·E (out, in), from standard normal E (out, in)."""
         inside, outside = self._split(noise)
-        shrunk = inside * (self.eigenvalues + precision).rsqrt()
-        spread = self.out_vectors @ shrunk @ self.in_vectors.mT
-        return spread if outside is None else spread + outside * precision**-0.5
+        scaled = inside * (self.eigenvalues + precision).rsqrt()
+        draw = self.out_vectors @ scaled @ self.in_vectors.mT
+        return draw if outside is None else draw + outside * precision**-0.5
 
     def _split(self, matrices: Tensor) -> tuple[Tensor, Tensor | None]:
         """Coordinates (…, p, q) in the span of the vectors, and the rest (…, out, in), if any."""
@@ -85,12 +93,12 @@ class Diagonal:
         return self.values
 
     def covariance(self, jacobians: Tensor, precisions: Sequence[float]) -> Tensor:
-        """J·(H + λI)⁻¹·Jᵀ for each λ: (number of λ, N, C, C)."""
+        """The logits' covariance J·(H + λI)⁻¹·Jᵀ for each λ, as `Kronecker.covariance`."""
         scales = [(self.values + precision).rsqrt() for precision in precisions]
         return torch.stack([_gram(jacobians * scale) for scale in scales])
 
     def spread(self, noise: Tensor, precision: float) -> Tensor:
-        """(H + λI)^(-1/2)·E for standard normal E (out, in)."""
+        """A draw (H + λI)^(-1/2)·E (out, in), from standard normal E (out, in)."""
         return noise * (self.values + precision).rsqrt()
 
 
@@ -98,15 +106,22 @@ Block = Kronecker | Diagonal
 
 
 def _gram(matrices: Tensor) -> Tensor:
+    """Inner products (N, C, C) of each row's C matrices (N, C, …)."""
     flat = matrices.flatten(2)
     return flat @ flat.mT
 
 
 def semidefinite_root(covariance: Tensor) -> Tensor:
-    """The Cholesky factor L, lower triangular, of semidefinite matrices that may be singular.
+    """The lower triangular Cholesky factor L of semidefinite matrices, which may be singular.
 
     A class without variance (an option that the row does not have) has zeros in its row and column,
     and the factor of the first classes does not depend on those after them.
+
+    Args:
+        covariance: matrices (…, C, C).
+
+    Returns:
+        L (…, C, C).
 
     Example:
         >>> semidefinite_root(torch.tensor([[4.0, 2, 0], [2, 1, 0], [0, 0, 0]])).tolist()

@@ -27,9 +27,9 @@ class LowRankSum:
     """The leading eigenpairs of Σ x·xᵀ without the matrix: L·Lᵀ with L (size, 2·rank).
 
     Each batch of rows is stacked under Lᵀ and decomposed anew, by randomised power iterations with
-    a fixed seed. Twice the rank is kept between batches, and what is beyond is lost: of ten
-    eigenvalues the mean is low by 5 to 10 %, and the last one by up to a quarter, where the
-    spectrum falls as slowly as k^(−1/2); as 1/k the mean is low by 1 %, the last one by 3 %.
+    a fixed seed. Twice the rank is kept between batches, and the rest is lost. So eigenvalues come
+    out too low: of ten, where the spectrum falls as slowly as k^(−1/2), by 5 to 10 % on average and
+    the last one by up to a quarter; where it falls as 1/k, by 1 % on average and the last by 3 %.
     """
 
     def __init__(self, size: int, rank: int, like: Tensor) -> None:
@@ -49,8 +49,8 @@ class LowRankSum:
         basis = torch.linalg.qr(stack.mT @ sketch).Q
         for _ in range(_POWERS):
             basis = torch.linalg.qr(stack.mT @ (stack @ basis)).Q
-        inside = stack @ basis
-        values, vectors = torch.linalg.eigh((inside.mT @ inside).double())
+        coordinates = stack @ basis
+        values, vectors = torch.linalg.eigh((coordinates.mT @ coordinates).double())
         self.root = basis @ (vectors * values.clamp_min(0).sqrt()).to(basis)
 
     def eigen(self) -> tuple[Tensor, Tensor]:
@@ -60,7 +60,13 @@ class LowRankSum:
 
 
 def factor_of(weight: Tensor, side: int, rank: int) -> FullSum | LowRankSum:
-    """The factor of the outputs (side 0) or inputs (side 1) of W (out, in), in float32 or more."""
+    """An empty sum for the outputs (side 0) or inputs (side 1) of W (out, in), in float32 or more.
+
+    Args:
+        weight: W.
+        side: 0 or 1.
+        rank: eigenpairs that are kept of a large side.
+    """
     size = weight.shape[side]
     like = weight.new_empty(0, dtype=torch.promote_types(weight.dtype, torch.float32))
     return FullSum(size, like) if size <= max(FULL_UP_TO, rank) else LowRankSum(size, rank, like)

@@ -6,10 +6,11 @@ under the model's own predictive. With Λ = R·Rᵀ, R (C, C − 1), the exact s
 C − 1 backward passes, each on one column of R for all rows.
 
 "diagonal" keeps the diagonal of H, exactly. "kfac" keeps KFAC-expand's approximation for weights
-that tokens share, each matrix W (out, in) on its own: H ≈ 1/M·(Σ g·gᵀ) ⊗ (Σ a·aᵀ), inputs a and
-gradients g of R's columns summed over the M tokens of all rows, without the terms between tokens of
-a row. It is exact for one token in all, or if all tokens have the same a. A token counts if some
-gradient at it is not 0: padding and tokens that no logit depends on leave no trace.
+that tokens share, each matrix W (out, in) on its own: H ≈ 1/M·(Σ g·gᵀ) ⊗ (Σ a·aᵀ). Both sums are
+over the M tokens of all rows, with inputs a and gradients g of R's columns; terms between different
+tokens of a row are left out. It is exact if there is one token in all, or if all tokens have the
+same a. A token counts if some gradient at it is not 0, so padding and tokens that no logit depends
+on change nothing.
 """
 
 import math
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from bayestune.adapters import SIDES, OtherRows, Slots
 from bayestune.curvature.blocks import Block, Diagonal, Kronecker, Structure
 from bayestune.curvature.factors import factor_of
-from bayestune.curvature.jacobian import Trace, jacobian_of, rows_of, some_rows, traced
+from bayestune.curvature.jacobian import Trace, jacobian_of, num_rows_of, some_rows, traced
 from bayestune.errors import Refusal
 from bayestune.forward import Batch, ClassLogits
 
@@ -59,16 +60,20 @@ def gauss_newton(
         rank: eigenpairs kept of a Kronecker factor's large side.
         names: slots to take; None for A and B of every layer.
 
+    Returns:
+        A block for each slot, and the log-likelihood of the labels.
+
     Raises:
-        Refusal: if a slot cannot be watched, as `Slots.replaceable`, or one was never called.
+        Refusal: if `rank` is below 1, a slot cannot be watched (see `Slots.replaceable`), or one
+            was never called.
     """
     if rank < 1:
         raise Refusal(
             f"the rank of the large factors must be 1 or more: got {rank}; the paper's is 10"
         )
     watched = slots.replaceable(slots.names(SIDES) if names is None else names)
-    kind = _DiagonalSum if structure == "diagonal" else _KroneckerSum
-    sums = {name: kind(slot.weight, rank) for name, slot in watched.items()}
+    sum_class = _DiagonalSum if structure == "diagonal" else _KroneckerSum
+    sums = {name: sum_class(slot.weight, rank) for name, slot in watched.items()}
     called: set[str] = set()
     log_likelihood = 0.0
     for batch, trace in _traces(slots.model, scorer, batches, watched):
@@ -79,32 +84,32 @@ def gauss_newton(
             for j in range(last + 1):
                 gradients = trace.gradients(root[..., j], keep=j < last)
                 for name in list(gradients):
-                    sums[name].add(gradients.pop(name))  # frees each slot's as it goes
-            for part in sums.values():
-                part.close()
+                    sums[name].add(gradients.pop(name))  # pop frees a slot's gradients once added
+            for slot_sum in sums.values():
+                slot_sum.close()
             if "labels" in batch:
                 labels = batch["labels"].to(trace.logits.device)[:, None]
-                chosen = trace.logits.detach().double().log_softmax(-1).gather(1, labels)
-                log_likelihood += chosen.sum().item()
+                logs = trace.logits.detach().double().log_softmax(-1).gather(1, labels)
+                log_likelihood += logs.sum().item()
     if silent := sorted(set(watched) - called):
         raise Refusal(
             f"{len(silent)} of {len(watched)} slots were not called by any row, such as "
             f"{silent[0]}; leave their layers out of target_modules"
         )
-    return Curvature({name: part.block() for name, part in sums.items()}, log_likelihood)
+    return Curvature({name: slot_sum.block() for name, slot_sum in sums.items()}, log_likelihood)
 
 
 def _traces(
     model: nn.Module, scorer: ClassLogits, batches: Iterable[Batch], slots: Mapping[str, nn.Module]
 ) -> Iterator[tuple[Batch, Trace]]:
-    """The trace of each batch; row by row where the model's layers do not see the rows."""
+    """Each batch with its trace; a batch whose rows the slots do not see is split into its rows."""
     for batch in batches:
         try:
             trace = traced(model, scorer, batch, slots)
         except OtherRows:
-            for row in range(rows_of(batch)):
-                one = some_rows(batch, row, row + 1)
-                yield one, traced(model, scorer, one, slots)
+            for index in range(num_rows_of(batch)):
+                row = some_rows(batch, index, index + 1)
+                yield row, traced(model, scorer, row, slots)
         else:
             yield batch, trace
 
@@ -129,16 +134,22 @@ def softmax_root(logits: Tensor) -> Tensor:
         multinomial distribution, Journal of the Royal Statistical Society B, 1992.
     """
     p = logits.detach().double().softmax(-1)
-    tail = p.flip(-1).cumsum(-1).flip(-1)
-    own, before, after = p[:, :-1], tail[:, :-1], tail[:, 1:]
-    scale = torch.where(after > 0, (own / before).sqrt(), 0.0)
-    below = -p[:, :, None] * (scale / torch.where(after > 0, after, 1.0).sqrt())[:, None]
-    diagonal = torch.diag_embed(scale * after.sqrt())
+    tails = p.flip(-1).cumsum(-1).flip(-1)
+    tail = tails[:, :-1]  # q_j
+    next_tail = tails[:, 1:]  # q_{j+1}
+    scale = torch.where(next_tail > 0, (p[:, :-1] / tail).sqrt(), 0.0)
+    divisor = torch.where(next_tail > 0, next_tail, 1.0).sqrt()
+    below = -p[:, :, None] * (scale / divisor)[:, None]
+    diagonal = torch.diag_embed(scale * next_tail.sqrt())
     return below.tril(-1) + nn.functional.pad(diagonal, (0, 0, 0, 1))
 
 
 class _KroneckerSum:
-    """Both factors of one matrix; the columns of R are added one by one, then the batch closed."""
+    """Both factors of one matrix's H.
+
+    For each batch `add` takes the calls' inputs and gradients once for every column of R; `close`
+    then adds the inputs, once, of the tokens at which some column had a gradient.
+    """
 
     def __init__(self, weight: Tensor, rank: int) -> None:
         self.gradients = factor_of(weight, 0, rank)
@@ -148,17 +159,18 @@ class _KroneckerSum:
 
     def add(self, calls: list[tuple[Tensor, Tensor]]) -> None:
         for i, (a, g) in enumerate(calls):
-            rows = g.flatten(0, 1)
-            reached = rows.any(-1)
-            self.gradients.add(rows[reached])
-            if i < len(self.batch):
-                reached = reached | self.batch[i][1]
-            self.batch[i : i + 1] = [(a, reached)]
+            tokens = g.flatten(0, 1)
+            counts = tokens.any(-1)
+            self.gradients.add(tokens[counts])
+            if i < len(self.batch):  # another column of R came before
+                self.batch[i] = (a, counts | self.batch[i][1])
+            else:
+                self.batch.append((a, counts))
 
     def close(self) -> None:
-        for a, reached in self.batch:
-            self.inputs.add(a.flatten(0, 1)[reached])
-            self.num_tokens += int(reached.sum())
+        for a, counts in self.batch:
+            self.inputs.add(a.flatten(0, 1)[counts])
+            self.num_tokens += int(counts.sum())
         self.batch = []
 
     def block(self) -> Kronecker:
@@ -171,8 +183,8 @@ class _DiagonalSum:
     """The diagonal of one matrix's H: Σ over rows and columns of R of the squared Jacobian."""
 
     def __init__(self, weight: Tensor, rank: int) -> None:
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        self.values = torch.zeros_like(weight.detach(), dtype=wide)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.values = torch.zeros_like(weight.detach(), dtype=dtype)
 
     def add(self, calls: list[tuple[Tensor, Tensor]]) -> None:
         self.values += jacobian_of(calls).square().sum(0)
@@ -188,8 +200,12 @@ def log_evidence(found: Curvature, square_norm: float, precision: float) -> floa
     """The Laplace approximation of log p(D | λ), in nats.
 
     log p(D) ≈ log p(D | θ) − λ/2·‖θ‖² − ½·log det(H + λI) + P/2·log λ, where the last two are −½·Σ
-    log(1 + h/λ) over the eigenvalues h of H: those that a low-rank factor leaves out are 0.
-    `square_norm` is ‖θ‖² over the matrices that have a block, `precision` is λ.
+    log(1 + h/λ) over the eigenvalues h of H; those that a low-rank factor leaves out count as 0.
+
+    Args:
+        found: the blocks H, and log p(D | θ).
+        square_norm: ‖θ‖² over the matrices that have a block.
+        precision: λ.
     """
     volume = 0.0
     for block in found.blocks.values():
@@ -203,8 +219,12 @@ def best_precision(found: Curvature, square_norm: float) -> float:
     As a function of log λ the evidence is concave: its slope ½·Σ h/(h + λ) − λ/2·‖θ‖² falls. The
     paper approaches the one maximum by 100 steps of Adam; bisection finds it to rounding.
 
+    Args:
+        found: the blocks H.
+        square_norm: ‖θ‖² over the matrices that have a block.
+
     Raises:
-        Refusal: if the curvature is 0: the model is sure of every row.
+        Refusal: if the curvature is 0, because the model is sure of every row, or ‖θ‖² is 0.
     """
     values = torch.cat([block.eigenvalues.double().flatten() for block in found.blocks.values()])
     trace = values.sum().item()

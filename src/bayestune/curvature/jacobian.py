@@ -43,14 +43,18 @@ class Trace:
         """Inputs a (N, L, in) and gradients g (N, L, out) of Σ_nc weights_nc·logits_nc.
 
         L counts the tokens of all sequences of a row; g is exactly 0 at padding, on which no logit
-        depends. Weights (N, C) are 0 where a logit is -inf; `keep` says that another pass follows.
+        depends.
+
+        Args:
+            weights: (N, C), 0 where a logit is -inf.
+            keep: whether another backward pass will follow, so that the graph is kept.
         """
         outputs = []
         for calls in self.calls.values():
             outputs += [output for _, output in calls]
         settings = {"retain_graph": keep, "allow_unused": True, "materialize_grads": True}
-        found = torch.autograd.grad(self.logits, outputs, weights.to(self.logits), **settings)
-        remaining = iter(found)
+        flat = torch.autograd.grad(self.logits, outputs, weights.to(self.logits), **settings)
+        remaining = iter(flat)  # in the order of slots and calls
         num_rows = len(self.logits)
         gradients: Calls = {name: [] for name in self.calls}
         for name, calls in self.calls.items():
@@ -60,7 +64,7 @@ class Trace:
         return gradients
 
     def jacobian(self, weights: Tensor, *, keep: bool) -> dict[str, Tensor]:
-        """J (N, out, in) of Σ_c weights_nc·logits_nc for each slot, from one backward pass."""
+        """J (N, out, in) of Σ_c weights_nc·logits_nc by slot name, from one backward pass."""
         gradients = self.gradients(weights, keep=keep)
         return {name: jacobian_of(calls) for name, calls in gradients.items()}
 
@@ -72,7 +76,7 @@ def jacobian_of(calls: list[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def _by_row(value: Tensor, num_rows: int, name: str) -> Tensor:
-    """(sequences, …, width), a row's sequences together, to (N, L, width) in float32 or more."""
+    """(sequences, …, width), each row's sequences adjacent, as (N, L, width) in float32 or more."""
     if value[..., 0].numel() % num_rows:
         raise Refusal(
             f"the slot {name} sees activations that do not divide into rows: got "
@@ -87,9 +91,18 @@ def traced(
 ) -> Trace:
     """Runs a batch in evaluation mode with gradients, and keeps the slots' inputs and outputs.
 
+    One row of the batch is also run alone, once for each kind of batch, to check that every slot
+    sees the batch's rows along its first axis.
+
+    Args:
+        model: the model.
+        score: maps (model, batch) to class logits (N, C).
+        inputs: the batch of N rows.
+        slots: the modules to watch, by slot name.
+
     Raises:
-        OtherRows: if a slot sees something else than the batch's rows along its first axis; a batch
-            of one row can be traced.
+        OtherRows: if a slot sees something other than the batch's rows along its first axis; then
+            only a batch of one row can be traced.
         Refusal: if no slot was called: the adapter is merged, disabled or not the active one.
     """
     compiled = is_compiled(model)
@@ -101,8 +114,8 @@ def traced(
             _refuse_rows(next(iter(slots)))
         trace = _traced(model, score, inputs, slots)
         num_rows = len(trace.logits)
-        whole = num_rows > 1 and num_rows == rows_of(inputs)
-        if whole and verdicts.due(kind):
+        comparable = num_rows > 1 and num_rows == num_rows_of(inputs)
+        if comparable and verdicts.due(kind):
             row = some_rows(inputs, num_rows - 1, num_rows)
             alone = _traced(model, score, row, slots)
             score_of = partial(score, model)
@@ -135,29 +148,33 @@ def _has_row(
         trace: of the batch.
         alone: of the row.
         place: of the row in the batch.
-        by_size: what a batch's size alone changes of the row's logits: of the activations, whose
-            rows are in question, it would not tell.
+        by_size: measures what a batch's size alone changes of the row's logits. Relative to them,
+            activations may change as much; on these it cannot be measured, for it is in question
+            which rows they are of.
         model: which was traced.
     """
     if trace.calls.keys() != alone.calls.keys():
         return False
     num_rows = len(trace.logits)
-    change = cache(lambda: finite_rms(by_size()) / finite_rms(alone.logits))
+    relative_change = cache(lambda: finite_rms(by_size()) / finite_rms(alone.logits))
     for name, calls in trace.calls.items():
-        others = alone.calls[name]
-        if len(calls) != len(others):
+        calls_alone = alone.calls[name]
+        if len(calls) != len(calls_alone):
             return False
-        for (a, _), (b, _) in zip(calls, others, strict=True):
+        for (a, _), (a_alone, _) in zip(calls, calls_alone, strict=True):
             if a[..., 0].numel() % num_rows:
                 return False
-            own, row = _by_row(a, num_rows, name)[place], _by_row(b, 1, name)[0]
-            if agrees(own[None], row, 0, model, partial(_share, row, change)) is False:
+            in_batch = _by_row(a, num_rows, name)[place]
+            by_itself = _by_row(a_alone, 1, name)[0]
+            rounding = partial(_scaled, by_itself, relative_change)
+            if agrees(in_batch[None], by_itself, 0, model, rounding) is False:
                 return False
     return True
 
 
-def _share(values: Tensor, share: Callable[[], float]) -> Tensor:
-    return share() * values
+def _scaled(values: Tensor, factor: Callable[[], float]) -> Tensor:
+    """Values times a factor, which is computed only when this is called."""
+    return factor() * values
 
 
 def _refuse_rows(name: str) -> None:
@@ -167,14 +184,14 @@ def _refuse_rows(name: str) -> None:
     )
 
 
-def rows_of(inputs: Batch) -> int:
-    """How many rows a batch has: some of its tensors may have several entries a row."""
+def num_rows_of(inputs: Batch) -> int:
+    """How many rows a batch has; a tensor may have several entries for each row."""
     return min(len(value) for value in inputs.values())
 
 
 def some_rows(inputs: Batch, start: int, stop: int) -> dict[str, Tensor]:
-    """Some rows of a batch, in which a tensor may have several consecutive entries a row."""
-    num_rows = rows_of(inputs)
+    """The rows from `start` to before `stop`; a tensor may have several adjacent entries a row."""
+    num_rows = num_rows_of(inputs)
     sizes = {name: len(value) // num_rows for name, value in inputs.items()}
     return {name: inputs[name][start * size : stop * size] for name, size in sizes.items()}
 
@@ -184,7 +201,7 @@ def _recording(slots: Mapping[str, nn.Module]) -> Iterator[Calls]:
     calls: Calls = {}
 
     def record(name: str, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if not output.requires_grad:  # a frozen adapter's first slot, where the graph begins
+        if not output.requires_grad:  # the first slot of a frozen adapter: the graph begins here
             output.requires_grad_()
         calls.setdefault(name, []).append((inputs[0].detach(), output))
 

@@ -15,7 +15,7 @@ from bayestune.forward import Draws
 from bayestune.posteriors import Posterior, Prediction, refuse_one_class
 from bayestune.scoring import Scorer, row_logits
 
-# Maps (which rows, which draws) to their logits (S, N, C), of these rows and draws only.
+# Maps numbers of rows and indices of draws to the logits (S, N, C) of these alone.
 Source = Callable[[list[int], range], Tensor]
 _ROUNDING = 1e-9  # more than float64 loses in the sums of any number of draws
 
@@ -27,7 +27,7 @@ class Adaptive:
     After n draws the leader leads by n·(p₁ − p₂) in summed probability, and each draw to come takes
     at most 1 from it, so the leader stays while n·(p₁ − p₂) > S − n: never before S/2 draws.
     A row that stops keeps the mean of its first n draws, slightly biased because n depends on them.
-    Its mutual information is corrected for its own n, so that rows of unlike n can be ranked.
+    Its mutual information is corrected for its own n, so that rows of different n can be ranked.
 
     Args:
         most: S, the largest number of draws of a row.
@@ -80,6 +80,11 @@ class AdaptivePrediction(Prediction):
 def in_rounds(source: Source, num_rows: int, adaptive: Adaptive) -> AdaptivePrediction:
     """Draws in rounds from any source of logits, such as saved draws.
 
+    Args:
+        source: gives the logits of some rows under some draws.
+        num_rows: N.
+        adaptive: how many draws at most, and when to look.
+
     Example:
         >>> agreed, mixed = [[9.0, 0.0]] * 6, [[9.0, 0.0], [0.0, 9.0]] * 3
         >>> logits = torch.tensor([agreed, mixed]).transpose(0, 1)
@@ -91,25 +96,28 @@ def in_rounds(source: Source, num_rows: int, adaptive: Adaptive) -> AdaptivePred
         raise Refusal("nothing to predict: got no rows, expected one or more")
     rows = torch.arange(num_rows)
     used = torch.zeros(num_rows, dtype=torch.long)
-    drawn = torch.empty(0)  # log-probabilities
-    for part in adaptive.rounds():
-        logits = source(rows.tolist(), part).cpu()
-        if part.start == 0:  # of all rows, so that C is that of the widest
+    log_drawn = torch.empty(0)  # log-probabilities (S, N, C); −inf of draws that are not taken
+    for indices in adaptive.rounds():
+        logits = source(rows.tolist(), indices).cpu()
+        if indices.start == 0:  # of all rows, so that C is that of the widest
             shape = (adaptive.most, num_rows, logits.shape[-1])
-            drawn = torch.full(shape, -torch.inf, dtype=torch.float64)
+            log_drawn = torch.full(shape, -torch.inf, dtype=torch.float64)
         logs = logits.double().log_softmax(-1)
-        drawn[part.start : part.stop, rows, : logits.shape[-1]] = logs
-        used[rows] = part.stop
-        rows = rows[~adaptive.decided(drawn[: part.stop, rows].exp().mean(0), part.stop)]
+        log_drawn[indices.start : indices.stop, rows, : logits.shape[-1]] = logs
+        used[rows] = indices.stop
+        means_so_far = log_drawn[: indices.stop, rows].exp().mean(0)
+        rows = rows[~adaptive.decided(means_so_far, indices.stop)]
         if not len(rows):
             break
-    known = drawn.logsumexp(0) - used[:, None].log()
-    drawn = drawn.exp()
+    log_means = log_drawn.logsumexp(0) - used[:, None].log()
+    drawn = log_drawn.exp()
     means = drawn.sum(0) / used[:, None]
     total = torch.special.entr(means).sum(-1)
     expected = torch.special.entr(drawn).sum((0, -1)) / used
     information = mutual_information(total, expected, used)
-    return AdaptivePrediction(means, total, expected, information, used, log_probabilities=known)
+    return AdaptivePrediction(
+        means, total, expected, information, used, log_probabilities=log_means
+    )
 
 
 def predict_adaptively(
@@ -141,13 +149,13 @@ def predict_adaptively(
     """
     encoded = scorer.encode(questions)
 
-    def source(rows: list[int], part: range) -> Tensor:
-        which = replace(draws or Draws(), first=part.start, count=len(part))
-        title = f"predict, draws {part.start + 1} to {part.stop}" if progress else None
+    def source(rows: list[int], indices: range) -> Tensor:
+        of_round = replace(draws or Draws(), first=indices.start, count=len(indices))
+        title = f"predict, draws {indices.start + 1} to {indices.stop}" if progress else None
         chosen = [encoded[row] for row in rows]
-        logits = row_logits(posterior, scorer, chosen, which, progress=title)
+        logits = row_logits(posterior, scorer, chosen, of_round, progress=title)
         check_draws(logits)
-        if part.start == 0:  # of all rows
+        if indices.start == 0:  # of all rows
             refuse_one_class(logits)
         return logits
 

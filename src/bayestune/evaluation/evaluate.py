@@ -14,6 +14,9 @@ from bayestune.forward import Draws
 from bayestune.posteriors import Posterior, Prediction, count_for
 from bayestune.scoring import Scorer, shared_row_logits
 
+DRAWS_KEPT = 32  # of each row, in its file: as many as a picture can show
+_ROWS_AT_ONCE = 1024
+
 
 @dataclass(frozen=True)
 class EvaluationOptions:
@@ -63,10 +66,6 @@ class EvaluationOptions:
         return counts or [count_for(posterior, 0)]
 
 
-DRAWS_KEPT = 32  # of each row, in its file: as many as a picture can show
-_ROWS_AT_ONCE = 1024
-
-
 @dataclass(frozen=True)
 class Evaluated:
     """The predictive of all rows for one number of draws."""
@@ -90,33 +89,49 @@ def evaluate_posterior(
 
     One pass over the rows takes the largest number of draws, another one the mean. A posterior with
     `atoms` is evaluated once, with as many draws. Processes under a launcher share the batches.
+
+    Args:
+        posterior: whose draws.
+        scorer: encodes the questions and gives their class logits (N, C).
+        questions: N rows.
+        options: numbers of draws, their seed, and the bounds of a pass.
+        bf16: whether to predict under bfloat16 autocast.
+        progress: whether each pass over the rows shows a progress bar.
+
+    Returns:
+        One for each number of draws, as `EvaluationOptions.counts` orders them.
+
+    Raises:
+        Refusal: if a question cannot be put, or a row's logits are not numbers.
     """
     rows = scorer.encode(questions)
     size = options.prediction_batch
     common = Draws(seed=options.draw_seed, max_tokens=options.max_tokens, bf16=bf16)
     counts = options.counts(posterior)
-    timed = {count: max(counts) if count else 0 for count in counts}
+    timed = {count: max(counts) if count else 0 for count in counts}  # the draws of each one's pass
     passes: dict[int, tuple[Tensor, float]] = {}
-    for count in set(timed.values()):
-        prefix = options.shared_prefix if count and posterior.atoms is None else None
-        draws = replace(common, count=count, shared_prefix=prefix)
-        title = (f"predict, {count} draws" if count else "predict, mean") if progress else None
+    for num_draws in set(timed.values()):
+        prefix = options.shared_prefix if num_draws and posterior.atoms is None else None
+        draws = replace(common, count=num_draws, shared_prefix=prefix)
+        title = f"predict, {num_draws} draws" if num_draws else "predict, mean"
+        bar = title if progress else None
         begin = time.perf_counter()
-        logits = shared_row_logits(posterior, scorer, rows, draws, batch_size=size, progress=title)
-        passes[count] = (logits, time.perf_counter() - begin)
-    found = []
+        logits = shared_row_logits(posterior, scorer, rows, draws, batch_size=size, progress=bar)
+        passes[num_draws] = (logits, time.perf_counter() - begin)
+    evaluated = []
     for count in counts:
         logits, seconds = passes[timed[count]]
         check_draws(logits)
         prediction = _predictive(logits[: max(count, 1)], exact=posterior.atoms is not None)
-        found.append(Evaluated(count, prediction, seconds, timed[count]))
-    return found
+        evaluated.append(Evaluated(count, prediction, seconds, timed[count]))
+    return evaluated
 
 
 def _predictive(logits: Tensor, *, exact: bool) -> Prediction:
-    """`Prediction.of` logits, some rows at a time, with the draws that records tell.
+    """The prediction of logits (S, N, C), with the first draws, which records keep.
 
-    A thousand draws of Laplace would take many times the logits' memory.
+    It is made some rows at a time: for a thousand draws, as of Laplace, it takes many times the
+    logits' memory.
     """
     parts = [Prediction.of(rows, exact=exact) for rows in logits.split(_ROWS_AT_ONCE, dim=1)]
     return Prediction.joined([part.with_draws(DRAWS_KEPT) for part in parts])

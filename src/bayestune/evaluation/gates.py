@@ -1,4 +1,4 @@
-"""Figures of a gate in a record, and the bars that an evaluation must not fall below."""
+"""Figures of a gate and of classes in a record, and bars that a record's figures must clear."""
 
 import math
 import re
@@ -25,13 +25,18 @@ _METRICS = ("accuracy", "nll", "brier", "ece", "aurc")
 _OF_CLASSES = ("macro_f1",)
 _OF_CALIBRATED = ("acted", "risk", "cost")
 _SHARES = {"accuracy", "ece", "aurc", "augrc", "coverage_at_risk_5", "risk_at_coverage_80"}
-_SHARES |= {"confidently_wrong", "macro_f1", *_OF_CALIBRATED}  # from 0 to 1, in tables in %
+_SHARES |= {"confidently_wrong", "macro_f1", *_OF_CALIBRATED}  # from 0 to 1, but in % in tables
 _SIGNS = str.maketrans({"≤": "<=", "≥": ">="})
-_OTHERWISE = {"wrong_at_0.8": "wrong_at_80", "wrong_at_0.9": "wrong_at_90"}
+_ALIASES = {"wrong_at_0.8": "wrong_at_80", "wrong_at_0.9": "wrong_at_90"}
 
 
 def gate_record(probabilities: Tensor, questions: Sequence[Question]) -> dict[str, Any]:
-    """What a record says of a gate on the confidence, and what costs nothing beside it."""
+    """What a record says of a gate on the confidence, and of baselines that need no model.
+
+    Args:
+        probabilities: (N, C).
+        questions: N rows, all with an answer.
+    """
     answers = torch.tensor([row.answer for row in questions])
     sizes = torch.tensor([len(row.options) for row in questions])
     return asdict(gate(probabilities, answers)) | free_baselines(answers, sizes)
@@ -53,21 +58,22 @@ def class_record(probabilities: Tensor, questions: Sequence[Question]) -> dict[s
         probabilities = probabilities.gather(1, places.to(probabilities.device))
     rows = [row.with_options(names) for row in questions]
     answers = torch.tensor([row.answer for row in rows])
-    found = class_figures(probabilities, answers)
-    figures = []
-    for name, own in zip(names, found, strict=True):
-        figures.append({"name": name} | {key: _number(n) for key, n in asdict(own).items()})
-    table = confusion(probabilities.argmax(-1), answers, len(names))
-    return {"classes": figures, "macro_f1": macro_f1(found), "confusion": table.tolist()}
+    by_class = class_figures(probabilities, answers)
+    classes = []
+    for name, figures in zip(names, by_class, strict=True):
+        values = {key: _none_if_nan(value) for key, value in asdict(figures).items()}
+        classes.append({"name": name, **values})
+    counts = confusion(probabilities.argmax(-1), answers, len(names))
+    return {"classes": classes, "macro_f1": macro_f1(by_class), "confusion": counts.tolist()}
 
 
-def _number(value: float) -> float | None:
+def _none_if_nan(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
 @dataclass(frozen=True)
 class Bar:
-    """What a figure of a record must be, such as nll<=0.7 or wrong_at_0.9<=2."""
+    """A bound that a figure of a record must keep, such as nll<=0.7 or wrong_at_0.9<=2."""
 
     figure: str
     sign: str
@@ -75,10 +81,11 @@ class Bar:
 
     @classmethod
     def of(cls, text: str) -> Self:
-        """The bar that a text says.
+        """The bar that a text such as "nll<=0.7" means.
 
         Raises:
-            Refusal: if it is none, or of a figure that no record has.
+            Refusal: if the text is not a figure, a sign and a number, no record has the figure, or
+                a share is bounded in per cent.
 
         >>> Bar.of("wrong_at_0.9<=2")
         Bar(figure='wrong_at_90', sign='<=', bound=2.0)
@@ -87,13 +94,13 @@ class Bar:
         if match is None:
             raise Refusal(f"got {text!r}; expected such as 'nll<=0.7'; give a figure and a bound")
         name = match[1].casefold()
-        name = _OTHERWISE.get(name, name)
+        name = _ALIASES.get(name, name)
         of_gates = [field.name for field in fields(Gate)]
-        known = list(dict.fromkeys([*_METRICS, *of_gates, *_OF_CLASSES, *_OF_CALIBRATED]))
-        if name not in known:
-            near = nearest(name, known)
+        figures = list(dict.fromkeys([*_METRICS, *of_gates, *_OF_CLASSES, *_OF_CALIBRATED]))
+        if name not in figures:
+            near = nearest(name, figures)
             hint = f"did you mean {near!r}?" if near else "choose one"
-            raise Refusal(f"got the figure {name!r}; expected one of {known}; {hint}")
+            raise Refusal(f"got the figure {name!r}; expected one of {figures}; {hint}")
         try:
             bound = float(match[3])
         except ValueError:
@@ -116,7 +123,7 @@ class Bar:
         return math.nan if value is None else float(value)
 
     def holds(self, record: Mapping[str, Any]) -> bool:
-        """Whether a record's figure is on the right side; NaN never is."""
+        """Whether a record's figure keeps the bound; NaN never does."""
         value = self.of_record(record)
         return {
             "<=": value <= self.bound,

@@ -18,31 +18,32 @@ from bayestune.evaluation.option_likelihoods import READINGS, OptionRows, option
 
 
 class _Tasks(TaskManager):
-    """The harness's tasks, which remembers those it loaded."""
+    """The harness's task manager, which remembers the tasks it loaded, by name, in `loaded`."""
 
     def __init__(self, include_path: Path | None) -> None:
         super().__init__(include_path=None if include_path is None else str(include_path))
         self.loaded: dict[str, Task] = {}
 
     def load(self, task_list: Any) -> Any:
-        """Of harnesses from 0.4.12 on."""
+        """The method that harnesses from 0.4.12 on call."""
         with _refused_in_a_line(task_list):
             return self._noted(super().load(task_list))
 
     def load_task_or_group(self, task_list: Any = None) -> Any:
-        """Of earlier ones."""
+        """The method that earlier harnesses call."""
         with _refused_in_a_line(task_list):
             return self._noted(super().load_task_or_group(task_list))
 
-    def _noted(self, found: Any) -> Any:
-        inner = [found]
-        while inner:
-            for name, value in inner.pop().items():
+    def _noted(self, tasks: Any) -> Any:
+        """Remembers the tasks in a tree of dicts, and returns the tree."""
+        branches = [tasks]
+        while branches:
+            for name, value in branches.pop().items():
                 if isinstance(value, Task):
                     self.loaded[name] = value
                 elif isinstance(value, dict):
-                    inner.append(value)
-        return found
+                    branches.append(value)
+        return tasks
 
 
 @contextmanager
@@ -53,9 +54,9 @@ def _refused_in_a_line(tasks: Any) -> Iterator[None]:
     except Refusal:
         raise
     except Exception as problem:
-        said = " ".join(f"{type(problem).__name__}: {problem}".split())
+        reason = " ".join(f"{type(problem).__name__}: {problem}".split())
         raise Refusal(
-            f"the harness cannot load {tasks}: got {said}; expected a task and its data; look at "
+            f"the harness cannot load {tasks}: got {reason}; expected a task and its data; look at "
             "its YAML file, or at the connection to the Hub"
         ) from problem
 
@@ -69,7 +70,7 @@ class HarnessOptions:
         include_path: a folder with tasks of your own.
         num_fewshot: examples before a question, where a task leaves it open.
         limit: at most so many documents of each task.
-        apply_chat_template: whether the model's chat template puts them.
+        apply_chat_template: whether questions are put in the model's chat template.
     """
 
     tasks: Sequence[str]
@@ -81,7 +82,7 @@ class HarnessOptions:
 
 @dataclass(frozen=True)
 class Run:
-    """What the harness found."""
+    """A run of the harness: its results, and the tasks by name."""
 
     results: dict[str, Any]
     tasks: dict[str, Task] = field(repr=False)
@@ -93,25 +94,31 @@ class Run:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What the harness found, without samples and what it says of the machine."""
+        """The results without samples and without what they say of the machine."""
         names = ("results", "groups", "group_subtasks", "configs", "versions", "n-shot")
         names += ("higher_is_better", "n-samples", "config")
         return {name: self.results[name] for name in names if name in self.results}
 
     def version_of(self, name: str) -> dict[str, Any]:
         """The harness's version and the task's, and how many examples stood before a question."""
-        known = {"lm_eval": version("lm-eval"), "task": self.results["versions"].get(name)}
-        return {**known, "num_fewshot": self.results["n-shot"].get(name)}
+        return {
+            "lm_eval": version("lm-eval"),
+            "task": self.results["versions"].get(name),
+            "num_fewshot": self.results["n-shot"].get(name),
+        }
 
     def choices(self, lm: AveragedLM) -> dict[str, OptionRows]:
         """The rows of each multiple-choice task that was run, under the draws of its model."""
-        found = {}
+        rows = {}
         for name, samples in self.results["samples"].items():
             task = self.tasks.get(name)
             if task is not None and task.OUTPUT_TYPE == "multiple_choice":
-                drawn = {number: value for (own, number), value in lm.drawn.items() if own == name}
-                found[name] = option_rows(task, samples, drawn)
-        return found
+                drawn = {}
+                for (task_name, document), likelihoods in lm.drawn.items():
+                    if task_name == name:
+                        drawn[document] = likelihoods
+                rows[name] = option_rows(task, samples, drawn)
+        return rows
 
     def readings(self, name: str) -> list[str]:
         """How a task compares options, by the names of its metrics; by likelihood at least."""
@@ -122,13 +129,16 @@ class Run:
 def run_tasks(lm: AveragedLM, options: HarnessOptions) -> Run:
     """Runs tasks of the harness.
 
+    Args:
+        lm: the model.
+        options: which tasks, and how they are put.
+
     Raises:
         Refusal: if a task is unknown, or cannot be loaded.
     """
     manager = _Tasks(options.include_path)
     for name in options.tasks:
-        known = name in manager.all_tasks or Path(name).is_file()
-        if not known:
+        if name not in manager.all_tasks and not Path(name).is_file():
             near = nearest(name, manager.all_tasks)
             hint = f"did you mean {near!r}?" if near else "see `lm-eval ls tasks`"
             raise Refusal(

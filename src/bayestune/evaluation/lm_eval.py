@@ -37,9 +37,10 @@ _GREEDY = {"do_sample": False}
 class AveragedLM(LM):
     """A posterior as a model of the harness: `lm_eval.simple_evaluate(AveragedLM(…), tasks=[…])`.
 
-    * `loglikelihood`: of several requests of one document, its options, each gets the number whose
-      softmax over them is the average over draws of their probabilities, see `averaged_options`; a
-      request by itself the logarithm of its average likelihood. "Greedy" is what most draws write.
+    * `loglikelihood`: several requests of one document are its options. They get the numbers whose
+      softmax is the average over draws of the options' probabilities, see `averaged_options`. A
+      request by itself gets the logarithm of its average likelihood. "Greedy" is what most draws
+      would write.
     * `loglikelihood_rolling`: the logarithm of the text's average likelihood.
     * `generate_until`: each token averaged over draws, see `bayestune.generate`.
 
@@ -83,20 +84,21 @@ class AveragedLM(LM):
         answers = torch.tensor(drawn, dtype=torch.float64)  # (S, requests, 2)
         likelihoods = answers[..., 0]
         greedy = answers[..., 1].mean(0) > 0.5
-        found = averaged_texts(likelihoods)
-        alone = 0
-        for group, places in _questions(requests).items():
-            firsts = [same[0] for same in places]
+        averages = averaged_texts(likelihoods)
+        num_alone = 0
+        for (task, document, without_context), places in _questions(requests).items():
+            firsts = [of_option[0] for of_option in places]
             if len(firsts) == 1:
-                alone += 1
+                num_alone += 1
                 continue
             options = likelihoods[:, firsts]
-            if not group[2]:
-                self.drawn[group[:2]] = options / temperature
-            for number, same in zip(averaged_options(options, temperature), places, strict=True):
-                found[same] = number
-        _say_untempered(temperature, alone)
-        return list(zip(found.tolist(), greedy.tolist(), strict=True))
+            if not without_context:
+                self.drawn[task, document] = options / temperature
+            averaged = averaged_options(options, temperature)
+            for average, of_option in zip(averaged, places, strict=True):
+                averages[of_option] = average
+        _say_untempered(temperature, num_alone)
+        return list(zip(averages.tolist(), greedy.tolist(), strict=True))
 
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
         """The log-likelihood of each whole text."""
@@ -112,22 +114,28 @@ class AveragedLM(LM):
             return self.plain.generate_until(requests)
 
     def _read(self, kind: str, requests: list[Any]) -> tuple[list[Any], float]:
-        """What HFLM answers under each draw, and the posterior's temperature."""
+        """What HFLM answers under each draw, and the posterior's temperature.
+
+        Args:
+            kind: the method of HFLM.
+            requests: its argument.
+        """
         begin = time.perf_counter()
-        found = []
-        temperature = 1.0  # the same under every draw
+        answers = []
+        temperature = 1.0
         ones = list(self._one_by_one())
         for one in tqdm(ones, "draws", disable=not self.progress):
-            with self.posterior.side_by_side(one) as own:
-                temperature = own
+            with self.posterior.side_by_side(one) as of_posterior:
+                temperature = of_posterior  # the same under every draw
                 if self.cache is None:
-                    found.append(getattr(self.plain, kind)(requests, disable_tqdm=True))
+                    answers.append(getattr(self.plain, kind)(requests, disable_tqdm=True))
                 else:
-                    found.append(getattr(self._cached(one), kind)(requests))
+                    answers.append(getattr(self._cached(one), kind)(requests))
         self.seconds += time.perf_counter() - begin
-        return found, temperature
+        return answers, temperature
 
     def _one_by_one(self) -> Iterator[Draws]:
+        """Each draw alone; the mean if there are none."""
         if self.draws.count == 0:
             yield self.draws
         for index in self.draws.indices:
@@ -139,7 +147,7 @@ class AveragedLM(LM):
         return CachingLM(self.plain, f"{self.cache}-{which}.db")
 
     def _digest(self, cache: Path) -> str:
-        """What tells this posterior's likelihoods from any other's, but for the draw's number."""
+        """A digest of all that likelihoods depend on, except for the draw's index."""
         if self.posterior.digest is None:
             raise Refusal(
                 f"got cache={cache} for a posterior without a digest, which the cache could not "
@@ -219,8 +227,8 @@ class _Reader(HFLM):
         inputs = {"input_ids": context, "attention_mask": mask}
         options |= {"max_new_tokens": max_length - context.shape[1]}
         options |= {"pad_token_id": self.tokenizer.pad_token_id}
-        found = generate(self._posterior, inputs, self._draws, **options)
-        new = found.sequences.to(context.device)
+        generation = generate(self._posterior, inputs, self._draws, **options)
+        new = generation.sequences.to(context.device)
         return torch.cat([context, new], 1) if self.backend == "causal" else new
 
 
@@ -243,10 +251,14 @@ def _refuse_unheld(posterior: Posterior, draws: Draws) -> None:
 
 
 def _questions(requests: Sequence[Any]) -> dict[tuple[str, int, bool], list[list[int]]]:
-    """The places of requests that are options of one question, by task and document.
+    """The places of requests that are options of one question: a list of places for each option.
 
-    Each option has a list of its places, for a request may come several times. Options without a
-    context, which tasks with mutual information ask for besides, are a question of their own.
+    A request may come several times. Options without a context, which tasks with mutual information
+    ask for besides, are a question of their own.
+
+    Returns:
+        Places by task, document, and whether the options come without a context beside others with
+        one.
     """
     groups: dict[Any, dict[int, list[int]]] = {}
     for place, request in enumerate(requests):
@@ -258,18 +270,18 @@ def _questions(requests: Sequence[Any]) -> dict[tuple[str, int, bool], list[list
     bare = [key for key in groups if key[2] and (*key[:2], False) not in groups]
     for key in bare:  # no other options: these are the question's
         groups[(*key[:2], False)] = groups.pop(key)
-    found = {}
-    for key, group in groups.items():
-        found[key] = [group[place] for place in sorted(group)]
-    return found
+    questions = {}
+    for key, options in groups.items():
+        questions[key] = [options[index] for index in sorted(options)]
+    return questions
 
 
-def _say_untempered(temperature: float, alone: int) -> None:
-    if temperature != 1 and alone:
+def _say_untempered(temperature: float, num_alone: int) -> None:
+    if temperature != 1 and num_alone:
         logger.warning(
             "the temperature %.3g is of options: %d requests without options are read at 1",
             temperature,
-            alone,
+            num_alone,
         )
 
 

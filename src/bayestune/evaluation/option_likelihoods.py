@@ -1,4 +1,4 @@
-"""The log-likelihoods that draws give to options, averaged, and a harness's questions as rows."""
+"""Averages the log-likelihoods that draws give to options; makes a harness's questions rows."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -46,7 +46,10 @@ def averaged_options(drawn: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def averaged_texts(drawn: Tensor) -> Tensor:
-    """log 1/S Σ_s exp ℓ_s (…), the log-likelihoods of the mixture of S draws, by their own (S, …).
+    """log 1/S Σ_s exp ℓ_s, the log-likelihoods of texts under the mixture of S draws, (…).
+
+    Args:
+        drawn: ℓ (S, …), the log-likelihoods under each draw, in nats.
 
     Example:
         >>> averaged_texts(torch.tensor([0.5, 0.1]).double().log()).exp()
@@ -61,8 +64,8 @@ class OptionRows:
 
     Args:
         questions: N, with their answers.
-        drawn: one (S, C) for each, log-likelihoods divided by the temperature.
-        left_out: why other rows are none of these.
+        drawn: for each question the options' log-likelihoods (S, C), over the temperature.
+        left_out: for each document that is not among them, the reason.
     """
 
     questions: tuple[Question, ...]
@@ -73,13 +76,13 @@ class OptionRows:
         """Class logits (S, N, C), -inf where a row has fewer options.
 
         Args:
-            reading: what likelihoods are divided by, one of `READINGS`.
+            reading: which of `READINGS` the log-likelihoods are divided by.
         """
-        size = READINGS[reading]
+        divisor_of = READINGS[reading]
         rows = []
         for question, drawn in zip(self.questions, self.drawn, strict=True):
-            sizes = torch.tensor([size(option) for option in question.options])
-            rows.append((drawn / sizes).transpose(0, 1))
+            divisors = torch.tensor([divisor_of(option) for option in question.options])
+            rows.append((drawn / divisors).transpose(0, 1))
         padded = pad_sequence(rows, batch_first=True, padding_value=-torch.inf)  # (N, C, S)
         return padded.permute(2, 0, 1)
 
@@ -87,17 +90,17 @@ class OptionRows:
 def option_rows(
     task: Any, samples: Iterable[Mapping[str, Any]], drawn: Mapping[int, Tensor]
 ) -> OptionRows:
-    """The rows of a multiple-choice task by its logged samples.
+    """The rows of a multiple-choice task of a harness, from its logged samples.
 
     Args:
-        task: of the harness: it knows texts, options and answers of its documents.
-        samples: of this task, perhaps several for a document, by filter.
-        drawn: (S, C) for each document, by its number.
+        task: the harness's, which gives texts, options and answers of its documents.
+        samples: of this task; a document may have several, one for each filter.
+        drawn: log-likelihoods (S, C) of each document's options, by its number.
     """
     questions = []
-    found = []
+    of_questions = []
     left_out = []
-    for number, sample in {one["doc_id"]: one for one in samples}.items():
+    for number, sample in {sample["doc_id"]: sample for sample in samples}.items():
         try:
             question = _question(task, sample)
             if len(question.options) != drawn[number].shape[1]:
@@ -107,19 +110,18 @@ def option_rows(
             left_out.append(str(problem))
             continue
         questions.append(question)
-        found.append(drawn[number])
-    return OptionRows(tuple(questions), tuple(found), tuple(left_out))
+        of_questions.append(drawn[number])
+    return OptionRows(tuple(questions), tuple(of_questions), tuple(left_out))
 
 
 def _question(task: Any, sample: Mapping[str, Any]) -> Question:
-    """A document as a row; its text is that of the question, without examples before it."""
+    """A document as a row; its text is that of the question, without the examples before it."""
     number = sample["doc_id"]
     options = tuple(map(str, task.doc_to_choice(sample["doc"])))
     text = task.doc_to_text(sample["doc"])
     target = sample["target"]
-    if getattr(
-        task, "multiple_input", False
-    ):  # options are contexts there, and the text says which
+    if getattr(task, "multiple_input", False):
+        # the options are contexts, and the document's text says which of them is right
         target = text
         text = " | ".join(options)
     if not isinstance(text, str) or not text.strip():
@@ -128,7 +130,7 @@ def _question(task: Any, sample: Mapping[str, Any]) -> Question:
 
 
 def _answer(number: int, target: Any, options: Sequence[str]) -> int:
-    """The index of the right option, however a task tells it."""
+    """The index of the right option, which tasks give as an index, a text, or a list of one."""
     if isinstance(target, list) and len(target) == 1:
         target = target[0]
     if isinstance(target, str):

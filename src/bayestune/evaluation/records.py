@@ -22,7 +22,7 @@ from bayestune.whole_files import read_json_lines, write_json_lines
 
 RECORDS = "records.jsonl"
 Record = dict[str, Any]
-# what differs between two evaluations of the same
+# fields that may differ between two records of the same evaluation
 _VOLATILE = ("seconds", "timed_draws", "peak_memory_mb", "versions", "revision", "predictions")
 _VOLATILE += ("gate", "by_class")  # follow from the rows, as the metrics do
 _VOLATILE += ("date", "fit")
@@ -49,9 +49,13 @@ def make_result(
     evaluated: Evaluated,
     options: EvaluationOptions,
 ) -> Result:
-    """A record: facts of the run (task, method, label, config, …), metrics, and their origin.
+    """The record of an evaluation, and its rows.
 
-    All questions must have an answer.
+    Args:
+        facts: of the run (task, method, label, config, …), which the record begins with.
+        questions: N rows, all with an answer.
+        evaluated: their prediction.
+        options: which it was made with; bins and resamples of the metrics are taken from them.
     """
     prediction = evaluated.prediction
     answers = torch.tensor([row.answer for row in questions])
@@ -86,15 +90,22 @@ def make_result(
 
 
 def _losses(prediction: Prediction, answers: Tensor) -> Tensor | None:
-    """−log p of each row's answer in nats, (N,), also of probabilities that are rounded to 0."""
-    known = prediction.log_probabilities
-    return None if known is None else -known.gather(1, answers[:, None])[:, 0]
+    """−log p of each row's answer in nats, (N,), exact even where p is rounded to 0."""
+    logs = prediction.log_probabilities
+    return None if logs is None else -logs.gather(1, answers[:, None])[:, 0]
 
 
 def label_of(
     method: str, draws: int, posterior: Posterior, shared_prefix: int | None = None
 ) -> str:
-    """What a line of a table is called; draws that share a prefix say so."""
+    """The name of a line in a table, such as "BLoB N=10, prefix 16".
+
+    Args:
+        method: its name.
+        draws: S; 0 is the mean.
+        posterior: one with `atoms` goes by its method alone.
+        shared_prefix: m, if the draws share a prefix.
+    """
     if posterior.atoms is not None:
         return method
     prefix = f", prefix {shared_prefix}" if draws and shared_prefix is not None else ""
@@ -104,20 +115,30 @@ def label_of(
 def prediction_rows(
     questions: Sequence[Question], prediction: Prediction, *, texts: bool = True
 ) -> list[dict[str, Any]]:
-    """One JSON-ready dict a row: the question, its probabilities, its uncertainty in nats."""
+    """One JSON-ready dict a row: the question, its probabilities, its uncertainty in nats.
+
+    Args:
+        questions: N rows.
+        prediction: of them.
+        texts: whether the dicts repeat questions and options.
+    """
     columns = {name: getattr(prediction, name).tolist() for name in _UNCERTAINTY}
     if isinstance(prediction, AdaptivePrediction):
         columns["draws"] = prediction.draws_used.tolist()
     choices = prediction.choice.tolist()
     rows = []
     for i, question in enumerate(questions):
-        asked = {"question": question.question, "options": list(question.options)}
-        row = {"id": question.id, **(asked if texts else {})}
+        row = {"id": question.id, **(_texts(question) if texts else {})}
         row |= {"answer": question.answer, "choice": choices[i]}
-        row |= {"choice_text": question.options[choices[i]]} if texts else {}
+        if texts:
+            row["choice_text"] = question.options[choices[i]]
         row["probabilities"] = prediction.probabilities[i, : len(question.options)].tolist()
         rows.append(row | {name: column[i] for name, column in columns.items()})
     return rows
+
+
+def _texts(question: Question) -> dict[str, Any]:
+    return {"question": question.question, "options": list(question.options)}
 
 
 def _with_draws(rows: list[dict[str, Any]], prediction: Prediction) -> list[dict[str, Any]]:
@@ -128,12 +149,12 @@ def _with_draws(rows: list[dict[str, Any]], prediction: Prediction) -> list[dict
     drawn = prediction.drawn
     if drawn is None or len(drawn) < 2:
         return rows
-    of_rows = drawn[:DRAWS_KEPT].transpose(0, 1)
-    found = []
-    for row, draws in zip(rows, of_rows, strict=True):
-        own = draws[:, : len(row["probabilities"])].tolist()
-        found.append(row | {"drawn": [_rounded(one) for one in own]})
-    return found
+    by_row = drawn[:DRAWS_KEPT].transpose(0, 1)
+    with_draws = []
+    for row, draws in zip(rows, by_row, strict=True):
+        of_options = draws[:, : len(row["probabilities"])].tolist()
+        with_draws.append(row | {"drawn": [_rounded(draw) for draw in of_options]})
+    return with_draws
 
 
 def _rounded(numbers: Sequence[float]) -> list[float]:
@@ -141,15 +162,19 @@ def _rounded(numbers: Sequence[float]) -> list[float]:
 
 
 def error_row(question: Question, problem: Exception) -> dict[str, Any]:
-    """The line of a row that could not be put to the model."""
-    asked = {"question": question.question, "options": list(question.options)}
-    return {"id": question.id, **asked, "answer": question.answer, "error": str(problem)}
+    """The line of a row that could not be put to the model, with the reason."""
+    texts = _texts(question)
+    return {"id": question.id, **texts, "answer": question.answer, "error": str(problem)}
 
 
 def append_results(folder: Path, results: Sequence[Result]) -> None:
     """Adds records to `records.jsonl`, all or none, and files of their rows beside it.
 
     A record that says the same as an earlier one, as after a second `evaluate`, takes its place.
+
+    Args:
+        folder: of the results; made if it is not there.
+        results: records and rows to add.
     """
     folder.mkdir(parents=True, exist_ok=True)
     records = read_records(folder)
@@ -169,13 +194,15 @@ def _says_the_same(before: Record, now: Record) -> bool:
     plain = json.loads(json.dumps({key: now[key] for key in facts}, default=str))
     if any(before.get(key) != value for key, value in plain.items()):
         return False
-    found = before.get("metrics", {})
-    if found.keys() != now["metrics"].keys():
+    earlier = before.get("metrics", {})
+    if earlier.keys() != now["metrics"].keys():
         return False
-    return all(_same(found[key]["value"], one["value"]) for key, one in now["metrics"].items())
+    metrics = now["metrics"].items()
+    return all(_same(earlier[key]["value"], metric["value"]) for key, metric in metrics)
 
 
 def _same(one: float | None, other: float | None) -> bool:
+    """Whether two values of a metric are equal but for rounding, or both missing or NaN."""
     if one is None or other is None:
         return one is other
     both_nan = math.isnan(one) and math.isnan(other)

@@ -22,7 +22,11 @@ class BeforeFirstDraw:
     them: masks, positions, and what a classifier reads of its inputs at its end. Where the output
     head alone is drawn, one copy goes into the model.
 
-    `before`: the blocks before the first drawn one; `drawn`: the others, or the output head.
+    Args:
+        slots: where the draws stand.
+        before: the blocks before the first drawn one.
+        drawn: the other blocks, or the output head; empty if nothing can be shared.
+        only_head: whether the output head alone is drawn.
     """
 
     slots: Slots
@@ -39,18 +43,18 @@ class BeforeFirstDraw:
         if head is not None and not inner:
             return cls(slots, (), [head], only_head=True)
         blocks = _blocks_with(base_of(slots.model), inner[0])
-        missing = {*inner}
-        drawn = []
-        for place, block in enumerate(blocks):
-            own = missing.intersection(block.modules())
-            missing -= own
-            if own:
-                drawn.append(place)
-        if missing:
+        not_found = {*inner}
+        drawn_blocks = []
+        for number, block in enumerate(blocks):
+            in_block = not_found.intersection(block.modules())
+            not_found -= in_block
+            if in_block:
+                drawn_blocks.append(number)
+        if not_found:
             return cls(slots)  # they are in other blocks, or in none
-        first = drawn[0]
+        first = drawn_blocks[0]
         if first < 1:
-            return cls(slots)  # before the first block is only the embedding
+            return cls(slots)  # only the embedding comes before the first block
         return cls(slots, blocks[:first], blocks[first:])
 
     @property
@@ -60,14 +64,20 @@ class BeforeFirstDraw:
 
     @contextmanager
     def computing(self, chunk: Chunk, arrivals: Arrivals) -> Iterator[nn.Module]:
-        """For the time of a pass over as many copies of the rows as the chunk has draws."""
+        """A context for a pass over as many copies of the rows as the chunk has draws."""
         with self.slots.holding(chunk.stacks, arrivals), ExitStack() as hooks:
             if chunk.size > 1 and arrivals.rows:
                 self._hook(chunk.size, arrivals.rows, hooks)
             yield self.slots.model
 
     def _hook(self, times: int, rows: int, hooks: ExitStack) -> None:
-        """Args: S, S·N, and what takes the hooks off."""
+        """Has one copy go through `before`, and all through `drawn`.
+
+        Args:
+            times: S.
+            rows: S·N.
+            hooks: what takes the hooks off in the end.
+        """
         axes = 1 if self.only_head else 2  # in blocks, a single axis is not the rows
 
         def keep_first_copy(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Arguments:
@@ -79,18 +89,25 @@ class BeforeFirstDraw:
             return tuple(_copies(value, times, rows) for value in args), whole
 
         for module in [self.slots.model] if self.only_head else self.before:
-            hooks.enter_context(_before(module, keep_first_copy))
+            hooks.enter_context(_change_inputs(module, keep_first_copy))
         for module in self.drawn:
-            hooks.enter_context(_before(module, repeat_copies))
+            hooks.enter_context(_change_inputs(module, repeat_copies))
 
 
-def _before(module: nn.Module, change: Any) -> RemovableHandle:
-    """Changes what a module is given, ahead of others' hooks, which see what it will see."""
+def _change_inputs(module: nn.Module, change: Any) -> RemovableHandle:
+    """Changes what a module is given, before other hooks run, so that they see what it sees."""
     return module.register_forward_pre_hook(change, prepend=True, with_kwargs=True)
 
 
 def _first_copy(value: Any, times: int, rows: int, axes: int) -> Any:
-    """The first of S copies, of tensors whose leading axis is S·N or a multiple."""
+    """The first of S copies, of tensors whose leading axis is S·N or a multiple; others stay.
+
+    Args:
+        value: a tensor, a tuple of them, or anything else.
+        times: S.
+        rows: S·N.
+        axes: tensors with fewer stay.
+    """
     if isinstance(value, tuple):
         return tuple(_first_copy(part, times, rows, axes) for part in value)
     if not isinstance(value, Tensor) or value.dim() < axes:
@@ -99,7 +116,7 @@ def _first_copy(value: Any, times: int, rows: int, axes: int) -> Any:
 
 
 def _copies(value: Any, times: int, rows: int) -> Any:
-    """Repeats tensors of N rows; what has S·N, is broadcast over rows, or is of none, stays."""
+    """Repeats tensors of N rows S times; what has S·N rows, one for all, or none, stays."""
     if isinstance(value, tuple):
         return tuple(_copies(part, times, rows) for part in value)
     if not isinstance(value, Tensor) or value.dim() < 2 or len(value) * times != rows:
@@ -108,7 +125,7 @@ def _copies(value: Any, times: int, rows: int) -> Any:
 
 
 def _blocks_with(model: nn.Module, layer: nn.Module) -> Sequence[nn.Module]:
-    """The outermost list of blocks that a layer is in; empty where it is in none."""
+    """The outermost list of modules (blocks) that a layer is in; empty where it is in none."""
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and any(layer is part for part in module.modules()):
             return list(module)

@@ -1,7 +1,7 @@
 """Which draws of a posterior to take, how many at once, and in which precision."""
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -56,7 +56,7 @@ class Draws:
 
     @property
     def indices(self) -> range:
-        """Which draws of the set."""
+        """The indices of the draws in the set."""
         return range(self.first, self.first + self.count)
 
     def at_once(self, inputs: Batch) -> int:
@@ -69,7 +69,7 @@ class Draws:
         return max(1, bound)
 
     def precision(self, model: nn.Module) -> AbstractContextManager[Any]:
-        """A context of bfloat16 autocast on the model's device, if asked for."""
+        """A context of bfloat16 autocast on the model's device if `bf16`, else an empty one."""
         return torch.autocast(device_of(model).type, torch.bfloat16) if self.bf16 else nullcontext()
 
 
@@ -87,11 +87,15 @@ class Chunk(NamedTuple):
 
 
 def main_input(inputs: Batch) -> Tensor:
-    """Ids (N, T), embeddings (N, T, width), or the first tensor there is."""
+    """A batch's ids (N, T), embeddings (N, T, width), or the first tensor there is.
+
+    Raises:
+        Refusal: if the batch has no tensor with rows, or no row or token.
+    """
     for name in ("input_ids", "inputs_embeds", *inputs):
         value = inputs.get(name)
         if isinstance(value, Tensor) and value.dim():
-            _refuse_nothing(name, value)
+            _refuse_empty(name, value)
             return value
     raise Refusal(
         f"a batch without rows: got {sorted(inputs)}, expected tensors whose leading axis is the "
@@ -99,7 +103,7 @@ def main_input(inputs: Batch) -> Tensor:
     )
 
 
-def _refuse_nothing(name: str, value: Tensor) -> None:
+def _refuse_empty(name: str, value: Tensor) -> None:
     if not all(value.shape[:2]):
         raise Refusal(
             f"a batch without anything to read: got {name} of shape {tuple(value.shape)}, expected "
@@ -111,7 +115,7 @@ def _refuse_nothing(name: str, value: Tensor) -> None:
 def seeded(model: nn.Module, seed: int, index: int) -> Iterator[None]:
     """Seeds torch's generators by (seed, index) for the time of the context.
 
-    The generators are the process's, so other threads wait that ask for this.
+    The generators are the whole process's, so other threads that ask for this wait.
     """
     device = device_of(model)
     devices = [] if device.type == "cpu" else [device]
@@ -141,13 +145,17 @@ def stacked(draw: Callable[[int, int], Mapping[str, Tensor]], draws: Draws) -> d
     """The weights of all draws by slot name, (S, r, k) for A and (S, d, r) for B.
 
     Args:
-        draw: gives one draw's from its index and the seed.
+        draw: maps an index and a seed to one draw's weights by slot name.
         draws: which.
     """
-    chosen = [draw(index, draws.seed) for index in draws.indices]
+    return stacked_weights([draw(index, draws.seed) for index in draws.indices])
+
+
+def stacked_weights(weights: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The weights of S draws, each by slot name, as stacks (S, …) by slot name."""
     stacks = {}
-    for name in chosen[0]:
-        stacks[name] = torch.stack([one[name] for one in chosen])
+    for name in weights[0]:
+        stacks[name] = torch.stack([of_draw[name] for of_draw in weights])
     return stacks
 
 
@@ -157,7 +165,7 @@ def repeat_rows(inputs: Batch, times: int) -> dict[str, Tensor]:
 
 
 def repeated(value: Tensor, times: int) -> Tensor:
-    """A tensor `times` over along its leading axis; what has none stays."""
+    """A tensor `times` over along its leading axis; anything without one stays as it is."""
     if not isinstance(value, Tensor) or not value.dim():
         return value
     return value.repeat(times, *[1] * (value.dim() - 1))

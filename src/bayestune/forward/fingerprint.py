@@ -17,25 +17,26 @@ class Fingerprint:
 
     Parameters that an optimiser may change, the adapters' and all that are trainable, are compared
     by value: fused optimisers and writes to `.data` leave no trace in a tensor's version. The
-    frozen ones, by far the most, are compared by a mark that is put on them, version and address: a
-    tensor's id may be used again, and one with a weak reference cannot be moved in place.
+    frozen ones, by far the most, are compared by version, address and a mark that is put on them.
+    The mark is needed because a tensor's id may be used again; a weak reference would not do,
+    because a tensor with one cannot be moved in place.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._facts, values = _taken(model)
+        self._facts, values = _state_of(model)
         self._values = torch.cat(values).clone() if values else torch.empty(0)
 
     def matches(self, model: nn.Module) -> bool:
-        """Whether nothing has changed since."""
-        facts, values = _taken(model)
+        """Whether nothing has changed since, in any process that has a part of the model."""
+        facts, values = _state_of(model)
         same = facts == self._facts
         if same and values:
             same = torch.equal(torch.cat(values), self._values)
         return all_agree(same, model)
 
 
-def _taken(model: nn.Module) -> tuple[list[Any], list[Tensor]]:
-    """Facts to compare, and values that must be the same."""
+def _state_of(model: nn.Module) -> tuple[list[Any], list[Tensor]]:
+    """Facts, and values of the parameters that may change; both must be equal later."""
     facts: list[Any] = []
     changing: list[Tensor] = []
     for path, module in model.named_modules():
@@ -48,7 +49,7 @@ def _taken(model: nn.Module) -> tuple[list[Any], list[Tensor]]:
             if tensor.requires_grad or "lora_" in path or "modules_to_save" in path:
                 changing.append(tensor)
             else:
-                # a tensor of inference mode has no version: a value equal to no other
+                # a tensor made in inference mode has no version: take an object equal to no other
                 version = object() if tensor.is_inference() else tensor._version
                 plain = type(tensor) in (Tensor, nn.Parameter)  # others need not have an address
                 facts.append((_mark_of(tensor), version, tensor.data_ptr() if plain else 0))
@@ -57,7 +58,7 @@ def _taken(model: nn.Module) -> tuple[list[Any], list[Tensor]]:
 
 
 def _mark_of(tensor: Tensor) -> int:
-    """A number of this tensor's own, which no other has that takes its place."""
+    """A random number kept on this tensor, which a tensor that replaces it does not have."""
     mark = getattr(tensor, _MARK, None)
     if mark is None:
         mark = secrets.randbits(62)

@@ -12,14 +12,14 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from bayestune.adapters import is_classifier
 
 _CACHE = ("cache", "past_key_values")  # the argument's name, by the version of transformers
-_CHANGING_ROPE = ("dynamic", "longrope")  # these turn a token by the length of what is read with it
+_CHANGING_ROPE = ("dynamic", "longrope")  # a token's rotation depends on the sequence's length
 _ENCODER_LIKE = ("is_encoder_decoder", "use_bidirectional_attention")
 _KNOWN_WINDOWS = ("sliding_window", "use_sliding_window", "max_window_layers")
 _BY_MORE_THAN_POSITION = ("alibi", "num_kv_shared_layers", *_ENCODER_LIKE)
 
 
 def cache_argument(base: nn.Module) -> str | None:
-    """The name by which a model takes and gives what it has read; None for one that keeps none."""
+    """The argument and output by which a model passes on keys and values; None if it keeps none."""
     if is_classifier(base):
         return None
     accepted = inspect.signature(base.forward).parameters  # type: ignore[arg-type]
@@ -27,9 +27,10 @@ def cache_argument(base: nn.Module) -> str | None:
 
 
 def has_own_window(config: Any) -> bool:
-    """Whether attention sees a window of columns that caches and masks do not tell of.
+    """Whether attention sees only a window of columns, of which caches and masks say nothing.
 
-    GPT-Neo's local layers do, and whatever else names a window other than the usual sliding one.
+    GPT-Neo's local layers do, and so does any model whose settings name a window other than the
+    usual sliding one.
     """
     kinds = getattr(config, "attention_layers", None)
     if kinds is not None:
@@ -53,11 +54,11 @@ def goes_by_position(base: nn.Module) -> bool:
     return not changing and not any(getattr(config, name, None) for name in _BY_MORE_THAN_POSITION)
 
 
-def is_plain(read: Any, size: int, length: int) -> bool:
-    """Whether a model remembers keys and values of each of (size, length) tokens, nothing else."""
-    if type(read) is not DynamicCache or not read.layers:
+def is_plain(cache: Any, size: int, length: int) -> bool:
+    """Whether a cache holds keys and values of each of (size, length) tokens, and nothing else."""
+    if type(cache) is not DynamicCache or not cache.layers:
         return False
-    layers: list[Any] = read.layers
+    layers: list[Any] = cache.layers
     for layer in layers:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             return False
@@ -85,6 +86,7 @@ class _KeptLayer(DynamicLayer):
 
 
 def _in_front(kept: Tensor, own: Tensor) -> Tensor:
+    """Kept (S, heads, c, width), repeated for N rows, before own (S·N, heads, …, width)."""
     own = own.unflatten(0, (len(kept), -1))
     kept = kept[:, None].expand(-1, own.shape[1], -1, -1, -1)
     return torch.cat([kept, own], -2).flatten(0, 1)
@@ -92,25 +94,32 @@ def _in_front(kept: Tensor, own: Tensor) -> Tensor:
 
 @dataclass
 class KeptTokens:
-    """Tokens and their keys and values under S draws: a layer's keys, then its values."""
+    """Tokens and their keys and values under S draws.
 
-    tokens: Tensor  # ids and positions (2, c)
-    done: list[bool]  # of which draws the keys and values are there
-    known: list[Tensor] = field(default_factory=list)  # each (S, heads, c, width)
+    Args:
+        tokens: ids and positions (2, c).
+        done: for each draw, whether its keys and values are there.
+        states: each layer's keys, then its values, (S, heads, c, width).
+    """
 
-    def put(self, start: int, known: list[Tensor]) -> None:
+    tokens: Tensor
+    done: list[bool]
+    states: list[Tensor] = field(default_factory=list)
+
+    def put(self, start: int, states: list[Tensor]) -> None:
         """Takes in the keys and values of the draws from `start` on."""
-        part = slice(start, start + len(known[0]))
-        first = [value[:, :, : self.tokens.shape[1]] for value in known]
-        if not self.known:
-            self.known = [value.new_empty(len(self.done), *value.shape[1:]) for value in first]
-        for whole, value in zip(self.known, first, strict=True):
-            whole[part] = value
-        self.done[part] = [True] * len(known[0])
+        num_draws = len(states[0])
+        part = slice(start, start + num_draws)
+        first = [state[:, :, : self.tokens.shape[1]] for state in states]
+        if not self.states:
+            self.states = [state.new_empty(len(self.done), *state.shape[1:]) for state in first]
+        for of_all, state in zip(self.states, first, strict=True):
+            of_all[part] = state
+        self.done[part] = [True] * num_draws
 
     def cache(self, start: int, size: int, length: int) -> DynamicCache:
-        """The first `length` tokens of some of the draws, as a model takes them."""
+        """The first `length` tokens of `size` draws from `start` on, as a model takes them."""
         cache = DynamicCache()
-        first = [value[start : start + size, :, :length] for value in self.known]
+        first = [state[start : start + size, :, :length] for state in self.states]
         cache.layers[:] = map(_KeptLayer, first[::2], first[1::2])
         return cache

@@ -20,7 +20,14 @@ from bayestune.adapters import (
 from bayestune.errors import Refusal
 from bayestune.forward.before_first_draw import BeforeFirstDraw
 from bayestune.forward.common_prefix import CommonPrefix
-from bayestune.forward.draws import Batch, Chunk, ClassLogits, Draws, on_device
+from bayestune.forward.draws import (
+    Batch,
+    Chunk,
+    ClassLogits,
+    Draws,
+    on_device,
+    stacked_weights,
+)
 from bayestune.forward.fingerprint import Fingerprint
 from bayestune.forward.shared_prefix import SharedPrefix
 from bayestune.forward.verdicts import Verdicts, agrees, coincidences, kind_of, sizes_change
@@ -36,12 +43,21 @@ class Drawable(Protocol):
     has_mean: bool
 
     def draw(self, index: int, seed: int = 0) -> dict[str, Tensor]:
-        """One held draw by slot name, what differs from the adapter: A (r, k), B (d, r)."""
+        """One held draw's weights that differ from the adapter's, by slot: A (r, k), B (d, r)."""
         ...
 
 
 def mean_logits(model: nn.Module, scorer: ClassLogits, inputs: Batch) -> Tensor:
-    """The logits (1, N, C) of the adapter as it stands, in evaluation mode."""
+    """The logits (1, N, C) of the adapter as it stands, in evaluation mode.
+
+    Tokens that all rows begin with are read once for many batches, see `CommonPrefix`, unless the
+    logits were then found to differ from those of a plain pass.
+
+    Args:
+        model: the model with the adapter.
+        scorer: maps the model and the batch to class logits (N, C).
+        inputs: the batch of N rows.
+    """
     plain = unwrapped(model)
     with evaluating(plain):
         prefix = CommonPrefix.of_mean(plain)
@@ -55,9 +71,10 @@ def mean_logits(model: nn.Module, scorer: ClassLogits, inputs: Batch) -> Tensor:
                 logits = checked(scorer(plain, inputs))
             if not prefix.shared or not verdicts.due(kind):
                 return logits[None]
-            whole = scorer(plain, inputs)
-            by_size = sizes_change(partial(scorer, plain), inputs, whole)
-            verdicts.put(kind, agrees(logits[None], whole, 0, plain, by_size))
+            # compared once for a kind of batch, here outside of `sharing`
+            expected = scorer(plain, inputs)
+            by_size = sizes_change(partial(scorer, plain), inputs, expected)
+            verdicts.put(kind, agrees(logits[None], expected, 0, plain, by_size))
             if not verdicts.wrong(kind):
                 return logits[None]
         return checked(scorer(plain, inputs))[None]
@@ -68,7 +85,13 @@ def drawn_logits(posterior: Drawable, inputs: Batch, draws: Draws, kept: "KeptDr
 
     What no draw changes is computed once, see `BeforeFirstDraw`. Otherwise the tokens that all rows
     begin with are read once for each draw, see `CommonPrefix`. What is not exact for the model at
-    hand is not shared, see `Ways`. What is `kept` is the posterior's own.
+    hand is not shared, see `Ways`.
+
+    Args:
+        posterior: whose draws.
+        inputs: the batch of N rows.
+        draws: which draws, the bounds of a pass, and its precision.
+        kept: what this posterior keeps between batches.
 
     Raises:
         Refusal: if the draws reach no layer, or a shared prefix is asked for and the posterior has
@@ -82,7 +105,7 @@ def drawn_logits(posterior: Drawable, inputs: Batch, draws: Draws, kept: "KeptDr
 
 
 class KeptDraws:
-    """What a posterior keeps between batches while model and seed stay: draws, slots, prefixes."""
+    """Draws, slots and prefixes that a posterior keeps between batches of one model and seed."""
 
     def __init__(self) -> None:
         self._fingerprint: Fingerprint | None = None
@@ -93,10 +116,14 @@ class KeptDraws:
         self.common = CommonPrefix()
 
     def renew(self, posterior: Drawable, draws: Draws) -> None:
-        """Takes the draws that are asked for; keeps earlier ones while the model is the same."""
+        """Gets the draws that are asked for; forgets those of another model or seed.
+
+        Raises:
+            Refusal: if the draws would reach no layer, or hold no weights.
+        """
         model = unwrapped(posterior.model)
-        same = self._fingerprint is not None and self._fingerprint.matches(model)
-        if not same or self._seed != draws.seed:
+        same_model = self._fingerprint is not None and self._fingerprint.matches(model)
+        if not same_model or self._seed != draws.seed:
             self._fingerprint = Fingerprint(model)
             self._seed = draws.seed
             self._slots = Slots(posterior.model, posterior.adapter)
@@ -111,11 +138,8 @@ class KeptDraws:
         for index in draws.indices:
             if index not in self._draws:
                 self._draws[index] = posterior.draw(index, draws.seed)
-        chosen = [self._draws[index] for index in draws.indices]
         self._indices = draws.indices
-        self._stacks = {}
-        for name in chosen[0]:
-            self._stacks[name] = torch.stack([draw[name] for draw in chosen])
+        self._stacks = stacked_weights([self._draws[index] for index in draws.indices])
         if not self._stacks:
             raise Refusal(
                 f"the draws hold no weights: got a {type(posterior).__name__} whose model has no "
@@ -125,7 +149,11 @@ class KeptDraws:
         self._before = BeforeFirstDraw.of(self._slots, self._stacks)
 
     def ways(self, posterior: Drawable, inputs: Batch, draws: Draws) -> Ways:
-        """How the draws of this batch run."""
+        """The ways to run this batch's draws: sharing a prefix if asked for, else as is exact.
+
+        Raises:
+            Refusal: if a shared prefix is asked for and cannot be.
+        """
         scorer = posterior.scorer
         kind = (kind_of(inputs, scorer, self._names), draws.shared_prefix is None)
         inputs = on_device(inputs, self._slots.model)
@@ -159,17 +187,17 @@ class KeptDraws:
             )
 
     def _refuse_inexact_prefix(self, ways: Ways, length: int) -> None:
-        """Refuses a prefix for a model whose mean reads a prompt in two parts as another one."""
+        """Refuses a prefix if even the mean's logits change when it reads a prompt in two parts."""
         model = self._slots.model
         verdicts = Verdicts.of(model)
         kind = ("mean in two parts", ways.kind)
         if verdicts.due(kind):
-            halves = SharedPrefix(self._slots, length)
-            with halves.computing(Chunk(0, 1, {}), Arrivals(1)) as reader:
-                read = checked(ways.scorer(reader, ways.inputs))[None]
-            whole = checked(ways.scorer(model, ways.inputs))
-            by_size = sizes_change(partial(ways.scorer, model), ways.inputs, whole)
-            verdicts.put(kind, agrees(read, whole, 0, model, by_size))
+            without_draws = SharedPrefix(self._slots, length)
+            with without_draws.computing(Chunk(0, 1, {}), Arrivals(1)) as reader:
+                in_parts = checked(ways.scorer(reader, ways.inputs))[None]
+            in_one = checked(ways.scorer(model, ways.inputs))
+            by_size = sizes_change(partial(ways.scorer, model), ways.inputs, in_one)
+            verdicts.put(kind, agrees(in_parts, in_one, 0, model, by_size))
         if verdicts.wrong(kind):
             raise Refusal(
                 f"draws cannot share a prefix: a {type(base_of(model)).__name__} gives other "

@@ -17,7 +17,7 @@ from bayestune.forward.kept_tokens import cache_argument
 
 
 class SharedPrefix(nn.Module):
-    """Stands for a PEFT model whose draws share what they know of the first part of a prompt.
+    """Stands in for a PEFT model whose draws share the mean's reading of the prompt's first part.
 
     A pass over S·N rows of T tokens becomes two. The mean adapter reads the prefix of the N rows
     once; its keys and values serve all S draws, which then read the last m tokens of the prompt and
@@ -67,7 +67,7 @@ class SharedPrefix(nn.Module):
 
     @contextmanager
     def computing(self, chunk: Chunk, arrivals: Arrivals) -> Iterator[nn.Module]:
-        """For the time of a pass over S·N rows under some of the draws."""
+        """A context for a pass over S·N rows under some of the draws; gives this module itself."""
         self._chunk = chunk
         self._arrivals = arrivals
         yield self
@@ -97,13 +97,13 @@ class SharedPrefix(nn.Module):
         if self._takes_keep:
             rest["logits_to_keep"] = logits_to_keep
         if split > 0:
-            rest[self._cache] = self._known(inputs, split, **rest)
+            rest[self._cache] = self._prefix_cache(inputs, split, **rest)
             inputs = {name: _end(name, value, split) for name, value in inputs.items()}
         with self.slots.holding(self._chunk.stacks, self._arrivals):
             return self.model(**inputs, use_cache=split > 0, **rest)
 
-    def _known(self, inputs: Mapping[str, Tensor], split: int, **rest: Any) -> DynamicCache:
-        """Keys and values of the prefix for all draws' rows, read in a batch's first pass."""
+    def _prefix_cache(self, inputs: Mapping[str, Tensor], split: int, **rest: Any) -> DynamicCache:
+        """Keys and values of the prefix for all S·N rows; a batch's first pass reads them for N."""
         num_rows = len(inputs["input_ids"]) // self._chunk.size
         if self._read is None:
             start = {name: _start(value[:num_rows], split) for name, value in inputs.items()}
@@ -111,23 +111,24 @@ class SharedPrefix(nn.Module):
                 rest["logits_to_keep"] = 1
             output = self.model(**start, use_cache=True, **rest)
             self._read = _checked(getattr(output, self._cache), type(base_of(self.model)).__name__)
-        known = copy.copy(self._read)
-        # layers grow by new tensors, so that what was read stays as it is
-        known.layers = [copy.copy(layer) for layer in known.layers]
+        repeated = copy.copy(self._read)
+        # shallow copies are enough: a layer grows by making new tensors, so those read stay
+        repeated.layers = [copy.copy(layer) for layer in repeated.layers]
         rows = torch.arange(num_rows, device=inputs["input_ids"].device)
-        known.batch_select_indices(rows.repeat(self._chunk.size))
-        return known
+        repeated.batch_select_indices(rows.repeat(self._chunk.size))
+        return repeated
 
 
-def _checked(read: Any, model: str) -> DynamicCache:
-    layers = getattr(read, "layers", [])
+def _checked(cache: Any, model: str) -> DynamicCache:
+    """A cache with keys and values of each token in every layer; others are refused."""
+    layers = getattr(cache, "layers", [])
     if not layers or not all(isinstance(layer, DynamicLayer) for layer in layers):
-        kinds = sorted({type(layer).__name__ for layer in layers}) or [type(read).__name__]
+        kinds = sorted({type(layer).__name__ for layer in layers}) or [type(cache).__name__]
         raise Refusal(
             f"draws cannot share a prefix: got a {model} that remembers in {kinds}, expected keys "
             "and values of each token in every layer; leave shared_prefix out"
         )
-    return read
+    return cache
 
 
 def _start(value: Tensor, split: int) -> Tensor:
@@ -136,7 +137,7 @@ def _start(value: Tensor, split: int) -> Tensor:
 
 
 def _end(name: str, value: Tensor, split: int) -> Tensor:
-    """Ids and positions of the last tokens; of the mask, what these may see of all."""
+    """Ids and positions of the last tokens; of the mask, which of all tokens these may see."""
     if name == "attention_mask":
         return value[:, :, split:] if value.dim() == 4 else value
     return value[:, split:]

@@ -1,4 +1,4 @@
-"""The ways to run some draws of a batch, the cheapest first; what a way gives is checked."""
+"""The ways to run some draws of a batch, tried from the cheapest on and checked to be exact."""
 
 from collections.abc import Hashable, Iterator
 from contextlib import AbstractContextManager
@@ -28,7 +28,7 @@ class Sharing(Protocol):
         ...
 
     def computing(self, chunk: Chunk, arrivals: Arrivals) -> AbstractContextManager[nn.Module]:
-        """For the time of a pass over S·N rows; what is to be called."""
+        """A context for a pass over S·N rows; gives the module to call in it."""
         ...
 
 
@@ -36,9 +36,9 @@ class Sharing(Protocol):
 class Ways:
     """Runs draws of one batch: sharing work, or S·N rows in one plain pass, or draw by draw.
 
-    A way is left for the next one if a layer sees other rows than the pass brings, or the model
-    fails, or one draw of the pass is not what it is alone. That is compared once for a kind of
-    batch. Draw by draw, every model is right.
+    A way is given up for the next one if a layer sees other rows than those of the pass, the model
+    fails, or a draw's logits in the pass are not those that it has alone, which is compared once
+    for a kind of batch. Draw by draw, the logits are right for every model.
 
     Args:
         slots: where the draws stand.
@@ -47,7 +47,8 @@ class Ways:
         sharing: the cheapest way.
         kind: of the batch.
         only_head: whether draws stand in the output head alone.
-        approximate: whether the user asked for what is shared, so that a draw alone shares it too.
+        approximate: whether `sharing` is an approximation that the user asked for, so that a draw
+            that runs alone is to share as well.
     """
 
     slots: Slots
@@ -86,13 +87,11 @@ class Ways:
         return logits.unflatten(0, (chunk.size, -1))
 
     def _open(self, chunk: Chunk, verdicts: Verdicts, kind: Hashable) -> Iterator[str]:
-        """The ways that are not known to be wrong; asked one by one, as they are tried."""
+        """The ways that are not known to be wrong; looked up one by one, as they are tried."""
         if is_spread(self.slots.model):  # all processes must make the same passes
             yield ALONE
             return
-        together = not verdicts.wrong((kind, TOGETHER))
-        shared = [way for way in ("once", "prefix", "mean's prefix") if way == self._shares]
-        if together and not any(verdicts.wrong((kind, way)) for way in shared):
+        if not verdicts.wrong((kind, TOGETHER)) and not verdicts.wrong((kind, self._shares)):
             yield "shared"
         one_pass = chunk.size > 1 and not (self.only_head or self.approximate)
         if one_pass and not verdicts.wrong((kind, TOGETHER)):
@@ -101,11 +100,12 @@ class Ways:
 
     @property
     def _shares(self) -> str:
+        """What `sharing` would share: a common prefix also if its last pass shared none."""
         way = self.sharing.way
         return "prefix" if way == TOGETHER else way
 
     def _run(self, way: str, chunk: Chunk) -> tuple[Tensor, str]:
-        """The logits (S·N, C), and what the pass shared in the end."""
+        """The logits (S·N, C), and the way that was taken in the end, by what the pass shared."""
         if way == ALONE:
             parts = [self._alone(chunk, place) for place in range(chunk.size)]
             return torch.cat(parts), ALONE
@@ -123,7 +123,13 @@ class Ways:
         return checked(logits), ALONE if way in ("once", TOGETHER) and chunk.size == 1 else way
 
     def _alone(self, chunk: Chunk, place: int, inputs: Batch | None = None) -> Tensor:
-        """The logits (N, C) of one draw in a plain pass over the batch as it is, or another."""
+        """The logits (N, C) of one draw in a pass of its own.
+
+        Args:
+            chunk: which holds the draw.
+            place: of the draw in the chunk.
+            inputs: another batch than this one, if not None.
+        """
         inputs = self.inputs if inputs is None else inputs
         one = chunk.one(place)
         arrivals = Arrivals(1)
@@ -137,26 +143,27 @@ class Ways:
         return checked(logits)
 
     def _is_right(self, logits: Tensor, way: str, chunk: Chunk, kind: Hashable) -> bool:
-        """Whether a pass gave as many rows as it should, and one draw's are those it has alone."""
+        """Whether a pass gave as many rows as it should, and a draw has the logits it has alone."""
         verdicts = Verdicts.of(self.slots.model)
         if verdicts.wrong((kind, way)):
             return False
-        share = len(logits) / (chunk.size * len(main_input(self.inputs)))
-        if len(logits) % chunk.size == 0 and not verdicts.due((kind, way, share)):
+        divides = len(logits) % chunk.size == 0
+        share = len(logits) / (chunk.size * len(main_input(self.inputs)))  # vectors for each row
+        if divides and not verdicts.due((kind, way, share)):
             return True
-        found: bool | None = False
-        if len(logits) % chunk.size == 0:
-            found = self._agrees(logits.unflatten(0, (chunk.size, -1)), chunk)
-        verdicts.put((kind, way, share), found)
-        if found is False:
-            verdicts.put((kind, way), found)
-        return found is not False
+        verdict: bool | None = False
+        if divides:
+            verdict = self._agrees(logits.unflatten(0, (chunk.size, -1)), chunk)
+        verdicts.put((kind, way, share), verdict)
+        if verdict is False:
+            verdicts.put((kind, way), verdict)
+        return verdict is not False
 
     def _agrees(self, together: Tensor, chunk: Chunk) -> bool | None:
-        """Whether a draw of a pass is what it is alone.
+        """Whether a draw has in a pass the logits that it has alone; None if it cannot be told.
 
-        One draw of a small batch has few logits: by chance they may be small beside what rounding
-        changes. Then all draws are compared, for those that share a wrong pass are all wrong.
+        One draw of a small batch has few logits, which by chance may be small beside rounding. If
+        they differ, all draws are compared: those of a wrong pass are all wrong.
         """
         model = self.slots.model
         place = chunk.size // 2  # a wrong way might be right for the first or the last
@@ -165,15 +172,15 @@ class Ways:
         if not self.approximate:
             again = partial(self._alone, chunk, place)
             by_size = sizes_change(again, self.inputs, one, chunk.size)
-        found = agrees(together, one, place, model, by_size)
-        if found is not False or chunk.size == 1 or one.numel() >= FEW_LOGITS:
-            return found
+        verdict = agrees(together, one, place, model, by_size)
+        if verdict is not False or chunk.size == 1 or one.numel() >= FEW_LOGITS:
+            return verdict
         others = [self._alone(chunk, other) for other in range(chunk.size) if other != place]
         alone = torch.stack([*others[:place], one, *others[place:]])
         return agrees(together, alone, slice(None), model, by_size)
 
     def _check_arrived(self, arrivals: Arrivals, chunk: Chunk) -> None:
-        """Refuses passes that use no draw; names, once, slots that a pass does not use."""
+        """Refuses passes that use no draw; warns, once for a model, of slots that are not used."""
         check_arrived(arrivals, self.slots.layers, self.slots.adapter)
         missing = chunk.stacks.keys() - arrivals.called
         if missing:
@@ -206,10 +213,10 @@ class Ways:
 
 
 def checked(logits: Tensor) -> Tensor:
-    """Class logits of a scorer, if they are that.
+    """A scorer's result, if it has the form of class logits (N, C).
 
     Raises:
-        Refusal: if there is not one vector for each row.
+        Refusal: if it is no tensor of two or more axes.
     """
     if not isinstance(logits, Tensor) or logits.dim() < 2:
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -221,5 +228,5 @@ def checked(logits: Tensor) -> Tensor:
 
 
 def _out_of_memory(problem: Exception) -> bool:
-    """Whether a pass failed for memory, which says nothing of the way; the CPU says it in words."""
+    """Whether a pass ran out of memory, which says nothing about the way; on a CPU by its text."""
     return isinstance(problem, torch.OutOfMemoryError) or "memory" in str(problem)

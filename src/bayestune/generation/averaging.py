@@ -14,21 +14,21 @@ FIGURES = ("log_probabilities", "total_entropy", "expected_entropy", "mutual_inf
 
 @dataclass
 class Averaging(LogitsProcessor):
-    """Takes the place of all processors: averages, has them process the average, and chooses.
+    """Stands in for all processors: averages the draws, processes the average, chooses a token.
 
     The average is scaled like one model's logits, log p̄ + mean_s logsumexp f_s, because penalties
-    look at the sign. It is processed for N rows, as if there were one model, and the token that is
-    chosen is the only one that the loop is left for each of the S·N rows.
+    look at the sign. It is processed for N rows, as if there were one model. For each of the S·N
+    rows the loop is then left the chosen token alone.
 
     Args:
-        prepared: transformers' processors for the options that were given, and the caller's own.
-        num_draws: S; 1 where every row goes its own way.
+        processors: transformers' own for the options that were given, and the caller's.
+        num_draws: S; 1 where every row writes a text of its own.
         temperature: of the posterior.
-        exact: whether the draws are all there is.
-        noise: of sampling; None to take the most probable token.
+        exact: whether these draws are all that the posterior has.
+        noise: the generator to sample with; None to take the most probable token.
     """
 
-    prepared: LogitsProcessorList
+    processors: LogitsProcessorList
     num_draws: int
     temperature: float = 1.0
     exact: bool = False
@@ -43,12 +43,12 @@ class Averaging(LogitsProcessor):
         assert logs is not None
         scale = logits.double().logsumexp(-1, keepdim=True).mean(0)
         averaged = (logs + scale).to(scores.dtype)
-        processed = self.prepared(input_ids[: len(averaged)], averaged)  # type: ignore[arg-type]
+        processed = self.processors(input_ids[: len(averaged)], averaged)  # type: ignore[arg-type]
         chosen = self._choose(processed)[:, None]
-        step = {name: getattr(prediction, name) for name in FIGURES[1:]}
-        self.steps.append({"log_probabilities": logs.gather(1, chosen)[:, 0], **step})
-        only = torch.full_like(processed, -torch.inf).scatter(1, chosen, 0.0)
-        return only.repeat(self.num_draws, 1)
+        uncertainty = {name: getattr(prediction, name) for name in FIGURES[1:]}
+        self.steps.append({"log_probabilities": logs.gather(1, chosen)[:, 0], **uncertainty})
+        chosen_alone = torch.full_like(processed, -torch.inf).scatter(1, chosen, 0.0)
+        return chosen_alone.repeat(self.num_draws, 1)
 
     def _choose(self, scores: Tensor) -> Tensor:
         """One token for each row, (N,)."""
@@ -57,16 +57,16 @@ class Averaging(LogitsProcessor):
         return torch.multinomial(scores.softmax(-1), 1, generator=self.noise)[:, 0]
 
     def figures(self, mask: Tensor) -> dict[str, Tensor]:
-        """The figures of all steps, (N, T), 0 outside of a mask (N, T)."""
-        found = {}
+        """The `FIGURES` of all steps by name, (N, T), 0 outside of a mask (N, T)."""
+        figures = {}
         for name in FIGURES:
             values = torch.stack([step[name] for step in self.steps[: mask.shape[1]]], 1)
-            found[name] = values.masked_fill(~mask.to(values.device), 0.0)
-        return found
+            figures[name] = values.masked_fill(~mask.to(values.device), 0.0)
+        return figures
 
 
 class Ends(StoppingCriteriaList):
-    """The criteria, and which rows had not ended before each token."""
+    """Stopping criteria that remember which rows had not ended before each token, in `open`."""
 
     def __init__(self, criteria: StoppingCriteriaList) -> None:
         super().__init__(criteria)

@@ -42,11 +42,15 @@ def generate(
         draws: S; 0 for the mean adapter. A posterior with `atoms` uses those. S·N rows go through
             the model at once: `max_tokens` does not split them.
         seed: of the set of draws. Sampling follows torch's generator, as in transformers.
-        draws_as: "average"; or "sequences": every draw writes a text of its own.
+        draws_as: "average" for one text a prompt; "sequences" if every draw writes a text of its
+            own.
         options: of transformers' `generate`, such as max_new_tokens, do_sample, temperature, top_p,
             stop_strings with tokenizer, stopping_criteria, logits_processor, streamer.
             Processors and the streamer see N rows. What is not given is as in the model's
             `generation_config`.
+
+    Returns:
+        The new tokens with their uncertainty, (N, T); (S, N, T) of "sequences".
 
     Raises:
         Refusal: if the draws cannot stand side by side, prompts are padded on the right, or an
@@ -109,30 +113,31 @@ class Loop:
     Args:
         posterior: whose draws generate.
         num_copies: how often the prompts were repeated.
-        draws_as: how the draws are read.
+        draws_as: whether each token is averaged over the draws, or each draw writes its own text.
         options: of transformers' `generate`.
     """
 
     def __init__(
         self, posterior: Posterior, num_copies: int, draws_as: DrawsAs, options: dict[str, Any]
     ) -> None:
-        self._together = num_copies if draws_as == "average" else 1
+        self._num_averaged = num_copies if draws_as == "average" else 1
+        self._num_texts = num_copies if draws_as == "sequences" else None  # for each prompt
         self._exact = posterior.atoms is not None
-        self._separate = num_copies if draws_as == "sequences" else 0
         self._options = dict(options)
         streamer = self._options.pop("streamer", None)
-        self._streamer = streamer and FirstRows(streamer, self._together)
-        # drawn before draws seed torch's generator for their own noise
+        self._streamer = streamer and FirstRows(streamer, self._num_averaged)
+        # taken from torch's generator now, before draws seed it for their own noise
         self._seed = int(torch.randint(2**62, ())) if self._samples(posterior) else None
         self.temperature = 1.0
 
     def _samples(self, posterior: Posterior) -> bool:
-        own = self._options.get("generation_config")
-        own = base_of(posterior.model).generation_config if own is None else own
-        return bool(self._options.get("do_sample", own.do_sample))
+        """Whether tokens are sampled rather than the most probable ones taken."""
+        config = self._options.get("generation_config")
+        config = base_of(posterior.model).generation_config if config is None else config
+        return bool(self._options.get("do_sample", config.do_sample))
 
     def options(self) -> dict[str, Any]:
-        """The options for `generate`, which does not pass a streamer or a tokenizer on."""
+        """The options for `generate`, which would not pass a streamer or a tokenizer on to us."""
         options = dict(self._options)
         tokenizer = options.pop("tokenizer", None)
         config = options.get("generation_config")
@@ -146,9 +151,9 @@ class Loop:
             if config is not None:
                 options["generation_config"] = copy.copy(config)
                 options["generation_config"].stop_strings = None
-            own = options.get("stopping_criteria") or ()
+            criteria = options.get("stopping_criteria") or ()
             stop = StopStringCriteria(tokenizer, strings)
-            options["stopping_criteria"] = StoppingCriteriaList([*own, stop])
+            options["stopping_criteria"] = StoppingCriteriaList([*criteria, stop])
         options.setdefault("disable_compile", True)  # draws are other modules in each context
         return options | ({"streamer": self._streamer} if self._streamer else {})
 
@@ -165,7 +170,7 @@ class Loop:
         if self._seed is not None:
             noise = torch.Generator(input_ids.device).manual_seed(self._seed)
         self._averaging = Averaging(
-            logits_processor, self._together, self.temperature, self._exact, noise
+            logits_processor, self._num_averaged, self.temperature, self._exact, noise
         )
         self._ends = Ends(stopping_criteria)
         self._prompt_length = input_ids.shape[1]
@@ -174,19 +179,18 @@ class Loop:
         return model._sample(input_ids, processors, self._ends, **prepared)
 
     def result(self, sequences: Tensor) -> Generation:
-        """What was generated, of the loop's output."""
-        new = sequences[: len(sequences) // self._together, self._prompt_length :]
+        """What was generated, from the loop's output: prompts and continuations (S·N, T)."""
+        new = sequences[: len(sequences) // self._num_averaged, self._prompt_length :]
         mask = self._ends.mask(*new.shape)
-        found = {"sequences": new, "mask": mask, **self._averaging.figures(mask)}
-        if self._separate:
-            found = {
-                name: value.unflatten(0, (self._separate, -1)) for name, value in found.items()
-            }
-        return Generation(**found)
+        fields = {"sequences": new, "mask": mask, **self._averaging.figures(mask)}
+        if self._num_texts is not None:
+            for name, value in fields.items():
+                fields[name] = value.unflatten(0, (self._num_texts, -1))
+        return Generation(**fields)
 
 
 class FirstRows(BaseStreamer):
-    """A streamer that is given the rows of the first draw, since all draws have the same tokens."""
+    """Gives a streamer the rows of the first draw alone, since all draws have the same tokens."""
 
     def __init__(self, streamer: BaseStreamer, num_draws: int) -> None:
         self._streamer = streamer

@@ -37,16 +37,17 @@ _REASONS = {
 }
 
 
-def refuse_unsupported(options: Mapping[str, Any], own: Any) -> None:
+def refuse_unsupported(options: Mapping[str, Any], model_config: Any) -> None:
     """Refuses options that cannot work, whether given or from the model's configuration.
 
     Args:
         options: of `generate`, by name.
-        own: the model's own generation configuration.
+        model_config: the model's own generation configuration, which one among the options
+            replaces.
     """
     given = options.get("generation_config")
     for name, reason in _REASONS.items():
-        value = getattr(own if given is None else given, name, None)
+        value = getattr(model_config if given is None else given, name, None)
         source = "of the generation configuration"
         if name in options:
             value = options[name]
@@ -66,7 +67,7 @@ def refuse_unsupported(options: Mapping[str, Any], own: Any) -> None:
 
 
 def _is_on(value: Any) -> bool:
-    """Whether an option is on: 0 and 1 are where those of these names begin."""
+    """Whether an option asks for anything: None, False, 0 and 1, as in num_beams=1, do not."""
     return value is True or not (value is None or value is False or value in (0, 1))
 
 

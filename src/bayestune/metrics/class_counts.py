@@ -7,7 +7,7 @@ from bayestune.errors import Refusal
 
 
 def confusion(choices: Tensor, answers: Tensor, num_classes: int) -> Tensor:
-    """How many rows of each class have which choice, (C, C): a line a right class.
+    """The confusion matrix (C, C): entry (i, j) counts the rows of class i whose choice is j.
 
     Args:
         choices: indices of the chosen classes, (N,).
@@ -38,7 +38,7 @@ def precision_recall_f1(counts: Tensor) -> Tensor:
     rows, F1 of one with neither.
 
     Args:
-        counts: a confusion matrix, (C, C): a line a right class.
+        counts: a confusion matrix (C, C), as `confusion` gives it.
 
     >>> precision_recall_f1(torch.tensor([[1, 1], [0, 1]]))[1].tolist()
     [0.5, 1.0, 0.666...]

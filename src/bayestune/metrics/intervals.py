@@ -1,8 +1,8 @@
 """Intervals over rows, and whether two methods differ by more than chance.
 
 Each metric has the interval that covers its true value in simulations, see docs/intervals.md. The R
-resamples are the same in every call with as many rows. Refusal is raised on bad rows, unequal
-numbers of runs, a metric whose differences have no interval, and without resamples.
+resamples are the same in every call with as many rows. Functions raise Refusal for bad rows,
+unequal numbers of runs, a metric whose differences have no interval, and fewer than one resample.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,10 +23,10 @@ COMPARED = ("accuracy", "nll", "brier", "aurc")
 _TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
 _NORMAL = NormalDist()
 _BLOCK = 2**21  # numbers in one block of resamples: 16 MiB
-_LEAST_SPREAD = 0.25  # of a resample, as a share of the rows' own: one without any error has none
-_ROUNDING = 1e-12  # of equal losses: their spread as a share of their mean
-_FEWEST = 5  # wrong rows, and right ones, without which AURC has no interval
-_LEFT_OUT = 200  # groups of rows that are left out in turn
+_LEAST_SPREAD = 0.25  # a resample's least std as a share of the rows' std: without errors it is 0
+_ROUNDING = 1e-12  # a spread below this share of the mean is rounding: all losses are equal
+_FEWEST = 5  # AURC has an interval only with this many wrong rows, and as many right ones
+_JACKKNIFE_GROUPS = 200  # of rows, each left out once to estimate the acceleration
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class PairedDifference:
 
 
 def resampled(statistic: Callable[[Tensor], Tensor], num_rows: int, resamples: int) -> Tensor:
-    """M statistics of counts (R, N) on all resamples, (M, R)."""
+    """M statistics on all R resamples, (M, R); `statistic` maps counts (≤ R, N) to (M, ≤ R)."""
     if resamples < 1:
         raise Refusal(f"got resamples={resamples}; expected 1 or more; 1000 is customary")
     small = resamples * num_rows <= _BLOCK
@@ -75,8 +75,8 @@ def _counts(num_rows: int, resamples: int) -> Iterator[Tensor]:
     block = max(1, _BLOCK // num_rows)
     for start in range(0, resamples, block):
         size = (min(block, resamples - start), num_rows)
-        drawn = torch.randint(num_rows, size, generator=generator)
-        counts = torch.zeros_like(drawn).scatter_add_(1, drawn, torch.ones_like(drawn))
+        chosen = torch.randint(num_rows, size, generator=generator)
+        counts = torch.zeros_like(chosen).scatter_add_(1, chosen, torch.ones_like(chosen))
         yield counts.double()
 
 
@@ -113,36 +113,36 @@ def _mean_interval(losses: Tensor, studentised: Tensor) -> Interval:
 def _acceleration(metric: Callable[[RowTerms, Tensor], Tensor], rows: RowTerms) -> float:
     """A sixth of the skewness of a metric's estimate, from leaving out groups of rows."""
     num_rows = len(rows.nll)
-    groups = min(num_rows, _LEFT_OUT)
+    groups = min(num_rows, _JACKKNIFE_GROUPS)
     group_of = torch.arange(num_rows) % groups
     block = max(1, _BLOCK // num_rows)
     values = []
     for start in range(0, groups, block):
-        out = torch.arange(start, min(start + block, groups))
-        values.append(metric(rows, (group_of != out[:, None]).double()))
-    moved = torch.cat(values)
-    moved = moved.mean() - moved
-    scale = moved.square().sum().item() ** 1.5
-    return moved.pow(3).sum().item() / (6 * scale) if scale else 0.0
+        left_out = torch.arange(start, min(start + block, groups))
+        values.append(metric(rows, (group_of != left_out[:, None]).double()))
+    estimates = torch.cat(values)
+    deviations = estimates.mean() - estimates
+    scale = deviations.square().sum().item() ** 1.5
+    return deviations.pow(3).sum().item() / (6 * scale) if scale else 0.0
 
 
-def _aurc_interval(rows: RowTerms, drawn: Tensor) -> Interval:
-    """The BCa interval of AURC; none with fewer than five rows wrong, or right."""
+def _aurc_interval(rows: RowTerms, replicates: Tensor) -> Interval:
+    """The BCa interval of AURC from its values on R resamples; none with too few wrong or right."""
     metric = METRICS["aurc"]
     num_rows = len(rows.nll)
     value = metric(rows, rows.ones).item()
     right = int(rows.correct.sum())
     if min(right, num_rows - right) < _FEWEST:
         return Interval(value, None, None, num_rows)
-    below = ((drawn < value).double() + (drawn == value).double() / 2).mean().item()
-    least = 0.5 / len(drawn)
+    below = ((replicates < value).double() + (replicates == value).double() / 2).mean().item()
+    least = 0.5 / len(replicates)
     bias = _NORMAL.inv_cdf(min(max(below, least), 1 - least))
     acceleration = _acceleration(metric, rows)
     ends = []
     for tail in _TAILS:
-        place = bias + _NORMAL.inv_cdf(tail)
-        ends.append(_NORMAL.cdf(bias + place / (1 - acceleration * place)))
-    return Interval(value, *_quantiles(drawn, *ends), num_rows)
+        z = bias + _NORMAL.inv_cdf(tail)
+        ends.append(_NORMAL.cdf(bias + z / (1 - acceleration * z)))
+    return Interval(value, *_quantiles(replicates, *ends), num_rows)
 
 
 def calibrated_level(
@@ -154,7 +154,7 @@ def calibrated_level(
 
     Args:
         probabilities: (N, C).
-        labels: (N,), for the observed ECE alone.
+        labels: (N,); only the observed ECE depends on them.
         bins: of ECE.
 
     >>> p = torch.tensor([[0.7, 0.3]] * 10)
@@ -183,7 +183,7 @@ def summarise(
     resamples: int = 1000,
     losses: Tensor | None = None,
 ) -> dict[str, Interval]:
-    """All metrics with their 95 % intervals, each holding its value; None where there is none.
+    """All metrics with their 95 % intervals; an interval's ends are None where it has none.
 
     Accuracy has the mid-p Clopper–Pearson interval, NLL and Brier score the bootstrap-t, AURC the
     BCa bootstrap, ECE one of its own and beside it what a calibrated model would score.
@@ -193,7 +193,7 @@ def summarise(
         labels: (N,).
         bins: of ECE.
         resamples: R.
-        losses: −log p_{i, y_i} in nats where it is known better than `probabilities` say, (N,).
+        losses: (N,), −log p_{i, y_i} in nats, if known more exactly than `probabilities` are.
 
     Returns:
         Intervals of accuracy, nll, brier, ece and aurc, and `ece_if_calibrated`, a
@@ -227,16 +227,16 @@ def summarise(
 def paired_bootstrap(
     first: Tensor, second: Tensor, labels: Tensor, metric: str = "nll", resamples: int = 1000
 ) -> PairedDifference:
-    """Difference of a metric of two methods, every resample taken of both.
+    """The difference of a metric between two methods; each resample has the same rows of both.
 
-    d = metric(first) − metric(second), and p = (1 + #{|d*_r − d| ≥ |d|})/(1 + R). Differences of
-    ECE have neither interval nor p-value that holds: that of two calibrated models is not about 0
-    unless they are equally sharp.
+    d = metric(first) − metric(second), and p = (1 + #{|d*_r − d| ≥ |d|})/(1 + R). A difference of
+    ECEs has no valid interval or p-value, because between two calibrated models it is about 0 only
+    if they are equally sharp.
 
     Args:
-        first: (N, C), or (K, N, C) for K runs, whose metrics are averaged: the runs are held, the
-            rows resampled.
-        second: the same rows in the same order, and as many runs.
+        first: probabilities (N, C), or (K, N, C) of K runs, whose metrics are averaged. Rows are
+            resampled, runs are not.
+        second: those of the other method, the same rows in the same order and as many runs.
         labels: (N,).
         metric: "accuracy", "nll", "brier" or "aurc".
         resamples: R.
@@ -265,26 +265,27 @@ def paired_bootstrap(
         raise Refusal(f"got {got}; expected as many of both; compare runs that both have")
     runs = zip(first, second, strict=True) if stacked else [(first, second)]
     pairs = [(RowTerms.of(a, labels), RowTerms.of(b, labels)) for a, b in runs]
-    weigh = METRICS[metric]
+    value = METRICS[metric]
 
     def difference(weights: Tensor) -> Tensor:
-        return torch.stack([weigh(a, weights) - weigh(b, weights) for a, b in pairs]).mean(0)[None]
+        return torch.stack([value(a, weights) - value(b, weights) for a, b in pairs]).mean(0)[None]
 
     d = difference(pairs[0][0].ones).item()
-    drawn = resampled(difference, len(labels), resamples)[0]
-    extreme = int(((drawn - d).abs() >= abs(d) - 1e-12).sum())  # equal but for rounding is extreme
+    replicates = resampled(difference, len(labels), resamples)[0]
+    is_extreme = (replicates - d).abs() >= abs(d) - 1e-12  # equal but for rounding is extreme
+    p_value = (1 + int(is_extreme.sum())) / (1 + resamples)
     if metric == "accuracy":
-        each = torch.stack([a.correct - b.correct for a, b in pairs]).mean(0)
-        low, high = _share_difference(each)
+        by_row = torch.stack([a.correct - b.correct for a, b in pairs]).mean(0)
+        low, high = _share_difference(by_row)
     else:
-        low, high = _quantiles(drawn, *_TAILS)
-    return PairedDifference(d, low, high, (1 + extreme) / (1 + resamples), len(labels))
+        low, high = _quantiles(replicates, *_TAILS)
+    return PairedDifference(d, low, high, p_value, len(labels))
 
 
 def _share_difference(differences: Tensor) -> tuple[float, float]:
-    """The normal interval of a mean of differences in [−1, 1] with one row of 1 and one of −1 more.
+    """The normal interval of a mean of differences in [−1, 1], after adding one of 1 and one of −1.
 
-    So rows on which both agree do not prove that all others would agree.
+    The two keep the interval from having no width where the methods agree on every row.
     """
     more = torch.cat([differences, differences.new_tensor([1.0, -1.0])])
     mean = more.mean().item()

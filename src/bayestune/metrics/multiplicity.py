@@ -4,12 +4,15 @@ from collections.abc import Mapping
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Holm's p-values: the chance that any true null hypothesis falls below stays at the level.
+    """Holm's corrected p-values: whoever rejects those below α is wrong anywhere with chance ≤ α.
 
     The k-th smallest of m, p_(k), becomes max over j ≤ k of min(1, (m − j + 1) p_(j)).
 
+    Args:
+        p_values: by the name of the test.
+
     Returns:
-        By name, from the smallest on.
+        The corrected ones by name, the smallest first.
 
     >>> holm({"a": 0.5, "b": 0.01, "c": 0.04})
     {'b': 0.03, 'c': 0.08, 'a': 0.5}

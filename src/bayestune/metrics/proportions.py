@@ -15,10 +15,10 @@ def _log_choose(num_rows: int) -> Tensor:
 
 
 def share_interval(right: int, num_rows: int, level: float) -> tuple[float, float]:
-    """The mid-p Clopper–Pearson interval of a share of which k of N rows were seen.
+    """The mid-p Clopper–Pearson interval of the share θ of right rows, when k of N were right.
 
-    It holds all θ with P(K > k) + ½ P(K = k) and P(K < k) + ½ P(K = k) of at least (1 − level)/2
-    each, K ~ Binomial(N, θ).
+    It holds all θ for which P(K > k) + ½ P(K = k) and P(K < k) + ½ P(K = k) are both at least
+    (1 − level)/2, K ~ Binomial(N, θ).
 
     Args:
         right: k.
@@ -34,15 +34,16 @@ def share_interval(right: int, num_rows: int, level: float) -> tuple[float, floa
     Reference: Berry, Armitage (1995), https://doi.org/10.2307/2348891
     """
     log_choose = _log_choose(num_rows)
-    places = torch.arange(num_rows + 1, dtype=torch.float64)
+    counts = torch.arange(num_rows + 1, dtype=torch.float64)
 
     def at_least(share: float) -> float:
         """P(K > k) + ½ P(K = k), which rises with the share."""
-        logs = log_choose + places * math.log(share) + (num_rows - places) * math.log1p(-share)
+        logs = log_choose + counts * math.log(share) + (num_rows - counts) * math.log1p(-share)
         chances = logs.exp()
         return (chances[right + 1 :].sum() + chances[right] / 2).item()
 
-    def where(chance: float) -> float:
+    def share_at(chance: float) -> float:
+        """The share at which `at_least` is `chance`, by bisection."""
         low = 0.0
         high = 1.0
         for _ in range(_HALVINGS):
@@ -56,4 +57,6 @@ def share_interval(right: int, num_rows: int, level: float) -> tuple[float, floa
         return (low + high) / 2
 
     tail = (1 - level) / 2
-    return where(tail) if right else 0.0, where(1 - tail) if right < num_rows else 1.0
+    low = share_at(tail) if right else 0.0
+    high = share_at(1 - tail) if right < num_rows else 1.0
+    return low, high

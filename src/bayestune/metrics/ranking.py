@@ -21,15 +21,16 @@ Row = Mapping[str, Any]
 SCORES = ("one_minus_confidence", "total_entropy", "expected_entropy", "mutual_information")
 
 
-def _checked(values: Tensor, flags: Tensor, named: str) -> tuple[Tensor, Tensor]:
+def _checked(values: Tensor, flags: Tensor, what: str) -> tuple[Tensor, Tensor]:
+    """Values in float64 and flags as bool, (N,) each; `what` names both in an error."""
     if values.ndim != 1 or flags.shape != values.shape or values.numel() == 0:
-        got = f"{named} of shapes {tuple(values.shape)} and {tuple(flags.shape)}"
+        got = f"{what} of shapes {tuple(values.shape)} and {tuple(flags.shape)}"
         raise Refusal(f"got {got}; expected (N,) and (N,), not empty; give one of each a row")
     if values.isnan().any():
         expected = "numbers that have an order"
-        raise Refusal(f"got {named} with NaN; expected {expected}; look at the predictions")
+        raise Refusal(f"got {what} with NaN; expected {expected}; look at the predictions")
     if not ((flags == 0) | (flags == 1)).all():
-        got = f"{named} from {flags.min()} to {flags.max()}"
+        got = f"{what} from {flags.min()} to {flags.max()}"
         raise Refusal(f"got {got}; expected flags 0 or 1; compare with the answers first")
     return values.detach().cpu().double(), flags.detach().cpu().bool()
 
@@ -70,8 +71,8 @@ def uncertainty(rows: Sequence[Row], score: str, *, normalised: bool = False) ->
     """A score of each row that is large where the model is unsure, (N,), in nats if an entropy.
 
     If `normalised`, it is divided by the most that it can be for the row's C options, log C or
-    1 − 1/C, so that rows of different C compare and a uniform row has 1 (but for the mutual
-    information).
+    1 − 1/C, so that rows of different C compare; a uniform row then has 1, except for the mutual
+    information.
 
     Raises:
         Refusal: if the score is unknown, or a row lacks it or has no second option.
@@ -84,22 +85,22 @@ def uncertainty(rows: Sequence[Row], score: str, *, normalised: bool = False) ->
         raise Refusal(f"got score {score!r}; expected one of {SCORES}; choose one")
     of_confidence = score == "one_minus_confidence"
     try:
-        values = [row["confidence" if of_confidence else score] for row in rows]
+        written = [row["confidence" if of_confidence else score] for row in rows]
     except KeyError as missing:
         got = f"a row without {missing}"
         raise Refusal(f"got {got}; expected what `evaluate` writes; evaluate again") from missing
-    found = torch.tensor(values, dtype=torch.float64)
-    found = 1 - found if of_confidence else found
+    scores = torch.tensor(written, dtype=torch.float64)
+    scores = 1 - scores if of_confidence else scores
     if not normalised:
-        return found
+        return scores
     options = torch.tensor([len(row["probabilities"]) for row in rows], dtype=torch.float64)
     if (options < 2).any():
         raise Refusal("got a row of one option; expected two or more; leave it out")
-    return found / (1 - 1 / options if of_confidence else options.log())
+    return scores / (1 - 1 / options if of_confidence else options.log())
 
 
 def error_auroc(rows: Sequence[Row], score: str) -> float:
-    """Right or wrong: the probability that a wrong answer is more uncertain than a right one.
+    """AUROC of a score for errors: how often a wrong answer is more uncertain than a right one.
 
     Reference: Hendrycks, Gimpel (2017), https://arxiv.org/abs/1610.02136
     """
@@ -107,11 +108,11 @@ def error_auroc(rows: Sequence[Row], score: str) -> float:
 
 
 def shift_auroc(shifted: Sequence[Row], familiar: Sequence[Row], score: str) -> float:
-    """In domain or not: the probability that an out-of-distribution row is more uncertain.
+    """AUROC of a score for shifted rows: how often one is more uncertain than a familiar row.
 
     Scores are normalised, because the two sets may differ in their numbers of options. Where the
     shifted questions are easier for the model than the familiar ones, the result is below one half,
-    which is no fault of its uncertainty.
+    which does not mean that its uncertainty is wrong.
 
     Reference: Hendrycks, Gimpel (2017), https://arxiv.org/abs/1610.02136
     """

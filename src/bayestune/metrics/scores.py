@@ -84,20 +84,22 @@ class RowTerms:
         bins: Bins = DEFAULT_BINS,
         losses: Tensor | None = None,
     ) -> "RowTerms":
-        """Checks the rows and scores each; `losses` are known −log p_{i, y_i} in nats, (N,)."""
+        """Checks the rows and scores each; `losses` (N,) replace −log p_{i, y_i}, in nats."""
         _check(probabilities, labels)
         p = probabilities.detach().cpu().double()
         y = labels.detach().cpu().long()
         confidence, choice = p.max(1)
-        own = p.gather(1, y[:, None])[:, 0]
-        known = None if losses is None else losses.detach().cpu().double()
-        if known is not None and known.shape != y.shape:
-            got = f"losses of shape {tuple(known.shape)} for {len(y)} rows"
+        if losses is None:
+            nll = _log_loss(p.gather(1, y[:, None])[:, 0], probabilities.dtype)
+        else:
+            nll = losses.detach().cpu().double()
+        if nll.shape != y.shape:
+            got = f"losses of shape {tuple(nll.shape)} for {len(y)} rows"
             raise Refusal(f"got {got}; expected (N,), one a row; leave them out")
         return cls(
             confidence=confidence,
             correct=(choice == y).double(),
-            nll=_log_loss(own, probabilities.dtype) if known is None else known,
+            nll=nll,
             brier=(p - one_hot(y, p.shape[1])).square().sum(1),
             rank=torch.unique(-confidence, return_inverse=True)[1],
             bin=bins.of(confidence),
@@ -109,11 +111,11 @@ class RowTerms:
         return self.nll.new_ones(1, len(self.nll))
 
 
-def _log_loss(own: Tensor, dtype: torch.dtype) -> Tensor:
-    """−log p of float64 p; a 0 counts as the least number above 0 of the type it was stored in."""
-    facts = torch.finfo(dtype if dtype.is_floating_point else torch.float64)
-    most = -(math.log(facts.tiny) + math.log(facts.eps))
-    return torch.where(own > 0, -own.clamp(min=_TINY * _EPS).log(), most)
+def _log_loss(p: Tensor, dtype: torch.dtype) -> Tensor:
+    """−log p of float64 p; a 0 counts as the least number above 0 of `dtype`, its type before."""
+    limits = torch.finfo(dtype if dtype.is_floating_point else torch.float64)
+    loss_of_zero = -(math.log(limits.tiny) + math.log(limits.eps))
+    return torch.where(p > 0, -p.clamp(min=_TINY * _EPS).log(), loss_of_zero)
 
 
 def _check(p: Tensor, y: Tensor) -> None:
@@ -132,7 +134,10 @@ def _check(p: Tensor, y: Tensor) -> None:
 
 
 def _binned(rows: RowTerms, weights: Tensor, bins: int = -1) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, sums of confidence and of correctness of each bin up to the last in use, (R, B)."""
+    """Of each bin the number of rows, the summed confidence and the summed correctness, (R, B).
+
+    B is the number of `bins`; −1 counts them up to the last one in use.
+    """
     member = one_hot(rows.bin, bins).double()
     columns = [member, member * rows.confidence[:, None], member * rows.correct[:, None]]
     counts, confidence, correct = (weights @ torch.cat(columns, 1)).chunk(3, 1)

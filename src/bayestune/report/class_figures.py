@@ -17,7 +17,7 @@ _NOTE = (
 def class_tables(records: Sequence[Record]) -> list[Table]:
     """For each task and model, the figures of each class and a confusion matrix, by method.
 
-    Records of rows whose options are not classes have none.
+    Records whose rows do not all have the same options have no classes, and are left out.
 
     >>> class_tables([{"label": "MLE", "task": "arc_easy", "metrics": {}}])
     []
@@ -29,34 +29,37 @@ def class_tables(records: Sequence[Record]) -> list[Table]:
         blocks = []
         matrices = []
         for name, record in zip(names(group), group, strict=True):
-            found = record["by_class"]
-            title = f"{name} (macro F1 {found['macro_f1']:.3f})"
-            blocks.append(Block(title, tuple(map(_line, found["classes"]))))
-            matrices.append(Block(name, tuple(_counts(found))))
-        heads = ("rows", "chosen", "precision %", "recall %", "F1 %", "wrong ≥ 0.9")
-        labels = ("Method", "Class")
-        tables.append(Table(caption(*of, "classes"), heads, tuple(blocks), (_NOTE,), labels))
-        classes = _classes(group[0])
-        if len(classes) <= _MOST and all(_classes(record) == classes for record in group):
+            by_class = record["by_class"]
+            title = f"{name} (macro F1 {by_class['macro_f1']:.3f})"
+            blocks.append(Block(title, tuple(map(_figures_line, by_class["classes"]))))
+            matrices.append(Block(name, tuple(_confusion_lines(by_class))))
+        columns = ("rows", "chosen", "precision %", "recall %", "F1 %", "wrong ≥ 0.9")
+        heads = ("Method", "Class")
+        tables.append(Table(caption(*of, "classes"), columns, tuple(blocks), (_NOTE,), heads))
+        classes = _class_names(group[0])
+        if len(classes) <= _MOST and all(_class_names(record) == classes for record in group):
             about = "what was chosen, a column each, for each right answer, a line each"
-            labels = ("Method", "Right answer")
-            tables.append(Table(caption(*of, about), tuple(classes), tuple(matrices), heads=labels))
+            heads = ("Method", "Right answer")
+            tables.append(Table(caption(*of, about), tuple(classes), tuple(matrices), heads=heads))
     return tables
 
 
-def _classes(record: Record) -> list[str]:
-    return [one["name"] for one in record["by_class"]["classes"]]
+def _class_names(record: Record) -> list[str]:
+    return [figures["name"] for figures in record["by_class"]["classes"]]
 
 
-def _line(one: Mapping[str, Any]) -> tuple[str, tuple[Cell, ...]]:
-    cells = [Cell(str(one["rows"])), Cell(str(one["chosen"]))]
+def _figures_line(figures: Mapping[str, Any]) -> tuple[str, tuple[Cell, ...]]:
+    """A class's line in the table of figures."""
+    cells = [Cell(str(figures["rows"])), Cell(str(figures["chosen"]))]
     for key in ("precision", "recall", "f1"):
-        cells.append(Cell() if one[key] is None else Cell(f"{100 * one[key]:.1f}"))
-    return one["name"], (*cells, Cell(str(one["wrong_at_90"])))
+        share = figures[key]
+        cells.append(Cell() if share is None else Cell(f"{100 * share:.1f}"))
+    return figures["name"], (*cells, Cell(str(figures["wrong_at_90"])))
 
 
-def _counts(found: Mapping[str, Any]) -> list[tuple[str, tuple[Cell, ...]]]:
+def _confusion_lines(by_class: Mapping[str, Any]) -> list[tuple[str, tuple[Cell, ...]]]:
+    """A line for each right answer, with how often each class was chosen."""
     lines = []
-    for one, counts in zip(found["classes"], found["confusion"], strict=True):
-        lines.append((one["name"], tuple(Cell(str(count)) for count in counts)))
+    for figures, counts in zip(by_class["classes"], by_class["confusion"], strict=True):
+        lines.append((figures["name"], tuple(Cell(str(count)) for count in counts)))
     return lines

@@ -35,11 +35,11 @@ class Column:
 
     def values(self, methods: Mapping[str, Seeds]) -> dict[str, list[float]]:
         """The values of each method, one for each seed that has a finite one."""
-        found = {}
+        values_of = {}
         for method, seeds in methods.items():
             values = [self.of(record).get("value", math.nan) for record in seeds.values()]
-            found[method] = list(filter(math.isfinite, values))
-        return found
+            values_of[method] = list(filter(math.isfinite, values))
+        return values_of
 
     def number(self, value: float | None) -> str:
         """A value in the column's unit and digits; a dash if there is none."""
@@ -57,9 +57,9 @@ class Column:
         return text if self.is_zero(value) else ("+" if value > 0 else "−") + text
 
     def interval(self, record: Record) -> tuple[float, float] | None:
-        """The ends of a record's interval; None if it has none that holds.
+        """The ends of a record's interval; None if it has none that is valid.
 
-        Intervals of ECE that older versions wrote, without what a calibrated model scores, do not.
+        Intervals of ECE from older versions, which wrote no `ece_if_calibrated`, are not valid.
         """
         if self == ECE and not CALIBRATED.of(record):
             return None
@@ -83,7 +83,7 @@ class Column:
         return Cell(value, (behind,))
 
     def over_seeds(self, values: Sequence[float], seeds: int) -> Cell:
-        """Mean ± standard deviation (of n − 1), and n where it is not the number of seeds."""
+        """Mean ± standard deviation (over n − 1), and n where it is not the number of seeds."""
         if not values:
             return Cell()
         behind = [f"± {self.number(statistics.stdev(values))}"] if len(values) > 1 else []

@@ -1,4 +1,4 @@
-"""Which records can stand in one table, and what it says they have in common."""
+"""Which records can stand in one table, what it calls them, and its caption."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ def comparable(records: Sequence[Record], *, same_task: bool = True) -> list[lis
 
     Args:
         records: one for each evaluated method.
-        same_task: false for groups of all tasks and sizes.
+        same_task: false if a group may hold several tasks and sizes.
 
     Raises:
         Refusal: if there are no records.
@@ -26,18 +26,18 @@ def comparable(records: Sequence[Record], *, same_task: bool = True) -> list[lis
     keys = (*SETTING, "task", "n") if same_task else SETTING
     groups: dict[tuple[str, ...], list[Record]] = {}
     for record in records:
-        whole = {"rows": "evaluation", **record}  # `rows` was not always written
-        groups.setdefault(tuple(str(whole.get(key)) for key in keys), []).append(record)
+        filled = {"rows": "evaluation", **record}  # older versions did not write `rows`
+        groups.setdefault(tuple(str(filled.get(key)) for key in keys), []).append(record)
     return list(groups.values())
 
 
 def differing(records: Sequence[Record], keys: Iterable[str] = SETTING) -> list[str]:
     """The keys in which records differ."""
-    found = []
+    differ = []
     for key in keys:
         if len({str(record.get(key)) for record in records}) > 1:
-            found.append(key)
-    return found
+            differ.append(key)
+    return differ
 
 
 def label_of(record: Record) -> str:
@@ -46,18 +46,21 @@ def label_of(record: Record) -> str:
 
 
 def names(records: Sequence[Record]) -> list[str]:
-    """The label of each record, and of task, model, scoring and seed what differs: MLE, seed 1."""
+    """A name for each record, such as "MLE, seed 1".
+
+    It is the label, followed by those of task, model, scoring and seed that differ among them.
+    """
     keys = differing(records, ("task", "model", "scoring", "seed"))
     forms = {"seed": "seed {}", "scoring": "by {}"}
-    found = []
+    full_names = []
     for record in records:
         parts = [forms.get(key, "{}").format(record.get(key)) for key in keys]
-        found.append(", ".join([label_of(record), *parts]))
-    return found
+        full_names.append(", ".join([label_of(record), *parts]))
+    return full_names
 
 
 def by_seed(records: Iterable[Record]) -> dict[str, Seeds]:
-    """The records of each method by seed; of two of the same seed the later one."""
+    """The records of each method by seed; the later one where two have the same seed."""
     runs: dict[str, Seeds] = {}
     for record in records:
         runs.setdefault(label_of(record), {})[record.get("seed")] = record
@@ -65,7 +68,14 @@ def by_seed(records: Iterable[Record]) -> dict[str, Seeds]:
 
 
 def caption(record: Record, first: object = None, rows: object = None, last: str = "") -> str:
-    """What a table is of, such as: arc_easy · m · 300 rows · ECE in 15 bins (textbook)."""
+    """The caption of a table, such as: arc_easy · m · 300 rows · ECE in 15 bins (textbook).
+
+    Args:
+        record: one of its records, for what all of them have in common.
+        first: begins the caption.
+        rows: how many.
+        last: ends it.
+    """
     scoring = record.get("scoring")
     scored = f"scored by {scoring}" if scoring else ""
     size = f"{rows} rows" if rows is not None else ""

@@ -1,7 +1,7 @@
 """Records → the paper's table: methods × tasks, a block a metric, mean ± deviation over seeds."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -48,20 +48,20 @@ def grid_tables(
         Refusal: if there are no records, or none of `against`.
     """
     records = records if folder is None else renewed(records, folder)
-    known = list(by_seed(records))
-    if against is not None and against not in known:
-        raise Refusal(f"got no record of {against!r}; expected one of {known}; choose one")
+    methods = list(by_seed(records))
+    if against is not None and against not in methods:
+        raise Refusal(f"got no record of {against!r}; expected one of {methods}; choose one")
     tables = []
     for group in comparable(records, same_task=False):
         labels = list(by_seed(group))
         tasks: dict[str, list[Record]] = {}
         for record in group:
             tasks.setdefault(_task(record), []).append(record)
-        runs = [by_seed(some) for some in tasks.values()]
-        most = max(len(seeds) for methods in runs for seeds in methods.values())
+        runs = [by_seed(of_task) for of_task in tasks.values()]
+        num_seeds = max(len(seeds) for of_task in runs for seeds in of_task.values())
         shown = [column for column in _BLOCKS if _is_shown(column, group)]
-        blocks = [column.block(labels, runs, most, ("best", "second")) for column in shown]
-        notes = [_ABOUT_MARKS.format(most)]
+        blocks = [column.block(labels, runs, num_seeds, ("best", "second")) for column in shown]
+        notes = [_ABOUT_MARKS.format(num_seeds)]
         if folder is not None and resamples:
             blocks += _p_blocks(labels, tasks.values(), folder, resamples, against)
             other = against or "the method of least mean NLL"
@@ -69,19 +69,23 @@ def grid_tables(
         if folder is not None and (guess := _chance(tasks.values(), folder)):
             blocks.insert(shown.index(NLL) + 1, guess)
             notes.append(_ABOUT_CHANCE)
-        seeds = f"mean ± standard deviation over {most} seeds" if most > 1 else "one seed"
-        of = caption(group[0], last=seeds)
-        tables.append(Table(of, tuple(tasks), tuple(blocks), tuple(notes), ("Metric", "Method")))
+        several = f"mean ± standard deviation over {num_seeds} seeds"
+        title = caption(group[0], last=several if num_seeds > 1 else "one seed")
+        tables.append(Table(title, tuple(tasks), tuple(blocks), tuple(notes), ("Metric", "Method")))
     return tables
 
 
 def _is_shown(column: Column, records: Iterable[Record]) -> bool:
-    """Whether a block is printed: figures that not all versions wrote, only if a record has one."""
-    always = column.sign and not isinstance(column, GateColumn)
-    return bool(always) or any(map(column.of, records))
+    """Whether a block is printed: those that older versions did not write, only if a record has it.
+
+    These are the figures of gates, and the ECE of a calibrated model, which has no better side.
+    """
+    in_all_versions = column.sign != 0 and not isinstance(column, GateColumn)
+    return in_all_versions or any(map(column.of, records))
 
 
 def _task(record: Record) -> str:
+    """The heading of a task's column, such as: openbookqa → arc_easy (n=570)."""
     task = str(record.get("task"))
     source = record.get("trained_on")
     name = task if source in (None, task) else f"{source} → {task}"
@@ -95,7 +99,7 @@ def _p_blocks(
     resamples: int,
     against: str | None,
 ) -> list[Block]:
-    """The p of each method; with `against`, its difference too."""
+    """A block of p-values for each tested metric; with `against`, of differences too."""
     compared = []
     for records in tasks:
         other = against or _least_nll(records)
@@ -104,15 +108,10 @@ def _p_blocks(
     for column in _TESTED:
         columns = []
         for other, differences in compared:
-            cells = {other: Cell("best")} if differences and not against else {}
-            p_values = {name: found[column.key].p_value for name, found in differences.items()}
-            for label, p_value in holm(p_values).items():
-                text = f"{p_value:.3f}"
-                if against:
-                    difference = differences[label][column.key].difference
-                    word = _word(column, difference, p_value)
-                    text = f"{column.signed(difference)}, p {text}, {word}"
-                cells[label] = Cell(text)
+            tests = {label: by_metric[column.key] for label, by_metric in differences.items()}
+            cells = _p_cells(column, tests, with_difference=bool(against))
+            if tests and not against:
+                cells[other] = Cell("best")
             columns.append([cells.get(label, Cell()) for label in labels])
         title = f"p ({column.title.removesuffix(' %')})"
         title = f"{column.title} less {against}'s" if against else title
@@ -120,8 +119,24 @@ def _p_blocks(
     return blocks
 
 
+def _p_cells(
+    column: Column, tests: Mapping[str, PairedDifference], *, with_difference: bool
+) -> dict[str | None, Cell]:
+    """What is printed of each method's difference, its p-value corrected by Holm."""
+    cells: dict[str | None, Cell] = {}
+    p_values = {label: test.p_value for label, test in tests.items()}
+    for label, p_value in holm(p_values).items():
+        text = f"{p_value:.3f}"
+        if with_difference:
+            difference = tests[label].difference
+            word = _word(column, difference, p_value)
+            text = f"{column.signed(difference)}, p {text}, {word}"
+        cells[label] = Cell(text)
+    return cells
+
+
 def _word(column: Column, difference: float, p_value: float) -> str:
-    """What a corrected p-value allows to be said of a difference."""
+    """What may be said of a difference, by its corrected p-value."""
     if p_value >= 1 - LEVEL:
         return "tie"
     return "better" if column.sign * difference > 0 else "worse"
@@ -131,8 +146,8 @@ def _chance(tasks: Iterable[Sequence[Record]], folder: str | Path) -> Block | No
     """The NLL of a guess on each task, from the rows of one record; None without any rows."""
     cells = []
     for records in tasks:
-        found = next(filter(None, (read_rows(record, folder) for record in records)), [])
-        guesses = [math.log(len(row["probabilities"])) for row in found]
+        rows = next(filter(None, (read_rows(record, folder) for record in records)), [])
+        guesses = [math.log(len(row["probabilities"])) for row in rows]
         cells.append(Cell(NLL.number(fmean(guesses))) if guesses else Cell())
     if all(cell == Cell() for cell in cells):
         return None
@@ -142,7 +157,7 @@ def _chance(tasks: Iterable[Sequence[Record]], folder: str | Path) -> Block | No
 def _least_nll(records: Sequence[Record]) -> str | None:
     """The method of least mean NLL over its seeds; None if no record has an NLL."""
     values = NLL.values(by_seed(records))
-    means = {label: fmean(some) for label, some in values.items() if some}
+    means = {label: fmean(of_method) for label, of_method in values.items() if of_method}
     return min(means, key=means.__getitem__, default=None)
 
 
@@ -156,6 +171,12 @@ def significance(
     a difference this large among other questions if there were none, for these very fits: seeds are
     held, and p is not corrected for the choice of the best or, here, for the number of methods.
 
+    Args:
+        records: of one task.
+        folder: where their rows are.
+        against: the label of the method that the others are compared with.
+        resamples: of the bootstrap.
+
     Returns:
         By method and metric, that method less `against`; none without a seed or question in common.
 
@@ -163,11 +184,12 @@ def significance(
     """
     runs = by_seed(records)
     reference = runs.pop(str(against), {})
-    found: dict[str, dict[str, PairedDifference]] = {}
+    differences: dict[str, dict[str, PairedDifference]] = {}
     for label, seeds in runs.items():
         both = [seed for seed in reference if seed in seeds]
         pairs = [(read_rows(seeds[s], folder), read_rows(reference[s], folder)) for s in both]
         paired = paired_tensors([pair for pair in pairs if all(pair)])
         if paired:
-            found[label] = {c.key: paired_bootstrap(*paired, c.key, resamples) for c in _TESTED}
-    return found
+            by_metric = {c.key: paired_bootstrap(*paired, c.key, resamples) for c in _TESTED}
+            differences[label] = by_metric
+    return differences

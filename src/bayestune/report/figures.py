@@ -42,7 +42,7 @@ def _draw_range(
 
 
 def _draw_intervals(axes: Axes, column: Column, records: Sequence[Record]) -> None:
-    """A point and its interval a record, and a thin line to read the others against the first.
+    """A point and its interval for each record, and a thin vertical line at the first one's value.
 
     Under an ECE lies what a calibrated model would score, in grey.
     """
@@ -93,7 +93,7 @@ def summary_figure(records: Sequence[Record]) -> Figure:
 
 
 def _mean_risk(runs: Runs) -> Tensor:
-    """The mean risk over seeds at each coverage, or the nearest above that a seed has."""
+    """The mean risk over seeds at each coverage, or at the nearest one above that a seed has."""
     curves = []
     for rows in runs:
         confidence = torch.tensor([row["confidence"] for row in rows], dtype=torch.float64)
@@ -105,7 +105,7 @@ def _mean_risk(runs: Runs) -> Tensor:
 
 
 def _draw_curves(axes: Axes, methods: Mapping[str, Runs], order: Sequence[str]) -> dict[str, Any]:
-    """The line of each method; its place in the order says how it looks."""
+    """Draws the line of each method, whose place in the order gives its look; returns the lines."""
     lines = {}
     for name, runs in methods.items():
         risk = _mean_risk(runs)
@@ -135,19 +135,20 @@ def risk_coverage_figure(panels: Mapping[str, Mapping[str, Runs]]) -> Figure:
     """
     order = list(dict.fromkeys(name for methods in panels.values() for name in methods))
     columns = min(len(panels), 3)
-    bands = math.ceil(len(panels) / columns)
-    fitting = int(15 * columns / max(map(len, order)) + columns)
-    keys = max(1, min(len(order), 2 * columns, fitting))  # in a line of the legend
-    height = 2.75 * bands + 0.2 * math.ceil(len(order) / keys) + 0.1  # inches
+    panel_rows = math.ceil(len(panels) / columns)
+    fitting = int(15 * columns / max(map(len, order)) + columns)  # by the longest name
+    legend_columns = max(1, min(len(order), 2 * columns, fitting))
+    legend_lines = math.ceil(len(order) / legend_columns)
+    height = 2.75 * panel_rows + 0.2 * legend_lines + 0.1  # inches
     lines: dict[str, Any] = {}
     with styled_figure(3.0 * columns + 0.4, height) as figure:
-        grid = figure.subplots(bands, columns, squeeze=False).ravel()
+        grid = figure.subplots(panel_rows, columns, squeeze=False).ravel()
         for i, (title, methods) in enumerate(panels.items()):
             lines |= _draw_curves(grid[i], methods, order)
             grid[i].set_title(textwrap.fill(title, 40), loc="left")
             grid[i].set_ylabel("risk: error rate among them" if i % columns == 0 else "")
         for axes in grid[len(panels) :]:
             axes.set_axis_off()
-        place: Any = {"loc": "outside lower left", "ncols": keys}
+        place: Any = {"loc": "outside lower left", "ncols": legend_columns}
         figure.legend(lines.values(), lines.keys(), handlelength=2.4, **place)
     return figure

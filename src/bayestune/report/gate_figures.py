@@ -25,14 +25,15 @@ def gate_tables(records: Sequence[Record]) -> list[Table]:
     for group in comparable(with_gate) if with_gate else ():
         columns = [column for column in GATE if any(map(column.of, group))]
         cells = [marked(map(column.with_interval, group), column.sign) for column in columns]
-        of = caption(group[0], group[0].get("task"), group[0].get("n"), "the gate")
+        title = caption(group[0], group[0].get("task"), group[0].get("n"), "the gate")
         headings = tuple(column.heading for column in columns)
-        lines = Block.of("", names(group), cells)
-        tables.append(Table(of, headings, (lines,), (_baselines(group[0]["gate"]),)))
+        block = Block.of("", names(group), cells)
+        tables.append(Table(title, headings, (block,), (_baselines(group[0]["gate"]),)))
     return tables
 
 
 def _baselines(figures: Mapping[str, Any]) -> str:
+    """What a gate can be compared with at no cost, as a note."""
     return (
         "wrong ≥ 0.9: wrong answers with a confidence of 0.9 or more, a count. Beside it, for "
         f"nothing: a guess is right on {figures['chance']:.1%}, the commonest answer on "
@@ -63,25 +64,25 @@ def promises(calibration: "Calibration") -> str:
     """What a calibration promises, in sentences; the score that decides comes first."""
     kept = f"{calibration.variant}, temperature {calibration.temperature:.3g}"
     lines = [f"Kept: {kept}; decides by {calibration.score}."]
-    first = calibration.threshold
-    lines += [f"  band {name}: {found.sentence()}" for name, found in calibration.bands.items()]
+    for name, threshold in calibration.bands.items():
+        lines.append(f"  band {name}: {threshold.sentence()}")
     classes = calibration.settings.get("classes")
-    for place, found in calibration.classes.items():
-        name = repr(classes[int(place)]) if classes else place
-        lines.append(f"  choice {name}: {found.sentence()}")
-    lines.append(f"{calibration.score}: {first.sentence()}.")
-    if first.value is not None:
-        lines.append(f"The smallest risk that these rows support is {first.supported:.3f}.")
-    for name, found in calibration.thresholds.items():
-        if name != calibration.score:
-            lines.append(f"  by {name}: {found.sentence()}")
-    if free := calibration.baselines:
+    for index, threshold in calibration.classes.items():
+        name = repr(classes[int(index)]) if classes else index
+        lines.append(f"  choice {name}: {threshold.sentence()}")
+    deciding = calibration.threshold
+    lines.append(f"{calibration.score}: {deciding.sentence()}.")
+    if deciding.value is not None:
+        lines.append(f"The smallest risk that these rows support is {deciding.supported:.3f}.")
+    for score, threshold in calibration.thresholds.items():
+        if score != calibration.score:
+            lines.append(f"  by {score}: {threshold.sentence()}")
+    if baselines := calibration.baselines:
         loss = "mean cost" if calibration.costs else "risk"
-        lines.append(
-            f"For nothing: always act, {loss} {free['always_act']:.3f}; always ask, acts on none; "
-            f"a guess, risk {1 - free['chance']:.3f}; the commonest answer, risk "
-            f"{1 - free['majority']:.3f}."
-        )
+        always_act = f"always act, {loss} {baselines['always_act']:.3f}"
+        guess = f"a guess, risk {1 - baselines['chance']:.3f}"
+        commonest = f"the commonest answer, risk {1 - baselines['majority']:.3f}"
+        lines.append(f"For nothing: {always_act}; always ask, acts on none; {guess}; {commonest}.")
     for kind, rule in calibration.sets.items():
         mark = " (in predictions)" if kind == calibration.set_kind else ""
         lines.append(f"Sets {kind}{mark}: the right option is in with {rule.coverage:.0%} or more.")

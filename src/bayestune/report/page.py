@@ -18,13 +18,13 @@ from bayestune.report.rows import Record, read_rows, renewed
 from bayestune.report.summary import evaluation_tables
 from bayestune.report.table import render
 
-MOST = 5_000_000  # bytes
+MAX_BYTES = 5_000_000
 _LIBRARY = ("vega", "vega-lite", "vega-embed")
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What asked for a page, and what made it; the page says it."""
+    """Which command made a page, and with which code; the page says it."""
 
     command: str = ""  # the command line
     revision: str | None = None
@@ -36,13 +36,13 @@ def write_page(
 ) -> Path:
     """Writes a page that is complete in itself: figures, charts, rows and where they come from.
 
-    The words say that a method is better or worse only where the paired interval leaves out 0 and
+    The words say that a method is better or worse only where the paired interval excludes 0 and
     p < 0.05.
 
     Args:
-        results: records by the folder that their rows are in; of one task, model and seed, the
-            others are compared with the first.
-        to: the file.
+        results: records by the folder that their rows are in. A record is compared with the first
+            one of its task, model and seed.
+        to: the file to write.
         title: of the page.
         origin: where the page comes from, if known.
 
@@ -61,11 +61,11 @@ def write_page(
     evaluations = []
     for name, (record, rows) in zip(_distinct(names(records)), read, strict=True):
         evaluations.append(Evaluation(name, record, rows))
-    made = {"title": title, **asdict(origin or Origin())}
-    made["date"] = datetime.now(UTC).isoformat(timespec="seconds")
-    text = _page(made | payload(evaluations), render(evaluation_tables(records), "html"))
+    head = {"title": title, **asdict(origin or Origin())}
+    head["date"] = datetime.now(UTC).isoformat(timespec="seconds")
+    text = _page(head | payload(evaluations), render(evaluation_tables(records), "html"))
     size = len(text.encode("utf-8", "backslashreplace"))
-    if size > MOST:
+    if size > MAX_BYTES:
         got = f"{len(records)} runs, whose figures take {size / 1e6:.1f} MB"
         raise Refusal(f"got {got}; expected a page of at most 5 MB; give fewer results")
     to.parent.mkdir(parents=True, exist_ok=True)
@@ -103,11 +103,11 @@ def _json_text(text: str) -> str:
     return text.replace("<", "\\u003c")
 
 
-def _distinct(found: Sequence[str]) -> list[str]:
-    """Names of which no two are equal: the second of one name is numbered 2."""
-    seen: dict[str, int] = {}
-    names = []
-    for name in found:
-        seen[name] = seen.get(name, 0) + 1
-        names.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
-    return names
+def _distinct(labels: Sequence[str]) -> list[str]:
+    """Labels with repeated ones numbered: MLE, MLE (2)."""
+    counts: dict[str, int] = {}
+    numbered = []
+    for label in labels:
+        counts[label] = counts.get(label, 0) + 1
+        numbered.append(label if counts[label] == 1 else f"{label} ({counts[label]})")
+    return numbered

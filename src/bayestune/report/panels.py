@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bayestune.metrics import (
     SCORES,
+    Bins,
     Row,
     accuracy,
     brier,
@@ -47,7 +48,7 @@ def shorts(numbers: Tensor, digits: int = 4) -> list[float | None]:
 
 
 def reliability_bins(rows: Sequence[Row], bins: int) -> list[Numbers]:
-    """Of each bin with rows: its ends, rows, confidence, accuracy, and a calibrated model's range.
+    """A reliability diagram: each bin's ends, rows, confidence and accuracy, and a range.
 
     The range holds nine in ten of the accuracies of a perfectly calibrated model with the same
     confidences: its answers are redrawn a thousand times.
@@ -57,75 +58,91 @@ def reliability_bins(rows: Sequence[Row], bins: int) -> list[Numbers]:
     p, answers = tensors(rows)
     diagram = reliability(p, answers, bins)
     confidence = p.amax(1)
-    edges = (torch.arange(bins + 1, dtype=torch.float64) / bins).float()
-    place = (torch.bucketize(confidence.float(), edges) - 1).clamp(0, bins - 1)
+    bin_of_row = Bins(bins, "textbook").of(confidence)
     generator = torch.Generator().manual_seed(0)
-    found = []
+    filled = []
     for index in diagram.counts.nonzero()[:, 0].tolist():
-        own = confidence[place == index].float()
+        own = confidence[bin_of_row == index].float()
         right = torch.rand(_REDRAWS, len(own), generator=generator) < own
         least, most = right.float().mean(1).quantile(torch.tensor([0.05, 0.95])).tolist()
-        one = {"low": short(index / bins), "high": short((index + 1) / bins), "n": len(own)}
-        one["confidence"] = short(diagram.confidence[index].item())
-        one["accuracy"] = short(diagram.accuracy[index].item())
-        found.append(one | {"least": short(least), "most": short(most)})
-    return found
+        numbers = {
+            "low": short(index / bins),
+            "high": short((index + 1) / bins),
+            "n": len(own),
+            "confidence": short(diagram.confidence[index].item()),
+            "accuracy": short(diagram.accuracy[index].item()),
+            "least": short(least),
+            "most": short(most),
+        }
+        filled.append(numbers)
+    return filled
 
 
 def coverage_curve(rows: Sequence[Row]) -> Numbers:
-    """Risk by coverage in at most 120 points, and the threshold that the rows' decisions keep.
+    """Risk by coverage in at most 120 points, and what the rows' decisions act on.
 
     Rows are in the order of the score that decides, where there is one, else of their confidence.
     """
     scores = [row["score"] for row in rows if row.get("score")]
-    name = "confidence"
-    values = torch.tensor([row["confidence"] for row in rows], dtype=torch.float64)
     if len(scores) == len(rows):
         name = scores[0]["name"]
-        known = [score["value"] for score in scores]
-        numbers = [math.inf if value is None else value for value in known]
-        values = -torch.tensor(numbers, dtype=torch.float64)
+        unsureness = [math.inf if score["value"] is None else score["value"] for score in scores]
+        values = -torch.tensor(unsureness, dtype=torch.float64)
+    else:
+        name = "confidence"
+        values = torch.tensor([row["confidence"] for row in rows], dtype=torch.float64)
     risk = risk_coverage(values, is_right(rows))
     n = len(risk)
-    ends = sorted({-(-n * k // _POINTS) for k in range(1, _POINTS + 1)})
-    points = [[short(k / n), short(risk[k - 1].item())] for k in ends]
+    shown = sorted({-(-n * k // _POINTS) for k in range(1, _POINTS + 1)})  # numbers of rows
+    points = [[short(k / n), short(risk[k - 1].item())] for k in shown]
     return {"by": name, "points": points, "threshold": threshold_of(rows)}
 
 
 def threshold_of(rows: Sequence[Row]) -> Numbers | None:
-    """What a calibration acts on of these rows, with how many errors; None without decisions."""
+    """How many of these rows a calibration acts on, with how many errors; None without decisions.
+
+    Beside them stand the threshold's value, where all rows have the same, and what is promised.
+    """
     if not all("decision" in row for row in rows):
         return None
-    promised = rows[0].get("calibration")
-    bands = promised.get("bands") if isinstance(promised, Mapping) else None
-    acting = next(iter(bands or ()), "act")
+    calibration = rows[0].get("calibration")
+    bands = calibration.get("bands") if isinstance(calibration, Mapping) else None
+    acting = next(iter(bands or ()), "act")  # the decision that acts: of bands, the first
     acts = torch.tensor([row["decision"] == acting for row in rows])
-    wrong = acts & ~is_right(rows)
     acted = int(acts.sum())
+    wrong = int((acts & ~is_right(rows)).sum())
     thresholds = {(row.get("score") or {}).get("threshold") for row in rows}
-    found: Numbers = {"coverage": short(acted / len(rows)), "acted": acted, "acting": acting}
-    found["wrong"] = int(wrong.sum())
-    found["risk"] = short(int(wrong.sum()) / acted) if acted else None
-    found["value"] = thresholds.pop() if len(thresholds) == 1 else None
-    if isinstance(promised, Mapping):
-        found |= {"promised": promised.get("risk"), "held_with": promised.get("confidence")}
-    return found
+    numbers: Numbers = {
+        "coverage": short(acted / len(rows)),
+        "acted": acted,
+        "acting": acting,
+        "wrong": wrong,
+        "risk": short(wrong / acted) if acted else None,
+        "value": thresholds.pop() if len(thresholds) == 1 else None,
+    }
+    if isinstance(calibration, Mapping):
+        numbers["promised"] = calibration.get("risk")
+        numbers["held_with"] = calibration.get("confidence")
+    return numbers
 
 
 def histograms(rows: Sequence[Row]) -> Numbers:
-    """Of each score, as a share of the most it can be: rows right and wrong in each bin."""
+    """By score, how many right and how many wrong rows lie in each bin of the score.
+
+    A score is taken as a share of the most that it can be.
+    """
     right = is_right(rows)
-    found: Numbers = {}
+    separable = 0 < int(right.sum()) < len(rows)
+    by_score: Numbers = {}
     for score, (bins, end) in _HISTOGRAMS.items():
         values = uncertainty(rows, score, normalised=True).clamp(0, end)
-        one: Numbers = {"width": end / bins}
+        numbers: Numbers = {"width": end / bins}
         for name, flags in (("right", right), ("wrong", ~right)):
             counts = torch.histc(values[flags], bins, 0, end)
-            one[name] = [int(count) for count in counts.tolist()]
-        separable = 0 < int(right.sum()) < len(rows)
-        one["error_auroc"] = short(error_auroc(rows, score)) if separable else None
-        found[score] = one
-    return found
+            numbers[name] = [int(count) for count in counts.tolist()]
+        numbers["error_auroc"] = short(error_auroc(rows, score)) if separable else None
+        by_score[score] = numbers
+    return by_score
 
 
 def shift_between(shifted: Sequence[Row], familiar: Sequence[Row]) -> Numbers:
@@ -134,18 +151,22 @@ def shift_between(shifted: Sequence[Row], familiar: Sequence[Row]) -> Numbers:
 
 
 def cloud(rows: Sequence[Row], most: int) -> list[list[Any]]:
-    """Expected entropy, mutual information and right or wrong of rows, at most so many."""
+    """Expected entropy, mutual information and 1 if right, else 0, of at most `most` rows."""
     right = is_right(rows).tolist()
-    every = -(-len(rows) // max(1, most))
+    step = -(-len(rows) // max(1, most))
     dots = []
-    for row, correct in list(zip(rows, right, strict=True))[::every]:
-        parts = (row["expected_entropy"], row["mutual_information"])
-        dots.append([*(short(part) for part in parts), int(correct)])
+    for row, correct in list(zip(rows, right, strict=True))[::step]:
+        aleatoric = short(row["expected_entropy"])
+        epistemic = short(row["mutual_information"])
+        dots.append([aleatoric, epistemic, int(correct)])
     return dots
 
 
 def by_draws(rows: Sequence[Row]) -> list[Numbers]:
-    """NLL, Brier score and accuracy of the average over the first 1, 2, … draws of the rows."""
+    """NLL, Brier score and accuracy of the average over the rows' first 1, 2, … draws.
+
+    Nothing if rows have no draws, or not all the same number.
+    """
     counts = {len(row.get("drawn") or ()) for row in rows}
     num_draws = counts.pop()
     if counts or not num_draws:
@@ -156,21 +177,25 @@ def by_draws(rows: Sequence[Row]) -> list[Numbers]:
     for i, row in enumerate(rows):
         own = torch.tensor(row["drawn"], dtype=torch.float64)
         drawn[:, i, : own.shape[1]] = own / own.sum(1, keepdim=True)
-    found = []
+    scores = []
     for count in range(1, num_draws + 1):
         mean = drawn[:count].mean(0).clamp(min=5e-5)  # four decimals are kept
         mean = torch.where(drawn[0].isnan(), mean, mean / mean.sum(1, keepdim=True))
-        one: Numbers = {"draws": count, "nll": short(nll(mean, answers))}
-        one["brier"] = short(brier(mean, answers))
-        found.append(one | {"accuracy": short(accuracy(mean, answers))})
-    return found
+        numbers = {
+            "draws": count,
+            "nll": short(nll(mean, answers)),
+            "brier": short(brier(mean, answers)),
+            "accuracy": short(accuracy(mean, answers)),
+        }
+        scores.append(numbers)
+    return scores
 
 
 def classes(rows: Sequence[Row]) -> Numbers | None:
     """The confusion matrix of rows that have equally many options, and each class's figures.
 
-    Classes are the options where all rows have the same, else their places, A, B, …; None for rows
-    of different numbers of options, or of more than 30.
+    Classes are the options where all rows have the same, else their places, A, B, …, or 1, 2, … if
+    there are more than letters; None for rows of different numbers of options, or of more than 30.
     """
     widths = {len(row["probabilities"]) for row in rows}
     width = widths.pop()
@@ -178,8 +203,12 @@ def classes(rows: Sequence[Row]) -> Numbers | None:
         return None
     options = {tuple(row.get("options") or ()) for row in rows}
     shared = len(options) == 1 and options != {()}
-    lettered = list(LETTERS[:width]) if width <= len(LETTERS) else None
-    names = list(options.pop()) if shared else lettered or [str(i + 1) for i in range(width)]
+    if shared:
+        names = list(options.pop())
+    elif width <= len(LETTERS):
+        names = list(LETTERS[:width])
+    else:
+        names = [str(i + 1) for i in range(width)]
     p, answers = tensors(rows)
     counts = confusion(p.argmax(1), answers, width)
     shares = precision_recall_f1(counts)

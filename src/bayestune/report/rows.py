@@ -27,23 +27,23 @@ def read_rows(record: Record, folder: str | Path) -> list[Row]:
 
 
 def renewed(records: Sequence[Record], folder: str | Path) -> list[Record]:
-    """Records whose metrics an older version made, with those that their rows have today.
+    """Computes the metrics of records of older versions anew, from their rows in `folder`.
 
     Such records have no `ece_if_calibrated`. Without their rows they stay as they are.
     """
-    found = []
+    up_to_date = []
     for record in records:
-        known = record.get("metrics", {})
-        rows = [] if "ece_if_calibrated" in known else read_rows(record, folder)
-        found.append({**record, "metrics": _metrics(record, rows)} if rows else record)
-    return found
+        is_old = "ece_if_calibrated" not in record.get("metrics", {})
+        rows = read_rows(record, folder) if is_old else []
+        up_to_date.append({**record, "metrics": _metrics(record, rows)} if rows else record)
+    return up_to_date
 
 
 def _metrics(record: Record, rows: Sequence[Row]) -> dict[str, Any]:
     bins = Bins(record.get("bins", 15), record.get("binning", "torchmetrics"))
-    losses = [row.get("nll") for row in rows]  # not always written
-    known = None if None in losses else torch.tensor(losses, dtype=torch.float64)
-    summary = summarise(*tensors(rows), bins, losses=known)
+    written = [row.get("nll") for row in rows]  # older versions did not write it
+    losses = None if None in written else torch.tensor(written, dtype=torch.float64)
+    summary = summarise(*tensors(rows), bins, losses=losses)
     return {key: asdict(interval) for key, interval in summary.items()}
 
 
@@ -57,8 +57,9 @@ def tensors(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
 def paired_tensors(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor, Tensor] | None:
     """K pairs of runs on the rows that all of them have: those of the same id, texts and answer.
 
-    An id that a row has from its place in a file says nothing of another file, or of the same one
-    after rows were put into it. Where some runs keep no texts, id and answer alone count.
+    Ids alone do not tell rows apart: one made from a row's place in a file is another row's in
+    another file, or in the same one after rows were inserted. Where some runs keep no texts, id and
+    answer alone count.
 
     Returns:
         Probabilities (K, N, C) of the first and of the second of each pair, and answers (N,), in
@@ -73,13 +74,16 @@ def paired_tensors(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor, Tensor] | Non
     if not shared:
         return None
     order = [key for key in keyed[0] if key in shared]
-    found = [tensors(list(map(rows.__getitem__, order))) for rows in keyed]
-    probabilities = torch.stack([own for own, _ in found])
-    return probabilities[::2], probabilities[1::2], found[0][1]
+    aligned = []
+    for rows in keyed:
+        aligned.append(tensors([rows[key] for key in order]))
+    probabilities = torch.stack([of_run for of_run, _ in aligned])
+    answers = aligned[0][1]  # those of all runs
+    return probabilities[::2], probabilities[1::2], answers
 
 
 def common_texts(runs: Sequence[Sequence[Row]]) -> tuple[str, ...]:
-    """Which texts all rows of all runs keep, by which they are told apart beside their ids."""
+    """Names of the texts that all rows of all runs keep, which tell rows apart beside their ids."""
     common = {"question", "options"}
     for row in chain(*runs):
         common &= row.keys()
@@ -87,5 +91,5 @@ def common_texts(runs: Sequence[Sequence[Row]]) -> tuple[str, ...]:
 
 
 def row_key(row: Row, texts: Sequence[str]) -> tuple[Any, ...]:
-    """What makes a row of one run the row of another: id, answer and texts."""
+    """Id, answer and texts: rows of two runs are the same row if these are equal."""
     return (row["id"], row["answer"], *(str(row[name]) for name in texts))

@@ -36,34 +36,47 @@ _DOMAIN = (
 
 @dataclass(frozen=True)
 class _Study:
-    """What one set of tables is of; a record has its rows, and AUROCs among its metrics."""
+    """The comparable records that one set of tables is of.
+
+    To each record are added its "rows", and AUROCs among its metrics.
+
+    Args:
+        first: one of the records, for what all have in common.
+        methods: labels.
+        num_seeds: of all methods together.
+        tasks: task → method → seed → record, in the order of columns.
+    """
 
     first: Record
     methods: list[str]
-    seeds: int
+    num_seeds: int
     tasks: dict[str, dict[str, Seeds]]
 
     @classmethod
     def of(cls, group: Sequence[Record], folder: str | Path) -> "_Study":
-        read = [{**record, "rows": read_rows(record, folder)} for record in group]
-        familiar = by_seed(record for record in read if record.get("task") == SOURCE)
+        with_rows = [{**record, "rows": read_rows(record, folder)} for record in group]
+        in_domain = by_seed(record for record in with_rows if record.get("task") == SOURCE)
         tasks: dict[str, list[Record]] = {task: [] for task in _TASKS}
-        for record in read:
-            tasks.setdefault(str(record.get("task")), []).append(_ranked(record, familiar))
-        runs = {task: by_seed(some) for task, some in tasks.items() if some or task == SOURCE}
-        return cls(group[0], list(by_seed(group)), len({r.get("seed") for r in group}), runs)
+        for record in with_rows:
+            tasks.setdefault(str(record.get("task")), []).append(_ranked(record, in_domain))
+        runs = {}
+        for task, records in tasks.items():
+            if records or task == SOURCE:
+                runs[task] = by_seed(records)
+        num_seeds = len({record.get("seed") for record in group})
+        return cls(group[0], list(by_seed(group)), num_seeds, runs)
 
 
-def _ranked(record: Record, familiar: Mapping[str, Seeds]) -> Record:
+def _ranked(record: Record, in_domain: Mapping[str, Seeds]) -> Record:
     """The record with the AUROC of each score for errors, and against in-domain rows."""
     rows = record["rows"]
-    own = familiar.get(label_of(record), {}).get(record.get("seed"), {}).get("rows")
+    familiar = in_domain.get(label_of(record), {}).get(record.get("seed"), {}).get("rows")
     metrics = dict(record.get("metrics", {}))
     for score in SCORES:
         if _varies(rows, score) and len(is_right(rows).unique()) > 1:
             metrics[f"error {score}"] = {"value": error_auroc(rows, score)}
-        if rows and own and _varies(rows + own, score):
-            metrics[f"shift {score}"] = {"value": shift_auroc(rows, own, score)}
+        if rows and familiar and _varies(rows + familiar, score):
+            metrics[f"shift {score}"] = {"value": shift_auroc(rows, familiar, score)}
     return {**record, "metrics": metrics}
 
 
@@ -77,7 +90,7 @@ def _heading(task: str) -> str:
 
 
 def _caption(study: _Study) -> str:
-    """What the tables are of, with all numbers of rows where they differ."""
+    """The caption of a study's tables, with all numbers of rows where they differ."""
     counts = []
     for task, methods in study.tasks.items():
         name, _ = _TASKS.get(task, (task, ""))
@@ -87,36 +100,37 @@ def _caption(study: _Study) -> str:
     return caption(study.first, "trained on OBQA", ", ".join(counts))
 
 
-def _ranking(study: _Study, tasks: Iterable[str], about: str, kind: str) -> Table:
+def _auroc_table(study: _Study, tasks: Iterable[str], title: str, kind: str) -> Table:
+    """The AUROC of each score on some tasks; `kind` is "error" or "shift", see `_ranked`."""
     blocks = []
     for score in SCORES:
-        title = score.replace("_", " ").replace("one minus", "1 −")
+        name = score.replace("_", " ").replace("one minus", "1 −")
         runs = [study.tasks[task] for task in tasks]
-        auroc = Column(f"{kind} {score}", title, 100, 1, 1)
-        blocks.append(auroc.block(study.methods, runs, study.seeds, title=title))
-    return Table(about, tuple(map(_heading, tasks)), tuple(blocks), heads=("Score", "Method"))
+        auroc = Column(f"{kind} {score}", name, 100, 1, 1)
+        blocks.append(auroc.block(study.methods, runs, study.num_seeds, title=name))
+    return Table(title, tuple(map(_heading, tasks)), tuple(blocks), heads=("Score", "Method"))
 
 
 def _tables(study: _Study) -> list[Table]:
     runs = study.tasks.values()
-    blocks = [column.block(study.methods, runs, study.seeds) for column in (ACCURACY, ECE, NLL)]
-    many = f"Mean ± standard deviation over {study.seeds} seeds; (k): of k seeds only."
-    notes = (f"{many if study.seeds > 1 else 'One seed.'} {_DASHES}",)
+    blocks = [column.block(study.methods, runs, study.num_seeds) for column in (ACCURACY, ECE, NLL)]
+    several = f"Mean ± standard deviation over {study.num_seeds} seeds; (k): of k seeds only."
+    notes = (f"{several if study.num_seeds > 1 else 'One seed.'} {_DASHES}",)
     headings = tuple(map(_heading, study.tasks))
     metrics = Table(_caption(study), headings, tuple(blocks), notes, ("Metric", "Method"))
-    tables = [metrics, _ranking(study, study.tasks, _RIGHT, "error")]
-    others = [task for task in study.tasks if task != SOURCE]
-    return [*tables, _ranking(study, others, _DOMAIN, "shift")] if others else tables
+    tables = [metrics, _auroc_table(study, study.tasks, _RIGHT, "error")]
+    shifted = [task for task in study.tasks if task != SOURCE]
+    return [*tables, _auroc_table(study, shifted, _DOMAIN, "shift")] if shifted else tables
 
 
 def _panels(studies: Sequence[_Study]) -> dict[str, dict[str, Runs]]:
     """Title of a panel → method → its rows of each seed that has them."""
-    differ = differing([study.first for study in studies])
+    keys = differing([study.first for study in studies])
     panels: dict[str, dict[str, Runs]] = {}
     for study in studies:
-        apart = [str(study.first.get(key)) for key in differ]
+        differences = [str(study.first.get(key)) for key in keys]
         for task, methods in study.tasks.items():
-            title = " · ".join([*apart, _heading(task)])
+            title = " · ".join([*differences, _heading(task)])
             for method, seeds in methods.items():
                 runs = [record["rows"] for record in seeds.values() if record["rows"]]
                 if runs:
@@ -124,14 +138,13 @@ def _panels(studies: Sequence[_Study]) -> dict[str, dict[str, Runs]]:
     return panels
 
 
-def _own(records: Sequence[Record]) -> list[Record]:
-    """The records of methods trained on SOURCE."""
+def _trained_on_source(records: Sequence[Record]) -> list[Record]:
     return [r for r in records if (r.get("trained_on") or r.get("task")) == SOURCE]
 
 
 def has_shift(records: Sequence[Record]) -> bool:
     """Whether a method trained on OpenBookQA is evaluated on another task."""
-    return any(record.get("task") != SOURCE for record in _own(records))
+    return any(record.get("task") != SOURCE for record in _trained_on_source(records))
 
 
 def write_shift(records: Sequence[Record], folder: str | Path) -> list[Path]:
@@ -139,21 +152,21 @@ def write_shift(records: Sequence[Record], folder: str | Path) -> list[Path]:
 
     Three tables with a column for each task: accuracy, ECE and NLL; the AUROC of each uncertainty
     score for errors; the AUROC of each score for the task's rows against in-domain rows of the same
-    method and seed. Cells are means over seeds ± their standard deviation (of n − 1); the best mean
-    is marked, whether or not the difference is more than noise.
+    method and seed. Cells are means over seeds ± their standard deviation (over n − 1); the best
+    mean is marked, whether or not the difference is more than noise.
 
     Args:
         records: those of methods trained on another task than OpenBookQA are left out.
-        folder: where the records' rows are and the files go.
+        folder: where the records' rows are, and where the files are written.
 
     Raises:
         Refusal: if no records are left.
     """
-    own = _own(records)
-    if not own:
+    of_source = _trained_on_source(records)
+    if not of_source:
         got = f"no records of methods trained on {SOURCE!r} among {len(records)}"
         raise Refusal(f"got {got}; expected some; run `bayestune bench` with this task first")
-    studies = [_Study.of(group, folder) for group in comparable(own, same_task=False)]
+    studies = [_Study.of(group, folder) for group in comparable(of_source, same_task=False)]
     tables = chain.from_iterable(map(_tables, studies))
     path = Path(folder) / "shift.md"
     path.write_text(render(list(tables), "markdown") + "\n", encoding="utf-8")

@@ -42,6 +42,6 @@ def summary_tables(records: Sequence[Record]) -> list[Table]:
         cells = [marked(map(column.with_interval, group), column.sign) for column in columns]
         headings = tuple(column.heading for column in columns)
         notes = [_ABOUT_INTERVALS] + [_ABOUT_ECE] * (CALIBRATED in columns)
-        of = caption(group[0], group[0].get("task"), group[0].get("n"))
-        tables.append(Table(of, headings, (Block.of("", names(group), cells),), tuple(notes)))
+        title = caption(group[0], group[0].get("task"), group[0].get("n"))
+        tables.append(Table(title, headings, (Block.of("", names(group), cells),), tuple(notes)))
     return tables

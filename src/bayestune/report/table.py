@@ -17,7 +17,7 @@ DASH = "–"
 
 @dataclass(frozen=True)
 class Cell:
-    """A number as printed, what stands behind it (an interval, a deviation), and its mark."""
+    """A number as printed, what is printed after it (an interval, a deviation), and its mark."""
 
     number: str = DASH
     behind: tuple[str, ...] = ()
@@ -41,7 +41,8 @@ class Block:
 class Table:
     """All that a table says, before it has a style.
 
-    A line is led by its name, or by its block's title and its name, whose headings are `heads`.
+    A line begins with its name, or, if there are two `heads`, with its block's title and its name;
+    `heads` are the headings of these leading columns.
     """
 
     caption: str
@@ -51,7 +52,14 @@ class Table:
     heads: tuple[str, ...] = ("Method",)
 
     def lines(self, write: Callable[[Cell], str], lead: Callable[[str], str] = str) -> list[Lines]:
-        """The headings and each block as lines of strings; the first line has the block's title."""
+        """The headings and each block as lines of strings.
+
+        Only a block's first line shows its title.
+
+        Args:
+            write: makes a cell a string.
+            lead: makes a heading, a title or a line's name a string.
+        """
         blocks = [[[*map(lead, self.heads), *map(lead, self.columns)]]]
         for block in self.blocks:
             lines = []
@@ -65,15 +73,15 @@ class Table:
 def marked(cells: Iterable[Cell], sign: int, marks: Sequence[Mark] = ("best",)) -> list[Cell]:
     """Marks the best cells of a column, and the runners-up if `marks` has one for them.
 
-    What is printed the same is as good; a column of one number only has no marks. The `sign` is 1
-    if higher is better, −1 if lower is, and 0 for no marks.
+    Cells that print the same number get the same mark; a column of one number only has no marks.
+    The `sign` is 1 if higher is better, −1 if lower is, and 0 for no marks.
     """
     cells = list(cells)
     numbers = {cell.number: float(cell.number) for cell in cells if cell.number != DASH}
     ranked = sorted(set(numbers.values()), reverse=sign > 0)
     mark_of = dict(zip(ranked, marks, strict=False)) if sign and len(ranked) > 1 else {}
-    found = {text: mark_of.get(number, "") for text, number in numbers.items()}
-    return [replace(cell, mark=found.get(cell.number, "")) for cell in cells]
+    mark_of_text = {text: mark_of.get(number, "") for text, number in numbers.items()}
+    return [replace(cell, mark=mark_of_text.get(cell.number, "")) for cell in cells]
 
 
 def _text(table: Table) -> str:
@@ -193,10 +201,14 @@ def render(tables: Sequence[Table], style: Style = "text") -> str:
     make them bold and underlined; "html" gives them a class. What is "better" by a test looks like
     the best, but in "html" it has a class of its own.
 
+    Args:
+        tables: the tables.
+        style: "text", "markdown", "html" or "latex".
+
     Raises:
         Refusal: if the style is unknown.
     """
     if style not in _WRITERS:
-        known = tuple(_WRITERS)
-        raise Refusal(f"got style {style!r}; expected one of {known}; 'text' is for terminals")
+        styles = tuple(_WRITERS)
+        raise Refusal(f"got style {style!r}; expected one of {styles}; 'text' is for terminals")
     return "\n\n".join(_WRITERS[style](table) for table in tables)

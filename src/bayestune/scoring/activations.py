@@ -1,6 +1,6 @@
 """The mean's one pass over rows: their logits, and what the adapter's A gives where they answer."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from bayestune.posteriors import Posterior
 from bayestune.scoring.batches import batch_logits, batches_by_length, in_order
 from bayestune.scoring.scorer import Encoded, Scorer
 
-Places = tuple[Tensor, Tensor, int]  # each row's sequence and position, and the sequences' length
+Places = tuple[Tensor, Tensor, int]  # each row's sequence and position in it; sequences' length
 
 
 def mean_pass(
@@ -32,12 +32,12 @@ def mean_pass(
         posterior: one that has a mean.
         scorer: of the rows.
         rows: N encoded rows.
-        bf16: whether under bfloat16 autocast.
+        bf16: whether to run under bfloat16 autocast.
         batch_size: rows of a batch.
 
     Returns:
-        Logits (1, N, C) as `row_logits` gives them, and h (N, r) in float32 by slot name, of the
-        slots that see sequences as the model does: none where A adapts embeddings alone.
+        Logits (1, N, C) as `row_logits` gives them, and h (N, r) in float32 by slot name. Slots
+        that do not see the model's sequences are left out, as those of embeddings are.
 
     Raises:
         Refusal: if the posterior has no mean.
@@ -49,41 +49,40 @@ def mean_pass(
         )
     slots = Slots(posterior.model, posterior.adapter)
     logits: dict[int, Tensor] = {}
-    parts: dict[str, dict[int, Tensor]] = {}
+    activations: dict[str, dict[int, Tensor]] = {}  # by slot name and number of the row
     for numbers, batch in batches_by_length(scorer, rows, batch_size):
         places = (*scorer.answer_places(batch), batch["input_ids"].shape[1])
         with _watched(slots) as outputs:
-            found = batch_logits(posterior, batch, Draws(0, bf16=bf16))
-        logits.update(zip(numbers, found.unbind(1), strict=True))
+            of_batch = batch_logits(posterior, batch, Draws(0, bf16=bf16))
+        logits.update(zip(numbers, of_batch.unbind(1), strict=True))
         for name, output in outputs.items():
             values = _at(output, places, len(batch["input_ids"]))
             if values is not None:
-                parts.setdefault(name, {}).update(zip(numbers, values.unbind(), strict=True))
-    whole = {name: part for name, part in parts.items() if len(part) == len(rows)}
-    return in_order(logits), {name: _stacked(part) for name, part in whole.items()}
-
-
-def _stacked(found: Mapping[int, Tensor]) -> Tensor:
-    return torch.stack([found[number] for number in range(len(found))])
+                activations.setdefault(name, {}).update(zip(numbers, values.unbind(), strict=True))
+    stacked = {}
+    for name, by_row in activations.items():
+        if len(by_row) == len(rows):
+            stacked[name] = torch.stack([by_row[number] for number in range(len(rows))])
+    return in_order(logits), stacked
 
 
 @contextmanager
 def _watched(slots: Slots) -> Iterator[dict[str, Tensor]]:
     """The last output of each A in the passes of the context, by slot name.
 
-    The last one, because tokens that all rows begin with may have been read before the rest.
+    A slot may run twice in a pass, first on tokens that all rows begin with, then on the rest.
     """
     outputs: dict[str, Tensor] = {}
     with exclusive(slots.model), eagerly(slots.compiled):
         modules = slots.modules()
-        hooks = []
+        handles = []
         for name in slots.names():
             hook = partial(_keep, outputs, name)
-            hooks.append(modules[name].register_forward_hook(hook))
+            handles.append(modules[name].register_forward_hook(hook))
         try:
             yield outputs
         finally:
-            for handle in hooks:
+            for handle in handles:
                 handle.remove()
 
 
@@ -93,15 +92,15 @@ def _keep(
     outputs[name] = output.detach()
 
 
-def _at(output: Tensor, places: Places, count: int) -> Tensor | None:
-    """h (N, r) where the rows answer; None of a layer that sees something else than sequences."""
+def _at(output: Tensor, places: Places, num_sequences: int) -> Tensor | None:
+    """A slot's h (N, r) where the rows answer; None if its output is not of the sequences."""
     sequence, position, length = places
-    if len(output) != count or output.ndim not in (2, 3):
+    if len(output) != num_sequences or output.ndim not in (2, 3):
         return None
-    if output.ndim == 2:  # of one vector a sequence, such as a pooled one
+    if output.ndim == 2:  # one vector a sequence, such as a pooled one
         return output[sequence.to(output.device)].float().cpu()
-    missing = max(0, length - output.shape[1])  # read before, or not needed
+    missing = max(0, length - output.shape[1])  # first tokens: read before, or not needed
     if int(position.min()) < missing:
         return None
-    own = output[sequence.to(output.device), (position - missing).to(output.device)]
-    return own.float().cpu()
+    answering = output[sequence.to(output.device), (position - missing).to(output.device)]
+    return answering.float().cpu()

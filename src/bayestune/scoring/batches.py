@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +19,13 @@ from bayestune.scoring.scorer import Encoded, Scorer
 def batches_by_length(
     scorer: Scorer, rows: Sequence[Encoded], size: int
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    """Batches of rows of similar length, the shortest first, each with the numbers of its rows."""
+    """Batches of rows of similar length, the shortest first, each with the numbers of its rows.
+
+    Args:
+        scorer: which collates the batches.
+        rows: N encoded rows.
+        size: rows of a batch.
+    """
     order = sorted(range(len(rows)), key=lambda number: rows[number]["length"])
     for start in range(0, len(order), size):
         numbers = order[start : start + size]
@@ -50,7 +57,8 @@ def row_logits(
     Raises:
         NotFiniteLogits: if they are -inf for one that it has.
     """
-    return in_order(_found(posterior, scorer, rows, draws, (batch_size, 0, 1), progress))
+    share = _Share(batch_size, first=0, step=1)
+    return in_order(_logits_by_row(posterior, scorer, rows, draws, share, progress))
 
 
 def shared_row_logits(
@@ -62,35 +70,45 @@ def shared_row_logits(
     batch_size: int = 8,
     progress: str | None = None,
 ) -> Tensor:
-    """`row_logits` of processes that run the same command: each takes some batches, all get all.
+    """`row_logits` for processes that run the same command: each computes a share, all get all.
 
-    The batches are those of one process, so the logits are, too.
+    The batches are those that one process would make, so the logits are the same. Arguments and
+    result are those of `row_logits`.
     """
-    share = (batch_size, process_index(), num_processes())
-    found: dict[int, Tensor] = {}
-    for part in of_all_processes(_found(posterior, scorer, rows, draws, share, progress)):
-        found.update(part)
-    return in_order(found)
+    share = _Share(batch_size, first=process_index(), step=num_processes())
+    logits: dict[int, Tensor] = {}
+    for part in of_all_processes(_logits_by_row(posterior, scorer, rows, draws, share, progress)):
+        logits.update(part)
+    return in_order(logits)
 
 
-def _found(
+class _Share(NamedTuple):
+    """Which batches a process computes: every `step`-th from `first` on."""
+
+    batch_size: int
+    first: int
+    step: int
+
+
+def _logits_by_row(
     posterior: Posterior,
     scorer: Scorer,
     rows: Sequence[Encoded],
     draws: Draws,
-    share: tuple[int, int, int],
+    share: _Share,
     progress: str | None,
 ) -> dict[int, Tensor]:
-    """Logits (S, C_n) by the number of the row, of a share: a batch's rows, which, of how many."""
-    batch_size, first, step = share
-    found: dict[int, Tensor] = {}
-    batches = islice(batches_by_length(scorer, rows, batch_size), first, None, step)
+    """Logits (S, C_n) of a share of the rows, by the number of the row."""
+    by_row: dict[int, Tensor] = {}
+    batches = islice(
+        batches_by_length(scorer, rows, share.batch_size), share.first, None, share.step
+    )
     with tqdm(total=len(rows), desc=progress, unit="row", disable=progress is None) as bar:
         for numbers, batch in batches:
             logits = batch_logits(posterior, batch, draws)
-            found.update(zip(numbers, logits.unbind(1), strict=True))
-            bar.update(step * len(numbers))
-    return found
+            by_row.update(zip(numbers, logits.unbind(1), strict=True))
+            bar.update(share.step * len(numbers))  # the other processes do as much meanwhile
+    return by_row
 
 
 def batch_logits(posterior: Posterior, batch: dict[str, Tensor], draws: Draws) -> Tensor:
@@ -122,9 +140,9 @@ def _refuse_lost_options(logits: Tensor, mask: Tensor | None) -> None:
         raise NotFiniteLogits(f"{got}; expected numbers; look at the fit, or its precision")
 
 
-def in_order(found: Mapping[int, Tensor]) -> Tensor:
-    """Rows' logits (S, C_n) by number as those of all, (S, N, C)."""
-    width = max(logits.shape[1] for logits in found.values())
-    ordered = [found[number] for number in range(len(found))]
+def in_order(by_row: Mapping[int, Tensor]) -> Tensor:
+    """Logits (S, C_n) by the number of the row as one tensor (S, N, C), -inf where C_n < C."""
+    width = max(logits.shape[1] for logits in by_row.values())
+    ordered = [by_row[number] for number in range(len(by_row))]
     padded = [pad(logits, (0, width - logits.shape[1]), value=-torch.inf) for logits in ordered]
     return torch.stack(padded, 1)

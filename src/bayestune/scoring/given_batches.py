@@ -22,7 +22,7 @@ class HeadLogits:
 
     For a model with a sequence classification, regression or reward head; a token or frame
     classification head, where padding is -inf for every class; or a semantic segmentation head,
-    whose own order is (N, C, H, W). Labels in the batch are left aside.
+    whose own order is (N, C, H, W). Labels in the batch are ignored.
 
     Raises:
         Refusal: if the model's output has no logits.
@@ -106,7 +106,7 @@ class LastToken:
         _refuse_without_decoders(model, inputs)
         ends = last_positions(inputs)
         kept = ends.unique()
-        logits = model(**inputs, **_of_positions(model, inputs, kept)).logits
+        logits = model(**inputs, **_options_for(model, inputs, kept)).logits
         if logits.shape[1] == len(kept):
             ends = torch.searchsorted(kept, ends)
         rows = torch.arange(len(ends), device=logits.device)
@@ -140,12 +140,12 @@ def _refuse_without_decoders(model: nn.Module, inputs: Mapping[str, Tensor]) -> 
         )
 
 
-def _of_positions(model: nn.Module, inputs: Mapping[str, Tensor], kept: Tensor) -> dict[str, Any]:
-    """Options that have a model compute the logits of some positions alone, where it can.
+def _options_for(model: nn.Module, inputs: Mapping[str, Tensor], kept: Tensor) -> dict[str, Any]:
+    """Arguments by which a model computes the logits of the `kept` positions alone, if it can.
 
     A row that is padded on the left counts its positions from its first real token.
     """
-    taken = inspect.signature(base_of(model).forward).parameters
+    accepted = inspect.signature(base_of(model).forward).parameters
     mask = inputs.get("attention_mask")
     options: dict[str, Any] = {"use_cache": False}
     read, _ = _read_last(inputs)
@@ -153,7 +153,8 @@ def _of_positions(model: nn.Module, inputs: Mapping[str, Tensor], kept: Tensor) 
     options["logits_to_keep"] = 1 if at_end else kept
     if mask is not None and "position_ids" not in inputs and not mask[:, 0].all():
         options["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
-    return {name: value for name, value in options.items() if name in taken and name not in inputs}
+    new = options.keys() & accepted.keys() - inputs.keys()
+    return {name: value for name, value in options.items() if name in new}
 
 
 def _without_labels(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -75,11 +75,11 @@ class HeadScorer(Scorer):
         mask = batch.get("attention_mask", torch.ones_like(tokens))
         place = torch.arange(tokens.shape[1])
         tokenizer: Any = self.tokenizer
-        mark = -1 if tokenizer.cls_token_id is None else tokenizer.cls_token_id
-        marks = (tokens == mark) & (mask == 1)
+        class_token = -1 if tokenizer.cls_token_id is None else tokenizer.cls_token_id
+        is_class_token = (tokens == class_token) & (mask == 1)
         last = torch.where(mask == 1, place, 0).amax(1)
-        first = torch.where(marks, place, tokens.shape[1]).amin(1)
-        return torch.arange(len(tokens)), torch.where(marks.any(1), first, last)
+        first = torch.where(is_class_token, place, tokens.shape[1]).amin(1)
+        return torch.arange(len(tokens)), torch.where(is_class_token.any(1), first, last)
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Class logits (N, C)."""
@@ -89,7 +89,12 @@ class HeadScorer(Scorer):
 
 
 def own_classes(model: nn.Module, task: Task) -> tuple[str, ...] | None:
-    """The names that a head's model has for its classes, if they are the options of the rows."""
+    """A model's own names of its head's classes, if they are the task's options; else None.
+
+    Args:
+        model: with a classification head.
+        task: whose rows all have the same options.
+    """
     config: Any = model.config
     names = tuple(str(name) for _, name in sorted((config.id2label or {}).items()))
     options = set(task.class_names or ())

@@ -1,4 +1,4 @@
-"""Whether rows fit a model: how many places its table of positions has."""
+"""Whether rows fit into a model's table of positions."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,13 @@ from bayestune.scoring.scorer import Encoded
 
 
 def check_lengths(model: nn.Module, rows: Sequence[Question], encoded: Sequence[Encoded]) -> None:
-    """Refuses rows with more tokens than a model with a table of positions has places for."""
+    """Refuses rows with more tokens than the model's table of positions has places.
+
+    Args:
+        model: with or without such a table.
+        rows: N questions.
+        encoded: the same rows, encoded.
+    """
     limit = position_limit(model)
     if limit is None:
         return
@@ -24,7 +30,7 @@ def check_lengths(model: nn.Module, rows: Sequence[Question], encoded: Sequence[
 
 
 def _positions_used(tokens: Encoded) -> int:
-    """Positions of the longest sequence: options of one question stand in the same places."""
+    """Positions that a row takes; under text scoring all its options begin at the same one."""
     options = tokens.get("options")
     if isinstance(options, list):
         return len(tokens["ids"]) + max(map(len, options))

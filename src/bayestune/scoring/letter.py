@@ -29,8 +29,8 @@ class LetterScorer(Scorer):
     """Class logits are the logits of the labels' tokens at the last position.
 
     Raises:
-        Refusal: if a label that a row to fit on needs is not a token of its own; of other rows
-            `encode` says so.
+        Refusal: if a label that a training or held-out row needs is not a token of its own; for
+            other rows, when they are encoded.
     """
 
     def __post_init__(self) -> None:

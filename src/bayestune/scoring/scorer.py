@@ -14,7 +14,7 @@ from bayestune.data import Question, Task
 
 logger = logging.getLogger(__name__)
 
-Encoded = dict[str, Any]  # the tokens of a row, its "answer", "length", and if it was "shortened"
+Encoded = dict[str, Any]  # a row's tokens, "answer", "length", and whether it was "shortened"
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Scorer(ABC):
         tokenizer: the model's.
         task: the questions and their prompt.
         max_length: tokens of a row; a longer one loses the end of its passage, with a warning.
-        warns: whether there is that warning.
+        warns: whether to log that warning.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -68,16 +68,16 @@ class Scorer(ABC):
         """Class logits (N, C), -inf for options that a row does not have."""
 
     def answer_places(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Where the model stands when it answers: each row's sequence and position in it, (N,).
+        """Where the model answers: each row's sequence, and the position in it, (N,) each.
 
-        The last position of one sequence a row, padded on the left, unless a scorer says otherwise.
+        By default a row is one sequence, padded on the left, and answers at its last position.
         """
         count, length = batch["input_ids"].shape
         return torch.arange(count), torch.full((count,), length - 1)
 
     @property
     def pad(self) -> int:
-        """The token that fills a batch up."""
+        """The id of the token that batches are padded with."""
         tokenizer: Any = self.tokenizer
         pad = tokenizer.pad_token_id
         return pad if pad is not None else tokenizer.eos_token_id or 0

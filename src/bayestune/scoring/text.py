@@ -5,8 +5,9 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import chain
 from types import SimpleNamespace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +29,9 @@ from bayestune.scoring.tokens import (
     written_before_answer,
 )
 
-# What was found of each model, for as long as it lives.
-_FITS: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
-_PACKS: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+# What `_goes_by_mask` and `_packs_exactly` say of a model, kept for as long as it lives.
+_GOES_BY_MASK: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+_PACKS_EXACTLY: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 Layout = Literal["packed", "expanded"]
 
 # What a position belongs to: the question, nothing, or the option of that number, from 0.
@@ -41,20 +42,20 @@ _PADDING = -1
 def can_pack(model: nn.Module) -> bool:
     """Whether a model takes the packed layout: its tokens go by mask and position ids alone.
 
-    Its settings say so, and two options, packed, have the logits that they have expanded.
+    Its settings must say so, and two options must have the same logits packed as expanded.
     """
     base = base_of(model)
-    outlined = next(base.parameters()).is_meta  # without weights there is nothing to try
-    return _goes_by_mask(base) and (outlined or _packs_exactly(base))
+    is_outline = next(base.parameters()).is_meta  # without weights there is nothing to try
+    return _goes_by_mask(base) and (is_outline or _packs_exactly(base))
 
 
 def _goes_by_mask(model: nn.Module) -> bool:
-    """What the settings say."""
+    """Whether a model's settings say that its tokens go by mask and position ids alone."""
     config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
     kinds = getattr(config, "layer_types", None) or ["full_attention"]
     has_window = getattr(config, "sliding_window", None) is not None
     slides = has_window and getattr(config, "use_sliding_window", True)
-    # a recurrent layer and ALiBi go by a token's place in the sequence, whatever the position ids
+    # a recurrent layer and ALiBi go by a token's place in the sequence, not by its position id
     by_place = getattr(model, "_is_stateful", False) or getattr(config, "alibi", False)
     takes_mask = config._attn_implementation in ("sdpa", "eager")
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
@@ -99,7 +100,7 @@ class TextScorer(Scorer):
 
     @cached_property
     def _written(self) -> str | None:
-        """What the chat template writes before an answer, where it tells."""
+        """What the chat template writes before an answer, if known."""
         return written_before_answer(self.tokenizer, self.task.prompt, "text")
 
     def _option_ids(self, prompt: list[int], text: str) -> list[int]:
@@ -115,8 +116,8 @@ class TextScorer(Scorer):
     def pad_rows(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
         """A batch in the scorer's layout, the options' tokens in the last W positions.
 
-        Of each of these, "targets" has the token, "option" the number of the option, and "source"
-        which of the last W + 1 positions predicts it.
+        For each of these positions "targets" holds its token, "option" the number of its option,
+        and "source" which of the last W + 1 positions predicts it.
         """
         batch = self._packed(rows) if self.layout == "packed" else self._expanded(rows)
         batch["option_mask"] = option_mask([len(row["options"]) for row in rows])
@@ -124,13 +125,14 @@ class TextScorer(Scorer):
 
     def _packed(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
         """One sequence a row: the question, padded on the left, then all its options."""
-        tokens = []
-        numbers = []
-        places = []
+        tokens = []  # of a row's options, one after the other
+        numbers = []  # of the option that each token belongs to
+        places = []  # of each token within its option
         for row in rows:
-            tokens.append([token for ids in row["options"] for token in ids])
-            numbers.append([number for number, ids in enumerate(row["options"]) for _ in ids])
-            places.append([place for ids in row["options"] for place in range(len(ids))])
+            tokens.append(list(chain.from_iterable(row["options"])))
+            sizes = list(map(len, row["options"]))
+            numbers.append([number for number, size in enumerate(sizes) for _ in range(size)])
+            places.append(list(chain.from_iterable(map(range, sizes))))
         targets = right_padded(tokens, self.pad)
         option = right_padded(numbers, _PADDING)
         place = right_padded(places, 0)
@@ -149,10 +151,10 @@ class TextScorer(Scorer):
         }
 
     def _packed_mask(self, block: Tensor) -> Tensor:
-        """Who sees whom (N, 1, T, T): all see the question and their own block up to themselves."""
-        same = block[:, :, None] == block[:, None, :]
-        question = block[:, None, :] == _QUESTION
-        seen = (same | question).tril()[:, None]
+        """Which tokens each one sees (N, 1, T, T): the question and its own block, up to itself."""
+        is_same_block = block[:, :, None] == block[:, None, :]
+        is_question = block[:, None, :] == _QUESTION
+        seen = (is_same_block | is_question).tril()[:, None]
         if self.bool_mask:
             return seen
         return torch.where(seen, 0.0, torch.finfo(torch.float32).min)
@@ -207,9 +209,9 @@ class TextScorer(Scorer):
 
 def _refuse_packing(model: nn.Module) -> None:
     base = base_of(model)
-    if base not in _FITS:
-        _FITS[base] = not isinstance(base, PreTrainedModel) or _goes_by_mask(base)
-    if not _FITS[base]:
+    if base not in _GOES_BY_MASK:
+        _GOES_BY_MASK[base] = not isinstance(base, PreTrainedModel) or _goes_by_mask(base)
+    if not _GOES_BY_MASK[base]:
         raise Refusal(
             f'options cannot be packed for a {type(base).__name__}: got layout="packed", expected '
             "a model with full attention whose tokens go by mask and position ids; use "
@@ -218,8 +220,11 @@ def _refuse_packing(model: nn.Module) -> None:
 
 
 def _packs_exactly(model: Any) -> bool:
-    """What a question with two options of a few tokens says, once for a model."""
-    if model not in _PACKS:
+    """Whether a question with two short options has the same logits packed as expanded.
+
+    It is computed once for a model.
+    """
+    if model not in _PACKS_EXACTLY:
         config = model.config.get_text_config()
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(config.vocab_size, (13,), generator=generator).tolist()
@@ -227,10 +232,12 @@ def _packs_exactly(model: Any) -> bool:
         tokenizer: Any = SimpleNamespace(pad_token_id=0)
         bool_mask = config._attn_implementation == "sdpa"
         task = Task("tried", (), ())
-        both = [TextScorer(tokenizer, task, 300, layout, bool_mask) for layout in get_args(Layout)]
+        packed = TextScorer(tokenizer, task, 300, "packed", bool_mask)
+        expanded = TextScorer(tokenizer, task, 300, "expanded", bool_mask)
         with evaluating(model):
-            batches = [on_device(scorer.pad_rows([row]), model) for scorer in both]
-            one, other = (score(model, batch) for score, batch in zip(both, batches, strict=True))
-            by_size = sizes_change(partial(both[1], model), batches[1], other)
-            _PACKS[model] = agrees(one[None], other, 0, model, by_size) is True
-    return _PACKS[model]
+            logits = packed(model, on_device(packed.pad_rows([row]), model))
+            batch = on_device(expanded.pad_rows([row]), model)
+            expected = expanded(model, batch)
+            by_size = sizes_change(partial(expanded, model), batch, expected)
+            _PACKS_EXACTLY[model] = agrees(logits[None], expected, 0, model, by_size) is True
+    return _PACKS_EXACTLY[model]

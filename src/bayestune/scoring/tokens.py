@@ -12,7 +12,7 @@ from bayestune.data import Prompt, Question, Scoring
 from bayestune.errors import Refusal
 from bayestune.scoring.scorer import Scorer
 
-# What does not depend on the rows at hand, such as labels' tokens, is found on this row's prompt.
+# Stands for any row where the result is the same for all, as the tokens of the labels are.
 ANY_ROW = Question("any", "?", ("yes", "no"), answer=None)
 
 
@@ -24,7 +24,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def prompt_text(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt, row: Question, scoring: Scoring
 ) -> str:
-    """All that a model reads before a row's answer: the prompt, in a chat by the model's template.
+    """All that a model reads before a row's answer: the prompt, of a chat in the model's template.
 
     Raises:
         Refusal: if the tokenizer has no chat template, or its template does not take the messages.
@@ -54,13 +54,13 @@ def prompt_text(
 
 
 def before_answer(text: str, written: str | None = None) -> tuple[str, str]:
-    r"""What may stand between a prompt and its answer, the likelier first.
+    r"""What may stand between a prompt and its answer, a space or nothing, the likelier first.
 
-    It is a space, unless the prompt ends in white space, or a chat's template writes none.
+    A space is likelier, unless the prompt ends in white space or the chat template writes none.
 
     Args:
         text: the prompt.
-        written: what the template writes, where it tells; see `written_before_answer`.
+        written: what the chat template writes there; None if unknown, see `written_before_answer`.
 
     >>> before_answer("Answer:"), before_answer("assistant\n"), before_answer("[/INST]", "")
     ((' ', ''), ('', ' '), ('', ' '))
@@ -72,10 +72,10 @@ def before_answer(text: str, written: str | None = None) -> tuple[str, str]:
 def written_before_answer(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt, scoring: Scoring
 ) -> str | None:
-    """What a chat template writes between its prompt and an answer: a space, or nothing.
+    """What a chat template writes between its prompt and an answer, a space or nothing, if known.
 
-    Models were tuned on what the template makes of an assistant's message. None of a prompt that is
-    no chat, and of a template that does not write the two one after the other.
+    Models were tuned on what the template makes of an assistant's message. It is unknown (None) if
+    the prompt is no chat, or the template does not write the answer right after its prompt.
     """
     if not prompt.chat or prompt.spaced_by_end:
         return None
@@ -85,19 +85,25 @@ def written_before_answer(
         whole = str(tokenizer.apply_chat_template(answered, tokenize=False))
     except TemplateError:
         return None
-    behind = whole.removeprefix(begin)
-    if behind == whole:
+    after = whole.removeprefix(begin)
+    if after == whole:
         return None
-    return next((space for space in ("", " ") if behind.startswith(f"{space}A")), None)
+    return next((space for space in ("", " ") if after.startswith(f"{space}A")), None)
 
 
 def prompt_ids(
     scorer: Scorer, row: Question, scoring: Scoring, room: int = 0
 ) -> tuple[list[int], bool]:
-    """Token ids of a prompt that leaves `room` tokens, and whether its passage was shortened.
+    """Token ids of a prompt within the length limit, and whether its passage was shortened for it.
+
+    Args:
+        scorer: its tokenizer, prompt and `max_length`.
+        row: the question.
+        scoring: how the answer is scored, which the prompt depends on.
+        room: tokens that are kept free for the answer.
 
     Raises:
-        Refusal: if the prompt is too long without any passage.
+        Refusal: if the prompt is too long even without its passage.
     """
     tokenizer = scorer.tokenizer
     prompt = scorer.task.prompt
@@ -132,11 +138,17 @@ def _start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def answer_tokens(
     tokenizer: PreTrainedTokenizerBase, prompt: str, labels: Sequence[str], spaces: Sequence[str]
 ) -> list[int]:
-    """The token by which each label continues the prompt, up to the first without one of its own.
+    """The token with which each label continues the prompt, up to the first label without its own.
 
     "Answer:" + " A" is one token " A" in byte-level BPE and "▁A" in SentencePiece; other tokenizers
-    want "A", and so does a chat whose prompt ends with a line. The first two labels decide which
-    of the `spaces` it is, the likelier first, because every row has these.
+    want "A", and so does a chat whose prompt ends with a line break. The first two labels, which
+    every row has, decide which of the `spaces` stands before a label.
+
+    Args:
+        tokenizer: the model's.
+        prompt: the text before the answer.
+        labels: A, B, …
+        spaces: what may stand between prompt and label, the likelier first.
     """
     start = token_ids(tokenizer, prompt)
     tokens: list[int] = []

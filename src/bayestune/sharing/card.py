@@ -24,7 +24,12 @@ _METRICS = {
 
 
 def make_card(known: Known, repo_id: str | None = None) -> ModelCard:
-    """The card of what is known, for a repository or for a folder that has none yet."""
+    """The model card of a posterior.
+
+    Args:
+        known: what is known of it.
+        repo_id: of the repository that it is for, which names it; None to name it by its folder.
+    """
     data = ModelCardData(
         base_model=known.base_on_hub,
         library_name="peft",
@@ -45,8 +50,8 @@ def _tags(known: Known) -> list[str]:
 
 def _results(known: Known) -> list[EvalResult]:
     """Each metric of each record, with its interval and number of rows."""
-    found = []
-    head = known.details.get("scoring") == "head"
+    results = []
+    has_head = known.details.get("scoring") == "head"
     for record in known.records:
         for name, title in _METRICS.items():
             metric = record["metrics"].get(name)
@@ -55,9 +60,9 @@ def _results(known: Known) -> list[EvalResult]:
             args = {"n": record["n"], "low": metric.get("low"), "high": metric.get("high")}
             if name == "ece":
                 args["bins"] = record.get("bins")
-            found.append(
+            results.append(
                 EvalResult(
-                    task_type="text-classification" if head else "multiple-choice",
+                    task_type="text-classification" if has_head else "multiple-choice",
                     dataset_type=record["task"],
                     dataset_name=record["task"],
                     dataset_split=record.get("rows"),
@@ -67,13 +72,13 @@ def _results(known: Known) -> list[EvalResult]:
                     metric_args={key: value for key, value in args.items() if value is not None},
                 )
             )
-    return found
+    return results
 
 
 def card_digest(text: str) -> str | None:
     """The digest of the posterior that a card is of; None if it is not one of ours."""
-    found = _DIGEST.search(text)
-    return found[1] if found else None
+    match = _DIGEST.search(text)
+    return match[1] if match else None
 
 
 def write_card(
@@ -97,7 +102,8 @@ def write_card(
         The card's path.
 
     Raises:
-        Refusal: if none of the records that are given is of this posterior.
+        Refusal: if records are given and none is of this posterior.
+        FileExistsError: if there is a card already, unless it is to be replaced.
     """
     known = Known.of(folder, records, base_model)
     path = known.place / CARD

@@ -1,4 +1,4 @@
-"""The text of a model card, part by part; a part of which nothing is known is left out."""
+"""The text of a model card, part by part; a part about which nothing is known is left out."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -31,9 +31,9 @@ def _summary(known: Known) -> str:
     base = f" of `{shown(known.base)}`" if known.base else ""
     if not known.details:
         return f"A LoRA adapter{base}."
-    one = known.details["posterior"] == "point"
-    what = "A LoRA adapter" if one else "A distribution over LoRA adapters"
-    text = f"{what}{base}, fitted with bayestune."
+    is_point = known.details["posterior"] == "point"
+    kind = "A LoRA adapter" if is_point else "A distribution over LoRA adapters"
+    text = f"{kind}{base}, fitted with bayestune."
     if known.lora:
         text += (
             " `adapter_config.json` and `adapter_model.safetensors` are a stock adapter, which PEFT"
@@ -48,7 +48,7 @@ def _fit(known: Known) -> str:
 
 
 def _facts(known: Known) -> Iterator[tuple[str, str]]:
-    """What is said of the fit, line by line."""
+    """The lines of the table about the fit: a name and a value each."""
     yield from _of_method(known)
     details = known.details
     if "task" in details:
@@ -105,18 +105,20 @@ def _figures(tables: Sequence[Table]) -> str:
 
 
 def _decisions(known: Known) -> str:
-    found = known.calibration
-    if found is None:
+    calibration = known.calibration
+    if calibration is None:
         return ""
-    rows = f"{found.num_choosing} held-out rows to choose on, {found.num_thresholds} to promise on"
-    return f"## When to act\n\n`calibration.json`, of {rows}:\n\n```text\n{promises(found)}\n```"
+    choosing = f"{calibration.num_choosing} held-out rows to choose on"
+    promising = f"{calibration.num_thresholds} to promise on"
+    head = f"## When to act\n\n`calibration.json`, of {choosing}, {promising}:"
+    return f"{head}\n\n```text\n{promises(calibration)}\n```"
 
 
 def _loading(known: Known, name: str) -> str:
     base = known.base_on_hub or "BASE"
-    head = known.details.get("scoring") == "head"
-    kind = "AutoModelForSequenceClassification" if head else "AutoModelForCausalLM"
-    classes = f", num_labels={known.details['classes']}" if head else ""
+    has_head = known.details.get("scoring") == "head"
+    kind = "AutoModelForSequenceClassification" if has_head else "AutoModelForCausalLM"
+    classes = f", num_labels={known.details['classes']}" if has_head else ""
     load = f'base = {kind}.from_pretrained("{base}"{classes})'
     parts = ["## Load"]
     if known.lora:

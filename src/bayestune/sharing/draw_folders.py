@@ -77,9 +77,9 @@ def export(
     them; `manifest.json` says whose they are, the seed, what to average, and each file's SHA-256.
 
     Args:
-        posterior: a folder of `fit`, a LoRA adapter's, either on the Hub; or a posterior.
+        posterior: a posterior; or a folder, or Hub id, of `fit`'s output or of a LoRA adapter.
         to: the folder to write to; made if it is not there.
-        model: the base model, where it has moved.
+        model: the name of the base model, if it has moved since the fit.
         overwrite: whether an earlier export there is replaced.
         options: fields of `ExportOptions`: draws, draw_seed, student, name, server.
 
@@ -89,49 +89,53 @@ def export(
     Raises:
         Refusal: if the posterior's draws are not adapters, or the server does not load them.
     """
-    asked = ExportOptions(**options)
-    place = Path(to).expanduser()
-    check_target(place, overwrite)
+    chosen = ExportOptions(**options)
+    target = Path(to).expanduser()
+    check_target(target, overwrite)
     source = Source.of(posterior, model)
-    bare, temperature = _bare(source)
-    way = source.way
-    seed = way.draw_seed if asked.draw_seed is None else asked.draw_seed
-    wanted = (way.draws or 10) if asked.draws is None else asked.draws
-    count = count_for(bare, wanted)
+    of_adapters, temperature = _of_adapters(source)
+    calibrated = source.way
+    seed = calibrated.draw_seed if chosen.draw_seed is None else chosen.draw_seed
+    wanted = (calibrated.draws or 10) if chosen.draws is None else chosen.draws
+    count = count_for(of_adapters, wanted)
     if count != wanted:
         logger.warning("%d draws asked for, and the posterior has %d", wanted, count)
-    student = _student(source, asked)
-    name = asked.name or source.name
-    with written_whole(place) as scratch:
+    student = _student(source, chosen)
+    name = chosen.name or source.name
+    with written_whole(target) as scratch:
         roles = []
         warned: set[str] = set()
-        for role in _write(bare, student, scratch, count, seed):
-            _check(scratch / role, asked.server, warned)
+        for role in _write(of_adapters, student, scratch, count, seed):
+            _check(scratch / role, chosen.server, warned)
             roles.append(role)
         facts = source.facts() | {"draws": {"seed": seed, "indices": list(range(count))}}
         facts |= _averaging(source, temperature, count, seed)
         facts["adapters"] = [{"name": f"{name}-{role}", "folder": role} for role in roles]
         write_manifest(scratch, facts | {"lora": lora_facts(scratch / roles[0])})
-    return place
+    return target
 
 
 def _averaging(source: Source, temperature: float, count: int, seed: int) -> dict[str, Any]:
-    """How the draws are averaged, and T of what predicts alone, as the calibration has it."""
-    calibrated = {}
+    """How the draws are averaged, and the temperature of the average, the mean and the student.
+
+    A temperature is that of a `Tempered` posterior, which a student has learnt already, times the
+    calibration's.
+    """
+    temperatures = {}
     for role in ("average", "mean", "student"):
         own = 1.0 if role == "student" else temperature
-        calibrated[role] = own * source.calibrated_temperature(role, count, seed)
+        temperatures[role] = own * source.calibrated_temperature(role, count, seed)
     average: dict[str, Any] = {"of": "probabilities", "formula": _AVERAGE}
-    # whether these draws are all there is: mutual information has then no factor S/(S − 1)
+    # whether these are all the draws there are: mutual information then has no factor S/(S − 1)
     average["exact"] = source.posterior.atoms is not None
-    return {"average": average, "temperature": calibrated}
+    return {"average": average, "temperature": temperatures}
 
 
-def _bare(source: Source) -> tuple[AdapterPosterior | Mixture, float]:
-    """The posterior whose draws are adapters, and the temperature around it.
+def _of_adapters(source: Source) -> tuple[AdapterPosterior | Mixture, float]:
+    """The posterior without the `Tempered` ones around it, and the product of their temperatures.
 
     Raises:
-        Refusal: if they are not adapters.
+        Refusal: if its draws are not adapters.
     """
     posterior = source.posterior
     temperature = 1.0
@@ -151,21 +155,21 @@ def _bare(source: Source) -> tuple[AdapterPosterior | Mixture, float]:
     return posterior, temperature
 
 
-def _student(source: Source, asked: ExportOptions) -> Path | None:
-    """The folder of the student that goes with the draws."""
-    if asked.student is None:
+def _student(source: Source, options: ExportOptions) -> Path | None:
+    """The folder of the student that goes with the draws; None if there is none."""
+    if options.student is None:
         return student_beside(source)
-    folder = artefact_folder(asked.student)
+    folder = artefact_folder(options.student)
     if source.digest and taught_by(folder) != source.digest:
-        said = "%s does not say that it was distilled from this very posterior, %s"
-        logger.warning(said, folder, source.described)
+        message = "%s does not say that it was distilled from this very posterior, %s"
+        logger.warning(message, folder, source.described)
     return folder
 
 
 def _write(
     posterior: AdapterPosterior | Mixture, student: Path | None, to: Path, count: int, seed: int
 ) -> Iterator[str]:
-    """Writes the adapters one by one; gives the name of each one's folder when it is there."""
+    """Writes the adapters one by one; yields the name of each one's folder once it is written."""
     if posterior.has_mean:
         first = posterior.members[0] if isinstance(posterior, Mixture) else posterior
         export_draw(first, {}, to / "mean")
@@ -183,7 +187,7 @@ def _write(
 
 
 def _check(folder: Path, server: Server, warned: set[str]) -> None:
-    """Refuses what a server does not load, or says so once."""
+    """Refuses an adapter that the chosen server does not load; otherwise warns, once a finding."""
     for finding in vllm_findings(folder):
         text = str(finding)
         if finding.refused and server == "vllm":

@@ -24,7 +24,7 @@ from bayestune.sharing.known import Known
 
 _UNFINISHED = ".unfinished"
 _RUN = "run.json"
-# of an earlier upload, which a new one may not have
+# An upload deletes these in the repository first, for it may not have all that an earlier one had.
 _OURS = tuple(f"*{name}" for name in (*FILES, CALIBRATION, REPORT))
 
 
@@ -55,8 +55,10 @@ def push_to_hub(
         The address of the commit.
 
     Raises:
-        Refusal: if the folder is unfinished or not whole, its calibration needs what lies outside
-            of it, its base is a folder of this machine, or a private repository is public.
+        Refusal: if the repository's name is not owner/name, the folder's fit is unfinished or a
+            file of it cut off, its calibration needs files outside of it, its base is a folder of
+            this machine, its card is another fit's, or `private` is asked for and the repository
+            exists and is public.
         ConnectionError: if the Hub cannot be reached, or does not allow it.
     """
     _check_repo_id(repo_id)
@@ -86,15 +88,15 @@ def _check_repo_id(repo_id: str) -> None:
 
 
 def _finished(folder: Path) -> Path:
-    """The folder that holds the artefact, which is whole.
+    """The folder that holds the artefact, once it is checked to be whole.
 
     Raises:
-        Refusal: if it is not.
+        Refusal: if the fit has not ended, or a file is missing or cut off.
     """
     if not folder.is_dir():
         raise Refusal(f"got {folder}, which is not a folder; expected one of `fit`; check the path")
-    begun = (folder / _RUN).is_file() and not (folder / DETAILS).is_file()
-    if begun or (folder / _UNFINISHED).is_dir():
+    not_ended = (folder / _RUN).is_file() and not (folder / DETAILS).is_file()
+    if not_ended or (folder / _UNFINISHED).is_dir():
         raise Refusal(
             f"{folder} holds a run that has not ended: got no whole posterior, expected a finished "
             "fit; go on with --resume"
@@ -113,9 +115,14 @@ def _finished(folder: Path) -> Path:
 
 
 def files_of(place: Path, inside: str = "") -> Iterator[str]:
-    """The files that make an artefact, by their names in its folder, whether they are there or not.
+    """Names, within `place`, of all files that an artefact must have, and of the optional ones.
 
-    Those of a mixture's members, and of what a temperature is around, stand in folders.
+    Optional ones (calibration, fit report) are named if they are there. Members of a mixture, and
+    the posterior that a temperature is applied to, lie in folders of their own.
+
+    Args:
+        place: the artefact's folder.
+        inside: a folder within it, with a slash at the end; "" for the artefact itself.
     """
     folder = place / inside
     details = details_if_any(folder)
@@ -135,7 +142,7 @@ def files_of(place: Path, inside: str = "") -> Iterator[str]:
 
 
 def _refuse_local_base(known: Known, base_model: str | None) -> None:
-    """Refuses to publish the name of a folder, which nobody else has."""
+    """Refuses to publish a base model's name that is a folder, which nobody else has."""
     base = Path(known.base or "").expanduser()
     if base_model is None and known.base and (base.is_absolute() or base.exists()):
         raise Refusal(
@@ -157,19 +164,19 @@ def _refuse_outside(known: Known) -> None:
 
 
 def _rename_base(staged: Path, base_model: str, known: Known) -> None:
-    """Has the copied files name the base as the Hub does, and the calibration be theirs."""
-    renamed = {CONFIG: "base_model_name_or_path", DETAILS: "base_model"}
+    """Writes the base's Hub id into the copied files, and their new digest into the calibration."""
+    field_of = {CONFIG: "base_model_name_or_path", DETAILS: "base_model"}
     for path in [*staged.rglob(CONFIG), *staged.rglob(DETAILS)]:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if renamed[path.name] in content:
-            content[renamed[path.name]] = base_model
+        if field_of[path.name] in content:
+            content[field_of[path.name]] = base_model
             path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if known.calibration is not None:
         replace(known.calibration, posterior=posterior_digest(staged)).write(staged)
 
 
 def _add_card(staged: Path, known: Known, repo_id: str) -> None:
-    """The folder's own card, or a new one.
+    """Puts the folder's own card, or else a new one, among the staged files.
 
     Raises:
         Refusal: if the folder's card is of another fit.
@@ -189,14 +196,19 @@ def _add_card(staged: Path, known: Known, repo_id: str) -> None:
 
 
 def _upload(staged: Path, repo_id: str, private: bool | None, revision: str | None) -> str:
-    """Makes the repository and the branch where they are not there, and uploads; the address."""
+    """Uploads a folder, after making repository and branch if needed; returns the commit's address.
+
+    Raises:
+        Refusal: if it shall be private and the repository exists and is public.
+        ConnectionError: if the Hub cannot be reached, or does not allow it.
+    """
     api = HfApi()
     try:
         api.create_repo(repo_id, private=private, repo_type="model", exist_ok=True)
-        is_public = private and not api.repo_info(repo_id, repo_type="model").private
-        if revision is not None and not is_public:
+        would_be_public = private and not api.repo_info(repo_id, repo_type="model").private
+        if revision is not None and not would_be_public:
             api.create_branch(repo_id, branch=revision, repo_type="model", exist_ok=True)
-        if not is_public:
+        if not would_be_public:
             info: Any = api.upload_folder(
                 repo_id=repo_id,
                 folder_path=staged,
@@ -206,9 +218,9 @@ def _upload(staged: Path, repo_id: str, private: bool | None, revision: str | No
             )
             return str(info.commit_url)
     except Exception as error:  # the client's transport errors share no public base class
-        said = next(iter(str(error).strip().splitlines()), "")
+        reason = next(iter(str(error).strip().splitlines()), "")
         raise ConnectionError(
-            f"{repo_id} cannot be uploaded: got {type(error).__name__} ({said}), expected a "
+            f"{repo_id} cannot be uploaded: got {type(error).__name__} ({reason}), expected a "
             "repository that this account may write to; log in with `hf auth login`, or go online"
         ) from error
     raise Refusal(

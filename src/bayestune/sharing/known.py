@@ -1,4 +1,4 @@
-"""All that is known of a posterior that is shared: from its folder, and from records of it."""
+"""All that is known of a shared posterior: from its folder, and from records of its evaluations."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -31,11 +31,11 @@ class Known:
     Args:
         place: its folder.
         digest: of the folder.
-        details: what `posterior.json` says; empty of a plain adapter.
-        lora: its `adapter_config.json`; empty of a mixture's folder.
+        details: what `posterior.json` says; empty for a plain adapter.
+        lora: what `adapter_config.json` says; empty for a mixture's folder.
         base: the name of the base model.
         records: of its evaluations.
-        calibration: its own.
+        calibration: the one in its folder, if any.
     """
 
     place: Path
@@ -53,10 +53,16 @@ class Known:
         records: Sequence[Record] | None = None,
         base_model: str | None = None,
     ) -> Self:
-        """Reads a folder; records that are given must be of its posterior.
+        """Reads a folder.
+
+        Args:
+            folder: of `fit`, or a LoRA adapter's.
+            records: of evaluations, perhaps of other fits too, which are left out; None for those
+                that lie in the folder.
+            base_model: the name of the base model, if not the one that the folder names.
 
         Raises:
-            Refusal: if none of the records that are given is.
+            Refusal: if records are given and none is of this fit.
         """
         place = artefact_folder(folder)
         details = details_if_any(place)
@@ -65,10 +71,10 @@ class Known:
         path = place / CONFIG
         lora = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         base = base_model or details.get("base_model") or base_name(place)
-        given = records
-        if given is None:
-            given = [dict(record) for record in renewed(read_records(place), place)]
-        own = [record for record in given if _is_of(record, details)]
+        candidates = records
+        if candidates is None:
+            candidates = [dict(record) for record in renewed(read_records(place), place)]
+        own = [record for record in candidates if _is_of(record, details)]
         if records and not own:
             got = sorted({f"{r.get('method')} on {r.get('task')}" for r in records})[:3]
             raise Refusal(
@@ -81,13 +87,13 @@ class Known:
 
     @property
     def base_on_hub(self) -> str | None:
-        """The base model's id on the Hub; None of a folder, a file or a wheel."""
+        """The base model's id on the Hub; None if it is a folder, a file or a wheel."""
         name = self.base or ""
         return name if is_hub_id(name) and "@" not in name else None
 
     @property
     def std(self) -> float | None:
-        """The mean of the standard deviations of A's entries; None if it is not a Gaussian."""
+        """The mean of G², the standard deviations of A's entries; None if it is not a Gaussian."""
         path = self.place / TENSORS
         if self.details.get("posterior") != "gaussian" or not path.is_file():
             return None
@@ -108,14 +114,20 @@ def _is_of(record: Record, details: Mapping[str, Any]) -> bool:
     if "fields" not in details:
         return False
     config = record.get("config", {})
-    training = json.loads(json.dumps(details["training"], default=str))
     recorded = config.get("training", {})
-    where = ("output", "resume", "progress")
-    same = all(recorded.get(name) == training[name] for name in training if name not in where)
-    own = json.loads(json.dumps(details["fields"], default=str))
+    training = _as_read(details["training"])
+    no_matter = ("output", "resume", "progress")
+    same_training = all(
+        recorded.get(name) == value for name, value in training.items() if name not in no_matter
+    )
     return (
-        same
-        and config.get("method") == own
+        same_training
+        and config.get("method") == _as_read(details["fields"])
         and record.get("model") == shown(details["base_model"])
         and record.get("train_rows") == details["train_rows"]
     )
+
+
+def _as_read(value: Any) -> Any:
+    """A value as it is read from JSON, to compare with what was."""
+    return json.loads(json.dumps(value, default=str))

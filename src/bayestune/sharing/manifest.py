@@ -1,4 +1,4 @@
-"""What an export holds: `manifest.json`, read and written; and the folder that it stands in."""
+"""Reads and writes `manifest.json`, which lists an export; checks and fills the export's folder."""
 
 import hashlib
 import json
@@ -18,21 +18,21 @@ from bayestune.sharing.vllm_rules import RANKS, largest_rank, smallest_max_rank
 MANIFEST = "manifest.json"
 FORMAT = 1
 _MADE_BY = "bayestune export"
-_OF_SYSTEM = {"lost+found", ".DS_Store", "Thumbs.db"}
+_OF_SYSTEM = {"lost+found", ".DS_Store", "Thumbs.db"}  # a folder with these alone counts as empty
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """What the manifest of an export says; None if the folder has none of ours."""
     try:
-        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    ours = isinstance(found, dict) and found.get("made_by") == _MADE_BY
-    return found if ours else None
+    is_ours = isinstance(manifest, dict) and manifest.get("made_by") == _MADE_BY
+    return manifest if is_ours else None
 
 
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Writes a manifest of all files that lie in a folder, with their SHA-256."""
+    """Writes a folder's manifest: facts of the export, and the SHA-256 of each file in it."""
     files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
@@ -57,7 +57,11 @@ def lora_facts(folder: Path) -> dict[str, Any]:
 
 
 def vllm_command(folder: Path) -> str:
-    """The command that serves an export with vLLM."""
+    """The command line that serves an export with vLLM.
+
+    Raises:
+        Refusal: if the folder is no export.
+    """
     manifest = read_manifest(folder)
     if manifest is None:
         raise Refusal(f"{folder} is no export: got no {MANIFEST} of ours; run `bayestune export`")
@@ -87,9 +91,9 @@ def check_target(folder: Path, overwrite: bool) -> None:
 
 @contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
-    """A scratch folder whose files take the place of an earlier export's once all are written.
+    """Gives a scratch folder; at the end its files replace those of an earlier export in `folder`.
 
-    Other files that lie in the folder stay as they are.
+    If the writing fails, nothing has changed. Other files that lie in the folder stay as they are.
     """
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)

@@ -38,9 +38,9 @@ class Source:
         posterior: whose adapters are shared.
         details: what `posterior.json` says; empty where there is none.
         base: the name of the base model.
-        place: its folder; None of a posterior in memory.
+        place: its folder; None for a posterior in memory.
         digest: of the folder.
-        calibration: its own.
+        calibration: the one in its folder, if any.
         tokens: how the labels of letter scoring are written: label, token id and text.
     """
 
@@ -54,7 +54,11 @@ class Source:
 
     @classmethod
     def of(cls, given: Posterior | str | PathLike[str], model: str | None = None) -> Self:
-        """Opens what is given; a folder's posterior is loaded on its base model.
+        """Opens a posterior; one in a folder is loaded on its base model.
+
+        Args:
+            given: a posterior, or its folder or Hub id.
+            model: the name of the base model, if it is not the one that the folder names.
 
         Raises:
             Refusal: if it is neither a posterior nor an adapter, or does not name its base.
@@ -81,12 +85,12 @@ class Source:
 
     @property
     def name(self) -> str:
-        """What servers call its adapters if nobody says otherwise."""
+        """The default name of its adapters on a server."""
         return self.place.resolve().name if self.place else "posterior"
 
     @property
     def described(self) -> str:
-        """The posterior in an error."""
+        """How an error names the posterior."""
         method = self.details.get("method")
         return f"a posterior of {method}" if method else f"a {type(self.posterior).__name__}"
 
@@ -96,18 +100,19 @@ class Source:
         return PredictionOptions.of(self.calibration.settings if self.calibration else {})
 
     def calibrated_temperature(self, role: str, count: int, seed: int) -> float:
-        """T that the calibration chose for the mean, a student or the average; 1 for what else.
+        """The calibration's temperature T if it holds for what a server predicts with, else 1.
 
         Args:
-            role: "mean", "student" or "average".
-            count: of the draws that are averaged.
-            seed: of these.
+            role: what that is: the "mean", a "student", or the "average" over draws.
+            count: S, of the average.
+            seed: of its draws.
         """
         if self.calibration is None or not self._is_calibrated(role, count, seed):
             return 1.0
         return self.calibration.temperature
 
     def _is_calibrated(self, role: str, count: int, seed: int) -> bool:
+        """Whether the calibration was made of predictions like these."""
         way = self.way
         if role == "student":
             return way.student is not None and way.band is None
@@ -115,22 +120,22 @@ class Source:
         atoms = self.posterior.atoms
         if role == "mean":
             return plain and (atoms == 1 or way.draws == 0)
-        exact = atoms is not None or (way.draws, way.draw_seed) == (count, seed)
-        return role == "average" and plain and exact
+        same_draws = atoms is not None or (way.draws, way.draw_seed) == (count, seed)
+        return role == "average" and plain and same_draws
 
     def facts(self) -> dict[str, Any]:
         """What a manifest says of the posterior."""
-        names = ("method", "fields", "training", "train_rows")
-        own = {name: self.details[name] for name in names if name in self.details}
-        fit = own.pop("training", {})
+        names = ("method", "fields", "train_rows")
+        of_fit = {name: self.details[name] for name in names if name in self.details}
+        training = self.details.get("training", {})
         calibration = self.calibration.applied() if self.calibration else None
         return {
             "base_model": self.base,
             "posterior": {
                 "kind": self.posterior.kind,
-                **own,
-                "seed": fit.get("seed"),
-                "bf16": fit.get("bf16"),
+                **of_fit,
+                "seed": training.get("seed"),
+                "bf16": training.get("bf16"),
                 "digest": self.digest,
             },
             "questions": self._questions(),
@@ -160,15 +165,15 @@ def _label_tokens(loaded: LoadedModel, details: Mapping[str, Any]) -> tuple[dict
         return ()
     prompt = prompt_of_fit(details)
     scorer = LetterScorer(loaded.tokenizer, replace(own_task("labels", (), ()), prompt=prompt))
-    found = []
+    label_tokens = []
     for label, token in zip(prompt.labels, scorer.tokens, strict=False):
         text = loaded.tokenizer.decode([token])
-        found.append({"label": label, "token_id": token, "text": text})
-    return tuple(found)
+        label_tokens.append({"label": label, "token_id": token, "text": text})
+    return tuple(label_tokens)
 
 
 def taught_by(folder: Path) -> str | None:
-    """The digest of the posterior that taught a student; None if the folder is no student's."""
+    """The digest of the posterior that a student was distilled from; None if it is no student."""
     if not (folder / DETAILS).is_file():
         return None
     teacher = read_details(folder).get("facts", {}).get("teacher") or {}
@@ -176,7 +181,11 @@ def taught_by(folder: Path) -> str | None:
 
 
 def student_beside(source: Source) -> Path | None:
-    """The student that a calibration names, or the only one in the folder or beside it."""
+    """The student that a calibration names, or the only one in the folder or beside it.
+
+    Raises:
+        Refusal: if there are several.
+    """
     place = source.place
     if place is None or source.digest is None:
         return None
@@ -184,13 +193,14 @@ def student_beside(source: Source) -> Path | None:
         folder = Path(os.path.normpath(place / source.way.student))
         return folder if folder.is_dir() else None
     near = [path for path in (*place.iterdir(), *place.resolve().parent.iterdir()) if path.is_dir()]
-    found = [path for path in sorted(near) if _is_student_of(path, source.digest)]
-    if len(found) > 1:
+    students = [path for path in sorted(near) if _is_student_of(path, source.digest)]
+    if len(students) > 1:
+        got = [path.name for path in students]
         raise Refusal(
-            f"which student goes with the draws is not clear: got {[path.name for path in found]}, "
-            "expected one; give --student"
+            f"which student goes with the draws is not clear: got {got}, expected one; give "
+            "--student"
         )
-    return found[0] if found else None
+    return students[0] if students else None
 
 
 def _is_student_of(folder: Path, digest: str) -> bool:

@@ -1,4 +1,4 @@
-"""What vLLM's LoRA loader takes, said of a folder before a server refuses it.
+"""Checks by vLLM's own rules whether its LoRA loader takes a folder, before a server refuses it.
 
 The rules are those of vLLM 0.33.0: its `vllm/lora/peft_helper.py`, `lora_model.py` and `utils.py`,
 and `vllm/config/lora.py`.
@@ -20,10 +20,10 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 _NEEDED = ("r", "lora_alpha", "target_modules")
 _HEADS = ("classifier", "score")
-_LEAVE_THE_BASE = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
+_LEAVE_THE_BASE = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")  # of init_lora_weights
 _WEIGHTS = (".lora_A.weight", ".lora_B.weight")
 _EMBEDDINGS = (".lora_embedding_A", ".lora_embedding_B")
-_LEFT_OUT = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
+_LEFT_OUT = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")  # ignored by vLLM
 _RETRAIN = "fit with a plain LoraConfig"
 _UNSUPPORTED = {
     "use_dora": "DoRA",
@@ -56,9 +56,9 @@ class Finding:
 
 
 def vllm_findings(folder: Path) -> list[Finding]:
-    """What of a LoRA folder vLLM refuses, or reads otherwise than PEFT; nothing if it is plain.
+    """What vLLM refuses in a LoRA folder, or reads differently from PEFT; empty for plain LoRA.
 
-    Which layers of a base model take LoRA, the server alone knows.
+    Whether the base model's layers take LoRA is not checked: only the server knows.
     """
     path = folder / CONFIG
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -75,7 +75,7 @@ def smallest_max_rank(rank: int) -> int | None:
 
 
 def largest_rank(config: Mapping[str, Any]) -> int:
-    """The largest rank of any layer, in an adapter's configuration; 0 if it does not say."""
+    """The largest rank of any layer by an adapter's configuration; 0 if that names none."""
     return max([config.get("r") or 0, *(config.get("rank_pattern") or {}).values()])
 
 
@@ -152,7 +152,7 @@ def _of_weights(folder: Path, config: Mapping[str, Any]) -> Iterator[Finding]:
 
 def _others(names: Iterable[str], heads: Iterable[str]) -> Iterator[str]:
     """Names of weights that vLLM cannot place."""
-    known = tuple(f".{head}.{part}" for head in heads for part in ("weight", "bias"))
+    of_heads = tuple(f".{head}.{part}" for head in heads for part in ("weight", "bias"))
     for name in names:
-        if not name.endswith((*_WEIGHTS, *_EMBEDDINGS, *_LEFT_OUT, *known)):
+        if not name.endswith((*_WEIGHTS, *_EMBEDDINGS, *_LEFT_OUT, *of_heads)):
             yield name
