@@ -90,13 +90,14 @@ def promises(records: Sequence[Record], folder: Path) -> str:
     lines = []
     for task, some in tasks.items():
         cells = tuple(map(Cell, verdict_on(some, folder)))
-        lines.append((f"{task}, seeds {_seeds(some)}", cells))
+        lines.append((f"{task}, {_seeds(some)}", cells))
     table = Table("", heads, (Block("", tuple(lines)),), heads=(AGAINST,))
     return render([table], "markdown").strip()
 
 
 def _seeds(records: Sequence[Record]) -> str:
-    return ", ".join(map(str, sorted({record["seed"] for record in records})))
+    seeds = sorted({record["seed"] for record in records})
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
 
 
 def rendered(text: str, folder: Path) -> str:
