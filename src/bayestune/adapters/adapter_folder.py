@@ -32,6 +32,7 @@ FILES = (CONFIG, *WEIGHTS, TENSORS, DETAILS)  # the last one says that the other
 # Inits that take B·A out of the base's weights.
 _CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _COMPILED = "_orig_mod."  # in the names of layers that are compiled one by one
+_INSIDE_WRAPPERS = ("lora_", "trainable_tokens", "modules_to_save", "original_module")
 _RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -112,11 +113,11 @@ def kept_beside(slots: Slots, state: Mapping[str, Tensor]) -> list[str]:
             wrapped.append(f"{path}.")
         elif hasattr(module, _RUNNING[0]):
             statistics += [f"{path}.{name}" for name in _RUNNING]
-    always = (*_heads(model), *getattr(model, "kept_beside", ()))
+    kept_if_frozen = (*_heads(model), *getattr(model, "kept_beside", ()))
     names = [*statistics, *_embeddings(model)]
     for name, parameter in model.named_parameters():
-        inside = "lora_" in name or name.startswith(tuple(wrapped))
-        if not inside and (parameter.requires_grad or name.startswith(always)):
+        peft_saves_it = "lora_" in name or name.startswith(tuple(wrapped))
+        if not peft_saves_it and (parameter.requires_grad or name.startswith(kept_if_frozen)):
             names.append(name)
     return [name for name in dict.fromkeys(names) if name in state]
 
@@ -138,23 +139,23 @@ def _embeddings(model: nn.Module) -> list[str]:
         return []
     embeddings = (input_embedding(model), output_head(model))
     paths = [f"{path}." for path, module in model.named_modules() if module in embeddings]
-    own = ("lora_", "trainable_tokens", "modules_to_save", "original_module")
-    found = []
+    names = []
     for name, _ in model.named_parameters():
-        if name.startswith(tuple(paths)) and not any(word in name for word in own):
-            found.append(name)
-    return found
+        if name.startswith(tuple(paths)) and not any(part in name for part in _INSIDE_WRAPPERS):
+            names.append(name)
+    return names
 
 
 def is_resized(model: nn.Module) -> bool:
-    """Whether the vocabulary is not that of the model's name, or of the inner model when made."""
+    """Whether the vocabulary is not the one that the base, or the model of its name, began with."""
     base = base_of(model)
     if not isinstance(base, PreTrainedModel):
         return False
     present = getattr(base.config.get_text_config(), "vocab_size", None)
-    made = getattr(base.base_model, "vocab_size", present)
-    if present is None or made != present:
-        return present is not None
+    if present is None:
+        return False
+    if getattr(base.base_model, "vocab_size", present) != present:  # set once, when it was made
+        return True
     if not base.config.name_or_path:
         return False
     try:
@@ -165,12 +166,12 @@ def is_resized(model: nn.Module) -> bool:
 
 
 def plain_state(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The model's state, or the one given, without what only a stochastic slot has."""
+    """The model's state, or the one given, as with plain slots: no `root_std` and the like."""
     state = state_of(model) if state is None else state
-    sides = (".lora_A.", ".lora_B.")
     plain = {}
     for name, value in state.items():
-        if name.endswith((".weight", ".bias")) or not any(side in name for side in sides):
+        in_slot = ".lora_A." in name or ".lora_B." in name
+        if not in_slot or name.endswith((".weight", ".bias")):
             plain[name] = value
     return plain
 
@@ -178,13 +179,13 @@ def plain_state(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> 
 def add_beside(
     slots: Slots, state: Mapping[str, Tensor], folder: Path, embeddings: Any = False
 ) -> None:
-    """Adds to an adapter that PEFT has written what it left out, under the names of a plain model.
+    """Adds to an adapter's file what PEFT left out, under the names of a plain model.
 
     Args:
         slots: of the adapter.
         state: the model's plain state.
-        folder: of the adapter's files.
-        embeddings: whether PEFT has saved the embeddings, as `save_embedding_layers` says.
+        folder: where PEFT has written the adapter.
+        embeddings: PEFT's `save_embedding_layers`, as it was written with.
     """
     names = kept_beside(slots, state)
     compiled = any(_COMPILED in name for name in state)
@@ -197,9 +198,13 @@ def add_beside(
     tensors |= {name: state[name] for name in names}
     plain = {}
     for name, value in tensors.items():
-        plain[name.replace(_COMPILED, "")] = value.detach().cpu().clone().contiguous()
+        plain[_uncompiled(name)] = value.detach().cpu().clone().contiguous()
     save_file(plain, folder / WEIGHTS[0], metadata={"format": "pt"})
     (folder / WEIGHTS[1]).unlink(missing_ok=True)
+
+
+def _uncompiled(name: str) -> str:
+    return name.replace(_COMPILED, "")
 
 
 def facts_of(slots: Slots, state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -208,7 +213,7 @@ def facts_of(slots: Slots, state: Mapping[str, Tensor]) -> dict[str, Any]:
     facts: dict[str, Any] = {"mean_digest": mean_digest(slots, state)}
     facts["base_samples"] = _samples(slots, state, beside)
     if beside:
-        facts["kept_beside"] = [name.replace(_COMPILED, "") for name in beside]
+        facts["kept_beside"] = [_uncompiled(name) for name in beside]
     rows = _rows(slots.model)
     if rows is not None and is_resized(slots.model):
         facts["embedding_rows"] = rows
@@ -226,7 +231,7 @@ def _rows(model: nn.Module) -> int | None:
 
 
 def mean_digest(slots: Slots, state: Mapping[str, Tensor] | None = None) -> str:
-    """A hash of A and B, so that a standard deviation is never put beside another mean."""
+    """SHA-256 of A and B in the slots or a plain state: no std is loaded around another mean."""
     weights = slots.weights() if state is None else _weights(slots, state)
     digest = hashlib.sha256()
     for name, weight in sorted(weights.items()):
@@ -237,32 +242,29 @@ def mean_digest(slots: Slots, state: Mapping[str, Tensor] | None = None) -> str:
 
 def _weights(slots: Slots, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A and B of the state by slot name: where a model is sharded, the state has them whole."""
-    whole = {name.replace(_COMPILED, ""): value for name, value in state.items()}
-    found = {}
-    for name in slots.modules():
-        plain = name.replace(_COMPILED, "")
-        found[plain] = whole[f"{PREFIX}{plain}.{slots.adapter}.weight"].detach()
-    return found
+    by_name = {_uncompiled(name): value for name, value in state.items()}
+    names = map(_uncompiled, slots.modules())
+    return {n: by_name[f"{PREFIX}{n}.{slots.adapter}.weight"].detach() for n in names}
 
 
 def _samples(slots: Slots, state: Mapping[str, Tensor], beside: list[str]) -> dict[str, Any]:
-    """Samples of the weights under the adapters, but for those that the adapter's folder holds."""
+    """Samples of the base's own weights, without those that the adapter's folder holds."""
     model: Any = slots.model
-    without = {_address(state[name]) for name in beside}  # also under the name of a tied head
-    whole: list[str] = []
+    kept = {_address(state[name]) for name in beside}  # also under the name of a tied head
+    not_base: list[str] = []  # modules that are saved whole, or that an adapter is merged into
     for path, module in model.named_modules():
-        heads = isinstance(module, ModulesToSaveWrapper)
-        if heads or getattr(module, "merged_adapters", None):
-            whole.append(f"{path}.")
+        is_head = isinstance(module, ModulesToSaveWrapper)
+        if is_head or getattr(module, "merged_adapters", None):
+            not_base.append(f"{path}.")
     config = model.peft_config[slots.adapter]
-    biases = config.bias != "none"
+    trains_biases = config.bias != "none"
     base = {}
     adapted = []
     for name, value in state.items():
-        inside = "lora_" in name or "trainable_tokens" in name or name.startswith(tuple(whole))
-        if inside or _address(value) in without or (biases and name.endswith("bias")):
+        is_added = "lora_" in name or "trainable_tokens" in name or name.startswith(tuple(not_base))
+        if is_added or _address(value) in kept or (trains_biases and name.endswith("bias")):
             continue
-        plain = name.removeprefix(PREFIX).replace(_COMPILED, "")
+        plain = _uncompiled(name.removeprefix(PREFIX))
         plain = plain.replace(".token_adapter.", ".").replace(".base_layer.", ".")
         plain = before_replication(plain, config.layer_replication)
         base[plain] = value
@@ -282,7 +284,7 @@ def _address(value: Tensor) -> int:
 def write_posterior(
     folder: Path, record: Mapping[str, Any], tensors: Mapping[str, Tensor] | None
 ) -> None:
-    """Writes the two files beside an adapter; without tensors only `posterior.json`."""
+    """Writes `posterior.json` and, of the tensors if any, `posterior.safetensors` to a folder."""
     if tensors is not None:
         plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         save_file(plain, folder / TENSORS)

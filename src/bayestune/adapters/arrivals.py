@@ -1,4 +1,4 @@
-"""Whether draws arrive: which layers a pass calls, with which rows, and why it called none."""
+"""Whether draws take part in a pass: which layers it calls, with which rows, and why none."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,25 +28,32 @@ class Arrivals:
         self.rows = rows
         self.called: set[str] = set()
         self.silent: tuple[str, str] | None = None  # why a pass called none, and the remedy
-        self._several: int | None = None  # what one row brings where it brings several
+        self._tokens_per_row: int | None = None  # in layers that see tokens as their leading axis
 
     def take(self, name: str, leading: int) -> None:
-        """Takes note of a call.
+        """Notes a call, and checks that its input begins with the rows, draw by draw.
 
-        A layer may see each row's tokens as rows of their own, if all layers that do see as many:
-        experts see some tokens of some rows, and layers before which time leads see none.
+        A layer may see all rows' tokens as one leading axis, (S·N·T, k), if all such layers see the
+        same T. Experts, which see some tokens of some rows, and layers whose inputs begin with time
+        are caught by this.
+
+        Args:
+            name: the slot's.
+            leading: the size of its input's first axis.
 
         Raises:
-            OtherRows: if what it was given cannot be the rows, draw by draw.
+            OtherRows: if the first axis cannot be the rows, draw by draw.
         """
         self.called.add(name)
         if self.draws == 1:
             return
-        of_row, rest = divmod(leading, self.draws if self.rows is None else self.rows)
-        if self.rows is not None and not rest and of_row > 1:
-            self._several = self._several or of_row
-            rest = of_row - self._several
-        if rest or not of_row:
+        expected_rows = self.draws if self.rows is None else self.rows
+        per_row, rest = divmod(leading, expected_rows)
+        fits = per_row > 0 and rest == 0
+        if fits and per_row > 1 and self.rows is not None:
+            self._tokens_per_row = self._tokens_per_row or per_row
+            fits = per_row == self._tokens_per_row
+        if not fits:
             expected = f"the pass's {self.rows}" if self.rows else f"a multiple of {self.draws}"
             raise OtherRows(
                 f"the rows do not divide into draws: got {leading} rows, expected {expected}; "
@@ -57,17 +64,22 @@ class Arrivals:
     @contextmanager
     def expecting(self, rows: int) -> Iterator[None]:
         """Another number of rows for the time of a pass inside the pass."""
-        before = (self.rows, self._several)
+        before = (self.rows, self._tokens_per_row)
         self.rows = rows
-        self._several = None
+        self._tokens_per_row = None
         try:
             yield
         finally:
-            self.rows, self._several = before
+            self.rows, self._tokens_per_row = before
 
 
 def why_silent(layers: Mapping[str, Any], adapter: str) -> tuple[str, str] | None:
-    """Why PEFT does not call an adapter's slots in these layers, and the remedy."""
+    """Why PEFT does not call an adapter's slots, and the remedy; None if the layers do not tell.
+
+    Args:
+        layers: the LoRA layers that hold the adapter, by path.
+        adapter: the adapter's name.
+    """
     if not layers:
         reason = f"no layer of the model holds the adapter {adapter!r} (any more)"
         return reason, "load the posterior anew, merge_and_unload() and unload() take it off"
@@ -87,16 +99,21 @@ def why_silent(layers: Mapping[str, Any], adapter: str) -> tuple[str, str] | Non
 def check_arrived(arrivals: Arrivals, layers: Mapping[str, nn.Module], adapter: str) -> None:
     """Refuses a pass in which the draws reached no layer.
 
+    Args:
+        arrivals: what was noted of the pass.
+        layers: the LoRA layers that hold the adapter, by path.
+        adapter: the adapter's name.
+
     Raises:
         Refusal: if no drawn layer was called.
     """
     if arrivals.called:
         return
-    found = arrivals.silent or why_silent(layers, adapter)
-    if found is None:
-        reason = "the model computes its layers without them (a fused or quantised kernel)"
-        found = reason, "switch to the plain implementation of these layers"
-    reason, remedy = found
+    explanation = arrivals.silent or why_silent(layers, adapter)
+    reason, remedy = explanation or (
+        "the model computes its layers without them (a fused or quantised kernel)",
+        "switch to the plain implementation of these layers",
+    )
     raise Refusal(
         f"the draws reach nothing: got a pass that called no slot of the adapter {adapter!r}, "
         f"because {reason}; expected the pass to use them; {remedy}"
@@ -110,7 +127,7 @@ def check_mean_arrives(model: nn.Module, adapter: str) -> None:
         Refusal: if the adapter is disabled or not active, or others are merged without it.
     """
     layer = _first_layer(model, adapter)
-    if layer is None:  # merged and unloaded: what is left is the mean
+    if layer is None:  # merged and unloaded: the weights hold the mean
         return
     merged = list(layer.merged_adapters)
     if layer.disable_adapters:
@@ -128,12 +145,15 @@ def check_mean_arrives(model: nn.Module, adapter: str) -> None:
 
 
 def _first_layer(model: nn.Module, adapter: str) -> Any:
-    """A layer that holds the adapter, found without a walk through all of the model."""
+    """The first layer that holds the adapter; the search, made in each pass, stops there."""
     if isinstance(model, LoraLayer):
-        held = adapter in model.lora_A or adapter in model.lora_embedding_A
-        return model if held else None
-    found = (_first_layer(child, adapter) for child in model.children())
-    return next((layer for layer in found if layer is not None), None)
+        holds = adapter in model.lora_A or adapter in model.lora_embedding_A
+        return model if holds else None
+    for child in model.children():
+        layer = _first_layer(child, adapter)
+        if layer is not None:
+            return layer
+    return None
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor
 from bayestune.adapters.precision import precision_of
 from bayestune.adapters.spread import shape_of, whole
 
-TENSORS = 16
-VALUES = 16
+TENSORS = 16  # sampled of a base
+VALUES = 16  # sampled of each of them
 
 # the list of layers that PEFT copies
 _COPIED = re.compile(r"((?:model\.|bert\.)*(?:encoder\.layer|layers|h)\.)(\d+)\.")
@@ -37,8 +37,8 @@ def base_samples(
 ) -> dict[str, Any]:
     """Samples of a base's weights, first to last, some of its settings, and its precision.
 
-    Quantised tensors, and those that are elsewhere (off-loaded), are left out: what is taken is the
-    same in float32, in bfloat16, spread over processes, and where other layers are quantised.
+    Quantised and off-loaded tensors are left out. So the same tensors are sampled of a base in
+    float32, in bfloat16 and spread over processes.
 
     Args:
         model: the base, whose `config` is read if it has one.
@@ -47,7 +47,7 @@ def base_samples(
     """
     names = [name for name, value in state.items() if _is_plain(value)]
     tensors = {}
-    for name in _spread(names):
+    for name in _evenly(names):
         value = whole(state[name])
         tensors[name] = {
             "shape": list(value.shape),
@@ -55,8 +55,11 @@ def base_samples(
             "values": _values(value).tolist(),
             "adapted": name in adapted,
         }
-    found = {"tensors": tensors, "settings": _settings(model)}
-    return {**found, "precision": precision_of(model)}
+    return {
+        "tensors": tensors,
+        "settings": _settings(model),
+        "precision": precision_of(model),
+    }
 
 
 def before_replication(name: str, spans: Sequence[Sequence[int]] | None) -> str:
@@ -70,35 +73,41 @@ def before_replication(name: str, spans: Sequence[Sequence[int]] | None) -> str:
         >>> before_replication("model.layers.2.mlp.up_proj.weight", [[0, 2], [1, 3]])
         'model.layers.1.mlp.up_proj.weight'
     """
-    found = _COPIED.match(name)
-    if not spans or found is None:
+    match = _COPIED.match(name)
+    if not spans or match is None:
         return name
-    layers = list(chain.from_iterable(range(*span) for span in spans))
-    return f"{found[1]}{layers[int(found[2])]}{name[found.end(2) :]}"
+    originals = list(chain.from_iterable(range(*span) for span in spans))  # of each copy
+    return f"{match[1]}{originals[int(match[2])]}{name[match.end(2) :]}"
 
 
 def differs(saved: Mapping[str, Any], model: nn.Module) -> list[str]:
-    """Names of tensors and settings of a base that are not as they were sampled."""
+    """Names of tensors and settings of a base that are not as they were sampled.
+
+    Args:
+        saved: what `base_samples` returned for the base that was fitted on.
+        model: the base at hand.
+    """
     state = model.state_dict(keep_vars=True)
     state = {name.removeprefix("_orig_mod."): value for name, value in state.items()}
-    wrong = []
+    differing = []
     for name, sample in saved["tensors"].items():
         if name in state and _is_plain(state[name]) and not _agrees(sample, whole(state[name])):
-            wrong.append(name)
+            differing.append(name)
     present = _settings(model)
     for name, value in saved["settings"].items():
         if name in present and present[name] != value:
-            wrong.append(name)
-    return wrong
+            differing.append(name)
+    return differing
 
 
 def _is_plain(value: Tensor) -> bool:
-    usual = type(value) in (Tensor, nn.Parameter, DTensor) and value.device.type != "meta"
+    """Whether a tensor is neither quantised nor off-loaded nor empty."""
+    is_here = type(value) in (Tensor, nn.Parameter, DTensor) and value.device.type != "meta"
     is_empty = shape_of(value).numel() == 0
-    return usual and value.is_floating_point() and value.itemsize > 1 and not is_empty
+    return is_here and value.is_floating_point() and value.itemsize > 1 and not is_empty
 
 
-def _spread(names: list[str]) -> list[str]:
+def _evenly(names: list[str]) -> list[str]:
     """Some of the names, evenly from the first to the last."""
     if len(names) <= TENSORS:
         return names
@@ -108,20 +117,20 @@ def _spread(names: list[str]) -> list[str]:
 def _values(tensor: Tensor) -> Tensor:
     """Evenly from a tensor's first entry to its last, float64 on the CPU."""
     last = tensor.numel() - 1
-    places = [i * last // (VALUES - 1) for i in range(VALUES)]
+    positions = [i * last // (VALUES - 1) for i in range(VALUES)]
     flat = tensor.detach().flatten()
-    return flat[torch.tensor(places, device=tensor.device)].cpu().double()
+    return flat[torch.tensor(positions, device=tensor.device)].cpu().double()
 
 
 def _agrees(sample: Mapping[str, Any], present: Tensor) -> bool:
     """Whether a tensor is the sampled one, in the less precise type of the two."""
     if list(present.shape) != sample["shape"]:
         return False
-    before: torch.dtype = getattr(torch, sample["dtype"])
-    coarse = max(before, present.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    saved_dtype: torch.dtype = getattr(torch, sample["dtype"])
+    coarse = max(saved_dtype, present.dtype, key=lambda dtype: torch.finfo(dtype).eps)
     saved = torch.tensor(sample["values"], dtype=torch.float64).to(coarse).double()
     values = _values(present).to(coarse).double()
-    if before == present.dtype and not sample["adapted"]:
+    if saved_dtype == present.dtype and not sample["adapted"]:
         return torch.equal(saved.nan_to_num(), values.nan_to_num())
     eps = torch.finfo(coarse).eps
     rounding = max(4 * eps, 1e-3) if sample["adapted"] else eps
@@ -133,8 +142,8 @@ def _settings(model: nn.Module) -> dict[str, Any]:
     config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
-    found = {name: getattr(config, name, None) for name in _SETTINGS}
+    settings = {name: getattr(config, name, None) for name in _SETTINGS}
     rope = getattr(config, "rope_parameters", None)
     if isinstance(rope, Mapping):
-        found["rope_theta"] = rope.get("rope_theta", found["rope_theta"])
-    return {name: value for name, value in found.items() if isinstance(value, int | float | str)}
+        settings["rope_theta"] = rope.get("rope_theta", settings["rope_theta"])
+    return {name: value for name, value in settings.items() if isinstance(value, int | float | str)}

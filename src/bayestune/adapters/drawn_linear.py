@@ -27,7 +27,7 @@ class DrawnLinear(nn.Module):
     Args:
         weights: (S, r, k), or (S, d, r) for B.
         name: the slot's.
-        arrivals: of the pass, which are told of every call.
+        arrivals: notes of the pass, where each call is entered; None for notes of its own.
         bias: of the slot (`lora_bias`), which all draws share.
 
     Example:
@@ -90,10 +90,10 @@ class DrawnLinear(nn.Module):
         PEFT casts a slot's input to the type of the slot's weight, so under autocast a float32
         stack would have the activations copied to float32 and back.
         """
-        present: Any = slot  # the weight of a draw is a buffer
-        dtype = compute_dtype(present.weight)
-        bias = None if present.bias is None else present.bias.detach().to(dtype)
-        return cls(weights.to(present.weight.device, dtype), name, arrivals, bias)
+        held: Any = slot  # not get_parameter: the weight of a `DrawnLinear` is a buffer
+        dtype = compute_dtype(held.weight)
+        bias = None if held.bias is None else held.bias.detach().to(dtype)
+        return cls(weights.to(held.weight.device, dtype), name, arrivals, bias)
 
 
 def refuse_other_shapes(
@@ -101,8 +101,8 @@ def refuse_other_shapes(
 ) -> None:
     """Refuses weights of draws, by slot name, that are not S of each slot's shape."""
     for name, stack in stacks.items():
-        own: Any = slots[name]
-        expected = (draws, *shape_of(own.weight)[-2:])
+        slot: Any = slots[name]
+        expected = (draws, *shape_of(slot.weight)[-2:])
         if tuple(stack.shape) != expected:
             raise Refusal(
                 f"draws do not fit their slot: got {tuple(stack.shape)} for {name}, expected "

@@ -28,8 +28,8 @@ class Entrance:
     """The hooks of a module at whose calls a pass begins and ends.
 
     Args:
-        passes: the model's.
-        depth: of the module in the model.
+        passes: of the model.
+        depth: of the module in the model; a module inside another one has the larger depth.
     """
 
     def __init__(self, passes: TrainingPasses, depth: int) -> None:
@@ -46,7 +46,7 @@ class Entrance:
 
 
 class GenerationAtMean:
-    """A model's `generate` under the mean adapter: its tokens' passes would not share a draw."""
+    """A model's `generate` under the mean adapter, because the passes of a text share no draw."""
 
     def __init__(self, passes: TrainingPasses, model: Any) -> None:
         self.passes = passes
@@ -78,10 +78,10 @@ def passes_of(model: nn.Module) -> TrainingPasses:
     """
     passes = found_passes(model) or TrainingPasses()
     modules = dict(model.named_modules())
-    inner = [path for path, module in modules.items() if isinstance(module, PreTrainedModel)]
+    models = [path for path, module in modules.items() if isinstance(module, PreTrainedModel)]
     for path, module in modules.items():
-        between = any(f"{one}.".startswith(f"{path}.") for one in inner)
-        if not path or between:
+        holds_or_is_model = any(f"{inner}.".startswith(f"{path}.") for inner in models)
+        if not path or holds_or_is_model:
             _hook(module, Entrance(passes, len(path)))
     return passes
 
@@ -117,7 +117,7 @@ def group_rows(
         row_of: instead of a size, the number of each sequence's row, from 0, such as
             `[0, 1, 0, 1]`; or a function that gives it for a number of sequences.
         lasting: whether it holds for all later passes, until the next lasting setting, instead of
-            the next pass with random layers alone. A setting for the next pass goes before it.
+            only the next pass with random layers. A setting for the next pass takes precedence.
 
     Raises:
         Refusal: if not exactly one of `size` and `row_of` is given, or `size` is not positive; in
@@ -145,31 +145,32 @@ def group_rows(
 
 def sizes_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sizes | None:
     """The sizes that a model's inputs give a pass; None where no input is a tensor."""
-    given = dict(kwargs)
-    for place, value in enumerate(args):
-        given.update(value if isinstance(value, Mapping) else {f"argument {place}": value})
-    tensors = {name: one for name, one in given.items() if isinstance(one, Tensor) and one.dim()}
+    inputs = dict(kwargs)
+    for position, value in enumerate(args):
+        inputs.update(value if isinstance(value, Mapping) else {f"argument {position}": value})
+    tensors = {n: value for n, value in inputs.items() if isinstance(value, Tensor) and value.dim()}
+    if not tensors:
+        return None
+    windows = _of_pictures(tensors)
     for name in (*_IDS, *_EMBEDS):
         if name in tensors:
             ids = tensors[name] if name in _IDS else tensors[name][..., 0]
-            sequences, tokens = ids.shape[:-1].numel(), ids.shape[-1]
-            packed = _packed(tensors, ids)
-            return Sizes(len(ids), sequences, tokens, packed, _of_pictures(tensors))
-    if not tensors:
-        return None
+            sequences = ids.shape[:-1].numel()
+            return Sizes(len(ids), sequences, ids.shape[-1], _packed(tensors, ids), windows)
     first = next(iter(tensors.values()))
-    tokens = first.shape[1] if first.dim() == (3 if first.is_floating_point() else 2) else 0
-    return Sizes(len(first), len(first), tokens, windows=_of_pictures(tensors))
+    axes_with_tokens = 3 if first.is_floating_point() else 2  # features (N, T, k) or ids (N, T)
+    tokens = first.shape[1] if first.dim() == axes_with_tokens else 0
+    return Sizes(len(first), len(first), tokens, windows=windows)
 
 
 def _of_pictures(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether rows are pictures, videos or spectrograms, and no text."""
-    fields = [one for one in tensors.values() if one.dim() > 3 and one.is_floating_point()]
-    return bool(fields) and _TEXT.isdisjoint(tensors)
+    """Whether rows are pictures, videos or spectrograms, without text."""
+    grids = [value for value in tensors.values() if value.dim() > 3 and value.is_floating_point()]
+    return bool(grids) and _TEXT.isdisjoint(tensors)
 
 
 def _packed(tensors: Mapping[str, Tensor], ids: Tensor) -> Tensor | None:
-    """The positions (N, T) where a sequence may hold several documents: as transformers sees it."""
+    """The positions (N, T) if a sequence may hold several documents, by transformers' own rule."""
     positions = tensors.get("position_ids")
     if positions is None or "attention_mask" in tensors or torch.compiler.is_compiling():
         return None
@@ -177,7 +178,7 @@ def _packed(tensors: Mapping[str, Tensor], ids: Tensor) -> Tensor | None:
 
 
 def put_row_axes(model: nn.Module, layers: Mapping[str, Any]) -> None:
-    """Tells random layers, by slot name, which axis of their input is the rows'."""
+    """Sets which axis of its input is the rows', in each random layer, by slot name."""
     modules = {name.removeprefix(PREFIX): module for name, module in model.named_modules()}
     for slot, layer in layers.items():
         path, _ = split_name(slot)
@@ -188,8 +189,8 @@ def put_row_axes(model: nn.Module, layers: Mapping[str, Any]) -> None:
 def _row_axis(parent: nn.Module, path: str, leaf: str) -> int | None:
     """The axis, 0 or 1, for a module of a parent; None where all rows share one draw.
 
-    Experts are sent tokens of any rows. DeBERTa's queries and keys are projected as the positions
-    are that all rows share, and a row's are one function only if its draw is theirs.
+    Experts receive tokens of any rows. DeBERTa projects positions, which all rows share, with the
+    same layers as queries and keys: a row would see two draws if its own were not the shared one.
     """
     shared = getattr(parent, "share_att_key", False) and leaf in ("query_proj", "key_proj")
     if shared or "experts" in path.split("."):

@@ -17,7 +17,7 @@ from bayestune.adapters.fused_input import FusedInput, RowNoise, RowProduct, fus
 from bayestune.adapters.noise import FlipoutNoise, independent_noise, random_signs
 from bayestune.adapters.one_pass import Call
 from bayestune.adapters.own_saving import keep_standard_deviations
-from bayestune.adapters.slots import Slots, split_name
+from bayestune.adapters.slots import Slots
 from bayestune.adapters.spread import put_whole
 from bayestune.adapters.training_passes import TrainingPasses
 from bayestune.adapters.unattended import Unattended
@@ -104,16 +104,20 @@ class GaussianLinear(nn.Linear):
         return output
 
     def noisy(self, input: Tensor, mean: Tensor, root_std: Tensor, ranks: slice) -> Tensor:
-        """Maps (rows, …, k) to (rows, …, r), each row under its draw with M and G (r, k).
+        """Maps (rows, …, k) to (rows, …, r), each row under its own draw.
 
-        They are those of some of the ranks that the layer's noise is drawn for.
+        Args:
+            input: (rows, …, k).
+            mean: M (r, k), of this layer, or of all that are computed with it as one.
+            root_std: G (r, k), likewise.
+            ranks: which ranks of the drawn noise these r are.
         """
         call, noise = self.row_noise(input, ranks)
         blocks = call.blocks.to(compute_dtype(self.weight))
         return call.shaped(RowNoise.apply(blocks, mean, root_std, noise))  # type: ignore[arg-type]
 
     def row_noise(self, input: Tensor, ranks: slice) -> tuple[Call, FlipoutNoise]:
-        """The input (rows, …, k) in blocks, and the noise that each block sees, of some ranks."""
+        """The input (rows, …, k) in blocks, and the noise of some ranks that each block sees."""
         rank = self.fused.rank if self.fused else self.out_features
         draw = partial(FlipoutNoise.drawn, rank=rank, like=self.weight.detach())
         call = self.passes.call(self.fused or self, input, self.row_axis, draw)
@@ -148,18 +152,16 @@ def bayesify(
 ) -> int:
     """Makes A of every LoRA layer Gaussian, in place: q(A) = N(M, Ω²), with M the present A.
 
-    Afterwards training mode, with gradients or without, draws one A for each row of a pass, and
-    evaluation mode uses the mean, as does `generate` in either mode, and as do passes without
-    gradients while a Trainer runs with `KLStep`. Sequences that are one row, such as the two sides
-    of a preference, share their draw if `group_rows` says so; each document of a packed batch,
-    which positions tell apart, is a row. An input that is no row's, such as relative positions that
-    all rows share, sees the first row's draw. All layers are checked before any is converted; how
-    many were is returned.
+    Afterwards training mode, with gradients or without, draws one A for each row of a pass.
+    Evaluation mode uses the mean; so do `generate` in either mode, and passes without gradients
+    while a Trainer runs with `KLStep`. Sequences that make one row, such as the two sides of a
+    preference, share their draw if `group_rows` says so; each document of a packed batch, which
+    positions tell apart, is a row. An input that all rows share, such as relative positions, sees
+    the first row's draw. All layers are checked before any is converted.
 
     The model's own `save_pretrained`, which a Trainer and `push_to_hub` call, then writes the
-    posterior's files beside the stock adapter, for `load_posterior`. G starts anew, also on an
-    adapter that has been trained, which a warning says: a saved posterior comes back with
-    `load_posterior`.
+    posterior's files beside the stock adapter, for `load_posterior`. G starts anew even on an
+    adapter that has been trained, with a warning: `load_posterior` restores a saved one.
 
     Args:
         model: the model that `peft.get_peft_model` returned.
@@ -167,6 +169,9 @@ def bayesify(
         noise: "row", "independent" or "token", see `GaussianLinear`.
         adapter: which adapter of the model; None for the active one.
         slots: which slots, as `Slots.names` gives them; None for A of every layer.
+
+    Returns:
+        How many slots were converted.
 
     Raises:
         Refusal: if the model has no layer with this adapter, or one of them cannot be made
@@ -180,41 +185,48 @@ def bayesify(
         >>> bayesify(get_peft_model(base, LoraConfig(target_modules=["0", "1"])))
         2
     """
-    found = Slots(model, adapter)
-    count = make_gaussian(found, slots, init_root_std=init_root_std, noise=noise)
-    if any(bool(weight.any()) for name, weight in found.weights().items() if _is_b(name)):
+    of_adapter = Slots(model, adapter)
+    count = make_gaussian(of_adapter, slots, init_root_std=init_root_std, noise=noise)
+    weights = of_adapter.weights()
+    if any(bool(weights[name].any()) for name in of_adapter.names(("lora_B",))):
         logger.warning(
             "B of the adapter %r is not 0, as after training, and the standard deviation of its A "
             "starts anew, at %.2g at most; a saved posterior comes back with its own by "
             "load_posterior(base, folder)",
-            found.adapter,
+            of_adapter.adapter,
             init_root_std**2,
         )
     return count
 
 
-def _is_b(name: str) -> bool:
-    return split_name(name)[1] == "lora_B"
-
-
 def make_gaussian(
-    found: Slots,
+    slots: Slots,
     names: Collection[str] | None = None,
     *,
     init_root_std: float = 0.05,
     noise: Noise = "row",
 ) -> int:
-    """Makes some slots of an adapter Gaussian, None for all A: what `bayesify` does, no warning."""
-    plain = found.replaceable(names)
-    keep_standard_deviations(found.model, found.adapter)
-    let_copies_take_the_mean(found.model)
-    passes = passes_of(found.model)
+    """What `bayesify` does, without its warning about a trained adapter.
+
+    Args:
+        slots: of the adapter.
+        names: which of them become Gaussian; None for A of every layer.
+        init_root_std: ε, as in `bayesify`.
+        noise: as in `bayesify`.
+
+    Returns:
+        How many slots were converted.
+    """
+    plain = slots.replaceable(names)
+    keep_standard_deviations(slots.model, slots.adapter)
+    let_copies_take_the_mean(slots.model)
+    passes = passes_of(slots.model)
     gaussian = {
         name: GaussianLinear(slot, init_root_std, noise, passes) for name, slot in plain.items()
     }
-    put_row_axes(found.model, gaussian)
-    found.put(gaussian)
+    put_row_axes(slots.model, gaussian)
+    slots.put(gaussian)
     if noise == "row":
-        fuse_inputs(found, gaussian)
-    found.model.register_forward_pre_hook(Unattended(list(gaussian.values())))
+        fuse_inputs(slots, gaussian)
+    slots.model.register_forward_pre_hook(Unattended(list(gaussian.values())))
     return len(gaussian)

@@ -82,9 +82,9 @@ def is_classifier(model: nn.Module) -> bool:
 
 
 def _kind_of_task(model: nn.Module) -> dict[str, Any]:
-    """What PEFT is told of a model: its task, and which parts it trains beside LoRA.
+    """The task type of a model for `LoraConfig`, or the parts that are trained beside LoRA.
 
-    PEFT has no task for pictures and sounds, so the parts of a head are named.
+    PEFT has no task type for pictures and sounds, so there the parts of the head are named.
     """
     if is_classifier(model):
         return {"task_type": "SEQ_CLS"}
@@ -92,7 +92,7 @@ def _kind_of_task(model: nn.Module) -> dict[str, Any]:
     if getattr(config, "is_encoder_decoder", False):
         return {"task_type": "SEQ_2_SEQ_LM"}
     name = type(model).__name__
-    if any(_has(name, heads) for heads in _OTHER_HEADS):
+    if any(_is_among(name, heads) for heads in _OTHER_HEADS):
         return {"modules_to_save": head_parts(model)}
     takes_text = (
         hasattr(model, "prepare_inputs_for_generation") and input_embedding(model) is not None
@@ -101,21 +101,28 @@ def _kind_of_task(model: nn.Module) -> dict[str, Any]:
 
 
 def head_parts(model: nn.Module) -> list[str]:
-    """The parts of a classifier beside its body, which are trained whole."""
+    """The paths of a classifier's modules beside its body, which are trained whole."""
     body = getattr(model, "base_model", model)
     return [path for path, child in model.named_children() if child is not body]
 
 
-def _has(name: str, heads: Mapping[str, Any]) -> bool:
-    """Whether a class is one of those; a model may have several."""
-    named = [each if isinstance(each, tuple | list) else (each,) for each in heads.values()]
-    return any(name in each for each in named)
+def _is_among(class_name: str, heads: Mapping[str, Any]) -> bool:
+    """Whether a class is in one of transformers' tables: a class, or several, for each model."""
+    for entry in heads.values():
+        class_names = entry if isinstance(entry, tuple | list) else (entry,)
+        if class_name in class_names:
+            return True
+    return False
 
 
 def attach(model: nn.Module, lora: Lora) -> PeftModel:
     """Puts a fresh LoRA adapter on a model, as `peft.get_peft_model` does, and freezes the rest.
 
     A classification head, if the model has one, is trained beside LoRA.
+
+    Args:
+        model: a transformers model without adapters.
+        lora: the adapter's settings.
 
     Raises:
         Refusal: if no module has a target's name, or the model has an adapter already.
@@ -140,15 +147,15 @@ def attach(model: nn.Module, lora: Lora) -> PeftModel:
     return adapted
 
 
-def _targets_in(model: nn.Module, asked: Sequence[str] | None) -> Sequence[str]:
-    """The names of the modules to adapt: those that are asked for, or else the paper's.
+def _targets_in(model: nn.Module, chosen: Sequence[str] | None) -> Sequence[str]:
+    """The names of the modules to adapt: the chosen ones, or else the paper's.
 
     Raises:
         Refusal: if no module has a target's name.
     """
     paths = [path for path, module in model.named_modules() if not list(module.children())]
     leaves = {path.rpartition(".")[2] for path in paths}
-    targets = asked
+    targets = chosen
     if not targets:
         targets = next((names for names in _TARGETS if leaves >= set(names)), _TARGETS[0])
         if not (is_classifier(model) or head_is_tied(model)):
@@ -168,7 +175,7 @@ def _targets_in(model: nn.Module, asked: Sequence[str] | None) -> Sequence[str]:
 
 @contextmanager
 def old_names_unsaid() -> Iterator[None]:
-    """Without the warning that PEFT asks transformers for a property by its old name."""
+    """Suppresses transformers' warning that PEFT reads a property by its old name."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         yield
@@ -193,10 +200,13 @@ def detach(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def active(model: nn.Module, adapter: str, *, alone: bool = False) -> Iterator[None]:
-    """Has an adapter take part in a PEFT model's passes for the time of the context.
+    """Makes an adapter of a PEFT model active for the time of the context.
 
-    With `alone`, adapters that are active beside it are switched off. What was active and what was
-    trainable is restored.
+    Args:
+        model: the PEFT model; of others nothing is changed.
+        adapter: the adapter's name.
+        alone: whether adapters that are active beside it are switched off. What was active and
+            what was trainable is restored.
     """
     model = unwrapped(model)
     before = model.active_adapters if isinstance(model, PeftModel) else [adapter]
@@ -211,7 +221,7 @@ def active(model: nn.Module, adapter: str, *, alone: bool = False) -> Iterator[N
         yield
     finally:
         peft.set_adapter(name)
-        peft.base_model.set_adapter(before)  # there may be several
+        peft.base_model.set_adapter(before)  # which takes several, as the wrapper's does not
         model.requires_grad_(False)
         for parameter in trainable:
             parameter.requires_grad_(True)

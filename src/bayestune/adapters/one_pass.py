@@ -73,28 +73,31 @@ class Pass:
         self.rows: Rows | None = None  # settled by the first random layer that is called
         self.documents: Documents | None = None  # likewise
         self.noises: dict[Any, Any] = {}
-        self.repeated: dict[Any, None] = {}  # the layers that were called again …
-        self.repeats: set[int] = set()  # … and the names of these calls
+        self.repeated: dict[Any, None] = {}  # the layers that were called again, an ordered set
+        self.repeats: set[int] = set()  # the names of those later calls
 
     def settle(self, groups: RowGroups | None) -> Rows:
-        """Finds out the rows of the pass."""
+        """Sets the rows of the pass: as `groups` says, else each row, or document, by itself."""
         sizes = self.sizes or Sizes(1, 1)
         if sizes.positions is not None:
             self.documents = Documents.of(sizes.positions)
-        # the sequences of a row follow each other, as the options in (N, C, T) do
-        units = self.documents.number if self.documents else sizes.sequences
-        alone = units if self.documents else sizes.rows
-        self.rows = groups.rows(units) if groups else Rows(alone)
+        if self.documents is not None:
+            sequences = self.documents.number
+            num_rows = sequences
+        else:
+            sequences = sizes.sequences
+            num_rows = sizes.rows  # whose sequences follow each other, as options in (N, C, T) do
+        self.rows = groups.rows(sequences) if groups else Rows(num_rows)
         return self.rows
 
     def documents_in(self, input: Tensor) -> Documents | None:
-        """The documents, if the input (…, k) is one of all tokens."""
+        """The documents, if the input (…, k) holds all tokens of the batch."""
         sizes = self.sizes or Sizes(1, 1)
         fits = input.shape[:-1].numel() == sizes.sequences * sizes.tokens
         return self.documents if fits else None
 
     def blocks(self, input: Tensor, rows: Rows) -> tuple[Tensor, Tensor | slice | None]:
-        """The input (…, k), rows before tokens, in blocks, and the row of each."""
+        """The input (…, k), rows before tokens, as blocks (B, t, k), and the row of each block."""
         documents = self.documents_in(input)
         if documents is not None:
             row_of = rows.of(documents.number).to(input.device)
@@ -114,5 +117,5 @@ class Pass:
 
 
 def as_a_whole(input: Tensor) -> tuple[Tensor, slice]:
-    """An input that is no row's, such as positions that all rows share: one block, row 0's draw."""
+    """An input that all rows share, such as positions, as one block that sees row 0's draw."""
     return input.reshape(1, -1, input.shape[-1]), slice(0, 1)

@@ -62,34 +62,35 @@ class OwnSaving:
             )
         model: Any = self.model
         names = list(selected_adapters or model.peft_config)
-        given = options.pop("state_dict", None)
-        whole = state_of(model) if given is None else given
-        plain = plain_state(model, whole)
+        state = options.pop("state_dict", None)
+        if state is None:
+            state = state_of(model)
         type(model).save_pretrained(
             model,
             save_directory,
             safe_serialization,
             names,
             save_embedding_layers,
-            state_dict=plain,
+            state_dict=plain_state(model, state),
             **options,
         )
         if options.get("is_main_process", True):
             for adapter in names:
-                self._write_beside(Path(save_directory), adapter, whole, save_embedding_layers)
+                self._write_beside(Path(save_directory), adapter, state, save_embedding_layers)
 
     def _write_beside(
-        self, folder: Path, adapter: str, whole: Mapping[str, Tensor], embeddings: bool | str
+        self, folder: Path, adapter: str, state: Mapping[str, Tensor], embeddings: bool | str
     ) -> None:
+        """Writes the posterior's files beside an adapter, if it is Gaussian."""
         slots = Slots(self.model, adapter)
         if not stochastic(slots):
             return
-        plain = plain_state(self.model, whole)
+        plain = plain_state(self.model, state)
         place = place_of(folder, adapter)
         add_beside(slots, plain, place, embeddings)
         record = facts_of(slots, plain)
         record |= {"posterior": "gaussian", "facts": noise_of(slots)}
-        write_posterior(place, record, _roots(slots, whole))
+        write_posterior(place, record, _roots(slots, state))
 
     def load_adapter(
         self, model_id: str | os.PathLike[str], adapter_name: str, *args: Any, **options: Any
@@ -143,17 +144,17 @@ class SavingWithoutWrapper:
         """`PreTrainedModel.save_pretrained`, with the posterior's files beside the adapter."""
         model: Any = self.model
         slots = Slots(model)
-        whole = state_of(model) if state_dict is None else state_dict
-        plain = plain_state(model, whole)
+        state = state_of(model) if state_dict is None else state_dict
+        plain = plain_state(model, state)
         type(model).save_pretrained(model, save_directory, is_main_process, plain, **options)
         if is_main_process and stochastic(slots):
             record = facts_without_wrapper(slots, plain)
             record |= {"posterior": "gaussian", "facts": noise_of(slots)}
-            write_posterior(Path(save_directory), record, _roots(slots, whole, ""))
+            write_posterior(Path(save_directory), record, _roots(slots, state, ""))
 
 
 def keep_standard_deviations(model: nn.Module, adapter: str) -> None:
-    """Has the model's own way of saving keep what a conversion to Gaussian slots adds.
+    """Replaces the model's own saving and loading by methods that keep the standard deviations.
 
     Raises:
         Refusal: if the adapter's initialisation changed the base, so that it cannot be saved.
@@ -161,25 +162,29 @@ def keep_standard_deviations(model: nn.Module, adapter: str) -> None:
     model = getattr(model, "_orig_mod", model)
     refuse_changed_base(model, adapter)
     if isinstance(model, PeftModel) and "save_pretrained" not in vars(model):
-        own: Any = OwnSaving(model)
-        model.save_pretrained = own.save_pretrained  # type: ignore[method-assign]
-        model.load_adapter = own.load_adapter  # type: ignore[method-assign]
+        saving: Any = OwnSaving(model)
+        model.save_pretrained = saving.save_pretrained  # type: ignore[method-assign]
+        model.load_adapter = saving.load_adapter  # type: ignore[method-assign]
     if getattr(model, "_hf_peft_config_loaded", False) and "save_pretrained" not in vars(model):
-        without: Any = SavingWithoutWrapper(model)  # type: ignore[arg-type]
-        model.save_pretrained = without.save_pretrained  # type: ignore[method-assign]
+        unwrapped: Any = SavingWithoutWrapper(model)  # type: ignore[arg-type]
+        model.save_pretrained = unwrapped.save_pretrained  # type: ignore[method-assign]
 
 
 def put_roots(layers: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Gives Gaussian layers the G (r, k) of a folder, by slot name."""
+    """Gives Gaussian layers, by slot name, the G (r, k) in the tensors of a posterior's folder.
+
+    Raises:
+        Refusal: if they are of other slots or shapes.
+    """
     roots = {name.removesuffix(".root_std"): value for name, value in tensors.items()}
-    wrong = sorted(set(layers) ^ set(roots))
+    unfit = sorted(set(layers) ^ set(roots))
     for name in set(layers) & set(roots):
         if shape_of(layers[name].root_std) != roots[name].shape:
-            wrong.append(name)
-    if wrong:
+            unfit.append(name)
+    if unfit:
         raise Refusal(
-            f"standard deviations of another adapter: {len(wrong)} slots do not fit, such as "
-            f"{wrong[0]}; expected {len(layers)} slots in the adapter's shapes; load the folder of "
+            f"standard deviations of another adapter: {len(unfit)} slots do not fit, such as "
+            f"{unfit[0]}; expected {len(layers)} slots in the adapter's shapes; load the folder of "
             "the same adapter"
         )
     for name, layer in layers.items():
@@ -187,7 +192,7 @@ def put_roots(layers: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
 
 
 def noise_of(slots: Slots) -> dict[str, Any]:
-    """How the training noise of an adapter's Gaussian slots is made."""
+    """How the training noise of an adapter's Gaussian slots is made, for `posterior.json`."""
     first = next(iter(stochastic(slots).values()))
     return {"noise": first.noise, "init_root_std": first.init_root_std}
 

@@ -1,4 +1,4 @@
-"""In which precision a base's weights are, quantised ones among them."""
+"""The precision of a base's weights, quantised ones among them."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ _BITS = {"Linear4bit": "4bit", "Linear8bitLt": "8bit"}
 def precision_of(model: nn.Module) -> str:
     """The precision of a base's weights: "float32", "bfloat16", "4bit", "8bit", "torchao", ….
 
-    Quantised by another package than bitsandbytes, it is that method's name in transformers.
+    A base that another package than bitsandbytes quantised has that method's name in transformers.
     """
     base = base_of(model)
     for module in base.modules():
@@ -25,12 +25,12 @@ def precision_of(model: nn.Module) -> str:
 
 
 def quant_method_of(model: nn.Module) -> str | None:
-    """What a model's configuration says it is quantised by, in transformers' words; None if not."""
+    """The quantisation method that a model's configuration names, such as "gptq"; None if none."""
     config: Any = getattr(model, "config", None)
-    asked = getattr(config, "quantization_config", None)
-    if asked is None:
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
         return None
-    method = asked.get("quant_method") if isinstance(asked, dict) else asked.quant_method
+    method = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
     return str(getattr(method, "value", method))
 
 
@@ -44,11 +44,12 @@ def num_quantised(model: nn.Module) -> tuple[int, int]:
         if type(module).__name__ in _BITS and not hasattr(module, "base_layer"):
             layer: Any = module
             inside[id(layer.weight)] = layer.in_features * layer.out_features
-    apart = set(inside)
+    not_counted = set(inside)
     for module in (input_embedding(model), output_head(model)):
-        apart |= {id(p) for p in module.parameters()} if module is not None else set()
-    rest = sum(p.numel() for p in model.parameters() if id(p) not in apart)
-    return sum(inside.values()), rest
+        if module is not None:
+            not_counted.update(map(id, module.parameters()))
+    elsewhere = sum(p.numel() for p in model.parameters() if id(p) not in not_counted)
+    return sum(inside.values()), elsewhere
 
 
 def _main_dtype(base: nn.Module) -> torch.dtype:

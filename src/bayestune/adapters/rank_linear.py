@@ -56,9 +56,14 @@ Layer = TypeVar("Layer", bound=RankLinear)
 def make_ranks_random(
     model: nn.Module, make: Callable[[nn.Linear, TrainingPasses], Layer]
 ) -> dict[str, Layer]:
-    """Replaces each A by a layer that `make` builds from the plain one and the model's passes.
+    """Replaces each A by a random layer; all are checked before the first is replaced.
 
-    All of them are checked before the first is replaced. Returns the layers by slot name.
+    Args:
+        model: a PEFT model.
+        make: makes a layer from the plain one and the model's passes.
+
+    Returns:
+        The new layers by slot name.
     """
     slots = Slots(model)
     plain = slots.replaceable()
@@ -70,7 +75,7 @@ def make_ranks_random(
 
 
 def put_means(model: nn.Module, layers: Mapping[str, RankLinear]) -> None:
-    """Puts a plain layer with the weight E[z] ∘ W in the slot of each layer."""
+    """Replaces each layer, given by slot name, by a plain one with the weight E[z] ∘ W."""
     plain = {}
     for name, layer in layers.items():
         weight = (layer.mean_factors[:, None] * layer.weight).detach()

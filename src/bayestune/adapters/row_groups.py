@@ -72,8 +72,8 @@ class RowGroups:
     def _numbered(self, sequences: int) -> Rows:
         numbers = self.row_of(sequences) if callable(self.row_of) else self.row_of
         row_of = torch.as_tensor(numbers)
-        whole = not (row_of.is_floating_point() or row_of.dtype is torch.bool)
-        if row_of.shape != (sequences,) or not whole or row_of.min() < 0:
+        is_integer = not (row_of.is_floating_point() or row_of.dtype is torch.bool)
+        if row_of.shape != (sequences,) or not is_integer or row_of.min() < 0:
             raise Refusal(
                 f"row_of does not fit the batch: got {numbers}, expected the number of a row, from "
                 f"0, for each of the {sequences} sequences; a function of their number fits every "

@@ -1,4 +1,4 @@
-"""Whether adapters of one model differ in nothing but A and B, so that one stands for the other."""
+"""Whether adapters of one model differ only in A and B, so that their draws share slots."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from bayestune.adapters.slots import Slots
 
 
 def are_alike(adapters: Sequence[Slots]) -> bool:
-    """Whether A and B of each adapter do in the first one's slots what they do in their own.
+    """Whether A and B of each adapter act in the first one's slots as they do in their own.
 
     They do if the layers, the ranks and the scalings are the same, and no adapter has a bias, a
     variant such as DoRA, or something that is trained beside LoRA.

@@ -65,13 +65,13 @@ class Slots:
 
     def modules(self) -> dict[str, nn.Module]:
         """The module in each slot, by slot name."""
-        found: dict[str, nn.Module] = {}
+        modules: dict[str, nn.Module] = {}
         with exclusive(self.model):  # other threads' draws may stand in the slots
             for path, layer in self.layers.items():
                 for side in SIDES:
                     if self.adapter in getattr(layer, side):
-                        found[f"{path}.{side}"] = getattr(layer, side)[self.adapter]
-        return found
+                        modules[f"{path}.{side}"] = getattr(layer, side)[self.adapter]
+        return modules
 
     def of_kind(self, kind: type[Kind]) -> dict[str, Kind]:
         """The slots that hold a module of some class, by slot name."""
@@ -130,7 +130,7 @@ class Slots:
         draws = len(next(iter(stacks.values()), ()))
         arrivals = arrivals if arrivals is not None else Arrivals(draws)
         with exclusive(self.model), eagerly(self.compiled):
-            kept = self._present(stacks)
+            kept = self._able_to_hold(stacks)
             refuse_other_shapes(stacks, kept, draws)
             drawn: dict[str, nn.Module] = {}
             for name, stack in stacks.items():
@@ -143,10 +143,10 @@ class Slots:
             finally:
                 self.put(kept)
 
-    def _present(self, names: Collection[str]) -> dict[str, nn.Module]:
-        """The modules in some slots now."""
-        present = self.modules()
-        if unknown := sorted(set(names) - set(present)):
+    def _able_to_hold(self, names: Collection[str]) -> dict[str, nn.Module]:
+        """The modules in some slots now; refuses slots that cannot hold draws."""
+        modules = self.modules()
+        if unknown := sorted(set(names) - set(modules)):
             raise Refusal(
                 f"draws for slots the model does not have: got {unknown[:3]}, expected slots of "
                 f"the adapter {self.adapter!r}; take draws of a posterior on this model"
@@ -157,7 +157,7 @@ class Slots:
                 f"{len(lines)} of {len(names)} slots cannot hold draws, expected plain LoRA on "
                 "linear layers; leave them out:\n" + "\n".join(lines)
             )
-        return {name: present[name] for name in names}
+        return {name: modules[name] for name in names}
 
     def replaceable(self, names: Collection[str] | None = None) -> dict[str, nn.Linear]:
         """The plain Linear modules in slots, by slot name; None stands for every A.
@@ -173,22 +173,22 @@ class Slots:
                 f"no LoRA layer holds the adapter {self.adapter!r}: got a {kind}, expected a model "
                 "from peft.get_peft_model with LoraConfig; check target_modules and the name"
             )
-        places = [split_name(name) for name in names]
-        if unknown := [path for path, _ in places if path not in self.layers]:
+        paths_and_sides = [split_name(name) for name in names]
+        if unknown := [path for path, _ in paths_and_sides if path not in self.layers]:
             raise Refusal(
                 f"no such LoRA layer: got {unknown[:3]}, expected paths among "
                 f"{list(self.layers)[:3]} …; take names from Slots(model).names()"
             )
-        refused = {path: self._reason_to_refuse(path, side) for path, side in places}
+        refused = {path: self._reason_to_refuse(path, side) for path, side in paths_and_sides}
         lines = "\n".join(f"  {path}: {reason}" for path, reason in refused.items() if reason)
         if lines:
             count = lines.count("\n") + 1
             raise Refusal(
-                f"{count} of {len(places)} LoRA layers cannot be made stochastic, none was "
+                f"{count} of {len(names)} LoRA layers cannot be made stochastic, none was "
                 f"converted; leave them out of target_modules or use plain LoRA there:\n{lines}"
             )
-        found: dict[str, Any] = self.modules()
-        return {name: found[name] for name in names}
+        modules: dict[str, Any] = self.modules()
+        return {name: modules[name] for name in names}
 
     def _reason_of_layer(self, path: str) -> str | None:
         """Why a layer does not apply what stands in its slots as plain maps."""
@@ -283,8 +283,8 @@ def drawn(
         passes += 1
         if not arrivals.called:
             arrivals.silent = arrivals.silent or why_silent(slots.layers, slots.adapter)
-        given = (*args, *kwargs.values())
-        arrivals.rows = next((len(x) for x in given if isinstance(x, Tensor) and x.dim()), None)
+        inputs = (*args, *kwargs.values())
+        arrivals.rows = next((len(x) for x in inputs if isinstance(x, Tensor) and x.dim()), None)
 
     with slots.holding(weights) as arrivals:
         # PEFT goes past the hooks of the model inside it, and `generate` past PEFT's

@@ -58,7 +58,7 @@ def put_whole(parameter: Tensor, value: Tensor) -> None:
 
 
 def _gathered(parameters: Iterable[Tensor], modifier_rank: int | None = None) -> Any:
-    # who has partitioned a parameter has imported it
+    # what partitioned the parameters has imported deepspeed
     zero: Any = sys.modules["deepspeed"].zero
     return zero.GatheredParameters(list(parameters), modifier_rank=modifier_rank)
 
@@ -71,26 +71,39 @@ def part_here(tensor: Tensor) -> Tensor:
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state, the adapters' and all that is trained whole, the rest as it is."""
+    """The model's state, in which the adapters and all that is trained are whole.
+
+    Of a spread model, the other tensors are as they are in this process, in parts.
+    """
     if not is_spread(model):
         return model.state_dict()
     state: Mapping[str, Tensor] = model.state_dict(keep_vars=True)
-    found = {}
+    gathered = {}
     for name, value in state.items():
-        wanted = value.requires_grad or any(part in name for part in _OF_ADAPTERS)
-        found[name] = whole(value).detach() if wanted else value
-    return found
+        is_trained = value.requires_grad or any(part in name for part in _OF_ADAPTERS)
+        gathered[name] = whole(value).detach() if is_trained else value
+    return gathered
 
 
-def all_agree(said: bool, model: nn.Module) -> bool:
-    """Whether all processes that have parts of a model say so; of another model this one alone."""
+def all_agree(vote: bool, model: nn.Module) -> bool:
+    """Whether all processes that have parts of a model vote for something.
+
+    Args:
+        vote: of this process, the only one that counts if the model is not spread.
+        model: all processes that have a part of it must call this.
+    """
     if not is_spread(model):
-        return said
-    return no_other(said, next(unwrapped(model).parameters()).device)
+        return vote
+    return no_other(vote, next(unwrapped(model).parameters()).device)
 
 
-def no_other(said: bool, device: torch.device) -> bool:
-    """Whether no process says otherwise."""
-    votes = torch.tensor(float(said), device=device)
+def no_other(vote: bool, device: torch.device) -> bool:
+    """Whether all processes vote for something; all of them must call this.
+
+    Args:
+        vote: of this process.
+        device: on which the processes communicate.
+    """
+    votes = torch.tensor(float(vote), device=device)
     distributed.all_reduce(votes, distributed.ReduceOp.MIN)
     return bool(votes)

@@ -20,12 +20,16 @@ class TrainingPasses:
     """The passes of a model, shared by its random layers: a draw belongs to a pass and a row.
 
     A layer draws its noise at its first call in a pass, from torch's global generator; its later
-    calls in the pass find that noise. Where a pass begins and ends the model's hooks say; a call
-    outside of any pass is a pass of its own.
+    calls in the pass use the same noise. The model's hooks (`Entrance`) begin and end a pass; a
+    call outside of any is a pass of its own.
 
-    A checkpoint recomputes calls when their pass has ended, perhaps after others have begun, but
-    with the generator as it was. Every call moves the generator on, so the state that a call finds
-    is a name of the call, by which its pass is found. A pass is kept by the graph of its outputs.
+    Gradient checkpointing recomputes calls after their pass has ended, perhaps when others have
+    begun, but restores the generator's state. Every call advances the generator, so this state,
+    hashed, is a name of the call, by which its pass is found again. The autograd graph of a pass's
+    outputs keeps the pass alive.
+
+    Args:
+        groups: how sequences make rows in all passes; None for one row each.
     """
 
     def __init__(self, groups: RowGroups | None = None) -> None:
@@ -40,7 +44,7 @@ class TrainingPasses:
         self._open: dict[int, tuple[int, Pass]] = {}  # by thread: nn.DataParallel has several
         self._named: WeakValueDictionary[int, Pass] = WeakValueDictionary()
         self._mean_is_open = False  # for parts of a model that are compiled by themselves
-        self._last: Pass | None = None  # with gradients; its outputs may have no graph we can find
+        self._last: Pass | None = None  # with gradients, kept in case its outputs' graph is hidden
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of the model has the same settings and passes of its own."""
@@ -58,11 +62,14 @@ class TrainingPasses:
         self._next = None if lasting else groups
 
     def begin_run(self, groups: RowGroups | None, goes_on: Callable[[], bool]) -> None:
-        """Notes that a Trainer's run begins, and how its batches make rows if nobody has said.
+        """Notes that a Trainer's run begins.
 
-        Until its end, passes without gradients are the mean's: what a trainer asks without them is
-        how likely something is under the adapter that writes its texts, `generate`'s. A run that an
-        error or an interrupt ends does not say so: then `goes_on` is false.
+        Until its end, passes without gradients use the mean: trainers take them to compute
+        likelihoods under the adapter that `generate` uses, which is the mean.
+
+        Args:
+            groups: how its batches make rows, unless `ask` has set that.
+            goes_on: whether the run is still going; it may end by an error without `end_run`.
         """
         self._of_run = groups
         self._in_run = True
@@ -82,7 +89,7 @@ class TrainingPasses:
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
-        """Passes without gradients draw here in a Trainer's run, too: their draws are asked for."""
+        """In this context passes without gradients draw, even while a Trainer runs."""
         before = self._drawing
         self._drawing = True
         try:
@@ -91,11 +98,11 @@ class TrainingPasses:
             self._drawing = before
 
     def are_at_mean(self) -> bool:
-        """Whether the pass that is open now, or every pass, is the mean's."""
-        _, one = self._open.get(_thread(), (0, None))
-        if one is None and torch.compiler.is_compiling():
+        """Whether the pass that is open now, or every pass, uses the mean."""
+        _, current = self._open.get(_thread(), (0, None))
+        if current is None and torch.compiler.is_compiling():
             return self.at_mean or self._mean_is_open
-        return self.at_mean or (one is not None and one.at_mean)
+        return self.at_mean or (current is not None and current.at_mean)
 
     def begin(self, depth: int, sizes: Sizes | None) -> None:
         """Begins a pass at a module of this depth in the model, unless it is called within one."""
@@ -104,27 +111,30 @@ class TrainingPasses:
             return
         if not torch.compiler.is_compiling():
             self.are_in_run()
-        one = Pass(sizes, torch.is_grad_enabled())
-        one.at_mean = self._in_run and not one.gradients and not self._drawing
-        self._open[_thread()] = (depth, one)  # one that an interrupt left open is dropped
+        begun = Pass(sizes, torch.is_grad_enabled())
+        begun.at_mean = self._in_run and not begun.gradients and not self._drawing
+        self._open[_thread()] = (depth, begun)  # in place of one that an interrupt left open
         if not torch.compiler.is_compiling():
-            self._mean_is_open = one.at_mean
-            self._last = one if one.gradients else self._last
+            self._mean_is_open = begun.at_mean
+            self._last = begun if begun.gradients else self._last
 
     def end(self, depth: int, output: Any) -> None:
-        """Ends the pass that began at this depth; its outputs' graph keeps what may be needed."""
-        open_depth, one = self._open.get(_thread(), (-1, None))
-        if one is None or open_depth != depth:
+        """Ends the pass that began at this depth; the graph of its outputs keeps it alive.
+
+        It keeps only the noise that a recomputation could not draw again: of repeated calls.
+        """
+        open_depth, ended = self._open.get(_thread(), (-1, None))
+        if ended is None or open_depth != depth:
             return
         del self._open[_thread()]
         if not torch.compiler.is_compiling():
             self._mean_is_open = False
-        one.noises = {layer: one.noises[layer] for layer in one.repeated}
-        if one.gradients and one.rows is not None and not torch.compiler.is_compiling():
+        ended.noises = {layer: ended.noises[layer] for layer in ended.repeated}
+        if ended.gradients and ended.rows is not None and not torch.compiler.is_compiling():
             for tensor in _tensors(output):
                 if tensor.grad_fn is not None:
                     metadata: Any = tensor.grad_fn.metadata
-                    metadata[_KEY] = one
+                    metadata[_KEY] = ended
 
     def call(
         self, layer: Any, input: Tensor, row_axis: int | None, draw: Callable[[int], Any]
@@ -132,10 +142,10 @@ class TrainingPasses:
         """The input of a layer's call in blocks, and the noise that the layer has in the pass.
 
         Args:
-            layer: whose noise; layers that are computed as one have one.
+            layer: whose noise it is; layers that are computed as one (`FusedInput`) share theirs.
             input: (…, k).
             row_axis: which axis of the input is the rows', 0 or 1; None for none.
-            draw: draws the noise of so many rows.
+            draw: draws noise for a number of rows.
 
         Raises:
             Refusal: if a recomputation does not find its pass, or the rows do not fit the batch.
@@ -145,53 +155,53 @@ class TrainingPasses:
             input = input.transpose(0, 1)
         opened = self._open.get(_thread())
         if opened is not None:
-            one = opened[1]
-            again = layer in one.noises
-            self._register(one, input, again)
+            _, its_pass = opened
+            is_repeated = layer in its_pass.noises
+            self._register(its_pass, input, is_repeated)
         else:
-            one, again = self._found(input)
-        rows = self._rows(one, len(input), is_open=opened is not None)
-        if again:
-            noise = one.noises[layer]
-            torch.empty(1, device=input.device).uniform_()  # moves the generator on
+            its_pass, is_repeated = self._recomputed(input)
+        rows = self._rows(its_pass, len(input), is_open=opened is not None)
+        if is_repeated:
+            noise = its_pass.noises[layer]
+            torch.empty(1, device=input.device).uniform_()  # advances the generator
         else:
             noise = draw(rows.num_rows)
         if opened is not None:
-            one.noises[layer] = noise
-            if again:
-                one.repeated[layer] = None
+            its_pass.noises[layer] = noise
+            if is_repeated:
+                its_pass.repeated[layer] = None
         if row_axis is None:
             return Call(*as_a_whole(input), noise, input.shape, time_first)
-        blocks, which = one.blocks(input, rows)
-        return Call(blocks, which, noise, input.shape, time_first, one.documents_in(input))
+        blocks, which = its_pass.blocks(input, rows)
+        return Call(blocks, which, noise, input.shape, time_first, its_pass.documents_in(input))
 
-    def _rows(self, one: Pass, leading: int, *, is_open: bool) -> Rows:
-        """The rows of a pass; what was asked for the next pass is used up."""
-        if one.sizes is None:
-            one.sizes = Sizes(leading, leading)
-        if one.rows is None:
+    def _rows(self, its_pass: Pass, leading: int, *, is_open: bool) -> Rows:
+        """The rows of a pass; an open one uses up the setting for the next pass."""
+        if its_pass.sizes is None:
+            its_pass.sizes = Sizes(leading, leading)
+        if its_pass.rows is None:
             groups = self._lasting or self._of_run
             if is_open:
                 groups = self._next or groups
                 self._next = None
-            return one.settle(groups)
-        return one.rows
+            return its_pass.settle(groups)
+        return its_pass.rows
 
-    def _register(self, one: Pass, input: Tensor, again: bool) -> None:
+    def _register(self, its_pass: Pass, input: Tensor, is_repeated: bool) -> None:
         """Names a call of a pass that may be recomputed."""
-        if one.gradients and not _captured(input):
+        if its_pass.gradients and not _captured(input):
             name = _name_of_call(input)
-            self._named[name] = one
-            if again:
-                one.repeats.add(name)
+            self._named[name] = its_pass
+            if is_repeated:
+                its_pass.repeats.add(name)
 
-    def _found(self, input: Tensor) -> tuple[Pass, bool]:
-        """The pass of a recomputed call, and whether the layer had its noise; else a new pass."""
+    def _recomputed(self, input: Tensor) -> tuple[Pass, bool]:
+        """The pass of a recomputed call, and whether it repeats an earlier one; else a new pass."""
         if self._last is not None and not _captured(input):
             name = _name_of_call(input)
-            one = self._named.get(name)
-            if one is not None:
-                return one, name in one.repeats
+            its_pass = self._named.get(name)
+            if its_pass is not None:
+                return its_pass, name in its_pass.repeats
             if torch._C._current_graph_task_id() != -1:
                 raise Refusal(
                     "a recomputed layer does not find the draw of its pass: got another state of "
@@ -206,7 +216,7 @@ def _thread() -> int:
 
 
 def _captured(input: Tensor) -> bool:
-    """Whether calls are compiled or recorded, so that the generator has no state to ask for."""
+    """Whether calls are compiled or recorded, so that the generator's state cannot be read."""
     capturing = input.is_cuda and torch.cuda.is_current_stream_capturing()
     return torch.compiler.is_compiling() or capturing
 

@@ -74,9 +74,12 @@ def is_compiled(model: nn.Module) -> bool:
 
 @contextmanager
 def eagerly(compiled: bool) -> Iterator[None]:
-    """Runs compiled models as plain code for the time of the context, if asked to.
+    """Runs compiled models as plain code for the time of the context.
 
     Draws put new modules in a model's slots for each pass, for which it would be compiled anew.
+
+    Args:
+        compiled: whether anything runs through `torch.compile`; if not, nothing is changed.
     """
     if not compiled:
         yield

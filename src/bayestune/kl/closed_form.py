@@ -78,64 +78,77 @@ def kl_time_to(final_std: float, prior_std: float, initial_std: float = 0.0) -> 
 
 
 def std_after_steps(steps: Sequence[float], prior_std: float, roots: Sequence[float]) -> float:
-    """Mean standard deviation after KL steps η (T,), from some points of G; see `start_roots`.
+    """Mean σ = G² over some entries of G after KL steps η (T,), as `kl_step_` takes them.
 
     For small steps it follows the tanh law of `kl_time_to`.
+
+    Args:
+        steps: the sizes η; none for the mean σ now.
+        prior_std: σ_p.
+        roots: the entries of G at the start, see `start_roots` and `points_of`.
     """
-    precision = prior_std**-2
     for step in steps:
-        roots = [g + 2 * step * (1 / g - precision * g * g * g) for g in roots]
+        roots = _after_step(roots, step, prior_std)
     return sum(g * g for g in roots) / len(roots)
 
 
-def refuse_long_steps(steps: Sequence[float], prior_std: float, roots: Sequence[float]) -> None:
-    """Refuses KL steps η (T,) that overshoot: M would change its sign, or σ end beyond σ_p.
+def _after_step(roots: Sequence[float], step: float, prior_std: float) -> list[float]:
+    """Entries of G after one KL step η."""
+    precision = prior_std**-2
+    return [g + 2 * step * (1 / g - precision * g * g * g) for g in roots]
 
-    The flow that they follow never does: M only shrinks, and σ rises to σ_p from below.
+
+def refuse_long_steps(steps: Sequence[float], prior_std: float, roots: Sequence[float]) -> None:
+    """Refuses KL steps η (T,) that overshoot: M would change its sign, or σ rise beyond σ_p.
+
+    Under infinitely small steps neither happens: M only shrinks, and σ rises to σ_p from below.
 
     Args:
         steps: the sizes η.
         prior_std: σ_p.
-        roots: points of G at the start.
+        roots: entries of G at the start.
 
     Raises:
         Refusal: if a step is too long.
     """
-    top = max(1.5 * math.sqrt(prior_std), *roots)
-    precision = prior_std**-2
-    for place, step in enumerate(steps):
-        roots = [g + 2 * step * (1 / g - precision * g * g * g) for g in roots]
-        if step >= prior_std**2 or not all(0 < g <= top for g in roots):
+    largest = max(1.5 * math.sqrt(prior_std), *roots)  # G tends to √σ_p; half of it is leeway
+    for number, step in enumerate(steps, start=1):
+        roots = _after_step(roots, step, prior_std)
+        if step >= prior_std**2 or not all(0 < g <= largest for g in roots):
             raise Refusal(
-                f"a step of the KL is too long: got {step:.3g} in step {place + 1} of {len(steps)},"
+                f"a step of the KL is too long: got {step:.3g} in step {number} of {len(steps)},"
                 f" which overshoots the prior (prior_std={prior_std}); train for more steps, or "
                 "set a smaller final_std or kl_lr"
             )
 
 
 def start_roots(init_root_std: float) -> list[float]:
-    """Four points of G at its start, uniform on (ε/√2, ε)."""
+    """Four values that stand for all entries of G at its start, uniform on (ε/√2, ε)."""
     low = math.sqrt(0.5)
     return [init_root_std * (low + (1 - low) * (i + 0.5) / 4) for i in range(4)]
 
 
 @torch.no_grad()
 def points_of(root_stds: Sequence[Tensor], count: int = 8) -> list[float]:
-    """Points that stand for G of several layers: quantiles, each layer with the same weight.
+    """A few values that stand for all entries of G of several layers, each of equal weight.
 
-    The mean of their squares is the mean over layers of σ, as far as float64 goes.
+    They are quantiles, scaled so that the mean of their squares is the mean σ over the layers.
+
+    Args:
+        root_stds: G (r, k) of each layer.
+        count: how many values.
     """
-    of_layers = []
-    means = []
+    quantiles = []
+    mean_stds = []
     for root_std in root_stds:
         ordered = root_std.detach().double().abs().flatten().sort().values
-        places = (torch.arange(count, dtype=torch.float64) + 0.5) / count * len(ordered)
-        of_layers.append(ordered[places.long().to(ordered.device)].cpu())
-        means.append(ordered.square().mean().item())
-    ordered = torch.cat(of_layers).sort().values
-    points = ordered.view(count, -1).square().mean(1)
-    points *= sum(means) / len(means) / points.mean()
-    return points.sqrt().tolist()
+        positions = (torch.arange(count, dtype=torch.float64) + 0.5) / count * len(ordered)
+        quantiles.append(ordered[positions.long().to(ordered.device)].cpu())
+        mean_stds.append(ordered.square().mean().item())
+    ordered = torch.cat(quantiles).sort().values
+    stds = ordered.view(count, -1).square().mean(1)
+    stds *= sum(mean_stds) / len(mean_stds) / stds.mean()
+    return stds.sqrt().tolist()
 
 
 def rate_to(
@@ -147,24 +160,30 @@ def rate_to(
         final_std: the mean σ to end at.
         shape: the steps up to the factor λ, not all 0.
         prior_std: σ_p.
-        roots: points of G at the start.
+        roots: entries of G at the start.
 
     Raises:
         Refusal: if the KL cannot take the standard deviation there, see `kl_time_to`.
     """
 
     def falls_short(rate: float) -> bool:
-        steps = [rate * part for part in shape]
+        steps = [rate * size for size in shape]
         return std_after_steps(steps, prior_std, roots) < final_std
 
-    time = kl_time_to(final_std, prior_std, std_after_steps([], prior_std, roots))
-    return bisected(falls_short, time / sum(shape))
+    kl_time = kl_time_to(final_std, prior_std, std_after_steps([], prior_std, roots))
+    return bisected(falls_short, kl_time / sum(shape))
 
 
 def bisected(falls_short: Callable[[float], bool], high: float) -> float:
-    """The rate up to which `falls_short` is true; `high` is what small steps would need."""
+    """The rate up to which `falls_short` is true, by 30 bisections.
+
+    Args:
+        falls_short: whether a rate is too small: true up to some rate, false beyond it.
+        high: a first upper bound, such as the rate that infinitely small steps would need; it is
+            raised as long as it falls short.
+    """
     low = 0.0
-    while falls_short(high):  # single steps may lag behind the law
+    while falls_short(high):  # steps of finite size may lag behind the law of small ones
         high *= 1.5
     for _ in range(30):
         middle = (low + high) / 2

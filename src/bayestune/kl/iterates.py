@@ -14,36 +14,43 @@ from bayestune.kl.remainders import Remainders
 def hooks_around(
     optimizer: Any, before: Callable[[Any, Any, Any], Any], after: Callable[[Any], None]
 ) -> list[Any]:
-    """Calls a function before each step of an optimiser, as torch's hooks, and one after it.
+    """Calls one function before each step of an optimiser, and another one after it.
 
-    A wrapper that makes another optimiser schedule-free has no hooks. The inner one's would see
-    iterates in the parameters' place.
+    A wrapper that makes another optimiser schedule-free has no hooks of its own, and those of the
+    optimiser inside it would see iterates in place of the parameters. So its `step` is replaced.
+
+    Args:
+        optimizer: one of torch's, or such a wrapper.
+        before: a step pre-hook, as torch calls it with the optimiser, args and kwargs: it returns
+            new ones or None.
+        after: is called with the optimiser.
 
     Returns:
-        Handles, which `remove` takes off.
+        Handles, whose `remove()` ends this.
     """
     if hasattr(optimizer, "register_step_pre_hook"):
         return [
             optimizer.register_step_pre_hook(before),
-            optimizer.register_step_post_hook(lambda *given: after(given[0])),
+            optimizer.register_step_post_hook(lambda optimizer, *_: after(optimizer)),
         ]
     return [_StepOfWrapper(optimizer, before, after)]
 
 
 class _StepOfWrapper:
-    """A wrapper's step between two functions."""
+    """Replaces a wrapper's `step` by one that calls two functions around it; is its handle."""
 
     def __init__(
         self, optimizer: Any, before: Callable[..., Any], after: Callable[..., Any]
     ) -> None:
         self._optimizer = optimizer
-        taken = optimizer.step
+        original_step = optimizer.step
 
         def step(*args: Any, **options: Any) -> Any:
-            given = before(optimizer, (optimizer, *args), options)
-            if given is not None:
-                args, options = given[0][1:], given[1]
-            loss = taken(*args, **options)
+            changed = before(optimizer, (optimizer, *args), options)
+            if changed is not None:
+                hook_args, options = changed
+                args = hook_args[1:]  # after the optimiser
+            loss = original_step(*args, **options)
             after(optimizer)
             return loss
 
@@ -58,40 +65,48 @@ class _StepOfWrapper:
 def iterates_following(
     parameters: Iterable[nn.Parameter], optimizer: Any, values: Remainders
 ) -> Iterator[None]:
-    """Moves iterates by as much as their parameters are moved in the context.
+    """Moves the iterates of parameters by as much as the parameters are moved in the context.
 
     A schedule-free optimiser takes its steps on an iterate z of each parameter, and pulls the
-    parameter, an average of them, towards it. A step on the parameter alone would fade away.
+    parameter, an average of the iterates, towards z. A step on the parameter alone would fade away.
+
+    Args:
+        parameters: that may be moved in the context.
+        optimizer: whose state may hold iterates; if it has none, nothing is done.
+        values: reads and sets parameters and iterates in float32.
     """
     parameters = list(parameters)
     _refuse_inner(parameters, optimizer)
-    followed = []
-    for parameter in parameters if _averages(optimizer) else ():
-        iterate = _iterate_of(parameter, optimizer)
-        if iterate is not None:
-            followed.append((parameter, iterate, values.value(parameter).clone()))
+    iterates = []
+    if _is_schedule_free(optimizer):
+        for parameter in parameters:
+            iterate = _iterate_of(parameter, optimizer)
+            if iterate is not None:
+                iterates.append((parameter, iterate, values.value(parameter).clone()))
     yield
-    for parameter, iterate, before in followed:
+    for parameter, iterate, value_before in iterates:
         value = values.value(iterate)
-        value.add_(values.value(parameter) - before)
-        values.put(iterate, value)
+        value.add_(values.value(parameter) - value_before)
+        values.set_value(iterate, value)
 
 
 def _refuse_inner(parameters: Iterable[nn.Parameter], optimizer: Optimizer) -> None:
     """Refuses one of torch's optimisers in whose state a wrapper keeps iterates."""
-    own = type(optimizer).__module__.startswith("torch.optim.")
-    if own and any(_iterate_of(parameter, optimizer) is not None for parameter in parameters):
+    is_torchs = type(optimizer).__module__.startswith("torch.optim.")
+    if is_torchs and any(_iterate_of(parameter, optimizer) is not None for parameter in parameters):
         raise Refusal(
             "the KL step would move a schedule-free wrapper's iterates: got the optimiser inside "
             f"it, {type(optimizer).__name__}, expected the wrapper; call attach(model, wrapper, …)"
         )
 
 
-def _averages(optimizer: Any) -> bool:
+def _is_schedule_free(optimizer: Any) -> bool:
+    """By its name, or by the `eval` that such optimisers have and others do not."""
     named = any("ScheduleFree" in kind.__name__ for kind in type(optimizer).__mro__)
     return named or callable(getattr(optimizer, "eval", None))
 
 
 def _iterate_of(parameter: nn.Parameter, optimizer: Any) -> Tensor | None:
-    found = optimizer.state.get(parameter, {}).get("z")
-    return found if isinstance(found, Tensor) and found.shape == parameter.shape else None
+    iterate = optimizer.state.get(parameter, {}).get("z")
+    is_one = isinstance(iterate, Tensor) and iterate.shape == parameter.shape
+    return iterate if is_one else None

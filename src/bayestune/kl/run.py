@@ -15,16 +15,17 @@ from bayestune.kl.iterates import hooks_around, iterates_following
 from bayestune.kl.plan import Plan
 from bayestune.kl.remainders import Remainders
 from bayestune.kl.surroundings import (
-    as_one,
     check_gradients,
     check_synchronised,
+    whole_value,
+    with_trained_std,
     without_gradient,
 )
 
 logger = logging.getLogger(__name__)
 
 HOOKED: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # by optimiser
-_SOON = 20  # steps after which what has not happened is told
+_PATIENCE = 20  # steps without a gradient, or without a step, before a warning
 
 
 class Progress(NamedTuple):
@@ -63,13 +64,13 @@ class KLRun:
         self.owed = list(progress.owed)
         self.moves_root_std = moves_root_std
         self._handles: list[Any] = []
-        self._hooked: Any = None
-        self._gradients: dict[str, Tensor] = {}  # of G: they wait for the optimiser
-        self._before: list[tuple[Tensor, Tensor]] = []  # G's that the optimiser moves for nothing
-        self._unreached: list[str] | None = None
-        self._taken = 0
-        self._idle = 0
-        self._scale = 1.0
+        self._hooked: Any = None  # a weak reference to the optimiser
+        self._gradients: dict[str, Tensor] = {}  # of G, withheld from the optimiser in its step
+        self._to_undo: list[tuple[Tensor, Tensor]] = []  # G and its value before that step
+        self._unreached: list[str] | None = None  # layers without a gradient; None before a step
+        self._steps_taken = 0
+        self._steps_skipped = 0  # by the optimiser, in a row
+        self._scale = 1.0  # of the gradients
         self._overflowed = False
         self._is_at_mean = False
         self.is_said_unfinished = False
@@ -81,10 +82,10 @@ class KLRun:
             Refusal: if another run acts on the same layers in this optimiser's steps.
         """
         others = HOOKED.setdefault(optimizer, weakref.WeakSet())
-        taken: set[int] = set()
+        theirs: set[int] = set()
         for other in others:
-            taken.update(map(id, other.layers.values()))
-        if taken.intersection(map(id, self.layers.values())):
+            theirs.update(map(id, other.layers.values()))
+        if theirs.intersection(map(id, self.layers.values())):
             raise Refusal(
                 "a KL step acts on these layers already: got a second one on the same optimiser, "
                 "expected one; give a Trainer one KLStep, or detach() the first"
@@ -113,23 +114,23 @@ class KLRun:
         check_synchronised(self.layers)
 
     def _before_gradients(self, optimizer: Any, args: Any, kwargs: Any) -> Any:
-        """Waits for the gradients, which an optimiser with a closure asks for inside its step."""
-        closure = kwargs["closure"] if "closure" in kwargs else (*args, None, None)[1]
+        """A pre-hook that calls `before_step` once a closure, if given, has made the gradients."""
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0]: optimiser
         if closure is None:
             self.before_step(optimizer)
             return None
 
-        def evaluated() -> Any:
+        def then_before_step() -> Any:
             loss = closure()
             self.before_step(optimizer)
             return loss
 
         if "closure" in kwargs:
-            return args, {**kwargs, "closure": evaluated}
-        return (args[0], evaluated, *args[2:]), kwargs
+            return args, {**kwargs, "closure": then_before_step}
+        return (args[0], then_before_step, *args[2:]), kwargs
 
     def before_step(self, optimizer: Any) -> None:
-        """Keeps the gradients of G from the optimiser; checks the first ones."""
+        """Withholds the gradients of G from the optimiser; checks the first ones."""
         # a fused optimiser unscales the gradients, and skips the step, by itself
         scale = getattr(optimizer, "grad_scale", None)
         self._scale = 1.0 if scale is None else float(scale)
@@ -150,11 +151,11 @@ class KLRun:
                     self._pass_over(layer.root_std, gradient)
 
     def say_at_mean(self) -> None:
-        """Says once that later gradients are the mean's: the model stayed in evaluation mode."""
-        learnt = {name: one for name, one in self.layers.items() if one.root_std.requires_grad}
-        if self._is_at_mean or not learnt or any(one.training for one in learnt.values()):
+        """Warns, once, that gradients are the mean's: the model stayed in evaluation mode."""
+        trained = with_trained_std(self.layers)
+        if self._is_at_mean or not trained or any(one.training for one in trained.values()):
             return
-        self._is_at_mean = len(without_gradient(self.layers, learnt)) == len(learnt)
+        self._is_at_mean = len(without_gradient(self.layers, trained)) == len(trained)
         if self._is_at_mean:
             logger.warning(
                 "the model is in evaluation mode in step %d of the run: its gradients are the "
@@ -164,20 +165,20 @@ class KLRun:
             )
 
     def _pass_over(self, root_std: Tensor, gradient: Tensor) -> None:
-        """Has the optimiser step on a spread G at gradient 0, which is undone afterwards.
+        """Has the optimiser step on a sharded G at gradient 0; `after_step` undoes that.
 
-        FSDP's checkpoints want a state of the optimiser for every parameter that is trained.
+        FSDP's checkpoints expect an optimiser state for every parameter that is trained.
         """
         root_std.grad = torch.zeros_like(gradient)
-        self._before.append((root_std, root_std.detach().clone()))
+        self._to_undo.append((root_std, root_std.detach().clone()))
 
     def after_step(self, optimizer: Any) -> None:
-        """Takes the step, unless the optimiser has skipped its own."""
+        """Takes the KL's step, unless the optimiser has skipped its own."""
         with torch.no_grad():
-            for root_std, value in self._before:
+            for root_std, value in self._to_undo:
                 root_std.copy_(value)
                 root_std.grad = None
-        self._before = []
+        self._to_undo = []
         if not self._overflowed:
             sizes, std_rate = self.planned()
             if sizes:
@@ -186,15 +187,15 @@ class KLRun:
             self.count_step()
 
     def planned(self) -> tuple[list[float], float]:
-        """The KL steps η to take now, none once the plan is over, and G's rate."""
+        """The KL steps η to take now, none once the plan is over, and G's learning rate."""
         if self.is_over:
             return [], 0.0
         return [*self.owed, self.plan.size(self.step)], float(self.plan.std_rates[self.step])
 
     def count_step(self) -> None:
         """Counts a step that was taken."""
-        self._taken += 1
-        if self._taken == _SOON:
+        self._steps_taken += 1
+        if self._steps_taken == _PATIENCE:
             self.name_unreached()
         planned = len(self.plan.rates)
         if self.step == planned:
@@ -211,33 +212,33 @@ class KLRun:
     def _moved(self) -> Iterator[nn.Parameter]:
         """The parameters that a step moves."""
         for layer in self.layers.values():
-            yield from (one for one in layer.parameters() if one.requires_grad)
+            for parameter in layer.parameters():
+                if parameter.requires_grad:
+                    yield parameter
 
     @torch.no_grad()
     def _move(self, sizes: Sequence[float], std_rate: float) -> None:
-        """The KL steps η, and G's step on the likelihood."""
+        """Takes the KL steps η, and G's step on the likelihood, in float32."""
         values = self._remainders
         layers: list[Any] = list(self.layers.values())
         means = [layer.weight for layer in layers if layer.weight.requires_grad]
-        roots = {n: one.root_std for n, one in self.layers.items() if one.root_std.requires_grad}
+        trained = with_trained_std(self.layers)
         mean_values = [values.value(mean) for mean in means]
-        root_values = {name: values.value(root) for name, root in roots.items()}
+        root_values = {name: values.value(layer.root_std) for name, layer in trained.items()}
         for size in sizes:
             kl_step_(mean_values, list(root_values.values()), size, self.prior_std)
         if self._gradients:
-            moved = [root_values[name] for name in self._gradients]
-            gradients = [
-                g.to(v.dtype) for g, v in zip(self._gradients.values(), moved, strict=True)
-            ]
-            torch._foreach_add_(moved, gradients, alpha=-std_rate)
+            with_gradient = [root_values[name] for name in self._gradients]
+            gradients = [self._gradients[n].to(root_values[n].dtype) for n in self._gradients]
+            torch._foreach_add_(with_gradient, gradients, alpha=-std_rate)
             self._gradients = {}
         for mean, value in zip(means, mean_values, strict=True):
-            values.put(mean, value)
-        for name, root in roots.items():
-            values.put(root, root_values[name])
+            values.set_value(mean, value)
+        for name, layer in trained.items():
+            values.set_value(layer.root_std, root_values[name])
 
     def name_unreached(self) -> None:
-        """Says once which layers have had no gradient so far."""
+        """Warns, once, of layers that have had no gradient so far."""
         if self._unreached:
             logger.warning(
                 "no gradient has reached %d of the %d Gaussian layers in %d steps, such as %s: "
@@ -245,47 +246,47 @@ class KLRun:
                 "alone moves them",
                 len(self._unreached),
                 len(self.layers),
-                self._taken,
+                self._steps_taken,
                 min(self._unreached),
             )
             self._unreached = []
 
     @property
     def is_hooked(self) -> bool:
-        """Whether it acts in an optimiser's steps."""
+        """Whether it is hooked to an optimiser."""
         return bool(self._handles)
 
     @property
     def is_over(self) -> bool:
-        """Whether its plan has no step left."""
+        """Whether no step of its plan is left."""
         return self.step >= len(self.plan.rates)
 
     def go_on(self, plan: Plan, progress: Progress) -> None:
-        """Goes on with a plan from where another run of it was."""
+        """Goes on with a plan from the progress of another run."""
         self.plan = plan
         self.step, self.kl_time, owed = progress
         self.owed = list(owed)
 
     def catch_up(self, step: int) -> None:
-        """Goes on to a step, and keeps the KL of those that the optimiser skipped for the next."""
+        """Moves on to the Trainer's step; the KL of steps that the optimiser skipped is owed."""
         for skipped in range(self.step, min(step, len(self.plan.rates))):
             self.owed.append(self.plan.size(skipped))
-        self._idle = self._idle + 1 if self.step < step else 0
+        self._steps_skipped = self._steps_skipped + 1 if self.step < step else 0
         self.step = max(self.step, step)
-        if self._idle == _SOON:
+        if self._steps_skipped == _PATIENCE:
             logger.warning(
                 "the optimiser has taken none of the last %d steps (overflow under a gradient "
                 "scaler, or an optimiser that does not call its hooks): the KL waits for it",
-                _SOON,
+                _PATIENCE,
             )
 
     def state(self) -> dict[str, float]:
-        """What is logged, see `KLStep.state_of_kl`."""
+        """What `KLStep.state_of_kl` returns."""
         kl = 0.0
         mean_std = 0.0
         for layer in self.layers.values():
-            std = as_one(layer.root_std).square()
-            kl += float(kl_divergence(as_one(layer.weight), std, self.prior_std))
+            std = whole_value(layer.root_std).square()
+            kl += float(kl_divergence(whole_value(layer.weight), std, self.prior_std))
             mean_std += float(std.mean()) / len(self.layers)
         last = min(max(self.step - 1, 0), len(self.plan.rates) - 1)
         return {

@@ -18,6 +18,9 @@ def burst_period(num_rows: int, batch_size: int) -> int:
         num_rows: N, the training rows.
         batch_size: b, the rows of one optimiser step over all processes.
 
+    Raises:
+        Refusal: if one of them is not a positive integer.
+
     Example:
         >>> burst_period(640, 4)
         316
@@ -31,9 +34,14 @@ def burst_period(num_rows: int, batch_size: int) -> int:
 
 
 def kl_weights(total_steps: int, period: int, schedule: Schedule = "bursts") -> Tensor:
-    """The weights π (T,) of the KL at each step; all schedules give about one KL a period P.
+    """The weights π (T,) of the KL at each step; under all schedules they sum to about 1 a period.
 
-    "bursts": π_i = 2^i/(2^(P+1) − 1) for i = 1…P, again and again; "constant" and "early": 1/P.
+    "bursts": π_i = 2^i/(2^(P+1) − 1) for i = 1…P, anew in each period; "constant" and "early": 1/P.
+
+    Args:
+        total_steps: T.
+        period: P in steps.
+        schedule: when the KL is taken.
 
     Raises:
         Refusal: if the schedule is unknown.
@@ -41,12 +49,12 @@ def kl_weights(total_steps: int, period: int, schedule: Schedule = "bursts") -> 
     check_schedule(schedule)
     if schedule != "bursts":
         return torch.full((total_steps,), 1 / period, dtype=torch.float64)
-    place = torch.arange(total_steps, dtype=torch.float64) % period + 1
-    return torch.exp2(place - period - 1) / (1 - 2.0 ** -(period + 1))
+    i = torch.arange(total_steps, dtype=torch.float64) % period + 1
+    return torch.exp2(i - period - 1) / (1 - 2.0 ** -(period + 1))
 
 
 def check_schedule(schedule: str) -> None:
-    """Refuses a schedule that there is not."""
+    """Refuses an unknown schedule."""
     if schedule not in get_args(Schedule):
         raise Refusal(
             f"unknown schedule: got {schedule!r}, expected one of {get_args(Schedule)}; correct it"
@@ -54,7 +62,12 @@ def check_schedule(schedule: str) -> None:
 
 
 def warmup_decay(total_steps: int, warmup_ratio: float = 0.06) -> Tensor:
-    """The multiplier (T,) of both learning rates: linear warm-up, then linear decay to 0."""
+    """The multiplier (T,) of both learning rates: linear warm-up, then linear decay to 0.
+
+    Args:
+        total_steps: T.
+        warmup_ratio: the part of the steps in which it rises from 0 to 1.
+    """
     steps = torch.arange(total_steps, dtype=torch.float64)
     warmup = int(warmup_ratio * total_steps)
     decay = (total_steps - steps) / max(1, total_steps - warmup)
@@ -65,7 +78,7 @@ def early_decay(total_steps: int, warmup_ratio: float = 0.06) -> Tensor:
     """The multiplier (T,) of the KL's learning rate under "early".
 
     Linear warm-up, then 1 for the first third of the run, then from 1/8 linearly to 0. So σ is near
-    its end after a third, and the mean is trained under the noise that it is used with.
+    its final value after a third, and the mean is trained under the noise that it is used with.
     """
     steps = torch.arange(total_steps, dtype=torch.float64)
     warmup = int(warmup_ratio * total_steps)
@@ -75,7 +88,13 @@ def early_decay(total_steps: int, warmup_ratio: float = 0.06) -> Tensor:
 
 
 def kl_decay(total_steps: int, schedule: Schedule, warmup_ratio: float = 0.06) -> Tensor:
-    """The multiplier (T,) of the KL's learning rate under a schedule."""
+    """The multiplier (T,) of the KL's learning rate under a schedule.
+
+    Args:
+        total_steps: T.
+        schedule: when the KL is taken; "bursts" and "constant" decay alike.
+        warmup_ratio: the part of the steps in which the multiplier rises from 0 to 1.
+    """
     decay = early_decay if schedule == "early" else warmup_decay
     return decay(total_steps, warmup_ratio)
 

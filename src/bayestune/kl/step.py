@@ -15,11 +15,12 @@ from bayestune.kl.plan import AUTHORS_KL_LR, Aim, Plan
 from bayestune.kl.run import KLRun, Progress
 from bayestune.kl.schedule import Schedule, burst_period, check_schedule
 from bayestune.kl.surroundings import (
-    as_one,
     check_optimizer,
     gaussian_layers,
     put_first,
     rows_of,
+    whole_value,
+    with_trained_std,
 )
 from bayestune.kl.trainer_runs import begin_run, end_run, rows_of_a_step
 from bayestune.kl.zero_optimizer import is_zero
@@ -40,10 +41,10 @@ class KLStep(TrainerCallback):
 
     Args:
         prior_std: σ_p.
-        final_std: the standard deviation the KL should end at; `kl_lr` is solved for, from what the
-            layers have. None takes half of `prior_std`, unless `kl_lr`, `period` or bursts are
-            given.
-        kl_lr: the learning rate of the KL instead; the authors' 0.01 where neither holds.
+        final_std: the standard deviation to end at; the KL's learning rate is solved for, from the
+            layers' present one. None takes half of `prior_std`, unless `kl_lr`, `period` or bursts
+            are given.
+        kl_lr: the learning rate of the KL, instead of `final_std`; with neither the authors' 0.01.
         schedule: "constant", at the decaying learning rate, so that three quarters of the KL are
             taken by half time; "early", nine tenths by a third; "bursts", at the end of each
             period. None takes "constant", or the authors' "bursts" if `kl_lr` or `period` is given.
@@ -91,8 +92,8 @@ class KLStep(TrainerCallback):
                 f"{get_args(StdOptimizer)}; correct it"
             )
         rates = [rate for rate in (self.kl_lr, self.std_lr) if rate is not None]
-        whole = self.period is None or self.period >= 1
-        if not (whole and 0 <= self.warmup_ratio <= 1 and all(rate >= 0 for rate in rates)):
+        period = self.period is None or self.period >= 1
+        if not (period and 0 <= self.warmup_ratio <= 1 and all(rate >= 0 for rate in rates)):
             raise Refusal(
                 f"out of range: got {self}, expected kl_lr and std_lr ≥ 0, period ≥ 1 and "
                 "warmup_ratio in [0, 1]; correct it"
@@ -134,26 +135,26 @@ class KLStep(TrainerCallback):
         layers = gaussian_layers(model, self.adapter)
         if not is_zero(optimizer):
             optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
-        follows = self.std_optimizer == "sgd"
-        check_optimizer(optimizer, layers, moves_root_std=not follows)
+        moves = self.std_optimizer == "sgd"
+        check_optimizer(optimizer, layers, moves_root_std=not moves)
         saved = self._saved or {}
         step = int(saved.get("step", 0)) if step is None else step
         plan = self._plan(total_steps, self._period(total_steps, num_rows, batch_size))
-        learnt = [layer for layer in layers.values() if layer.root_std.requires_grad]
-        points = points_of([as_one(layer.root_std) for layer in learnt])
+        trained = with_trained_std(layers).values()
+        points = points_of([whole_value(layer.root_std) for layer in trained])
         if self._aim.final_std is not None:
             plan = self._solved(plan, points, step)
         refuse_long_steps((plan.weights * plan.rates)[step:].tolist(), self.prior_std, points)
         self._saved = None
         progress = Progress(step, saved.get("kl_time", plan.kl_time(step)), saved.get("owed", ()))
         kind = ZeroRun if is_zero(optimizer) else KLRun
-        self._run = kind(layers, plan, self.prior_std, progress, moves_root_std=follows)
+        self._run = kind(layers, plan, self.prior_std, progress, moves_root_std=moves)
         self._run.hook(optimizer)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy is attached to nothing, for an optimiser's copy has no hooks.
+        """A copy is not attached, because an optimiser's copy has no hooks.
 
-        Its next `attach` goes on where this run is, and begins anew if the run is over.
+        Its next `attach` goes on where this run is, or begins anew if the run is over.
         """
         saved = self._saved
         if self._run:
@@ -166,10 +167,7 @@ class KLStep(TrainerCallback):
             self._run.unhook()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run that goes on needs to end as the whole run would: plain numbers.
-
-        A Trainer's checkpoints hold it.
-        """
+        """What resumes a run exactly: plain numbers, which a Trainer's checkpoints hold."""
         run = self._attached()
         return {
             "settings": self._settings,
@@ -180,7 +178,7 @@ class KLStep(TrainerCallback):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes what `state_dict` gave: the run that is attached goes on from there, or the next.
+        """Resumes from what `state_dict` gave: the attached run, or else the next one.
 
         Raises:
             Refusal: if the run that is attached has other settings.
@@ -219,7 +217,7 @@ class KLStep(TrainerCallback):
         return self._shape
 
     def _solved(self, plan: Plan, points: Sequence[float], step: int) -> Plan:
-        """The plan at the rate that ends at `final_std`: from here, or as the run began with."""
+        """The plan at the rate that ends at `final_std`: a resumed run's own, or solved for now."""
         saved = self._saved
         if saved is not None and saved["settings"] == self._settings:
             self._rate = saved["rate"]
@@ -249,15 +247,15 @@ class KLStep(TrainerCallback):
         """Attaches to the Trainer's optimiser, at the step it starts from.
 
         Until the run ends, the two sides of a preference share their draw in TRL's trainers, and
-        passes without gradients are the mean's, as the reference's and the sampling policy's.
+        passes without gradients, such as those of a reference or a sampling policy, use the mean.
         """
         put_first(self, sys._getframe(1))
         self.detach()
-        found = state.stateful_callbacks.get(self._place)
+        saved = state.stateful_callbacks.get(self._state_name)
         if not state.global_step:
             self._saved = None
-        elif found is not None:
-            self._saved = found["attributes"]
+        elif saved is not None:
+            self._saved = saved["attributes"]
         self.attach(
             kwargs["model"],
             kwargs["optimizer"],
@@ -269,15 +267,15 @@ class KLStep(TrainerCallback):
         begin_run(args, kwargs["model"], kwargs.get("train_dataloader"))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keeps the KL of a step that a gradient scaler skipped for the next; notes its state."""
+        """Keeps the KL of a step that a gradient scaler skipped for the next; stores its state."""
         self._attached().catch_up(state.global_step)
-        state.stateful_callbacks[self._place] = {"args": {}, "attributes": self.state_dict()}
+        state.stateful_callbacks[self._state_name] = {"args": {}, "attributes": self.state_dict()}
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Adds the KL's state to the log line and to the history.
 
-        A name that the trainer uses stays its own, as "kl" for a policy's distance from its
-        reference: then the posterior's is "posterior_kl".
+        Where the trainer logs the same name, such as "kl" for a policy's distance from its
+        reference, the posterior's gets a prefix: "posterior_kl".
         """
         logs = kwargs.get("logs") or {}
         if "loss" in logs:
@@ -295,6 +293,6 @@ class KLStep(TrainerCallback):
         end_run(args, kwargs["model"], run, self._aim.final_std)
 
     @property
-    def _place(self) -> str:
+    def _state_name(self) -> str:
         """Its name among the callbacks' states in a checkpoint."""
         return f"KLStep, adapter {self.adapter}"

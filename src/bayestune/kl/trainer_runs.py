@@ -1,4 +1,4 @@
-"""What a Trainer's batches say of rows, for the time of its run."""
+"""The beginning and the end of a Trainer's run: rows, seeds, and warnings."""
 
 import logging
 import sys
@@ -16,22 +16,22 @@ from bayestune.kl.run import HOOKED, KLRun
 
 logger = logging.getLogger(__name__)
 
-_APART = 0x9E3779B97F4A7C15  # far from the seeds that people choose
+_SEED_STEP = 0x9E3779B97F4A7C15  # between processes; far beyond the seeds that people choose
 
-_NEAR = 0.95  # a σ of at least this share of final_std has come to it
+_ALLOWED_SHORT = 0.95  # a σ of at least this share of final_std counts as there
 
 # TRL's collators of batches [chosen; rejected]
-_OF_PAIRS = ("DataCollatorForPreference", "DataCollatorForVisionPreference")
+_PAIR_COLLATORS = ("DataCollatorForPreference", "DataCollatorForVisionPreference")
 
 
 def chosen_then_rejected(sequences: int) -> list[int]:
-    """The row of each sequence of [chosen; rejected]: both sides of a pair are one."""
+    """The row of each sequence of a batch [chosen; rejected]: both sides of a pair are one row."""
     pairs = (sequences + 1) // 2
     return [sequence % pairs for sequence in range(sequences)]
 
 
 def say_several_batches(args: Any) -> None:
-    """Says that a Trainer without a launcher gives each GPU a batch (DataParallel)."""
+    """Warns that a Trainer without a launcher gives each GPU a batch (DataParallel)."""
     if getattr(args, "n_gpu", 1) > 1:
         logger.warning(
             "the Trainer gives each of %d GPUs a batch (DataParallel), so a step has %d rows "
@@ -46,7 +46,7 @@ def say_several_batches(args: Any) -> None:
 def rows_of_a_step(args: Any, state: Any) -> int:
     """The rows of an optimiser step over all processes.
 
-    The batch is the state's: `auto_find_batch_size` makes it smaller than the arguments say.
+    The batch size is that of the state, because `auto_find_batch_size` may have lowered it.
     """
     batch = state.train_batch_size or args.train_batch_size
     return batch * args.gradient_accumulation_steps * args.world_size
@@ -59,14 +59,14 @@ def begin_run(args: Any, model: nn.Module, dataloader: Any) -> None:
     passes = found_passes(model)
     if passes is not None:
         groups = RowGroups(row_of=chosen_then_rejected) if _has_pairs(dataloader) else None
-        passes.begin_run(groups, going_on(sys._getframe()))
+        passes.begin_run(groups, _is_running(sys._getframe()))
 
 
-def going_on(frame: FrameType | None) -> Callable[[], bool]:
-    """Tells whether the `train` of a Trainer that has led to a frame is still running.
+def _is_running(frame: FrameType | None) -> Callable[[], bool]:
+    """A function that tells whether the `Trainer.train` that has led to a frame is still running.
 
-    A Trainer has no callback for a run that an error or an interrupt ends. Of a loop that calls the
-    callback by itself nothing is known: it goes on until it says that it has ended.
+    A Trainer has no callback for a run that ends by an error or an interrupt. A loop that calls the
+    callback without a Trainer is taken to run until it calls `on_train_end`.
     """
     while frame is not None and not _is_train(frame):
         frame = frame.f_back
@@ -75,10 +75,10 @@ def going_on(frame: FrameType | None) -> Callable[[], bool]:
     thread = threading.get_ident()
 
     def is_running() -> bool:
-        one = sys._current_frames().get(thread)
-        while one is not None and one is not frame:
-            one = one.f_back
-        return one is not None
+        current = sys._current_frames().get(thread)
+        while current is not None and current is not frame:
+            current = current.f_back
+        return current is not None
 
     return is_running
 
@@ -88,20 +88,20 @@ def _is_train(frame: FrameType) -> bool:
 
 
 def give_noise_of_its_own(args: Any) -> None:
-    """Moves the generator of all processes but the first one to a seed of their own.
+    """Seeds the generator of each process but the first anew, differently.
 
     A Trainer gives all processes one seed, so rows in the same place of their batches would share
-    their noise. What is resumed has its generators from the checkpoint, after this.
+    their noise. A resumed run restores its generators from the checkpoint after this.
     """
     if args.process_index > 0:
-        torch.manual_seed((torch.initial_seed() + args.process_index * _APART) % 2**63)
+        torch.manual_seed((torch.initial_seed() + args.process_index * _SEED_STEP) % 2**63)
 
 
 def end_run(args: Any, model: nn.Module, run: KLRun, final_std: float | None) -> None:
-    """Tells the model's passes that the run has ended; says if σ has not come to `final_std`."""
+    """Tells the model's passes that the run has ended; warns if σ is short of `final_std`."""
     run.name_unreached()
-    ended = run.is_over and not run.owed
-    if final_std is not None and (not ended or args.load_best_model_at_end):
+    complete = run.is_over and not run.owed
+    if final_std is not None and (not complete or args.load_best_model_at_end):
         _say_short(run, final_std)
     passes = found_passes(model)
     if passes is not None:
@@ -109,10 +109,14 @@ def end_run(args: Any, model: nn.Module, run: KLRun, final_std: float | None) ->
 
 
 def say_unfinished(model: nn.Module) -> None:
-    """Says once that a posterior is kept while steps of the KL are left, outside a Trainer's run.
+    """Warns, once, that a posterior is saved before all KL steps are taken, outside a Trainer.
 
-    A loop of one's own has no other end that is known: `total_steps` may have counted batches
-    instead of steps, or the optimiser may not be the one that is stepped.
+    In a training loop of the user's own, saving is the only sign that training has ended. Steps are
+    left if `total_steps` counted batches instead of optimiser steps, or if another optimiser is
+    stepped than the one that was attached.
+
+    Args:
+        model: the model that is saved.
     """
     passes = found_passes(model)
     if passes is None or passes.are_in_run():
@@ -120,8 +124,8 @@ def say_unfinished(model: nn.Module) -> None:
     modules = {id(module) for module in model.modules()}
     for runs in list(HOOKED.values()):
         for run in list(runs):
-            ours = modules.issuperset(map(id, run.layers.values()))
-            if ours and not run.is_over and not run.is_said_unfinished:
+            is_on_model = modules.issuperset(map(id, run.layers.values()))
+            if is_on_model and not run.is_over and not run.is_said_unfinished:
                 _say_unfinished(run)
 
 
@@ -139,7 +143,7 @@ def _say_unfinished(run: KLRun) -> None:
 
 def _say_short(run: KLRun, final_std: float) -> None:
     std = run.state()["std_over_prior"] * run.prior_std
-    if std < _NEAR * final_std:
+    if std < _ALLOWED_SHORT * final_std:
         logger.warning(
             "the standard deviation is %.3g at the end of the run, not final_std (%.3g): the run "
             "took %d of the KL's %d steps, or its best checkpoint is an earlier one; "
@@ -155,4 +159,4 @@ def _say_short(run: KLRun, final_std: float) -> None:
 def _has_pairs(dataloader: Any) -> bool:
     collator = getattr(dataloader, "collate_fn", None)
     collator = getattr(collator, "data_collator", collator)  # a Trainer may wrap it
-    return any(kind.__name__ in _OF_PAIRS for kind in type(collator).__mro__)
+    return any(kind.__name__ in _PAIR_COLLATORS for kind in type(collator).__mro__)

@@ -9,8 +9,8 @@ from torch import Tensor
 from bayestune.adapters import is_partitioned
 from bayestune.errors import Refusal
 
-_KNOWN = ("DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3", "BF16_Optimizer")
-_GROUPS = ("bit16_groups", "bf16_groups", "fp16_groups")
+_SUPPORTED = ("DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3", "BF16_Optimizer")
+_GROUP_ATTRIBUTES = ("bit16_groups", "bf16_groups", "fp16_groups")
 
 
 class Piece(NamedTuple):
@@ -33,26 +33,26 @@ class Piece(NamedTuple):
 
 
 def is_zero(optimizer: object) -> bool:
-    """Whether an optimiser is one of DeepSpeed's around another, which it lets step on flat parts.
+    """Whether an optimiser is DeepSpeed's wrapper around another one that steps on flat parts.
 
-    DeepSpeed's own plain optimisers, such as its Adam on the CPU, are torch's.
+    DeepSpeed's plain optimisers, such as its Adam on the CPU, are not: they are torch optimisers.
     """
-    own = type(optimizer).__module__.startswith("deepspeed.")
-    return own and not isinstance(optimizer, torch.optim.Optimizer)
+    is_deepspeeds = type(optimizer).__module__.startswith("deepspeed.")
+    return is_deepspeeds and not isinstance(optimizer, torch.optim.Optimizer)
 
 
 def groups_of(optimizer: Any) -> Iterator[tuple[dict[str, Any], list[Tensor]]]:
-    """The groups of an optimiser, each with the model's own parameters in it."""
+    """The parameter groups of an optimiser, each with the model's own parameters in it."""
     if not is_zero(optimizer):
         for group in optimizer.param_groups:
             yield group, group["params"]
         return
     _refuse_out_of_reach(optimizer)
-    names = [name for name in _GROUPS if hasattr(optimizer, name)]
-    places = getattr(optimizer, "sub_group_to_group_id", None)  # of ZeRO-3
+    names = [name for name in _GROUP_ATTRIBUTES if hasattr(optimizer, name)]
+    group_ids = getattr(optimizer, "sub_group_to_group_id", None)  # of ZeRO-3
     for number, parameters in enumerate(getattr(optimizer, names[0])):
-        place = number if places is None else places[number]
-        yield optimizer.param_groups[place], list(parameters)
+        group_id = number if group_ids is None else group_ids[number]
+        yield optimizer.param_groups[group_id], list(parameters)
 
 
 def _refuse_out_of_reach(optimizer: Any) -> None:
@@ -63,7 +63,7 @@ def _refuse_out_of_reach(optimizer: Any) -> None:
             'device "nvme", expected "cpu" or none; change the DeepSpeed configuration'
         )
     kind = type(optimizer).__name__
-    if kind not in _KNOWN:
+    if kind not in _SUPPORTED:
         raise Refusal(
             f"the KL step does not know the float32 copies of DeepSpeed's {kind}: expected those "
             "of ZeRO 1, 2 or 3; set zero_optimization.stage, and bf16 instead of fp16"
@@ -83,16 +83,20 @@ def piece_of(parameter: Any, optimizer: Any) -> Piece | None:
             return None
         flat = _flat_of(mapping.hp_fragment, optimizer)
         start, size = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
-    held = [one for group in optimizer.optimizer.param_groups for one in group["params"]]
-    here = any(flat is one for one in held)
-    return Piece(flat, start, size) if here and size else None
+    steps_on_it = any(flat is held for held in _held_by_inner(optimizer))
+    return Piece(flat, start, size) if steps_on_it and size else None
 
 
 def _flat_of(fragment: Tensor, optimizer: Any) -> Any:
     """The flat tensor that the inner optimiser holds and a fragment is a view of, or None."""
-    place = fragment.untyped_storage().data_ptr()
-    for group in optimizer.optimizer.param_groups:
-        for flat in group["params"]:
-            if flat.untyped_storage().data_ptr() == place:
-                return flat
+    address = fragment.untyped_storage().data_ptr()
+    for flat in _held_by_inner(optimizer):
+        if flat.untyped_storage().data_ptr() == address:
+            return flat
     return None
+
+
+def _held_by_inner(optimizer: Any) -> Iterator[Tensor]:
+    """The flat tensors in the groups of the inner optimiser."""
+    for group in optimizer.optimizer.param_groups:
+        yield from group["params"]

@@ -8,22 +8,22 @@ from torch import Tensor, nn
 
 from bayestune.kl.closed_form import kl_step_
 from bayestune.kl.run import KLRun
-from bayestune.kl.surroundings import refuse_unreached
+from bayestune.kl.surroundings import refuse_unreached, with_trained_std
 from bayestune.kl.zero_optimizer import Piece, piece_of
 
 
 class ZeroRun(KLRun):
-    """A `KLRun` whose steps are taken on the pieces, inside ZeRO's step and before it gathers.
+    """A `KLRun` that moves each process's pieces of M and G, inside ZeRO's step, before it gathers.
 
-    A KL step moves every entry by itself, so each process moves its own and nothing is sent. What
-    the inner optimiser did to G is undone where G follows the likelihood here.
+    A KL step moves every entry independently of the others, so nothing is sent between processes.
+    Where this run moves G along the likelihood, what the inner optimiser did to G is undone.
     """
 
     def hook(self, optimizer: Any) -> None:
         """Puts hooks on the inner optimiser, which ZeRO calls once for each group, and on ZeRO."""
         self._optimizer = optimizer
-        self._kept: list[tuple[Piece, Tensor, Tensor | None]] = []
-        self._arrived: set[str] = set()
+        self._before: list[tuple[Piece, Tensor, Tensor | None]] = []  # of G: value and gradient
+        self._with_gradient: set[str] = set()  # names of parameters
         inner: torch.optim.Optimizer = optimizer.optimizer
         self._handles = [
             inner.register_step_pre_hook(lambda *_: self._before_group()),
@@ -33,34 +33,37 @@ class ZeroRun(KLRun):
             layer.takes_kl = True
             for part in ("weight", "root_std"):
                 self._watch(layer.get_parameter(part), f"{name}.{part}")
-        taken = optimizer.step
+        original_step = optimizer.step
 
         def step(*args: Any, **options: Any) -> Any:
-            self.check_arrived()
-            taken(*args, **options)
+            self._check_gradients()
+            original_step(*args, **options)
             if not getattr(optimizer, "overflow", False):
                 self.count_step()
 
         optimizer.step = step
 
     def _watch(self, parameter: nn.Parameter, name: str) -> None:
+        """Notes when a parameter has got a gradient: ZeRO may have taken it away by its step."""
         if parameter.requires_grad:
-            arrive = parameter.register_post_accumulate_grad_hook(lambda _: self._arrived.add(name))
-            self._handles.append(arrive)
+            handle = parameter.register_post_accumulate_grad_hook(
+                lambda _: self._with_gradient.add(name)
+            )
+            self._handles.append(handle)
 
     def unhook(self) -> None:
         """Takes the hooks off."""
         super().unhook()
         vars(self._optimizer).pop("step", None)
 
-    def check_arrived(self) -> None:
+    def _check_gradients(self) -> None:
         """Refuses the first gradients if the noise of a layer was not in the pass."""
-        learnt = {name: one for name, one in self.layers.items() if one.root_std.requires_grad}
-        missing = [name for name in learnt if f"{name}.root_std" not in self._arrived]
+        trained = with_trained_std(self.layers)
+        unreached = [name for name in trained if f"{name}.root_std" not in self._with_gradient]
         if self._unreached is None:
-            bypassed = [name for name in missing if f"{name}.weight" in self._arrived]
-            refuse_unreached(learnt, missing, bypassed)
-        self._unreached = missing
+            bypassed = [name for name in unreached if f"{name}.weight" in self._with_gradient]
+            refuse_unreached(trained, unreached, bypassed)
+        self._unreached = unreached
         self.say_at_mean()
 
     def _pieces(self, part: str) -> Iterator[Piece]:
@@ -71,24 +74,26 @@ class ZeroRun(KLRun):
                 yield piece
 
     def _before_group(self) -> None:
-        """Keeps G, and its gradient, from the inner optimiser."""
-        self._kept = []
-        for piece in self._pieces("root_std") if self.moves_root_std else ():
+        """Keeps G and its gradient, if this run moves G, for `_after_group`."""
+        self._before = []
+        if not self.moves_root_std:
+            return
+        for piece in self._pieces("root_std"):
             gradient = piece.gradient
-            kept = None if gradient is None else gradient.clone()
-            self._kept.append((piece, piece.value.clone(), kept))
+            gradient = None if gradient is None else gradient.clone()
+            self._before.append((piece, piece.value.clone(), gradient))
 
     @torch.no_grad()
     def _after_group(self) -> None:
-        """Takes the KL step, and G's on the likelihood, on what the inner optimiser held."""
-        for piece, value, _ in self._kept:
+        """Takes the KL step, and G's on the likelihood, on the pieces of this group."""
+        for piece, value, _ in self._before:
             piece.value.copy_(value)
         sizes, std_rate = self.planned()
         means = [piece.value for piece in self._pieces("weight")]
         roots = [piece.value for piece in self._pieces("root_std")]
         for size in sizes:
             kl_step_(means, roots, size, self.prior_std)
-        for piece, _, gradient in self._kept if sizes else ():
-            if gradient is not None:
+        for piece, _, gradient in self._before:
+            if sizes and gradient is not None:
                 piece.value.add_(gradient.to(piece.flat.dtype), alpha=-std_rate)
-        self._kept = []
+        self._before = []

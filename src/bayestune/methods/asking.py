@@ -22,19 +22,19 @@ from bayestune.whole_files import replaced
 
 ASKED = "asked-*.safetensors"  # parts of targets
 _BATCH = 8  # rows that share a fresh draw
-_PART = 32  # batches that are kept together, so that an interrupted run goes on behind them
+_PART = 32  # batches whose targets are one file, from which an interrupted run goes on
 
 
 @dataclass(frozen=True)
 class Asking:
-    """A posterior, asked about rows at several visits.
+    """A posterior, asked for its probabilities of rows, once or several times (visits).
 
     Args:
         teacher: the posterior.
         scorer: of the rows.
         rows: N encoded rows.
-        draws: S of an average; None takes a fresh draw for a few rows of a visit, which are others
-            at each visit.
+        draws: S of an average; None takes a fresh draw for each batch of a visit, whose rows differ
+            from visit to visit.
         visits: V, how often each row is asked about.
         training: its seed, precision and progress bar.
     """
@@ -49,30 +49,30 @@ class Asking:
     def targets(self, folder: Path) -> Tensor:
         """Probabilities (V, N, C), 0 for options that a row does not have.
 
-        Parts are kept in the folder as they come, and taken from there where they stand already.
+        They are written to the folder part by part; parts that are there already are read.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        found: list[Tensor] = []
+        by_visit: list[Tensor] = []
         seeds = count(100_000 * self.training.seed + 1)  # far from those of predictions
         hidden = not self.training.progress
         total = self.visits * len(self.rows)
         with tqdm(total=total, desc="teacher", unit="row", disable=hidden) as bar:
             for visit, batches in enumerate(self._visits()):
-                numbered = [(numbers, next(seeds)) for numbers in batches]
-                own: dict[int, Tensor] = {}
-                for start in range(0, len(numbered), _PART):
-                    part = numbered[start : start + _PART]
-                    probabilities = self._kept(_file(folder, visit, start), part)
-                    places = [number for numbers, _ in part for number in numbers]
-                    own.update(zip(places, probabilities, strict=True))
-                    bar.update(len(places))
-                in_order = [own[number] for number in range(len(self.rows))]
-                found.append(pad_sequence(in_order, batch_first=True))
-        width = max(visit.shape[1] for visit in found)
-        return torch.stack([pad(visit, (0, width - visit.shape[1])) for visit in found])
+                seeded = [(numbers, next(seeds)) for numbers in batches]
+                of_row: dict[int, Tensor] = {}
+                for start in range(0, len(seeded), _PART):
+                    part = seeded[start : start + _PART]
+                    probabilities = self._read_or_ask(_file(folder, visit, start), part)
+                    in_part = [number for numbers, _ in part for number in numbers]
+                    of_row.update(zip(in_part, probabilities, strict=True))
+                    bar.update(len(in_part))
+                in_order = [of_row[number] for number in range(len(self.rows))]
+                by_visit.append(pad_sequence(in_order, batch_first=True))
+        width = max(visit.shape[1] for visit in by_visit)
+        return torch.stack([pad(visit, (0, width - visit.shape[1])) for visit in by_visit])
 
     def _visits(self) -> Iterator[list[list[int]]]:
-        """The numbers of each batch's rows, of similar length; shuffled for fresh draws."""
+        """For each visit, its batches: the numbers of rows of similar length."""
         generator = torch.Generator().manual_seed(self.training.seed)
         for _ in range(self.visits):
             order = list(range(len(self.rows)))
@@ -81,7 +81,8 @@ class Asking:
             order.sort(key=lambda number: self.rows[number]["length"])
             yield [order[start : start + _BATCH] for start in range(0, len(order), _BATCH)]
 
-    def _kept(self, file: Path, batches: Sequence[tuple[list[int], int]]) -> Tensor:
+    def _read_or_ask(self, file: Path, batches: Sequence[tuple[list[int], int]]) -> Tensor:
+        """Probabilities (rows, C) of batches, each given by its rows' numbers and its seed."""
         if file.is_file():
             return load_file(file)["targets"]
         targets = self._asked(batches)
@@ -90,6 +91,7 @@ class Asking:
         return targets
 
     def _asked(self, batches: Sequence[tuple[list[int], int]]) -> Tensor:
+        """The teacher's probabilities (rows, C), 0 for options that a row does not have."""
         rows: list[Tensor] = []
         for numbers, seed in batches:
             batch = self.scorer.collate([self.rows[number] for number in numbers])
@@ -102,7 +104,7 @@ class Asking:
         bf16 = self.training.bf16
         if self.draws is not None:
             return Draws(self.draws, bf16=bf16)
-        # draw i of a mixture is one of member i mod K
+        # draw i of a mixture comes from member i mod K
         member = random.Random(seed).randrange(num_members(self.teacher))
         return Draws(1, seed, first=member, bf16=bf16)
 

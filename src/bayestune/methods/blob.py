@@ -66,25 +66,25 @@ class BLoB:
 
     def __post_init__(self) -> None:
         if self.final_std == "auto":
-            self._scaled(1.0)
+            self._scaled(1.0)  # refuses what cannot be chosen among
             return
         aim = Aim.of(self.prior_std, self.final_std, self.kl_lr, self.schedule, share=self.share)
         object.__setattr__(self, "final_std", aim.final_std)  # records say what was done
         object.__setattr__(self, "schedule", aim.schedule)
-        self._kl_step(0.0)
+        self._kl_step(0.0)  # refuses what is out of range
 
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Gaussian:
         """Trains a Gaussian adapter."""
         if self.final_std == "auto":
-            method, own, choice = choose_noise(self._scaled, model, scorer, training)
-            chosen = method.fit(model, scorer, own)
-            return replace(chosen, report=chosen.report.plus(**choice))
+            method, shortened, choice = choose_noise(self._scaled, model, scorer, training)
+            posterior = method.fit(model, scorer, shortened)
+            return replace(posterior, report=posterior.report.plus(**choice))
         step = self._kl_step(training.warmup_ratio)
         adapted, report = fit_adapter(model, scorer, training, [step], prepare=self._bayesify)
         return Gaussian(adapted, scorer, report=report)
 
     def _scaled(self, factor: float) -> Self:
-        """The method with noise of a factor, and its prior: what "auto" chooses among."""
+        """The method with the prior's and the final σ scaled: what "auto" chooses among."""
         if self.kl_lr is not None or self.schedule == "bursts":
             raise Refusal(
                 f'final_std="auto" solves for the KL\'s rate: got kl_lr={self.kl_lr} and schedule='

@@ -147,5 +147,5 @@ class DALorRA:
         layers = Slots(adapted).of_kind(GatedLinear)
         put_means(adapted, layers)
         probabilities = {name: layer.mean_factors[:, None] for name, layer in layers.items()}
-        kept = {name: p.detach().clamp_min(1e-6) for name, p in probabilities.items()}
-        return Scaled(adapted, scorer, kept, "bernoulli", report=report)
+        factors = {name: p.detach().clamp_min(1e-6) for name, p in probabilities.items()}
+        return Scaled(adapted, scorer, factors, "bernoulli", report=report)

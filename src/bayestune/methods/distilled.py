@@ -43,7 +43,7 @@ from bayestune.whole_files import write_text_whole
 logger = logging.getLogger(__name__)
 
 _TARGETS = "targets.safetensors"
-_KEPT = "taught/teacher"
+_TEACHER = "taught/teacher"  # the folder of the base's posterior until the student is trained
 _REPORT = "report.json"
 
 
@@ -82,7 +82,7 @@ class Distilled:
         check_fields(self, steps=COUNT, learning_rate=POSITIVE, draws=COUNT)
 
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Point:
-        """Fits the base, asks it about the rows, and trains the student on what it says."""
+        """Fits the base, asks it about the rows, and trains the student on its probabilities."""
         refuse_parts_of("Distilled")
         with workplace(training) as place:
             taught = place / "taught"
@@ -94,7 +94,7 @@ class Distilled:
             return self.learn(model, scorer, taught, replace(training, output=place / "student"))
 
     def _begin(self, place: Path, model: nn.Module, scorer: Scorer, training: Training) -> None:
-        """Goes on with what is there of the same fit, or takes nothing that is there."""
+        """Checks that a resumed fit is the same one; removes the parts of others otherwise."""
         facts = facts_of(self, model, scorer, training)
         facts["the student's rows"] = rows_digest(self.rows(scorer, training))
         parts = [place / name for name in ("base", "taught", "student")]
@@ -109,87 +109,107 @@ class Distilled:
         return tuple(replace(row, answer=None) for row in chosen)
 
     def rows(self, scorer: Scorer, training: Training) -> tuple[Question, ...]:
-        """Those that its steps reach: all, or a choice by the training's seed, in their order."""
-        offered = self.offered(scorer)
-        reached = self._items(training)
-        if reached >= len(offered):
-            return offered
-        picked = random.Random(training.seed).sample(range(len(offered)), reached)
-        return tuple(offered[number] for number in sorted(picked))
+        """The rows that the student learns from: as many of those offered as its steps take.
 
-    def _items(self, training: Training) -> int:
-        """How many rows its steps take, repeated ones too."""
+        If there are more, they are chosen by the training's seed and stay in order.
+        """
+        offered = self.offered(scorer)
+        num_taken = self._rows_taken(training)
+        if num_taken >= len(offered):
+            return offered
+        chosen = random.Random(training.seed).sample(range(len(offered)), num_taken)
+        return tuple(offered[number] for number in sorted(chosen))
+
+    def _rows_taken(self, training: Training) -> int:
+        """How many rows the student's steps take, repeated ones included."""
         return self.steps * training.batch_size * training.accumulation
 
     def _teacher(
         self, model: nn.Module, scorer: Scorer, training: Training, place: Path
     ) -> Posterior:
-        """The base's posterior, kept until the student is there unless it has a folder already."""
-        kept = place / _KEPT
-        if of_first_process(training.resume and (kept / DETAILS).is_file()):
-            teacher = load_posterior(model, kept, scorer)
-            report = json.loads((kept / _REPORT).read_text(encoding="utf-8"))
+        """The base's posterior: read if resumed, else fitted, and saved unless it has a folder."""
+        folder = place / _TEACHER
+        if of_first_process(training.resume and (folder / DETAILS).is_file()):
+            teacher = load_posterior(model, folder, scorer)
+            report = json.loads((folder / _REPORT).read_text(encoding="utf-8"))
             teacher.report = FitReport.of_dict(report)
         else:
             teacher = self.base.fit(model, scorer, replace(training, output=place / "base"))
         if teacher.digest is None:
-            in_first_process(partial(_keep, teacher, kept))
-            teacher.digest = posterior_digest(kept)
+            in_first_process(partial(_save_teacher, teacher, folder))
+            teacher.digest = posterior_digest(folder)
         return teacher
 
     def ask(self, teacher: Posterior, scorer: Scorer, folder: Path, training: Training) -> None:
-        """Writes what the student starts from and learns: the mean adapter and the targets."""
+        """Writes what the student starts from and learns: the mean adapter and the targets.
+
+        Args:
+            teacher: the posterior.
+            scorer: of the task whose rows the student learns from.
+            folder: where to; `learn` reads it.
+            training: seed, precision and batch size.
+        """
         meter = Meter()
         rows = self.rows(scorer, training)
         draws = teacher.atoms if self.draws is None else count_for(teacher, self.draws)
-        if (offered := len(self.offered(scorer))) > len(rows):
-            said = "the student learns %d of %d rows, as many as %d steps reach"
-            logger.warning(said, len(rows), offered, self.steps)
-        visits = -(-self._items(training) // len(rows)) if draws is None else 1
+        num_offered = len(self.offered(scorer))
+        if num_offered > len(rows):
+            message = "the student learns %d of %d rows, as many as %d steps reach"
+            logger.warning(message, len(rows), num_offered, self.steps)
+        visits = -(-self._rows_taken(training) // len(rows)) if draws is None else 1
         asking = Asking(teacher, scorer, scorer.encode(rows), draws, visits, training)
         targets = asking.targets(folder)
         content = digest([row.content for row in rows])
         origin = Teacher(teacher.digest or "", draws or "fresh", len(rows), content)
         report = teacher.report.plus(**meter.read())
-        known = {"teacher": asdict(origin), "report": report.as_dict()}
+        record = {"teacher": asdict(origin), "report": report.as_dict()}
 
         def write() -> None:
             save_posterior(_start(teacher), folder)
             _without_dropout(folder)
             save_targets(targets, folder / _TARGETS)
-            write_text_whole(folder / TAUGHT, json.dumps(known))
+            write_text_whole(folder / TAUGHT, json.dumps(record))
             forget(folder)
 
         in_first_process(write)
 
     def learn(self, model: nn.Module, scorer: Scorer, taught: Path, training: Training) -> Point:
-        """Trains the student from what `ask` wrote."""
+        """Trains the student from what `ask` wrote.
+
+        Args:
+            model: the base model, without adapters.
+            scorer: as it was given to `ask`.
+            taught: the folder that `ask` wrote.
+            training: of the student, but for its steps and learning rate.
+        """
         encoded = scorer.encode(self.rows(scorer, training))
         targets = load_file(taught / _TARGETS)["targets"]
         rows = []
-        for item in range(self._items(training)):
+        for item in range(self._rows_taken(training)):
             visit, number = divmod(item, len(encoded))
             rows.append({**encoded[number], "target": targets[visit % len(targets), number]})
-        own = replace(training, steps=self.steps, epochs=None, learning_rate=self.learning_rate)
+        training = replace(
+            training, steps=self.steps, epochs=None, learning_rate=self.learning_rate
+        )
         student = load_adapter(model, taught, scorer, trainable=True)
-        report = train(student.model, scorer, own, rows=rows)
-        known = json.loads((taught / TAUGHT).read_text(encoding="utf-8"))
-        before = FitReport.of_dict(known["report"])
-        whole = before.plus(report.seconds, report.peak_memory_mb)
+        report = train(student.model, scorer, training, rows=rows)
+        record = json.loads((taught / TAUGHT).read_text(encoding="utf-8"))
+        before = FitReport.of_dict(record["report"])
+        total = before.plus(report.seconds, report.peak_memory_mb)
         history = [*before.history, *report.history]
-        whole = replace(whole, steps=before.steps + report.steps, history=history)
-        return Point(student.model, scorer, report=whole, teacher=Teacher(**known["teacher"]))
+        total = replace(total, steps=before.steps + report.steps, history=history)
+        return Point(student.model, scorer, report=total, teacher=Teacher(**record["teacher"]))
 
 
 @dataclass(frozen=True)
 class _Given:
-    """A base that is there already."""
+    """A base that is fitted already: its `fit` returns the posterior."""
 
     posterior: Posterior
     digest: str
 
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Posterior:
-        """What was given."""
+        """The posterior."""
         return self.posterior
 
 
@@ -201,17 +221,20 @@ def distil(
 ) -> Point:
     """The student of a posterior in memory: one plain adapter that answers as its draws do.
 
-    It takes the posterior's place on its model: save the posterior first if it shall be used again.
+    It replaces the posterior's adapters on the model: save the posterior first to use it again.
 
     Args:
         posterior: the teacher, with the scorer of a task.
-        questions: what it is asked about; answers are not looked at.
+        questions: what it is asked about; their answers are not read.
         method: draws, steps, learning rate; its base is not used.
         training: batch size, seed, precision and the like.
 
+    Returns:
+        The student, on the posterior's model.
+
     Raises:
-        Refusal: if there are no questions, or the posterior's scorer cannot put them, or something
-            else is given.
+        Refusal: if there are no questions, the posterior's scorer cannot put them, or an argument
+            is of another type.
 
     Example:
         >>> distil(load_posterior(model, "runs/blob", scorer), questions)  # doctest: +SKIP
@@ -229,14 +252,14 @@ def distil(
     training = training or Training()
     names: Any = getattr(scorer, "class_names", None)
     rows = [row.with_options(names) if names else row for row in questions]
-    asked = replace(scorer, task=replace(scorer.task, unlabelled=tuple(rows)))
+    on_questions = replace(scorer, task=replace(scorer.task, unlabelled=tuple(rows)))
     with tempfile.TemporaryDirectory() as scratch:
-        known = posterior_digest(save_posterior(posterior, scratch))
+        saved_digest = posterior_digest(save_posterior(posterior, scratch))
     taught = training.output and training.output / "taught" / TAUGHT
-    done = training.resume and taught is not None and taught.is_file()
-    base = detach(posterior.model) if done else base_of(posterior.model)
-    given = _Given(posterior, known)
-    return replace(method or Distilled(), base=given).fit(base, asked, training)
+    was_asked = training.resume and taught is not None and taught.is_file()
+    base_model = detach(posterior.model) if was_asked else base_of(posterior.model)
+    method = replace(method or Distilled(), base=_Given(posterior, saved_digest))
+    return method.fit(base_model, on_questions, training)
 
 
 def _check_kinds(posterior: Any, questions: Any, method: Any) -> None:
@@ -253,7 +276,7 @@ def _check_kinds(posterior: Any, questions: Any, method: Any) -> None:
 
 
 def _start(teacher: Posterior) -> Point:
-    """The mean adapter; of the first member where there is no mean."""
+    """Where the student starts: the mean adapter, of the first member if it is a mixture."""
     if isinstance(teacher, Mixture):
         return _start(teacher.members[0])
     if isinstance(teacher, Tempered):
@@ -261,8 +284,8 @@ def _start(teacher: Posterior) -> Point:
     return Point(teacher.model, teacher.scorer, adapter=teacher.adapter)
 
 
-def _keep(teacher: Posterior, folder: Path) -> None:
-    """Writes a teacher and what its fit took."""
+def _save_teacher(teacher: Posterior, folder: Path) -> None:
+    """Writes a teacher and the report of its fit."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text_whole(folder / _REPORT, json.dumps(teacher.report.as_dict()))
     save_posterior(teacher, folder)

@@ -25,9 +25,9 @@ _LOSSES = "best.json"
 
 
 class KeepBest(TrainerCallback):
-    """Measures the held-out NLL every few steps, and ends with the weights of the least.
+    """Measures the held-out NLL every few steps, and ends with the weights of the smallest.
 
-    What it found is kept beside the checkpoints, so that a resumed run knows it.
+    The losses and these weights are kept beside the checkpoints, so that a resumed run has them.
     """
 
     def __init__(self, scorer: Scorer, every: int, folder: Path | None, *, bf16: bool) -> None:
@@ -45,14 +45,14 @@ class KeepBest(TrainerCallback):
         return min(self.losses, key=self.losses.__getitem__)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Takes up what a run that is resumed had found before its checkpoint, or nothing."""
+        """Loads what a resumed run had measured up to its checkpoint; a new run removes it."""
         if self.folder and not state.global_step and is_first_process():
             for name in (_LOSSES, _WEIGHTS):
                 (self.folder / name).unlink(missing_ok=True)
         if self.folder and state.global_step and (self.folder / _LOSSES).is_file():
             losses = json.loads((self.folder / _LOSSES).read_text(encoding="utf-8"))
-            known = {int(step): loss for step, loss in losses.items()}
-            self.losses = {step: known[step] for step in known if step <= state.global_step}
+            by_step = {int(step): loss for step, loss in losses.items()}
+            self.losses = {step: by_step[step] for step in by_step if step <= state.global_step}
             self._best = load_file(self.folder / _WEIGHTS)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -57,8 +57,8 @@ class Ensemble:
         refuse_parts_of("Ensemble")
         with workplace(training) as place:
             folders = [place / f"member-{k}" for k in range(self.size)]
-            one = replace(self, size=1)  # there may be more members
-            facts = facts_of(one, model, scorer, training)
+            any_size = replace(self, size=1)  # a resumed fit may have more members than before
+            facts = facts_of(any_size, model, scorer, training)
             for folder in () if training.resume else folders:
                 in_first_process(partial((folder / DETAILS).unlink, missing_ok=True))
             check_started(place, facts, folders, resume=training.resume)
@@ -66,8 +66,8 @@ class Ensemble:
                 if training.resume and (folder / DETAILS).is_file():
                     continue
                 seed = training.seed + k * self.seed_step
-                own = replace(training, seed=seed, output=folder / "checkpoints")
-                posterior = self.base.fit(model, scorer, own)
+                of_member = replace(training, seed=seed, output=folder / "checkpoints")
+                posterior = self.base.fit(model, scorer, of_member)
                 fitted = {"fitted": posterior.report.as_dict()}
                 in_first_process(partial(save_posterior, posterior, folder, fitted))
                 detach(posterior.model)

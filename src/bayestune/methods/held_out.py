@@ -27,6 +27,10 @@ def check_point(posterior: Posterior, method: str) -> Point:
 def held_out_rows(scorer: Scorer, method: str) -> tuple[Question, ...]:
     """The task's held-out rows, on which a method may choose.
 
+    Args:
+        scorer: of the task.
+        method: the method's name, for messages.
+
     Raises:
         Refusal: if there are none, one has no answer, or one is a training row too.
     """
@@ -39,12 +43,12 @@ def held_out_rows(scorer: Scorer, method: str) -> tuple[Question, ...]:
         raise Refusal(
             f"{method} chooses on held-out rows with answers: got a row without one; drop it"
         )
-    seen = {row.fingerprint for row in scorer.task.train}
-    both = [row.id for row in rows if row.fingerprint in seen]
-    if both:
+    trained_on = {row.fingerprint for row in scorer.task.train}
+    seen = [row.id for row in rows if row.fingerprint in trained_on]
+    if seen:
         raise Refusal(
-            f"{method} must not choose on rows seen in training: got {len(both)} of {len(rows)}, "
-            f"such as {both[0]}; take them out of one part"
+            f"{method} must not choose on rows seen in training: got {len(seen)} of {len(rows)}, "
+            f"such as {seen[0]}; take them out of one part"
         )
     return rows
 
@@ -52,10 +56,10 @@ def held_out_rows(scorer: Scorer, method: str) -> tuple[Question, ...]:
 def held_out_logits(
     posterior: Posterior, scorer: Scorer, rows: Sequence[Question], draws: Draws
 ) -> tuple[Tensor, Tensor]:
-    """Logits (S, N, C) and labels (N,) of rows; S is the number of atoms, if there is one."""
+    """Logits (S, N, C) and labels (N,) of rows; S is the posterior's `atoms`, if it has them."""
     labels = torch.tensor([row.answer for row in rows])
-    which = replace(draws, count=count_for(posterior, draws.count))
-    return row_logits(posterior, scorer, scorer.encode(rows), which), labels
+    draws = replace(draws, count=count_for(posterior, draws.count))
+    return row_logits(posterior, scorer, scorer.encode(rows), draws), labels
 
 
 def head_slots(slots: Slots, sides: Collection[str] = ("lora_A",)) -> list[str]:

@@ -63,7 +63,7 @@ class IVONOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def draw(self) -> None:
-        """Puts a draw m + σ∘ε in the parameters; the one before, if no step used it, is dropped."""
+        """Sets the parameters to a draw m + σ∘ε; an earlier draw that no step used is dropped."""
         self._put_means_back()
         generators: dict[torch.device, torch.Generator] = {}
         for group in self.param_groups:
@@ -76,7 +76,7 @@ class IVONOptimizer(torch.optim.Optimizer):
                 p.addcmul_(self._std(p, group), noise)
 
     def _put_means_back(self) -> dict[Tensor, Tensor]:
-        """Ends the draw; returns its noise ε by parameter."""
+        """Sets the parameters to m again; returns the draw's noise ε by parameter."""
         for parameter, (mean, _) in self._pending.items():
             parameter.copy_(mean)
         noises = {parameter: noise for parameter, (_, noise) in self._pending.items()}
@@ -120,7 +120,7 @@ def _generator(device: torch.device, seed: int, step: int) -> torch.Generator:
 
 
 class DrawBeforeStep(TrainerCallback):
-    """Draws before the first forward pass of each step, and holds the optimiser."""
+    """Has the optimiser draw before the first forward pass of each step."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Finds the optimiser, which accelerate wraps."""

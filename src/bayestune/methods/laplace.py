@@ -75,44 +75,51 @@ class Laplace:
     def around(self, point: Point, scorer: Scorer, *, bf16: bool = False) -> Linearised | Sampled:
         """The posterior around θ_MAP, an adapter that is fitted already.
 
-        The scorer's training rows give the curvature; `bf16` runs the passes under autocast.
+        Args:
+            point: θ_MAP.
+            scorer: of the task whose training rows give the curvature.
+            bf16: whether passes run under autocast.
         """
         meter = Meter()
         slots = point.slots
-        every = slots.names(SIDES)
-        names = last_slots(every) if self.layers == "last" else every
+        all_names = slots.names(SIDES)
+        names = last_slots(all_names) if self.layers == "last" else all_names
         weights = slots.weights()
-        norm = sum(weights[name].double().square().sum().item() for name in names)
+        squared_norm = sum(weights[name].double().square().sum().item() for name in names)
         rows = _batches(scorer, scorer.task.train, self.batch_size)
         settings: dict[str, Any] = {"max_rows": self.batch_size, "adapter": point.adapter}
         structure: dict[str, Any] = {"structure": self.structure, "rank": self.rank_kfac}
         with Draws(bf16=bf16).precision(point.model):
-            found = gauss_newton(slots, scorer, rows, **structure, names=names)
-            linearised = Linearised(point.model, scorer, found.blocks, 1.0, **settings)
-            precision = self._precision(linearised, scorer, found, norm)
+            curvature = gauss_newton(slots, scorer, rows, **structure, names=names)
+            linearised = Linearised(point.model, scorer, curvature.blocks, 1.0, **settings)
+            precision = self._precision(linearised, scorer, curvature, squared_norm)
         family = Sampled if self.predictive == "sampled" else Linearised
-        posterior = family(point.model, scorer, found.blocks, precision, **settings)
-        taken = meter.read()
+        posterior = family(point.model, scorer, curvature.blocks, precision, **settings)
+        cost = meter.read()
         chosen = {
             "prior_precision": precision,
-            "log_evidence": log_evidence(found, norm, precision),
+            "log_evidence": log_evidence(curvature, squared_norm, precision),
         }
-        report = point.report.plus(**taken, laplace_seconds=taken["seconds"], **chosen)
+        report = point.report.plus(**cost, laplace_seconds=cost["seconds"], **chosen)
         posterior.report = report
         return posterior
 
     def _precision(
-        self, posterior: Linearised, scorer: Scorer, found: Curvature, norm: float
+        self, posterior: Linearised, scorer: Scorer, curvature: Curvature, squared_norm: float
     ) -> float:
+        """λ as given, or chosen by the evidence or on the held-out rows."""
         if self.prior_precision is not None:
             return self.prior_precision
         if self.choose == "evidence":
-            return best_precision(found, norm)
+            return best_precision(curvature, squared_norm)
         return best_on_held_out(posterior, _batches(scorer, scorer.task.held_out, self.batch_size))
 
 
 def last_slots(names: Sequence[str]) -> list[str]:
-    """The output head's slots if it is adapted, else the last block's, the last name's number."""
+    """The slots of the last layers: of the output head if it is adapted, else of the last block.
+
+    The last name decides: if it has a block's number, all slots of that block are taken.
+    """
     numbered = re.match(r".*?\.\d+\.", names[-1])
     prefix = numbered.group() if numbered else names[-1].rpartition(".")[0] + "."
     return [name for name in names if name.startswith(prefix)]

@@ -1,4 +1,4 @@
-"""What a method asks of its base, the model and the rows, told before its base is fitted."""
+"""What a method requires of its base, the model and the rows, checked before its base is fitted."""
 
 from collections.abc import Sequence
 from typing import Any, get_type_hints
@@ -17,8 +17,8 @@ from bayestune.methods.workplace import refuse_parts_of
 from bayestune.posteriors import Gaussian, Mixture, Point, Tempered
 from bayestune.scoring import Scorer
 
-# they train again on their base model, or ask about rows, once a training has ended
-_GOES_ON = (Distilled, Ensemble, Laplace, PosteriorScale, Temperature, TFB)
+# they train on the base model again, or predict rows, after a training has ended
+_GO_ON = (Distilled, Ensemble, Laplace, PosteriorScale, Temperature, TFB)
 
 
 def check_method(method: Any, scorer: Scorer, slots: Slots) -> None:
@@ -53,8 +53,8 @@ def _check_kind_of_base(method: Any) -> None:
     if isinstance(method, Laplace | MCDropout):
         _check_base(kinds, Point, f"{name} builds on a point", "use MLE or MAP as its base")
     if isinstance(method, PosteriorScale):
-        said = f"{name} scales a Gaussian"
-        _check_base(kinds, Gaussian, said, "expected BLoB, BBB, TFB or IVON")
+        need = f"{name} scales a Gaussian"
+        _check_base(kinds, Gaussian, need, "expected BLoB, BBB, TFB or IVON")
     if isinstance(method, TFB) and is_mixture:
         raise Refusal(
             f"{name} starts from one adapter: got a Mixture without a mean from its base, expected "
@@ -83,18 +83,18 @@ def check_launch(method: Any) -> None:
     Args:
         method: whatever it builds on is checked too.
     """
-    if isinstance(method, _GOES_ON) or getattr(method, "final_std", None) == "auto":
+    if isinstance(method, _GO_ON) or getattr(method, "final_std", None) == "auto":
         refuse_parts_of(type(method).__name__)
     inner = getattr(method, "method", None)  # of a method that changes its training
     if hasattr(inner, "fit"):
         check_launch(inner)
 
 
-def _check_base(kinds: Sequence[type], wanted: type, said: str, advice: str) -> None:
+def _check_base(kinds: Sequence[type], wanted: type, need: str, advice: str) -> None:
     """Refuses a base none of whose posteriors can be of the wanted class."""
     if kinds and not any(issubclass(kind, wanted) or issubclass(wanted, kind) for kind in kinds):
         got = " or ".join(kind.__name__ for kind in kinds)
-        raise Refusal(f"{said}: got a {got} from its base, expected a {wanted.__name__}; {advice}")
+        raise Refusal(f"{need}: got a {got} from its base, expected a {wanted.__name__}; {advice}")
 
 
 def _posteriors_of(base: Any) -> list[type]:

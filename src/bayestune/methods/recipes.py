@@ -96,7 +96,7 @@ def described(method: Method) -> dict[str, Any]:
 def _made(
     settings: Settings, entries: Mapping[str, Settings], name: str, chain: tuple[str, ...]
 ) -> Method:
-    """The method of settings with a name, reached by a chain of names."""
+    """The method of settings called `name`; `chain` holds the names of entries that led to it."""
     if isinstance(settings, str):
         if settings in chain:
             raise Refusal(
@@ -136,14 +136,21 @@ def _default_base(cls: type[Method], field: Field[Any], given: Settings) -> Meth
 def _built(
     cls: type[T], given: Mapping[str, Any], defaults: Mapping[str, Any], base: Mapping[str, Any]
 ) -> T:
-    """A dataclass of fields from a configuration, each checked against its type, and its base."""
-    known = {field.name for field in fields(cls)} - set(base)  # type: ignore[arg-type]
-    if unknown := sorted(set(given) - known):
+    """A dataclass from a configuration, each value checked against its field's type.
+
+    Args:
+        cls: the dataclass.
+        given: values by field name, as a configuration file gives them.
+        defaults: values of other fields, in place of the dataclass's own.
+        base: the `base` of a method, if it has one, as an object.
+    """
+    names = {field.name for field in fields(cls)} - set(base)  # type: ignore[arg-type]
+    if unknown := sorted(set(given) - names):
         raise Refusal(
-            f"unknown settings of {cls.__name__}: got {unknown}, expected some of {sorted(known)}; "
+            f"unknown settings of {cls.__name__}: got {unknown}, expected some of {sorted(names)}; "
             "correct the name"
         )
-    if not known:
+    if not names:
         return cls(**base)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, skip=set(base))

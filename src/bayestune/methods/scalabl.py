@@ -70,9 +70,10 @@ def factor_kl_step_(log_mean: Tensor, log_std: Tensor, step: float) -> None:
 
 
 def std_after(steps: Sequence[float], init_std: float) -> float:
-    """Mean σ after a run's KL steps η (T,) alone, from the start of `SingularLinear`, at 4 points.
+    """Mean σ after a run's KL steps η (T,) alone, from the start of `SingularLinear`.
 
-    For small steps σ²/(1 − σ²) grows by exp(2Ση): a logistic law.
+    Four values stand for all σ at the start. For small steps σ²/(1 − σ²) grows by exp(2Ση): a
+    logistic law.
     """
     low = math.sqrt(0.5)
     logs = [math.log(init_std * (low + (1 - low) * (i + 0.5) / 4)) for i in range(4)]
@@ -85,13 +86,13 @@ def rate_for(final_std: float, shape: Sequence[float], init_std: float) -> float
     """The learning rate λ with which the KL steps λ·shape (T,) end at `final_std`, by bisection."""
 
     def falls_short(rate: float) -> bool:
-        return std_after([rate * part for part in shape], init_std) < final_std
+        return std_after([rate * size for size in shape], init_std) < final_std
 
     def odds(std: float) -> float:
         return std**2 / (1 - std**2)
 
-    time = math.log(odds(final_std) / odds(std_after([], init_std))) / 2
-    return bisected(falls_short, time / sum(shape))
+    kl_time = math.log(odds(final_std) / odds(std_after([], init_std))) / 2
+    return bisected(falls_short, kl_time / sum(shape))
 
 
 @dataclass(eq=False)
@@ -166,11 +167,15 @@ class ScalaBL:
             raise Refusal(
                 f"got {got}; expected one of them, each sets the KL's step; leave one out"
             )
-        end = _FINAL_STD if self.final_std is None else self.final_std
-        solved = self.kl_lr is None
-        if self.init_std <= 0 or (self.kl_lr or 0) < 0 or (solved and not self.init_std < end < 1):
+        reachable = self.kl_lr is not None or self.init_std < self._end_std < 1
+        if self.init_std <= 0 or (self.kl_lr or 0) < 0 or not reachable:
             expected = "init_std > 0, kl_lr ≥ 0 and init_std < final_std < 1, the prior's"
             raise Refusal(f"out of range: got {self}, expected {expected}; correct it")
+
+    @property
+    def _end_std(self) -> float:
+        """The σ at which the KL's steps should end, if their rate is solved for."""
+        return _FINAL_STD if self.final_std is None else self.final_std
 
     def kl_steps(self, total_steps: int, period: int, warmup_ratio: float) -> Tensor:
         """The KL steps η (T,) of a run.
@@ -187,8 +192,7 @@ class ScalaBL:
                 f"σ would rise in the last steps alone: got {total_steps} steps, expected a period "
                 f"of {period} or more for bursts; choose schedule='constant'"
             )
-        end = _FINAL_STD if self.final_std is None else self.final_std
-        return rate_for(end, shape.tolist(), self.init_std) * shape
+        return rate_for(self._end_std, shape.tolist(), self.init_std) * shape
 
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Scaled:
         """Trains an adapter and its factors; the mean is μ ∘ V."""

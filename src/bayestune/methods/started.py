@@ -23,8 +23,8 @@ from bayestune.whole_files import write_text_whole
 STARTED = "started.json"
 TAUGHT = "taught.json"
 LOSSES_BY_NOISE = "noise_choice.json"
-# what says that a part of a fit is there
-_KEPT = (STARTED, DETAILS, TAUGHT, LOSSES_BY_NOISE, ASKED)
+# files by which a resumed fit finds that a part of it is done
+_MARKERS = (STARTED, DETAILS, TAUGHT, LOSSES_BY_NOISE, ASKED)
 
 Facts = Mapping[str, Any]
 
@@ -34,37 +34,38 @@ def facts_of(
 ) -> dict[str, Any]:
     """What determines a fit, by the names of its settings: JSON values."""
     task = scorer.task
-    found = dict(_settings(method))
-    found |= _settings(training, "training.")
-    found["the base model"] = _said_of(model)
-    found["max_length"] = scorer.max_length
-    found["the prompt"] = digest([type(scorer).__name__, str(task.prompt)])
-    found["the training rows"] = rows_digest(task.train)
-    found["the held-out rows"] = rows_digest(task.held_out)
-    found["the unlabelled rows"] = rows_digest(task.unlabelled)
-    return found
+    facts = dict(_settings(method))
+    facts |= _settings(training, "training.")
+    facts["the base model"] = _description_of(model)
+    facts["max_length"] = scorer.max_length
+    facts["the prompt"] = digest([type(scorer).__name__, str(task.prompt)])
+    facts["the training rows"] = rows_digest(task.train)
+    facts["the held-out rows"] = rows_digest(task.held_out)
+    facts["the unlabelled rows"] = rows_digest(task.unlabelled)
+    return facts
 
 
-def _said_of(model: nn.Module) -> str:
+def _description_of(model: nn.Module) -> str:
+    """A base model's name, class and size."""
     name = Path(str(getattr(getattr(model, "config", None), "name_or_path", "") or "unnamed")).name
-    own = [value for path, value in model.named_parameters() if "lora_" not in path]
-    return f"{name}, a {type(model).__name__} of {sum(map(Tensor.numel, own))} parameters"
+    base = [value for path, value in model.named_parameters() if "lora_" not in path]
+    return f"{name}, a {type(model).__name__} of {sum(map(Tensor.numel, base))} parameters"
 
 
 def check_started(place: Path, facts: Facts, parts: Collection[Path] = (), *, resume: bool) -> None:
-    """Notes what a fit in a folder is started with, or compares it where the fit goes on.
+    """Records the settings that a fit is started with, or compares them if it is resumed.
 
-    A fit that starts anew takes nothing of an earlier one: what says that parts of it are there is
-    removed before anything is noted.
+    A fit that starts anew reuses nothing of an earlier one in the folder: the files by which the
+    earlier one's parts would be found are removed first.
 
     Args:
-        place: where its parts are kept.
-        facts: of `facts_of`.
-        parts: its parts' folders; a posterior that lies in one itself stays.
+        place: the folder of the fit.
+        facts: what `facts_of` returns.
+        parts: the folders of its parts; a posterior that was saved in one of them itself stays.
         resume: whether it goes on with the parts that are there.
 
     Raises:
-        Refusal: if it shall go on and the parts are those of another fit.
+        Refusal: if it is resumed and the folder is of a fit with other settings.
     """
     in_first_process(partial(_begin, place, facts, parts, resume))
 
@@ -80,7 +81,7 @@ def _begin(place: Path, facts: Facts, parts: Collection[Path], resume: bool) -> 
             )
         return
     if resume and place.is_dir() and any(place.iterdir()):
-        return  # of an earlier version, which noted nothing
+        return  # of an earlier version, which recorded nothing
     for part in () if resume else parts:
         _forget(part)
     place.mkdir(parents=True, exist_ok=True)
@@ -88,24 +89,27 @@ def _begin(place: Path, facts: Facts, parts: Collection[Path], resume: bool) -> 
 
 
 def _forget(part: Path) -> None:
-    for name in _KEPT:
-        for kept in part.rglob(name):
-            if kept != part / DETAILS:  # a posterior that was saved there is not a part of a part
-                kept.unlink()
+    for name in _MARKERS:
+        for marker in part.rglob(name):
+            if marker != part / DETAILS:  # that of a posterior saved in the folder itself stays
+                marker.unlink()
     for checkpoint in part.rglob("checkpoint-*"):
         start_anew(checkpoint.parent)
 
 
 def other_settings(now: Facts, before: Facts, whose: str) -> str | None:
-    """In which settings two runs differ, by name, new and old; None if in none.
+    """The end of a message that names the settings in which two runs differ, new and old.
 
-    A setting that only one of the two knows, such as those of a method that is added, is no
-    difference.
+    A setting that only one of the runs has, such as those of a method that is added, does not
+    count.
 
     Args:
         now: the settings that were given.
         before: those of the run that is there.
-        whose: what that run is called.
+        whose: what that run is called in the message.
+
+    Returns:
+        The text; None if the runs do not differ.
     """
     differ = [name for name in now if name in before and now[name] != before[name]]
     differences = [f"{name}: got {now[name]!r}, {whose} has {before[name]!r}" for name in differ]

@@ -39,7 +39,7 @@ class Collector(TrainerCallback):
     every: int
     rank: int
     rate: float
-    kept_file: ClassVar[str] = FILE  # of each checkpoint that one can go on from
+    kept_file: ClassVar[str] = FILE  # which a checkpoint must have to go on from it
 
     def __post_init__(self) -> None:
         self.count = 0
@@ -62,9 +62,9 @@ class Collector(TrainerCallback):
             self.squares[name] = torch.zeros_like(value)
             self.deviations[name] = []
         mean = self.means[name]
-        before = value - mean
-        mean.add_(before, alpha=1 / self.count)
-        self.squares[name].addcmul_(before, value - mean)
+        from_old_mean = value - mean
+        mean.add_(from_old_mean, alpha=1 / self.count)
+        self.squares[name].addcmul_(from_old_mean, value - mean)
         self.deviations[name].append(value - mean)
         del self.deviations[name][: -self.rank]
 
@@ -72,7 +72,7 @@ class Collector(TrainerCallback):
         """Makes the schedule constant from the start on; a resumed run loads what was collected."""
         wrapper = kwargs["lr_scheduler"]
         scheduler = getattr(wrapper, "scheduler", wrapper)  # accelerate wraps torch's scheduler
-        scheduler.lr_lambdas = [self._constant_after(own) for own in scheduler.lr_lambdas]
+        scheduler.lr_lambdas = [self._constant_after(given) for given in scheduler.lr_lambdas]
         if state.global_step >= self.start + self.every:
             self._load(_file(args, state), next(kwargs["model"].parameters()).device)
 
@@ -172,7 +172,15 @@ class SWAG:
         return LowRank(adapted, scorer, variances, deviations, report=report)
 
     def collector(self, training: Training, num_rows: int) -> Collector:
-        """The callback for a run over so many rows; raises Refusal if it is too short."""
+        """The callback that collects the iterates of a run.
+
+        Args:
+            training: of the run.
+            num_rows: its training rows.
+
+        Raises:
+            Refusal: if the run is too short for two iterates.
+        """
         steps = training.total_steps(num_rows)
         start = int(self.start * steps)
         epoch = math.ceil(num_rows / (training.batch_size * training.accumulation))

@@ -26,7 +26,11 @@ logger = logging.getLogger(__name__)
 
 
 def as_point(posterior: Posterior) -> Point:
-    """The posterior's mean adapter as a point; raises Refusal if it has no mean."""
+    """The posterior's mean adapter as a point; its slots get plain layers.
+
+    Raises:
+        Refusal: if it has no mean, or a temperature.
+    """
     if not posterior.has_mean:
         raise Refusal(
             f"TFB starts from one adapter: got a {type(posterior).__name__} without a mean; use "
@@ -45,15 +49,19 @@ def as_point(posterior: Posterior) -> Point:
             plain[name] = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
             plain[name].weight = weight
     slots.put(plain)
-    facts = {"adapter": posterior.adapter, "report": posterior.report}
-    return Point(posterior.model, posterior.scorer, **facts)
+    return Point(
+        posterior.model, posterior.scorer, adapter=posterior.adapter, report=posterior.report
+    )
 
 
 def rotate_(slots: Slots) -> dict[str, Tensor]:
     """Rotates each layer's factors in place so that B's columns are orthogonal.
 
     With B = U diag(d) Vᵀ (thin SVD), B ← U diag(d) and A ← Vᵀ A: the product B A, and so the model,
-    stays what it was. Returns d (r,) of each layer, float64, by the name of its slot A.
+    stays what it was.
+
+    Returns:
+        d (r,) of each layer, float64 on the CPU, by the name of its slot A.
     """
     values = {}
     modules = slots.modules()
@@ -69,12 +77,18 @@ def rotate_(slots: Slots) -> dict[str, Tensor]:
 
 
 def set_isotropic_(posterior: Gaussian, values: dict[str, Tensor], std: float) -> None:
-    """Sets Ω_ij = σ_q/d_i, d as of `rotate_`; 0 where B has no direction."""
+    """Sets Ω_ij = σ_q/d_i, and 0 where d_i is 0: B has no direction there.
+
+    Args:
+        posterior: whose slots are set.
+        values: d (r,) by slot name, as `rotate_` returns them.
+        std: σ_q.
+    """
     for name, slot in posterior.layers().items():
         d = values[name]
         present = d > 1e-6 * d.max().clamp_min(1e-12)
-        row = torch.where(present, std / d.clamp_min(1e-12), 0.0).sqrt()
-        slot.set_root_std(row[:, None].expand_as(slot.root_std))
+        root = torch.where(present, std / d.clamp_min(1e-12), 0.0).sqrt()
+        slot.set_root_std(root[:, None].expand_as(slot.root_std))
 
 
 @dataclass(frozen=True)
@@ -134,6 +148,12 @@ class TFB:
     ) -> Gaussian:
         """Gives an adapter, however trained, the standard deviation that anchor rows allow.
 
+        Args:
+            point: the adapter; its factors are rotated and its slots become Gaussian.
+            scorer: of the rows.
+            rows: the anchor rows.
+            bf16: whether passes run under autocast.
+
         Raises:
             Refusal: if a row has no answer, or there are none.
         """
@@ -174,7 +194,7 @@ class TFB:
         return posterior
 
     def _search(self, loss: Callable[[float], float]) -> tuple[float, list[tuple[float, float]]]:
-        """The largest feasible σ_q, 0 if none was; and each σ_q that was tried with its loss."""
+        """The largest feasible σ_q that was tried, or 0; and each σ_q tried with its metric."""
         reference = loss(0.0)
         published = 0.003 if self.metric == "nll" else 0.01
         bound = published if self.tolerance is None else self.tolerance
@@ -192,5 +212,10 @@ class TFB:
                 low = std
             else:
                 high = std
-            std = math.sqrt(low * high) if low and high < math.inf else std * (2 if low else 0.25)
+            if low == 0:  # none is feasible yet
+                std = std * 0.25
+            elif high == math.inf:  # none is too much yet
+                std = std * 2
+            else:
+                std = math.sqrt(low * high)
         return low, tried

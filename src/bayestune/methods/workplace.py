@@ -12,14 +12,14 @@ from bayestune.training import Training
 
 @contextmanager
 def workplace(training: Training) -> Iterator[Path]:
-    """The training's output, or a scratch folder, the first process's for all of them."""
+    """The training's output; without one a scratch folder, the same one for all processes."""
     with tempfile.TemporaryDirectory() as scratch:
         yield training.output or Path(of_first_process(scratch))
         wait_for_processes()  # for those that still read what is removed now
 
 
 def refuse_parts_of(name: str) -> None:
-    """Refuses, for a method of that name, a launcher that leaves a base in parts."""
+    """Refuses a launcher that shards the base over processes, for a method of that name."""
     how = sharding()
     if how is not None and how.of_model:
         raise Refusal(

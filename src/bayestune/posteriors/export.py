@@ -20,7 +20,7 @@ def export_draw(
     folder: str | PathLike[str],
     seed: int = 0,
 ) -> Path:
-    """Writes one draw as a plain LoRA adapter, which any LoRA server loads; returns the folder.
+    """Writes one draw as a plain LoRA adapter, which any LoRA server loads.
 
     Args:
         posterior: whose draw; or its PEFT model, if it has no other adapter.
@@ -28,6 +28,9 @@ def export_draw(
             A (r, k) and B (d, r); the rest is the mean's.
         folder: made if it is not there.
         seed: of the set of draws.
+
+    Returns:
+        The folder.
 
     Raises:
         Refusal: if the posterior's draws are not adapters, a name is not a slot of the adapter,
@@ -49,10 +52,10 @@ def export_draw(
             f"a draw of another model: got the slots {unknown[:3]}, expected slots of the adapter "
             f"{slots.adapter!r}; export it with the posterior it is of"
         )
-    place = Path(folder).expanduser()
-    with replacing(place, slots.model) as scratch:
+    folder = Path(folder).expanduser()
+    with replacing(folder, slots.model) as scratch:
         save_adapter(slots, scratch, draw)
-    return place
+    return folder
 
 
 def _slots_of(posterior: Posterior | nn.Module, draw: Mapping[str, Tensor]) -> Slots:
@@ -64,9 +67,9 @@ def _slots_of(posterior: Posterior | nn.Module, draw: Mapping[str, Tensor]) -> S
         if not isinstance(posterior, Mixture):
             return slots
     names: Any = getattr(slots.model, "peft_config", [slots.adapter])
-    holders = [Slots(slots.model, name) for name in names]
-    complete = set(draw) >= set(slots.modules()) and are_alike(holders)
-    if len(names) > 1 and not complete:
+    adapters = [Slots(slots.model, name) for name in names]
+    fits_any = set(draw) >= set(slots.modules()) and are_alike(adapters)
+    if len(names) > 1 and not fits_any:
         raise Refusal(
             f"which adapter the draw belongs to is not clear: got a model with the adapters "
             f"{list(names)}, expected one; give the posterior and the draw's number instead"

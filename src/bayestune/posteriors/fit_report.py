@@ -24,7 +24,7 @@ class FitReport:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def plus(self, seconds: float = 0.0, peak_memory_mb: float = 0.0, **extra: Any) -> Self:
-        """The report of a fit that goes on from this one."""
+        """The report with seconds and extras added, and the larger of two peaks of memory."""
         seconds += self.seconds
         peak = max(self.peak_memory_mb, peak_memory_mb)
         return replace(self, seconds=seconds, peak_memory_mb=peak, extra={**self.extra, **extra})
@@ -36,8 +36,8 @@ class FitReport:
 
     @classmethod
     def of_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The report of such a dict."""
-        own = {f.name for f in fields(cls)} - {"extra"}
-        known = {name: value for name, value in values.items() if name in own}
-        extra = {name: value for name, value in values.items() if name not in own}
-        return cls(**known, extra=extra)
+        """The report of what `as_dict` returned."""
+        names = {f.name for f in fields(cls)} - {"extra"}
+        own = {name: value for name, value in values.items() if name in names}
+        extra = {name: value for name, value in values.items() if name not in names}
+        return cls(**own, extra=extra)

@@ -1,4 +1,4 @@
-"""Where a posterior lies: a folder, an adapter's folder in a Trainer's, a Hub id; what it says."""
+"""Finds a posterior's folder, on this machine or the Hub, and reads its `posterior.json`."""
 
 import json
 import re
@@ -11,9 +11,9 @@ from huggingface_hub import snapshot_download
 from bayestune.adapters import CONFIG, DETAILS, FORMAT
 from bayestune.errors import Refusal
 
-_OF_THE_HUB = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
-_WANTED: list[str] = ["*adapter_config.json", "*adapter_model.*", "*posterior.*"]
-_WANTED += ["*calibration.json", "*training.json"]
+_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+_DOWNLOADED: list[str] = ["*adapter_config.json", "*adapter_model.*", "*posterior.*"]
+_DOWNLOADED += ["*calibration.json", "*training.json"]
 
 
 class PosteriorError(Refusal):
@@ -21,13 +21,16 @@ class PosteriorError(Refusal):
 
 
 def folder_of(path: str | PathLike[str]) -> Path:
-    """The folder that holds the adapter: the one given, or the only one in it, or the Hub's.
+    """The folder that holds the adapter: the one given, the only one in it, or the Hub's.
 
-    PEFT writes an adapter that is not called "default" into a folder of its own. Of the Hub,
-    "owner/name@revision" is a branch, tag or commit.
+    PEFT writes an adapter that is not called "default" into a folder of its own.
+
+    Args:
+        path: a folder; or the id of a repository on the Hub, which is downloaded, "owner/name" or
+            "owner/name@revision" with a branch, tag or commit.
 
     Raises:
-        PosteriorError: if several folders in it hold an adapter, or the Hub has no such one.
+        PosteriorError: if several folders in it hold an adapter, or the Hub has no such repository.
     """
     folder = Path(path).expanduser()
     if isinstance(path, str) and is_hub_id(path):
@@ -46,15 +49,15 @@ def folder_of(path: str | PathLike[str]) -> Path:
 
 
 def is_hub_id(path: str) -> bool:
-    """Whether a name is a repository's on the Hub: there is no such folder here."""
-    return not Path(path).expanduser().exists() and bool(_OF_THE_HUB.fullmatch(path))
+    """Whether a path has the form of a Hub id and no such folder is here."""
+    return not Path(path).expanduser().exists() and bool(_HUB_ID.fullmatch(path))
 
 
 def _downloaded(name: str) -> Path:
     repository, _, revision = name.partition("@")
     try:
         return Path(
-            snapshot_download(repository, revision=revision or None, allow_patterns=_WANTED)
+            snapshot_download(repository, revision=revision or None, allow_patterns=_DOWNLOADED)
         )
     except Exception as error:  # the client's transport errors share no public base class
         raise PosteriorError(
@@ -66,19 +69,22 @@ def _downloaded(name: str) -> Path:
 def read_details(folder: str | PathLike[str]) -> dict[str, Any]:
     """What `posterior.json` says.
 
+    Args:
+        folder: a posterior's folder or Hub id, see `folder_of`.
+
     Raises:
         PosteriorError: if it is not there, cut off, or of a later format.
     """
     folder = folder_of(folder)
     path = folder / DETAILS
     if not path.is_file():
-        is_plain = (folder / CONFIG).is_file()
-        what = "a plain LoRA adapter" if is_plain else "no adapter"
+        got = "no adapter"
         advice = "look at the path"
-        if is_plain:
+        if (folder / CONFIG).is_file():
+            got = "a plain LoRA adapter"
             advice = "run `bayestune calibrate` on it first, which keeps how rows are put to it"
         raise PosteriorError(
-            f"{folder} is not a posterior: got {what} without {DETAILS}, expected a folder of "
+            f"{folder} is not a posterior: got {got} without {DETAILS}, expected a folder of "
             f"`fit`; {advice}"
         )
     try:

@@ -68,6 +68,7 @@ class Gaussian(AdapterPosterior):
         return weights
 
     def _refuse_without_std(self, layers: Mapping[str, GaussianLinear]) -> None:
+        """Refuses standard deviations of another shape, or of 0 that nobody set to 0."""
         fits = all(slot.weight.shape == slot.root_std.shape for slot in layers.values())
         if fits and any(slot.noiseless or whole(slot.root_std).any() for slot in layers.values()):
             return
@@ -79,7 +80,12 @@ class Gaussian(AdapterPosterior):
         )
 
     def scale_std(self, roots: Mapping[str, Tensor], factor: float) -> None:
-        """Sets Ω of every Gaussian slot to `factor` times that of some G (r, k), by slot name."""
+        """Sets Ω of every Gaussian slot to factor·G∘G.
+
+        Args:
+            roots: G (r, k) by slot name.
+            factor: of the standard deviation; 0 makes the posterior a point.
+        """
         for name, slot in self.layers().items():
             slot.set_root_std(roots[name] * math.sqrt(factor))
 

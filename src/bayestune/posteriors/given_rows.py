@@ -1,4 +1,4 @@
-"""Rows as users have them, a batch, a DataLoader or a Dataset, as batches."""
+"""Makes batches of what users give `predict`: a batch, a DataLoader or a Dataset."""
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,7 +20,12 @@ _LABELS = ("label", "labels", "label_ids")
 
 
 def batches_of(inputs: Any, posterior: Posterior) -> Iterator[Batch]:
-    """A batch as it is; those of a loader; or batches of a Dataset's rows.
+    """The batches to predict.
+
+    Args:
+        inputs: a batch, which is given back as it is; a loader of batches; or a Dataset of
+            tokenised rows, which are stacked.
+        posterior: whose model and scorer will read the batches.
 
     Raises:
         Refusal: if rows or batches are not mappings, or rows of different lengths would have to be
@@ -59,10 +64,10 @@ def _collated(rows: Sequence[Any], posterior: Posterior) -> dict[str, Tensor]:
     """
     for row in rows:
         _check_mapping(row, "row of the dataset")
-    taken = inspect.signature(base_of(posterior.model).forward).parameters
+    parameters = inspect.signature(base_of(posterior.model).forward).parameters
     batch: dict[str, list[Tensor]] = {}
     for name in rows[0]:
-        if name in taken and name not in _LABELS:
+        if name in parameters and name not in _LABELS:
             batch[name] = [torch.as_tensor(row[name]) for row in rows]
     if not batch:
         raise Refusal(
@@ -76,26 +81,26 @@ def _collated(rows: Sequence[Any], posterior: Posterior) -> dict[str, Tensor]:
 
 
 def _mask_padding(batch: dict[str, list[Tensor]], scorer: Any) -> None:
-    """Gives rows of different lengths, which are to be padded, the mask that says so.
+    """Adds an attention mask of ones to rows of different lengths, so that padding is masked.
 
     Raises:
-        Refusal: if a field that differs from row to row is not of its tokens, such as sounds, or
-            the scorer might read the padding.
+        Refusal: if a field whose size differs from row to row does not have one entry per token,
+            such as sounds, or the scorer might read the padding.
     """
-    per_token: set[tuple[int, ...]] = set()
+    token_counts: set[tuple[int, ...]] = set()  # of all rows, in the encoder and in the decoder
     for start in ("", "decoder_"):
-        ids = _tokens(batch, start)
-        lengths = tuple(len(one) for one in ids)
+        lengths = tuple(len(tokens) for tokens in _tokens(batch, start))
         if len(set(lengths)) < 2:
             continue
-        per_token.add(lengths)
+        token_counts.add(lengths)
         _refuse_reading_padding(scorer, set(lengths))
         masks = [torch.ones(length, dtype=torch.long) for length in lengths]
         batch.setdefault(f"{start}attention_mask", masks)
     for name, values in batch.items():
         shapes = {tuple(value.shape) for value in values}
-        of_tokens = len({shape[1:] for shape in shapes}) == 1
-        if len(shapes) > 1 and not (of_tokens and tuple(map(len, values)) in per_token):
+        differ_in_length = len({shape[1:] for shape in shapes}) == 1
+        per_token = differ_in_length and tuple(map(len, values)) in token_counts
+        if len(shapes) > 1 and not per_token:
             raise Refusal(
                 f"rows that cannot be stacked: got {name} of the shapes {sorted(shapes)[:3]}, "
                 "expected one shape, for what would be put at their ends the model would read as "

@@ -1,4 +1,4 @@
-"""What logits other than of classes say: labels, numbers, rewards; each with its uncertainty."""
+"""Likelihoods: what logits mean (classes, labels, numbers, rewards), and their predictions."""
 
 import math
 from dataclasses import dataclass
@@ -59,12 +59,12 @@ class Sigmoid:
     def predictive(self, logits: Tensor, *, exact: bool) -> LabelPrediction:
         """The predictive of logits (S, N, L)."""
         pairs = torch.stack([torch.zeros_like(logits), logits], -1)
-        found = Prediction.of(pairs, exact=exact)
+        has_or_not = Prediction.of(pairs, exact=exact)
         return LabelPrediction(
-            found.probabilities[..., 1],
-            found.total_entropy,
-            found.expected_entropy,
-            found.mutual_information,
+            has_or_not.probabilities[..., 1],
+            has_or_not.total_entropy,
+            has_or_not.expected_entropy,
+            has_or_not.mutual_information,
         )
 
 
@@ -74,8 +74,8 @@ class RegressionPrediction:
 
     Args:
         mean: over draws.
-        epistemic: variance over draws, with S − 1; with S where the draws are all there is.
-        aleatoric: variance of the noise; None if nobody said it.
+        epistemic: variance over draws, divided by S − 1, or by S where the draws are all there is.
+        aleatoric: variance of the noise; None if it is not known.
     """
 
     mean: Tensor
@@ -117,7 +117,7 @@ class Regression:
         head_gives_variance: whether the head gives K means and behind them K values of log σ².
 
     Raises:
-        Refusal: if both say the noise, or a variance is negative.
+        Refusal: if both give the noise, or a variance is negative.
     """
 
     noise_var: float | Tensor | None = None
@@ -151,18 +151,18 @@ class Regression:
             aleatoric = log_vars.exp().mean(0)
         mean = values.mean(0)
         if self.noise_var is not None:
-            aleatoric = _of_each(torch.as_tensor(self.noise_var).to(mean), mean)
+            aleatoric = _for_each_target(torch.as_tensor(self.noise_var).to(mean), mean)
         return RegressionPrediction(mean, _variance(values, exact), aleatoric)
 
     @classmethod
     def fitted(cls, prediction: RegressionPrediction, targets: Tensor) -> "Regression":
         """σ² of each target from rows with answers: mean of (y − mean)² − epistemic, at least 0.
 
-        Of rows that were trained on it is too small; take held-out ones.
+        Rows that were trained on give too small a σ²; take held-out ones.
 
         Args:
             prediction: of those rows.
-            targets: y (N, K), or (N,) where K is 1; NaN where a row's is missing.
+            targets: y (N, K), or (N,) where K is 1; NaN where one is missing.
 
         Raises:
             Refusal: if the targets do not fit, or no row has one of them.
@@ -205,14 +205,14 @@ class RewardPrediction:
         return self.mean - k * self.std
 
     def best_of(self, n: int, k: float = 1.0, *, centred: bool = False) -> Tensor:
-        """Which of each n texts in a row has the largest mean − k·std, (N/n,), from 0.
+        """Which of each n consecutive texts has the largest mean − k·std, (N/n,), from 0.
 
         Args:
-            n: texts that answer one prompt stand one after the other.
+            n: the number of texts that answer one prompt; they are given one after the other.
             k: how much disagreement costs; 0 for the largest mean.
-            centred: whether each draw's rewards are first taken less their average over the n. Then
-                a constant of each draw's own, which preferences leave open, changes nothing: for
-                members of an ensemble, which were fitted apart. Of two texts both are then as sure.
+            centred: whether each draw's average over the n is first subtracted from its rewards.
+                Then a constant of each draw's own, which preferences leave open, changes nothing:
+                for members of an ensemble, fitted separately. Two texts then have the same std.
 
         Raises:
             Refusal: if N is not a multiple of n.
@@ -277,7 +277,7 @@ def _variance(values: Tensor, exact: bool) -> Tensor:
 
 
 def _like(targets: Tensor, mean: Tensor) -> Tensor:
-    """Targets in the shape of a mean (N, K)."""
+    """Targets (N, K), or (N,) where K is 1, in the shape and type of a mean (N, K)."""
     targets = torch.as_tensor(targets).to(mean)
     if targets.dim() == mean.dim() - 1 and mean.shape[-1] == 1:
         targets = targets[..., None]
@@ -289,8 +289,8 @@ def _like(targets: Tensor, mean: Tensor) -> Tensor:
     return targets
 
 
-def _of_each(noise_var: Tensor, mean: Tensor) -> Tensor:
-    """Noise in the shape of a mean (N, K)."""
+def _for_each_target(noise_var: Tensor, mean: Tensor) -> Tensor:
+    """One variance, or one for each target, in the shape of a mean (N, K)."""
     if noise_var.shape not in ((), (1,), mean.shape[-1:]):
         raise Refusal(
             f"a variance for each target: got {tuple(noise_var.shape)}, expected one number or "

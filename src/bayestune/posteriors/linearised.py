@@ -74,11 +74,11 @@ class _Laplace(SingleAdapter):
         blocks = {name: kind(**part) for name, part in parts.items()}
         weights = Slots(saved.model, saved.adapter).weights()
         shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-        wrong = {n: block.shape for n, block in blocks.items() if shapes.get(n) != block.shape}
-        if wrong or not blocks:
+        unfit = {n: block.shape for n, block in blocks.items() if shapes.get(n) != block.shape}
+        if unfit or not blocks:
             raise Refusal(
-                f"curvature of another model or rank: got {len(blocks)} blocks, {len(wrong)} of "
-                f"them do not fit, such as {next(iter(wrong.items()), None)}; expected the slots "
+                f"curvature of another model or rank: got {len(blocks)} blocks, {len(unfit)} of "
+                f"them do not fit, such as {next(iter(unfit.items()), None)}; expected the slots "
                 f"{list(weights)[:2]} … in their shapes"
             )
         blocks = {name: _on(block, weights[name].device) for name, block in blocks.items()}
@@ -101,15 +101,20 @@ class Linearised(_Laplace):
     """
 
     kind: ClassVar[str] = "linearised"
-    atoms = 1000  # draws of Gaussian logits cost nothing
+    atoms = 1000  # so many are always taken: draws of Gaussian logits cost nothing
 
     def moments(
         self, inputs: Batch, precisions: Sequence[float] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Mean f_MAP (N, C) and covariance J·Σ·Jᵀ (N, C, C) of the logits of a batch of N rows.
+        """Mean f_MAP and covariance J·Σ·Jᵀ of the logits of a batch of N rows.
 
-        For several `precisions` λ in place of the posterior's own there are as many covariances,
-        (number of λ, N, C, C). An option that a row lacks has the covariance 0.
+        Args:
+            inputs: the batch.
+            precisions: several λ, for each of which Σ is taken; None for the posterior's own.
+
+        Returns:
+            The mean (N, C) and the covariance (N, C, C); with `precisions` (number of λ, N, C, C).
+            The covariance of an option that a row does not have is 0.
         """
         values = [self.prior_precision] if precisions is None else precisions
         inputs = on_device(inputs, self.model)
@@ -194,7 +199,16 @@ class Sampled(_Laplace, AdapterPosterior):
 
 
 def gaussian_logits(mean: Tensor, covariance: Tensor, draws: Draws) -> Tensor:
-    """Held draws f + L·z_s (S, N, C) of Gaussian logits: mean (N, C), covariance L·Lᵀ (N, C, C)."""
+    """Held draws f + L·z_s of Gaussian logits; z_s (C,) has the address (seed, s, "laplace").
+
+    Args:
+        mean: f (N, C).
+        covariance: L·Lᵀ (N, C, C).
+        draws: which draws, and their seed.
+
+    Returns:
+        Logits (S, N, C).
+    """
     root = semidefinite_root(covariance.double())
     noise = _noise(draws.indices, draws.seed, mean.shape[1]).to(root)
     return mean + torch.einsum("ncd,sd->snc", root, noise).to(mean.dtype)

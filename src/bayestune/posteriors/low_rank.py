@@ -14,7 +14,7 @@ from bayestune.posteriors.posterior import AdapterPosterior, Saved, State, check
 
 @dataclass
 class LowRank(AdapterPosterior):
-    """θ_s = θ̄ + √(v/2) ∘ ε_s + D z_s / √(2(K − 1)), z_s (K,) shared by all slots, which hold θ̄.
+    """θ_s = θ̄ + √(v/2) ∘ ε_s + D z_s / √(2(K − 1)); the slots hold θ̄, and all share z_s (K,).
 
     Args:
         variances: v by slot name, the slot's shape, not negative.
@@ -35,12 +35,12 @@ class LowRank(AdapterPosterior):
         weights = {}
         for name, deviations in self.deviations.items():
             mean = means[name].float().cpu()
-            count = len(deviations)
-            shared = held_noise((count,), seed, index, "low rank")
-            along = torch.tensordot(shared, deviations.float().cpu(), 1)
+            rank = len(deviations)
+            z = held_noise((rank,), seed, index, "low rank")  # the same for all slots
+            low_rank = torch.tensordot(z, deviations.float().cpu(), 1)
             std = (self.variances[name].float().cpu() / 2).sqrt()
-            own = std * held_noise(mean.shape, seed, index, name)
-            weights[name] = mean + own + along / math.sqrt(2 * (count - 1))
+            diagonal = std * held_noise(mean.shape, seed, index, name)
+            weights[name] = mean + diagonal + low_rank / math.sqrt(2 * (rank - 1))
         return weights
 
     def state(self) -> State:

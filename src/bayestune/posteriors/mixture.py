@@ -26,7 +26,7 @@ from bayestune.posteriors.posterior import AdapterPosterior, Posterior, Saved, S
 
 @dataclass
 class Mixture(Posterior):
-    """1/K Σ_k q_k: draw s is member s mod K's draw ⌊s/K⌋, so that S draws are spread evenly.
+    """1/K Σ_k q_k: draw s is draw ⌊s/K⌋ of member s mod K, so that S draws are spread evenly.
 
     Where all members' draws are adapters of the same layers with the same scalings and nothing else
     was trained, all draws run in one pass: the base weights are read once. Otherwise each member
@@ -63,11 +63,11 @@ class Mixture(Posterior):
         self.atoms = len(names) if all(member.atoms == 1 for member in self.members) else None
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but what is kept between batches, which no copy can use."""
+        """All but the draws kept between batches, which no copy can use."""
         return {**vars(self), "_kept": KeptDraws()}
 
     def on(self, scorer: ClassLogits) -> Self:
-        """The same mixture of members on another scorer."""
+        """The same mixture with another scorer."""
         return replace(self, members=[member.on(scorer) for member in self.members])
 
     def member_of(self, index: int) -> Posterior:
@@ -86,8 +86,8 @@ class Mixture(Posterior):
                 f"{type(member).__name__} draws are not adapters: got a mixture of them, expected "
                 "members whose draws are adapters; use `logits`"
             )
-        own = {name: weight.float().cpu() for name, weight in member.slots.weights().items()}
-        return {**own, **member.draw(index // len(self.members), seed)}
+        means = {name: weight.float().cpu() for name, weight in member.slots.weights().items()}
+        return {**means, **member.draw(index // len(self.members), seed)}
 
     def logits(self, inputs: Batch, draws: Draws) -> Tensor:
         """Class logits (S, N, C), member by member where they cannot run in one pass."""
@@ -123,8 +123,8 @@ class Mixture(Posterior):
                 "one of `members`"
             )
         model = unwrapped(self.model)
-        alone = active(model, self.adapter, alone=True)
-        with exclusive(model), alone, draws.precision(model), evaluating(model):
+        first_alone = active(model, self.adapter, alone=True)
+        with exclusive(model), first_alone, draws.precision(model), evaluating(model):
             refuse_inside_drawn(model, self.adapter)
             with drawn(self.model, stacked(self.draw, draws), self.adapter):
                 yield 1.0
@@ -137,20 +137,21 @@ class Mixture(Posterior):
         return self._member_by_member(inputs, draws)
 
     def _runs_in_one_pass(self) -> bool:
-        members = self.members
-        drawn = all(isinstance(member, AdapterPosterior) for member in members)
-        return drawn and are_alike([Slots(self.model, member.adapter) for member in members])
+        """Whether all draws are adapters that act alike in the slots of the first member."""
+        if not all(isinstance(member, AdapterPosterior) for member in self.members):
+            return False
+        return are_alike([Slots(self.model, member.adapter) for member in self.members])
 
     def _member_by_member(self, inputs: Batch, draws: Draws) -> Tensor:
         size = len(self.members)
-        parts: dict[int, Tensor] = {}
+        logits: dict[int, Tensor] = {}  # (N, C) by the draw's index in the mixture
         for k, member in enumerate(self.members):
-            own = [index for index in draws.indices if index % size == k]
-            if own:
-                which = replace(draws, first=own[0] // size, count=len(own))
+            indices = [index for index in draws.indices if index % size == k]
+            if indices:
+                of_member = replace(draws, first=indices[0] // size, count=len(indices))
                 with active(self.model, member.adapter, alone=True):
-                    parts.update(zip(own, member.logits(inputs, which), strict=True))
-        return torch.stack([parts[index] for index in draws.indices])
+                    logits.update(zip(indices, member.logits(inputs, of_member), strict=True))
+        return torch.stack([logits[index] for index in draws.indices])
 
     def state(self) -> State:
         """Nothing of its own: each member is an artefact."""

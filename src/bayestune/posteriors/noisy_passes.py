@@ -29,7 +29,7 @@ class Dropout(SingleAdapter):
 
     Each token of each row has masks of its own, so a draw is not an adapter. The masks come from
     torch's generator, seeded by (seed, the first draw of the pass): the same batches give the same
-    logits, another batching other masks. For draws that are functions see `Scaled`.
+    logits, and other batches have other masks. For draws that are functions see `Scaled`.
 
     Raises:
         Refusal: if the adapter has no dropout: all draws would be the mean.
@@ -49,14 +49,14 @@ class Dropout(SingleAdapter):
     def _drawn(self, inputs: Batch, draws: Draws) -> Tensor:
         self.refuse_shared_prefix(draws)
         inputs = on_device(inputs, self.model)
-        step = draws.at_once(inputs)
+        at_once = draws.at_once(inputs)
         parts = []
         slots = self.slots
         modules = dropouts(slots)
         watched = watching({str(number): module for number, module in enumerate(modules)})
         with eagerly(slots.compiled), watched as arrivals:
-            for start in range(0, draws.count, step):
-                size = min(step, draws.count - start)
+            for start in range(0, draws.count, at_once):
+                size = min(at_once, draws.count - start)
                 with evaluating(slots.model), seeded(slots.model, draws.seed, draws.first + start):
                     for module in modules:
                         module.train()
@@ -88,7 +88,7 @@ class TokenNoise(SingleAdapter):
     tokens' noises are uncorrelated, and a draw is not an adapter. The marginal law of each A_nt is
     that of `Gaussian`; the logits' law is another, for attention averages over tokens. E and the
     signs come from torch's generator, seeded by (seed, draw): the same batches give the same
-    logits, another batching other noise. It is there to compare with.
+    logits, and other batches have other noise. It serves comparisons with that code.
 
     Raises:
         Refusal: if the model has no Gaussian layer.
@@ -105,13 +105,13 @@ class TokenNoise(SingleAdapter):
         self.refuse_shared_prefix(draws)
         inputs = on_device(inputs, self.model)
         slots = self.slots
-        found = slots.of_kind(GaussianLinear)
-        layers = list(found.values())
-        kinds: list[Noise] = [layer.noise for layer in layers]
+        by_name = slots.of_kind(GaussianLinear)
+        layers = list(by_name.values())
+        trained_with: list[Noise] = [layer.noise for layer in layers]
         passes = []
-        asked = layers[0].passes.drawing()
+        drawing = layers[0].passes.drawing()
         try:
-            with eagerly(slots.compiled), asked, watching(found) as arrivals:
+            with eagerly(slots.compiled), drawing, watching(by_name) as arrivals:
                 for index in draws.indices:
                     with evaluating(slots.model), seeded(slots.model, draws.seed, index):
                         for layer in layers:
@@ -119,13 +119,13 @@ class TokenNoise(SingleAdapter):
                             layer.training = True
                         passes.append(checked(self.scorer(slots.model, inputs)))
         finally:
-            for layer, kind in zip(layers, kinds, strict=True):
-                layer.noise = kind
+            for layer, noise in zip(layers, trained_with, strict=True):
+                layer.noise = noise
         check_arrived(arrivals, slots.layers, slots.adapter)
         return torch.stack(passes)
 
     def state(self) -> State:
-        """The one of the `Gaussian` on the same slots."""
+        """That of the `Gaussian` on the same slots."""
         return Gaussian(self.model, self.scorer, adapter=self.adapter).state()
 
     @classmethod

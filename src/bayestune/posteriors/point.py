@@ -16,10 +16,10 @@ class Teacher:
     """What a student was distilled from.
 
     Args:
-        digest: of the posterior that taught it, as `posterior_digest` gives it.
-        draws: S of the average that it learnt, or "fresh" for draws that were never the same.
+        digest: of the posterior that taught it, as `posterior_digest` returns it.
+        draws: S of the average that it learnt, or "fresh" if each batch had a draw of its own.
         rows: how many rows it learnt on.
-        rows_digest: a hash of what they ask.
+        rows_digest: a hash of the rows' questions and options.
     """
 
     digest: str

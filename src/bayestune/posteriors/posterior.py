@@ -36,14 +36,20 @@ from bayestune.posteriors.fit_report import FitReport
 State = tuple[dict[str, Tensor], dict[str, Any]]
 
 KINDS: dict[str, type["Posterior"]] = {}
-"""The families of posteriors by the name that an artefact keeps; each enters itself."""
+"""The families of posteriors by the name that an artefact keeps; each subclass adds itself."""
 
 
 @dataclass(frozen=True)
 class Saved:
-    """What a posterior is restored from: a model that holds the stock adapter, and its `state`.
+    """What a posterior is restored from.
 
-    The tensors' names are a slot's and a part's, "model.layers.0.self_attn.q_proj.lora_A.variance".
+    Args:
+        model: the PEFT model, which holds the stock adapter.
+        scorer: maps (model, batch) to class logits (N, C).
+        tensors: of the posterior's `state`; each name is a slot's and a part's, such as
+            "model.layers.0.self_attn.q_proj.lora_A.variance".
+        facts: of the posterior's `state`.
+        adapter: the adapter's name.
     """
 
     model: nn.Module
@@ -69,13 +75,17 @@ class Saved:
 class Posterior(ABC):
     """What every method's `fit` returns: a distribution over adapters, seen through its logits.
 
-    Every posterior has `model`, the PEFT model; `scorer`, which maps (model, batch) to class logits
-    (N, C); `adapter`, the name of its adapter; and `report`, what its fit took. `has_mean` says
-    whether `Draws(0)`, the mean adapter, can be asked for. `atoms` is the number of draws where it
-    is fixed: 1 of a point and K of K points, whose predictive it makes exact; a thousand where
-    draws cost nothing. None where more are better. `by_batch` says whether a row's draws depend on
-    the rows of its batch, as noise by token does. `digest` is that of the folder it comes from,
-    where whoever loaded it says so.
+    Attributes:
+        kind: the family's name in artefacts, a key of `KINDS`.
+        model: the PEFT model.
+        scorer: maps (model, batch) to class logits (N, C).
+        adapter: the name of its adapter.
+        report: what its fit took.
+        has_mean: whether `Draws(0)` gives the logits of a mean adapter.
+        by_batch: whether a row's draws depend on the rows of its batch, as noise by token does.
+        atoms: the number of draws where it is fixed: 1 of a point and K of K points, whose
+            predictive is then exact; 1000 where draws cost nothing. None where more are better.
+        digest: `posterior_digest` of the folder it comes from, if whoever loaded it set this.
     """
 
     kind: ClassVar[str]
@@ -98,7 +108,7 @@ class Posterior(ABC):
 
     @abstractmethod
     def on(self, scorer: ClassLogits) -> Self:
-        """The same posterior, asked by another scorer."""
+        """The same posterior with another scorer."""
 
     @abstractmethod
     def state(self) -> State:
@@ -116,9 +126,14 @@ class Posterior(ABC):
     def side_by_side(self, draws: Draws) -> AbstractContextManager[float]:
         """A context in which the model, called on S·N rows draw by draw, runs the draws.
 
-        The model is in evaluation mode, without gradients, and other threads wait. A count of 0 has
-        the mean there. What the context gives is the temperature that the logits are to be divided
-        by. `generate` takes its steps in it.
+        The model is in evaluation mode, without gradients, and other threads wait. `generate` takes
+        its steps in this context.
+
+        Args:
+            draws: which draws; with a count of 0 the model runs the mean.
+
+        Returns:
+            A context manager that gives the temperature by which to divide the logits.
 
         Raises:
             Refusal: if the draws cannot stand side by side.
@@ -168,8 +183,8 @@ class SingleAdapter(Posterior):
         Raises:
             Refusal: if the adapter is disabled, or its slots hold other draws.
         """
-        asked = active(self.model, self.adapter)
-        with exclusive(self.model), asked, draws.precision(self.model):
+        activated = active(self.model, self.adapter)
+        with exclusive(self.model), activated, draws.precision(self.model):
             refuse_inside_drawn(self.model, self.adapter)
             check_mean_arrives(self.model, self.adapter)
             if draws.count == 0:
@@ -187,24 +202,24 @@ class SingleAdapter(Posterior):
         Raises:
             Refusal: as `logits`, or if the draws cannot stand side by side.
         """
-        asked = active(self.model, self.adapter)
+        activated = active(self.model, self.adapter)
         model = unwrapped(self.model)
-        with exclusive(model), asked, draws.precision(model), evaluating(model):
+        with exclusive(model), activated, draws.precision(model), evaluating(model):
             refuse_inside_drawn(model, self.adapter)
             check_mean_arrives(model, self.adapter)
             with self._beside(draws) if draws.count else nullcontext():
                 yield 1.0
 
     def _beside(self, draws: Draws) -> AbstractContextManager[Any]:
-        """One draw or more, side by side, inside what `side_by_side` puts around them."""
+        """The part of `side_by_side` that a family adds: the model runs one draw or more in it."""
         return super().side_by_side(draws)
 
     def on(self, scorer: ClassLogits) -> Self:
-        """The same posterior, asked by another scorer."""
+        """The same posterior with another scorer."""
         return replace(self, scorer=scorer)
 
     def state(self) -> State:
-        """Nothing, where the stock adapter says all."""
+        """Nothing beside the stock adapter."""
         return {}, {}
 
     @classmethod
@@ -224,17 +239,23 @@ class AdapterPosterior(SingleAdapter):
     def __setattr__(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
         if name != "_kept":
-            object.__setattr__(self, "_kept", KeptDraws())  # its draws were those of before
+            object.__setattr__(self, "_kept", KeptDraws())  # kept draws may have changed
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but what is kept between batches, which no copy can use."""
+        """All but the draws kept between batches, which no copy can use."""
         return {**vars(self), "_kept": KeptDraws()}
 
     @abstractmethod
     def draw(self, index: int, seed: int = 0) -> dict[str, Tensor]:
-        """One held draw of a set, counted from 0: what differs from the mean, by slot name.
+        """One held draw.
 
-        A (r, k) and B (d, r) are float32 on the CPU.
+        Args:
+            index: which draw of the set, from 0.
+            seed: of the set of draws.
+
+        Returns:
+            The matrices that differ from the mean, by slot name: A (r, k) and B (d, r), float32 on
+            the CPU.
         """
 
     def _drawn(self, inputs: Batch, draws: Draws) -> Tensor:
@@ -245,11 +266,11 @@ class AdapterPosterior(SingleAdapter):
 
 
 def check_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuses tensors by slot name that are not of a model's slots, or none at all."""
+    """Refuses tensors by slot name that do not have the shapes of a model's slots; also none."""
     got = {name: tuple(value.shape) for name, value in tensors.items()}
-    wrong = [name for name, shape in got.items() if expected.get(name) != shape]
-    if wrong or not got:
-        name = wrong[0] if wrong else ""
+    unfit = [name for name, shape in got.items() if expected.get(name) != shape]
+    if unfit or not got:
+        name = unfit[0] if unfit else ""
         raise Refusal(
             f"of another model or rank: got {len(got)} tensors such as {name, got.get(name)}, "
             f"expected shapes such as {name, expected.get(name, 'no such slot')}"

@@ -18,10 +18,14 @@ P = TypeVar("P")
 
 
 def count_for(posterior: Posterior, draws: int) -> int:
-    """How many draws to take where so many are asked for: the posterior's `atoms` if it has some.
+    """How many draws to take: the posterior's `atoms` if their number is fixed, else as requested.
+
+    Args:
+        posterior: whose draws.
+        draws: S as requested; 0 for the mean adapter.
 
     Raises:
-        Refusal: if the mean is asked for, by 0, and there is none.
+        Refusal: if the mean is requested and there is none.
     """
     if draws == 0 and not posterior.has_mean:
         raise Refusal(
@@ -83,7 +87,7 @@ def predict(
         inputs: a batch of N rows as its scorer takes it; or a DataLoader of such batches; or a
             Dataset of tokenised rows, as a Trainer takes it.
         draws: S; 0 for the mean adapter. A posterior with `atoms` is averaged over those instead. A
-            `Draws` says all of what follows too.
+            `Draws` takes the place of `seed` and `bounds` too.
         likelihood: what the logits are: "softmax" (classes, of rows or of tokens), "sigmoid"
             (labels, of which a row has several), "regression", "reward"; or an object, such as
             `Regression(noise_var=0.3)`.
@@ -101,12 +105,12 @@ def predict(
         Refusal: if `draws` is negative, or 0 for a posterior without a mean, or a prefix cannot
             be shared, or the likelihood is unknown or does not fit the logits.
     """
-    way = _likelihood(likelihood)
+    chosen = _likelihood(likelihood)
     if not isinstance(draws, Draws):
         draws = Draws(draws, seed, **bounds)
     draws = replace(draws, count=count_for(posterior, draws.count))
     parts = [posterior.logits(batch, draws) for batch in batches_of(inputs, posterior)]
-    return way.predictive(_joined(parts), exact=posterior.atoms is not None)
+    return chosen.predictive(_joined(parts), exact=posterior.atoms is not None)
 
 
 def _likelihood(given: str | Likelihood[Any]) -> Likelihood[Any]:
@@ -127,12 +131,11 @@ def _joined(parts: list[Tensor]) -> Tensor:
     if not parts:
         raise Refusal("got no rows, expected one or more; give a batch, or a loader that has some")
     shapes = [part.shape[2:] for part in parts]
-    most = [max(sizes) for sizes in zip(*shapes, strict=True)]
+    largest = [max(sizes) for sizes in zip(*shapes, strict=True)]
     padded = []
     for part in parts:
-        missing = [whole - size for whole, size in zip(most, part.shape[2:], strict=True)]
-        room: list[int] = []
-        for extra in reversed(missing):
-            room += [0, extra]
-        padded.append(F.pad(part, room, value=-torch.inf))
+        padding: list[int] = []  # before and after, from the last axis to the first: F.pad's order
+        for full, size in zip(reversed(largest), reversed(part.shape[2:]), strict=True):
+            padding += [0, full - size]
+        padded.append(F.pad(part, padding, value=-torch.inf))
     return torch.cat(padded, 1)

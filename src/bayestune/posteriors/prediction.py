@@ -20,9 +20,10 @@ class Prediction:
         probabilities: mean over draws of softmax(logits), (N, C).
         total_entropy: entropy of the averaged probabilities, (N,).
         expected_entropy: mean entropy of the draws' probabilities (aleatoric), (N,).
-        mutual_information: their difference (epistemic) times S/(S − 1), (N,); 0 for one draw. Of
-            S draws the difference is low by (S − 1)/S, so without the factor five draws would not
-            compare with ten. Where the draws are all there is (`atoms`), there is no factor.
+        mutual_information: their difference (epistemic) times S/(S − 1), (N,); 0 for one draw. The
+            factor corrects the difference of a sample of S draws, which is too small by (S − 1)/S,
+            so that five draws compare with ten. There is none where the draws are all there is
+            (`atoms`).
         log_probabilities: logarithms of `probabilities`, (N, C), also where those are rounded to 0;
             None if they are not known.
         drawn: the probabilities of each draw, (S, N, C); None if they are not kept.
@@ -49,7 +50,7 @@ class Prediction:
     def of(cls, logits: Tensor, *, exact: bool = False) -> Self:
         """The predictive of logits (S, N, C), in float64; -inf marks options a row does not have.
 
-        There may be axes between N and C, such as tokens; what is -inf for every class is padding,
+        There may be axes between N and C, such as tokens. Where every class has -inf is padding,
         whose probabilities and entropies are 0.
 
         Args:
@@ -67,35 +68,45 @@ class Prediction:
             ([[0.5, 0.5]], 0.6931)
         """
         refuse_one_class(logits)
-        logs = logits.double().log_softmax(-1)
-        logs = logs.masked_fill(logits.isneginf().all(-1, keepdim=True), -math.inf)
-        draws = logs.exp()
+        log_p = logits.double().log_softmax(-1)
+        is_padding = logits.isneginf().all(-1, keepdim=True)
+        log_p = log_p.masked_fill(is_padding, -math.inf)
+        draws = log_p.exp()
         probabilities = draws.mean(0)
         total = torch.special.entr(probabilities).sum(-1)
         expected = torch.special.entr(draws).sum(-1).mean(0)
         information = mutual_information(total, expected, 1 if exact else len(logits))
-        known = logs.logsumexp(0) - math.log(len(logits))
-        more = {"log_probabilities": known, "drawn": draws}
-        return cls(probabilities, total, expected, information, **more)
+        log_mean = log_p.logsumexp(0) - math.log(len(logits))
+        return cls(
+            probabilities,
+            total,
+            expected,
+            information,
+            log_probabilities=log_mean,
+            drawn=draws,
+        )
 
     def with_draws(self, most: int) -> Self:
-        """The same with the probabilities of at most so many draws, in memory of their own."""
+        """The same, but `drawn` a copy of the first `most` draws, so that the others are freed."""
         return replace(self, drawn=None if self.drawn is None else self.drawn[:most].clone())
 
     @classmethod
     def joined(cls, parts: Sequence[Self]) -> Self:
-        """Predictions of some rows each as one of all; of equal numbers of classes and draws."""
+        """One prediction of the rows of several, which must agree in the numbers C and S."""
 
-        def column(name: str, axis: int = 0) -> Any:
-            own = [getattr(part, name) for part in parts]
-            return None if own[0] is None else torch.cat(own, axis)
+        def joined_field(name: str, axis: int = 0) -> Any:
+            values = [getattr(part, name) for part in parts]
+            return None if values[0] is None else torch.cat(values, axis)
 
         names = [field.name for field in fields(cls) if field.name != "drawn"]
-        return cls(**{name: column(name) for name in names}, drawn=column("drawn", 1))
+        return cls(**{name: joined_field(name) for name in names}, drawn=joined_field("drawn", 1))
 
 
 def refuse_one_class(logits: Tensor) -> None:
-    """Refuses logits (…, C) of a single class.
+    """Refuses logits of a single class.
+
+    Args:
+        logits: (…, C).
 
     Raises:
         Refusal: if C is 1.

@@ -41,7 +41,7 @@ Folder = str | PathLike[str]
 def replacing(folder: Path, model: nn.Module) -> Iterator[Path]:
     """A scratch folder, whose files are moved to the folder once all are written.
 
-    Where the model is spread over processes, all make them and the first one's are kept.
+    Where the model is spread over processes, each writes to its own and the first one's are kept.
     """
     if is_spread(model):
         with tempfile.TemporaryDirectory() as thrown_away:
@@ -126,7 +126,7 @@ def save_posterior(
 
 
 def _of_model(model: nn.Module, adapter: str | None) -> Posterior:
-    """The posterior of a PEFT model's adapter: a Gaussian if `bayesify` has converted it."""
+    """A Gaussian if `bayesify` has converted the adapter of a PEFT model, else a point."""
     if Slots(model, adapter).of_kind(GaussianLinear):
         return Gaussian(model, unbound, adapter=adapter)  # type: ignore[arg-type]
     names = [] if adapter else list(getattr(model, "peft_config", []))
@@ -141,9 +141,15 @@ def _of_model(model: nn.Module, adapter: str | None) -> Posterior:
 def save_adapter(
     slots: Slots, folder: Path, draw: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Writes the adapter as PEFT does, its slots' weights alone, some of them replaced.
+    """Writes a stock adapter as PEFT does, without the files of a posterior.
 
-    Returns the state that was written from.
+    Args:
+        slots: of the adapter.
+        folder: where to.
+        draw: weights by slot name, A (r, k) and B (d, r), which take the place of the mean's.
+
+    Returns:
+        The model's plain state that was written from.
     """
     refuse_unless_saved_whole(slots)
     state = plain_state(slots.model)
@@ -151,12 +157,12 @@ def save_adapter(
         name = f"{PREFIX}{slot}.{slots.adapter}.weight"
         state[name] = weight.to(state[name].dtype)
     model: Any = slots.model
-    # the class's own: the instance's writes a posterior
+    # the class's own method: a converted model's instance has one that writes a posterior
     save: Any = type(model).save_pretrained
     names = [slots.adapter]
     save(model, folder, state_dict=state, save_embedding_layers=False, selected_adapters=names)
-    place = place_of(folder, slots.adapter)
-    add_beside(slots, state, place)
-    if place != folder:
-        _move(place, folder)
+    written_to = place_of(folder, slots.adapter)
+    add_beside(slots, state, written_to)
+    if written_to != folder:
+        _move(written_to, folder)
     return state

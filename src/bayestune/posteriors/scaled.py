@@ -16,7 +16,7 @@ Law = Literal["bernoulli", "normal"]
 
 @dataclass
 class Scaled(AdapterPosterior):
-    """Noise shared along a column or a row of A: factors (1, k) of its columns or (r, 1) of ranks.
+    """A with random factors: (1, k) of its columns, or (r, 1) of its rows, the ranks.
 
     "bernoulli": A_s = M ∘ 1[u_s < p]/p, whose mean is M: a column or a rank is kept with
     probability p. "normal": A_s = M + D ∘ (σ ε_s), D the direction that the noise scales, M itself
@@ -69,5 +69,11 @@ class Scaled(AdapterPosterior):
                     f"{shape} or 1"
                 )
         parts = saved.parts()
-        given = (parts["factor"], saved.facts["law"], parts["direction"])
-        return cls(saved.model, saved.scorer, *given, adapter=saved.adapter)
+        return cls(
+            saved.model,
+            saved.scorer,
+            parts["factor"],
+            saved.facts["law"],
+            parts["direction"],
+            adapter=saved.adapter,
+        )

@@ -14,6 +14,9 @@ _FILES = (CONFIG, *WEIGHTS, TENSORS, DETAILS)
 def artefact_folder(folder: str | PathLike[str]) -> Path:
     """The folder that holds the files of a posterior or of a plain adapter.
 
+    Args:
+        folder: it, the folder around it, or a Hub id; see `read_details`.
+
     Raises:
         Refusal: if there is neither in it.
     """
@@ -27,10 +30,10 @@ def artefact_folder(folder: str | PathLike[str]) -> Path:
 
 
 def posterior_digest(folder: str | PathLike[str]) -> str:
-    """SHA-256 of all that predictions of a posterior or a plain LoRA adapter depend on.
+    """SHA-256 of the files that predictions of a posterior or a plain LoRA adapter depend on.
 
-    It covers the adapter's configuration and weights, `posterior.safetensors` and `posterior.json`,
-    and those of its members: not the folder's name, and nothing else that lies in it.
+    These are the adapter's configuration and weights, `posterior.safetensors`, `posterior.json`,
+    and those of a mixture's members. The folder's name and its other files do not matter.
 
     Args:
         folder: of `fit`, or an adapter's as PEFT saves it.
@@ -39,20 +42,24 @@ def posterior_digest(folder: str | PathLike[str]) -> str:
         Refusal: if it is neither.
     """
     place = artefact_folder(folder)
-    whole = hashlib.sha256()
+    digest = hashlib.sha256()
     for name in _FILES:
         path = place / name
         if path.is_file():
             with path.open("rb") as file:
-                whole.update(f"{name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+                of_file = hashlib.file_digest(file, "sha256").hexdigest()
+            digest.update(f"{name} {of_file}\n".encode())
     for name in _inner(place):
-        whole.update(f"{name}/ {posterior_digest(place / name)}\n".encode())
-    return whole.hexdigest()
+        digest.update(f"{name}/ {posterior_digest(place / name)}\n".encode())
+    return digest.hexdigest()
 
 
 def _inner(place: Path) -> list[str]:
-    """The folders of a mixture's members, and of what a temperature is around."""
+    """The folders of a mixture's members, and of the base of a tempered posterior."""
     if not (place / DETAILS).is_file():
         return []
     details = read_details(place)
-    return [*details.get("members", ()), *([details["base"]] if "base" in details else [])]
+    names = list(details.get("members", ()))
+    if "base" in details:
+        names.append(details["base"])
+    return names

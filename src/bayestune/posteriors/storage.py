@@ -43,7 +43,7 @@ Folder = str | PathLike[str]
 
 
 def base_name(folder: Folder) -> str | None:
-    """The name of the base model in an adapter's configuration."""
+    """The name of the base model in an adapter's configuration; None if there is none."""
     return _config(Path(folder).expanduser()).get("base_model_name_or_path")
 
 
@@ -65,11 +65,11 @@ def load_posterior(
     Args:
         base: the base model, without adapters; the posterior's `model` is the PEFT model around it.
             If the folder holds the embeddings of a resized vocabulary, it is resized.
-        folder: what `save_posterior` wrote, or the own `save_pretrained` of a model that `bayesify`
-            has converted: a Trainer's checkpoint or `save_model`; or such a folder on the Hub by
-            its id, "owner/name" or "owner/name@revision". `read_details` says what else was kept.
+        folder: what `save_posterior` wrote, or `save_pretrained` of a model that `bayesify` has
+            converted, as a Trainer's checkpoints and `save_model` do; or such a folder on the Hub
+            by its id, "owner/name" or "owner/name@revision". See also `read_details`.
         scorer: maps (model, batch) to class logits (N, C); the posterior's `logits` need it.
-        trainable: whether training shall go on.
+        trainable: whether the adapter's parameters require gradients, to train on.
         other_base: whether the base may have other weights than the one that was fitted on.
 
     Raises:
@@ -91,11 +91,11 @@ def load_posterior(
 
 def _refuse_other_classes(folder: Path, saved: list[str] | None, scorer: ClassLogits) -> None:
     """Refuses a scorer whose head has its classes in another order than the saved one."""
-    own = getattr(scorer, "class_names", None)
-    if saved and own and list(own) != saved:
+    names = getattr(scorer, "class_names", None)
+    if saved and names and list(names) != saved:
         raise PosteriorError(
-            f"{folder} is of a head with other classes: got {list(own)}, expected {saved} in this "
-            "order; give the rows' options in it"
+            f"{folder} is of a head with other classes: got {list(names)}, expected {saved} in "
+            "this order; give the rows' options in it"
         )
 
 
@@ -107,16 +107,25 @@ def load_members(
     trainable: bool = False,
     other_base: bool = False,
 ) -> list[Posterior]:
-    """Loads several posteriors, each under its own adapter, the first active: `load_posterior`."""
+    """Loads several posteriors on one base, each as an adapter of its own, of which one is active.
+
+    Args:
+        base: the base model, without adapters.
+        folders: of the posteriors; the first becomes the adapter "default", the active one.
+        scorer, trainable, other_base: as in `load_posterior`.
+
+    Raises:
+        PosteriorError: as `load_posterior`, or if they change the base's own weights differently.
+    """
     places = [folder_of(folder) for folder in folders]
-    of_folders = [_details(place) for place in places]
-    for place, details in zip(places, of_folders, strict=True):
+    all_details = [_details(place) for place in places]
+    for place, details in zip(places, all_details, strict=True):
         _prepare(base, place, details, other_base)
     if len(places) > 1:
-        _refuse_unlike_bases(places, of_folders)
+        _refuse_unlike_bases(places, all_details)
     model = base
     loaded: list[Posterior] = []
-    for i, (place, details) in enumerate(zip(places, of_folders, strict=True)):
+    for i, (place, details) in enumerate(zip(places, all_details, strict=True)):
         name = f"member{i}" if i else ADAPTER
         loaded.append(_load(model, place, details, scorer, name, trainable))
         model = loaded[0].model
@@ -131,7 +140,10 @@ def load_adapter(
     trainable: bool = False,
     other_base: bool = False,
 ) -> Point:
-    """Loads any LoRA adapter folder as a point, whoever trained it; see `load_posterior`.
+    """Loads any LoRA adapter folder as a point, whoever trained it.
+
+    Args:
+        base, folder, scorer, trainable, other_base: as in `load_posterior`.
 
     Raises:
         PosteriorError: if the folder holds no LoRA adapter, or it does not fit the model.
@@ -148,14 +160,14 @@ def load_adapter(
 
 
 def _details(folder: Path) -> dict[str, Any]:
-    """What `posterior.json` says; of a Trainer's checkpoint without one, what its adapter does."""
+    """What `posterior.json` says, or would say of an earlier version's checkpoint, without one."""
     if (folder / DETAILS).is_file() or not _roots(folder):
         return read_details(folder)
     return {"posterior": "gaussian", "facts": {}, "format": FORMAT}
 
 
 def _roots(folder: Path) -> dict[str, Tensor]:
-    """G in the adapter's own file, where earlier versions' checkpoints have it."""
+    """G by slot name and part, from the adapter's own file, where earlier versions put it."""
     if not any((folder / name).is_file() for name in WEIGHTS):
         return {}
     try:
@@ -167,7 +179,7 @@ def _roots(folder: Path) -> dict[str, Tensor]:
 
 
 def _prepare(base: nn.Module, folder: Path, details: Mapping[str, Any], other_base: bool) -> None:
-    """Refuses a base that is not the one that was fitted on; resizes its vocabulary if it was."""
+    """Refuses a base that is not the one fitted on, after resizing its vocabulary as then."""
     if any(isinstance(module, PeftModel | LoraLayer) for module in base.modules()):
         raise PosteriorError(
             f"{folder} cannot be loaded: got a base with an adapter on it, which would be replaced,"
@@ -178,20 +190,21 @@ def _prepare(base: nn.Module, folder: Path, details: Mapping[str, Any], other_ba
     if rows is not None and embedding is not None and len(embedding.weight) != rows:
         base.resize_token_embeddings(rows, mean_resizing=False)  # type: ignore[operator]
     samples = details.get("base_samples")
-    wrong = differs(samples, base) if samples else []
-    if wrong and not other_base:
+    differing = differs(samples, base) if samples else []
+    if differing and not other_base:
         raise PosteriorError(
-            f"{folder} is of another base model: got other values of {wrong[:3]}"
-            f"{' …' if len(wrong) > 3 else ''}, expected those of the base it was fitted on"
+            f"{folder} is of another base model: got other values of {differing[:3]}"
+            f"{' …' if len(differing) > 3 else ''}, expected those of the base it was fitted on"
             f"{_named(folder, details)}; load that one, or pass other_base=True to go on with this"
         )
-    before = (samples or {}).get("precision")
-    if before not in (None, present := precision_of(base)):
+    fitted_in = (samples or {}).get("precision")
+    present = precision_of(base)
+    if fitted_in not in (None, present):
         logger.warning(
             "%s was fitted over a base in %s and is used over one in %s: it answers a little "
             "differently than it was evaluated",
             folder,
-            before,
+            fitted_in,
             present,
         )
 
@@ -201,23 +214,24 @@ def _named(folder: Path, details: Mapping[str, Any]) -> str:
     return f", {name}" if name else ""
 
 
-def _refuse_unlike_bases(folders: Sequence[Path], of_folders: Sequence[Mapping[str, Any]]) -> None:
-    """Refuses members which change the base's own weights, each in its way."""
+def _refuse_unlike_bases(folders: Sequence[Path], all_details: Sequence[Mapping[str, Any]]) -> None:
+    """Refuses members that change the base's own weights differently."""
     first: dict[str, Tensor] | None = None
     if len({bool(_config(folder).get("trainable_token_indices")) for folder in folders}) > 1:
         raise PosteriorError(
             f"PEFT cannot load these members on one model: got {len(folders)} of which some have "
             "trainable_token_indices, expected all or none; fit all of them with the same option"
         )
-    for folder, details in zip(folders, of_folders, strict=True):
+    for folder, details in zip(folders, all_details, strict=True):
         names = details.get("kept_beside", [])
         weights = load_peft_weights(str(folder), device="cpu") if names else {}
-        own = {name: weights[name] for name in names}
-        first = own if first is None else first
-        if own.keys() != first.keys() or any(not torch.equal(own[n], first[n]) for n in own):
+        changed = {name: weights[name] for name in names}
+        first = changed if first is None else first
+        same_names = changed.keys() == first.keys()
+        if not (same_names and all(torch.equal(changed[n], first[n]) for n in changed)):
             raise PosteriorError(
-                f"members on unlike bases: got {folder}, which changes {sorted(own)[:3]} of the "
-                "base itself, expected members that change nothing but their adapters; use "
+                f"members on unlike bases: got {folder}, which changes {sorted(changed)[:3]} of "
+                "the base itself, expected members that change nothing but their adapters; use "
                 "modules_to_save for what is trained beside LoRA"
             )
 

@@ -18,7 +18,7 @@ class Tempered(Posterior):
     """Each draw's logits over T: p(y | x) = 1/S Σ_s softmax(f_s(x)/T).
 
     Args:
-        base: the posterior inside, whose model, scorer, adapter, mean and atoms it has.
+        base: the posterior whose logits are divided; it gives model, scorer, adapter and atoms.
         temperature: T > 0; above 1 the probabilities are less sure.
         report: what the fit took.
 
@@ -44,7 +44,7 @@ class Tempered(Posterior):
         self.atoms = self.base.atoms
 
     def on(self, scorer: ClassLogits) -> Self:
-        """The same around the base on another scorer."""
+        """The same posterior with another scorer."""
         return replace(self, base=self.base.on(scorer))
 
     def logits(self, inputs: Batch, draws: Draws) -> Tensor:
@@ -53,7 +53,7 @@ class Tempered(Posterior):
 
     @contextmanager
     def side_by_side(self, draws: Draws) -> Iterator[float]:
-        """The base's draws, with T."""
+        """The base's context; gives the base's temperature times T."""
         with self.base.side_by_side(draws) as temperature:
             yield temperature * self.temperature
 

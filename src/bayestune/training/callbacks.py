@@ -22,7 +22,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Terminated(KeyboardInterrupt):
-    """The process was asked to end by SIGTERM, as schedulers do; in training after a checkpoint."""
+    """SIGTERM ended the process, as schedulers do; in training after a checkpoint was written."""
 
 
 class NotFiniteError(FloatingPointError):
@@ -32,7 +32,7 @@ class NotFiniteError(FloatingPointError):
 class StopOnSignal(TrainerCallback):
     """The first ctrl-C or SIGTERM ends the step, writes a checkpoint and stops; the second at once.
 
-    A context, so that the signals are given back however training ends.
+    It is a context manager, so that the earlier handlers return however training ends.
     """
 
     def __init__(self) -> None:
@@ -40,14 +40,14 @@ class StopOnSignal(TrainerCallback):
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        """Takes the signals over."""
+        """Replaces the handlers of both signals."""
         for number in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(ValueError):  # not the main thread: its owner handles signals
                 self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Gives the signals back."""
+        """Restores the earlier handlers."""
         while self._before:
             number, handler = self._before.popitem()
             # None is a handler that was not set from Python
@@ -71,10 +71,10 @@ class StopOnSignal(TrainerCallback):
 
 
 class ReadableCheckpoints(TrainerCallback):
-    """Checkpoints that others may read if the umask says so: they are posteriors too."""
+    """Lets others read checkpoints as far as the umask allows, because they are posteriors too."""
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Sets the modes of what was written."""
+        """Sets the file modes of the checkpoint that was written."""
         folder = Path(args.output_dir or ".", f"checkpoint-{state.global_step}")
         if state.is_world_process_zero and folder.is_dir():
             follow_umask(folder)
@@ -135,6 +135,12 @@ class FiniteLoss(TrainerCallback):
 
 
 def add_to_log(state: TrainerState, logs: dict[str, float], values: Mapping[str, float]) -> None:
-    """Adds values to the log line that is being written, for callbacks' `on_log`."""
+    """Adds values to the log line that is being written, in a callback's `on_log`.
+
+    Args:
+        state: of the Trainer, whose history has the line already.
+        logs: the line, as `on_log` receives it.
+        values: by name.
+    """
     logs.update(values)
     state.log_history[-1].update(values)

@@ -8,19 +8,23 @@ from torch import nn
 
 from bayestune.adapters import base_of
 
-SHORT = 192  # tokens, about where both take as long (studies/choices.py)
+SHORT = 192  # tokens, about where both take equally long (studies/choices.py)
 
 
 def trains_faster_eagerly(model: nn.Module, longest: float, *, bf16: bool) -> bool:
     """Whether the model runs torch's fused attention on a CPU, in bfloat16, over short rows.
 
-    There the backward pass takes longer than that of products and softmax. `longest` counts tokens
-    of a row; `bf16` says whether autocast is on.
+    There its backward pass takes longer than that of the products and the softmax.
+
+    Args:
+        model: to be trained.
+        longest: tokens of the longest row.
+        bf16: whether autocast to bfloat16 is on.
     """
     weight = next(model.parameters())
-    narrow = bf16 or weight.dtype is torch.bfloat16
-    fused = base_of(model).config._attn_implementation == "sdpa"
-    return weight.device.type == "cpu" and narrow and longest <= SHORT and fused
+    in_bfloat16 = bf16 or weight.dtype is torch.bfloat16
+    is_fused = base_of(model).config._attn_implementation == "sdpa"
+    return weight.device.type == "cpu" and in_bfloat16 and longest <= SHORT and is_fused
 
 
 @contextmanager

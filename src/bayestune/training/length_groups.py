@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import Sampler
 
-POOL = 50  # batches among which rows of like length are looked for
+POOL = 50  # batches whose rows are sorted by length together
 
 
 def by_length(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[int]:
@@ -14,7 +14,7 @@ def by_length(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) ->
 
     The rows are dealt at random into pools of `POOL` batches, or of a quarter of the epoch if that
     is less; within a pool they are sorted and cut into batches. So the batches differ from epoch to
-    epoch, and no length comes first. A random rest, too small for a batch, comes last.
+    epoch, and no length comes first. The rows left over, fewer than a batch, come last.
 
     Args:
         lengths: tokens of each row, (N,).
@@ -32,20 +32,20 @@ def by_length(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) ->
     generator = torch.Generator().manual_seed((seed << 32) + epoch)
     order = torch.randperm(len(lengths), generator=generator).tolist()
     num_batches = len(order) // batch_size
-    whole = num_batches * batch_size
+    in_batches = num_batches * batch_size
     pool = batch_size * max(1, min(POOL, len(order) // (4 * batch_size)))
     rows: list[int] = []
-    for start in range(0, whole, pool):
-        rows += sorted(order[start : min(start + pool, whole)], key=lengths.__getitem__)
+    for start in range(0, in_batches, pool):
+        rows += sorted(order[start : min(start + pool, in_batches)], key=lengths.__getitem__)
     shuffled: list[int] = []
     for batch in torch.randperm(num_batches, generator=generator).tolist():
         shuffled += rows[batch * batch_size : (batch + 1) * batch_size]
-    return shuffled + order[whole:]
+    return shuffled + order[in_batches:]
 
 
 @dataclass(eq=False)
 class LengthGroups(Sampler[int]):
-    """The order of `by_length`; asks for the epoch as it begins, which may be a resumed one."""
+    """The order of `by_length`; `epoch` is called at its beginning, as a run may be resumed."""
 
     lengths: Sequence[int]
     batch_size: int

@@ -81,9 +81,12 @@ class LengthGroupedTrainer(ClassTrainer):
     def get_train_dataloader(self) -> DataLoader:  # noqa: D102
         rows: Any = self.train_dataset
         size = self.args.train_batch_size
-        together = size * self.args.world_size
-        lengths = [row["length"] for row in rows]
-        order = LengthGroups(lengths, together, self.args.seed, lambda: int(self.state.epoch or 0))
+        order = LengthGroups(
+            lengths=[row["length"] for row in rows],
+            batch_size=size * self.args.world_size,  # of all processes together
+            seed=self.args.seed,
+            epoch=lambda: int(self.state.epoch or 0),
+        )
         pin = self.args.dataloader_pin_memory
         loader = DataLoader(rows, size, sampler=order, collate_fn=self._collate, pin_memory=pin)
         return self.accelerator.prepare(loader)

@@ -134,7 +134,12 @@ def fit_adapter(
 
 
 def start_adapter(model: nn.Module, training: Training) -> nn.Module:
-    """The PEFT model with a fresh adapter, the same for the same seed."""
+    """The PEFT model with a fresh adapter, the same for the same seed.
+
+    Args:
+        model: a transformers model without adapters.
+        training: the adapter's settings and the seed, to which the process's generators are set.
+    """
     set_seed(training.seed)
     return attach(model, training.lora)
 
@@ -150,8 +155,17 @@ def train(
 ) -> FitReport:
     """Trains a PEFT model in place: `fit_adapter` for a model that has its adapter already.
 
-    `rows` take the place of the task's training rows; one with a "target", probabilities (C,), is
-    trained towards these instead of its answer.
+    Args:
+        model: the PEFT model.
+        scorer, training, callbacks, optimizer: as in `fit_adapter`.
+        rows: encoded rows instead of the task's training rows; one with a "target", probabilities
+            (C,), is trained towards these instead of its answer.
+
+    Returns:
+        What the training took.
+
+    Raises:
+        Refusal, NotFiniteError, Interrupted: as `fit_adapter`.
     """
     check_launched(callbacks, optimizer, bf16=training.bf16)
     meter = Meter()
@@ -192,13 +206,14 @@ def _eagerly(model: nn.Module, scorer: Scorer, rows: Sequence[Encoded], *, bf16:
     return trains_faster_eagerly(model, longest, bf16=bf16)
 
 
-# transformers has renamed it
-_KNOWN = {field.name for field in fields(TrainingArguments)}
-_CHECKPOINTING = ({"activation_checkpointing"} & _KNOWN or {"gradient_checkpointing"}).pop()
+# transformers has renamed gradient_checkpointing
+_CHECKPOINTING = "gradient_checkpointing"
+if "activation_checkpointing" in {field.name for field in fields(TrainingArguments)}:
+    _CHECKPOINTING = "activation_checkpointing"
 
 
 def _rows_of_a_process(training: Training) -> int:
-    """The rows of a forward pass in one process, so that the same command trains the same."""
+    """The rows of a forward pass in one process: a part of the batch, whatever their number."""
     rows, rest = divmod(training.batch_size, num_processes())
     if rest:
         raise Refusal(
@@ -209,7 +224,7 @@ def _rows_of_a_process(training: Training) -> int:
 
 
 def _on_one_device(arguments: TrainingArguments) -> TrainingArguments:
-    """A Trainer in one process would give each GPU it sees a batch (DataParallel): one is used."""
+    """Limits a Trainer in one process to one GPU: it would give each one a batch (DataParallel)."""
     if arguments.n_gpu > 1:
         logger.warning(
             "%d GPUs are there and one is used; start the command with accelerate launch to use "
@@ -256,19 +271,26 @@ def adamw(training: Training, names: Collection[str], learning_rate: float) -> M
     Args:
         training: gives the learning rate and the weight decay of all others.
         names: last parts of the names of parameters with `learning_rate` and no decay.
-        learning_rate: theirs.
+        learning_rate: of these parameters.
+
+    Returns:
+        A function that makes the optimiser of a PEFT model, for `fit_adapter`.
     """
 
     def make(model: nn.Module) -> torch.optim.Optimizer:
         matrices: dict[str, Any] = {"params": [], "weight_decay": training.weight_decay}
         vectors: dict[str, Any] = {"params": []}
-        own: dict[str, Any] = {"params": [], "lr": learning_rate}
+        named: dict[str, Any] = {"params": [], "lr": learning_rate}
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                rest = matrices if parameter.dim() > 1 else vectors
-                group = own if name.rpartition(".")[2] in names else rest
-                group["params"].append(parameter)
-        groups = [group for group in (matrices, vectors, own) if group["params"]]
+            if not parameter.requires_grad:
+                continue
+            if name.rpartition(".")[2] in names:
+                named["params"].append(parameter)
+            elif parameter.dim() > 1:
+                matrices["params"].append(parameter)
+            else:
+                vectors["params"].append(parameter)
+        groups = [group for group in (matrices, vectors, named) if group["params"]]
         return torch.optim.AdamW(groups, lr=training.learning_rate, eps=1e-6, weight_decay=0.0)
 
     return make
