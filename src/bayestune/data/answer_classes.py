@@ -1,4 +1,4 @@
-"""Classes read from the answers: options of rows that have none are the different answers."""
+"""Classes read from the answers: if no row has options, the different answers are the options."""
 
 import logging
 import re
@@ -20,25 +20,29 @@ _NUMBER = re.compile(r"-?\d+(\.\d+)?")
 def with_classes(
     rows: Mapping[int, Fields], name: str, answer_is: AnswerIs | None
 ) -> tuple[dict[int, Fields], tuple[str, ...]]:
-    """The rows with their answers as texts, and the different ones in order.
+    """The rows with their answers as texts, and the classes: the different answers in order.
 
     Args:
-        rows: of a file, none of which has options.
+        rows: of a file by number, none of which has options.
         name: of the file.
         answer_is: what the user says that answers are.
 
+    Returns:
+        The rows, and the classes; no classes if no row has an answer.
+
     Raises:
-        Refusal: if the answers are said to be no texts, are all alike, or no classes.
+        Refusal: if the user says that answers are indices or letters, if all are the same, one
+            class has several spellings, or there are too many different ones to be classes.
     """
     if answer_is not in (None, "text"):
         raise Refusal(
             f"{name}: got answers that are the {answer_is} of an option each, and no options; "
             "expected these; give options, or answer_is='text' for the answers as classes"
         )
-    named = {number: _as_class(row, name, number) for number, row in rows.items()}
-    counts = Counter(row.answer for row in named.values() if not is_missing(row.answer))
+    as_texts = {number: _with_text_answer(row, name, number) for number, row in rows.items()}
+    counts = Counter(row.answer for row in as_texts.values() if not is_missing(row.answer))
     if not counts:
-        return named, ()
+        return as_texts, ()
     if len(counts) < 2:
         raise Refusal(
             f"{name}: no row has options, and all have the same answer {next(iter(counts))!r}; "
@@ -46,19 +50,19 @@ def with_classes(
         )
     _refuse_spellings(counts, name)
     for word in sorted(MISSING_WORDS & counts.keys()):
-        said = "%s: %d rows have the answer %r, which is how a missing value is written: a class"
-        logger.warning(said, name, counts[word], word)
+        warning = "%s: %d rows have the answer %r, which is how a missing value is written: a class"
+        logger.warning(warning, name, counts[word], word)
     if len(counts) > max(_FEW, counts.total() // 2):
         raise Refusal(
             f"{name}: no row has options, and {counts.total()} rows have {len(counts)} different "
             "answers; expected classes, which several rows share; name another column for the "
             "answer, or give options"
         )
-    classes = tuple(sorted(counts, key=_place))
+    classes = tuple(sorted(counts, key=_sort_key))
     shown = [f"{text!r} ({counts[text]})" for text in classes[:_SHOWN]]
     more = f" and {len(classes) - _SHOWN} more" if len(classes) > _SHOWN else ""
     logger.info("%s: the options are its answers: %s%s", name, ", ".join(shown), more)
-    return named, classes
+    return as_texts, classes
 
 
 def _refuse_spellings(counts: Counter[str], name: str) -> None:
@@ -78,7 +82,8 @@ def _refuse_spellings(counts: Counter[str], name: str) -> None:
             )
 
 
-def _as_class(row: Fields, name: str, number: int) -> Fields:
+def _with_text_answer(row: Fields, name: str, number: int) -> Fields:
+    """The row with its answer, if it has one, as text."""
     if is_missing(row.answer):
         return row
     answer = row.answer
@@ -87,7 +92,7 @@ def _as_class(row: Fields, name: str, number: int) -> Fields:
     return replace(row, answer=as_option(answer, f"row {name}:{number + 1}"))
 
 
-def _place(text: str) -> tuple[bool, float, str]:
-    """Numbers by value and before texts, these by their letters."""
+def _sort_key(text: str) -> tuple[bool, float, str]:
+    """Sorts numbers by their value, then other texts by their letters."""
     is_number = bool(_NUMBER.fullmatch(text))
     return not is_number, float(text) if is_number else 0.0, text

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 AnswerIs = Literal["index", "letter", "text"]
 READINGS = ("index", "letter", "text")
 _WHOLE = re.compile(r"\d+(\.0*)?")
-_TURNED = re.compile(r"-?\d+\.0+")
+_WHOLE_FLOAT = re.compile(r"-?\d+\.0+")
 _NUMERIC = re.compile(r"[-+]?\d+(\.\d*)?")
 _LETTER = re.compile(r"[(\[]?([A-Za-z])[)\].:]*")
 _TRUTH = {True: ("true", "yes"), False: ("false", "no")}
@@ -26,9 +26,9 @@ _ENOUGH_ROWS = 12  # four options: 3 % of files have no answer 0 by chance
 
 @dataclass(frozen=True)
 class Answered:
-    """An answer as its file gives it, with what it is about."""
+    """An answer as its file gives it, beside the options that it is one of."""
 
-    place: str
+    place: str  # where the row stands, for messages
     answer: Any
     options: tuple[str, ...]
     labels: tuple[str, ...] = ()  # the options' own names, where the file gives some
@@ -44,10 +44,10 @@ def right_options(
     two readings fit, as of numbers that are classes' texts too, they must agree.
 
     Args:
-        rows: those that have an answer.
+        rows: those that have an answer; at least one.
         answer_is: the reading; None to find it.
-        usual: the reading of files like this one, which comes first; the only one for options that
-            are numbers themselves, which an index would be taken for.
+        usual: the reading of files like this one, used if it fits all rows. It is used in any case
+            if it is "text" and options are numbers, which could be taken for indices.
 
     Raises:
         Refusal: if no reading fits all rows, or two fit and differ.
@@ -56,16 +56,17 @@ def right_options(
         of_numbers = usual == "text" and any(map(_is_numeric, rows))
         if of_numbers or all(_read(usual, row) is not None for row in rows):
             answer_is = usual
-    names = _candidates(rows, answer_is)
-    found = {name: list(map(partial(_read, name), rows)) for name in names}
-    fitting = {name: indices for name, indices in found.items() if None not in indices}
+    readings = {}  # each row's index under a reading, None where it does not fit
+    for name in _candidates(rows, answer_is):
+        readings[name] = list(map(partial(_read, name), rows))
+    fitting = {name: indices for name, indices in readings.items() if None not in indices}
     if not fitting:
-        raise _refusal(rows, found)
+        raise _refusal(rows, readings)
     name, indices = next(iter(fitting.items()))
     if answer_is is None and name == "index":
         fitting |= _also_texts(rows)
-    for other, others in fitting.items():
-        _refuse_difference(rows, (name, indices), (other, others))
+    for other, other_indices in fitting.items():
+        _refuse_difference(rows, (name, indices), (other, other_indices))
     if name == "index" and answer_is is None:
         _check_count_from_0(rows, indices)
         _warn_of_truths(rows)
@@ -73,10 +74,10 @@ def right_options(
 
 
 def _also_texts(rows: Sequence[Answered]) -> dict[str, list[int | None]]:
-    """The options whose texts answers are that are read as indices; nothing if one is no text.
+    """The reading "text" of answers that were read as indices; empty if it does not fit all rows.
 
-    Nothing either of options that differ, as of sums: it takes classes, such as stars from 1 to 5,
-    for answers to be meant as texts.
+    It is empty too where options differ by row, as those of sums do: only the names of classes,
+    such as stars from 1 to 5, are written as numbers and meant as texts.
     """
     if len(rows) < 2 or len({row.options for row in rows}) > 1:
         return {}
@@ -85,12 +86,13 @@ def _also_texts(rows: Sequence[Answered]) -> dict[str, list[int | None]]:
 
 
 def is_readable(row: Answered) -> bool:
-    """Whether a row has no answer, or some reading reads it."""
+    """Whether a row has no answer, or its answer names an option under some reading."""
     names = ("label", *READINGS) if row.labels else READINGS
     return is_missing(row.answer) or any(_read(name, row) is not None for name in names)
 
 
 def _candidates(rows: Sequence[Answered], answer_is: AnswerIs | None) -> tuple[str, ...]:
+    """The readings to try, the first that fits being the one; refuses an unknown `answer_is`."""
     if answer_is is not None:
         if answer_is not in READINGS:
             raise Refusal(
@@ -105,6 +107,7 @@ def _candidates(rows: Sequence[Answered], answer_is: AnswerIs | None) -> tuple[s
 
 
 def _is_numeric(row: Answered) -> bool:
+    """Whether an option of the row is written as a number."""
     return any(_NUMERIC.fullmatch(option.strip()) for option in row.options)
 
 
@@ -133,7 +136,9 @@ def _read(name: str, row: Answered) -> int | None:
 
 
 def _of_text(answer: Any, options: tuple[str, ...]) -> int | None:
-    """The option of that text; case and a true for a yes do not matter where one option is meant.
+    """The option of that text; None if there is none.
+
+    Where one option alone can be meant, case does not matter, and true counts as yes, false as no.
 
     >>> _of_text("Yes", ("no", "yes")), _of_text("2.0", ("1", "2"))
     (1, 1)
@@ -143,26 +148,29 @@ def _of_text(answer: Any, options: tuple[str, ...]) -> int | None:
     texts = _TRUTH[answer] if isinstance(answer, bool) else (str(answer).strip(),)
     if texts[0] in options:
         return options.index(texts[0])
-    alike = [folded(option) for option in options]
+    folded_options = [folded(option) for option in options]
     if isinstance(answer, str) and folded(answer) in ("true", "false"):
         texts = _TRUTH[folded(answer) == "true"]
     for text in texts:
-        if alike.count(folded(text)) == 1:
-            return alike.index(folded(text))
+        if folded_options.count(folded(text)) == 1:
+            return folded_options.index(folded(text))
     return None
 
 
 def whole_number(answer: Any) -> Any:
-    """A whole number beside missing ones, such as 2.0, which tables turn to floats, as it was."""
+    """A whole number without its ".0"; any other answer as it is.
+
+    Tables turn a column of whole numbers into floats if a value is missing.
+    """
     if isinstance(answer, float) and answer.is_integer():
         return int(answer)
-    if isinstance(answer, str) and _TURNED.fullmatch(answer.strip()):
+    if isinstance(answer, str) and _WHOLE_FLOAT.fullmatch(answer.strip()):
         return answer.strip().partition(".")[0]
     return answer
 
 
 def folded(text: str) -> str:
-    """A text without outer spaces, case, and ways to write one letter."""
+    """A text without outer spaces, in one case and one Unicode form, for comparison."""
     return unicodedata.normalize("NFC", text.strip()).casefold()
 
 
@@ -171,20 +179,30 @@ def _refuse_difference(
     first: tuple[str, Sequence[int | None]],
     second: tuple[str, Sequence[int | None]],
 ) -> None:
-    name, indices = first
-    other, others = second
-    for row, index, differing in zip(rows, indices, others, strict=True):
-        if index is not None and differing is not None and index != differing:
-            options = f"{row.options[index]!r} as its {name}, {row.options[differing]!r}"
+    """Refuses rows of which some answer names one option under one reading and another under two.
+
+    Args:
+        rows: N rows.
+        first: a reading's name, and its N indices.
+        second: likewise.
+    """
+    first_name, first_indices = first
+    second_name, second_indices = second
+    for row, index, other in zip(rows, first_indices, second_indices, strict=True):
+        if index is not None and other is not None and index != other:
+            got = f"{row.options[index]!r} as its {first_name}"
+            got = f"{got}, {row.options[other]!r} as its {second_name}"
             raise Refusal(
-                f"row {row.place}: the answer {row.answer!r} can be read in two ways: got "
-                f"{options} as its {other}, expected one reading of the whole file; give "
-                f"answer_is, one of {READINGS}"
+                f"row {row.place}: the answer {row.answer!r} can be read in two ways: got {got}, "
+                f"expected one reading of the whole file; give answer_is, one of {READINGS}"
             )
 
 
 def _check_count_from_0(rows: Sequence[Answered], indices: Sequence[int | None]) -> None:
-    """Indices count from 0; refuses where option columns count from 1 and no answer tells."""
+    """Refuses or warns of indices that may count from 1: none is 0.
+
+    It refuses them if the options' columns count from 1.
+    """
     if 0 in indices:
         return
     row = rows[0]
@@ -199,36 +217,44 @@ def _check_count_from_0(rows: Sequence[Answered], indices: Sequence[int | None])
 
 
 def _warn_of_truths(rows: Sequence[Answered]) -> None:
-    """Says that 1 is a no, where the options are a yes and a no in this order."""
+    """Warns that index 1 is a no, if the options are a yes and a no in this order."""
     for row in rows:
         yes, no = map(folded, row.options[:2])
         if len(row.options) == 2 and yes in _TRUTH[True] and no in _TRUTH[False]:
             first, second = row.options
-            said = "row %s: answers are indices: 0 is %r and 1 is %r; if 1 means %r, put %r first"
-            logger.warning(said, row.place, first, second, first, second)
+            warning = (
+                "row %s: answers are indices: 0 is %r and 1 is %r; if 1 means %r, put %r first"
+            )
+            logger.warning(warning, row.place, first, second, first, second)
             return
 
 
-def _refusal(rows: Sequence[Answered], found: dict[str, list[int | None]]) -> Refusal:
+def _refusal(rows: Sequence[Answered], readings: dict[str, list[int | None]]) -> Refusal:
     """Why no reading fits: the first row that does not, under the reading that fits most rows."""
-    name = max(found, key=lambda name: len(rows) - found[name].count(None))
-    number = found[name].index(None)
-    row = rows[number]
+    name = max(readings, key=lambda name: len(rows) - readings[name].count(None))
+    indices = readings[name]
+    row = rows[indices.index(None)]
     options = list(row.options)
-    said = f"row {row.place}: the right answer {row.answer!r} is not among its options {options}"
-    return Refusal(f"{said}; {_hint(row, name, rows, found)}")
+    got = f"row {row.place}: the right answer {row.answer!r} is not among its options {options}"
+    names = dict.fromkeys([*READINGS, *readings])
+    others = [other for other in names if other != name and _read(other, row) is not None]
+    examples = (row for row, index in zip(rows, indices, strict=True) if index is not None)
+    return Refusal(f"{got}; {_hint(row, name, others, next(examples, None))}")
 
 
-def _hint(
-    row: Answered, name: str, rows: Sequence[Answered], found: dict[str, list[int | None]]
-) -> str:
-    kinds = {**dict.fromkeys(READINGS), **dict.fromkeys(found)}
-    others = [kind for kind in kinds if kind != name and _read(kind, row) is not None]
-    fits = next((i for i, index in enumerate(found[name]) if index is not None), None)
+def _hint(row: Answered, name: str, others: Sequence[str], fitting: Answered | None) -> str:
+    """What to do about a row that a reading does not fit.
+
+    Args:
+        row: the row.
+        name: of the reading.
+        others: the readings that fit the row.
+        fitting: a row that the reading fits, if there is one.
+    """
     if isinstance(row.answer, list | dict):
         return "expected one answer, not several; give one row for each, or one answer"
-    if others and fits is not None:
-        example = f"{rows[fits].answer!r} in row {rows[fits].place}"
+    if others and fitting is not None:
+        example = f"{fitting.answer!r} in row {fitting.place}"
         return (
             f"it is read as the {name}, as {example}, and would be one as the {others[0]}: "
             "expected one kind of answer in the whole file; write all in the same way"

@@ -39,6 +39,7 @@ def read_conversation(cell: Any, place: str) -> tuple[Turns, str, str | None]:
 
 
 def _listed(cell: Any, place: str) -> list[Any]:
+    """A cell's messages as a list; refuses any other cell."""
     if isinstance(cell, str):
         try:
             cell = json.loads(cell)
@@ -51,6 +52,7 @@ def _listed(cell: Any, place: str) -> list[Any]:
 
 
 def _turn(message: Any, place: str) -> tuple[str, str]:
+    """A message's role and text; refuses any other message."""
     role = message.get("role") if isinstance(message, dict) else None
     text = message.get("content") if isinstance(message, dict) else None
     if role not in _ROLES or not isinstance(text, str):

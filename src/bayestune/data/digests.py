@@ -11,7 +11,7 @@ def digest(*parts: Any, default: Callable[[Any], Any] = str) -> str:
 
     Args:
         *parts: what is hashed.
-        default: of anything else, what JSON can hold.
+        default: turns anything that JSON cannot hold into something that it can.
     """
     text = json.dumps(parts, sort_keys=True, default=default)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -1,4 +1,7 @@
-"""A row of a file whose right option is not known yet: its texts, and its answer as it is given."""
+"""A row whose right option is not known yet: its texts, and its answer as the file gives it.
+
+Which option an answer means is known when all rows of the file are read: see `answer_readings`.
+"""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -23,30 +26,41 @@ class Draft:
 
 
 def draft_of(row: GivenRow, field: Fields, options: Sequence[str], advice: str) -> Draft:
-    """A row's texts, and its answer with its options, its own before those of all rows."""
-    question = _text(row, field)
+    """A row's texts, its options, and its answer as it is given.
+
+    Args:
+        row: as the file gives it.
+        field: its cells by what they stand for.
+        options: of rows that have none of their own.
+        advice: what a refusal adds if there are no options at all.
+
+    Raises:
+        Refusal: if the row has no question or no options, or a text or an option is not one.
+    """
+    question = _question_text(row, field)
     labels: tuple[str, ...] = ()
-    own = tuple(options)
+    row_options = tuple(options)
     if field.options is not None:
         texts, labels = option_list(field.options, row.place)
-        own = checked_options(texts, f"row {row.place}")
-    elif not own:
+        row_options = checked_options(texts, f"row {row.place}")
+    elif not row_options:
         raise Refusal(
             f"row {row.place}: no options; give a column 'options' or the same options for all "
             f"rows{advice}"
         )
-    answered = Answered(row.place, field.answer, own, labels, field.counted)
+    answered = Answered(row.place, field.answer, row_options, labels, field.counted)
     context = as_text(field.context, "the context", row.place)
     return Draft(question, context, answered, field.messages)
 
 
 def possible_options(fields: Iterable[Fields]) -> str:
-    """Advice that offers the answers of a file as its options; "" where they can be none."""
+    """Advice that offers the answers of a file as its options; "" where they cannot be options."""
     words = sorted({str(f.answer).strip() for f in fields if isinstance(f.answer, str)})
     return f", such as {json.dumps(words, ensure_ascii=False)}" if 1 < len(words) <= 26 else ""
 
 
-def _text(row: GivenRow, field: Fields) -> str:
+def _question_text(row: GivenRow, field: Fields) -> str:
+    """The text of a row's question; refuses a row without one."""
     text = as_text(field.question, "the question", row.place)
     if not text and is_missing(field.question):
         got = sorted(map(str, row.cells))

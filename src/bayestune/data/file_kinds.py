@@ -6,7 +6,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
@@ -54,7 +54,7 @@ def given_rows(path: Path) -> list[GivenRow]:
     data = path.read_bytes()
     name = PurePath(path.name)
     if data.startswith(b"\x1f\x8b"):
-        data = _unpacked(data, path.name)
+        data = _unzipped(data, path.name)
         name = name.with_suffix("") if name.suffix.lower() == ".gz" else name
     kind = name.suffix.lower()
     if kind in _PARQUET or data.startswith(b"PAR1"):
@@ -76,7 +76,7 @@ def _kinds() -> str:
     return ", ".join((*_JSON, ".csv", ".tsv", ".parquet"))
 
 
-def _unpacked(data: bytes, name: str) -> bytes:
+def _unzipped(data: bytes, name: str) -> bytes:
     try:
         return gzip.decompress(data)
     except (EOFError, OSError, zlib.error) as error:
@@ -84,7 +84,8 @@ def _unpacked(data: bytes, name: str) -> bytes:
 
 
 def _decoded(data: bytes, name: str) -> str:
-    encoding = next((known for mark, known in _MARKS if data.startswith(mark)), "utf-8")
+    """A file's bytes as text, by its byte order mark, else as UTF-8."""
+    encoding = next((encoding for mark, encoding in _MARKS if data.startswith(mark)), "utf-8")
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
@@ -104,6 +105,7 @@ def _decoded(data: bytes, name: str) -> str:
 
 
 def _array(text: str, name: str) -> list[GivenRow]:
+    """The rows of a JSON array."""
     try:
         listed = json_value(text, name)
     except json.JSONDecodeError as error:
@@ -120,20 +122,23 @@ def _array(text: str, name: str) -> list[GivenRow]:
 
 
 def _lines(text: str, name: str) -> list[GivenRow]:
-    found = []
+    """The rows of JSON lines, empty ones left out."""
+    rows = []
     # at "\n" alone, because a text may hold any of Unicode's other line ends
     for line, written in enumerate(text.split("\n"), 1):
         if written.strip():
-            key = f"{name}:{len(found) + 1}"
-            place = key if line == len(found) + 1 else f"{key} (line {line})"
+            number = len(rows) + 1
+            key = f"{name}:{number}"
+            place = key if line == number else f"{key} (line {line})"
             try:
-                found.append(GivenRow(key, place, json_row(written, f"{name}, line {line}")))
+                rows.append(GivenRow(key, place, json_row(written, f"{name}, line {line}")))
             except Refusal as problem:
-                found.append(GivenRow(key, place, {}, problem))
-    return found
+                rows.append(GivenRow(key, place, {}, problem))
+    return rows
 
 
 def _delimited(text: str, name: str) -> list[GivenRow]:
+    """The rows of a CSV file; Python's limit on the length of a cell is lifted meanwhile."""
     if text[:4].lower() == "sep=":  # Excel's own first line
         text = text.partition("\n")[2]
     limit = csv.field_size_limit(_LONGEST_CELL)
@@ -147,6 +152,7 @@ def _delimited(text: str, name: str) -> list[GivenRow]:
 
 
 def _records(text: str, name: str) -> list[GivenRow]:
+    """The rows of a CSV file whose first line that is not empty is its header."""
     reader = _cells(text, _separator(text))
     _, header = next(reader, (0, []))
     while header and not header[-1].strip():  # a spreadsheet's empty columns
@@ -171,47 +177,47 @@ def _records(text: str, name: str) -> list[GivenRow]:
 
 def _cells(text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
     """The records that are not empty, each with the number of its first line."""
-    lines = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    before = 0
-    for cells in lines:
+    records = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    lines_before = 0
+    for cells in records:
         if any(cell.strip() for cell in cells):
-            yield before + 1, cells
-        before = lines.line_num
+            yield lines_before + 1, cells
+        lines_before = records.line_num
 
 
 def _separator(text: str) -> str:
-    """The separator under which the first line names most known columns, then most columns."""
+    """The separator under which the header has most known names; of several, most columns."""
 
-    def named(separator: str) -> tuple[int, int]:
+    def columns_under(separator: str) -> tuple[int, int]:
         try:
             _, header = next(_cells(text, separator), (0, []))
         except csv.Error:
             return (0, 0)
         return (sum(plain_name(cell) in known_names() for cell in header), len(header))
 
-    return max(SEPARATORS, key=named)
+    return max(SEPARATORS, key=columns_under)
 
 
 def _parquet(path: Path) -> list[GivenRow]:
+    """The rows of a parquet file, `ClassLabel` numbers as their names, −1 as missing."""
     from datasets import ClassLabel, Dataset
     from datasets.exceptions import DatasetGenerationError
 
     try:
         rows = Dataset.from_parquet(str(path), keep_in_memory=True)
     except (ValueError, OSError, DatasetGenerationError) as error:
-        said = " ".join(str(error).split())
-        raise Refusal(f"{path.name} is no whole parquet file ({said}); save it again") from None
-    names: Sequence[tuple[str, list[str]]] = [
-        (column, kind.names)
-        for column, kind in rows.features.items()
-        if isinstance(kind, ClassLabel)
-    ]
-    found = []
+        reason = " ".join(str(error).split())
+        raise Refusal(f"{path.name} is no whole parquet file ({reason}); save it again") from None
+    classes: dict[str, list[str]] = {}  # by column
+    for column, kind in rows.features.items():
+        if isinstance(kind, ClassLabel):
+            classes[column] = kind.names
+    given = []
     for number, row in enumerate(rows, 1):
         cells = dict(row)
-        for column, classes in names:
+        for column, names in classes.items():
             value = cells[column]
-            cells[column] = classes[value] if value is not None and value >= 0 else None
+            cells[column] = names[value] if value is not None and value >= 0 else None
         key = f"{path.name}:{number}"
-        found.append(GivenRow(key, key, cells))
-    return found
+        given.append(GivenRow(key, key, cells))
+    return given

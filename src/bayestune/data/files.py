@@ -43,7 +43,7 @@ def load_rows(
         options: of every row that has none of its own.
         labelled: whether every row must have an answer.
         answer_is: "index" (from 0), "letter" or "text"; None to find what all rows agree with.
-        otherwise: options of rows that have none, without `options`; nothing is said if none needs
+        otherwise: the same as `options`, used if these are not given; no warning if no row needs
             them.
         columns: the file's own names, such as {"question": "subject", "answer": "queue"}.
 
@@ -62,14 +62,24 @@ def load_rows(
 def read_rows(
     path: Path, reading: ReadOptions, *, labelled: bool | None = True
 ) -> tuple[Question, ...]:
-    """Reads a file as `load_rows` does; answers are not looked at if `labelled` is None."""
+    """Reads a file as `load_rows` does.
+
+    Args:
+        path: of the file.
+        reading: how it is read.
+        labelled: whether every row must have an answer; None to leave answers aside, so that all
+            questions have none.
+    """
     return read_rows_and_answers(path, reading, labelled=labelled)[0]
 
 
 def read_rows_and_answers(
     path: Path, reading: ReadOptions, *, labelled: bool | None = True
 ) -> tuple[tuple[Question, ...], AnswerIs | None]:
-    """The rows, and what their answers are: as told, or texts if the options are the answers."""
+    """The rows as `read_rows` reads them, and what `reading` says their answers are.
+
+    That is "text" if the options were made of the answers, and None if it was found by trying.
+    """
     file = _read(path, reading, bool(labelled))
     for problem in file.problems.values():
         raise problem
@@ -77,7 +87,7 @@ def read_rows_and_answers(
         answers: list[int | None] = [None] * len(file.drafts)
     else:
         answers = file.answers(labelled=labelled)
-    file.say_unused(reading.options)
+    file.warn_of_unused(reading.options)
     return file.questions(answers), file.answer_is
 
 
@@ -95,13 +105,17 @@ class SortedRows:
 
 
 def sort_rows(path: Path, reading: ReadOptions) -> SortedRows:
-    """Reads rows that need no answers as `load_rows` does, but a bad one spoils no other.
+    """Reads rows that need no answers as `load_rows` does, but keeps bad rows apart from the good.
+
+    Args:
+        path: of the file.
+        reading: how it is read.
 
     Raises:
         Refusal: if no row can be read, or the answers of those that can do not go together.
     """
     file = _read(path, reading, labelled=False)
-    file.say_unused(reading.options)
+    file.warn_of_unused(reading.options)
     try:
         answers = file.answers(labelled=False)
     except Refusal:
@@ -117,7 +131,17 @@ def sort_rows(path: Path, reading: ReadOptions) -> SortedRows:
 
 @dataclass(frozen=True)
 class _File:
-    """A file's rows whose right options are not known yet, each by its number from 0."""
+    """A file's rows, by their numbers from 0, before it is known which options are right.
+
+    Args:
+        name: of the file.
+        columns: what they stand for.
+        ids: of all rows.
+        drafts: the rows that can be read.
+        problems: why the others cannot.
+        answer_is: how answers are read, by the user's word or as classes; None to find it.
+        usual: the reading that is tried first.
+    """
 
     name: str
     columns: Columns
@@ -132,9 +156,9 @@ class _File:
         return _answers(self.drafts.values(), labelled, self.answer_is, self.usual)
 
     def take_out_bad_answers(self) -> None:
-        """Puts rows whose answers no reading reads among those that cannot be read.
+        """Moves rows whose answers fit no reading from the drafts to the problems.
 
-        If the others do not go together, so are those that cannot be read alone.
+        If no reading then fits all other rows, also those that cannot be read by themselves.
         """
         self._take_out([n for n, draft in self.drafts.items() if not is_readable(draft.answered)])
         try:
@@ -143,6 +167,7 @@ class _File:
             self._take_out(list(self.drafts))
 
     def _take_out(self, numbers: Iterable[int]) -> None:
+        """Moves those of these rows that cannot be read by themselves to the problems."""
         for number in numbers:
             try:
                 _answers([self.drafts[number]], False, self.answer_is, self.usual)
@@ -150,31 +175,32 @@ class _File:
                 self.problems[number] = problem
                 del self.drafts[number]
 
-    def say_unused(self, options: Sequence[str]) -> None:
-        """Says that options of all rows were given and no row has them."""
-        chosen = {frozenset(draft.answered.options) for draft in self.drafts.values()}
-        if options and frozenset(map(str.strip, options)) not in chosen and chosen:
+    def warn_of_unused(self, options: Sequence[str]) -> None:
+        """Warns if the options that the user gave for all rows are those of none."""
+        in_rows = {frozenset(draft.answered.options) for draft in self.drafts.values()}
+        if options and in_rows and frozenset(map(str.strip, options)) not in in_rows:
             logger.warning("%s: `options` are not used: every row has its own", self.name)
 
     def questions(self, answers: Sequence[int | None]) -> tuple[Question, ...]:
-        """The questions with their answers; says what is odd about ids and columns."""
+        """The questions with their answers; logs what is odd about ids and columns."""
         ids = _unique_ids(self.name, [self.ids[number] for number in self.drafts])
         self.columns.say()
         questions = []
         for key, draft, answer in zip(ids, self.drafts.values(), answers, strict=True):
-            texts = (draft.question, draft.answered.options)
-            questions.append(Question(key, *texts, answer, draft.context, draft.turns))
+            options = draft.answered.options
+            question = Question(key, draft.question, options, answer, draft.context, draft.turns)
+            questions.append(question)
         return tuple(questions)
 
 
 def _read(path: Path, reading: ReadOptions, labelled: bool) -> _File:
-    """The rows of a file, each read by itself."""
+    """The rows of a file, each read by itself; one that cannot be read is among the problems."""
     given = given_rows(path)
     if not given:
         raise Refusal(f"{path.name} is empty: expected at least one row; check the file")
     good = [row.cells for row in given if row.problem is None]
     columns = Columns(path.name, good, reading.names(path.name, good, labelled=labelled))
-    file = _File(path.name, columns, {}, {}, {})
+    file = _File(path.name, columns, ids={}, drafts={}, problems={})
     fields = {}
     for number, row in enumerate(given):
         file.ids[number] = str(row.cells.get("id") or row.key)
@@ -182,8 +208,8 @@ def _read(path: Path, reading: ReadOptions, labelled: bool) -> _File:
             if row.problem:
                 raise row.problem
             fields[number] = _with_conversation(columns.fields(row.cells, row.place), row.place)
-            own = as_text(fields[number].id, "the id", row.place).strip()
-            file.ids[number] = own or row.key
+            key = as_text(fields[number].id, "the id", row.place).strip()
+            file.ids[number] = key or row.key
         except Refusal as problem:
             file.problems[number] = problem
     options = reading.options or reading.otherwise
@@ -203,7 +229,11 @@ def _read(path: Path, reading: ReadOptions, labelled: bool) -> _File:
 
 
 def _with_conversation(field: Fields, place: str) -> Fields:
-    """The cells of a row whose question, earlier turns and perhaps answer its messages hold."""
+    """The cells of a row with its messages, if it has any, taken apart.
+
+    `messages` then holds the turns before the question, `question` the question, and `answer` that
+    of the assistant, if the messages have one.
+    """
     if is_missing(field.messages):
         return replace(field, messages=())
     if not is_missing(field.question):
@@ -226,35 +256,43 @@ def _answers(
     answer_is: AnswerIs | None,
     usual: AnswerIs | None,
 ) -> list[int | None]:
+    """The right option of each row, read by one rule for all of them; None without an answer.
+
+    Args:
+        drafts: the rows.
+        labelled: whether each must have an answer.
+        answer_is: the rule; None to find it.
+        usual: the rule that is tried first.
+    """
     rows = [draft.answered for draft in drafts]
-    known = [row for row in rows if not is_missing(row.answer)]
-    if labelled and len(known) < len(rows):
+    with_answers = [row for row in rows if not is_missing(row.answer)]
+    if labelled and len(with_answers) < len(rows):
         place = next(row.place for row in rows if is_missing(row.answer))
         raise Refusal(
             f"row {place}: no column 'answer': got an empty one or none, expected one; fill it or "
             "drop the row"
         )
-    right = iter(right_options(known, answer_is, usual) if known else ())
+    right = iter(right_options(with_answers, answer_is, usual) if with_answers else ())
     return [None if is_missing(row.answer) else next(right) for row in rows]
 
 
 def _unique_ids(name: str, ids: Sequence[str]) -> list[str]:
-    """The rows' ids; those of an id's later rows end in a number of their own."""
+    """The rows' ids, in which a shared one ends in "#2", "#3", … from its second row on."""
     counts = Counter(ids)
     shared = [key for key in ids if counts[key] > 1]
     if not shared:
         return list(ids)
-    taken = set(ids)
-    seen: Counter[str] = Counter()
+    in_use = set(ids)
+    number: Counter[str] = Counter()  # the last one given, by id
     unique = []
     for key in ids:
-        seen[key] += 1
-        own = key
-        if seen[key] > 1:
-            while (own := f"{key}#{seen[key]}") in taken:
-                seen[key] += 1
-        taken.add(own)
-        unique.append(own)
-    said = "%s: %d rows share their ids, such as %r: they are told apart as %r, %r, …"
-    logger.warning(said, name, len(shared), shared[0], shared[0], f"{shared[0]}#2")
+        number[key] += 1
+        unique_key = key
+        if number[key] > 1:
+            while (unique_key := f"{key}#{number[key]}") in in_use:
+                number[key] += 1
+        in_use.add(unique_key)
+        unique.append(unique_key)
+    warning = "%s: %d rows share their ids, such as %r: they are told apart as %r, %r, …"
+    logger.warning(warning, name, len(shared), shared[0], shared[0], f"{shared[0]}#2")
     return unique

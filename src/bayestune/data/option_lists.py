@@ -10,31 +10,46 @@ from bayestune.data.column_roles import as_option
 from bayestune.errors import Refusal
 
 
-def option_list(own: Any, place: str) -> tuple[list[Any], tuple[str, ...]]:
-    """A row's options, and their own labels if the cell names some."""
-    if isinstance(own, str):
-        own = _parsed_cell(own, place)
+def option_list(cell: Any, place: str) -> tuple[list[Any], tuple[str, ...]]:
+    """A row's options, and the labels that its cell has for them.
+
+    Args:
+        cell: a list of texts; {"text": [texts], "label": [labels]}; {label: text, …}; a list of
+            {"text": …, "label": …}; or a text with one of these in JSON or as Python prints it, or
+            with texts joined by "|".
+        place: where the row stands, for messages.
+
+    Returns:
+        The options, not checked, and their labels, none if the cell has none.
+
+    Raises:
+        Refusal: if the cell is none of these, or has labels for some options only.
+    """
+    if isinstance(cell, str):
+        cell = _parsed_cell(cell, place)
     labels: list[Any] = []
-    if isinstance(own, dict) and isinstance(own.get("text"), list):
-        labels = own.get("label") or []
-        own = own["text"]
-    elif isinstance(own, dict):
-        labels = list(own)
-        own = list(own.values())
-    elif isinstance(own, list) and own and all(isinstance(each, dict) for each in own):
-        labels = [each["label"] for each in own if "label" in each]
-        own = [each.get("text") for each in own]
-    if not isinstance(own, list):
-        raise Refusal(f"row {place}: got options {own!r}, expected a list of texts")
-    if labels and len(labels) != len(own):
+    options = cell
+    if isinstance(cell, dict) and isinstance(cell.get("text"), list):
+        labels = cell.get("label") or []
+        options = cell["text"]
+    elif isinstance(cell, dict):
+        labels = list(cell)
+        options = list(cell.values())
+    elif isinstance(cell, list) and cell and all(isinstance(each, dict) for each in cell):
+        labels = [each["label"] for each in cell if "label" in each]
+        options = [each.get("text") for each in cell]
+    if not isinstance(options, list):
+        raise Refusal(f"row {place}: got options {options!r}, expected a list of texts")
+    if labels and len(labels) != len(options):
         raise Refusal(
-            f"row {place}: got {len(labels)} labels of {len(own)} options, expected one for each"
+            f"row {place}: got {len(labels)} labels of {len(options)} options, expected one for "
+            "each"
         )
-    return own, tuple(str(label).strip() for label in labels)
+    return options, tuple(str(label).strip() for label in labels)
 
 
 def _parsed_cell(text: str, place: str) -> Any:
-    """A cell of text as a list: in JSON, as Python prints it, or joined by bars."""
+    """What a cell of text holds: JSON, what Python prints, or texts joined by "|"."""
     if text.lstrip()[:1] not in ("[", "{"):
         return text.split("|")
     try:
@@ -48,7 +63,11 @@ def _parsed_cell(text: str, place: str) -> Any:
 
 
 def checked_options(options: Collection[Any], place: str) -> tuple[str, ...]:
-    """Options as texts.
+    """Options as texts, without outer spaces.
+
+    Args:
+        options: as a file or the user gives them.
+        place: what they belong to, for messages.
 
     Raises:
         Refusal: if there are fewer than two, one is empty or no text, or two are the same.

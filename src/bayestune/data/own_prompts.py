@@ -18,13 +18,13 @@ _TWICE = "a brace that is to be printed is written twice, {{ or }}"
 
 @dataclass(frozen=True)
 class OwnPrompt:
-    """What the user says of the prompt; the rest stays as the task has it.
+    """The user's options about the prompt; what they leave open stays as the task has it.
 
     Args:
         file: a template with {question}, {choices} and perhaps {context}.
-        chat: whether the tokenizer's chat template puts it; None: where there is a system message
-            or a row brings messages.
-        system: the message before it.
+        chat: whether prompts go through the tokenizer's chat template; None for whether there is a
+            system message or a row with earlier messages.
+        system: the system message.
 
     Raises:
         Refusal: if there is a system message and no chat.
@@ -42,11 +42,11 @@ class OwnPrompt:
             )
 
     def of(self, prompt: Prompt, rows: Collection[Question], scoring: Scoring) -> Prompt:
-        """The prompt that rows are put with.
+        """A task's prompt with these options applied.
 
         Args:
-            prompt: of their task.
-            rows: that it is for, all of them.
+            prompt: of the task.
+            rows: all rows that are put with it.
             scoring: how they are scored.
 
         Raises:
@@ -73,6 +73,10 @@ class OwnPrompt:
 def read_template(path: Path, scoring: Scoring) -> str:
     """The template of a file, without white space at its end.
 
+    Args:
+        path: of the file.
+        scoring: how rows are scored, which says what a template needs.
+
     Raises:
         Refusal: if it is not text in UTF-8, or no template for this scoring.
         FileNotFoundError: if there is no such file.
@@ -89,7 +93,12 @@ def read_template(path: Path, scoring: Scoring) -> str:
 
 
 def checked_template(text: str, name: str, scoring: Scoring) -> str:
-    r"""A template whose fields are known; see `FIELDS`.
+    r"""The template, if it has the fields that it needs and no unknown ones; see `FIELDS`.
+
+    Args:
+        text: the template.
+        name: of its file, for messages.
+        scoring: letter scoring needs a place for the options.
 
     Raises:
         Refusal: if braces do not match, a field is unknown, or one that is needed is missing.
@@ -97,8 +106,8 @@ def checked_template(text: str, name: str, scoring: Scoring) -> str:
     >>> checked_template("Say {{yes}}.\n{question}\n{choices}\nAnswer:", "own.txt", "letter")[:9]
     'Say {{yes'
     """
-    found = _fields(text, name)
-    for field in found:
+    fields = _fields(text, name)
+    for field in fields:
         if field not in FIELDS:
             alike = nearest(field, FIELDS)
             hint = f"did you mean {{{alike}}}?" if alike else _TWICE
@@ -106,11 +115,11 @@ def checked_template(text: str, name: str, scoring: Scoring) -> str:
                 f"{name}: got the unknown field {{{field}}}, expected some of "
                 f"{', '.join(f'{{{known}}}' for known in FIELDS[:3])}; {hint}"
             )
-    if "question" not in found:
+    if "question" not in fields:
         raise Refusal(
             f"{name}: got no {{question}}, expected it where the row's text belongs; put it in"
         )
-    if scoring == "letter" and not {"choices", "texts_first"} & set(found):
+    if scoring == "letter" and not {"choices", "texts_first"} & set(fields):
         raise Refusal(
             f"{name}: got no {{choices}}, expected it under letter scoring, whose answers are the "
             'letters there; put it in, or give scoring="text"'
@@ -120,16 +129,16 @@ def checked_template(text: str, name: str, scoring: Scoring) -> str:
 
 def _fields(text: str, name: str) -> list[str]:
     """The fields of a template in order, each as it is written."""
-    found = []
+    fields = []
     try:
         for _, field, spec, conversion in Formatter().parse(text):
             if field is not None:
-                shown = f"{field}!{conversion}" if conversion else field
-                found.append(f"{shown}:{spec}" if spec else shown)
+                written = f"{field}!{conversion}" if conversion else field
+                fields.append(f"{written}:{spec}" if spec else written)
     except ValueError as error:
         got = f"got braces that do not match ({error}), expected such as {{question}}"
         raise Refusal(f"{name}: {got}; {_TWICE}") from None
-    return found
+    return fields
 
 
 def refuse_unshown(prompt: Prompt, rows: Collection[Question], scoring: Scoring) -> None:

@@ -18,8 +18,8 @@ class Prompt:
         chat: whether it is a user's message, put by the tokenizer's chat template, and not plain
             text.
         system: the message before it; one of the row's own takes its place.
-        spaced_by_end: whether the end of a chat's prompt alone says if a space is before the
-            answer, whatever the template writes, as in fits of 0.2.
+        spaced_by_end: whether the end of a chat's prompt alone decides if a space stands before
+            the answer, whatever the template has there, as in fits of 0.2.
     """
 
     letter: str
@@ -52,7 +52,11 @@ class Prompt:
         return [{"role": role, "content": text} for role, text in turns]
 
     def answers(self, row: Question, scoring: Scoring) -> tuple[str, ...]:
-        """What continues the prompt, one text for each option; refuses more options than labels."""
+        """The texts that may continue the prompt, one for each option.
+
+        Raises:
+            Refusal: if the row has more options than there are labels, but for text scoring.
+        """
         if scoring == "text":
             return row.options
         count = len(row.options)
@@ -68,7 +72,7 @@ _INSTRUCTION = "Return the label of the correct answer for the question below.\n
 
 
 def _with_choices(body: str, text: str | None = None) -> Prompt:
-    """Instruction, body and choices under letter scoring; the text, else the body, under text."""
+    """A prompt of instruction, body and choices; `text`, or else the body, is for text scoring."""
     return Prompt(
         letter=f"{_INSTRUCTION}{body}\nChoices:\n{{choices}}\nAnswer:",
         text=f"{text or body}\nAnswer:",

@@ -115,23 +115,30 @@ def load_task(name: str, data_root: Path | None = None) -> Task:
 
 
 def load_split(name: str, split: str, data_root: Path | None = None) -> tuple[Question, ...]:
-    """The rows of one split of a task of the table, also one that the table does not name.
+    """The rows of one split of a public task's data set, whether the table names it or not.
 
     Args:
         name: a key of `TASKS`.
         split: as the data set calls it.
-        data_root: as of `load_task`.
+        data_root: as in `load_task`.
+
+    Raises:
+        Refusal: if the name is not in the table, or a row cannot be read.
+        FileNotFoundError: if the directory lacks the file.
     """
     source = _source(name)
     return _questions(source, split, _root(source, data_root))
 
 
 def _root(source: Source, data_root: Path | None) -> Path | None:
-    return Path(__file__).parent if source.hub_id == "everyday" and data_root is None else data_root
+    """The directory of the rows: this package's own for "everyday"; None for the Hub."""
+    if source.hub_id == "everyday" and data_root is None:
+        return Path(__file__).parent
+    return data_root
 
 
 def prompt_of(name: str) -> Prompt:
-    """The prompt of a task of the table."""
+    """The prompt of a public task; refuses a name that is no key of `TASKS`."""
     return _source(name).prompt
 
 

@@ -73,19 +73,23 @@ class Question:
 
     @property
     def content(self) -> tuple[str, ...]:
-        """What makes two rows the same question, whatever their ids."""
+        """The row's texts: two rows with the same ones are the same question, whatever their ids.
+
+        The order of the options counts; to `fingerprint` it does not matter.
+        """
         earlier = [f"{role}: {text}" for role, text in self.turns]
         return (*earlier, self.context, self.question, *self.options)
 
     @property
     def fingerprint(self) -> str:
-        """A short hash of the text and the set of options, by which a later command knows a row."""
-        asked: tuple[object, ...] = (self.context, self.question, sorted(self.options))
-        text = json.dumps((*asked, self.turns) if self.turns else asked)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        """A short hash of the texts and the set of options, by which later commands know a row."""
+        texts: tuple[object, ...] = (self.context, self.question, sorted(self.options))
+        if self.turns:  # hashes of rows without turns stay as they were before there were any
+            texts = (*texts, self.turns)
+        return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:12]
 
     def with_options(self, options: tuple[str, ...]) -> "Question":
-        """The question with its options in another order.
+        """The question with its options in another order, and the answer's index with them.
 
         Raises:
             Refusal: if they are not the same options.

@@ -1,4 +1,4 @@
-"""How a file of rows is read: whose options, what its answers are, which column is what."""
+"""How a file of rows is read: its rows' options, what its answers are, which column is what."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,12 +15,12 @@ class ReadOptions:
 
     Args:
         options: of every row that has none of its own.
-        otherwise: the same, without `options`; nothing is said if no row needs them.
+        otherwise: the same, used if `options` are not given; no warning if no row needs them.
         answer_is: "index" (from 0), "letter" or "text"; None to find what all rows agree with.
-        columns: the file's columns of some roles, which must be there.
-        usual_columns: the same, of roles that `columns` leave out; those that a file does not have
-            are looked for under the known names.
-        from_answers: whether rows without any options have the different answers as theirs.
+        columns: the file's names of columns by role; these columns must be there.
+        usual_columns: the same, for roles that `columns` leave out; where the file has no such
+            column, the known names of the role are looked for.
+        from_answers: whether the different answers become the options if no row has any.
         usual_answer_is: what answers are in other files of the fit, which is tried first.
 
     Raises:
@@ -39,23 +39,28 @@ class ReadOptions:
         checked_columns(self.columns)
 
     def names(self, file: str, rows: Sequence[JsonRow], *, labelled: bool) -> dict[str, str]:
-        """The columns of roles in a file.
+        """The columns of a file by role, as far as `columns` and `usual_columns` say.
+
+        Args:
+            file: its name, for messages.
+            rows: of the file.
+            labelled: whether answers are needed; if not, their column may be missing.
 
         Raises:
-            Refusal: if it has none of that name; answers may be missing if they are not needed.
+            Refusal: if the file lacks one of `columns`.
         """
-        known = {plain_name(str(column)): str(column) for row in rows for column in row}
+        present = {plain_name(str(column)): str(column) for row in rows for column in row}
         for role, column in self.columns.items():
             is_needed = labelled or role != "answer"
-            if is_needed and rows and plain_name(column) not in known:
-                alike = nearest(plain_name(column), known)
-                hint = f"did you mean {known[alike]!r}?" if alike else "correct the name"
-                got = f"got the columns {sorted(known.values())}"
+            if is_needed and rows and plain_name(column) not in present:
+                alike = nearest(plain_name(column), present)
+                hint = f"did you mean {present[alike]!r}?" if alike else "correct the name"
+                got = f"got the columns {sorted(present.values())}"
                 raise Refusal(f"{file}: {got}, expected {column!r} for the {role}; {hint}")
-        found = dict(self.columns)
-        taken = set(map(plain_name, found.values()))
+        column_of = dict(self.columns)
+        used = set(map(plain_name, column_of.values()))
         for role, column in self.usual_columns.items():
             name = plain_name(column)
-            if role not in found and name in known and name not in taken:
-                found[role] = column
-        return found
+            if role not in column_of and name in present and name not in used:
+                column_of[role] = column
+        return column_of

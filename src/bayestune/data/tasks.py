@@ -17,7 +17,7 @@ Part = Literal["evaluation", "held_out"]
 
 @dataclass(frozen=True)
 class Task:
-    """Rows to train on, rows to evaluate on, and their prompts.
+    """Rows to train on, to choose on and to evaluate on, and their prompt.
 
     Args:
         name: of the task.
@@ -26,7 +26,7 @@ class Task:
         held_out: rows taken from train, for choosing anything.
         prompt: the templates.
         unlabelled: rows without answers, for a student to learn a posterior on.
-        answer_is: what the answers of the training file were, where that was told or found.
+        answer_is: what the answers of the training file were, as far as that is known.
     """
 
     name: str
@@ -46,22 +46,22 @@ class Task:
 
     @property
     def seen(self) -> tuple[Question, ...]:
-        """The evaluation rows that stand in train too, or are unlabelled, by their content."""
-        known = {row.fingerprint for row in (*self.train, *self.unlabelled)}
-        return tuple(row for row in self.evaluation if row.fingerprint in known)
+        """The evaluation rows whose content stands among training or unlabelled rows too."""
+        learnt = {row.fingerprint for row in (*self.train, *self.unlabelled)}
+        return tuple(row for row in self.evaluation if row.fingerprint in learnt)
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
         """The options that all rows have, in the order of the first one; None if they differ."""
         rows = (*self.train, *self.held_out, *self.evaluation)
-        alike = {frozenset(row.options) for row in rows}
-        return rows[0].options if len(alike) == 1 else None
+        sets = {frozenset(row.options) for row in rows}
+        return rows[0].options if len(sets) == 1 else None
 
     @property
     def shared_options(self) -> tuple[str, ...]:
         """The options that all training rows have in one order; none if they differ."""
-        alike = {row.options for row in self.train}
-        return alike.pop() if len(alike) == 1 else ()
+        orders = {row.options for row in self.train}
+        return orders.pop() if len(orders) == 1 else ()
 
     def in_class_order(self, classes: Sequence[str] | None = None) -> "Task":
         """The task with every row's options in one order, as a classification head has classes.
@@ -91,7 +91,7 @@ class Task:
     ) -> "Task":
         """The task with a seeded part of train held out, then at most so many rows of each part.
 
-        Held-out rows whose text also stands in train are dropped (public sets repeat some).
+        Held-out rows whose content also stands in train are dropped (public sets repeat some).
 
         Args:
             train: rows to keep of what is left of train; None keeps all.
@@ -118,42 +118,45 @@ class Task:
             raise Refusal(
                 f"holdout={holdout} of {len(rows)} training rows leaves a part empty; change it"
             )
-        left = rows[count:]
-        kept, spare = _spared(left, train, unlabelled)
-        contents = {row.content for row in left}
-        used = {row.fingerprint for row in kept}  # whatever their options' order
-        test = self.evaluation
-        if evaluation is not None and evaluation < len(test):
-            test = tuple(random.Random(seed).sample(test, evaluation))
+        not_held_out = rows[count:]
+        labelled, without_answers = _parted(not_held_out, train, unlabelled)
+        contents = {row.content for row in not_held_out}
+        fingerprints = {row.fingerprint for row in labelled}  # whatever their options' order
+        held_out = []
+        for row in rows[:count]:
+            if row.content not in contents and row.fingerprint not in fingerprints:
+                held_out.append(row)
+        evaluated = self.evaluation
+        if evaluation is not None and evaluation < len(evaluated):
+            evaluated = tuple(random.Random(seed).sample(evaluated, evaluation))
         return replace(
             self,
-            train=kept,
-            unlabelled=(*self.unlabelled, *spare),
-            held_out=tuple(
-                row
-                for row in rows[:count]
-                if row.content not in contents and row.fingerprint not in used
-            ),
-            evaluation=test,
+            train=labelled,
+            unlabelled=(*self.unlabelled, *without_answers),
+            held_out=tuple(held_out),
+            evaluation=evaluated,
         )
 
 
-def _spared(
+def _parted(
     rows: Sequence[Question], train: int | None, unlabelled: int
 ) -> tuple[tuple[Question, ...], tuple[Question, ...]]:
-    """The training rows, and the rows behind them that lose their answers."""
-    kept = len(rows) - unlabelled if train is None else min(train, len(rows))
-    if (kept < 1 and unlabelled) or kept + unlabelled > len(rows):
+    """The first `train` rows, and the next `unlabelled` ones without their answers.
+
+    If `train` is None, it is all but the last `unlabelled` ones.
+    """
+    num_labelled = len(rows) - unlabelled if train is None else min(train, len(rows))
+    if (num_labelled < 1 and unlabelled) or num_labelled + unlabelled > len(rows):
         raise Refusal(
-            f"too few rows to spare: got {len(rows)} of train, expected {max(kept, 1)} with "
-            f"answers and {unlabelled} more without; ask for fewer"
+            f"too few rows to spare: got {len(rows)} of train, expected {max(num_labelled, 1)} "
+            f"with answers and {unlabelled} more without; ask for fewer"
         )
-    spare = rows[kept : kept + unlabelled]
-    return tuple(rows[:kept]), tuple(replace(row, answer=None) for row in spare)
+    others = rows[num_labelled : num_labelled + unlabelled]
+    return tuple(rows[:num_labelled]), tuple(replace(row, answer=None) for row in others)
 
 
 def check_ids(rows: Sequence[Question]) -> None:
-    """Refuses rows to evaluate on that share an id."""
+    """Refuses rows of which two share an id."""
     counts = Counter(row.id for row in rows)
     for key, count in counts.most_common(1):
         if count > 1:
@@ -171,7 +174,11 @@ def own_task(name: str, train: Sequence[Question], evaluation: Sequence[Question
 
 
 def with_unlabelled(task: Task, rows: Sequence[Question]) -> Task:
-    """A task with further rows for a student to learn on, whose answers are dropped.
+    """The task with these rows, without their answers, in the place of its unlabelled ones.
+
+    Args:
+        task: the task.
+        rows: for a student to learn on.
 
     Raises:
         Refusal: if one has a context, or earlier messages, for which the task's prompt has no

@@ -9,20 +9,24 @@ from bayestune.decisions.bounds import Promise
 from bayestune.decisions.thresholds import Threshold, check_enough, checked, last_kept, threshold
 from bayestune.errors import INNER_PART, Refusal
 
-NOT_BANDS = ("ask", "abstain")  # what is said of rows in no band
+NOT_BANDS = ("ask", "abstain")  # decisions on rows in no band
 
 
 def check_bands(risks: Mapping[str, float]) -> None:
-    """Refuses bands whose risks do not rise, or whose name says that a row is in none."""
-    asked = list(risks.values())
-    if any(risk not in INNER_PART for risk in asked):
+    """Refuses bands whose risks do not rise, or whose name is empty or means no band.
+
+    Args:
+        risks: by the bands' names, in order.
+    """
+    in_order = list(risks.values())
+    if any(risk not in INNER_PART for risk in in_order):
         got = f"got bands {dict(risks)}; expected each risk {INNER_PART.said}"
         raise Refusal(f"{got}; 0.05 is one error in 20")
-    if not asked or sorted(set(asked)) != asked:
+    if not in_order or sorted(set(in_order)) != in_order:
         raise Refusal(f"got bands {dict(risks)}; expected rising risks; put the strictest first")
-    taken = [name for name in risks if name.strip() in ("", *NOT_BANDS)]
-    if taken:
-        got = f"a band named {taken[0]!r}"
+    reserved = [name for name in risks if name.strip() in ("", *NOT_BANDS)]
+    if reserved:
+        got = f"a band named {reserved[0]!r}"
         expected = "another name: rows beyond the last band are told to ask"
         raise Refusal(f"got {got}; expected {expected}; such as {{act: 0.05, flag: 0.2}}")
 
@@ -52,15 +56,17 @@ def class_thresholds(
     Raises:
         Refusal: if no class has enough rows.
     """
-    values, sums = checked(scores, losses, bounded=bounded)
-    each = promise.shared_by(len(starts))
+    scores, losses = checked(scores, losses, bounded=bounded)
+    of_class = promise.shared_by(len(starts))
     most = int(torch.bincount(choices, minlength=len(starts)).max())
-    check_enough(most, each, most / len(values))
-    found = {}
+    check_enough(most, of_class, most / len(scores))
+    thresholds = {}
     for index, start in enumerate(starts):
-        own = choices == index
-        found[index] = last_kept(values[own], sums[own], each, start, bounded=bounded)
-    return found
+        chosen = choices == index
+        thresholds[index] = last_kept(
+            scores[chosen], losses[chosen], of_class, start, bounded=bounded
+        )
+    return thresholds
 
 
 def band_thresholds(
@@ -75,26 +81,29 @@ def band_thresholds(
     """Thresholds of several bands, strictest first: {"act": 0.05, "flag": 0.2}.
 
     Among the rows in a band or a stricter one the mean loss is at most the band's risk; δ is
-    divided by the number of bands, so all hold at once. Rows beyond the last are asked about.
+    divided by the number of bands, so all hold at once. Rows beyond the last band are in none.
 
     Args:
         scores: (N,).
         losses: (N,), in [0, 1].
-        risks: by name.
-        confidence: that all hold.
+        risks: by the bands' names, strictest first.
+        confidence: that all hold at once.
         starts: as `start` in `threshold`, by name.
         bounded: as in `threshold`.
+
+    Returns:
+        The bands' thresholds by name, in the order of `risks`.
 
     Raises:
         Refusal: if the risks do not rise, a band is named "ask" or "abstain", or there are too few
             rows for the first.
     """
     check_bands(risks)
-    found = {}
+    thresholds = {}
     for name, promise in band_promises(risks, confidence).items():
         start = (starts or {}).get(name)
-        found[name] = threshold(scores, losses, promise, start, bounded=bounded)
-    return found
+        thresholds[name] = threshold(scores, losses, promise, start, bounded=bounded)
+    return thresholds
 
 
 def band_promises(risks: Mapping[str, float], confidence: float) -> dict[str, Promise]:

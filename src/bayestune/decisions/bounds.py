@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from bayestune.errors import Refusal
 
-_ROUNDING = 1e-12  # of a p-value that is exactly δ
+_ROUNDING = 1e-12  # by how much rounding may lift a p-value that is exactly δ
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Promise:
 
 
 def binomial_p_value(errors: int, rows: int, risk: float) -> float:
-    """P(Bin(n, α) ≤ k): how surprising so few errors are if the error rate is α or more.
+    """P(Bin(n, α) ≤ k), the probability of k errors or fewer if the error rate is α.
 
     Args:
         errors: k.
@@ -71,7 +71,7 @@ def binomial_p_value(errors: int, rows: int, risk: float) -> float:
 def bounded_loss_p_value(losses: float, rows: int, risk: float) -> float:
     """The Hoeffding–Bentkus p-value of n losses in [0, 1] with mean r̂.
 
-    min(exp(−n h(min(r̂, α), α)), e · P(Bin(n, α) ≤ ⌈n r̂⌉)), h the binary relative entropy.
+    min(1, exp(−n h(min(r̂, α), α)), e · P(Bin(n, α) ≤ ⌈n r̂⌉)), h the binary relative entropy.
 
     Args:
         losses: n r̂, their sum.
@@ -89,7 +89,14 @@ def bounded_loss_p_value(losses: float, rows: int, risk: float) -> float:
 
 
 def p_value(losses: float, rows: int, risk: float, *, bounded: bool) -> float:
-    """The p-value of a sum of losses among n rows: binomial if all losses are 0 or 1."""
+    """The p-value of a sum of losses among n rows: Hoeffding–Bentkus if `bounded`, else binomial.
+
+    Args:
+        losses: their sum.
+        rows: n.
+        risk: α.
+        bounded: whether losses may lie between 0 and 1; if not, each is 0 or 1.
+    """
     if bounded:
         return bounded_loss_p_value(losses, rows, risk)
     return binomial_p_value(round(losses), rows, risk)
@@ -113,8 +120,10 @@ def risk_bound(losses: float, rows: int, confidence: float, *, bounded: bool = F
     high = 1.0
     for _ in range(40):
         middle = (low + high) / 2
-        kept = p_value(losses, rows, middle, bounded=bounded) <= 1 - confidence
-        low, high = (low, middle) if kept else (middle, high)
+        if p_value(losses, rows, middle, bounded=bounded) <= 1 - confidence:
+            high = middle
+        else:
+            low = middle
     return high
 
 
@@ -133,20 +142,28 @@ def rows_needed(promise: Promise, errors: int = 0) -> int:
         high *= 2
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if _enough(promise, errors, middle) else (middle, high)
+        if _enough(promise, errors, middle):
+            high = middle
+        else:
+            low = middle
     return high
 
 
 def relative_entropy(mean: float, risk: float) -> float:
-    """h(r, α) = r log(r/α) + (1 − r) log((1 − r)/(1 − α)), of coins, for r in [0, 1)."""
-    rest = (1 - mean) * math.log((1 - mean) / (1 - risk))
-    return rest + (mean * math.log(mean / risk) if mean > 0 else 0.0)
+    """h(r, α) = r log(r/α) + (1 − r) log((1 − r)/(1 − α)), in nats, for r in [0, 1)."""
+    of_losses = mean * math.log(mean / risk) if mean > 0 else 0.0
+    of_the_rest = (1 - mean) * math.log((1 - mean) / (1 - risk))
+    return of_the_rest + of_losses
 
 
 def rows_for_rate(rate: float, promise: Promise) -> int | None:
     """How many rows acted on suffice if their error rate is `rate`; None if it is α or more.
 
     n = ⌈−log δ / h(r, α)⌉ by Hoeffding's bound, for errors and costs alike.
+
+    Args:
+        rate: r in [0, 1), errors or mean loss among the rows acted on.
+        promise: α and 1 − δ.
 
     >>> [rows_for_rate(rate, Promise(0.05, 0.9)) for rate in (0.0, 0.02, 0.05)]
     [45, 190, None]
@@ -157,9 +174,14 @@ def rows_for_rate(rate: float, promise: Promise) -> int | None:
 
 
 def _enough(promise: Promise, errors: int, rows: int) -> bool:
-    return p_value(errors, rows, promise.risk, bounded=False) <= promise.delta + _ROUNDING
+    return promise.kept_at(p_value(errors, rows, promise.risk, bounded=False))
 
 
 def smallest_risk(rows: int, confidence: float) -> float:
-    """The smallest risk that n rows can ever support: 1 − δ^(1/n), for no error among them all."""
+    """The smallest risk that n rows without a single error support, 1 − δ^(1/n).
+
+    Args:
+        rows: n.
+        confidence: 1 − δ.
+    """
     return 1 - (1 - confidence) ** (1 / rows)

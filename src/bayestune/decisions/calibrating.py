@@ -1,7 +1,7 @@
 """Calibrates once, on held-out rows: chooses on one part, makes its promises on the other.
 
 Choosing variant, temperature or score on the rows that a threshold is then set on breaks the
-promise: with eight useless scores it failed in 46 % of runs in place of 10.
+promise: with eight useless scores it failed in 46 % of runs, where at most 10 % may fail.
 """
 
 import math
@@ -49,7 +49,16 @@ _FEWEST_CHOOSING = 2  # rows: one to fit a temperature on, and another to judge 
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """Rows of one part: their scores by name, losses, choices, probabilities, labels, indices."""
+    """The n rows of one part, for choices or for promises.
+
+    Args:
+        scores: by name, (n,) each; infinite where the choice is the row's unsure option.
+        losses: of the choices, (n,).
+        spread: the draws' probabilities, at the temperature.
+        labels: (n,).
+        contents: n texts.
+        rows: indices of the rows among all held-out ones, (n,).
+    """
 
     scores: dict[str, Tensor]
     losses: Tensor
@@ -68,13 +77,13 @@ class _Part:
         options: CalibrationOptions,
     ) -> Self:
         """The part of the rows with these indices, at a temperature."""
-        own = logits[:, rows]
-        spread = Spread.of(own, temperature)
-        scores = score_rows(own, options.scores, temperature)
+        of_part = logits[:, rows]
+        spread = Spread.of(of_part, temperature)
+        scores = score_rows(of_part, options.scores, temperature)
         scores |= {name: values[rows].double() for name, values in held_out.extra.items()}
         if held_out.unsure is not None:
-            abstains = spread.choice == held_out.unsure[rows]
-            scores = {name: s.masked_fill(abstains, torch.inf) for name, s in scores.items()}
+            is_unsure = spread.choice == held_out.unsure[rows]
+            scores = {name: s.masked_fill(is_unsure, torch.inf) for name, s in scores.items()}
         labels = held_out.labels[rows]
         losses = losses_of(spread.choice, labels, options.costs)
         contents = [held_out.contents[int(index)] for index in rows.tolist()]
@@ -114,11 +123,11 @@ def calibrate(
     num_classes = next(iter(variants.values())).logits.shape[-1]
     first, second = parts(held_out, options, num_classes)
     labels = held_out.labels[first]
-    of_first = {
+    on_first = {
         name: Variant(variant.logits[:, first], variant.milliseconds)
         for name, variant in variants.items()
     }
-    trial, table = kept(compare(of_first, labels, options.folds))
+    trial, table = kept(compare(on_first, labels, options.folds))
     chosen = variants[trial.variant]
     logits = chosen.logits
     held_out = replace(held_out, extra={**held_out.extra, **chosen.extra})
@@ -127,7 +136,8 @@ def calibrate(
     promising = _Part.of(logits, temperature, held_out, second, options)
     areas = {name: _area(scores, choosing.losses) for name, scores in choosing.scores.items()}
     score = min(areas, key=areas.__getitem__)
-    bands, classes = _finer((choosing, promising), score, options, num_classes)
+    bands = _bands(choosing, promising, score, options)
+    classes = _classes(choosing, promising, score, options, num_classes)
     return Calibration(
         posterior=posterior,
         method=method,
@@ -141,7 +151,7 @@ def calibrate(
         num_thresholds=len(second),
         rows=held_out.digest(),
         bands=bands,
-        classes={str(index): found for index, found in classes.items()},
+        classes={str(index): of_class for index, of_class in classes.items()},
         costs=None if options.costs is None else options.costs.tolist(),
         table=table,
         versions=_versions(),
@@ -157,9 +167,12 @@ def parts(
     """Indices of the rows for the choices, and of those for the promises.
 
     Args:
-        held_out: the rows.
+        held_out: the rows, of which each content counts once.
         options: the promises.
         num_classes: C, the most options that a row has; None leaves promises of classes unchecked.
+
+    Returns:
+        Two tensors of indices, n₁ and n₂ of them, in the order of `HeldOut.order`.
 
     Raises:
         Refusal: if there are too few rows for what is asked, whatever the model, or costs are of
@@ -193,75 +206,82 @@ def _strictest(options: CalibrationOptions, num_classes: int | None) -> Promise:
 
 
 def _area(scores: Tensor, losses: Tensor) -> float:
-    """Mean over coverages of the mean loss among the rows acted on; a constant score ranks none."""
+    """Mean over coverages of the mean loss among the rows acted on; ∞ for a constant score."""
     finite = scores[scores.isfinite()]
     if len(finite) == 0 or finite.min() == finite.max():
         return torch.inf
-    place = torch.arange(1, len(scores) + 1, dtype=torch.float64)
+    num_acted = torch.arange(1, len(scores) + 1, dtype=torch.float64)
     ranked = losses[scores.argsort(stable=True)]
-    return (ranked.cumsum(0) / place).mean().item()
+    return (ranked.cumsum(0) / num_acted).mean().item()
 
 
 def _thresholds(
     choosing: _Part, promising: _Part, options: CalibrationOptions
 ) -> dict[str, Threshold]:
-    found = {}
+    """The threshold of each score, by its name."""
+    thresholds = {}
     promise = options.promise
     bounded = options.costs is not None
     for name, scores in promising.scores.items():
         start = likely_start(choosing.scores[name], choosing.losses, len(scores), promise)
-        found[name] = threshold(scores, promising.losses, promise, start, bounded=bounded)
-    return found
+        thresholds[name] = threshold(scores, promising.losses, promise, start, bounded=bounded)
+    return thresholds
 
 
-def _finer(
-    both: tuple[_Part, _Part], score: str, options: CalibrationOptions, num_classes: int
-) -> tuple[dict[str, Threshold], dict[int, Threshold]]:
-    """Thresholds of bands and of classes, on the chosen score, if asked for."""
-    choosing, part = both
-    scores = part.scores[score]
+def _bands(
+    choosing: _Part, promising: _Part, score: str, options: CalibrationOptions
+) -> dict[str, Threshold]:
+    """The bands' thresholds on the chosen score, by name; none unless asked for."""
+    if not options.bands:
+        return {}
+    scores = promising.scores[score]
+    confidence = options.promise.confidence
+    starts = {}
+    for name, promise in band_promises(options.bands, confidence).items():
+        starts[name] = likely_start(choosing.scores[score], choosing.losses, len(scores), promise)
     bounded = options.costs is not None
-    if options.bands:
-        confidence = options.promise.confidence
-        starts = {}
-        for name, promise in band_promises(options.bands, confidence).items():
-            known = (choosing.scores[score], choosing.losses)
-            starts[name] = likely_start(*known, len(scores), promise)
-        of_bands = (options.bands, confidence, starts)
-        return band_thresholds(scores, part.losses, *of_bands, bounded=bounded), {}
-    if options.per_class:
-        most = int(torch.bincount(part.spread.choice).max())
-        share = (1 - options.choosing_share) * most / len(scores)
-        check_enough(most, options.promise.shared_by(num_classes), share)
-        starts = _class_starts(both, score, options, num_classes)
-        classes = (part.spread.choice, options.promise, starts)
-        return {}, class_thresholds(scores, part.losses, *classes, bounded=bounded)
-    return {}, {}
+    return band_thresholds(
+        scores, promising.losses, options.bands, confidence, starts, bounded=bounded
+    )
 
 
-def _class_starts(
-    both: tuple[_Part, _Part], score: str, options: CalibrationOptions, num_classes: int
-) -> list[int]:
-    """Where each class's sequence begins, by the rows for choices that have that choice."""
-    choosing, promising = both
-    each = options.promise.shared_by(num_classes)
+def _classes(
+    choosing: _Part, promising: _Part, score: str, options: CalibrationOptions, num_classes: int
+) -> dict[int, Threshold]:
+    """The thresholds of each choice on the chosen score, by class; none unless asked for."""
+    if not options.per_class:
+        return {}
+    scores = promising.scores[score]
+    choices = promising.spread.choice
+    of_class = options.promise.shared_by(num_classes)
+    most = int(torch.bincount(choices).max())
+    check_enough(most, of_class, (1 - options.choosing_share) * most / len(scores))
     starts = []
     for index in range(num_classes):
-        own = choosing.spread.choice == index
-        count = int((promising.spread.choice == index).sum())
-        known = (choosing.scores[score][own], choosing.losses[own])
-        starts.append(likely_start(*known, count, each))
-    return starts
+        chosen = choosing.spread.choice == index
+        starts.append(
+            likely_start(
+                choosing.scores[score][chosen],
+                choosing.losses[chosen],
+                int((choices == index).sum()),
+                of_class,
+            )
+        )
+    bounded = options.costs is not None
+    return class_thresholds(
+        scores, promising.losses, choices, options.promise, starts, bounded=bounded
+    )
 
 
 def _baselines(part: _Part, logits: Tensor) -> dict[str, float]:
-    """What costs nothing, on the rows that promises are made on; `always_act` is a mean loss."""
-    options = (logits > -torch.inf).sum(-1)
-    free = free_baselines(part.labels, options[part.rows])
+    """`Calibration.baselines` on a part; `logits` (N, C), of one draw, show each row's options."""
+    num_options = (logits > -torch.inf).sum(-1)
+    free = free_baselines(part.labels, num_options[part.rows])
     return free | {"always_act": part.losses.mean().item()}
 
 
 def _sets(part: _Part, coverage: float) -> dict[str, SetRule]:
+    """The fitted rule of each kind of set."""
     ties = row_uniforms(part.contents)
     p = part.spread.mean
     return {kind: fit_sets(p, part.labels, kind, coverage, ties) for kind in get_args(SetKind)}

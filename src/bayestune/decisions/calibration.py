@@ -1,4 +1,4 @@
-"""What a calibration is: everything chosen on held-out rows, kept as `calibration.json`."""
+"""A calibration: everything that was chosen on held-out rows, kept as `calibration.json`."""
 
 import json
 from collections.abc import Mapping
@@ -19,15 +19,18 @@ _FORMAT = 1
 
 
 def as_kept(scores: Mapping[str, Tensor]) -> dict[str, list[float]]:
-    """Scores in the digits in which those of held-out rows are kept.
+    """Scores by name, rounded to the digits in which a calibration keeps those of held-out rows.
 
-    New rows' are rounded alike before they are compared: scores of sure rows are smaller than a
-    digit, and 0 beside 1e-9 would look like another distribution.
+    New rows' scores are rounded in the same way before they are compared: some of sure rows are
+    below the last digit, and 1e-9 beside 0 would look like another distribution.
+
+    Args:
+        scores: by name, (N,) each.
     """
-    found = {}
+    rounded = {}
     for name, values in scores.items():
-        found[name] = [round(value, _DIGITS) for value in values.tolist()]
-    return found
+        rounded[name] = [round(value, _DIGITS) for value in values.tolist()]
+    return rounded
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ class Calibration:
 
     def applied(self) -> dict[str, Any]:
         """What a prediction says was applied to it; with bands the risk is the strictest one's."""
-        bands = {name: found.risk for name, found in self.bands.items()}
+        bands = {name: band.risk for name, band in self.bands.items()}
         return {
             "variant": self.variant,
             "temperature": self.temperature,
@@ -130,9 +133,9 @@ class Calibration:
         """
         try:
             facts = json.loads(text)
-            found = facts.pop("format")
-            if found != _FORMAT:  # first: a later one may have other fields
-                got = f"a calibration of format {found}"
+            written = facts.pop("format")
+            if written != _FORMAT:  # first, because a later format may have other fields
+                got = f"a calibration of format {written}"
                 raise Refusal(f"got {got}; expected {_FORMAT}; update bayestune")
             for name in ("thresholds", "bands", "classes"):
                 facts[name] = {key: Threshold(**value) for key, value in facts[name].items()}
@@ -147,7 +150,7 @@ class Calibration:
         return calibration
 
     def _check_names(self) -> None:
-        """Raises ValueError if what decides is not among what was fitted."""
+        """Raises ValueError if score or sets name nothing that was fitted, or T is not positive."""
         if self.score not in self.thresholds or self.set_kind not in self.sets:
             raise ValueError(
                 f"the score {self.score!r} or sets {self.set_kind!r} without their own"

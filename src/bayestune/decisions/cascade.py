@@ -1,4 +1,4 @@
-"""A cascade: a cheap pass answers first, and the rows about whose decision it is in doubt go on."""
+"""A cascade: a cheap pass answers first, and the rows that it is in doubt about go on to draws."""
 
 import torch
 from torch import Tensor
@@ -21,8 +21,11 @@ def doubtful_band(
         risk: largest error rate of the rows acted on.
         share: of the rows, that go on.
 
+    Returns:
+        The band's lower and upper end.
+
     Raises:
-        Refusal: if the share is none.
+        Refusal: if the share is not between 0 and 1.
 
     >>> scores = torch.tensor([0.0, 0.1, 0.2, 0.3, 0.4])
     >>> wrong = torch.tensor([False, False, False, True, True])
@@ -35,9 +38,9 @@ def doubtful_band(
     ordered, order = scores.double().sort(stable=True)
     count = torch.arange(1, len(ordered) + 1)
     holds = (wrong[order].cumsum(0) / count <= risk).nonzero()[:, 0]
-    cut = int(holds[-1]) + 1 if len(holds) else 0  # rows acted on
-    size = max(1, round(share * len(ordered)))
-    start = min(max(0, cut - (size + 1) // 2), len(ordered) - size)
+    acted = int(holds[-1]) + 1 if len(holds) else 0  # rows below the threshold
+    size = max(1, round(share * len(ordered)))  # rows in the band
+    start = min(max(0, acted - (size + 1) // 2), len(ordered) - size)
     edges = torch.cat([ordered[:1] - 1, ordered, ordered[-1:] + 1])
     middles = (edges[1:] + edges[:-1]) / 2
     return middles[start].item(), middles[start + size].item()

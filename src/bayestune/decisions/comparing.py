@@ -20,7 +20,7 @@ from bayestune.errors import Refusal
 from bayestune.metrics import accuracy, aurc, brier
 
 _log = logging.getLogger(__name__)
-_Z = 1.645  # one-sided 5 %
+_Z = 1.645  # standard errors that a normal variable exceeds with probability 5 %
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +46,7 @@ class HeldOut:
 
     Args:
         labels: y (N,), indices into each row's options.
-        contents: what makes two rows the same, a text each; it also decides which part a row is in.
+        contents: each row's content as one text, which decides the part that the row is in.
         unsure: index of the option that means "I do not know", (N,); −1 in rows without one.
         extra: further scores by name, (N,) each, whatever the variant: the prompt's length.
         seen: contents of the rows that training saw.
@@ -72,53 +72,56 @@ class HeldOut:
         if any(len(column) != count for column in columns):
             got = f"columns of {[len(column) for column in columns]} rows for {count} labels"
             raise Refusal(f"got {got}; expected as many of each; give one a row")
-        both = [content for content in self.contents if content in self.seen]
-        if both:
+        seen = [content for content in self.contents if content in self.seen]
+        if seen:
             raise Refusal(
-                f"got {len(both)} of {count} rows that training saw, such as {both[0][:60]!r}; "
+                f"got {len(seen)} of {count} rows that training saw, such as {seen[0][:60]!r}; "
                 "expected others: a model is surer of what it was fitted on; hold rows out first"
             )
 
     def order(self) -> Tensor:
-        """Indices of the rows in the order of their contents' digests, of the same rows one.
+        """Indices of the rows in the order of their contents' digests, one of rows that repeat.
 
-        The order is as good as random, and the same whatever order the rows came in. So is which
-        one of rows counts that contradict each other: the first in a file that is sorted by label
-        would always be of one class.
+        The order is as good as random, and does not depend on the order of the file. Nor does it
+        which of several contradicting rows counts: were it the first, then in a file that is sorted
+        by label it would always be of one class.
         """
-        found = self.distinct()
-        repeated = len(self.contents) - len(found)
+        indices = self.distinct()
+        repeated = len(self.contents) - len(indices)
         if repeated:
             _log.warning("%d rows repeat the content of others: each content counts once", repeated)
             self._warn_of_contradictions()
-        return torch.tensor(found)
+        return torch.tensor(indices)
 
     def distinct(self) -> list[int]:
-        """The same indices; of repeated rows nothing is said."""
-        first: dict[str, tuple[str, str, int]] = {}
-        both = zip(self.contents, self._known_by, self._said, strict=True)
-        for index, (content, known_by, said) in enumerate(both):
-            place = (_digest(f"part\0{content}"), _digest(f"label\0{content}\0{said}"), index)
-            first[known_by] = min(place, first.get(known_by, place))
+        """The indices that `order` gives, without warnings of repeated rows."""
+        first: dict[str, tuple[str, str, int]] = {}  # by key, what the row with it is sorted by
+        rows = zip(self.contents, self._keys, self._answers, strict=True)
+        for index, (content, key, answer) in enumerate(rows):
+            rank = (_digest(f"part\0{content}"), _digest(f"label\0{content}\0{answer}"), index)
+            first[key] = min(rank, first.get(key, rank))
         return [index for *_, index in sorted(first.values())]
 
     @property
-    def _known_by(self) -> Sequence[str]:
+    def _keys(self) -> Sequence[str]:
+        """A key for each row, equal for rows that count once."""
         return self.contents if self.same is None else self.same
 
     @property
-    def _said(self) -> Sequence[str]:
+    def _answers(self) -> Sequence[str]:
+        """What each row's label says, as text."""
         return list(map(str, self.labels.tolist())) if self.answers is None else self.answers
 
     def _warn_of_contradictions(self) -> None:
-        said: dict[str, str] = {}
-        others = []
-        for content, known_by, own in zip(self.contents, self._known_by, self._said, strict=True):
-            if said.setdefault(known_by, own) != own:
-                others.append(content)
-        if others:
+        """Warns of rows that have the key of an earlier row and another answer."""
+        first_answers: dict[str, str] = {}  # by key
+        contradicting = []
+        for content, key, answer in zip(self.contents, self._keys, self._answers, strict=True):
+            if first_answers.setdefault(key, answer) != answer:
+                contradicting.append(content)
+        if contradicting:
             warning = "%d rows repeat a content with another label, such as %r: one of them counts"
-            _log.warning(warning, len(others), others[0][:60])
+            _log.warning(warning, len(contradicting), contradicting[0][:60])
 
     def digest(self) -> str:
         """SHA-256 of contents and labels, whatever their order."""
@@ -157,7 +160,7 @@ class Trial:
 
 
 def check_variants(variants: Mapping[str, Variant], held_out: HeldOut) -> None:
-    """Refuses no variants, and variants of other rows than the held-out ones."""
+    """Refuses an empty mapping, and variants whose logits are not of the held-out rows."""
     if not variants:
         raise Refusal("got no variants; expected one or more; give the mean's logits at least")
     sizes = {tuple(variant.logits.shape[1:]) for variant in variants.values()}
@@ -194,15 +197,15 @@ def compare(variants: Mapping[str, Variant], labels: Tensor, folds: int = 5) -> 
 
 
 def _cross_fitted(logits: Tensor, labels: Tensor, folds: int) -> Tensor:
-    """log p̄ (N, C), each row at the temperature that the rows of the other folds ask for."""
+    """log p̄ (N, C), each row at the best temperature for the rows of the other folds."""
     losses = nll_by_temperature(logits, labels)
-    fold = torch.arange(len(labels)) % folds
-    found = torch.empty(logits.shape[1:], dtype=torch.float64)
-    for index in range(folds):
-        own = fold == index
-        best = losses[:, ~own].sum(1).argmin()
-        found[own] = log_predictive(logits[:, own], LOG_GRID[best].exp().item())
-    return found
+    fold_of = torch.arange(len(labels)) % folds
+    log_p = torch.empty(logits.shape[1:], dtype=torch.float64)
+    for fold in range(folds):
+        in_fold = fold_of == fold
+        best = losses[:, ~in_fold].sum(1).argmin()
+        log_p[in_fold] = log_predictive(logits[:, in_fold], LOG_GRID[best].exp().item())
+    return log_p
 
 
 def kept(trials: Sequence[Trial]) -> tuple[Trial, list[dict[str, Any]]]:
@@ -211,6 +214,9 @@ def kept(trials: Sequence[Trial]) -> tuple[Trial, list[dict[str, Any]]]:
     Worse: the mean difference of −log p̄(y) over the same rows exceeds 1.645 standard errors
     (one-sided, 5 %, not corrected for the number of trials). Of equally cheap ones it is the one of
     the lowest NLL.
+
+    Args:
+        trials: one or more, all on the same rows.
 
     Returns:
         The trial, and one row a trial: variant, temperature (whether there is one), milliseconds,

@@ -7,15 +7,15 @@ from bayestune.errors import Refusal
 
 
 def check_costs(costs: Tensor, classes: int | None = None) -> None:
-    """Refuses what are no costs of errors, or those of another number of classes.
+    """Refuses costs that are not square, finite, non-negative and somewhere positive.
 
     Args:
         costs: (C, C).
         classes: C; None where it is not known yet.
     """
-    square = costs.ndim == 2 and costs.shape[0] == costs.shape[1]
-    right = square and (classes is None or len(costs) == classes)
-    if right and costs.isfinite().all() and (costs >= 0).all() and costs.max() > 0:
+    is_square = costs.ndim == 2 and costs.shape[0] == costs.shape[1]
+    fits = is_square and (classes is None or len(costs) == classes)
+    if fits and costs.isfinite().all() and (costs >= 0).all() and costs.max() > 0:
         return
     of = "" if classes is None else f" for {classes} classes"
     expected = "(C, C), finite, none below 0 and not all 0: rows are the right answers"

@@ -15,7 +15,7 @@ from bayestune.errors import Refusal
 
 @dataclass(frozen=True, eq=False)
 class Decision:
-    """What is said of N rows, and on which ground; entropies in nats.
+    """The decisions on N rows, and what they are based on; entropies in nats.
 
     Args:
         probabilities: p̄ (N, C), at the calibration's temperature.
@@ -66,24 +66,24 @@ class Decision:
             "expected_entropy": self.expected_entropy.tolist(),
             "mutual_information": self.mutual_information.tolist(),
         }
-        found = []
-        for index, own in enumerate(self.options):
-            row: dict[str, Any] = {"probabilities": self.probabilities[index][own].tolist()}
+        rows = []
+        for index, exists in enumerate(self.options):
+            row: dict[str, Any] = {"probabilities": self.probabilities[index][exists].tolist()}
             row |= {name: values[index] for name, values in columns.items()}
             row["calibration"] = self.calibration
             if self.decisions is not None:
                 row["decision"] = self.decisions[index]
                 row["score"] = {
                     "name": self.score,
-                    "value": _number(self.values[index]),
-                    "threshold": _number(self.thresholds[index]),
+                    "value": _none_if_not_finite(self.values[index]),
+                    "threshold": _none_if_not_finite(self.thresholds[index]),
                 }
                 row["set"] = self.sets[index].nonzero()[:, 0].tolist()
-            found.append(row)
-        return found
+            rows.append(row)
+        return rows
 
 
-def _number(value: Tensor) -> float | None:
+def _none_if_not_finite(value: Tensor) -> float | None:
     return value.item() if value.isfinite() else None
 
 
@@ -107,7 +107,8 @@ def decide(
             for these; unless given, option c is class c.
 
     Raises:
-        Refusal: if the logits are none, or contents or the score are needed and missing.
+        Refusal: if `logits` are not logits of draws, or contents or the score are needed and
+            missing.
 
     >>> found = decide(None, torch.tensor([[[2.0, 0.0]]]))
     >>> found.calibration, found.decisions, round(found.confidence.item(), 3)
@@ -155,6 +156,7 @@ def _undecided(spread: Spread, options: Tensor) -> Decision:
 
 
 def _values(calibration: Calibration, logits: Tensor, extra: Mapping[str, Tensor]) -> Tensor:
+    """The calibration's score of each row, (N,)."""
     name = calibration.score
     if name in extra:
         return extra[name].double()
@@ -167,39 +169,47 @@ def _values(calibration: Calibration, logits: Tensor, extra: Mapping[str, Tensor
 def _decisions(
     calibration: Calibration, values: Tensor, choices: Tensor
 ) -> tuple[list[str], Tensor]:
-    """Each row's decision and the threshold λ̂ behind it, that of the widest band for "ask"."""
+    """Each row's decision and the threshold λ̂ behind it, that of the widest band for "ask".
+
+    Args:
+        calibration: with its thresholds.
+        values: of its score, (N,).
+        choices: the class that each row's choice is, (N,); −1 for none.
+    """
     if calibration.bands:
         return _banded(calibration, values)
-    cut = torch.full_like(values, _cut(calibration.threshold.value))
+    thresholds = torch.full_like(values, _nan_if_none(calibration.threshold.value))
     if calibration.classes:
-        by_class = [_cut(found.value) for found in calibration.classes.values()]
-        nothing = torch.full_like(values, torch.nan)  # nobody promised anything of other options
-        known = torch.tensor(by_class, dtype=values.dtype)[choices.clamp_min(0)]
-        cut = torch.where(choices < 0, nothing, known)
-    acts = (values <= cut).tolist()  # False for NaN
-    return ["act" if act else "abstain" for act in acts], cut
+        by_class = [_nan_if_none(threshold.value) for threshold in calibration.classes.values()]
+        nothing = torch.full_like(values, torch.nan)  # nothing is promised about other options
+        of_choices = torch.tensor(by_class, dtype=values.dtype)[choices.clamp_min(0)]
+        thresholds = torch.where(choices < 0, nothing, of_choices)
+    acts = (values <= thresholds).tolist()  # False for NaN
+    return ["act" if act else "abstain" for act in acts], thresholds
 
 
 def _banded(calibration: Calibration, values: Tensor) -> tuple[list[str], Tensor]:
+    """The same with bands: each row is in the strictest band whose threshold it keeps."""
     decisions = ["ask"] * len(values)
-    cut = torch.full_like(values, torch.nan)
+    thresholds = torch.full_like(values, torch.nan)
     # From the widest to the strictest, which has the last word.
-    for name, found in reversed(list(calibration.bands.items())):
-        if cut.isnan().all():
-            cut = torch.full_like(values, _cut(found.value))
-        for index in found.acts(values).nonzero()[:, 0].tolist():
+    for name, band in reversed(list(calibration.bands.items())):
+        if thresholds.isnan().all():  # the widest band that acts at all
+            thresholds = torch.full_like(values, _nan_if_none(band.value))
+        for index in band.acts(values).nonzero()[:, 0].tolist():
             decisions[index] = name
-            cut[index] = _cut(found.value)
-    return decisions, cut
+            thresholds[index] = _nan_if_none(band.value)
+    return decisions, thresholds
 
 
-def _cut(value: float | None) -> float:
+def _nan_if_none(value: float | None) -> float:
     return float("nan") if value is None else value
 
 
 def _sets(
     calibration: Calibration, p: Tensor, options: Tensor, contents: Sequence[str] | None
 ) -> Tensor:
+    """Each row's set, (N, C) bool, by the rule that the calibration's decisions carry."""
     rule = calibration.sets[calibration.set_kind]
     if rule.kind != "aps":
         return rule.sets(p, options)

@@ -16,8 +16,8 @@ from bayestune.metrics import holm
 
 Scores = Mapping[str, Tensor]
 _BLOCK = 2**21  # numbers in one block of permutations
-_USUAL = 999
-_MOST = 99_999  # permutations: minutes
+_USUAL = 999  # permutations
+_MOST = 99_999  # permutations, which take minutes
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Drift:
     """Whether new rows differ from the held-out ones.
 
     Args:
-        p_value: of no difference in any score, Holm's: the smallest times the number of scores.
+        p_value: of no difference in any score: the smallest of `p_values`.
         statistics: each score's Kolmogorov–Smirnov distance, the largest gap between the shares of
             rows below a value.
         p_values: each score's own, by permutation, adjusted by Holm.
@@ -87,15 +87,19 @@ def drift_test(
 
 
 def permutations_for(level: float, num_scores: int) -> int:
-    """How many permutations a test at a level takes: 999, or as many as let it ever alarm.
+    """How many permutations a test takes: 999, or more where p could not fall below the level.
 
     Holm's smallest p-value is m/(1 + R) for m scores; R is twice as large as that needs.
+
+    Args:
+        level: of the test, in (0, 1).
+        num_scores: m.
 
     >>> [permutations_for(level, 5) for level in (0.05, 0.001)]
     [999, 9999]
 
     Raises:
-        Refusal: if they are too many.
+        Refusal: if the test would take too many.
     """
     needed = max(_USUAL, math.ceil(2 * num_scores / level) - 1)
     if needed > _MOST:
@@ -110,10 +114,17 @@ def permutations_for(level: float, num_scores: int) -> int:
 def false_alarm_rate(
     held_out: Scores, num_new: int, level: float = 0.05, repetitions: int = 200, seed: int = 0
 ) -> float:
-    """How often the test calls held-out rows different from held-out rows.
+    """How often the test calls some held-out rows different from the others: a share.
 
-    In each repetition `num_new` of the rows, drawn without replacement, play the new ones. All are
-    tested against the same permutations, which are of the same rows in every repetition.
+    In each repetition `num_new` of the rows, drawn without replacement, play the new ones. All
+    repetitions use the same permutations, because they pool the same rows.
+
+    Args:
+        held_out: scores of held-out rows by name, (N,) each.
+        num_new: how many of them play the new rows.
+        level: of the test.
+        repetitions: how often it is tried.
+        seed: of repetitions and permutations.
 
     Raises:
         Refusal: if there are not more rows than `num_new`.
@@ -124,31 +135,38 @@ def false_alarm_rate(
         raise Refusal(f"got {got}; expected 1 to {count - 1}; take fewer")
     permutations = permutations_for(level, len(held_out))
     num_held = count - num_new
-    found: dict[str, list[Tensor]] = {name: [] for name in held_out}
+    blocks: dict[str, list[Tensor]] = {name: [] for name in held_out}
     for held in _random_parts(count, num_held, repetitions + permutations, seed):
         for name, values in held_out.items():
             ordered, order = values.sort()
-            found[name].append(_largest_gaps(held[:, order], num_held, _ends(ordered)))
+            blocks[name].append(_largest_gaps(held[:, order], num_held, _ends(ordered)))
     smallest = torch.ones(repetitions, dtype=torch.float64)
-    for gaps in found.values():
-        drawn, others = torch.cat(gaps).split([repetitions, permutations])
-        below = torch.searchsorted(others.sort().values, drawn - 1e-12)
+    for distances in blocks.values():
+        tried, permuted = torch.cat(distances).split([repetitions, permutations])
+        below = torch.searchsorted(permuted.sort().values, tried - 1e-12)
         smallest = smallest.minimum((1 + permutations - below) / (1 + permutations))
     return (smallest * len(held_out) <= level).double().mean().item()
 
 
 def _distances(pooled: Tensor, num_held: int, permutations: int, seed: int) -> Tensor:
-    """Distances of the two parts as they are, and of R random ones, (1 + R,)."""
+    """The distance between held-out and new rows, then those of R random partitions, (1 + R,).
+
+    Args:
+        pooled: a score of the held-out rows, then of the new ones.
+        num_held: how many are held-out rows.
+        permutations: R.
+        seed: of the partitions.
+    """
     values, order = pooled.sort()
     ends = _ends(values)
-    found = [_largest_gaps((order < num_held)[None], num_held, ends)]
+    distances = [_largest_gaps((order < num_held)[None], num_held, ends)]
     for held in _random_parts(len(pooled), num_held, permutations, seed):
-        found.append(_largest_gaps(held, num_held, ends))
-    return torch.cat(found)
+        distances.append(_largest_gaps(held, num_held, ends))
+    return torch.cat(distances)
 
 
 def _random_parts(count: int, num_held: int, number: int, seed: int) -> Iterator[Tensor]:
-    """Flags of `num_held` of `count` rows, so many times, a block (R, N) at a time."""
+    """Random choices of `num_held` of `count` rows, `number` of them, as flags in blocks (R, N)."""
     generator = torch.Generator().manual_seed(seed)
     block = max(1, _BLOCK // count)
     for start in range(0, number, block):
@@ -164,7 +182,13 @@ def _ends(ordered: Tensor) -> Tensor:
 
 
 def _largest_gaps(held: Tensor, num_held: int, ends: Tensor) -> Tensor:
-    """max |F_held − F_new| over values, (R,), of flags (R, N) in the order of the values."""
+    """max |F_held − F_new| over values, (R,).
+
+    Args:
+        held: (R, N) bool, which rows count as held-out, in the order of their values.
+        num_held: how many do in each of the R.
+        ends: as `_ends` gives them, (N,).
+    """
     num_new = held.shape[1] - num_held
     below = held.double().cumsum(1)
     total = torch.arange(1, held.shape[1] + 1, dtype=torch.float64)
@@ -173,20 +197,23 @@ def _largest_gaps(held: Tensor, num_held: int, ends: Tensor) -> Tensor:
 
 
 def _row_p_values(held_out: Scores, new: Scores) -> Tensor:
-    """(1 + #{held-out rows with as large a score})/(1 + N), least over scores × their number."""
-    found = []
+    """Each new row's p-value, (M,): the least over scores times their number (Bonferroni).
+
+    Of one score it is (1 + #{held-out rows with as large a score})/(1 + N).
+    """
+    by_score = []
     for name, values in held_out.items():
         ordered = values.double().sort().values
         below = torch.searchsorted(ordered, new[name].double())
-        found.append((1 + len(ordered) - below) / (1 + len(ordered)))
-    return (torch.stack(found).amin(0) * len(found)).clamp_max(1)
+        by_score.append((1 + len(ordered) - below) / (1 + len(ordered)))
+    return (torch.stack(by_score).amin(0) * len(by_score)).clamp_max(1)
 
 
 def _odd(p_values: Tensor, share: float) -> list[int]:
-    """Benjamini and Hochberg: the k smallest, k the last with p_(k) ≤ share · k/M."""
+    """The k smallest, k the last with p_(k) ≤ share · k/M (Benjamini and Hochberg)."""
     values, order = p_values.sort(stable=True)
-    place = torch.arange(1, len(values) + 1)
-    below = (values <= share * place / len(values)).nonzero()
+    rank = torch.arange(1, len(values) + 1)
+    below = (values <= share * rank / len(values)).nonzero()
     return order[: int(below.max()) + 1].tolist() if len(below) else []
 
 

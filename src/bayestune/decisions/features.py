@@ -13,21 +13,21 @@ from torch import Tensor
 from bayestune.errors import Refusal
 
 Activations = Mapping[str, Tensor]  # h = A x, (N, r) by slot name
-# A slot that varies less than this share of its size sees the same token in every row, such as the
-# first layer at the end of a prompt; what differs is rounding (bfloat16: up to 0.4 %), which a
-# precision would blow up. Second layers vary by 2 % and more.
+# A slot whose activations vary by less than this share of their size sees the same token in every
+# row, as the first layer does at the end of a prompt. The variation is then rounding (bfloat16: up
+# to 0.4 %), which the inverse covariance would blow up. Second layers vary by 2 % and more.
 _LEAST_VARIATION = 0.003
-_LEAST_SHRINKAGE = 1e-6  # rows of two kinds vary along one line alone
+_LEAST_SHRINKAGE = 1e-6  # keeps Σ invertible where rows vary along one line alone
 
 
 def shrunk_covariance(centred: Tensor) -> Tensor:
     """Ledoit and Wolf's covariance, (1 − ρ) Σ + ρ (tr Σ/k) I with Σ = XᵀX/N, (k, k).
 
-    ρ = β/δ within [1e-6, 1], so that two rows are enough, δ = ‖Σ − (tr Σ/k) I‖²,
+    ρ = β/δ, clamped to [1e-6, 1] so that two rows are enough; δ = ‖Σ − (tr Σ/k) I‖²,
     β = (1/N²) Σ_n ‖x_n x_nᵀ − Σ‖².
 
     Args:
-        centred: X (N, k), its mean taken away.
+        centred: X (N, k), rows less their mean.
 
     Reference: Ledoit, Wolf (2004), https://doi.org/10.1016/S0047-259X(03)00096-4
     """
@@ -55,9 +55,9 @@ class Distance:
 
     @classmethod
     def fit(cls, activations: Activations) -> Self:
-        """Means and shrunk covariances of training rows, of the slots that vary over them.
+        """Takes mean and shrunk covariance of each slot whose activations vary over training rows.
 
-        Both are rounded to float32, as they are kept.
+        Means and roots are rounded to float32, the precision in which they are kept.
 
         Args:
             activations: h (N, r) by slot name; ranks may differ.
@@ -92,12 +92,12 @@ class Distance:
         values = _checked(activations)
         parts = []
         for name, mean in self.means.items():
-            own = values.get(name)
-            if own is None or own.shape[1] != len(mean):
-                got = "no activations" if own is None else f"activations of shape {(*own.shape,)}"
+            h = values.get(name)
+            if h is None or h.shape[1] != len(mean):
+                got = "no activations" if h is None else f"activations of shape {(*h.shape,)}"
                 expected = f"(N, {len(mean)})"
                 raise Refusal(f"got {got} of {name}; expected {expected}; take the same adapter")
-            parts.append((own - mean) @ self.roots[name])
+            parts.append((h - mean) @ self.roots[name])
         return torch.cat(parts, 1)
 
     def of(self, activations: Activations) -> Tensor:
@@ -130,7 +130,14 @@ class Distance:
 
 
 def spread_out(activations: Activations) -> Tensor | None:
-    """Rows as points (N, Σ r) whose squared distances are Mahalanobis's; None if all are alike."""
+    """Rows as points (N, Σ r) whose squared distances are Mahalanobis's.
+
+    Args:
+        activations: h (N, r) by slot name; the rows themselves give means and covariances.
+
+    Returns:
+        The points; None if there are none, as of one row or of rows that are all alike.
+    """
     try:
         return Distance.fit(activations).whitened(activations)
     except Refusal:
@@ -138,7 +145,8 @@ def spread_out(activations: Activations) -> Tensor | None:
 
 
 def _checked(activations: Activations) -> dict[str, Tensor]:
-    found = {}
+    """The activations in float64 on the CPU; refuses what is not finite (N, r) for each slot."""
+    checked = {}
     counts = {len(values) for values in activations.values()}
     if len(counts) != 1:
         got = f"activations of {sorted(counts)} rows"
@@ -147,5 +155,5 @@ def _checked(activations: Activations) -> dict[str, Tensor]:
         if values.ndim != 2 or 0 in values.shape or not values.isfinite().all():
             got = f"activations of {name} of shape {tuple(values.shape)}"
             raise Refusal(f"got {got}; expected finite (N, r); put rows first")
-        found[name] = values.detach().cpu().double()
-    return found
+        checked[name] = values.detach().cpu().double()
+    return checked

@@ -9,7 +9,7 @@ from torch import Tensor
 from bayestune.errors import Refusal
 from bayestune.metrics import confusion, precision_recall_f1, risk_coverage
 
-_SURE = 0.9
+_SURE = 0.9  # confidence from which a wrong answer is called confidently wrong
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,11 @@ class ClassFigures:
 
 
 def class_figures(probabilities: Tensor, labels: Tensor) -> list[ClassFigures]:
-    """Figures of each of the C classes, for rows whose classes mean the same.
+    """Figures of each of the C classes, for rows whose options mean the same.
+
+    Args:
+        probabilities: p̄ (N, C).
+        labels: y (N,).
 
     >>> p = torch.tensor([[0.95, 0.05], [0.95, 0.05], [0.3, 0.7]])
     >>> class_figures(p, torch.tensor([0, 1, 1]))[1]
@@ -115,7 +119,7 @@ def class_figures(probabilities: Tensor, labels: Tensor) -> list[ClassFigures]:
     """
     _check(probabilities, labels)
     confidence, choice = probabilities.double().max(-1)
-    table = confusion(choice, labels, probabilities.shape[1])
+    table = confusion(choice, labels, probabilities.shape[1])  # right answers by choices
     surely_wrong = choice[(choice != labels) & (confidence >= _SURE)]
     wrong = torch.bincount(surely_wrong, minlength=len(table)).tolist()
     rows = table.sum(1).tolist()
@@ -135,8 +139,8 @@ def macro_f1(figures: Sequence[ClassFigures]) -> float:
     >>> macro_f1([ClassFigures(1, 1, 1.0, 1.0, 1.0, 0), ClassFigures(1, 0, 0.0, 0.0, 0.0, 0)])
     0.5
     """
-    known = [one.f1 for one in figures if one.rows or one.chosen]
-    return sum(known) / len(known) if known else float("nan")
+    defined = [each.f1 for each in figures if each.rows or each.chosen]
+    return sum(defined) / len(defined) if defined else float("nan")
 
 
 def free_baselines(labels: Tensor, num_options: Tensor) -> dict[str, float]:

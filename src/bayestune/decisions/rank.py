@@ -13,7 +13,7 @@ from bayestune.errors import Refusal
 
 Acquisition = Literal["bald", "batch_bald", "entropy", "margin", "random"]
 _MOST_OUTCOMES = 2**10  # joint answers of a batch
-_POOL = 5  # candidates for each row that is taken
+_POOL = 5  # candidates for each row that is chosen
 
 
 def rank_rows(
@@ -27,7 +27,7 @@ def rank_rows(
     """Indices of the rows to label, the first one first, (b,).
 
     "bald": of the 5b rows of largest mutual information the greedy k-centre of size b, beginning
-    with the largest, so that no two say the same. "batch_bald": greedily the largest joint mutual
+    with the largest, so that chosen rows differ. "batch_bald": greedily the largest joint mutual
     information I(y_1…y_b; A), exact, for a handful of rows. "entropy" and "margin": the largest of
     the score. "random": a permutation.
 
@@ -57,11 +57,11 @@ def rank_rows(
     draws, num_rows, num_classes = logits.shape
     check_ranking(number, acquisition, draws, num_rows, num_classes)
     if same is not None and len(set(same)) < num_rows:
-        first, others = _parted(same)
-        kept = None if features is None else features[first]
+        first, repeated = _parted(same)
+        of_first = None if features is None else features[first]
         count = min(number, len(first))
-        order = rank_rows(logits[:, first], count, acquisition, kept, seed)
-        return torch.cat([first[order], others])[:number]
+        order = rank_rows(logits[:, first], count, acquisition, of_first, seed)
+        return torch.cat([first[order], repeated])[:number]
     if acquisition == "random":
         return torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed))[:number]
     if acquisition == "batch_bald":
@@ -73,19 +73,27 @@ def rank_rows(
 
 
 def _parted(same: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """The first row of each key, and the others."""
+    """Indices of the first row of each key, and of the other rows."""
     first: dict[str, int] = {}
     for index, key in enumerate(same):
         first.setdefault(key, index)
-    taken = set(first.values())
-    others = [index for index in range(len(same)) if index not in taken]
-    return torch.tensor(list(first.values())), torch.tensor(others, dtype=torch.long)
+    is_first = set(first.values())
+    repeated = [index for index in range(len(same)) if index not in is_first]
+    return torch.tensor(list(first.values())), torch.tensor(repeated, dtype=torch.long)
 
 
 def check_ranking(
     number: int, acquisition: Acquisition, draws: int, num_rows: int, num_classes: int
 ) -> None:
-    """Refuses what `rank_rows` cannot do with logits (S, N, C), before they are there."""
+    """Refuses what `rank_rows` cannot do with logits (S, N, C), before these are computed.
+
+    Args:
+        number: b, how many rows to rank.
+        acquisition: the rule.
+        draws: S.
+        num_rows: N.
+        num_classes: C.
+    """
     if acquisition not in get_args(Acquisition):
         expected = f"one of {get_args(Acquisition)}"
         raise Refusal(f"got {acquisition!r}; expected {expected}; choose one")
@@ -102,25 +110,25 @@ def check_ranking(
 
 
 def usual_acquisition(draws: int) -> Acquisition:
-    """The rule where none is asked for."""
+    """The rule where none is asked for: "bald" over several draws, "entropy" of a single one."""
     return "bald" if draws > 1 else "entropy"
 
 
 def ranked_lines(
     order: Tensor, rows: Sequence[Mapping[str, Any]], by: Acquisition, scores: Mapping[str, Tensor]
 ) -> list[dict[str, Any]]:
-    """What is told of ranked rows, the first one first: rank, row, rule and every score.
+    """A JSON line for each ranked row, the first one first: rank, fields, rule and every score.
 
     Args:
         order: the indices that `rank_rows` gave.
-        rows: what is told of each row.
+        rows: the fields that stand in each row's line, for all N rows.
         by: the rule.
-        scores: (N,) each.
+        scores: by name, (N,) each.
     """
     lines = []
     for rank, index in enumerate(order.tolist(), 1):
-        own = {name: values[index].item() for name, values in scores.items()}
-        lines.append({"rank": rank, **rows[index], "by": by, **own})
+        of_row = {name: values[index].item() for name, values in scores.items()}
+        lines.append({"rank": rank, **rows[index], "by": by, **of_row})
     return lines
 
 
@@ -128,8 +136,10 @@ def _diverse(spread: Spread, number: int, features: Tensor | None) -> Tensor:
     """The k-centre of size b among the 5b rows of largest mutual information."""
     order = spread.mutual_information().argsort(descending=True, stable=True)
     candidates = order[: _POOL * number]
-    own = (spread.draws - spread.mean).transpose(0, 1).flatten(1)
-    points = own if features is None else features.detach().cpu().double()
+    if features is None:
+        points = (spread.draws - spread.mean).transpose(0, 1).flatten(1)  # (N, S·C)
+    else:
+        points = features.detach().cpu().double()
     if points.ndim != 2 or len(points) != len(order):
         got = f"features of shape {tuple(points.shape)}"
         raise Refusal(f"got {got}; expected ({len(order)}, k); give one vector for each row")
@@ -137,28 +147,36 @@ def _diverse(spread: Spread, number: int, features: Tensor | None) -> Tensor:
 
 
 def _centres(points: Tensor, number: int) -> Tensor:
-    """Greedily the point farthest from those taken, from the first on; the first of equals."""
-    taken = [0]
-    nearest = (points - points[0]).square().sum(-1)
+    """Greedily the point farthest from those chosen, from the first on; the first of equals.
+
+    Args:
+        points: (n, k).
+        number: b ≤ n.
+
+    Returns:
+        Indices of the points, (b,).
+    """
+    chosen = [0]
+    nearest = (points - points[0]).square().sum(-1)  # squared distance to the nearest chosen point
     for _ in range(number - 1):
-        nearest[taken] = -1  # a point taken is never taken again, even among points all alike
+        nearest[chosen] = -1  # a point is never chosen twice, even if all points are alike
         farthest = int(nearest.argmax())
-        taken.append(farthest)
+        chosen.append(farthest)
         nearest = torch.minimum(nearest, (points - points[farthest]).square().sum(-1))
-    return torch.tensor(taken)
+    return torch.tensor(chosen)
 
 
 def _batch_bald(spread: Spread, number: int) -> Tensor:
-    """Greedily the row that adds most to H[y_1…y_b] − Σ E_s H[p_s]."""
-    draws = len(spread.draws)
-    conditional = entr(spread.draws).sum(-1).mean(0)
-    joint = torch.ones(draws, 1, dtype=torch.float64)  # P(answers of the batch | draw)
-    taken: list[int] = []
+    """Greedily the row that adds most to H[y_1…y_b] − Σ E_s H[p_s], (b,)."""
+    num_draws = len(spread.draws)
+    conditional = entr(spread.draws).sum(-1).mean(0)  # E_s H[p_s] of each row, (N,)
+    joint = torch.ones(num_draws, 1, dtype=torch.float64)  # P(answers of the batch | draw), (S, J)
+    chosen: list[int] = []
     for _ in range(number):
-        outcomes = torch.einsum("sj,snc->njc", joint, spread.draws) / draws
+        outcomes = torch.einsum("sj,snc->njc", joint, spread.draws) / num_draws
         gains = entr(outcomes).sum((1, 2)) - conditional
-        gains[taken] = -torch.inf
+        gains[chosen] = -torch.inf
         best = int(gains.argmax())
-        taken.append(best)
+        chosen.append(best)
         joint = (joint[:, :, None] * spread.draws[:, best, None, :]).flatten(1)
-    return torch.tensor(taken)
+    return torch.tensor(chosen)

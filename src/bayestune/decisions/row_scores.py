@@ -14,7 +14,7 @@ from torch.special import entr
 from bayestune.decisions.tempering import check_draws
 from bayestune.errors import Refusal
 
-# One pass and its temperature give these; the others are constant for a single draw.
+# One draw is enough for these; those over draws are constant, or add nothing, for a single one.
 ONE_PASS = ("one_minus_confidence", "negative_margin", "total_entropy")
 OVER_DRAWS = (
     "expected_entropy",
@@ -96,8 +96,9 @@ class Spread:
     def corrected_mutual_information(self) -> Tensor:
         """S/(S − 1) times the mutual information; 0 for one draw.
 
-        The mean of the plain one over sets of S draws is about (S − 1)/S of its limit. Corrected,
-        rows with unlike numbers of draws compare; the plain one adds up to the total entropy.
+        Estimated from S draws, the plain one is on average about (S − 1)/S of its limit for many
+        draws. Corrected, it can be compared between rows with different numbers of draws; only the
+        plain one and the expected entropy add up to the total entropy.
         """
         entropies = (self.total_entropy(), self.expected_entropy())
         return mutual_information(*entropies, len(self.draws))

@@ -48,12 +48,12 @@ class SetRule:
                 unless given.
             ties: u (N,), `row_uniforms` of the rows' contents; for "aps" alone.
         """
-        mine = probabilities > 0 if options is None else options
-        return (option_scores(probabilities, self.kind, ties) <= self.quantile) & mine
+        exists = probabilities > 0 if options is None else options
+        return (option_scores(probabilities, self.kind, ties) <= self.quantile) & exists
 
 
 def row_uniforms(contents: Sequence[str]) -> Tensor:
-    """A number in [0, 1) of each row's content, (N,): a row always gets the same set.
+    """A number in [0, 1) for each row, (N,), made of its content: a row always gets the same set.
 
     >>> row_uniforms(["Is the sky blue?"])
     tensor([0.9715], dtype=torch.float64)
@@ -64,10 +64,15 @@ def row_uniforms(contents: Sequence[str]) -> Tensor:
 
 
 def option_scores(probabilities: Tensor, kind: SetKind, ties: Tensor | None = None) -> Tensor:
-    """How ill each option fits, (N, C): small ones enter the set first.
+    """How badly each option fits, (N, C): options of small scores enter the set first.
 
     LAC: 1 − p̄(c). APS: Σ of the p̄ of the options before c in falling order, + (1 − u) p̄(c); u = 0
     without a tie-break.
+
+    Args:
+        probabilities: p̄ (N, C).
+        kind: see `SetRule`.
+        ties: u (N,), for "aps" alone.
 
     Raises:
         Refusal: on an unknown kind, or "aps" without ties.
@@ -89,7 +94,7 @@ def option_scores(probabilities: Tensor, kind: SetKind, ties: Tensor | None = No
 
 
 def check_coverage(coverage: float) -> None:
-    """Refuses a coverage that is no share."""
+    """Refuses a coverage that is not between 0 and 1."""
     if not 0 < coverage < 1:
         raise Refusal(f"got coverage={coverage}; expected a share between 0 and 1; 0.9 is common")
 
@@ -115,6 +120,7 @@ def check_set_rows(rows: int, coverage: float, share: float = 1.0) -> None:
 
 
 def _place(rows: int, coverage: float) -> int:
+    """⌈(n + 1)(1 − α)⌉, the place of the quantile among n scores, from 1; above n there is none."""
     return math.ceil((rows + 1) * coverage - 1e-9)
 
 
@@ -150,7 +156,7 @@ def fit_sets(
     rows = len(labels)
     check_set_rows(rows, coverage)
     place = _place(rows, coverage)
-    own = option_scores(probabilities, kind, ties).gather(-1, labels[:, None])[:, 0]
+    of_labels = option_scores(probabilities, kind, ties).gather(-1, labels[:, None])[:, 0]
     # Sums of probabilities in another order differ in the last bits, and must not lose an option.
-    quantile = own.sort().values[place - 1].item() + 1e-12
+    quantile = of_labels.sort().values[place - 1].item() + 1e-12
     return SetRule(kind, coverage, quantile, rows)

@@ -12,11 +12,15 @@ LOG_GRID = torch.arange(-16, 25, dtype=torch.float64) / 8
 
 
 class NotFiniteLogits(Refusal):
-    """Logits that are NaN or infinite: nothing can be said of their rows."""
+    """Raised for logits that are NaN or infinite: their rows have no prediction."""
 
 
 def check_draws(logits: Tensor, labels: Tensor | None = None) -> None:
-    """Refuses what are not logits of draws with a label a row.
+    """Refuses logits that nothing can be computed from, and labels that are not the rows' own.
+
+    Args:
+        logits: of draws, (S, N, C), -inf where a row has fewer options.
+        labels: y (N,); None if there are none to check.
 
     Raises:
         NotFiniteLogits: if they hold NaN or ∞, or a row has no option.
@@ -38,8 +42,8 @@ def check_draws(logits: Tensor, labels: Tensor | None = None) -> None:
         got = f"labels of shape {tuple(labels.shape)} for {shape[1]} rows"
         raise Refusal(f"got {got}; expected (N,); give one label a row")
     inside = (labels >= 0) & (labels < shape[2])
-    own = logits[0].gather(-1, labels.clamp(0, shape[2] - 1).long()[:, None])[:, 0]
-    bad = (~inside | (own == -torch.inf)).nonzero()[:, 0].tolist()
+    at_label = logits[0].gather(-1, labels.clamp(0, shape[2] - 1).long()[:, None])[:, 0]
+    bad = (~inside | (at_label == -torch.inf)).nonzero()[:, 0].tolist()
     if bad:
         got = f"label {int(labels[bad[0]])} at row {bad[0]}"
         raise Refusal(f"got {got}; expected one of the row's options; look at the labels")
@@ -60,13 +64,23 @@ def log_predictive(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def predictive_nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """−mean_n log 1/S Σ_s softmax(f_s)_{n, y_n} in nats, f (S, N, C), y (N,)."""
-    own = logits.log_softmax(-1).gather(-1, labels.expand(len(logits), -1)[..., None])[..., 0]
-    return -(own.logsumexp(0) - math.log(len(logits))).mean()
+    """The mean negative log-likelihood of the average over draws, in nats, ().
+
+    −mean_n log 1/S Σ_s softmax(f_s)_{n, y_n}.
+
+    Args:
+        logits: f (S, N, C).
+        labels: y (N,).
+    """
+    index = labels.expand(len(logits), -1)[..., None]  # (S, N, 1)
+    log_p = logits.log_softmax(-1).gather(-1, index)[..., 0]  # of the labels, (S, N)
+    return -(log_p.logsumexp(0) - math.log(len(logits))).mean()
 
 
 def best_temperature(logits: Tensor, labels: Tensor) -> float:
-    """T = argmin −mean log 1/S Σ_s softmax(f_s/T)_y, by LBFGS on log T.
+    """The temperature of the least NLL, by LBFGS on log T within [−5, 5].
+
+    T = argmin −mean log 1/S Σ_s softmax(f_s/T)_y.
 
     Args:
         logits: f (S, N, C), -inf where a row has fewer options.
@@ -98,10 +112,10 @@ def best_temperature(logits: Tensor, labels: Tensor) -> float:
 
 
 def compared_temperature(logits: Tensor, labels: Tensor) -> float:
-    """The same within the grid, where temperatures were compared.
+    """`best_temperature` clamped to the ends of `LOG_GRID`, on which temperatures are compared.
 
-    Rows that are all right, or all wrong, ask for T = 0 or ∞: probabilities of 0 and 1 that so few
-    rows do not bear out, or all alike.
+    Rows whose choices are all right, or all wrong, ask for T = 0 or ∞: for probabilities of 0 and
+    1, which so few rows do not justify, or for equal ones.
     """
     least, most = LOG_GRID[[0, -1]].exp().tolist()
     return min(max(best_temperature(logits, labels), least), most)
@@ -113,10 +127,11 @@ def nll_by_temperature(logits: Tensor, labels: Tensor) -> Tensor:
     One table serves the temperatures of all folds: a fold's T is the grid's point with the least
     sum over the other folds' columns.
     """
-    index = labels.expand(len(logits), -1)[..., None]
-    top = logits.double()
+    index = labels.expand(len(logits), -1)[..., None]  # (S, N, 1)
+    logits = logits.double()
     losses = []
     for log_temperature in LOG_GRID.tolist():
-        own = (top * math.exp(-log_temperature)).log_softmax(-1).gather(-1, index)[..., 0]
-        losses.append(math.log(len(logits)) - own.logsumexp(0))
+        log_probabilities = (logits * math.exp(-log_temperature)).log_softmax(-1)
+        log_p = log_probabilities.gather(-1, index)[..., 0]  # of the labels, (S, N)
+        losses.append(math.log(len(logits)) - log_p.logsumexp(0))
     return torch.stack(losses)

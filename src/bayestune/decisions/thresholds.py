@@ -34,8 +34,8 @@ from bayestune.decisions.bounds import (
 )
 from bayestune.errors import Refusal
 
-_ROUNDING = 1e-5  # of a score in float32, as a part of it, between batches of other rows
-_STEPS = 20  # thresholds of a sequence: more are passed by none, fewer lose coverage
+_ROUNDING = 1e-5  # by which a float32 score differs between batches, as a share of the score
+_STEPS = 20  # thresholds of a sequence: with fewer, coverage is lost; more gain nothing
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,13 @@ class Threshold:
 
 @dataclass(frozen=True, eq=False)
 class _Sequence:
-    """Thresholds λ (m,) from the strictest on, and rows and losses at or below each, (m,)."""
+    """Thresholds in rising order.
+
+    Args:
+        values: λ (m,).
+        rows: how many rows have a score of at most each λ, (m,).
+        losses: the sum of these rows' losses, (m,).
+    """
 
     values: Tensor
     rows: Tensor
@@ -105,55 +111,58 @@ class _Sequence:
     def passed(self, promise: Promise, *, bounded: bool) -> int:
         """How many thresholds keep the promise before the first that does not."""
         pairs = zip(self.losses.tolist(), self.rows.tolist(), strict=True)
-        for place, (losses, rows) in enumerate(pairs):
+        for index, (losses, rows) in enumerate(pairs):
             if not promise.kept_at(p_value(losses, rows, promise.risk, bounded=bounded)):
-                return place
+                return index
         return len(self.rows)
 
 
 def _sequence(scores: Tensor, losses: Tensor, start: int) -> _Sequence:
-    """Thresholds that act on about `start` rows and more; infinite scores never act.
+    """Thresholds that act on about `start` rows, and on more up to all; infinite scores never act.
 
     A score is known up to the rounding of a pass, which depends on the batch that a row is in. So
-    each λ lies in the middle of a gap between two rows, the widest of those nearby: no row that it
-    was found on is moved across it by rounding. No label is looked at, which the promise needs.
+    each λ lies in the middle of a gap between two rows, the widest of those nearby: rounding moves
+    no row that it was found on across it. No label is looked at; the promise needs that.
     """
-    order = scores.sort()
-    ranked = order.values[order.values.isfinite()]
+    by_score = scores.sort()
+    ranked = by_score.values[by_score.values.isfinite()]
     counts = torch.linspace(start, len(ranked), _STEPS, dtype=torch.float64).round().long().unique()
-    ends = torch.cat([ranked, _beyond(ranked)[None]])
-    places = torch.tensor(_wide_gaps(ends.diff(), counts.tolist()))
-    values = torch.lerp(ends[places], ends[places + 1], 0.5).unique()
+    ends = torch.cat([ranked, _after_last(ranked)[None]])
+    gaps = torch.tensor(_wide_gaps(ends.diff(), counts.tolist()))
+    values = torch.lerp(ends[gaps], ends[gaps + 1], 0.5).unique()
     rows = torch.searchsorted(ranked, values, right=True)
-    return _Sequence(values, rows, losses[order.indices].cumsum(0)[rows - 1])
+    return _Sequence(values, rows, losses[by_score.indices].cumsum(0)[rows - 1])
 
 
-def _beyond(ranked: Tensor) -> Tensor:
-    """Where a row after the last would be: a mean gap further, at least what rounding can do."""
+def _after_last(ranked: Tensor) -> Tensor:
+    """The score of a further row, (): a mean gap above the last, at least what rounding can do."""
     last = ranked[-1]
     mean_gap = (last - ranked[0]) / max(1, len(ranked) - 1)
     return last + mean_gap.clamp_min(_ROUNDING * last.abs().clamp_min(1).item())
 
 
 def _wide_gaps(gaps: Tensor, counts: Sequence[int]) -> list[int]:
-    """For each number of rows the widest gap behind that many or a few more, the first of equals.
+    """For each count the index of the widest gap behind as many rows or a few more.
 
-    Gap i lies between row i and the next one; equal scores have none between them.
+    Gap i lies between row i and row i + 1. Of gaps of one width it is the first; if all have width
+    0, as between equal scores, the next that has any. The last one has a width.
     """
     widths = gaps.tolist()
     step = (counts[-1] - counts[0]) // max(1, len(counts) - 1)
     nearby = max(2, step // 4)
-    found = []
+    indices = []
     for count in counts:
-        place = max(range(count - 1, min(count - 1 + nearby, len(widths))), key=widths.__getitem__)
-        while widths[place] == 0:  # the last gap is wider than that
-            place += 1
-        found.append(place)
-    return found
+        first = count - 1
+        candidates = range(first, min(first + nearby, len(widths)))
+        index = max(candidates, key=widths.__getitem__)
+        while widths[index] == 0:  # ends, because the last gap has a width
+            index += 1
+        indices.append(index)
+    return indices
 
 
 def checked(scores: Tensor, losses: Tensor, *, bounded: bool) -> tuple[Tensor, Tensor]:
-    """Scores and losses in float64; refuses what cannot be ranked or is no loss."""
+    """Scores and losses in float64 on the CPU; refuses NaN scores and losses out of range."""
     if scores.ndim != 1 or losses.shape != scores.shape or len(scores) == 0:
         got = f"scores and losses of shapes {tuple(scores.shape)} and {tuple(losses.shape)}"
         raise Refusal(f"got {got}; expected (N,) and (N,), not empty; give one of each a row")
@@ -211,29 +220,33 @@ def threshold(
     >>> found.acted, found.losses, round(found.supported, 3)
     (80, 0.0, 0.05)
     """
-    values, sums = checked(scores, losses, bounded=bounded)
-    check_enough(len(values), promise)
-    return last_kept(values, sums, promise, start, bounded=bounded)
+    scores, losses = checked(scores, losses, bounded=bounded)
+    check_enough(len(scores), promise)
+    return last_kept(scores, losses, promise, start, bounded=bounded)
 
 
 def last_kept(
     scores: Tensor, losses: Tensor, promise: Promise, start: int | None, *, bounded: bool
 ) -> Threshold:
-    """The last threshold kept of checked scores and losses; none if there are too few rows."""
+    """The last threshold of the sequence before the first that breaks the promise.
+
+    It has no value if the first breaks it, or if there are too few rows. Scores and losses are as
+    `checked` returns them, all else is as in `threshold`.
+    """
     num_rows = len(scores)
     nothing = Threshold(None, promise.risk, promise.confidence, num_rows, 0, 0.0, 1.0)
     fewest = rows_needed(promise)
-    finite = int(scores.isfinite().sum())
-    if finite < fewest:
-        lost = scores.isfinite().double().dot(losses).item()
-        supported = risk_bound(lost, finite, promise.confidence, bounded=bounded)
-        needed = rows_for_rate(lost / max(1, finite), promise)
+    num_finite = int(scores.isfinite().sum())
+    if num_finite < fewest:
+        loss = scores.isfinite().double().dot(losses).item()
+        supported = risk_bound(loss, num_finite, promise.confidence, bounded=bounded)
+        needed = rows_for_rate(loss / max(1, num_finite), promise)
         return replace(nothing, supported=supported, needed=needed)
-    first = min(max(fewest, start or 0), finite)
-    sequence = _sequence(scores, losses, first)
-    strictest = (sequence.losses[0].item(), int(sequence.rows[0]))
-    supported = risk_bound(*strictest, promise.confidence, bounded=bounded)
-    needed = rows_for_rate(strictest[0] / strictest[1], promise)
+    sequence = _sequence(scores, losses, min(max(fewest, start or 0), num_finite))
+    strictest_loss = sequence.losses[0].item()
+    strictest_rows = int(sequence.rows[0])
+    supported = risk_bound(strictest_loss, strictest_rows, promise.confidence, bounded=bounded)
+    needed = rows_for_rate(strictest_loss / strictest_rows, promise)
     nothing = replace(nothing, supported=supported, needed=needed)
     passed = sequence.passed(promise, bounded=bounded)
     if passed == 0:
@@ -248,34 +261,36 @@ def last_kept(
 
 
 def likely_start(scores: Tensor, losses: Tensor, rows: int, promise: Promise) -> int:
-    """Where to begin on `rows` other rows: at the coverage that is most likely to pass.
+    """How many rows the strictest threshold should act on, to be most likely to keep a promise.
 
     A sequence that begins at the fewest rows fails at the first error among them; one that begins
-    later has rows to spare. The risk at each coverage is estimated on these rows, which must not be
-    those that the threshold is then chosen on.
+    later has rows to spare. The risk at each coverage is estimated on rows for choices, which must
+    not be those that the threshold is then chosen on.
 
     Args:
-        scores: (N,) of rows on which one may choose, of a class perhaps none.
+        scores: (N,) of the rows for choices; of a class there may be none.
         losses: (N,), in [0, 1].
-        rows: n of the rows for the threshold.
+        rows: n, how many rows the threshold is to be chosen on.
         promise: what they must keep.
     """
     fewest = rows_needed(promise)
     if len(scores) == 0:
         return fewest
-    values, sums = checked(scores, losses, bounded=True)
-    finite = int(values.isfinite().sum())
-    if finite == 0 or rows <= fewest:
+    scores, losses = checked(scores, losses, bounded=True)
+    num_rows = len(scores)
+    num_finite = int(scores.isfinite().sum())
+    if num_finite == 0 or rows <= fewest:
         return fewest
-    cumulative = sums[values.argsort(stable=True)].cumsum(0)
-    least = math.ceil(fewest / rows * len(values))
-    found = {fewest: 1.0}
-    for place in torch.linspace(min(least, finite), finite, _STEPS).round().int().tolist():
-        # As many rows may lie below a score here as a few more there: two samples differ by that.
-        spread = math.sqrt(2 * place * (1 - place / len(values)))
-        later = min(finite, place + round(spread))
+    cumulative = losses[scores.argsort(stable=True)].cumsum(0)
+    least = min(math.ceil(fewest / rows * num_rows), num_finite)
+    p_values = {fewest: 1.0}  # estimated, by the number of rows acted on
+    for count in torch.linspace(least, num_finite, _STEPS).round().int().tolist():
+        # Two samples differ: among the other rows, those of a `count` may reach as far as a few
+        # more do here.
+        spread = math.sqrt(2 * count * (1 - count / num_rows))
+        later = min(num_finite, count + round(spread))
         # Half an error more: an estimate of 0 would say that the fewest rows always pass.
         rate = (cumulative[later - 1].item() + 0.5) / (later + 1)
-        taken = place * rows // len(values)
-        found[taken] = bounded_loss_p_value(rate * taken, taken, promise.risk)
-    return max(fewest, min(found, key=found.__getitem__))
+        acted = count * rows // num_rows
+        p_values[acted] = bounded_loss_p_value(rate * acted, acted, promise.risk)
+    return max(fewest, min(p_values, key=p_values.__getitem__))

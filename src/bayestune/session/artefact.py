@@ -76,42 +76,50 @@ class RowOptions:
         OwnPrompt(self.prompt, self.chat, self.system)  # refuses what does not go together
 
     def task_options(self) -> TaskOptions:
-        """How rows are put to a plain adapter, as a fit would have it."""
+        """How rows are put to a plain adapter, as the options of a fit."""
         names = ("scoring", "max_length", "options", "columns", "prompt", "chat", "system")
         return TaskOptions(**{name: getattr(self, name) for name in names})
 
     def reading(self, place: Path) -> ReadOptions:
-        """How files of rows are read for a folder's artefact."""
+        """How files of rows are read for the artefact in a folder."""
         usual = ReadOptions() if is_plain(place) else usual_reading(details_of(place))
-        given = {"answer_is": self.answer_is, "columns": self.columns}
-        return replace(usual, options=self.options, **given)
+        return replace(usual, options=self.options, answer_is=self.answer_is, columns=self.columns)
 
     def check(self, place: Path, *, calibrated: bool = False) -> None:
-        """Refuses to put rows otherwise than a posterior was fitted, or an adapter calibrated.
+        """Refuses options that the fit of a posterior, or the calibration of an adapter, settled.
 
         Args:
             place: the folder.
             calibrated: whether what it holds has a calibration that is to be applied.
         """
-        defaults = {each.name: each.default for each in fields(self)}
-        own = ["task", "scoring", "max_length", "dtype", "prompt", "chat", "system"]
-        what, when = ("a posterior", "they were in its fit")
-        if calibrated and is_plain(place):
-            own.append("options")
-            what, when = ("a calibrated adapter", "its calibration says")
-        elif is_plain(place):
+        if is_plain(place) and not calibrated:
             return
-        given = [name for name in own if getattr(self, name) != defaults[name]]
+        settled = ["task", "scoring", "max_length", "dtype", "prompt", "chat", "system"]
+        if is_plain(place):
+            settled.append("options")
+            what = "a calibrated adapter"
+            how = "its calibration says"
+        else:
+            what = "a posterior"
+            how = "they were in its fit"
+        defaults = {each.name: each.default for each in fields(self)}
+        given = [name for name in settled if getattr(self, name) != defaults[name]]
         if given:
             raise Refusal(
                 f"got --{given[0]} for {what}; expected a plain adapter: rows are put to {what} as "
-                f"{when}; leave it out"
+                f"{how}; leave it out"
             )
 
 
 @dataclass(frozen=True)
 class Artefact:
-    """A folder of a posterior or a plain adapter, the session it is used in, and what it holds."""
+    """What a folder holds, a posterior or a plain adapter, opened to predict some rows.
+
+    Args:
+        place: the folder.
+        session: the base model, and the rows as they are put to it.
+        fit: the posterior, or a plain adapter as a point.
+    """
 
     place: Path
     session: Session
@@ -131,12 +139,12 @@ class Artefact:
         Args:
             folder: of `fit`, or an adapter's.
             rows: that it shall predict.
-            row_options: how, to a plain adapter; None for what its calibration says.
+            row_options: how they are put to a plain adapter; None for as its calibration says.
             model: the base model, where it has moved, or where the adapter does not name it.
-            way: how to predict.
+            way: how to predict; a student in it is loaded in the artefact's place.
 
         Raises:
-            Refusal: if the folder does not tell how its rows are put, and nobody else does.
+            Refusal: if neither the folder nor `row_options` says how rows are put.
         """
         place = artefact_folder(folder)
         if row_options is not None and is_plain(place):
@@ -169,11 +177,11 @@ class Artefact:
         return self.session.task.evaluation
 
     def predictor(self, way: PredictionOptions, reference: Distance | None = None) -> RowPredictor:
-        """What predicts its rows, and others that are put alike."""
+        """Predicts its rows in a way, and any others that are put as they are."""
         return RowPredictor(self.fit, way, self.session.quietly().scorer, reference)
 
     def student(self, folder: Path) -> Self:
-        """The same with a student in its place; what was loaded is taken off the model."""
+        """The same with the student in `folder` loaded; what was loaded is taken off the model."""
         detach(self.fit.posterior.model)
         session = self.session
         point = load_adapter(session.loaded.model, folder, session.scorer)
@@ -183,7 +191,13 @@ class Artefact:
 def load_way(
     session: Session, place: Path, way: PredictionOptions | None = None, bf16: bool | None = None
 ) -> Fit:
-    """What a folder holds, or the student that predicts in its place.
+    """Loads what a way of predicting needs: what a folder holds, the student, or both in a cascade.
+
+    Args:
+        session: with the base model.
+        place: the folder of the artefact.
+        way: the way; None for the artefact itself.
+        bf16: whether to predict under bfloat16 autocast; None for as fitted.
 
     Raises:
         Refusal: if the student is gone, or another one than was calibrated.
@@ -191,16 +205,16 @@ def load_way(
     if way is None or way.student is None:
         return session.load(place, bf16)
     folder = (place / way.student).resolve()
-    again = "put it back, or run `bayestune calibrate` again"
+    remedy = "put it back, or run `bayestune calibrate` again"
     if not folder.is_dir():
         got = f"a calibration that predicts with the student in {folder}"
-        raise Refusal(f"got {got}; expected it there: it was moved; {again}")
+        raise Refusal(f"got {got}; expected it there: it was moved; {remedy}")
     if posterior_digest(folder) != way.student_digest:
         got = f"another student in {folder} than the one calibrated"
-        raise Refusal(f"got {got}; expected that one: it was trained again; {again}")
-    if way.band is not None:
-        beside = session.loaded.again().model
-        student = load_adapter(beside, folder, session.scorer)
+        raise Refusal(f"got {got}; expected that one: it was trained again; {remedy}")
+    if way.band is not None:  # a cascade: the student on a second base model, beside the artefact
+        second_base = session.loaded.again().model
+        student = load_adapter(second_base, folder, session.scorer)
         return replace(session.load(place, bf16), first=student)
     point = load_adapter(session.loaded.model, folder, session.scorer)
     return Fit.of(point, details_of(place), bf16)
@@ -231,34 +245,38 @@ def rows_of(
         reading = row_options.reading(place) if row_options else usual_reading(details_of(place))
         reading = replace(reading, columns=columns or reading.columns)
         rows = read_rows(Path(rows), reading, labelled=labelled or None)
-    found = tuple(rows)
-    if not found:
+    questions = tuple(rows)
+    if not questions:
         raise Refusal("got no rows; expected one or more; give a file or questions")
-    unlabelled = [row.id for row in found if row.answer is None]
+    unlabelled = [row.id for row in questions if row.answer is None]
     if labelled and unlabelled:
-        got = f"{len(unlabelled)} of {len(found)} rows without an answer, such as {unlabelled[0]}"
+        got = f"{len(unlabelled)} of {len(questions)} rows without an answer"
+        got = f"{got}, such as {unlabelled[0]}"
         raise Refusal(f"got {got}; expected labelled rows; add the answers or take them out")
-    check_ids(found)
-    return found
+    check_ids(questions)
+    return questions
 
 
 def content_of(row: Question) -> str:
-    """What makes two rows the same, as one text: the same at calibration and at prediction."""
+    """A row's content as one text, by which calibration and prediction know the same row."""
     return "\n".join(row.content)
 
 
 def unsure_options(rows: Iterable[Question], text: str | None) -> list[int] | None:
-    """Index of each row's option that means "I do not know", −1 without one; None if none is so.
+    """Index of each row's option that means "I do not know"; −1 in rows without one.
 
     Args:
         rows: whose options.
-        text: of that option, whatever its case; None if the data has none.
+        text: of that option, whatever its case; None if the data has no such option.
+
+    Returns:
+        One index a row; None if `text` is None.
     """
     if text is None:
         return None
     wanted = text.strip().casefold()
-    found = []
+    indices = []
     for row in rows:
         texts = [option.strip().casefold() for option in row.options]
-        found.append(texts.index(wanted) if wanted in texts else -1)
-    return found
+        indices.append(texts.index(wanted) if wanted in texts else -1)
+    return indices

@@ -1,4 +1,4 @@
-"""What can be known before the first fit of a run, so that hours are not lost to the last one."""
+"""Checks before the first fit of a run, so that hours are not lost to what its last fit refuses."""
 
 import logging
 from collections.abc import Iterable, Sequence
@@ -21,13 +21,16 @@ logger = logging.getLogger(__name__)
 
 
 def check_fits(model: nn.Module, scorer: Scorer, lora: Lora, methods: Iterable[Method]) -> None:
-    """Refuses what a fit would refuse, or fail at, once another fit has taken its time.
+    """Refuses what one of the fits to come would refuse, or fail at, once others have taken hours.
 
     Args:
         model: the base model, which may be on the meta device; left as it was.
         scorer: of the task.
-        lora: the adapter.
+        lora: the adapter that the fits attach.
         methods: that are to be fitted.
+
+    Raises:
+        Refusal: if a row is too long for the model, or a method does not fit it or the task.
     """
     methods = list(methods)
     if scorer.warns and scorer.task.unlabelled and not any(map(learns_unlabelled, methods)):
@@ -46,29 +49,29 @@ def check_fits(model: nn.Module, scorer: Scorer, lora: Lora, methods: Iterable[M
 
 def learns_unlabelled(method: Any) -> bool:
     """Whether a method, or what it builds on, learns on a task's unlabelled rows."""
-    return isinstance(method, Distilled) or any(map(learns_unlabelled, _inner(method)))
+    return isinstance(method, Distilled) or any(map(learns_unlabelled, _inner_methods(method)))
 
 
 def learnt_rows(method: Any, scorer: Scorer, training: Training) -> tuple[Question, ...]:
-    """The rows beside training ones that a fit learns from: of a student, what its steps reach."""
+    """The unlabelled rows that a fit learns from: those that the steps of its students reach."""
     if not learns_unlabelled(method):
         return ()
     if isinstance(method, Ensemble):  # each member chooses its own
         return scorer.task.unlabelled
-    own = method.rows(scorer, training) if isinstance(method, Distilled) else ()
+    of_student = method.rows(scorer, training) if isinstance(method, Distilled) else ()
     training = changed(training, getattr(method, "changes", {}))
-    rows = (learnt_rows(one, scorer, training) for one in _inner(method))
-    return (*own, *chain.from_iterable(rows))
+    of_inner = (learnt_rows(inner, scorer, training) for inner in _inner_methods(method))
+    return (*of_student, *chain.from_iterable(of_inner))
 
 
-def _inner(method: Any) -> list[Any]:
-    """What a method builds on."""
-    found = (getattr(method, "base", None), getattr(method, "method", None))
-    return [one for one in found if one is not None]
+def _inner_methods(method: Any) -> list[Any]:
+    """The methods that a method builds on, by either name of the field that holds one."""
+    inner = (getattr(method, "base", None), getattr(method, "method", None))
+    return [each for each in inner if each is not None]
 
 
 def check_answers(rows: Sequence[Question]) -> None:
-    """Refuses rows to evaluate on that have no answer; says which are no further evidence."""
+    """Refuses rows to evaluate on that have no answer; warns of those that repeat others."""
     unlabelled = [row.id for row in rows if row.answer is None]
     if unlabelled:
         raise Refusal(

@@ -32,7 +32,14 @@ from bayestune.session.session import Session
 
 
 def read_calibration(folder: Path | str) -> Calibration | None:
-    """That of an artefact, or None if it has none; refused if the artefact has changed since."""
+    """An artefact's calibration; None if it has none.
+
+    Args:
+        folder: of the artefact, here or on the Hub.
+
+    Raises:
+        Refusal: if the artefact has changed since it was calibrated.
+    """
     on_hub = isinstance(folder, str) and is_hub_id(folder)
     if not (on_hub or Path(folder).is_dir()):
         return None
@@ -44,7 +51,14 @@ def read_calibration(folder: Path | str) -> Calibration | None:
 
 @dataclass(frozen=True)
 class CalibratedPredictor:
-    """What predicts, how, and the calibration that is applied; None for probabilities alone."""
+    """Predicts rows and decides on them.
+
+    Args:
+        session: the base model, and the rows as they are put to it.
+        fit: what predicts.
+        way: how.
+        calibration: what decides; None for probabilities alone.
+    """
 
     session: Session
     fit: Fit
@@ -52,26 +66,26 @@ class CalibratedPredictor:
     calibration: Calibration | None = None
 
     def lines(self, rows: Sequence[Question]) -> list[dict[str, Any]]:
-        """One JSON object a row, of some rows at once: the prediction and what to do with it."""
+        """One JSON object for each of a few rows: the prediction and what to do with it."""
         return self.lines_of(rows, self.row_predictor.at(rows))
 
     def lines_of(self, rows: Sequence[Question], outputs: RowOutputs) -> list[dict[str, Any]]:
-        """The same of outputs that are there."""
+        """The same, made of the rows' outputs, without a pass."""
         lines = prediction_rows(rows, self._prediction(outputs.logits))
-        both = zip(lines, self.decisions_of(rows, outputs), strict=True)
-        return [{**line, **decision} for line, decision in both]
+        pairs = zip(lines, self.decisions_of(rows, outputs), strict=True)
+        return [{**line, **decision} for line, decision in pairs]
 
     @cached_property
     def row_predictor(self) -> RowPredictor:
-        """What predicts rows."""
+        """Gives the rows' logits and scores, distances among them if the calibration has any."""
         scorer = self.session.quietly().scorer
         return RowPredictor(self.fit, self.way, scorer, kept_reference(self.calibration))
 
     def decisions_of(self, rows: Sequence[Question], outputs: RowOutputs) -> list[dict[str, Any]]:
-        """What is decided of each row, with its distance where the calibration knows one."""
+        """What is decided on each row, with its distance if the outputs have one."""
         text = self.calibration.settings.get("unsure") if self.calibration else None
         unsure = unsure_options(rows, text)
-        found = decisions.decide(
+        decided = decisions.decide(
             self.calibration,
             outputs.logits,
             [content_of(row) for row in rows],
@@ -81,7 +95,7 @@ class CalibratedPredictor:
         )
         names = ("decision", "score", "set", "calibration")
         lines = []
-        for index, decision in enumerate(found.rows()):
+        for index, decision in enumerate(decided.rows()):
             line = {name: decision[name] for name in names if name in decision}
             if DISTANCE in outputs.extra:
                 line[DISTANCE] = outputs.extra[DISTANCE][index].item()
@@ -89,16 +103,16 @@ class CalibratedPredictor:
         return lines
 
     def _class_of(self, rows: Sequence[Question], width: int) -> Tensor | None:
-        """Which class each option is, (N, C), where thresholds are by class."""
+        """The class that each option is, (N, C), −1 for none; None if nothing is by class."""
         names = self.calibration.settings.get("classes") if self.calibration else None
         if names is None:
             return None
-        places = {name: index for index, name in enumerate(names)}
-        found = torch.full((len(rows), width), -1)
+        class_index = {name: index for index, name in enumerate(names)}
+        class_of = torch.full((len(rows), width), -1)
         for number, row in enumerate(rows):
-            own = [places.get(option, -1) for option in row.options]
-            found[number, : len(own)] = torch.tensor(own)
-        return found
+            indices = [class_index.get(option, -1) for option in row.options]
+            class_of[number, : len(indices)] = torch.tensor(indices)
+        return class_of
 
     def answers(self, rows: Sequence[Question]) -> Iterator[dict[str, Any]]:
         """The lines of `predict`, in order; with an `error` where a row cannot be put."""
@@ -116,32 +130,37 @@ class CalibratedPredictor:
     def evaluated(self, options: EvaluationOptions) -> Result:
         """The record of the calibrated predictions of the session's labelled rows.
 
-        Processes under a launcher share the rows.
+        The rows are divided among the processes of a launcher.
         """
         rows = self.session.rows()
         begin = time.perf_counter()
         outputs = self.row_predictor.over(rows, shared=True)
         seconds = time.perf_counter() - begin
-        count = self.way.draws if self.fit.posterior.atoms is None else self.fit.posterior.atoms
-        count = 0 if count == 1 and self.fit.posterior.atoms else count
-        found = Evaluated(count, self._prediction(outputs.logits), seconds, count)
+        atoms = self.fit.posterior.atoms
+        count = self.way.draws if atoms is None else atoms
+        if atoms == 1:  # a point: its only draw is its mean
+            count = 0
+        evaluated = Evaluated(count, self._prediction(outputs.logits), seconds, count)
         facts = self._facts(count) | seen_facts(self.fit.details, rows)
-        used = {"draws": (count,), "draw_seed": self.way.draw_seed, "shared_prefix": None}
-        result = make_result(facts, rows, found, replace(options, **used))
+        as_used = replace(options, draws=(count,), draw_seed=self.way.draw_seed, shared_prefix=None)
+        result = make_result(facts, rows, evaluated, as_used)
         return self._with_decisions(result, rows, self.decisions_of(rows, outputs))
 
     def _with_decisions(
         self, result: Result, questions: Sequence[Question], decided: Sequence[Mapping[str, Any]]
     ) -> Result:
-        """A result whose rows say what is done with them, and whose figures how that went.
+        """A result with each row's decision, and with the share, risk and cost of acting.
 
-        A risk or a cost of no row is None.
+        Risk and cost are means over the rows acted on, None if there are none.
         """
         calibration = self.calibration
         assert calibration is not None
-        rows = [{**row, **own} for row, own in zip(result.rows, decided, strict=True)]
-        both = zip(questions, rows, strict=True)
-        acted = [pair for pair in both if pair[1]["decision"] == calibration.acting]
+        pairs = zip(result.rows, decided, strict=True)
+        rows = [{**row, **decision} for row, decision in pairs]
+        acted = []
+        for question, row in zip(questions, rows, strict=True):
+            if row["decision"] == calibration.acting:
+                acted.append((question, row))
         count = len(acted)
         wrong = sum(row["choice"] != question.answer for question, row in acted)
         figures: dict[str, float | None] = {"acted": count / len(rows)}
@@ -154,25 +173,30 @@ class CalibratedPredictor:
         return Result(result.record | {"gate": gate, "calibration": applied}, rows)
 
     def _cost(self, question: Question, choice: int) -> float:
-        """What acting on a row cost, as a share of the greatest cost, by the classes' names.
+        """What acting on a row costs, as a share of the greatest cost; classes go by their names.
 
-        An option that is none of the classes costs as much as the worst error.
+        If the right or the chosen option is none of the classes, an error costs as much as the
+        worst one.
         """
         assert self.calibration is not None
         costs = self.calibration.costs
         assert costs is not None
         assert question.answer is not None
         names = list(self.calibration.settings.get("classes") or question.options)
-        right, chosen = (question.options[index] for index in (question.answer, choice))
+        right = question.options[question.answer]
+        chosen = question.options[choice]
         if right not in names or chosen not in names:
             return float(right != chosen)
         return costs[names.index(right)][names.index(chosen)] / max(map(max, costs))
 
     def _facts(self, count: int) -> dict[str, Any]:
+        """What the record says of the fit and of how it predicts."""
         label = label_of(self.fit.label, count, self.fit.posterior)
-        kind = ", student" if self.way.student else ""
-        kind = ", cascade" if self.way.band else kind
-        label = f"{label}{kind}, calibrated"
+        if self.way.band:
+            label = f"{label}, cascade"
+        elif self.way.student:
+            label = f"{label}, student"
+        label = f"{label}, calibrated"
         facts = {"task": self.session.task.name, "rows": "evaluation", "label": label}
         return facts | replace(self.fit, bf16=self.way.bf16).facts(self.session.options)
 
@@ -210,15 +234,17 @@ def decide(
     """
     calibration = read_calibration(folder) if calibrated else None
     of_file = _sorted(Path(rows), folder) if isinstance(rows, str | Path) else None
-    asked = rows_of(rows if of_file is None else of_file.questions, folder, labelled=False)
+    questions = rows_of(rows if of_file is None else of_file.questions, folder, labelled=False)
     way = PredictionOptions.of(calibration.settings) if calibration else None
-    opened = Artefact.open(folder, asked, None, model, way)
-    session = replace(opened.session, progress=progress)
+    artefact = Artefact.open(folder, questions, None, model, way)
+    session = replace(artefact.session, progress=progress)
     way = way or PredictionOptions()
-    lines = CalibratedPredictor(session, opened.fit, way, calibration).answers(opened.rows)
+    predictor = CalibratedPredictor(session, artefact.fit, way, calibration)
+    lines = predictor.answers(artefact.rows)
     return list(lines if of_file is None else in_order(of_file, lines))
 
 
 def _sorted(file: Path, folder: Path | str) -> SortedRows:
+    """The rows of a file that the artefact in a folder can answer, and the others."""
     details = details_of(artefact_folder(folder))
     return of_its_classes(sort_rows(file, usual_reading(details)), details)

@@ -76,47 +76,63 @@ class VariantOptions:
 def variants_of(
     artefact: Artefact, compared: VariantOptions, trained: Sequence[Question]
 ) -> dict[str, Variant]:
-    """Every way of predicting on all rows, with its time, and its distances."""
-    precise = artefact.fit.bf16 if compared.bf16 is None else compared.bf16
-    found = {}
-    ways = compared.ways(artefact, precise)
-    near = _near(artefact, ways[0], trained)
+    """Each way of predicting by its name: the held-out rows' logits, times and distances.
+
+    A student comes last; its adapter then stands on the base model in the artefact's place.
+
+    Args:
+        artefact: opened with the held-out rows.
+        compared: which ways.
+        trained: training rows, from which distances are taken; none for no distances.
+    """
+    bf16 = artefact.fit.bf16 if compared.bf16 is None else compared.bf16
+    variants = {}
+    ways = compared.ways(artefact, bf16)
+    distances = _distances(artefact, ways[0], trained)
     for way in ways:
-        found[way.name(artefact.fit.posterior)] = near.put_on(_variant(artefact, way))
+        name = way.name(artefact.fit.posterior)
+        variants[name] = distances.added_to(_variant(artefact, way))
     if compared.student is not None:
         folder = artefact_folder(compared.student)
-        seen_from = os.path.relpath(folder.resolve(), artefact.place.resolve())
+        relative = os.path.relpath(folder.resolve(), artefact.place.resolve())
         digest = posterior_digest(folder)
-        plain = PredictionOptions(0, compared.draw_seed, precise)
-        way = replace(plain, student=Path(seen_from).as_posix(), student_digest=digest)
+        mean = PredictionOptions(0, compared.draw_seed, bf16)
+        way = replace(mean, student=Path(relative).as_posix(), student_digest=digest)
         student = artefact.student(folder)
-        near = _near(student, way, trained)
-        found["student"] = near.put_on(_variant(student, way))
-    return found
+        distances = _distances(student, way, trained)
+        variants["student"] = distances.added_to(_variant(student, way))
+    return variants
 
 
 @dataclass(frozen=True, eq=False)
-class _Near:
-    """How far the held-out rows are from the training rows, where these are known."""
+class _Distances:
+    """How far the held-out rows are from the training rows; both None where that is unknown.
+
+    Args:
+        distance: gives the distances of new rows.
+        scores: those of the held-out rows, (N,).
+    """
 
     distance: Distance | None = None
     scores: Tensor | None = None
 
-    def put_on(self, variant: Variant) -> Variant:
-        """The variant with its distances, and what gives those of new rows."""
+    def added_to(self, variant: Variant) -> Variant:
+        """The variant with its distances, and in its settings what gives those of new rows."""
         if self.distance is None or self.scores is None:
             return variant
         settings = {**variant.settings, DISTANCE: self.distance.to_json()}
         return replace(variant, settings=settings, extra={DISTANCE: self.scores})
 
 
-def _near(artefact: Artefact, way: PredictionOptions, trained: Sequence[Question]) -> _Near:
+def _distances(
+    artefact: Artefact, way: PredictionOptions, trained: Sequence[Question]
+) -> _Distances:
     """Distances in the adapter's activations; none without training rows or a mean adapter."""
     if not trained:
-        return _Near()
+        return _Distances()
     if not artefact.fit.posterior.has_mean:
         _log.warning("no distance: the posterior has no mean adapter to tell activations by")
-        return _Near()
+        return _Distances()
     predictor = artefact.predictor(way)
     step = -(-len(trained) // _MOST_TRAINED)
     task = own_task("trained on", (), trained[::step])
@@ -125,11 +141,12 @@ def _near(artefact: Artefact, way: PredictionOptions, trained: Sequence[Question
         distance = Distance.fit(predictor.activations(reference))
     except Refusal as problem:
         _log.warning("no distance: %s", problem)
-        return _Near()
-    return _Near(distance, distance.of(predictor.activations(artefact.rows)))
+        return _Distances()
+    return _Distances(distance, distance.of(predictor.activations(artefact.rows)))
 
 
 def _variant(artefact: Artefact, way: PredictionOptions) -> Variant:
+    """The artefact's rows predicted in one way, after a warm-up, with the time of a row."""
     rows = artefact.rows
     predictor = artefact.predictor(way)
     predictor.at(rows[:_WARM_UP])
@@ -142,24 +159,33 @@ def _variant(artefact: Artefact, way: PredictionOptions) -> Variant:
 def cascade_of(
     variants: Mapping[str, Variant], held_out: HeldOut, options: CalibrationOptions, share: float
 ) -> Variant:
-    """The student, or else the mean, and the draws for the rows about which it is in doubt.
+    """The student, or without one the mean; and the draws for the rows it is in doubt about.
 
     The band is chosen on the rows for choices; the promise is for the whole cascade. Distances are
     those of what is asked first.
+
+    Args:
+        variants: by name, as `variants_of` gives them.
+        held_out: the same rows.
+        options: how they are parted, and the promise.
+        share: of the rows, that go on to the draws.
+
+    Raises:
+        Refusal: if there is neither a student nor the mean, or no variant has draws.
     """
     first = variants.get("student") or variants.get("mean")
-    ways = [each for each in variants.values() if each.settings["draws"] > 0]
-    if first is None or not ways:
+    with_draws = [each for each in variants.values() if each.settings["draws"] > 0]
+    if first is None or not with_draws:
         raise Refusal(
             f"got cascade={share} for {sorted(variants)}; expected a student or the mean, and "
             "draws; give --draws '[0, 10]' of a posterior that has both, or leave it out"
         )
-    plain = [each for each in ways if each.settings["factor"] == 1] or ways
-    drawn = max(plain, key=lambda each: each.settings["draws"])
+    unscaled = [each for each in with_draws if each.settings["factor"] == 1] or with_draws
+    drawn = max(unscaled, key=lambda each: each.settings["draws"])
     choosing, _ = decisions.parts(held_out, options, first.logits.shape[-1])
-    quick = first.logits[0].double().softmax(-1)
-    wrong = (quick.argmax(-1) != held_out.labels)[choosing]
-    doubt = (1 - quick.amax(-1))[choosing]
+    p_first = first.logits[0].double().softmax(-1)
+    wrong = (p_first.argmax(-1) != held_out.labels)[choosing]
+    doubt = (1 - p_first.amax(-1))[choosing]
     band = decisions.doubtful_band(doubt, wrong, options.promise.risk, share)
     rows = in_band(first.logits, band).nonzero()[:, 0].tolist()
     logits = staged(first.logits, drawn.logits[:, rows], rows)

@@ -32,7 +32,7 @@ _LINES = 200  # of the log, in a record
 
 @dataclass(frozen=True)
 class Fit:
-    """A posterior and how it came about."""
+    """A posterior, and what its folder says of how it was fitted."""
 
     posterior: Posterior
     details: Mapping[str, Any]  # method, base model, task, training …, as `posterior.json` has them
@@ -56,9 +56,9 @@ class Fit:
         return cls.of(posterior, details_of(folder), bf16)
 
     def save(self, folder: Path) -> None:
-        """Writes the posterior with its details, and the report of its training, in one process.
+        """Writes the posterior with its details, and the report of its training.
 
-        Where these are spread over processes, all give their part.
+        One process writes; where the parameters are spread over processes, all must call this.
         """
         if is_first_process():
             folder.mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,7 @@ class Fit:
             save_posterior(self.posterior, folder, self.details)
 
     def facts(self, options: TaskOptions) -> dict[str, Any]:
-        """What every record says of the fit, and how the rows of `options` were put to it."""
+        """What every record says of the fit, and of how the rows of `options` were put to it."""
         details = self.details
         seconds = self.posterior.report.seconds  # 0 where its folder does not say
         return {
@@ -96,37 +96,37 @@ class Fit:
         `history` has lines of the log (the loss, the KL in nats, the mean σ/σ_p); `std` the mean
         standard deviation of each Gaussian slot, beside the prior's.
         """
-        found: dict[str, Any] = {}
-        history = _course_of(self.posterior.report.history)
+        course: dict[str, Any] = {}
+        history = _thinned(self.posterior.report.history)
         if history:
-            found["history"] = history
+            course["history"] = history
         if isinstance(self.posterior, Gaussian):
             layers = self.posterior.layers()
             stds = {name: float(layer.std.detach().mean()) for name, layer in layers.items()}
-            found["std"] = {name: float(f"{std:.4g}") for name, std in stds.items()}
-            found["prior_std"] = self.details["fields"].get("prior_std")
-        return {"fit": found} if found else {}
+            course["std"] = {name: float(f"{std:.4g}") for name, std in stds.items()}
+            course["prior_std"] = self.details["fields"].get("prior_std")
+        return {"fit": course} if course else {}
 
 
-def _course_of(lines: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
-    """What a record tells of a log: at most 200 of its lines, the last among them."""
-    every = max(1, -(-len(lines) // _LINES))
+def _thinned(lines: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+    """At most 200 lines of a log, evenly spaced, the last among them; of each what records keep."""
+    stride = max(1, -(-len(lines) // _LINES))
     course = []
-    for line in lines[::-every]:
-        own = {key: line[key] for key in _COURSE if key in line}
-        if len(own) > 1:  # not the step alone
-            course.append(own)
+    for line in lines[::-stride]:
+        kept = {key: line[key] for key in _COURSE if key in line}
+        if len(kept) > 1:  # not the step alone
+            course.append(kept)
     return course[::-1]
 
 
 def put_report(posterior: Posterior, folder: Path) -> None:
-    """Has a loaded posterior know what its fit took, where its folder says so."""
+    """Gives a loaded posterior the report of its fit, if its folder holds one."""
     if (report := read_report(folder)) is not None:
         posterior.report = report
 
 
 def read_report(folder: Path) -> FitReport | None:
-    """What a fit took, where its folder says so."""
+    """What a fit took: its seconds, memory and history; None if its folder does not say."""
     path = folder / REPORT
     if not path.is_file():
         return None
@@ -134,9 +134,15 @@ def read_report(folder: Path) -> FitReport | None:
 
 
 def details_of(folder: Path) -> dict[str, Any]:
-    """What `posterior.json` says, with the method's key where an old one has its class's name.
+    """What `posterior.json` says of a fit, its method always by the key in `METHODS`.
 
-    Of a plain adapter it is what `calibrate` was told of it.
+    For a plain adapter it is what its calibration keeps.
+
+    Args:
+        folder: of `fit`, or a calibrated adapter's.
+
+    Raises:
+        Refusal: if the folder does not say how it was fitted, as that of `save_posterior` alone.
     """
     details = calibrated_details(folder) or read_details(folder)
     if "method" not in details:
@@ -149,7 +155,7 @@ def details_of(folder: Path) -> dict[str, Any]:
 
 
 def method_key(named: str) -> str:
-    """A method's key in `METHODS`, of which an old folder has the class's name in small letters."""
+    """A method's key in `METHODS`; old folders name the class in small letters instead."""
     keys = {method.__name__.lower(): key for key, method in METHODS.items()}
     return named if named in METHODS else keys.get(named, named)
 
@@ -161,5 +167,5 @@ def shown(model: str) -> str:
 
 
 def _proper_name(method: str) -> str:
-    """The class's name that tables show for a key: "MCDropout" for "mc_dropout"."""
+    """The name of a method's class, which tables show: "MCDropout" for "mc_dropout"."""
     return METHODS[method].__name__ if method in METHODS else method

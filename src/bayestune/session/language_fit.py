@@ -54,9 +54,9 @@ class LanguageFit:
 
 
 def _completed(details: dict[str, Any], base_model: str) -> dict[str, Any]:
-    """What a folder says of a fit, and what stands for that where it was not `fit` that wrote."""
+    """What a folder says of its fit, with defaults for what only folders of `fit` say."""
     method = method_key(details.get("method", details.get("posterior", PLAIN)))
-    usual: dict[str, Any] = {
+    defaults: dict[str, Any] = {
         "base_model": base_model,
         "dtype": "float32",
         "scoring": None,
@@ -65,4 +65,4 @@ def _completed(details: dict[str, Any], base_model: str) -> dict[str, Any]:
         "questions": {},
     }
     fields = {"method": method, **details.get("fields", {})}
-    return {**usual, **details, "method": method, "fields": fields}
+    return {**defaults, **details, "method": method, "fields": fields}

@@ -1,4 +1,4 @@
-"""A method whose posterior is in a folder already, in the place of a method that builds on it."""
+"""Stands for a method whose posterior is in a folder already, as the base of another method."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,13 +14,13 @@ from bayestune.training import Training
 
 @dataclass(frozen=True)
 class LoadedBase:
-    """A base that is loaded instead of fitted.
+    """Stands for a method: its `fit` loads the posterior in a folder instead of fitting.
 
     Args:
         session: with the model and the task of the fit.
         folder: of the posterior.
-        method: that was fitted, for another training than the one it had.
-        training: of the fit; None where the posterior stands for any.
+        method: the one that was fitted; it is fitted again for another training than `training`.
+        training: of the fit; None to load the posterior whatever training is asked for.
     """
 
     session: Session
@@ -29,10 +29,11 @@ class LoadedBase:
     training: Training | None = None
 
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Posterior:
-        """The posterior in the folder; where it had another training, a fit of the method."""
+        """The posterior in the folder; if it had another training, a new fit of the method."""
         if self.method is not None and self.training is not None:
-            where = {"output": self.training.output, "resume": self.training.resume}
-            if replace(training, **where) != self.training:
+            # where checkpoints go and whether they are resumed makes no other training
+            same_place = {"output": self.training.output, "resume": self.training.resume}
+            if replace(training, **same_place) != self.training:
                 return self.method.fit(model, scorer, training)
         posterior = self.session.load(self.folder).posterior
         posterior.digest = posterior_digest(artefact_folder(self.folder))

@@ -22,20 +22,25 @@ def open_model(
     outline: bool = False,
     to_train: bool = False,
 ) -> LoadedModel:
-    """Loads a model, without a name the default one, onto the accelerator if there is one.
+    """Loads a model onto the accelerator, if there is one.
 
-    An `outline` has no weights: settings can be checked against it. What is open stays as it is.
-    A model `to_train` in parts is left to what shards it: as a whole it may not fit.
+    Args:
+        name: of the model; None for the default one. One that is open already is returned as it is.
+        dtype: of its weights.
+        num_labels: C of a classification head; None for a language model.
+        outline: whether to load it without weights, to check settings against it.
+        to_train: whether it is to be trained. If a launcher shards models, it is then left on the
+            CPU, because it may not fit on one device as a whole.
     """
     if isinstance(name, LoadedModel):
         return name
-    kind = dtype if is_bits(dtype) else getattr(torch, dtype)
-    options: dict[str, Any] = {"dtype": kind, "num_labels": num_labels}
+    torch_dtype = dtype if is_bits(dtype) else getattr(torch, dtype)
+    options: dict[str, Any] = {"dtype": torch_dtype, "num_labels": num_labels}
     if outline:
         options["device"] = "meta"
     loaded = load_default(**options) if name is None else load_model(name, **options)
-    how = sharding()
-    sharded = to_train and how is not None and how.of_model
+    shards = sharding()
+    sharded = to_train and shards is not None and shards.of_model
     whole = not (outline or sharded or is_bits(dtype))
     if whole and torch.accelerator.is_available():
         loaded.model.to(torch.accelerator.current_accelerator())  # type: ignore[arg-type]
@@ -43,9 +48,10 @@ def open_model(
 
 
 def dtype_of(model: nn.Module) -> str:
-    """With which type a model is opened again as it is.
+    """The `dtype` with which `open_model` opens a model again as it is.
 
-    Weights that are quantised on the disk already are so without being asked for.
+    It names a quantisation, such as "4bit", only if that was done on loading: weights that are
+    quantised on disk already are loaded so in any case.
     """
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not quantizer.pre_quantized:

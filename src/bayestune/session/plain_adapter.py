@@ -1,4 +1,4 @@
-"""A plain LoRA adapter: what a fit would have noted of it, told by whoever calibrates it."""
+"""A plain LoRA adapter: whoever calibrates it says what a fit's folder would say of it."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -23,7 +23,7 @@ from bayestune.posteriors import (
 from bayestune.session.opened_model import Dtype, num_classes
 from bayestune.session.task_options import TaskOptions
 
-PLAIN = "lora"  # the method of records
+PLAIN = "lora"  # the method that records name for a plain adapter
 
 
 def is_plain(folder: Path) -> bool:
@@ -32,12 +32,17 @@ def is_plain(folder: Path) -> bool:
 
 
 def details_if_any(place: Path) -> dict[str, Any]:
-    """What an artefact's `posterior.json` says; nothing of a plain adapter."""
+    """What an artefact's `posterior.json` says; empty for a plain adapter, which has none."""
     return {} if is_plain(place) else read_details(place)
 
 
 def load_any(base: nn.Module, place: Path) -> Posterior:
-    """What a folder holds, on its base: a posterior, or a plain adapter as a point."""
+    """Loads what a folder holds onto its base model: a posterior, or a plain adapter as a point.
+
+    Args:
+        base: the base model.
+        place: the folder.
+    """
     return (load_adapter if is_plain(place) else load_posterior)(base, place)
 
 
@@ -47,10 +52,10 @@ def named_base(place: Path, details: Mapping[str, Any], model: str | None = None
     Args:
         place: its folder.
         details: what its `posterior.json` says.
-        model: the base where it has moved, which goes before.
+        model: the base where it has moved, which takes precedence.
 
     Raises:
-        Refusal: if nobody names one.
+        Refusal: if none of these names one, nor the adapter itself.
     """
     name = model or details.get("base_model") or base_name(place)
     if not name:
@@ -59,7 +64,7 @@ def named_base(place: Path, details: Mapping[str, Any], model: str | None = None
 
 
 def told_details(base_model: str, task: Task, options: TaskOptions, dtype: Dtype) -> dict[str, Any]:
-    """What `posterior.json` would say, of an adapter that somebody else trained."""
+    """What `posterior.json` would say, for an adapter that was trained elsewhere."""
     return {
         "method": PLAIN,
         "fields": {"method": PLAIN},
@@ -77,10 +82,12 @@ def told_details(base_model: str, task: Task, options: TaskOptions, dtype: Dtype
 
 
 def calibrated_details(folder: Path) -> dict[str, Any] | None:
-    """What the calibration of a plain adapter kept; None of a posterior, or if there is none.
+    """What the calibration of a plain adapter keeps in the place of `posterior.json`.
+
+    None for a posterior, and for an adapter that has no calibration.
 
     Raises:
-        Refusal: if the adapter has changed since.
+        Refusal: if the adapter has changed since it was calibrated.
     """
     if not Path(folder).is_dir() or not is_plain(folder):
         return None

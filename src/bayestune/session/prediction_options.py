@@ -46,7 +46,7 @@ class PredictionOptions:
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Self:
-        """The way that a calibration's settings tell."""
+        """The way of predicting that a calibration's settings hold."""
         names = [field.name for field in fields(cls) if field.name in settings]
         given = {name: settings[name] for name in names}
         if given.get("band"):
@@ -85,7 +85,7 @@ class PredictionOptions:
         if self.band is None:
             return self._drawn(fit.posterior, scorer, encoded, batch_size)
         first = replace(self, draws=0)._drawn(_asked_first(fit), scorer, encoded, batch_size)
-        return self._gone_on(first, fit, scorer, encoded, batch_size)
+        return self._cascaded(first, fit, scorer, encoded, batch_size)
 
     def watched(
         self, fit: Fit, scorer: Scorer, encoded: Sequence[Encoded], batch_size: int = BATCH
@@ -95,19 +95,19 @@ class PredictionOptions:
         They are of one pass if the mean is what predicts, else of one more. A cascade's are those
         of its first pass, the student's or the mean's.
         """
-        first, found = mean_pass(
+        first, activations = mean_pass(
             _asked_first(fit), scorer, encoded, bf16=self.bf16, batch_size=batch_size
         )
         if self.band is not None:
-            return self._gone_on(first, fit, scorer, encoded, batch_size), found
+            return self._cascaded(first, fit, scorer, encoded, batch_size), activations
         if count_for(fit.posterior, self.draws) == 0:
-            return first, found
-        return self._drawn(fit.posterior, scorer, encoded, batch_size), found
+            return first, activations
+        return self._drawn(fit.posterior, scorer, encoded, batch_size), activations
 
-    def _gone_on(
+    def _cascaded(
         self, first: Tensor, fit: Fit, scorer: Scorer, encoded: Sequence[Encoded], batch_size: int
     ) -> Tensor:
-        """A cascade's logits (S, N, C), by its first ones (1, N, C)."""
+        """A cascade's logits (S, N, C), given those of its first pass, (1, N, C)."""
         assert self.band is not None
         doubtful = in_band(first, self.band).nonzero()[:, 0].tolist()
         if not doubtful:
@@ -125,6 +125,7 @@ class PredictionOptions:
 
 
 def _asked_first(fit: Fit) -> Posterior:
+    """What a cascade asks first: the student if there is one, else the posterior's mean."""
     return fit.first or fit.posterior
 
 
@@ -135,28 +136,32 @@ def in_band(first: Tensor, band: tuple[float, float]) -> Tensor:
 
 
 def staged(first: Tensor, drawn: Tensor, rows: Sequence[int]) -> Tensor:
-    """A cascade's logits (S, N, C): the draws' of some rows, the first ones S times of the others.
+    """A cascade's logits (S, N, C): the draws' for some rows, for the others S times the first.
 
     Args:
-        first: (1, N, C).
-        drawn: (S, n, c) of the n rows, c ≤ C.
-        rows: their indices.
+        first: logits of the first pass, (1, N, C).
+        drawn: the draws' logits of n rows, (S, n, c), c ≤ C.
+        rows: indices of these n rows among the N.
     """
-    found = first.expand(len(drawn), -1, -1).clone()
-    missing = found.shape[2] - drawn.shape[2]
-    found[:, list(rows)] = pad(drawn, (0, missing), value=-torch.inf)
-    return found
+    logits = first.expand(len(drawn), -1, -1).clone()
+    missing = logits.shape[2] - drawn.shape[2]
+    logits[:, list(rows)] = pad(drawn, (0, missing), value=-torch.inf)
+    return logits
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
-    """Logits (S, n_i, C_i) of some rows each as those of all, (S, N, C)."""
+    """Logits (S, N, C) of all rows, from those of lots of rows, (S, n_i, C_i); -inf fills up to C.
+
+    Args:
+        parts: one or more; N = Σ n_i, C = max C_i.
+    """
     width = max(part.shape[2] for part in parts)
     return torch.cat([pad(part, (0, width - part.shape[2]), value=-torch.inf) for part in parts], 1)
 
 
 @contextmanager
 def _widened(posterior: Posterior, factor: float) -> Iterator[None]:
-    """Every Ω = G² times a factor, for the time of the context."""
+    """Multiplies every Ω = G² by a factor while the context lasts."""
     if factor == 1 or not isinstance(posterior, Gaussian):
         yield
         return

@@ -1,4 +1,4 @@
-"""Rows' logits, and the scores that are known beside those of the logits."""
+"""Rows' logits, and beside them scores that logits do not give: prompt length and distance."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ from bayestune.session.fit import Fit
 from bayestune.session.prediction_options import BATCH, PredictionOptions, joined
 
 PROMPT_LENGTH = "prompt_length"  # the score that every artefact has for nothing
-DISTANCE = "distance"  # of the calibrations that saw training rows
+DISTANCE = "distance"  # the score of calibrations that were given the training rows
 T = TypeVar("T")
 WINDOW = 32  # rows that are predicted before their lines are written
 
 
 @dataclass(frozen=True, eq=False)
 class RowOutputs:
-    """What a model says of N rows.
+    """What one way of predicting gives for N rows.
 
     Args:
         logits: (S, N, C).
@@ -36,7 +36,14 @@ class RowOutputs:
 
 @dataclass(frozen=True, eq=False)
 class RowPredictor:
-    """What predicts and how, and the training rows' activations if distances are asked for."""
+    """Predicts rows with a fit.
+
+    Args:
+        fit: what predicts.
+        way: how: by the mean, by draws, by a cascade.
+        scorer: encodes the rows.
+        reference: gives rows' distances from the training rows; None for no distances.
+    """
 
     fit: Fit
     way: PredictionOptions
@@ -44,83 +51,91 @@ class RowPredictor:
     reference: Distance | None = None
 
     def at(self, rows: Sequence[Question]) -> RowOutputs:
-        """Some rows at once."""
+        """The outputs of a few rows."""
         return self.at_encoded(self.scorer.encode(rows))
 
     def at_encoded(self, encoded: Sequence[Encoded], batch_size: int = BATCH) -> RowOutputs:
-        """The same of encoded rows, so many in a pass."""
+        """The outputs of encoded rows, `batch_size` of them in a pass."""
         extra = prompt_lengths(encoded)
-        asked = (self.fit, self.scorer, encoded, batch_size)
         if self.reference is None:
-            return RowOutputs(self.way.passed(*asked), extra)
-        logits, activations = self.way.watched(*asked)
+            logits = self.way.passed(self.fit, self.scorer, encoded, batch_size)
+            return RowOutputs(logits, extra)
+        logits, activations = self.way.watched(self.fit, self.scorer, encoded, batch_size)
         return RowOutputs(logits, extra | {DISTANCE: self.reference.of(activations)})
 
     def over(self, rows: Sequence[Question], *, shared: bool = False) -> RowOutputs:
-        """Any number of rows, a window at a time, as predictions take them.
+        """The outputs of any number of rows, a window at a time.
 
-        With `shared`, processes that run the same command take some of the windows each.
+        With `shared`, the windows are divided among processes that run the same command.
         """
         parts = windows(rows)
-        found = shared_work(parts, self.at) if shared else [self.at(part) for part in parts]
-        extra = columns_joined([outputs.extra for outputs in found])
-        return RowOutputs(joined([outputs.logits for outputs in found]), extra)
+        outputs = shared_work(parts, self.at) if shared else [self.at(part) for part in parts]
+        extra = columns_joined([part.extra for part in outputs])
+        return RowOutputs(joined([part.logits for part in outputs]), extra)
 
     def activations(self, rows: Sequence[Question], *, shared: bool = False) -> dict[str, Tensor]:
         """A x (N, r) by slot name, of the mean; `shared` as in `over`."""
         mean = PredictionOptions(0, self.way.draw_seed, self.way.bf16)
 
-        def of(part: Sequence[Question]) -> Mapping[str, Tensor]:
+        def activations_of(part: Sequence[Question]) -> Mapping[str, Tensor]:
             return mean.watched(self.fit, self.scorer, self.scorer.encode(part))[1]
 
         parts = windows(rows)
-        return columns_joined(shared_work(parts, of) if shared else list(map(of, parts)))
+        of_parts = shared_work(parts, activations_of) if shared else map(activations_of, parts)
+        return columns_joined(list(of_parts))
 
 
 def columns_joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Columns of some rows each as those of all, by the names that every part has."""
-    found = {}
+    """Concatenates the columns of several lots of rows; a name that some lot lacks is left out.
+
+    Args:
+        parts: of each lot of rows, its columns by name, (n, …) each; at least one lot.
+    """
+    columns = {}
     for name in parts[0]:
-        own = [part[name] for part in parts if name in part]
-        if len(own) == len(parts):
-            found[name] = torch.cat(own)
-    return found
+        pieces = [part[name] for part in parts if name in part]
+        if len(pieces) == len(parts):
+            columns[name] = torch.cat(pieces)
+    return columns
 
 
 def windows(rows: Sequence[T]) -> list[Sequence[T]]:
-    """The rows, so many at a time as predictions take them."""
+    """The rows in windows of `WINDOW` of them, the last one perhaps shorter."""
     return [rows[start : start + WINDOW] for start in range(0, len(rows), WINDOW)]
 
 
 def prompt_lengths(encoded: Sequence[Encoded]) -> dict[str, Tensor]:
-    """The score that costs nothing."""
+    """Each row's number of tokens, (N,), under the name of that score."""
     lengths = [float(row["length"]) for row in encoded]
     return {PROMPT_LENGTH: torch.tensor(lengths, dtype=torch.float64)}
 
 
 def kept_reference(calibration: Calibration | None) -> Distance | None:
-    """What a calibration keeps of the training rows' activations, if it saw them."""
+    """The distance from the training rows that a calibration keeps; None if it has none."""
     texts: Any = calibration.settings.get(DISTANCE) if calibration else None
     return Distance.from_json(texts) if texts else None
 
 
 def own_reference(calibration: Calibration | None) -> Distance | None:
-    """The same in the artefact itself: a student's activations are another adapter's."""
+    """The same where it is of the artefact's own activations, not of a student's; else None."""
     if calibration is None or PredictionOptions.of(calibration.settings).student is not None:
         return None
     return kept_reference(calibration)
 
 
 def lines_or_errors(
-    rows: Sequence[Question], tell: Callable[[Sequence[Question]], Iterable[dict[str, Any]]]
+    rows: Sequence[Question], to_lines: Callable[[Sequence[Question]], Iterable[dict[str, Any]]]
 ) -> list[dict[str, Any]]:
-    """The lines that `tell` makes of rows; where logits are no numbers, of each row by itself."""
+    """The lines that `to_lines` makes of rows; an `error` for a row whose logits are not finite.
+
+    If some row's logits are not finite, each row is asked by itself.
+    """
     try:
-        return list(tell(rows)) if rows else []
+        return list(to_lines(rows)) if rows else []
     except NotFiniteLogits as problem:
         if len(rows) == 1:
             return [error_row(rows[0], problem)]
     lines = []
     for row in rows:
-        lines += lines_or_errors([row], tell)
+        lines += lines_or_errors([row], to_lines)
     return lines

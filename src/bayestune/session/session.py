@@ -73,9 +73,9 @@ class Session:
     def _of(
         cls, loaded: LoadedModel, task: Task, options: TaskOptions, *, progress: bool = True
     ) -> Self:
-        """A session of rows that are as they shall be put."""
-        put = (options.scoring, options.max_length)
-        scorer = make_scorer(loaded.model, loaded.tokenizer, task, *put)
+        """A session whose task has its prompt and its order of options already."""
+        way = (options.scoring, options.max_length)
+        scorer = make_scorer(loaded.model, loaded.tokenizer, task, *way)
         return cls(loaded, task, scorer, options, progress)
 
     @classmethod
@@ -108,11 +108,11 @@ class Session:
         labelled: bool = True,
         task: Task | None = None,
     ) -> Self:
-        """A session to use a folder's posterior in, all as fitted: prompt, scoring, length, dtype.
+        """A session with the prompt, scoring, length and dtype of the fit whose folder it is.
 
-        `options` say which rows, `model` where the base model is if it has moved; with `labelled`
-        the user's own rows must have answers. Rows without options have those of the fit. `task`
-        is what `options` load, where it is loaded already.
+        `options` say which rows; those without options have the fit's. `model` names the base model
+        if it has moved. With `labelled` the user's own rows must have answers. `task` is what
+        `options` load, where it is loaded already.
 
         Raises:
             Refusal: if `options` name no rows, or the rows cannot be put as those of the fit.
@@ -157,7 +157,7 @@ class Session:
         return rows
 
     def check(self, methods: Iterable[Method], training: Training) -> None:
-        """Refuses what the fits of methods would refuse after hours."""
+        """Refuses now what a fit of one of these methods would refuse after hours of others."""
         check_fits(self.loaded.model, self.scorer, training.lora, methods)
 
     def check_evaluation(self, part: Part) -> None:
@@ -177,9 +177,9 @@ class Session:
         if training.resume and (output / DETAILS).is_file():
             return self.load(output)
         logger.info("fitting %s on %d rows", type(method).__name__, len(self.task.train))
-        here = replace(training, output=output / "checkpoints")
-        fitted: Any = method if base is None else replace(method, base=base)  # type: ignore[type-var]
-        posterior = fitted.fit(self.loaded.model, self.scorer, here)
+        with_output = replace(training, output=output / "checkpoints")
+        to_fit: Any = method if base is None else replace(method, base=base)  # type: ignore[type-var]
+        posterior = to_fit.fit(self.loaded.model, self.scorer, with_output)
         return self.save(posterior, method, training, output)
 
     def save(self, posterior: Posterior, method: Method, training: Training, output: Path) -> Fit:
@@ -189,7 +189,6 @@ class Session:
         questions = self.options.recorded()
         questions["options"] = self.options.options or self.task.shared_options
         questions["answer_is"] = self.options.answer_is or self.task.answer_is
-        spare = learnt_rows(method, self.scorer, training)
         details = {
             "method": settings["method"],
             "fields": settings,
@@ -203,7 +202,7 @@ class Session:
             "training": asdict(training),
             "questions": questions,
             "train_rows": len(self.task.train),
-            "seen": fingerprints((*self.task.train, *spare)),
+            "seen": fingerprints((*self.task.train, *learnt_rows(method, self.scorer, training))),
         }
         fit = Fit.of(posterior, details)
         fit.save(output)
@@ -216,18 +215,17 @@ class Session:
     def evaluate(
         self, fit: Fit, options: EvaluationOptions, part: Part = "evaluation"
     ) -> list[Result]:
-        """A fit's records, and the rows beside them, for each number of draws."""
+        """A fit's record and its rows' lines, for each number of draws."""
         rows = self.rows(part)
         posterior = fit.posterior.on(self.scorer)
-        evaluated = evaluate_posterior(
-            posterior, self.scorer, rows, options, bf16=fit.bf16, progress=self.progress
-        )
         results = []
-        for one in evaluated:
-            label = label_of(fit.label, one.draws, posterior, options.shared_prefix)
+        for evaluated in evaluate_posterior(
+            posterior, self.scorer, rows, options, bf16=fit.bf16, progress=self.progress
+        ):
+            label = label_of(fit.label, evaluated.draws, posterior, options.shared_prefix)
             facts: dict[str, Any] = {"task": self.task.name, "rows": part, "label": label}
             facts |= fit.facts(self.options) | seen_facts(fit.details, rows)
-            results.append(make_result(facts, rows, one, options))
+            results.append(make_result(facts, rows, evaluated, options))
         return results
 
     def predict(
@@ -238,19 +236,21 @@ class Session:
         decided: bool = False,
         rows: Sequence[Question] | None = None,
     ) -> Prediction:
-        """The predictive of rows, by default those to evaluate on, as precise as the fit.
+        """The predictive of rows, by default those to evaluate on, in the precision of the fit.
 
         With `decided`, drawing stops for rows whose decision is certain, see `Adaptive`.
         """
-        asked = (fit.posterior, self.scorer)
+        scorer = self.scorer
         rows = self.rows() if rows is None else rows
         draws = replace(draws, bf16=fit.bf16)
         if decided:
             rule = Adaptive(draws.count)
-            return predict_adaptively(*asked, rows, rule, draws=draws, progress=self.progress)
+            return predict_adaptively(
+                fit.posterior, scorer, rows, rule, draws=draws, progress=self.progress
+            )
         draws = replace(draws, count=count_for(fit.posterior, draws.count))
         title = f"predict, {draws.count} draws" if self.progress else None
-        logits = row_logits(*asked, self.scorer.encode(rows), draws, progress=title)
+        logits = row_logits(fit.posterior, scorer, scorer.encode(rows), draws, progress=title)
         check_draws(logits)
         return Prediction.of(logits, exact=fit.posterior.atoms is not None)
 
@@ -259,7 +259,7 @@ class Session:
         return replace(self, scorer=replace(self.scorer, warns=False), progress=False)
 
     def problems(self, rows: Sequence[Question]) -> list[Refusal]:
-        """Why rows cannot be put to the model, those alone; warns of rows that are shortened."""
+        """The refusals of the rows that cannot be put; warns of rows that are shortened."""
         try:
             check_lengths(self.loaded.model, rows, self.scorer.encode(rows))
         except Refusal:
@@ -280,21 +280,21 @@ class Session:
         """A line for each row, in order, some at a time; with an `error` if it cannot be put."""
         quiet = self.quietly()
 
-        def tell(good: Sequence[Question]) -> list[dict[str, Any]]:
+        def to_lines(good: Sequence[Question]) -> list[dict[str, Any]]:
             return prediction_rows(good, quiet.predict(fit, draws, decided=decided, rows=good))
 
-        return self.in_windows(rows, tell)
+        return self.in_windows(rows, to_lines)
 
     def in_windows(
         self,
         rows: Sequence[Question],
-        tell: Callable[[Sequence[Question]], Iterable[dict[str, Any]]],
+        to_lines: Callable[[Sequence[Question]], Iterable[dict[str, Any]]],
     ) -> Iterator[dict[str, Any]]:
-        """The lines that `tell` makes of some rows at a time, and of those that cannot be put."""
+        """The lines that `to_lines` makes of a window of rows; an `error` if one cannot be put."""
         scorer = self.quietly().scorer
         for window in windows(rows):
             problems = [self._problem(scorer, row) for row in window]
             good = [row for row, problem in zip(window, problems, strict=True) if problem is None]
-            lines = iter(lines_or_errors(good, tell))
+            lines = iter(lines_or_errors(good, to_lines))
             for row, problem in zip(window, problems, strict=True):
                 yield next(lines) if problem is None else error_row(row, problem)

@@ -33,7 +33,7 @@ DEFAULT_TASK = "everyday"
 OF_THE_FIT = ("data", "scoring", "max_length", "holdout", "train_rows")
 OF_THE_FIT += ("unlabelled_data", "unlabelled_rows", "prompt", "chat", "system")
 
-# Later options, which records and folders have only where they are given.
+# Options of later versions: left out of records and folders unless they are given.
 _LATER = ("prompt", "chat", "system", "columns")
 
 
@@ -95,17 +95,17 @@ class TaskOptions:
         self.own_prompt()  # refuses what does not go together
 
     def own_prompt(self) -> OwnPrompt:
-        """What is said of the prompt."""
+        """The options about the prompt."""
         return OwnPrompt(self.prompt, self.chat, self.system)
 
     def load(self, *, labelled: bool = True, usual: ReadOptions | None = None) -> Task:
-        """The task with its rows chosen; `evaluation_data` may lack answers if not `labelled`.
+        """Reads the task and chooses its rows.
 
-        Training rows without any options have the different answers as theirs, and the rows of the
-        other files then too.
+        If no training row of a file has options, the different answers become the options of all
+        its rows, and of the rows without options in the other files.
 
         Args:
-            labelled: whether rows to evaluate on must have answers.
+            labelled: whether the rows of `evaluation_data` must have answers.
             usual: how files are read where the options here do not say, as those of a fit.
 
         Raises:
@@ -116,36 +116,36 @@ class TaskOptions:
         usual = usual or ReadOptions()
         if self._file is None:
             if self.task is None:
-                said = "no rows were named: taking the embedded questions %r; yours go in --data"
-                logger.info(said, self.named)
+                notice = "no rows were named: taking the embedded questions %r; yours go in --data"
+                logger.info(notice, self.named)
             task = load_task(self.named, self.data_root)
         else:
             train, answer_is = self._training_rows(replace(usual, from_answers=True))
             task = own_task(self._file.stem, train, ())
             usual = replace(usual, otherwise=task.shared_options or usual.otherwise)
             usual = replace(usual, usual_answer_is=answer_is or usual.usual_answer_is)
-            test = self._rows(self.evaluation_data, usual, labelled=labelled)
-            task = replace(own_task(task.name, train, test), answer_is=answer_is)
+            evaluation = self._rows(self.evaluation_data, usual, labelled=labelled)
+            task = replace(own_task(task.name, train, evaluation), answer_is=answer_is)
         rows = (*task.train, *task.evaluation)
         task = replace(task, prompt=self.own_prompt().of(task.prompt, rows, self.scoring))
         if self.unlabelled_data:
-            spare = self._rows(self.unlabelled_data, usual, labelled=None)
-            task = with_unlabelled(task, spare)
+            unlabelled = self._rows(self.unlabelled_data, usual, labelled=None)
+            task = with_unlabelled(task, unlabelled)
             refuse_unshown(task.prompt, task.unlabelled, self.scoring)
-        fixed = self.evaluation_seed
         seed = self.subset_seed
-        test = task.subset(evaluation=self.evaluation_rows, seed=seed if fixed is None else fixed)
-        chosen = task.subset(self.train_rows, None, self.holdout, seed, self.unlabelled_rows)
-        return replace(chosen, evaluation=test.evaluation)
+        evaluation_seed = seed if self.evaluation_seed is None else self.evaluation_seed
+        evaluated = task.subset(evaluation=self.evaluation_rows, seed=evaluation_seed)
+        fitted = task.subset(self.train_rows, None, self.holdout, seed, self.unlabelled_rows)
+        return replace(fitted, evaluation=evaluated.evaluation)
 
     @property
     def _file(self) -> Path | None:
-        """A file of one's own, whose name is the task's."""
+        """The user's file that names the task; None if the rows are a public task's."""
         file = self.data or self.evaluation_data
         return Path(file) if file else None
 
     def _check_named(self) -> None:
-        """Refuses rows that are named twice, and what is said of files where there are none."""
+        """Refuses a task of the table beside a file, and options of files without a file."""
         file = self._file
         if file and self.task in TASKS:
             raise Refusal(
@@ -161,7 +161,7 @@ class TaskOptions:
 
     @property
     def named(self) -> str:
-        """The task of the table, where there are no rows of one's own."""
+        """The name of the public task, for where there is no file of the user's own."""
         return self.task or DEFAULT_TASK
 
     def _rows(
@@ -177,16 +177,19 @@ class TaskOptions:
         return read_rows_and_answers(self.data, self._reading(usual))
 
     def _reading(self, usual: ReadOptions) -> ReadOptions:
-        own = {"options": self.options, "answer_is": self.answer_is, "columns": self.columns}
-        return replace(usual, **own)
+        return replace(usual, options=self.options, answer_is=self.answer_is, columns=self.columns)
 
     def recorded(self, fitted: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """The options as records keep them: files by name, and what a fit settled as fitted."""
-        found: dict[str, Any] = {}
+        """The options as records keep them, files by name.
+
+        Args:
+            fitted: the options of a fit, whose values stand for those that a fit settles.
+        """
+        kept: dict[str, Any] = {}
         for name, value in asdict(self).items():
             if value or name not in _LATER:
-                found[name] = value.name if isinstance(value, Path) else value
+                kept[name] = value.name if isinstance(value, Path) else value
         if self._file is None:
-            found["task"] = self.named
+            kept["task"] = self.named
         settled = {name: value for name, value in (fitted or {}).items() if name in OF_THE_FIT}
-        return {**found, **settled}
+        return {**kept, **settled}

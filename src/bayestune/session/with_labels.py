@@ -27,7 +27,7 @@ from bayestune.session.fit import details_of
 from bayestune.session.plain_adapter import is_plain
 from bayestune.session.row_predictor import prompt_lengths
 
-_UNLIKE = "promises about classes, or costs of errors, for rows of unlike options"
+_UNLIKE = "promises about classes, or costs of errors, for rows of unlike options"  # what was got
 _LEAVE_OUT = "leave --per_class and --costs out"
 
 
@@ -61,15 +61,16 @@ def calibrate(
     options = options or CalibrationOptions()
     compared = compared or VariantOptions()
     row_options = row_options or RowOptions()
-    place = _own_folder(folder)
+    place = _local_folder(folder)
     row_options.check(place)
-    given = rows_of(rows, place, row_options, labelled=True)
+    questions = rows_of(rows, place, row_options, labelled=True)
     trained = _trained_on(place, row_options)
-    _refuse_seen(given, trained, [place, *([compared.student] if compared.student else [])])
-    _refuse_unlike(given, options)
-    _refuse_too_few(given, options, row_options)
-    artefact = Artefact.open(place, given, row_options, model)
-    options = _in_class_order(options, given, artefact.rows)
+    fits = [place, compared.student] if compared.student else [place]
+    _refuse_seen(questions, trained, fits)
+    _refuse_unlike(questions, options)
+    _refuse_too_few(questions, options, row_options)
+    artefact = Artefact.open(place, questions, row_options, model)
+    options = _in_class_order(options, questions, artefact.rows)
     encoded = artefact.session.scorer.encode(artefact.rows)
     check_lengths(artefact.session.loaded.model, artefact.rows, encoded)
     held_out = replace(_held_out(artefact.rows, row_options), extra=prompt_lengths(encoded))
@@ -77,18 +78,19 @@ def calibrate(
     if compared.cascade:
         variants["cascade"] = cascade_of(variants, held_out, options, compared.cascade)
     digest = posterior_digest(place)
-    found = decisions.calibrate(variants, held_out, options, digest, artefact.fit.label)
-    chosen = variants[found.variant]
-    found = replace(
-        found,
-        settings={**found.settings, **_facts(artefact, options, row_options)},
-        held_out=_scores(chosen, found.temperature, held_out),
+    calibration = decisions.calibrate(variants, held_out, options, digest, artefact.fit.label)
+    chosen = variants[calibration.variant]
+    calibration = replace(
+        calibration,
+        settings={**calibration.settings, **_settings(artefact, options, row_options)},
+        held_out=_scores(chosen, calibration.temperature, held_out),
     )
-    found.write(place)
-    return found
+    calibration.write(place)
+    return calibration
 
 
-def _own_folder(folder: Path | str) -> Path:
+def _local_folder(folder: Path | str) -> Path:
+    """The artefact's folder; refuses one on the Hub, which nothing can be written into."""
     if isinstance(folder, str) and is_hub_id(folder):
         raise Refusal(
             f"got {folder} on the Hub, expected a folder of this machine, which the calibration is "
@@ -105,33 +107,38 @@ def _refuse_too_few(
     decisions.parts(_held_out(rows, row_options), options, num_classes)
 
 
-def _facts(
+def _settings(
     artefact: Artefact, options: CalibrationOptions, row_options: RowOptions
 ) -> dict[str, Any]:
-    """What applies the calibration to other rows: options of their own, a plain adapter's rows."""
-    facts: dict[str, Any] = {"unsure": row_options.unsure}
+    """What later rows need to be decided on: the unsure option, the classes, an adapter's details.
+
+    Classes are kept for thresholds or costs by class; details for a plain adapter, which has no
+    `posterior.json`.
+    """
+    settings: dict[str, Any] = {"unsure": row_options.unsure}
     if options.per_class or options.costs is not None:
-        facts["classes"] = artefact.rows[0].options
+        settings["classes"] = artefact.rows[0].options
     if is_plain(artefact.place):
-        facts["adapter"] = artefact.fit.details
-    return facts
+        settings["adapter"] = artefact.fit.details
+    return settings
 
 
 def _held_out(rows: Sequence[Question], row_options: RowOptions) -> HeldOut:
+    """The labels and contents of rows; refuses an unsure option that no row has."""
     labels = torch.tensor([row.answer for row in rows])
-    places = unsure_options(rows, row_options.unsure)
-    if places is not None and max(places) < 0:
+    indices = unsure_options(rows, row_options.unsure)
+    if indices is not None and max(indices) < 0:
         got = f"no row with the option {row_options.unsure!r}"
         raise Refusal(f"got {got}; expected some; look at its spelling, or leave --unsure out")
-    unsure_of = None if places is None else torch.tensor(places)
+    unsure = None if indices is None else torch.tensor(indices)
     same = [row.fingerprint for row in rows]  # whatever the order of their options
     answers = [row.options[row.answer] for row in rows if row.answer is not None]
     contents = [content_of(row) for row in rows]
-    return HeldOut(labels, contents, unsure_of, same=same, answers=answers)
+    return HeldOut(labels, contents, unsure, same=same, answers=answers)
 
 
 def _trained_on(place: Path, row_options: RowOptions) -> tuple[Question, ...]:
-    """The rows of the file that training saw, by what the folder tells, else all of them.
+    """The rows of the file that training saw; all of them if the folder does not say which.
 
     Raises:
         Refusal: if training saw none of them.
@@ -142,29 +149,35 @@ def _trained_on(place: Path, row_options: RowOptions) -> tuple[Question, ...]:
     details = {} if is_plain(place) else details_of(place)
     if "seen" not in details:
         return rows
-    known = seen_fingerprints(details, len(rows[0].fingerprint))
-    found = tuple(row for row in rows if row.fingerprint in known)
-    if not found:
+    seen = seen_fingerprints(details, len(rows[0].fingerprint))
+    trained = tuple(row for row in rows if row.fingerprint in seen)
+    if not trained:
         raise Refusal(
             f"got {row_options.trained_on}, of whose {len(rows)} rows {place} was fitted on none; "
             "expected the rows of its training; give those, or leave --trained_on out"
         )
-    return found
+    return trained
 
 
 def _refuse_seen(
     rows: Sequence[Question], trained: Sequence[Question], folders: Sequence[Path]
 ) -> None:
-    """Refuses rows that training saw, a student's too, by their content."""
-    known = {row.fingerprint for row in trained}
+    """Refuses rows whose content is that of a training row, or stands in a folder as seen.
+
+    Args:
+        rows: those to calibrate on.
+        trained: training rows that the user gave.
+        folders: of the artefact and perhaps a student.
+    """
+    seen = {row.fingerprint for row in trained}
     for folder in folders:
         if not is_plain(folder):
-            known |= seen_fingerprints(details_of(folder), len(rows[0].fingerprint))
-    both = [row.id for row in rows if row.fingerprint in known]
-    if both:
+            seen |= seen_fingerprints(details_of(folder), len(rows[0].fingerprint))
+    seen_ids = [row.id for row in rows if row.fingerprint in seen]
+    if seen_ids:
         raise Refusal(
-            f"got {len(both)} of {len(rows)} rows that training saw, such as {both[0]}; expected "
-            "others: a model is surer of what it was fitted on; hold rows out of training"
+            f"got {len(seen_ids)} of {len(rows)} rows that training saw, such as {seen_ids[0]}; "
+            "expected others: a model is surer of what it was fitted on; hold rows out of training"
         )
 
 
@@ -178,12 +191,17 @@ def _refuse_unlike(rows: Sequence[Question], options: CalibrationOptions) -> Non
 def _in_class_order(
     options: CalibrationOptions, given: Sequence[Question], as_put: Sequence[Question]
 ) -> CalibrationOptions:
-    """What is asked, its costs in the order of the options as they are put.
+    """The options with costs in the order in which the rows' options are put to the model.
 
-    Costs are in the order that the file's rows have; under a head these are put in its order.
+    The user's costs are in the order of the file's options; a head may have another order.
+
+    Args:
+        options: of the calibration.
+        given: the rows as the file has them.
+        as_put: the same rows as they are put to the model.
 
     Raises:
-        Refusal: if rows have no one order where promises are about classes.
+        Refusal: if promises are about classes and the rows' options are not all in one order.
     """
     if not options.per_class and options.costs is None:
         return options
@@ -193,18 +211,18 @@ def _in_class_order(
         raise Refusal(f"got {_UNLIKE}; expected {expected}; {_LEAVE_OUT}")
     if options.costs is None:
         return options
-    places = [given[0].options.index(option) for option in as_put[0].options]
-    return replace(options, costs=options.costs[places][:, places])
+    indices = [given[0].options.index(option) for option in as_put[0].options]
+    return replace(options, costs=options.costs[indices][:, indices])
 
 
 def _scores(variant: Variant, temperature: float, held_out: HeldOut) -> dict[str, list[float]]:
-    """What new rows are compared with: every score of the variant that varies, and the others.
+    """The scores of the held-out rows, which new rows are compared with; without constant ones.
 
-    Each content counts once: copies would seem to be as many rows, and any others unlike them.
+    Each content counts once: with copies among them, rows without copies would look different.
     """
     rows = sorted(held_out.distinct())
-    found = score_rows(variant.logits[:, rows], temperature=temperature)
+    scores = score_rows(variant.logits[:, rows], temperature=temperature)
     extra = {**held_out.extra, **variant.extra}
-    found |= {name: values[rows] for name, values in extra.items()}
-    varies = {name: values for name, values in found.items() if values.max() > values.min()}
-    return decisions.as_kept(varies)
+    scores |= {name: values[rows] for name, values in extra.items()}
+    varying = {name: values for name, values in scores.items() if values.max() > values.min()}
+    return decisions.as_kept(varying)
