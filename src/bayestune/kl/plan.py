@@ -63,7 +63,7 @@ class Aim(NamedTuple):
         share: float = 0.5,
         period: int | None = None,
     ) -> "Aim":
-        """The aim of settings, some of which may be remaining open, as None.
+        """The aim of settings, some of which may be left open, as None.
 
         `kl_lr` or `period`, the authors' settings, bring the authors' bursts; else the schedule is
         "constant". Without these and bursts, `final_std` is a share of `prior_std`.
@@ -73,7 +73,7 @@ class Aim(NamedTuple):
             final_std: the σ to end at.
             kl_lr: the learning rate of the KL.
             schedule: of the KL's steps.
-            share: `final_std` as a share of `prior_std` where it is remaining open.
+            share: `final_std` as a share of `prior_std` where it is left open.
             period: P in steps.
         """
         as_authors = kl_lr is not None or period is not None
