@@ -31,8 +31,8 @@ from bayestune.session import (
 
 logger = logging.getLogger(__name__)
 
-_KEPT = (".json", ".safetensors", ".bin")
-_MOST_WAYS = 64  # of asking that are remembered
+_KEPT = (".json", ".safetensors", ".bin")  # of an artefact's files: what `stamp` looks at
+_MOST_WAYS = 64  # numbers of draws and seeds whose predictors are remembered
 _BESIDE = "kept_beside"  # weights of the base itself that a fit has changed
 Stamp = frozenset[tuple[str, int, int]]
 
@@ -92,14 +92,17 @@ class Served:
             Refusal: if the mean is asked for, by 0, and there is none.
         """
         way = self.calibrated.way
-        asked = (way.draws if draws is None else draws, way.draw_seed if seed is None else seed)
-        plain = way.student is None and way.band is None
-        if (draws is None and seed is None) or (plain and asked == (way.draws, way.draw_seed)):
+        if draws is None and seed is None:
             return self.calibrated
-        if asked[0] == 0 and not self.posterior.has_mean:
+        draws = way.draws if draws is None else draws
+        seed = way.draw_seed if seed is None else seed
+        plain = way.student is None and way.band is None
+        if plain and (draws, seed) == (way.draws, way.draw_seed):
+            return self.calibrated
+        if draws == 0 and not self.posterior.has_mean:
             got = f"draws=0, which asks for the mean of a {type(self.posterior).__name__}"
             raise Refusal(f"got {got}; expected 1 or more: it has none; ask for draws")
-        return self.plainly(*asked)
+        return self.plainly(draws, seed)
 
     def plainly(self, draws: int, seed: int) -> CalibratedPredictor:
         """Predicts with the artefact's own draws, whatever its calibration says.
@@ -121,9 +124,9 @@ class Served:
     def check_cascade(self) -> None:
         """Refuses an artefact whose calibration is not of a cascade."""
         if self.calibrated.way.band is None:
-            found = "no calibration" if self.calibration is None else self.calibration.variant
+            variant = "no calibration" if self.calibration is None else self.calibration.variant
             raise Refusal(
-                f"got --cascade for {self.name}, of {found!r}; expected a calibration that kept "
+                f"got --cascade for {self.name}, of {variant!r}; expected a calibration that kept "
                 "the cascade; run `bayestune calibrate` with --cascade 0.3, or leave it out"
             )
 
@@ -220,7 +223,13 @@ class ArtefactStore:
 
 
 def opened(name: str, folder: Path, bases: Bases) -> Served:
-    """Opens a folder of `fit`, or a calibrated adapter's, for rows to come."""
+    """Opens an artefact for the rows of requests.
+
+    Args:
+        name: by which requests ask for it.
+        folder: of `fit`, or a calibrated adapter's.
+        bases: the base models that are loaded already.
+    """
     place = artefact_folder(folder)
     details = details_of(place)
     calibration = read_calibration(place)
@@ -229,17 +238,19 @@ def opened(name: str, folder: Path, bases: Bases) -> Served:
     way = PredictionOptions(Draws().count, bf16=fit.bf16)
     if calibration:
         way = PredictionOptions.of(calibration.settings)
-    fitted = fit
+    of_way = fit
     if way.student is not None:
-        beside = replace(_session(details, bases), scorer=session.scorer)
-        fitted = load_way(beside, place, way)
-    whole = f"{posterior_digest(place)[:12]}"
+        with_student = replace(_session(details, bases), scorer=session.scorer)
+        of_way = load_way(with_student, place, way)
+    digest = posterior_digest(place)[:12]
     if calibration is not None:
-        whole += f"-{calibration.rows[:6]}-{calibration.date}"
-    return Served(name, folder, whole, CalibratedPredictor(session, fitted, way, calibration), fit)
+        digest += f"-{calibration.rows[:6]}-{calibration.date}"
+    predictor = CalibratedPredictor(session, of_way, way, calibration)
+    return Served(name, folder, digest, predictor, fit)
 
 
 def _session(details: dict[str, Any], bases: Bases) -> Session:
+    """A session without rows, on modules of its own."""
     nothing = own_task("requests", (), ())
     session = Session.as_fitted(details, nothing, TaskOptions(), bases.beside(details))
     return session.quietly()
@@ -252,12 +263,12 @@ def name_of(folder: Path) -> str:
 
 def stamp(folder: Path) -> Stamp:
     """The files of an artefact with their times and sizes; empty while it is not there."""
-    found = []
+    files = []
     try:
         for path in sorted(folder.rglob("*")):
             if path.suffix in _KEPT and "checkpoints" not in path.parts:
-                facts = path.stat()
-                found.append((str(path), facts.st_mtime_ns, facts.st_size))
+                stat = path.stat()
+                files.append((str(path), stat.st_mtime_ns, stat.st_size))
     except OSError:  # a file went away meanwhile
         return frozenset()
-    return frozenset(found)
+    return frozenset(files)

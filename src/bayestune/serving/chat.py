@@ -25,7 +25,7 @@ async def completion(handler: RequestHandler, body: ChatBody) -> dict[str, Any]:
     if options is None:
         options = list(served.options)
     if options:
-        return await _chosen(handler, served, predictor, (body, options))
+        return await _chosen(handler, served, predictor, body, options)
     return await _written(handler, served, predictor, body)
 
 
@@ -33,22 +33,22 @@ async def _chosen(
     handler: RequestHandler,
     served: Served,
     predictor: CalibratedPredictor,
-    asked: tuple[ChatBody, Sequence[str]],
+    body: ChatBody,
+    options: Sequence[str],
 ) -> dict[str, Any]:
     """The likeliest option, with the averaged log-probabilities of all."""
-    body, options = asked
     row = RowBody.model_validate({"messages": body.messages, "options": list(options)})
-    (found,) = await handler.answers(served, predictor, [row])
-    assert isinstance(found, Answer)
-    line = found.line
+    (outcome,) = await handler.answers(served, predictor, [row])
+    assert isinstance(outcome, Answer)
+    line = outcome.line
     logs = [_log(p) for p in line["probabilities"]]
     order = sorted(range(len(logs)), key=lambda index: -logs[index])
     offered = line["options"]
     top = [_with_logprob(offered[index], logs[index]) for index in order[: body.top_logprobs]]
     chosen = _with_logprob(line["choice_text"], logs[line["choice"]]) | {"top_logprobs": top}
     answer = _answer(served, line["choice_text"], [chosen] if body.logprobs else None, "stop")
-    answer["usage"] = _usage(found.tokens, 1)
-    return answer | {"bayestune": service_line(found)}
+    answer["usage"] = _usage(outcome.tokens, 1)
+    return answer | {"bayestune": service_line(outcome)}
 
 
 async def _written(
@@ -75,12 +75,12 @@ async def _written(
         if token in _ends(served):
             reason = "stop"
             break
-    kept = [one for one in written.tokens if one["id"] not in _ends(served)]
-    text = await handler.encoded(lambda: tokenizer.decode([one["id"] for one in kept]))
-    tokens = await handler.encoded(lambda: [_of_token(tokenizer, one) for one in written.tokens])
+    kept = [token["id"] for token in written.tokens if token["id"] not in _ends(served)]
+    text = await handler.encoded(lambda: tokenizer.decode(kept))
+    tokens = await handler.encoded(lambda: [_of_token(tokenizer, t) for t in written.tokens])
     answer = _answer(served, text, tokens if body.logprobs else None, reason)
     answer["usage"] = _usage(prompt, len(written.tokens))
-    total = sum(one["logprob"] for one in written.tokens)
+    total = sum(token["logprob"] for token in written.tokens)
     return answer | {"bayestune": {"log_probability": total, "draws": written.draws.count}}
 
 
@@ -107,17 +107,20 @@ def _ends(served: Served) -> set[int]:
     """The tokens that end an answer."""
     model: Any = served.session.loaded.model
     tokenizer: Any = served.session.loaded.tokenizer
-    found: Any = getattr(model.generation_config, "eos_token_id", None)
-    more = found if isinstance(found, list) else [found]
-    return {token for token in (tokenizer.eos_token_id, *more) if token is not None}
+    of_model: Any = getattr(model.generation_config, "eos_token_id", None)
+    ends = of_model if isinstance(of_model, list) else [of_model]
+    return {token for token in (tokenizer.eos_token_id, *ends) if token is not None}
 
 
-def _of_token(tokenizer: Any, one: dict[str, Any]) -> dict[str, Any]:
-    top = [_with_logprob(tokenizer.decode([token]), value) for token, value in one["top"]]
-    return _with_logprob(tokenizer.decode([one["id"]]), one["logprob"]) | {"top_logprobs": top}
+def _of_token(tokenizer: Any, token: dict[str, Any]) -> dict[str, Any]:
+    """A token of `Written` in OpenAI's form, with the likeliest ones beside it."""
+    top = [_with_logprob(tokenizer.decode([other]), value) for other, value in token["top"]]
+    chosen = _with_logprob(tokenizer.decode([token["id"]]), token["logprob"])
+    return chosen | {"top_logprobs": top}
 
 
 def _with_logprob(text: str, value: float) -> dict[str, Any]:
+    """A token's text and log-probability in OpenAI's form."""
     return {"token": text, "logprob": value, "bytes": list(text.encode("utf-8", "replace"))}
 
 
@@ -133,6 +136,7 @@ def _usage(prompt: int, completion: int) -> dict[str, int]:
 def _answer(
     served: Served, text: str, logprobs: list[dict[str, Any]] | None, reason: str
 ) -> dict[str, Any]:
+    """A completion in OpenAI's form; `reason` is why the answer ends."""
     choice = {
         "index": 0,
         "message": {"role": "assistant", "content": text},

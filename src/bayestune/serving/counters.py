@@ -1,4 +1,4 @@
-"""What Prometheus is told: latency, decisions, abstentions, passes, and whether rows drift."""
+"""Figures for Prometheus: latency, decisions, abstentions, passes, and whether rows drift."""
 
 import threading
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ from bayestune.decisions import ROW_SCORES, Calibration, as_kept, drift_test, sc
 from bayestune.serving.artefact_store import ArtefactStore
 from bayestune.session import DISTANCE, CalibratedPredictor, RowOutputs
 
-_RECENT = 500  # contents that drift is looked for in
-_LEAST = 50
+_RECENT = 500  # the last contents, in which drift is looked for
+_LEAST = 50  # contents that a test of drift needs
 _PERMUTATIONS = 199
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
@@ -22,33 +22,32 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 class Recent:
     """The scores of an artefact's last rows, and whether they are like the held-out ones.
 
-    Each content counts once, the same question asked again is no further evidence.
+    Each content counts once: the same question asked again is no further evidence.
     """
 
     calibration: Calibration
     values: dict[str, dict[str, float]] = field(default_factory=dict)  # by content, latest last
-    _changes: int = 0
-    _latest: tuple[int, float, float] = (-1, 0.0, 0.0)
+    _changes: int = 0  # how many new contents were added
+    _latest: tuple[int, float, float] = (-1, 0.0, 0.0)  # changes then, distance, p-value
     _lock: threading.Lock = field(default_factory=threading.Lock)  # passes add, others read
 
     def add(self, outputs: RowOutputs, contents: Sequence[str]) -> None:
         """Remembers some rows by their contents."""
         names = [name for name in self._names() if name in self.calibration.held_out]
         of_logits = [name for name in names if name in ROW_SCORES]
-        found = score_rows(outputs.logits, of_logits, self.calibration.temperature)
-        found |= {name: outputs.extra[name] for name in names if name in outputs.extra}
-        columns = as_kept(found)
+        scores = score_rows(outputs.logits, of_logits, self.calibration.temperature)
+        scores |= {name: outputs.extra[name] for name in names if name in outputs.extra}
+        columns = as_kept(scores)
         with self._lock:
             for row, content in enumerate(contents):
-                own = {name: values[row] for name, values in columns.items()}
                 self._changes += content not in self.values
-                self.values.pop(content, None)
-                self.values[content] = own
+                self.values.pop(content, None)  # so that it becomes the latest
+                self.values[content] = {name: values[row] for name, values in columns.items()}
             for content in list(self.values)[:-_RECENT]:
                 del self.values[content]
 
     def drift(self) -> tuple[float, float] | None:
-        """The largest distance of a score, and the test's p-value; None of too few contents."""
+        """The largest distance of a score, and the test's p-value; None for too few contents."""
         with self._lock:
             rows = list(self.values.values())
             changes = self._changes
@@ -60,8 +59,8 @@ class Recent:
                 new[name] = torch.tensor([row[name] for row in rows])
             kept = self.calibration.held_out
             held_out = {name: torch.tensor(kept[name]) for name in new}
-            found = drift_test(held_out, new, _PERMUTATIONS)
-            self._latest = (changes, max(found.statistics.values()), found.p_value)
+            drift = drift_test(held_out, new, _PERMUTATIONS)
+            self._latest = (changes, max(drift.statistics.values()), drift.p_value)
         return self._latest[1:]
 
     def _names(self) -> list[str]:
@@ -105,7 +104,7 @@ class Counters:
         outputs: RowOutputs,
         tokens: int,
     ) -> None:
-        """A pass was made. Rows that were asked otherwise than calibrated say nothing of drift."""
+        """Counts a pass. Only rows that were predicted as calibrated count for drift."""
         self.pass_rows.observe(outputs.logits.shape[1])
         self.pass_tokens.inc(tokens)
         if predictor.calibration is None:
@@ -118,7 +117,7 @@ class Counters:
                 recent.add(outputs, [row.fingerprint for row in rows])
 
     def decided(self, model: str, decision: str | None) -> None:
-        """A row was answered."""
+        """Counts a row that was answered; `decision` is None if it was not decided on."""
         self.rows.labels(model).inc()
         if decision is None:
             return
@@ -127,12 +126,13 @@ class Counters:
             self.abstentions.labels(model).inc()
 
     def renew(self, waiting: int) -> None:
-        """Brings the figures up to date that are only looked at when somebody asks."""
+        """Brings up to date the figures that are computed only when somebody asks for them."""
         self.waiting.set(waiting)
         for name, count in list(self._store.reloads.items()):
             self.reloads.labels(name).set(count)
         for name, recent in list(self._recent.items()):
-            found = recent.drift()
-            if found is not None:
-                self._distance.labels(name).set(found[0])
-                self._p_value.labels(name).set(found[1])
+            drift = recent.drift()
+            if drift is not None:
+                distance, p_value = drift
+                self._distance.labels(name).set(distance)
+                self._p_value.labels(name).set(p_value)

@@ -86,12 +86,12 @@ class ServiceOptions:
         Raises:
             Refusal: if it is too short, or others than this machine could ask without one.
         """
-        found = os.environ.get(TOKEN_VARIABLE)
+        token = os.environ.get(TOKEN_VARIABLE)
         if self.token_file is not None:
-            found = self.token_file.read_text(encoding="utf-8")
-        found = found.strip() if found else None
-        if self.token_file is not None or found is not None:
-            return _checked(found or "")
+            token = self.token_file.read_text(encoding="utf-8")
+        token = token.strip() if token else None
+        if self.token_file is not None or token is not None:
+            return _checked(token or "")
         if not self.is_loopback and not self.open_to_all:
             raise Refusal(
                 f"got --host {self.host} without a token: anybody who reaches this machine could "

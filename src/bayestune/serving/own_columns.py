@@ -25,26 +25,27 @@ def named(body: RowBody, columns: Mapping[str, str]) -> RowBody:
     if not unknown:
         return body
     roles = {plain_name(column): role for role, column in columns.items()}
-    found = body.model_dump(include=body.model_fields_set - unknown.keys())
+    fields = body.model_dump(include=body.model_fields_set - unknown.keys())
     for name, value in unknown.items():
         role = roles.get(plain_name(name))
         if role is None:
             raise _fault(name, "Extra inputs are not permitted")
-        if role in found:
+        if role in fields:
             raise _fault(name, f"got {role} too; expected one of them")
         if role != "answer":
-            found[role] = value
+            fields[role] = value
     try:
-        return RowBody.model_validate(found)
+        return RowBody.model_validate(fields)
     except ValidationError as problem:
         raise RequestValidationError(problem.errors()) from None
 
 
 def refuse_unknown(unknown: Mapping[str, Any] | None) -> None:
-    """Refuses fields beside rows."""
+    """Refuses any unknown field, as of a body whose `rows` have the fields."""
     for name in unknown or ():
         raise _fault(name, "Extra inputs are not permitted")
 
 
-def _fault(name: str, said: str) -> RequestValidationError:
-    return RequestValidationError([{"loc": ("body", name), "msg": said, "type": "extra_forbidden"}])
+def _fault(name: str, message: str) -> RequestValidationError:
+    error = {"loc": ("body", name), "msg": message, "type": "extra_forbidden"}
+    return RequestValidationError([error])

@@ -52,9 +52,9 @@ class Paths:
         bodies = [_row(body, served.columns)] if single else _rows(body, served.columns)
         self._note(request, served, bodies)
         async with asyncio.timeout(self.handler.limits.request_seconds):
-            found = await self.handler.answers(served, predictor, bodies)
+            outcomes = await self.handler.answers(served, predictor, bodies)
         lines = []
-        for row, outcome in zip(bodies, found, strict=True):
+        for row, outcome in zip(bodies, outcomes, strict=True):
             lines.append(self._line(row, outcome, served, predictor, body.include_draws))
         common = {"model": served.name, "artefact": served.digest}
         return common | (lines[0] if single else {"rows": lines})
@@ -67,7 +67,7 @@ class Paths:
         predictor: CalibratedPredictor,
         with_draws: bool,
     ) -> dict[str, Any]:
-        """What is said of one row, which is counted."""
+        """The line of one row, which is counted: its answer, or why there is none."""
         if isinstance(outcome, Refusal):
             return {"id": row.id, "error": str(outcome)}
         temperature = predictor.calibration.temperature if predictor.calibration else 1.0
@@ -98,24 +98,26 @@ class Paths:
         return answer
 
     def _note(self, request: Request, served: Served, rows: Sequence[RowBody]) -> None:
-        """What the log says of a request; its texts only if asked for."""
-        noted = request.scope["log_line"]
-        noted |= {"model": served.name, "rows": len(rows)}
+        """Adds model and rows to a request's line of the log; the texts only if asked for."""
+        log_line = request.scope["log_line"]
+        log_line |= {"model": served.name, "rows": len(rows)}
         if self.serving.log_texts:
-            noted["texts"] = [row.question for row in rows]
+            log_line["texts"] = [row.question for row in rows]
 
 
 def _row(body: DecisionsBody, columns: Mapping[str, str]) -> RowBody:
+    """The single row of a body: its fields without those of the request."""
     names = (RowBody.model_fields.keys() & body.model_fields_set) | (body.model_extra or {}).keys()
     return named(RowBody.model_validate(body.model_dump(include=names)), columns)
 
 
 def _rows(body: DecisionsBody, columns: Mapping[str, str]) -> list[RowBody]:
+    """The several rows of a body, each with an id, and the body's options if it has none."""
     refuse_unknown(body.model_extra)
-    alone = [name for name in RowBody.model_fields if getattr(body, name)]
-    alone = [name for name in alone if name != "options"]
-    if alone:
-        raise Refusal(f"got `{alone[0]}` beside `rows`; expected one of them; put it into a row")
+    of_rows = [name for name in RowBody.model_fields if name != "options"]
+    beside = [name for name in of_rows if getattr(body, name)]
+    if beside:
+        raise Refusal(f"got `{beside[0]}` beside `rows`; expected one of them; put it into a row")
     rows = [named(row, columns) for row in body.rows or ()]
     for number, row in enumerate(rows, 1):
         row.id = f"row-{number}" if row.id is None else row.id

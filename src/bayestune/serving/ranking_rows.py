@@ -37,9 +37,10 @@ async def ranked(handler: RequestHandler, served: Served, body: RankBody) -> lis
         Refusal: if a row cannot be put: an order without it would not be one of all rows.
     """
     count = Draws().count if body.draws is None else body.draws
-    asked = body.model_copy(update={"draws": count, "seed": body.seed or 0})
-    handler.predictor_for(served, asked)  # refuses draws that may not be asked for
-    predictor = served.plainly(count, asked.seed or 0)
+    seed = body.seed or 0
+    with_defaults = body.model_copy(update={"draws": count, "seed": seed})
+    handler.predictor_for(served, with_defaults)  # refuses draws that may not be asked for
+    predictor = served.plainly(count, seed)
     answers = []
     for outcome in await handler.answers(served, predictor, body.rows):
         if isinstance(outcome, Refusal):
@@ -51,19 +52,20 @@ async def ranked(handler: RequestHandler, served: Served, body: RankBody) -> lis
     number = len(answers) if body.number is None else body.number
     scores = score_rows(logits) | prompt_lengths([answer.encoded for answer in answers])
     reference = own_reference(served.calibration)
-    near = None
+    features = None
     if served.posterior.has_mean and (by == "bald" or reference is not None):
-        found = await _activations(handler, served, answers)
-        near = spread_out(found) if by == "bald" and len(answers) > 1 else None
-        scores |= {DISTANCE: reference.of(found)} if reference is not None else {}
+        activations = await _activations(handler, served, answers)
+        if by == "bald" and len(answers) > 1:
+            features = spread_out(activations)
+        if reference is not None:
+            scores[DISTANCE] = reference.of(activations)
     same = [repr(answer.encoded) for answer in answers]  # what the model read
-    order = rank_rows(logits, number, by, near, asked.seed or 0, same)
-    shown = []
+    order = rank_rows(logits, number, by, features, seed, same)
+    rows = []
     for index, answer in enumerate(answers):
-        line = answer.line
-        own = {"index": index, "id": line["id"], "question": line["question"]}
-        shown.append({**own, "options": line["options"]})
-    return ranked_lines(order, shown, by, scores)
+        shown = {name: answer.line[name] for name in ("id", "question", "options")}
+        rows.append({"index": index, **shown})
+    return ranked_lines(order, rows, by, scores)
 
 
 async def _activations(
@@ -75,4 +77,4 @@ async def _activations(
     parts = []
     for window in windows([answer.encoded for answer in answers]):
         parts.append(await handler.call(partial(mean.watched, served.fit, scorer, window)))
-    return columns_joined([found for _, found in parts])
+    return columns_joined([activations for _, activations in parts])

@@ -64,26 +64,27 @@ class RequestGuard:
             await self._app(scope, receive, send)
             return
         begin = time.perf_counter()
-        noted: dict[str, Any] = {"id": uuid.uuid4().hex[:12]}
-        scope["log_line"] = noted
+        log_line: dict[str, Any] = {"id": uuid.uuid4().hex[:12]}
+        scope["log_line"] = log_line
 
-        async def see(message: MutableMapping[str, Any]) -> None:
+        async def send_noted(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
-                noted["status"] = message["status"]
-                own = (b"x-request-id", noted["id"].encode())
-                message["headers"] = [*message.get("headers", ()), *_HEADERS, own]
+                log_line["status"] = message["status"]
+                request_id = (b"x-request-id", log_line["id"].encode())
+                message["headers"] = [*message.get("headers", ()), *_HEADERS, request_id]
             await send(message)
 
         try:
             self._check(scope)
             body = await self._body(scope, receive)
-            await self._app(scope, _replayed(body, receive), see)
+            await self._app(scope, _replayed(body, receive), send_noted)
         except Turned as reason:
-            await _answer(see, reason)
+            await _answer(send_noted, reason)
         finally:
-            self._note(scope, noted, time.perf_counter() - begin)
+            self._note(scope, log_line, time.perf_counter() - begin)
 
     def _check(self, scope: Scope) -> None:
+        """Turns away a request to another host's name, or without the token."""
         headers = dict(scope["headers"])
         host = headers.get(b"host", b"").decode("latin-1")
         name = host if host.endswith("]") else host.rsplit(":", 1)[0]
@@ -106,23 +107,24 @@ class RequestGuard:
             )
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
+        """The body, whole; turns away one that is too large, cut off, or too slow to arrive."""
         most = self._limits.max_body
         length = dict(scope["headers"]).get(b"content-length", b"0")
         too_large = Turned(413, "too_large", f"got more than {most} bytes; expected fewer")
         if length.isdigit() and int(length) > most:
             raise too_large
-        found = bytearray()
+        body = bytearray()
         try:
             async with asyncio.timeout(self._limits.read_seconds):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise Turned(400, "cut_off", "got part of a request; expected all of it")
-                    found += message.get("body", b"")
-                    if len(found) > most:
+                    body += message.get("body", b"")
+                    if len(body) > most:
                         raise too_large
                     if not message.get("more_body", False):
-                        return bytes(found)
+                        return bytes(body)
         except TimeoutError:
             seconds = self._limits.read_seconds
             raise Turned(
@@ -130,6 +132,7 @@ class RequestGuard:
             ) from None
 
     def _note(self, scope: Scope, noted: dict[str, Any], seconds: float) -> None:
+        """Counts a request, and logs it with what was noted on the way."""
         route = getattr(scope.get("route"), "path", "other")
         status = noted.pop("status", 500)
         self._counters.latency.labels(route, str(status)).observe(seconds)

@@ -73,18 +73,18 @@ class RequestHandler:
         if len(bodies) > most:
             raise TooLarge(f"got {len(bodies)} rows; expected {most} or fewer; send parts")
         self.worker.check_room(len(bodies))  # before their texts are read
-        found = await self.encoded(lambda: self._items(served, predictor, bodies))
-        items = [item for item in found if isinstance(item, Waiting)]
+        read = await self.encoded(lambda: self._items(served, predictor, bodies))
+        items = [item for item in read if isinstance(item, Waiting)]
         self.worker.submit(items)
         done = iter(await self._settled([item.future for item in items]))
-        outcomes = [item if isinstance(item, Refusal) else next(done) for item in found]
+        outcomes = [item if isinstance(item, Refusal) else next(done) for item in read]
         refused = [outcome for outcome in outcomes if isinstance(outcome, Refusal)]
         if len(refused) == len(outcomes):
             raise refused[0]
         return outcomes
 
     async def encoded(self, work: Callable[[], T]) -> T:
-        """What a function returns that uses a tokenizer, when that is free."""
+        """Runs a function that uses a tokenizer, once that is free, and returns its result."""
         return await asyncio.get_running_loop().run_in_executor(self.encoding, work)
 
     def refuse_long(self, served: Served, tokens: int) -> None:
@@ -95,31 +95,32 @@ class RequestHandler:
             raise TooLarge(f"got {tokens} tokens; expected {most} or fewer; shorten the messages")
 
     async def call(self, work: Callable[[], Any]) -> Any:
-        """What a function returns that runs when the model is free."""
+        """Runs a function that uses the model, once that is free, and returns its result."""
         item = Waiting(call=work)
         self.worker.submit([item])
-        (found,) = await self._settled([item.future])
-        if isinstance(found, Refusal):
-            raise found
-        return found
+        (outcome,) = await self._settled([item.future])
+        if isinstance(outcome, Refusal):
+            raise outcome
+        return outcome
 
     async def _settled(self, futures: "Sequence[Future[Any]]") -> list[Any]:
-        """What comes of rows that wait; of one that is refused, such as for its logits, why."""
+        """The results of futures; the refusal of one that is refused, such as for its logits."""
+        wrapped = map(asyncio.wrap_future, futures)
         try:
-            found = await asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
+            outcomes = await asyncio.gather(*wrapped, return_exceptions=True)
         finally:
             for future in futures:
                 future.cancel()  # those that are done stay so
-        for outcome in found:
+        for outcome in outcomes:
             if isinstance(outcome, BaseException) and not isinstance(outcome, Refusal):
                 raise outcome
-        return found
+        return outcomes
 
     def _items(
         self, served: Served, predictor: CalibratedPredictor, bodies: Sequence[RowBody]
     ) -> list[Waiting | Refusal]:
-        """Rows ready to wait, and why others cannot."""
-        found: list[Waiting | Refusal] = []
+        """Each row, ready to wait, or why it cannot be put; refuses too many tokens in all."""
+        items: list[Waiting | Refusal] = []
         total = 0
         for number, body in enumerate(bodies, 1):
             try:
@@ -127,14 +128,14 @@ class RequestHandler:
             except TooLarge:
                 raise
             except Refusal as problem:
-                found.append(problem)
+                items.append(problem)
                 continue
             total += item.length
             if total > self.limits.max_request_tokens:
                 most = self.limits.max_request_tokens
                 raise TooLarge(f"got more than {most} tokens; expected fewer; send parts")
-            found.append(item)
-        return found
+            items.append(item)
+        return items
 
     def _item(
         self, served: Served, predictor: CalibratedPredictor, body: RowBody, number: int
@@ -149,12 +150,12 @@ class RequestHandler:
 
 
 def question_of(body: RowBody, number: int, served: Served, limits: Limits) -> Question:
-    """A body's row.
+    """The question that a row of a request asks.
 
     Args:
-        body: of the row.
-        number: its place in the request, from 1, by which it is named without an id.
-        served: whose options it has if it has none; that of a chat is asked with all its messages.
+        body: the row.
+        number: its place in the request, from 1, which names a row without an id.
+        served: whose options it has if it has none; if its fit is a chat, messages stay messages.
         limits: of the options.
 
     Raises:
@@ -168,7 +169,7 @@ def question_of(body: RowBody, number: int, served: Served, limits: Limits) -> Q
         raise TooLarge(
             f"row {shortened(key)}: got {len(options)} options; expected {most} or fewer"
         )
-    question, context, turns = _said(body, served, key)
+    question, context, turns = _texts_of(body, served, key)
     for text in (key, question or "", context, *options, *(text for _, text in turns)):
         _refuse_no_text(text)
     if question is None or not question.strip():
@@ -184,8 +185,8 @@ def question_of(body: RowBody, number: int, served: Served, limits: Limits) -> Q
     return Question(key, question, checked, None, context, turns)
 
 
-def _said(body: RowBody, served: Served, key: str) -> tuple[str | None, str, Turns]:
-    """Question, context and earlier messages, which are the context where the fit is no chat."""
+def _texts_of(body: RowBody, served: Served, key: str) -> tuple[str | None, str, Turns]:
+    """Question, context and earlier messages; if the fit is no chat, these become the context."""
     if body.messages is None:
         return body.question, body.context, ()
     if body.question is not None or (body.context and not served.is_chat):

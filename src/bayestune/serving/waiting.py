@@ -21,7 +21,7 @@ from bayestune.session import CalibratedPredictor, RowOutputs
 logger = logging.getLogger(__name__)
 
 _MOST_ROWS = 64  # of a pass
-_DRAWS = 4  # beyond so many, a pass has fewer rows
+_DRAWS = 4  # with more draws a pass has fewer rows
 # Tokens of padding that cost about as much as one more pass, which has to read all weights anew.
 _PADDING = {"cpu": 32}
 _PADDING_ELSEWHERE = 1024
@@ -85,7 +85,7 @@ def padded(items: Sequence[Waiting]) -> int:
     return len(items) * longest * widest
 
 
-# what is told of each pass: how it was made, of which rows, what came out, its tokens
+# is called after each pass with its predictor, rows and outputs, and its tokens with padding
 See = Callable[[CalibratedPredictor, Sequence[Question], RowOutputs, int], None]
 
 
@@ -174,35 +174,37 @@ class Worker:
             while not self._stopping and (left := end - time.monotonic()) > 0:
                 self._ready.wait(left)
             self._drop_cancelled()
-            taken = self._together() if self._queue else []
-            own = set(map(id, taken))
-            self._queue = deque(item for item in self._queue if id(item) not in own)
-            return taken
+            together = self._together() if self._queue else []
+            ids = set(map(id, together))
+            self._queue = deque(item for item in self._queue if id(item) not in ids)
+            return together
 
     def _drop_cancelled(self) -> None:
         """Leaves out the rows of requests that have timed out."""
         self._queue = deque(item for item in self._queue if not item.future.cancelled())
 
     def _together(self) -> list[Waiting]:
+        """The oldest item, and the rows that share its pass."""
         oldest = self._queue[0]
         if oldest.predictor is None or oldest.predictor.fit.posterior.by_batch:
             return [oldest]
         same = [item for item in self._queue if item.predictor is oldest.predictor]
         same.sort(key=lambda item: abs(item.tokens - oldest.tokens))
-        part = _part(oldest.predictor)
+        share = _token_share(oldest.predictor)
         device = oldest.predictor.session.loaded.model.device.type
-        most_padding = part * _PADDING.get(device, _PADDING_ELSEWHERE)
-        taken = same[:1]
+        most_padding = share * _PADDING.get(device, _PADDING_ELSEWHERE)
+        together = same[:1]
         for item in same[1:_MOST_ROWS]:
-            more = [*taken, item]
-            size = padded(more)
-            padding = size - sum(one.tokens for one in more)
-            if size > part * self._limits.pass_tokens or padding > most_padding:
+            with_item = [*together, item]
+            size = padded(with_item)
+            padding = size - sum(each.tokens for each in with_item)
+            if size > share * self._limits.pass_tokens or padding > most_padding:
                 break
-            taken = more
-        return taken
+            together = with_item
+        return together
 
     def _answer(self, items: Sequence[Waiting]) -> None:
+        """Makes the pass of some rows, or a call, and settles their futures."""
         predictor = items[0].predictor
         if predictor is None:
             call = items[0].call
@@ -215,27 +217,28 @@ class Worker:
         outputs = predictor.row_predictor.at_encoded(encoded, len(items))
         lines = predictor.lines_of(rows, outputs)
         seconds = time.perf_counter() - begin
-        for item, line, own in zip(items, lines, outputs.logits.unbind(1), strict=True):
-            item.future.set_result(Answer(line, own[:, : len(line["options"])], item.encoded))
-        self._tell(predictor, outputs, items, seconds)
+        for item, line, logits in zip(items, lines, outputs.logits.unbind(1), strict=True):
+            item.future.set_result(Answer(line, logits[:, : len(line["options"])], item.encoded))
+        self._count(predictor, outputs, items, seconds)
 
-    def _tell(
+    def _count(
         self,
         predictor: CalibratedPredictor,
         outputs: RowOutputs,
         items: Sequence[Waiting],
         seconds: float,
     ) -> None:
+        """Logs a pass and hands it to `see`, whose faults cost no answer."""
         tokens = padded(items)
         logger.debug("%d rows, %d tokens with padding, in %.3f s", len(items), tokens, seconds)
         try:
             rows = [item.row for item in items if item.row is not None]
             self._see(predictor, rows, outputs, tokens)
-        except Exception as problem:  # figures are worth no answer
+        except Exception as problem:
             logger.warning("a pass is not in the figures: %s", type(problem).__name__)
 
     def _one_by_one(self, items: Sequence[Waiting], problem: Exception) -> None:
-        """A row that cannot be answered takes no other with it."""
+        """Answers rows whose pass failed each by itself, so that only those at fault fail."""
         if len(items) == 1:
             items[0].future.set_exception(problem)
             return
@@ -244,12 +247,12 @@ class Worker:
                 continue
             try:
                 self._answer([item])
-            except Exception as own:
-                item.future.set_exception(own)
+            except Exception as of_item:
+                item.future.set_exception(of_item)
 
 
-def _part(predictor: CalibratedPredictor) -> float:
-    """What part of the usual tokens a pass may have: less where many draws read each."""
-    if predictor.way.band:  # most rows are asked once
+def _token_share(predictor: CalibratedPredictor) -> float:
+    """The share of `pass_tokens` that a pass may have: less than 1 with more than four draws."""
+    if predictor.way.band:  # most rows of a cascade do not go on to the draws
         return 1.0
     return min(1.0, _DRAWS / max(1, count_for(predictor.fit.posterior, predictor.way.draws)))

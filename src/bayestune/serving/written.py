@@ -36,14 +36,19 @@ class Written:
 
     @classmethod
     def begin(cls, predictor: CalibratedPredictor, ids: list[int]) -> "Written":
-        """Nothing yet, after a prompt, under the draws of a way."""
+        """An empty answer after a prompt, under the predictor's draws.
+
+        Args:
+            predictor: whose posterior writes.
+            ids: of the prompt.
+        """
         posterior = predictor.fit.posterior.on(NextToken())
         way = predictor.way
         draws = Draws(count_for(posterior, way.draws), way.draw_seed, bf16=way.bf16)
         return cls(posterior, draws, ids)
 
     def step(self, most: int) -> int:
-        """Writes the likeliest token; returns it. `most` of the likeliest ones are kept beside."""
+        """Writes the likeliest token and returns it; keeps the `most` likeliest beside it."""
         ids = torch.tensor([self.ids])
         places = torch.arange(len(self.ids))[None]
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": places}
@@ -51,11 +56,11 @@ class Written:
         weights = self._log_weights
         if weights is None:
             weights = torch.full((len(logs),), -math.log(len(logs)), dtype=torch.float64)
-        known = (logs + weights[:, None]).logsumexp(0)
-        token = int(known.argmax())
+        log_means = (logs + weights[:, None]).logsumexp(0)  # over draws, (vocabulary,)
+        token = int(log_means.argmax())
         self._log_weights = (weights + logs[:, token]).log_softmax(0)
-        top = known.topk(min(most, len(known)))
+        top = log_means.topk(min(most, len(log_means)))
         likeliest = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-        self.tokens.append({"id": token, "logprob": known[token].item(), "top": likeliest})
+        self.tokens.append({"id": token, "logprob": log_means[token].item(), "top": likeliest})
         self.ids.append(token)
         return token
