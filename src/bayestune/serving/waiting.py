@@ -217,9 +217,9 @@ class Worker:
         outputs = predictor.row_predictor.at_encoded(encoded, len(items))
         lines = predictor.lines_of(rows, outputs)
         seconds = time.perf_counter() - begin
+        self._count(predictor, outputs, items, seconds)  # whoever has an answer finds it counted
         for item, line, logits in zip(items, lines, outputs.logits.unbind(1), strict=True):
             item.future.set_result(Answer(line, logits[:, : len(line["options"])], item.encoded))
-        self._count(predictor, outputs, items, seconds)
 
     def _count(
         self,
