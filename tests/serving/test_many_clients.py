@@ -133,11 +133,13 @@ def passes_over(predictor, rows, limits=None):
         items.append(Waiting(predictor, row, encoded))
     done = []
 
-    def see(_, asked, look, tokens):
+    def see(_, asked, outputs, tokens):
         before = set(itertools.chain.from_iterable(numbers for numbers, _ in done))
-        now = {number for number, item in enumerate(items) if item.future.done()}
-        assert look.logits.shape[1] == len(now - before) == len(asked)
-        done.append((now - before, tokens))
+        numbers = {int(row.id) for row in asked}
+        assert outputs.logits.shape[1] == len(numbers) == len(asked)
+        assert not numbers & before
+        assert not any(items[number].future.done() for number in numbers)  # counted first
+        done.append((numbers, tokens))
 
     worker = Worker(limits or Limits(), see)
     worker.submit(items)
