@@ -37,7 +37,10 @@ def random_gaussian(llama, tokenizer, task, scoring="letter", root_std=0.7):
 
 
 class Atoms:
-    """A posterior of some atoms (S, C), the same for every row; notes what it is asked for."""
+    """A posterior of some atoms (S, C), the same for every row; notes what it is asked for.
+
+    Like a model's, its logits are of as many options as a batch's rows have at most.
+    """
 
     has_mean = False
 
@@ -50,4 +53,5 @@ class Atoms:
     def logits(self, inputs, draws):
         self.asked.append(draws)
         values = self.values[list(draws.indices)]
-        return values[:, None].expand(-1, len(inputs["input_ids"]), -1)
+        values = values[:, None].expand(-1, len(inputs["input_ids"]), -1)
+        return values[..., : inputs["option_mask"].shape[1]]
