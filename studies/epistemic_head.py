@@ -34,11 +34,11 @@ from torch import Tensor
 from bayestune.adapters import detach
 from bayestune.data import Question, load_task
 from bayestune.runtime import versions
-from bayestune.session import PredictionOptions, RowPredictor, Session, TaskOptions
-from bayestune.whole_files import replaced, write_json_lines
+from bayestune.session import PredictionOptions, RowPredictor, Session
+from bayestune.whole_files import replaced
 from studies.epistemic_heads import PARTS, Collected, Part
 from studies.epistemic_table import record_of, table
-from studies.score_price import Folder
+from studies.score_price import Folder, tell
 
 FOLDER = Path(__file__).parents[1] / "results/epistemic_head"
 DRAWS = 10
@@ -53,16 +53,6 @@ class Pair:
     data_root: Path
     model: str | None
 
-    def session(self, **changed: Any) -> Session:
-        """The student's session: its prompts and its rows, `changed` in what is asked for."""
-        questions = dict(self.student.details["questions"])
-        for name in ("data", "evaluation_data", "unlabelled_data"):
-            questions.pop(name, None)
-        questions |= {"data_root": self.data_root, "options": ()} | changed
-        options = TaskOptions(**questions)
-        session = Session.of_posterior(self.student.path, options, self.model)
-        return replace(session, progress=False).quietly()
-
     def parts(self, fitted: int, judged: int) -> tuple[Session, dict[str, list[Question]]]:
         """A session, and its rows: some that the student learnt on, and as many further ones.
 
@@ -72,7 +62,8 @@ class Pair:
         learnt = self.student.details["questions"]["unlabelled_rows"]
         if learnt < fitted:
             raise ValueError(f"got a student of {learnt} rows, expected {fitted} or more")
-        session = self.session(unlabelled_rows=learnt + judged)
+        wanted = learnt + judged
+        session = self.student.session(self.data_root, self.model, unlabelled_rows=wanted).quietly()
         train = load_task(session.task.name, self.data_root).train
         answers = {row.id: row.answer for row in train}
         rows = [replace(row, answer=answers[row.id]) for row in session.task.unlabelled]
@@ -155,10 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     paths = sorted(options.output.glob("*.safetensors"))
     records = [record_of(read(path)) for path in paths]
-    write_json_lines(options.output / "records.jsonl", records)
-    text = table(records)
-    (options.output / "table.md").write_text(text, encoding="utf-8")
-    print(text, end="")
+    tell(options.output, records, table(records))
 
 
 if __name__ == "__main__":

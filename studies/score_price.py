@@ -79,15 +79,19 @@ class Folder:
             "train_rows": self.details["train_rows"],
         }
 
-    def session(self, options: argparse.Namespace) -> Session:
-        """The rows of its task, with the training rows that it was fitted on."""
-        told = dict(self.details["questions"])
+    def session(self, data_root: Path, model: str | None, **changed: Any) -> Session:
+        """The rows of its task, with the training rows that it was fitted on.
+
+        Args:
+            data_root: where its public task is.
+            model: the base model, where it has moved.
+            changed: fields of `TaskOptions` that differ from the fit's.
+        """
+        questions = dict(self.details["questions"])
         for name in ("data", "evaluation_data", "unlabelled_data"):
-            told.pop(name, None)
-        told |= {"data_root": options.data_root, "unlabelled_rows": 0}
-        told |= {"evaluation_rows": options.rows, "options": ()}  # a public task has its own
-        questions = TaskOptions(**told)
-        session = Session.of_posterior(self.path, questions, options.model)
+            questions.pop(name, None)
+        questions |= {"data_root": data_root, "options": ()}  # a public task has its own
+        session = Session.of_posterior(self.path, TaskOptions(**questions | changed), model)
         return replace(session, progress=False)
 
 
@@ -126,7 +130,8 @@ def keep(
     norms: Mapping[str, float] | None = None,
 ) -> None:
     """Predicts with one posterior, or with its adapter under noise of these norms."""
-    session = folder.session(options)
+    rows_asked = {"evaluation_rows": options.rows, "unlabelled_rows": 0}
+    session = folder.session(options.data_root, options.model, **rows_asked)
     fit = session.load(folder.path)
     begin = time.process_time()
     if norms is not None:
@@ -186,6 +191,13 @@ def read(path: Path) -> Collected:
     return Collected(facts, **tensors)
 
 
+def tell(output: Path, records: Sequence[Mapping[str, Any]], text: str) -> None:
+    """Writes the records and the table, and prints the table."""
+    write_json_lines(output / "records.jsonl", records)
+    (output / "table.md").write_text(text, encoding="utf-8")
+    print(text, end="")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     form = argparse.RawDescriptionHelpFormatter
@@ -205,10 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     records = []
     for path in sorted(options.output.glob("*.safetensors"), key=lambda path: path.stem):
         records += records_of(read(path), options.risks)
-    write_json_lines(options.output / "records.jsonl", records)
-    text = table(records)
-    (options.output / "table.md").write_text(text, encoding="utf-8")
-    print(text, end="")
+    tell(options.output, records, table(records))
 
 
 if __name__ == "__main__":
