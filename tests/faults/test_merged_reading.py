@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from bayestune.cli.output_folder import delete_own
+from bayestune.cli.run_files import delete_own
 from bayestune.cli.run_settings import fit_settings, write_settings
 from bayestune.data import Question, ReadOptions, Task, load_rows, sort_rows
 from bayestune.data.prompts import CHOICES
