@@ -25,7 +25,7 @@ from bayestune.cli.run_settings import (
 from bayestune.data import SortedRows, digest
 from bayestune.errors import Refusal
 from bayestune.runtime import in_first_process, is_first_process, of_first_process
-from bayestune.session import in_order
+from bayestune.session import lines_of_all_rows
 from bayestune.whole_files import JsonRow, json_line, whole_lines
 
 STANDARD_INPUT = Path("-")
@@ -284,4 +284,4 @@ def repeated_fields(rows: SortedRows) -> list[JsonRow]:
                 "fingerprint": row.fingerprint,
             }
         )
-    return list(in_order(rows, iter(fields)))
+    return list(lines_of_all_rows(rows, iter(fields)))

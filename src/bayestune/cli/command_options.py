@@ -16,7 +16,7 @@ from bayestune.methods import METHODS, TFB, Distilled
 from bayestune.report import Style
 from bayestune.serving import Limits, ServiceOptions
 from bayestune.session import (
-    OF_THE_FIT,
+    SETTLED_BY_FIT,
     DistillationRows,
     Dtype,
     RowOptions,
@@ -71,7 +71,7 @@ def add_fitting(parser: Parser) -> None:
 def add_evaluate(parser: Parser) -> None:
     """Options of `evaluate`."""
     add_posterior(parser)
-    parser.add_class_arguments(TaskOptions, skip=set(OF_THE_FIT))
+    parser.add_class_arguments(TaskOptions, skip=set(SETTLED_BY_FIT))
     parser.add_class_arguments(EvaluationOptions)
     parser.option("output", Path | None, None, "folder of the records; left out: the posterior's")
     about = "a bar such as 'nll<=0.7', once or more; exit code 1 if one does not hold"

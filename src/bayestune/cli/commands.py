@@ -53,13 +53,13 @@ from bayestune.session import (
     Session,
     TaskOptions,
     details_of,
-    in_order,
+    lines_of_all_rows,
     load_way,
     num_classes,
-    of_its_classes,
     open_model,
     read_calibration,
-    usual_reading,
+    read_options_of_fit,
+    with_classes_of_fit,
 )
 from bayestune.training import Training
 
@@ -150,7 +150,7 @@ def predict(args: Namespace) -> None:
     questions_left = questions[num_done - unreadable_done :]
     predictor = CalibratedPredictor(session, fit_of_way, way, calibration)
     predicted = shared_lines(questions_left, lambda some: predicted_lines(predictor, some, args))
-    lines = in_order(rows, predicted, num_done)
+    lines = lines_of_all_rows(rows, predicted, num_done)
     num_rows = len(questions) + len(rows.problems)
     hidden = not args.progress or file is None
     bar = tqdm(lines, "predict", num_rows, initial=num_done, unit="row", disable=hidden)
@@ -167,13 +167,13 @@ def _rows_to_predict(args: Namespace) -> SortedRows:
     """The file's rows, in the order of the posterior's classes, and those that cannot be read."""
     details = details_of(args.posterior)
     reading = replace(
-        usual_reading(details),
+        read_options_of_fit(details),
         options=tuple(args.options),
         answer_is=args.answer_is,
         columns=args.columns,
     )
     with readable_file(args.input) as file:
-        return of_its_classes(sort_rows(file, reading), details)
+        return with_classes_of_fit(sort_rows(file, reading), details)
 
 
 def _write_lines(lines: Iterable[Mapping[str, Any]], place: Path | None) -> list[str]:

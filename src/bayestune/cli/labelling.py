@@ -44,9 +44,9 @@ from bayestune.session import (
     VariantOptions,
     is_plain,
     kept_reference,
-    own_reference,
     read_calibration,
-    rows_of,
+    reference_of_artefact,
+    rows_for_artefact,
 )
 from bayestune.whole_files import write_json_lines
 
@@ -98,7 +98,9 @@ def rank(args: Namespace) -> None:
     if calibration is not None and is_plain(args.posterior):
         row_options = None  # its calibration says how rows are put
     with readable_file(args.rows) as file:
-        rows = rows_of(file, args.posterior, row_options, labelled=False, columns=args.columns)
+        rows = rows_for_artefact(
+            file, args.posterior, row_options, labelled=False, columns=args.columns
+        )
     artefact = Artefact.open(args.posterior, rows, row_options, args.model)
     rows = artefact.rows
     bf16 = artefact.fit.bf16 if args.bf16 is None else args.bf16
@@ -107,7 +109,7 @@ def rank(args: Namespace) -> None:
     by = args.by or usual_acquisition(draws)
     number = len(rows) if args.number is None else args.number
     check_ranking(number, by, draws, len(rows), max(len(row.options) for row in rows))
-    outputs = artefact.predictor(way, own_reference(calibration)).over(rows, shared=True)
+    outputs = artefact.predictor(way, reference_of_artefact(calibration)).over(rows, shared=True)
     features = _spread_activations(artefact, way) if by == "bald" else None
     contents = [row.fingerprint for row in rows]
     order = rank_rows(outputs.logits, number, by, features, args.draw_seed, contents)
@@ -163,7 +165,9 @@ def drift(args: Namespace) -> int:
     held_out = _held_out_scores(calibration, args.scores)
     permutations = permutations_for(args.level, len(held_out))
     with readable_file(args.rows) as file:
-        rows = _distinct(rows_of(file, args.posterior, labelled=False, columns=args.columns))
+        rows = _distinct(
+            rows_for_artefact(file, args.posterior, labelled=False, columns=args.columns)
+        )
     way = PredictionOptions.of(calibration.settings)
     artefact = Artefact.open(args.posterior, rows, None, args.model, way)
     outputs = artefact.predictor(way, kept_reference(calibration)).over(artefact.rows)

@@ -16,7 +16,7 @@ from bayestune.data import Question, Task, rows_digest
 from bayestune.errors import Refusal
 from bayestune.evaluation import EvaluationOptions
 from bayestune.methods import Method, other_settings
-from bayestune.session import TaskOptions, shown
+from bayestune.session import TaskOptions, name_in_records
 from bayestune.training import Training
 from bayestune.whole_files import write_text_whole
 
@@ -45,7 +45,7 @@ def fit_settings(
         methods: by name.
     """
     options, task, dtype = session_options
-    settings: Settings = {"model": shown(model) if model else None, "dtype": dtype}
+    settings: Settings = {"model": name_in_records(model) if model else None, "dtype": dtype}
     settings["the files of --model"] = digest(model_facts(model))
     settings["the weights of --model"] = weights_digest(model)
     for name, value in asdict(options).items():
