@@ -134,17 +134,15 @@ class Session:
         cls, details: Mapping[str, Any], task: Task, options: TaskOptions, model: Named = None
     ) -> Self:
         """A session that puts a task's rows to the base model as a fit's folder says."""
-        options = replace(options, scoring=details["scoring"], max_length=details["max_length"])
-        task = task_as_fitted(
-            task, prompt_of_fit(details), options.scoring, classes_of_fit(details)
-        )
+        scoring = details["scoring"]
+        options = replace(options, scoring=scoring, max_length=details["max_length"])
+        task = task_as_fitted(task, prompt_of_fit(details), scoring, classes_of_fit(details))
         loaded = open_model(model or details["base_model"], details["dtype"], details["classes"])
         return cls._of(loaded, task, options)
 
     def on(self, task: Task) -> Self:
         """The same session with other rows, put as the session's own are."""
-        scoring = self.options.scoring
-        task = task_as_fitted(task, self.task.prompt, scoring, self.task.class_names)
+        task = task_as_fitted(task, self.task.prompt, self.options.scoring, self.task.class_names)
         return self._of(self.loaded, task, self.options, progress=self.progress)
 
     def rows(self, part: Part = "evaluation") -> tuple[Question, ...]:
