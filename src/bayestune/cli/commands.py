@@ -24,14 +24,7 @@ from bayestune.cli.applying import (
 from bayestune.cli.options import build, chosen_methods, open_session
 from bayestune.cli.output_folder import OutputFolder, check_writable
 from bayestune.cli.run_settings import Settings, fit_settings
-from bayestune.data import (
-    ReadOptions,
-    SortedRows,
-    own_task,
-    prompt_of,
-    read_rows,
-    sort_rows,
-)
+from bayestune.data import ReadOptions, SortedRows, own_task, prompt_of, read_rows, sort_rows
 from bayestune.errors import Refusal
 from bayestune.evaluation import Bar, EvaluationOptions, append_results, read_records
 from bayestune.methods import MLE, TFB, check_launch
@@ -42,11 +35,7 @@ from bayestune.posteriors import (
     load_adapter,
     posterior_digest,
 )
-from bayestune.report import (
-    evaluation_tables,
-    render,
-    renewed,
-)
+from bayestune.report import evaluation_tables, render, renewed
 from bayestune.runtime import is_first_process
 from bayestune.session import (
     CalibratedPredictor,
@@ -176,10 +165,10 @@ def _rows_to_predict(args: Namespace) -> SortedRows:
         return with_classes_of_fit(sort_rows(file, reading), details)
 
 
-def _write_lines(lines: Iterable[Mapping[str, Any]], place: Path | None) -> list[str]:
+def _write_lines(lines: Iterable[Mapping[str, Any]], file: Path | None) -> list[str]:
     """Writes lines as they come; returns the errors among them."""
     errors = []
-    with LineWriter(place) as writer:
+    with LineWriter(file) as writer:
         for line in lines:
             writer.write(line)
             if "error" in line:
@@ -206,9 +195,9 @@ def bayesianise(args: Namespace) -> None:
     place = output.begin()
     session.save(posterior, method, Training(bf16=args.bf16), place)
     output.finish(place)
-    search = posterior.report.extra
-    tried = len(search["search"])
-    print(f"posterior in {output.folder}: sigma_q {search['isotropic_std']:.4g}, {tried} tried")
+    facts = posterior.report.extra
+    num_tried = len(facts["search"])
+    print(f"posterior in {output.folder}: sigma_q {facts['isotropic_std']:.4g}, {num_tried} tried")
 
 
 def bench(args: Namespace) -> int:

@@ -34,6 +34,12 @@ def payload(evaluations: Sequence[Evaluation]) -> Payload:
 
     If the page would be larger than 5 MB, rows are left out; those that a run gets wrong go last.
     Figures and charts are of all rows.
+
+    Args:
+        evaluations: the runs, in the order of the page.
+
+    Returns:
+        `words`, `runs`, `fits` and `shifts`, and what `rows_within` returns.
     """
     dots = min(_DOTS, _ALL_DOTS // len(evaluations))
     runs = [_run(evaluation, dots) for evaluation in evaluations]
@@ -130,16 +136,17 @@ def _baselines(evaluations: Sequence[Evaluation]) -> list[int]:
     """
     records = [evaluation.record for evaluation in evaluations]
     baselines = []
-    for index, own in enumerate(records):
-        same_rows = [i for i, r in enumerate(records) if _same(own, r, ("task", "rows", "n"))]
-        same_model = [i for i in same_rows if _same(own, records[i], ("model",))]
+    for index, record in enumerate(records):
+        every = range(len(records))
+        same_rows = [i for i in every if _same(record, records[i], ("task", "rows", "n"))]
+        same_model = [i for i in same_rows if _same(record, records[i], ("model",))]
         first = records[same_model[0]]
         of_first_method = [i for i in same_model if _same(first, records[i], ("label",))]
-        same_seed = [i for i in of_first_method if _same(own, records[i], ("seed",))]
+        same_seed = [i for i in of_first_method if _same(record, records[i], ("seed",))]
         base = (same_seed or same_model)[0]
         if base == index and same_model[0] != same_rows[0]:
-            others = [i for i in same_rows if not _same(own, records[i], ("model",))]
-            same_method = [i for i in others if _same(own, records[i], ("label",))]
+            others = [i for i in same_rows if not _same(record, records[i], ("model",))]
+            same_method = [i for i in others if _same(record, records[i], ("label",))]
             base = (same_method or others)[0]
         baselines.append(base)
     return baselines
