@@ -59,11 +59,6 @@ class Answers:
         in_first_process(partial(_check, args.output, args))  # which looks before it writes
         return cls(args.output, args.resume)
 
-    @property
-    def hidden(self) -> Path | None:
-        """The file that is written beside a finished one; None for standard output."""
-        return unfinished_file(self.path) if self.path else None
-
     def begin(self, rows: Sequence[JsonRow], settings: Settings) -> tuple[Path | None, int]:
         """Makes the file ready to be written to.
 
@@ -114,9 +109,9 @@ class Answers:
         Args:
             file: what `begin` returned.
         """
-        if not is_first_process():
+        if file is None or self.path is None or not is_first_process():
             return
-        if file is not None and self.path is not None and file == self.hidden:
+        if file == unfinished_file(self.path):
             settings_file(file).replace(settings_file(self.path))
             file.replace(self.path)
 
