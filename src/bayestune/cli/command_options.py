@@ -155,7 +155,7 @@ def add_bayesianise(parser: Parser) -> None:
     taken = ("task", "options", "scoring", "max_length", "answer_is")
     taken += ("columns", "prompt", "chat", "system")
     others = {field.name for field in fields(TaskOptions)} - set(taken)
-    parser.add_class_arguments(TaskOptions, skip=others)
+    parser.add_class_arguments(TaskOptions, skip={*others})
     parser.add_class_arguments(TFB, skip={"base"})
     parser.required_path("output", "folder of the posterior")
     parser.option("overwrite", bool, False, OVERWRITE_HELP)
@@ -169,8 +169,8 @@ def add_distil(parser: Parser) -> None:
     parser.add_class_arguments(DistillationRows)
     parser.add_class_arguments(Distilled, skip={"base"})
     # the method and the posterior say the first five
-    skipped = {"lora", "steps", "epochs", "learning_rate", "bf16", "output"}
-    parser.add_class_arguments(Training, skip=skipped)
+    others = ("lora", "steps", "epochs", "learning_rate", "bf16", "output")
+    parser.add_class_arguments(Training, skip={*others})
     parser.required_path("output", "folder of the student")
     parser.option("overwrite", bool, False, OVERWRITE_HELP)
 
