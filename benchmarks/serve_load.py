@@ -29,7 +29,7 @@ from bayestune.session import (
     CalibratedPredictor,
     PredictionOptions,
     read_calibration,
-    rows_of,
+    rows_for_artefact,
 )
 from harness import Case, Spread, parser_of, quantile
 
@@ -77,7 +77,7 @@ def offline(options: Namespace) -> tuple[CalibratedPredictor, Sequence[Question]
     """What predicts as `bayestune predict` does, and the rows."""
     calibration = read_calibration(options.posterior)
     way = PredictionOptions.of(calibration.settings) if calibration else None
-    rows = rows_of(options.rows, options.posterior, labelled=False)[: options.most]
+    rows = rows_for_artefact(options.rows, options.posterior, labelled=False)[: options.most]
     opened = Artefact.open(options.posterior, rows, None, options.model, way)
     own = way or PredictionOptions(bf16=opened.fit.bf16)
     session = replace(opened.session, progress=False)

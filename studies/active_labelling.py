@@ -26,7 +26,7 @@ from bayestune.decisions import best_temperature, rank_rows, spread_out
 from bayestune.methods import MLE, BLoB, Method
 from bayestune.metrics import accuracy, nll
 from bayestune.runtime import versions
-from bayestune.session import Fit, PredictionOptions, Session, TaskOptions, shown
+from bayestune.session import Fit, PredictionOptions, Session, TaskOptions, name_in_records
 from bayestune.training import Training
 from bayestune.whole_files import read_json_lines, write_json_lines
 
@@ -195,7 +195,7 @@ def next_round(session: Session, cell: Cell, records: Sequence[Record]) -> Recor
         "figures": found,
         "picked": picked,
         "cpu_seconds": round(time.process_time() - begin, 1),
-        "model": shown(session.loaded.name),
+        "model": name_in_records(session.loaded.name),
         "steps": TRAINING.steps,
         "draws": DRAWS,
         "test_rows": TEST_ROWS,

@@ -30,7 +30,7 @@ from bayestune.methods import changed
 from bayestune.models import load_model
 from bayestune.runtime import revision, versions
 from bayestune.scoring import LetterScorer
-from bayestune.session import TaskOptions, shown
+from bayestune.session import TaskOptions, name_in_records
 from bayestune.training import Training
 from bayestune.whole_files import JsonRow, json_line, read_json_lines, write_json_lines
 from studies.official_arms import ARMS, Bench, TheirPrompts, draws_of
@@ -93,7 +93,7 @@ def run(options: argparse.Namespace) -> None:
     facts = {
         "study": "official_results",
         "checkout": options.revision or checkout_revision(options.official),
-        "model": shown(options.model),
+        "model": name_in_records(options.model),
         "task": TASK,
         "steps": options.steps,
         "train_rows": options.train_rows,

@@ -42,7 +42,7 @@ from bayestune.session import (
     Session,
     TaskOptions,
     details_of,
-    shown,
+    name_in_records,
 )
 from bayestune.whole_files import replaced, write_json_lines
 from studies.score_price_table import Collected, records_of, table
@@ -73,7 +73,7 @@ class Folder:
     def origin(self) -> dict[str, Any]:
         """What a posterior and its control share."""
         return {
-            "model": shown(self.details["base_model"]),
+            "model": name_in_records(self.details["base_model"]),
             "task": self.details["task"]["name"],
             "seed": self.details["training"]["seed"],
             "train_rows": self.details["train_rows"],

@@ -110,9 +110,9 @@ def wrong_options(words: list[str]) -> list[str]:
     options = _options()
     if words[1] not in options:
         return [] if not words[1].isalpha() else [f"there is no command bayestune {words[1]}"]
-    from bayestune.cli.words import addressed
+    from bayestune.cli.words import with_option_names
 
-    words = ["bayestune", *addressed(words[1:])]
+    words = ["bayestune", *with_option_names(words[1:])]
     given = {word.partition("=")[0] for word in words[2:] if re.match(r"--\w", word)}
     unknown = sorted(given - options[words[1]])
     return [f"bayestune {words[1]} has no option {option}" for option in unknown]

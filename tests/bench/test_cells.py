@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from bayestune.bench import Grid, TaskSettings, keys, run_bench, weights_digest
 from bayestune.bench.keys import digest, lasting, lasting_method
-from bayestune.cli.options import built
+from bayestune.cli.options import build
 from bayestune.cli.parser import make_parser
 from bayestune.evaluation import EvaluationOptions, read_records
 from bayestune.methods import METHODS, MLE, changed, make_method
@@ -33,7 +33,7 @@ def place(tmp_path, llama, byte_level):
 def test_a_grid_parses_to_what_it_says(path):
     parser = make_parser()
     parsed = parser.parse_args(["bench", "--config", str(path), "--output", "out"])
-    made = built(Grid, parser.instantiate(parsed).bench)
+    made = build(Grid, parser.instantiate(parsed).bench)
     given = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert list(made.tasks) == list(given["tasks"])
     assert list(made.methods) == list(given["methods"])
@@ -51,7 +51,7 @@ def test_the_students_controls_have_the_regime_and_the_bases_of_the_evidence():
         parser = make_parser()
         path = ROOT / f"configs/evidence/{name}.yaml"
         parsed = parser.parse_args(["bench", "--config", str(path), "--output", "out"])
-        made[name] = built(Grid, parser.instantiate(parsed).bench)
+        made[name] = build(Grid, parser.instantiate(parsed).bench)
     same = {"methods": made["grid"].methods}
     assert replace(made["controls"], **same) == made["grid"]
 

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from bayestune.cli import main
-from bayestune.cli.options import built, chosen_methods
+from bayestune.cli.options import build, chosen_methods
 from bayestune.cli.parser import COMMANDS, make_parser, parse
 from bayestune.methods import MAP, MLE, TFB
 from bayestune.training import Training
@@ -72,7 +72,7 @@ def test_a_printed_configuration_parses_to_the_same(command, tmp_path, capsys):
 def test_options_become_the_dataclasses():
     options = instantiated("fit", *USED["fit"].split())
     assert chosen_methods(["blob"], options)["blob"].prior_std == 0.3
-    training = built(Training, options, output=None)
+    training = build(Training, options, output=None)
     assert (training.resume, training.progress, options.overwrite) == (False, True, False)
     assert (training.steps, training.lora.targets, training.lora.rank) == (7, ("q_proj",), 8)
 

@@ -6,7 +6,7 @@ import string
 import pytest
 
 from bayestune.data import ReadOptions, load_rows, read_rows, sort_rows
-from bayestune.session import TaskOptions, usual_reading
+from bayestune.session import TaskOptions, read_options_of_fit
 from running import write_rows
 
 
@@ -30,7 +30,7 @@ def test_other_files_name_the_classes_that_training_rows_named(tmp_path, train, 
     expected = [f"{label:g}" for label in test]
     assert chosen(task.evaluation) == expected
     told = {"options": task.shared_options, "answer_is": task.answer_is}
-    reading = usual_reading({"questions": told})
+    reading = read_options_of_fit({"questions": told})
     assert chosen(read_rows(tmp_path / "test.jsonl", reading)) == expected
     assert chosen(sort_rows(tmp_path / "test.jsonl", reading).questions) == expected
 

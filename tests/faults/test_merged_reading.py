@@ -10,13 +10,13 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from bayestune.cli.output_folder import delete_own
+from bayestune.cli.run_files import delete_own
 from bayestune.cli.run_settings import fit_settings, write_settings
 from bayestune.data import Question, ReadOptions, Task, load_rows, sort_rows
 from bayestune.data.prompts import CHOICES
 from bayestune.errors import Refusal
 from bayestune.methods import Distilled, EarlyStopping, Ensemble, check_method
-from bayestune.session import TaskOptions, in_order, of_its_classes
+from bayestune.session import TaskOptions, lines_of_all_rows, with_classes_of_fit
 from bayestune.training import Training
 
 OPTIONS = ("yes", "no")
@@ -57,10 +57,10 @@ def test_a_bad_row_spoils_no_other(tmp_path, name):
     assert (number, key) == (2, "r2")
     with pytest.raises(Refusal, match="no column 'question'"):
         load_rows(path, OPTIONS, labelled=False)
-    told = list(in_order(found, iter({"id": row.id} for row in found.questions)))
+    told = list(lines_of_all_rows(found, iter({"id": row.id} for row in found.questions)))
     assert [line["id"] for line in told] == ["r0", "r1", "r2", "r3"]
     assert told[2]["error"] == str(problem)
-    rest = list(in_order(found, iter([{"id": "r3"}]), start=2))
+    rest = list(lines_of_all_rows(found, iter([{"id": "r3"}]), start=2))
     assert rest == told[2:]
 
 
@@ -123,15 +123,15 @@ def test_a_row_of_other_classes_than_the_heads_stands_alone(tmp_path):
     prompt = {"letter": CHOICES.letter, "text": CHOICES.text}
     details = {"scoring": "head", "class_names": ["no", "yes"], "task": {"prompt": prompt}}
     rows = sort_rows(path, ReadOptions(OPTIONS))
-    found = of_its_classes(rows, details)
+    found = with_classes_of_fit(rows, details)
     assert [(row.id, row.options) for row in found.questions] == [
         ("r0", ("no", "yes")),
         ("r2", ("no", "yes")),
     ]
     assert "perhaps" in str(found.problems[1][1])
-    assert of_its_classes(rows, {**details, "scoring": "letter"}) is rows
+    assert with_classes_of_fit(rows, {**details, "scoring": "letter"}) is rows
     with pytest.raises(Refusal, match="expected the classes"):
-        of_its_classes(rows, {**details, "class_names": ["x", "y"]})
+        with_classes_of_fit(rows, {**details, "class_names": ["x", "y"]})
 
 
 # Rows without answers, and what learns on them

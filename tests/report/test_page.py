@@ -11,7 +11,7 @@ from recorded import Page, evaluated, record, row, sampled_rows, shown, with_row
 
 from bayestune.metrics import is_right, nll, paired_bootstrap, risk_coverage
 from bayestune.report import Origin, read_rows, write_page
-from bayestune.report.page_data import as_json
+from bayestune.report.page_json import as_json
 from bayestune.report.rows import tensors
 
 HOSTILE = "</script><script>alert('x')</script> <!-- \"q\" \\ & \u2028 \x00\x07 \ud800 日本"

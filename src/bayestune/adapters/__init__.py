@@ -3,6 +3,7 @@
 Only this package and `posteriors.storage` import peft.
 """
 
+from bayestune.adapters.adapter_facts import facts_of, mean_digest
 from bayestune.adapters.adapter_folder import (
     CONFIG,
     DETAILS,
@@ -11,11 +12,8 @@ from bayestune.adapters.adapter_folder import (
     TENSORS,
     WEIGHTS,
     add_beside,
-    facts_of,
-    mean_digest,
     place_of,
     plain_state,
-    refuse_unless_saved_whole,
     write_posterior,
 )
 from bayestune.adapters.arrivals import (
@@ -60,6 +58,7 @@ from bayestune.adapters.spread import (
     whole,
 )
 from bayestune.adapters.training_passes import TrainingPasses
+from bayestune.adapters.unsavable import refuse_unless_saved_whole
 from bayestune.adapters.wrapped import eagerly, is_compiled, plain_path, unwrapped
 
 __all__ = [

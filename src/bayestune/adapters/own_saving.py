@@ -12,19 +12,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from bayestune.adapters.adapter_facts import facts_of, facts_without_wrapper
 from bayestune.adapters.adapter_folder import (
     DETAILS,
     TENSORS,
     add_beside,
-    facts_of,
-    facts_without_wrapper,
     place_of,
     plain_state,
-    refuse_changed_base,
     write_posterior,
 )
 from bayestune.adapters.slots import PREFIX, Slots
 from bayestune.adapters.spread import put_whole, shape_of, state_of
+from bayestune.adapters.unsavable import refuse_changed_base
 from bayestune.errors import Refusal
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,14 @@ from bayestune.data import Part, Task, check_trainable
 from bayestune.errors import SEED, Refusal
 from bayestune.evaluation import EvaluationOptions
 from bayestune.methods import METHODS, Method, Settings, changed, described, make_method
-from bayestune.session import Dtype, TaskOptions, put_as_fitted, say_repeated, say_seen, shown
+from bayestune.session import (
+    Dtype,
+    TaskOptions,
+    name_in_records,
+    task_as_fitted,
+    warn_of_repeated_rows,
+    warn_of_seen_rows,
+)
 from bayestune.training import Training
 
 
@@ -169,10 +176,10 @@ class Grid:
         scoring = self.options(name, self.seeds[0]).scoring
         if scoring == "head":
             fitted = fitted.in_class_order()
-        say_seen(name, len(fitted.seen), len(fitted.evaluation))
-        say_repeated(f"training rows of {name}", fitted.train, evaluated=False)
+        warn_of_seen_rows(name, len(fitted.seen), len(fitted.evaluation))
+        warn_of_repeated_rows(f"training rows of {name}", fitted.train, evaluated=False)
         for other in self.evaluated(name):
-            put_as_fitted(loaded[other], fitted.prompt, scoring, fitted.class_names)
+            task_as_fitted(loaded[other], fitted.prompt, scoring, fitted.class_names)
 
     def cells(self, tasks: Mapping[int, Mapping[str, Task]]) -> list[Cell]:
         """The cells on the tasks of `load_all`, seed by seed, task by task, method by method.
@@ -215,7 +222,7 @@ class Grid:
         evaluated = [(fitted.prompt, tasks[other].part(self.part)) for other in evaluate_on]
         settings = (lasting_method(method), lasting(training), lasting(self.predicting))
         of_all = digest(context, *settings, evaluated)
-        parts = (shown(model) if model else "default", task, name, str(seed))
+        parts = (name_in_records(model) if model else "default", task, name, str(seed))
         return Cell(
             model=model,
             task=task,

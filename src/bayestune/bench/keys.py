@@ -13,7 +13,7 @@ from typing import Any
 
 from bayestune.data import digest as full_digest
 from bayestune.methods import METHODS, Method, described
-from bayestune.session import shown
+from bayestune.session import name_in_records
 
 # To be raised when the same settings begin to give other numbers, so that a grid starts its cells
 # anew instead of mixing them. Left out of keys while it is 1.
@@ -54,7 +54,7 @@ def _lasting_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def model_facts(model: str | None) -> list[Any]:
     """What tells a model from others: its name; of a directory, configuration and file sizes."""
-    facts: list[Any] = [shown(model) if model else None]
+    facts: list[Any] = [name_in_records(model) if model else None]
     folder = Path(model or "")
     if model and folder.is_dir():
         weights = sorted(folder.glob("*.safetensors"))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bayestune.bench.store import LOCKS, claimed
 from bayestune.errors import Refusal
-from bayestune.session import shown
+from bayestune.session import name_in_records
 from bayestune.whole_files import write_text_whole
 
 MODELS = "models.json"
@@ -60,7 +60,7 @@ def check_weights(folder: Path, models: Iterable[str | None]) -> None:
     Raises:
         Refusal: if a model of that name held other weights.
     """
-    found = {shown(model): weights_digest(model) for model in models if model}
+    found = {name_in_records(model): weights_digest(model) for model in models if model}
     with claimed(folder / LOCKS, "models", wait=True):
         file = folder / MODELS
         before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

@@ -1,7 +1,7 @@
 """The commands: `bayestune fit | evaluate | predict | compare | …`.
 
-`start` answers what needs no torch, `parser` derives their options from the constructors,
-`commands` does what they say, and `guard` tells the user in a line what went wrong.
+`start` answers what needs no torch; `guard` runs a command and says in one line what went wrong.
+The table of commands in `parser` names the function of each; `command_options` has their options.
 """
 
 from bayestune.cli.start import main

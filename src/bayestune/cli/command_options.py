@@ -1,4 +1,7 @@
-"""The options of each command, derived from the constructors."""
+"""The options of each command: fields of the dataclasses it builds, and what it takes besides.
+
+`add_COMMAND` adds all options of a command, the other functions some that several commands share.
+"""
 
 from dataclasses import fields
 from pathlib import Path
@@ -13,7 +16,7 @@ from bayestune.methods import METHODS, TFB, Distilled
 from bayestune.report import Style
 from bayestune.serving import Limits, ServiceOptions
 from bayestune.session import (
-    OF_THE_FIT,
+    SETTLED_BY_FIT,
     DistillationRows,
     Dtype,
     RowOptions,
@@ -29,18 +32,20 @@ ARTEFACT_HELP = "a folder of `fit`, or a LoRA adapter as PEFT saves it"
 OVERWRITE_HELP = "replace the run in the output folder once the new one is whole"
 UNCALIBRATED_HELP = "leave the posterior's calibration aside"
 COLUMNS_HELP = "the file's own names, as question=subject,answer=queue; left out: as in the fit"
+BASE_HELP = "the base model, where it has moved"
+BF16_HELP = "bfloat16 autocast; left out: as fitted"
 DTYPE_HELP = "of the base model's weights; 4bit (QLoRA) and 8bit need bitsandbytes"
 METHOD_HELP = ", ".join(METHODS)
 
 
 def add_fit(parser: Parser) -> None:
-    """A fit of one method."""
+    """Options of `fit`."""
     parser.option("method", str, "blob", f"one of {METHOD_HELP}")
     add_fitting(parser)
 
 
 def add_compare(parser: Parser) -> None:
-    """Fits of several methods."""
+    """Options of `compare`."""
     parser.option("methods", list[str], ["mle", "blob"], f"among {METHOD_HELP}")
     parser.option("on", Part, "evaluation", "the rows to evaluate on")
     add_fitting(parser)
@@ -48,7 +53,7 @@ def add_compare(parser: Parser) -> None:
 
 
 def add_fitting(parser: Parser) -> None:
-    """What every fit is told."""
+    """Options of commands that fit: the model, the task, the training, each method's."""
     parser.option("model", str | None, None, MODEL_HELP)
     parser.option("dtype", Dtype, "float32", DTYPE_HELP)
     about = "the method that another builds on, as --method tfb --base map; left out: its own"
@@ -59,14 +64,14 @@ def add_fitting(parser: Parser) -> None:
         method = METHODS[name]
         if any(field.name != "base" for field in fields(method)):  # type: ignore[arg-type]
             parser.add_class_arguments(method, name, skip={"base"})
-    parser.needed("output", "folder for everything the run writes")
+    parser.required_path("output", "folder for everything the run writes")
     parser.option("overwrite", bool, False, OVERWRITE_HELP)
 
 
 def add_evaluate(parser: Parser) -> None:
-    """Labelled rows to evaluate on."""
-    add_reading(parser)
-    parser.add_class_arguments(TaskOptions, skip=set(OF_THE_FIT))
+    """Options of `evaluate`."""
+    add_posterior(parser)
+    parser.add_class_arguments(TaskOptions, skip=set(SETTLED_BY_FIT))
     parser.add_class_arguments(EvaluationOptions)
     parser.option("output", Path | None, None, "folder of the records; left out: the posterior's")
     about = "a bar such as 'nll<=0.7', once or more; exit code 1 if one does not hold"
@@ -75,8 +80,8 @@ def add_evaluate(parser: Parser) -> None:
 
 
 def add_lm_eval(parser: Parser) -> None:
-    """Tasks of the harness."""
-    add_reading(parser)
+    """Options of `lm-eval`."""
+    add_posterior(parser)
     about = "names of tasks, groups or tags, or YAML files: arc_easy,piqa"
     parser.add_argument("--tasks", type=str, required=True, help=about)
     parser.option("include_path", Path | None, None, "a folder with tasks of your own")
@@ -94,9 +99,9 @@ def add_lm_eval(parser: Parser) -> None:
 
 
 def add_predict(parser: Parser) -> None:
-    """Rows to predict."""
-    add_reading(parser)
-    parser.needed("input", "or --rows: JSONL, CSV or parquet rows; - for standard input")
+    """Options of `predict`."""
+    add_posterior(parser)
+    parser.required_path("input", "or --rows: JSONL, CSV or parquet rows; - for standard input")
     parser.option("options", list[str], [], "the options of rows that have none")
     parser.option("answer_is", AnswerIs | None, None, "of answers: index, letter or text")
     parser.option("columns", dict[str, str], {}, COLUMNS_HELP)
@@ -113,9 +118,10 @@ def add_predict(parser: Parser) -> None:
 
 
 def add_generate(parser: Parser) -> None:
-    """Prompts to continue."""
-    add_reading(parser)
-    parser.needed("input", "or --rows: JSON lines: a text in prompt, or messages; - reads a pipe")
+    """Options of `generate`."""
+    add_posterior(parser)
+    about = "or --rows: JSON lines: a text in prompt, or messages; - reads a pipe"
+    parser.required_path("input", about)
     parser.option("draws", int, 10, "posterior draws; 0 for the mean")
     parser.option("draw_seed", int, 0, "of the draws")
     about = "average: one text, of tokens averaged over draws; sequences: a text of each draw"
@@ -132,60 +138,61 @@ def add_generate(parser: Parser) -> None:
     parser.option("overwrite", bool, False, "replace the output file")
 
 
-def add_reading(parser: Parser) -> None:
-    """A posterior that is there."""
-    parser.needed("posterior", "a folder of `fit`; as the first word without --posterior")
-    parser.option("model", str | None, None, "the base model, where it has moved")
-    parser.option("bf16", bool | None, None, "bfloat16 autocast; left out: as fitted")
+def add_posterior(parser: Parser) -> None:
+    """Options of commands that load a posterior."""
+    parser.required_path("posterior", "a folder of `fit`; as the first word without --posterior")
+    parser.option("model", str | None, None, BASE_HELP)
+    parser.option("bf16", bool | None, None, BF16_HELP)
 
 
 def add_bayesianise(parser: Parser) -> None:
-    """A posterior around an adapter."""
+    """Options of `bayesianise`."""
     parser.add_argument("adapter", type=Path, help="a LoRA adapter folder, as PEFT saves it")
-    parser.needed("anchor", "JSONL, CSV or parquet rows with answers, best from training")
+    parser.required_path("anchor", "JSONL, CSV or parquet rows with answers, best from training")
     parser.option("model", str | None, None, "the base model, where not the adapter's own")
     parser.option("dtype", Dtype, "float32", DTYPE_HELP)
     parser.option("bf16", bool, False, "bfloat16 autocast")
-    put = ("task", "options", "scoring", "max_length", "answer_is")
-    put += ("columns", "prompt", "chat", "system")
-    others = [field.name for field in fields(TaskOptions) if field.name not in put]
+    taken = ("task", "options", "scoring", "max_length", "answer_is")
+    taken += ("columns", "prompt", "chat", "system")
+    others = {field.name for field in fields(TaskOptions)} - set(taken)
     parser.add_class_arguments(TaskOptions, skip={*others})
     parser.add_class_arguments(TFB, skip={"base"})
-    parser.needed("output", "folder of the posterior")
+    parser.required_path("output", "folder of the posterior")
     parser.option("overwrite", bool, False, OVERWRITE_HELP)
 
 
 def add_distil(parser: Parser) -> None:
-    """A student."""
+    """Options of `distil`."""
     parser.add_argument("posterior", type=Path, help="a folder of `fit`")
-    parser.option("model", str | None, None, "the base model, where it has moved")
-    parser.option("bf16", bool | None, None, "bfloat16 autocast; left out: as fitted")
+    parser.option("model", str | None, None, BASE_HELP)
+    parser.option("bf16", bool | None, None, BF16_HELP)
     parser.add_class_arguments(DistillationRows)
     parser.add_class_arguments(Distilled, skip={"base"})
-    own = ("lora", "steps", "epochs", "learning_rate", "bf16", "output")
-    parser.add_class_arguments(Training, skip={*own})
-    parser.needed("output", "folder of the student")
+    # the method and the posterior say the first five
+    others = ("lora", "steps", "epochs", "learning_rate", "bf16", "output")
+    parser.add_class_arguments(Training, skip={*others})
+    parser.required_path("output", "folder of the student")
     parser.option("overwrite", bool, False, OVERWRITE_HELP)
 
 
 def add_export(parser: Parser) -> None:
-    """Adapters for servers."""
+    """Options of `export`."""
     parser.add_argument("posterior", type=Path, help=ARTEFACT_HELP)
-    parser.needed("to", "folder of the adapters and their manifest")
+    parser.required_path("to", "folder of the adapters and their manifest")
     parser.add_class_arguments(ExportOptions)
-    parser.option("model", str | None, None, "the base model, where it has moved")
+    parser.option("model", str | None, None, BASE_HELP)
     parser.option("overwrite", bool, False, "replace an earlier export in the folder")
 
 
 def add_card(parser: Parser) -> None:
-    """A model card."""
+    """Options of `card`."""
     parser.add_argument("posterior", type=Path, help=ARTEFACT_HELP)
     add_card_facts(parser)
     parser.option("overwrite", bool, False, "replace the README.md that is there")
 
 
 def add_push(parser: Parser) -> None:
-    """A repository on the Hub."""
+    """Options of `push`."""
     parser.add_argument("posterior", type=Path, help=ARTEFACT_HELP)
     parser.add_argument("repo_id", type=str, help="owner/name; made if it is not there")
     parser.option("private", bool, False, "make a private repository")
@@ -194,7 +201,7 @@ def add_push(parser: Parser) -> None:
 
 
 def add_card_facts(parser: Parser) -> None:
-    """What a card is told beside the folder."""
+    """Options of commands that write a card."""
     about = "its evaluations, a folder or file; left out, those in the posterior's folder"
     parser.option("records", Path | None, None, about)
     about = "what the base model is called on the Hub, where the fit took it from a folder"
@@ -202,9 +209,10 @@ def add_card_facts(parser: Parser) -> None:
 
 
 def add_calibrate(parser: Parser) -> None:
-    """Held-out rows and promises."""
+    """Options of `calibrate`."""
     parser.add_argument("posterior", type=Path, help=ARTEFACT_HELP)
-    parser.needed("rows", "rows with answers that training did not see: JSONL, CSV or parquet")
+    about = "rows with answers that training did not see: JSONL, CSV or parquet"
+    parser.required_path("rows", about)
     parser.option("risk", float, 0.05, "largest error rate among the rows acted on")
     parser.option("confidence", float, 0.9, "with which the promise holds")
     parser.option("set_coverage", float, 0.9, "how often the right option is in a row's set")
@@ -213,15 +221,15 @@ def add_calibrate(parser: Parser) -> None:
     parser.option("bands", dict[str, float], {}, about)
     parser.option("per_class", bool, False, "a threshold for each class by itself")
     parser.option("costs", list[list[float]], [], "of errors: for each right answer a list")
-    parser.option("model", str | None, None, "the base model, where it has moved")
+    parser.option("model", str | None, None, BASE_HELP)
     parser.add_class_arguments(VariantOptions)
     parser.add_class_arguments(RowOptions)
 
 
 def add_rank(parser: Parser) -> None:
-    """A pool of rows."""
+    """Options of `rank`."""
     parser.add_argument("posterior", type=Path, help=ARTEFACT_HELP)
-    parser.needed("rows", "JSONL, CSV or parquet rows, with answers or without")
+    parser.required_path("rows", "JSONL, CSV or parquet rows, with answers or without")
     parser.option("number", int | None, None, "how many rows to take; left out: all")
     parser.option(
         "by", Acquisition | None, None, "the rule; left out: bald; with one draw: entropy"
@@ -230,36 +238,36 @@ def add_rank(parser: Parser) -> None:
     parser.option("draw_seed", int, 0, 'of the draws, and of "random"')
     parser.option("output", Path | None, None, "a file; left out: standard output")
     parser.option("overwrite", bool, False, "replace the output file")
-    parser.option("model", str | None, None, "the base model, where it has moved")
-    parser.option("bf16", bool | None, None, "bfloat16 autocast; left out: as fitted")
+    parser.option("model", str | None, None, BASE_HELP)
+    parser.option("bf16", bool | None, None, BF16_HELP)
     parser.add_class_arguments(RowOptions, skip={"answer_is", "unsure", "trained_on"})
 
 
 def add_drift(parser: Parser) -> None:
-    """New rows."""
+    """Options of `drift`."""
     parser.add_argument("posterior", type=Path, help="a calibrated posterior or adapter")
-    parser.needed("rows", "JSONL, CSV or parquet rows, with answers or without")
+    parser.required_path("rows", "JSONL, CSV or parquet rows, with answers or without")
     parser.option("level", float, 0.05, "how often rows like the held-out ones may alarm")
     parser.option("columns", dict[str, str], {}, COLUMNS_HELP)
     parser.option("scores", list[str], [], "which scores to compare; left out: a few")
     parser.option("output", Path | None, None, "a file for the figures; left out: none")
     parser.option("overwrite", bool, False, "replace the output file")
-    parser.option("model", str | None, None, "the base model, where it has moved")
+    parser.option("model", str | None, None, BASE_HELP)
 
 
 def add_serve(parser: Parser) -> None:
-    """A service."""
+    """Options of `serve`."""
     about = f"each {ARTEFACT_HELP}, calibrated; the first one is the default"
     parser.add_argument("posteriors", type=Path, nargs="+", help=about)
-    parser.option("model", str | None, None, "the base model, where it has moved")
+    parser.option("model", str | None, None, BASE_HELP)
     parser.add_class_arguments(ServiceOptions)
     parser.add_class_arguments(Limits)
 
 
 def add_bench(parser: Parser) -> None:
-    """A grid."""
+    """Options of `bench`."""
     parser.add_class_arguments(Grid)
-    parser.needed("output", "folder of the results")
+    parser.required_path("output", "folder of the results")
     parser.option("launcher", Launcher, "local", "this process, or a Ray cluster")
     parser.option("only_tasks", list[str], [], "run the cells of these tasks only")
     parser.option("only_methods", list[str], [], "run the cells of these methods only")
@@ -267,7 +275,7 @@ def add_bench(parser: Parser) -> None:
 
 
 def add_table(parser: Parser) -> None:
-    """Results to print."""
+    """Options of `table`."""
     parser.add_argument("results", type=Path, help="folder of `bench` or `compare`")
     parser.option("style", Style, "text", "for a terminal, a page or a paper (booktabs)")
     parser.option("resamples", int, 1000, "of the paired bootstrap; 0 for no p-values")
@@ -276,15 +284,15 @@ def add_table(parser: Parser) -> None:
 
 
 def add_report(parser: Parser) -> None:
-    """Results to show."""
+    """Options of `report`."""
     about = "folders of `compare`, `bench` or `evaluate`, folders of such, or files of records"
     parser.add_argument("results", type=Path, nargs="+", help=about)
-    parser.needed("to", "the page, such as report.html; one that is there is replaced")
+    parser.required_path("to", "the page, such as report.html; one that is there is replaced")
     parser.option("title", str | None, None, "of the page; left out: the tasks and models")
 
 
 def add_demo(parser: Parser) -> None:
-    """The demo."""
+    """Options of `demo`."""
     parser.option("model", str | None, None, MODEL_HELP)
     parser.option("output", Path, Path("runs/demo"), "folder of the report")
     parser.option("overwrite", bool, False, OVERWRITE_HELP)

@@ -1,4 +1,4 @@
-"""The demo: MLE, BLoB and their one-pass rivals, evaluated on what nothing was chosen on."""
+"""`demo`: MLE, BLoB and a one-pass rival of each, on questions that no setting was chosen on."""
 
 import time
 from dataclasses import replace
@@ -6,7 +6,7 @@ from dataclasses import replace
 from jsonargparse import Namespace
 
 from bayestune.adapters import Lora
-from bayestune.cli.commands import Run, compare_methods
+from bayestune.cli.comparing_methods import Run, compare_methods
 from bayestune.cli.output_folder import OutputFolder
 from bayestune.data import Task, load_split
 from bayestune.evaluation import EvaluationOptions
@@ -26,32 +26,32 @@ STUDENT_STEPS = 132  # of 4 questions: each of the 264 twice
 LABELS = {"temperature": "MLE + temperature", "distilled": "Student of BLoB"}
 
 
-def demo(o: Namespace) -> None:
-    """MLE and BLoB on the embedded questions in a few minutes, with a report."""
+def demo(args: Namespace) -> None:
+    """Fits and evaluates on the embedded questions in a few minutes, with a report."""
     begin = time.perf_counter()
-    output = OutputFolder.of(o)
-    session = Session.open(o.model, QUESTIONS, task=demo_task())
-    session = replace(session, progress=o.progress)
-    training = replace(TRAINING, progress=o.progress)
-    run = Run(output, labels=LABELS, command=o.command_line)
+    output = OutputFolder.of(args)
+    session = Session.open(args.model, QUESTIONS, task=demo_task())
+    session = replace(session, progress=args.progress)
+    training = replace(TRAINING, progress=args.progress)
+    run = Run(output, labels=LABELS, command=args.command_line)
     compare_methods(session, demo_methods(), training, PREDICTING, run)
     print(f"finished in {time.perf_counter() - begin:.0f} s")
 
 
 def demo_task() -> Task:
-    """The questions: a temperature has the validation part, a student all that is left of it.
+    """The questions of the demo.
 
-    That is the training questions that are not trained on, and the validation questions, without
-    their answers.
+    The temperature is fitted on the validation questions. The student learns from the validation
+    questions and the training questions that are not trained on, all without their answers.
     """
     task = QUESTIONS.load()
     validation = load_split("everyday", "validation")
-    spare = tuple(replace(row, answer=None) for row in validation)
-    return replace(task, held_out=validation, unlabelled=(*task.unlabelled, *spare))
+    without_answers = tuple(replace(row, answer=None) for row in validation)
+    return replace(task, held_out=validation, unlabelled=(*task.unlabelled, *without_answers))
 
 
 def demo_methods() -> dict[str, Method]:
-    """What is compared: the fit of the first serves the second, that of the third the last."""
+    """What is compared: two fits, and after each what builds on it without fitting it again."""
     return {
         "mle": MLE(),
         "temperature": Temperature(MLE()),

@@ -5,7 +5,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from bayestune.bench import lasting, lasting_method
-from bayestune.cli.options import built
+from bayestune.cli.options import build
 from bayestune.cli.output_folder import OutputFolder
 from bayestune.cli.run_settings import Settings, plain_settings
 from bayestune.data import rows_digest
@@ -16,14 +16,14 @@ from bayestune.session import DistillationRows, Lesson
 from bayestune.training import Training
 
 
-def distil(o: Namespace) -> None:
-    """A student of a posterior: one plain LoRA adapter that answers as its draws do."""
-    output = OutputFolder.of(o)
-    method = built(Distilled, o)
-    rows = built(DistillationRows, o)
-    started = built(Training, o, output=None, bf16=False)
-    lesson = Lesson.open(o.posterior, rows, method, o.model)
-    training = lesson.training(started, o.bf16)
+def distil(args: Namespace) -> None:
+    """Trains a student of a posterior: one plain LoRA adapter that answers as its draws do."""
+    output = OutputFolder.of(args)
+    method = build(Distilled, args)
+    rows = build(DistillationRows, args)
+    asked_for = build(Training, args, output=None, bf16=False)
+    lesson = Lesson.open(args.posterior, rows, method, args.model)
+    training = lesson.training(asked_for, args.bf16)
     settings = _settings(lesson, training)
     if output.resume and (output.place / DETAILS).is_file():
         output.finish(output.begin(settings))
@@ -41,9 +41,12 @@ def distil(o: Namespace) -> None:
 
 def _settings(lesson: Lesson, training: Training) -> Settings:
     """What determines the student, by the names of the options."""
-    own = lasting_method(lesson.method)
-    found: Settings = {name: own[name] for name in own if name not in ("method", "base")}
-    found |= {name: value for name, value in lasting(training).items() if name not in found}
-    found["the files of POSTERIOR"] = lesson.digest
-    found["the rows of --unlabelled"] = rows_digest(lesson.rows)
-    return plain_settings(found)
+    of_method = lasting_method(lesson.method)
+    del of_method["method"]
+    of_method.pop("base", None)
+    settings: Settings = dict(of_method)
+    for name, value in lasting(training).items():
+        settings.setdefault(name, value)  # the steps and the rate are the method's too
+    settings["the files of POSTERIOR"] = lesson.digest
+    settings["the rows of --unlabelled"] = rows_digest(lesson.rows)
+    return plain_settings(settings)

@@ -4,6 +4,7 @@ import importlib
 import json
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from jsonargparse import Namespace
@@ -27,35 +28,60 @@ from bayestune.session import LanguageFit, TaskOptions
 logger = logging.getLogger(__name__)
 
 SUMMARY = "lm-eval.json"
+# modules that the extra `lm-eval` brings
 _EXTRA = {"lm_eval", "sqlitedict", "evaluate", "sacrebleu", "rouge_score", "sklearn"}
 _EXTRA |= {"pytablewriter", "word2number", "more_itertools", "dill"}
 
 
-def run_harness(o: Namespace) -> None:
+@dataclass(frozen=True)
+class RecordedTask:
+    """A multiple-choice task that the harness has run, of which records are made.
+
+    Args:
+        name: of the task.
+        rows: its questions with their options' log-likelihoods.
+        settings: of the harness, and the task's version.
+        seconds: that its rows took.
+    """
+
+    name: str
+    rows: OptionRows
+    settings: dict[str, Any]
+    seconds: float
+
+
+def run_harness(args: Namespace) -> None:
     """Runs tasks of the harness; records say how calibrated the multiple-choice ones are."""
-    models, tasks = _harness()
-    _check(o)
-    output = o.output or o.posterior
+    models, tasks = _harness_modules()
+    _check_options(args)
+    output = args.output or args.posterior
     check_writable(output)
-    opened = LanguageFit.open(o.posterior, o.model, o.bf16)
+    opened = LanguageFit.open(args.posterior, args.model, args.bf16)
     posterior = opened.fit.posterior
-    count = count_for(posterior, o.draws)
-    draws = Draws(0 if posterior.atoms == 1 else count, o.draw_seed, bf16=opened.fit.bf16)
-    if o.use_cache is not None:
-        o.use_cache.mkdir(parents=True, exist_ok=True)
+    count = count_for(posterior, args.draws)
+    draws = Draws(0 if posterior.atoms == 1 else count, args.draw_seed, bf16=opened.fit.bf16)
+    if args.use_cache is not None:
+        args.use_cache.mkdir(parents=True, exist_ok=True)
     lm = models.AveragedLM(
         posterior,
         opened.loaded.tokenizer,
         draws,
-        batch_size=o.batch_size,
-        cache=o.use_cache,
-        progress=o.progress,
+        batch_size=args.batch_size,
+        cache=args.use_cache,
+        progress=args.progress,
     )
-    how = {"num_fewshot": o.num_fewshot, "limit": o.limit}
-    how["apply_chat_template"] = o.apply_chat_template
-    run = tasks.run_tasks(lm, tasks.HarnessOptions(_names(o.tasks), o.include_path, **how))
+    settings = {
+        "num_fewshot": args.num_fewshot,
+        "limit": args.limit,
+        "apply_chat_template": args.apply_chat_template,
+    }
+    options = tasks.HarnessOptions(_task_names(args.tasks), args.include_path, **settings)
+    run = tasks.run_tasks(lm, options)
     print(run.table)
-    results = list(_results(run, lm, opened, {**how, "batch_size": o.batch_size}))
+    results = []
+    for task in _recorded_tasks(run, lm, {**settings, "batch_size": args.batch_size}):
+        for reading in run.readings(task.name):
+            results.append(_result(task, reading, opened, lm.draws))
     append_results(output, results)
     text = json.dumps(run.summary, indent=1, ensure_ascii=False, default=str)
     (output / SUMMARY).write_text(f"{text}\n", encoding="utf-8")
@@ -63,8 +89,8 @@ def run_harness(o: Namespace) -> None:
         print(render(evaluation_tables([result.record for result in results])))
 
 
-def _harness() -> tuple[Any, Any]:
-    """The modules that need the extra.
+def _harness_modules() -> tuple[Any, Any]:
+    """The modules that need the extra: the model for the harness, and its tasks.
 
     Raises:
         Refusal: if it is not installed.
@@ -82,50 +108,61 @@ def _harness() -> tuple[Any, Any]:
     return models, tasks
 
 
-def _check(o: Namespace) -> None:
-    """Refuses numbers that no run has, and no tasks, before a model is loaded."""
+def _check_options(args: Namespace) -> None:
+    """Refuses numbers that no run can have, and no tasks, before a model is loaded."""
     ranges: dict[str, Range] = {"draws": NUMBER, "draw_seed": NUMBER, "batch_size": COUNT}
     ranges |= {"limit": COUNT, "num_fewshot": NUMBER}
     for name, allowed in ranges.items():
-        if o[name] is not None and o[name] not in allowed:
-            raise Refusal(f"got --{name} {o[name]}; expected {allowed.said}; correct it")
-    if not _names(o.tasks):
-        raise Refusal(f"got --tasks {o.tasks!r}; expected names such as arc_easy,piqa; give one")
-    if o.include_path is not None and not o.include_path.is_dir():
-        raise Refusal(f"got --include_path {o.include_path}; expected a folder; look at the path")
+        if args[name] is not None and args[name] not in allowed:
+            raise Refusal(f"got --{name} {args[name]}; expected {allowed.said}; correct it")
+    if not _task_names(args.tasks):
+        raise Refusal(f"got --tasks {args.tasks!r}; expected names such as arc_easy,piqa; give one")
+    folder = args.include_path
+    if folder is not None and not folder.is_dir():
+        raise Refusal(f"got --include_path {folder}; expected a folder; look at the path")
 
 
-def _names(tasks: str) -> list[str]:
-    return [name for name in map(str.strip, tasks.strip("[] ").split(",")) if name]
+def _task_names(text: str) -> list[str]:
+    """The names in what is typed after `--tasks`, in brackets or without."""
+    names = [name.strip() for name in text.strip("[] ").split(",")]
+    return [name for name in names if name]
 
 
-def _results(run: Any, lm: Any, opened: LanguageFit, how: dict[str, Any]) -> Iterator[Result]:
-    """A record for each multiple-choice task and each way in which it compares options."""
-    kept = run.choices(lm)
-    total = sum(len(rows.questions) for rows in kept.values())
-    for task, rows in kept.items():
+def _recorded_tasks(run: Any, lm: Any, settings: dict[str, Any]) -> Iterator[RecordedTask]:
+    """The multiple-choice tasks of a run that have rows to record.
+
+    Args:
+        run: of `harness_tasks.run_tasks`.
+        lm: the model it ran, which knows the options' log-likelihoods.
+        settings: of the harness.
+    """
+    rows_by_task = run.choices(lm)
+    total = sum(len(rows.questions) for rows in rows_by_task.values())
+    for name, rows in rows_by_task.items():
         if rows.left_out:
-            said = "%s: %d rows are not in the record, such as %s"
-            logger.warning(said, task, len(rows.left_out), rows.left_out[0])
-        if not rows.questions:
-            continue
-        seconds = lm.seconds * len(rows.questions) / total
-        asked = {"task": task, "harness": {**how, **run.version_of(task)}}
-        for reading in run.readings(task):
-            yield _result(rows, reading, lm.draws, (opened, asked, seconds))
+            warning = "%s: %d rows are not in the record, such as %s"
+            logger.warning(warning, name, len(rows.left_out), rows.left_out[0])
+        if rows.questions:
+            seconds = lm.seconds * len(rows.questions) / total
+            yield RecordedTask(name, rows, {**settings, **run.version_of(name)}, seconds)
 
 
-def _result(
-    rows: OptionRows, reading: str, draws: Draws, of: tuple[LanguageFit, dict[str, Any], float]
-) -> Result:
-    opened, asked, seconds = of
+def _result(task: RecordedTask, reading: str, opened: LanguageFit, draws: Draws) -> Result:
+    """The record of a task, and its rows.
+
+    Args:
+        task: that was run.
+        reading: how it compares options: "acc", "acc_norm" and the like.
+        opened: the posterior.
+        draws: that answered.
+    """
     fit = opened.fit
     exact = fit.posterior.atoms is not None
-    prediction = Prediction.of(rows.logits(reading), exact=exact)
+    prediction = Prediction.of(task.rows.logits(reading), exact=exact)
     facts = fit.facts(TaskOptions())
-    facts |= {"task": asked["task"], "rows": "evaluation", "scoring": f"lm-eval {reading}"}
+    facts |= {"task": task.name, "rows": "evaluation", "scoring": f"lm-eval {reading}"}
     facts["label"] = label_of(fit.label, draws.count, fit.posterior)
-    facts["config"] = {**facts["config"], "questions": asked["harness"]}
+    facts["config"] = {**facts["config"], "questions": task.settings}
     options = EvaluationOptions(draws=(draws.count,), draw_seed=draws.seed)
-    evaluated = Evaluated(draws.count, prediction, seconds, draws.count)
-    return make_result(facts, rows.questions, evaluated, options)
+    evaluated = Evaluated(draws.count, prediction, task.seconds, draws.count)
+    return make_result(facts, task.rows.questions, evaluated, options)

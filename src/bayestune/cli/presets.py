@@ -12,11 +12,15 @@ from jsonargparse import ActionConfigFile
 from bayestune.errors import Refusal
 
 PREFIX = "preset:"
-PACKAGE = Path(__file__).parents[1]
+PACKAGE = Path(__file__).parents[1]  # src/bayestune, or where it is installed
 
 
 def preset_files(package: Path = PACKAGE) -> dict[str, Path]:
-    """The file of each preset, by names such as "small/arc_easy"."""
+    """The file of each preset, by names such as "small/arc_easy".
+
+    Args:
+        package: the folder of the package bayestune.
+    """
     in_wheel = package / "configs"
     folder = in_wheel if in_wheel.is_dir() else package.parents[1] / "configs"
     files = sorted(folder.glob("*/*.yaml"))
@@ -24,7 +28,11 @@ def preset_files(package: Path = PACKAGE) -> dict[str, Path]:
 
 
 def resolve_preset(value: str) -> str:
-    """The path of the file that `preset:NAME` stands for; any other value as it is."""
+    """The path of the file that `preset:NAME` stands for; any other value as it is.
+
+    Raises:
+        Refusal: if there is no preset of this name.
+    """
     if not value.startswith(PREFIX):
         return value
     known = preset_files()
@@ -42,7 +50,7 @@ class ConfigOrPreset(ActionConfigFile):
     def __call__(
         self, parser: Any, cfg: Any, values: Any, option_string: str | None = None
     ) -> None:
-        """Reads the options into `cfg`."""
+        """Reads the options of the file into `cfg`."""
         try:
             path = resolve_preset(values)
         except ValueError as error:

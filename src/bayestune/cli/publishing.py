@@ -1,4 +1,4 @@
-"""`export`, `card` and `push`: what leaves the machine."""
+"""`export`, `card` and `push`: a posterior for LoRA servers, its model card, its upload."""
 
 from pathlib import Path
 
@@ -11,35 +11,55 @@ from bayestune.report import renewed
 from bayestune.sharing import export, push_to_hub, read_manifest, vllm_command, write_card
 
 
-def export_adapters(o: Namespace) -> None:
+def export_adapters(args: Namespace) -> None:
     """Writes the mean, the student and draws of a posterior as plain LoRA folders."""
-    check_writable(o.to)
-    names = ("draws", "draw_seed", "student", "name", "server")
-    given = {name: o[name] for name in names}
-    folder = export(o.posterior, o.to, model=o.model, overwrite=o.overwrite, **given)
+    check_writable(args.to)
+    folder = export(
+        args.posterior,
+        args.to,
+        model=args.model,
+        overwrite=args.overwrite,
+        draws=args.draws,
+        draw_seed=args.draw_seed,
+        student=args.student,
+        name=args.name,
+        server=args.server,
+    )
     manifest = read_manifest(folder) or {}
-    print(f"in {folder}: {', '.join(one['folder'] for one in manifest['adapters'])}, manifest.json")
+    adapters = ", ".join(adapter["folder"] for adapter in manifest["adapters"])
+    print(f"in {folder}: {adapters}, manifest.json")
     print(f"with vLLM, for instance: {vllm_command(folder)}")
 
 
-def card(o: Namespace) -> None:
+def card(args: Namespace) -> None:
     """Writes the model card of a posterior into its folder."""
-    of_card = {"records": _records(o.records), "base_model": o.base_model}
-    print(f"card in {write_card(o.posterior, overwrite=o.overwrite, **of_card)}")
+    path = write_card(
+        args.posterior,
+        overwrite=args.overwrite,
+        records=_records(args.records),
+        base_model=args.base_model,
+    )
+    print(f"card in {path}")
 
 
-def push(o: Namespace) -> None:
+def push(args: Namespace) -> None:
     """Uploads a posterior to the Hub."""
-    of_card = {"records": _records(o.records), "base_model": o.base_model}
-    place = {"private": o.private or None, "revision": o.revision}
-    print(f"uploaded: {push_to_hub(o.posterior, o.repo_id, **place, **of_card)}")
+    address = push_to_hub(
+        args.posterior,
+        args.repo_id,
+        private=args.private or None,  # None: as the account has it
+        revision=args.revision,
+        records=_records(args.records),
+        base_model=args.base_model,
+    )
+    print(f"uploaded: {address}")
 
 
 def _records(path: Path | None) -> list[Record] | None:
     """The records of a results folder or file, with today's metrics; None if none is named."""
     if path is None:
         return None
-    found = []
+    up_to_date = []
     for folder, records in results_of(path):
-        found += renewed(records, folder)
-    return found
+        up_to_date += renewed(records, folder)
+    return up_to_date

@@ -1,4 +1,7 @@
-"""What a run was started with, so that `--resume` goes on with the same run or not at all."""
+"""The settings that a run was started with: `--resume` refuses to go on with others.
+
+They lie in `run.json` of a run's folder, or hidden beside an output file.
+"""
 
 import json
 import logging
@@ -13,18 +16,18 @@ from bayestune.data import Question, Task, rows_digest
 from bayestune.errors import Refusal
 from bayestune.evaluation import EvaluationOptions
 from bayestune.methods import Method, other_settings
-from bayestune.session import TaskOptions, shown
+from bayestune.session import TaskOptions, name_in_records
 from bayestune.training import Training
 from bayestune.whole_files import write_text_whole
 
 logger = logging.getLogger(__name__)
 
 RUN = "run.json"
-# what stands in these files counts, not where they lie
-_FILES = ("data_root", "data", "evaluation_data", "unlabelled_data", "prompt")
-_OF_EVALUATION = ("evaluation_rows",)
+Settings = dict[str, Any]  # as JSON holds them, by the names of the options
 
-Settings = dict[str, Any]
+# options of a task that name files: what these hold counts, not where they lie
+_FILES = ("data_root", "data", "evaluation_data", "unlabelled_data", "prompt")
+_OF_EVALUATION = ("evaluation_rows",)  # options of a task that no fit depends on
 
 
 def fit_settings(
@@ -33,71 +36,101 @@ def fit_settings(
     training: Training,
     methods: Mapping[str, Method],
 ) -> Settings:
-    """What determines the fits of a run, by the names of the options."""
+    """What determines the fits of a run.
+
+    Args:
+        model: of `--model`.
+        session_options: the options of the task, the task as they load it, and `--dtype`.
+        training: of each fit.
+        methods: by name.
+    """
     options, task, dtype = session_options
-    found: Settings = {"model": shown(model) if model else None, "dtype": dtype}
-    found["the files of --model"] = digest(model_facts(model))
-    found["the weights of --model"] = weights_digest(model)
+    settings: Settings = {"model": name_in_records(model) if model else None, "dtype": dtype}
+    settings["the files of --model"] = digest(model_facts(model))
+    settings["the weights of --model"] = weights_digest(model)
     for name, value in asdict(options).items():
         if name not in (*_FILES, *_OF_EVALUATION):
-            found[name] = value
-    found["the text of --prompt"] = digest(task.prompt)
-    found |= dict(_flat(lasting(training)))
-    found["the rows of --data"] = rows_digest(task.train)
-    found["the held-out rows"] = rows_digest(task.held_out)
-    found["the rows of --unlabelled_data"] = rows_digest(task.unlabelled)
+            settings[name] = value
+    settings["the text of --prompt"] = digest(task.prompt)
+    settings |= dict(_by_dotted_name(lasting(training)))
+    settings["the rows of --data"] = rows_digest(task.train)
+    settings["the held-out rows"] = rows_digest(task.held_out)
+    settings["the rows of --unlabelled_data"] = rows_digest(task.unlabelled)
     for name, method in methods.items():
-        found |= dict(_flat(lasting_method(method), f"{name}."))
-    return plain_settings(found)
+        settings |= dict(_by_dotted_name(lasting_method(method), f"{name}."))
+    return plain_settings(settings)
 
 
 def evaluation_settings(rows: Sequence[Question], options: EvaluationOptions) -> Settings:
-    """What determines the records of a run beside its fits."""
+    """What determines the records of a run beside its fits.
+
+    Args:
+        rows: to evaluate on.
+        options: of the evaluation.
+    """
     return plain_settings({**lasting(options), "the rows of --evaluation_data": rows_digest(rows)})
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _by_dotted_name(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested settings as pairs of a name such as "lora.rank" and a value."""
     for name, value in settings.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from _by_dotted_name(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 
 
 def plain_settings(settings: Settings) -> Settings:
-    """The settings as they are read back from JSON."""
+    """The settings as they are read back from JSON, so that they can be compared with those."""
     return json.loads(json.dumps(settings, default=str))
 
 
 def settings_file(place: Path) -> Path:
-    """Where the settings are: in a folder, or hidden beside a file."""
+    """The file of the settings: in a run's folder, or hidden beside an output file."""
     return place / RUN if place.is_dir() else place.with_name(f".{place.name}.{RUN}")
 
 
 def write_settings(place: Path, settings: Settings) -> None:
-    """Notes what a run is started with."""
-    noted = {"bayestune": bayestune.__version__, "settings": settings}
-    text = json.dumps(noted, indent=1, ensure_ascii=False)
+    """Writes what a run is started with.
+
+    Args:
+        place: the run's folder, or its output file.
+        settings: of the run.
+    """
+    content = {"bayestune": bayestune.__version__, "settings": settings}
+    text = json.dumps(content, indent=1, ensure_ascii=False)
     write_text_whole(settings_file(place), f"{text}\n")
 
 
 def read_settings(place: Path) -> Settings | None:
-    """What the run in a place was started with; None if nothing says so."""
+    """What the run in a folder, or of an output file, was started with; None if nothing says so."""
     try:
-        noted = json.loads(settings_file(place).read_text(encoding="utf-8"))
+        content = json.loads(settings_file(place).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    found = noted.get("settings") if isinstance(noted, dict) and "bayestune" in noted else None
-    return found if isinstance(found, dict) else None
+    if not isinstance(content, dict) or "bayestune" not in content:
+        return None
+    settings = content.get("settings")
+    return settings if isinstance(settings, dict) else None
 
 
 def check_same(place: Path, settings: Settings) -> None:
-    """Refuses to resume a run that was started with other settings, by name, new and old."""
+    """Refuses to resume a run that was started with other settings.
+
+    Args:
+        place: the run's folder, or its output file.
+        settings: of the command that resumes.
+
+    Raises:
+        Refusal: if they differ; it names the settings, with the new and the old values.
+    """
     before = read_settings(place)
     if before is None:
         if place.is_dir() and any(place.iterdir()):
-            said = "%s does not say which settings its run was started with: they are not compared"
-            logger.warning(said, place)
+            warning = (
+                "%s does not say which settings its run was started with: they are not compared"
+            )
+            logger.warning(warning, place)
         return
     difference = other_settings(settings, before, "the run")
     if difference:

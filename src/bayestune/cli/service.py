@@ -2,10 +2,10 @@
 
 from jsonargparse import Namespace
 
-from bayestune.cli.options import built
+from bayestune.cli.options import build
 from bayestune.serving import Limits, ServiceOptions, serve
 
 
-def run_service(o: Namespace) -> None:
+def run_service(args: Namespace) -> None:
     """Answers questions over HTTP until the process is told to end."""
-    serve(o.posteriors, built(ServiceOptions, o), built(Limits, o), o.model)
+    serve(args.posteriors, build(ServiceOptions, args), build(Limits, args), args.model)

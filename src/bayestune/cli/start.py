@@ -1,6 +1,7 @@
-"""Where every command begins: help, version and slips of the name need no torch, and take no time.
+"""Where every command begins: its overview and version, and refuses unknown commands at once.
 
-All else is in modules that import torch, so they are imported by name, once there is work to do.
+These need no torch. `guard`, which runs a command, does, so it is imported by name, once there is
+work to do.
 """
 
 import importlib
@@ -37,32 +38,37 @@ EXIT_BAD_INPUT = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command, by default that of the process; `bench FILE` means `bench --config FILE`.
+    """Runs a command.
+
+    Args:
+        arguments: its name and its options, as they are typed; None for those of the process.
 
     Returns:
         0; 1 if cells of a grid failed, a gate is not passed or rows drift; 2 for bad input, a full
         disk or memory that ran out; 70 for what should not happen; 130 after ctrl-C; 143 after
         SIGTERM.
     """
-    given = [str(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
-    first = given[0] if given else ""
+    if arguments is None:
+        arguments = sys.argv[1:]
+    typed = [str(argument) for argument in arguments]
+    command = typed[0] if typed else ""
     for stream in (sys.stdout, sys.stderr):
         # a row's text may have any character, whatever the terminal's encoding
         getattr(stream, "reconfigure", _nothing)(encoding="utf-8", errors="backslashreplace")
-    if first in ("--version", "-V"):
+    if command in ("--version", "-V"):
         print(f"bayestune {bayestune.__version__}")
         return 0
-    if first in ("", "-h", "--help", "help"):
+    if command in ("", "-h", "--help", "help"):
         print(overview())
-        return 0 if first else EXIT_BAD_INPUT
-    if first not in COMMANDS:
-        print(f"bayestune: error: {_unknown(first)}", file=sys.stderr)
+        return 0 if command else EXIT_BAD_INPUT
+    if command not in COMMANDS:
+        print(f"bayestune: error: {_unknown_command(command)}", file=sys.stderr)
         raise SystemExit(EXIT_BAD_INPUT)
-    return importlib.import_module("bayestune.cli.guard").run_guarded(given)
+    return importlib.import_module("bayestune.cli.guard").run_guarded(typed)
 
 
 def _nothing(**_: object) -> None:
-    """What a stream that cannot be reconfigured does."""
+    """Stands for `reconfigure` of a stream that has none."""
 
 
 def overview() -> str:
@@ -76,9 +82,10 @@ def overview() -> str:
     return "\n".join(lines)
 
 
-def _unknown(first: str) -> str:
-    if first.startswith("-"):
-        return f"got {first} before a command, expected one of {', '.join(COMMANDS)} first"
-    near = nearest(first, COMMANDS)
+def _unknown_command(word: str) -> str:
+    """What to say of a first word that is no command."""
+    if word.startswith("-"):
+        return f"got {word} before a command, expected one of {', '.join(COMMANDS)} first"
+    near = nearest(word, COMMANDS)
     hint = f"; did you mean {near}?" if near else ""
-    return f"unknown command: got {first!r}, expected one of {', '.join(COMMANDS)}{hint}"
+    return f"unknown command: got {word!r}, expected one of {', '.join(COMMANDS)}{hint}"

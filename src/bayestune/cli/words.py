@@ -1,6 +1,8 @@
-"""Words as they are written: `[yes, no]` is no pair of truth values, `a=b,c=d` says what is what.
+"""Rewrites arguments before they are parsed, so that jsonargparse takes them as they are meant.
 
-Options of rows are words, as an argument or in YAML.
+The options of rows stay words, here and in YAML, where `[yes, no]` would be two truth values. Pairs
+such as `a=b,c=d` become JSON; a folder and `--rows`, the options they stand for; an option that
+stands several times, a list. `arguments` are throughout what was typed after `bayestune`.
 """
 
 import json
@@ -13,7 +15,7 @@ from jsonargparse import get_loader, set_loader
 
 _OPTIONS = re.compile(r"(--(?:\w+\.)*options)(=(.*))?", re.DOTALL)
 _COLUMNS = re.compile(r"(--(?:\w+\.)*columns)(=(.*))?", re.DOTALL)
-_NAMES = re.compile(r"(\w+\.)*options")
+_OPTIONS_KEY = re.compile(r"(\w+\.)*options")  # in YAML
 _FIRST_WORD_AND_ROWS = {  # the options that a command's first word and `--rows` stand for
     "evaluate": ("--posterior", "--evaluation_data"),
     "predict": ("--posterior", "--input"),
@@ -23,110 +25,44 @@ _FIRST_WORD_AND_ROWS = {  # the options that a command's first word and `--rows`
 }
 
 
-def spelled_out(arguments: Sequence[str]) -> list[str]:
-    """Arguments in which a list after `--options` has its words quoted, and pairs are JSON.
+def words_as_json(arguments: Sequence[str]) -> list[str]:
+    """Arguments with the words after `--options` and the pairs after `--columns` as JSON.
 
-    >>> spelled_out(["fit", "--options", "[yes, no]"])
+    >>> words_as_json(["fit", "--options", "[yes, no]"])
     ['fit', '--options', '["yes", "no"]']
-    >>> spelled_out(["--columns=question=subject,answer=queue"])
+    >>> words_as_json(["--columns=question=subject,answer=queue"])
     ['--columns={"question": "subject", "answer": "queue"}']
     """
-    spelled = []
-    write: Callable[[str], str] | None = None  # how the value of the option before is written
+    rewritten = []
+    value_as_json: Callable[[str], str] | None = None  # of an option that has just been named
     for argument in map(str, arguments):
-        named = _with_words_of(argument) if write is None else None
-        if write is not None:
-            spelled.append(write(argument))
-            write = None
-        elif named is None:
-            spelled.append(argument)
+        if value_as_json is not None:
+            rewritten.append(value_as_json(argument))
+            value_as_json = None
+            continue
+        option = _option_of_words(argument)
+        if option is None:
+            rewritten.append(argument)
+            continue
+        match, as_json = option
+        if match[2]:  # its value stands behind "="
+            rewritten.append(f"{match[1]}={as_json(match[3])}")
         else:
-            match, spell = named
-            spelled.append(f"{match[1]}={spell(match[3])}" if match[2] else argument)
-            write = None if match[2] else spell
-    return spelled
+            rewritten.append(argument)
+            value_as_json = as_json
+    return rewritten
 
 
-def _with_words_of(argument: str) -> tuple[re.Match[str], Callable[[str], str]] | None:
-    """The parts of an option whose value is written in words, and how to write that."""
-    for pattern, spell in ((_OPTIONS, _quoted), (_COLUMNS, _paired)):
+def _option_of_words(argument: str) -> tuple[re.Match[str], Callable[[str], str]] | None:
+    """The parts of an option whose value is of words, and what makes JSON of it; else None."""
+    for pattern, as_json in ((_OPTIONS, _list_as_json), (_COLUMNS, _pairs_as_json)):
         if match := pattern.fullmatch(argument):
-            return match, spell
+            return match, as_json
     return None
 
 
-def _paired(text: str) -> str:
-    """Pairs such as `question=subject,answer=queue` in JSON; a text that is none as it stands."""
-    if text.lstrip().startswith("{"):
-        return text
-    pairs = [pair.partition("=") for pair in text.split(",")]
-    if not all(name.strip() and sign for name, sign, _ in pairs):
-        return text
-    names = [name.strip() for name, _, _ in pairs]
-    if len(set(names)) < len(names):
-        return text
-    found = {name.strip(): value.strip() for name, _, value in pairs}
-    return json.dumps(found, ensure_ascii=False)
-
-
-def addressed(arguments: Sequence[str]) -> list[str]:
-    """Arguments in which every command takes a folder first and its rows by `--rows`.
-
-    The folder's and the rows' own options stay what they are, so that files of options do too.
-
-    >>> addressed(["predict", "runs/tickets", "--rows", "new.jsonl"])
-    ['predict', '--posterior', 'runs/tickets', '--input', 'new.jsonl']
-    """
-    found = list(arguments)
-    if not found or found[0] not in _FIRST_WORD_AND_ROWS:
-        return found
-    first, rows = _FIRST_WORD_AND_ROWS[found[0]]
-    if len(found) > 1 and not found[1].startswith("-"):
-        found.insert(1, first)
-    for place, argument in enumerate(found):
-        name, sign, value = argument.partition("=")
-        if name == "--rows" and rows:
-            found[place] = f"{rows}{sign}{value}"
-    return found
-
-
-def as_typed(command: str, name: str) -> str:
-    """How a user types what a command needs: the folder in capitals, the rows by `--rows`.
-
-    >>> [as_typed("predict", name) for name in ("posterior", "input", "output")]
-    ['POSTERIOR', '--rows', '--output']
-    """
-    first, rows = _FIRST_WORD_AND_ROWS.get(command, (None, None))
-    option = f"--{name}"
-    if option == first:
-        return name.upper()
-    return "--rows" if option == rows else option
-
-
-def gathered(arguments: Sequence[str], name: str = "--gate") -> list[str]:
-    """Arguments in which an option that stands several times is one list at the end.
-
-    >>> gathered(["evaluate", "--gate", "nll<=1", "--gate=ece<=0.1", "--bf16"])
-    ['evaluate', '--bf16', '--gate=["nll<=1", "ece<=0.1"]']
-    """
-    found: list[str] = []
-    values: list[str] = []
-    follows = False
-    for argument in arguments:
-        if follows:
-            values.append(argument)
-        elif argument.startswith(f"{name}="):
-            values.append(argument.partition("=")[2])
-        elif argument != name:
-            found.append(argument)
-        follows = argument == name and not follows
-    if follows or any(value.startswith("[") for value in values):  # a list already, or cut off
-        return list(arguments)
-    return [*found, f"{name}={json.dumps(values)}"] if values else found
-
-
-def _quoted(text: str) -> str:
-    """A list of words in JSON; a text that is none as it stands."""
+def _list_as_json(text: str) -> str:
+    """A list of words as JSON; another text as it stands."""
     try:
         words = yaml.load(text, Loader=yaml.BaseLoader)
     except yaml.YAMLError:
@@ -136,30 +72,87 @@ def _quoted(text: str) -> str:
     return json.dumps(words, ensure_ascii=False) if _are_words(words) else text
 
 
-def _are_words(value: object) -> bool:
-    return isinstance(value, list) and len(value) > 1 and all(isinstance(v, str) for v in value)
+def _pairs_as_json(text: str) -> str:
+    """Pairs such as `question=subject,answer=queue` as JSON; another text as it stands."""
+    if text.lstrip().startswith("{"):
+        return text
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    if not all(name.strip() and sign for name, sign, _ in pairs):
+        return text
+    names = [name.strip() for name, _, _ in pairs]
+    if len(set(names)) < len(names):
+        return text
+    by_name = {name.strip(): value.strip() for name, _, value in pairs}
+    return json.dumps(by_name, ensure_ascii=False)
 
 
-def _load(text: str, load: Callable[[str], Any]) -> Any:
-    """YAML in which every list called `options` holds words as they are written."""
-    value = load(text)
-    if "options" not in text:
-        return value
-    return _with_words(value, yaml.load(text, Loader=yaml.BaseLoader))
+def with_option_names(arguments: Sequence[str]) -> list[str]:
+    """Arguments with the options that a command's first word and `--rows` stand for.
+
+    The options keep their names, such as `--input`, because files of options have them.
+
+    >>> with_option_names(["predict", "runs/tickets", "--rows", "new.jsonl"])
+    ['predict', '--posterior', 'runs/tickets', '--input', 'new.jsonl']
+    """
+    named = list(arguments)
+    if not named or named[0] not in _FIRST_WORD_AND_ROWS:
+        return named
+    first_word, rows = _FIRST_WORD_AND_ROWS[named[0]]
+    if len(named) > 1 and not named[1].startswith("-"):
+        named.insert(1, first_word)
+    for place, argument in enumerate(named):
+        name, sign, value = argument.partition("=")
+        if name == "--rows" and rows:
+            named[place] = f"{rows}{sign}{value}"
+    return named
 
 
-def _with_words(value: Any, written: Any) -> Any:
-    if not isinstance(value, dict) or not isinstance(written, dict) or len(value) != len(written):
-        return value
-    found = {}
-    for (key, own), as_written in zip(value.items(), written.values(), strict=True):
-        is_options = bool(_NAMES.fullmatch(str(key))) and _are_words(as_written)
-        found[key] = as_written if is_options else _with_words(own, as_written)
-    return found
+def as_typed(command: str, name: str) -> str:
+    """How a user types an option: the folder in capitals, the rows by `--rows`.
+
+    Args:
+        command: its name.
+        name: of the option, without the dashes.
+
+    >>> [as_typed("predict", name) for name in ("posterior", "input", "output")]
+    ['POSTERIOR', '--rows', '--output']
+    """
+    first_word, rows = _FIRST_WORD_AND_ROWS.get(command, (None, None))
+    option = f"--{name}"
+    if option == first_word:
+        return name.upper()
+    return "--rows" if option == rows else option
+
+
+def repeats_as_list(arguments: Sequence[str], name: str = "--gate") -> list[str]:
+    """Arguments in which an option that may stand several times stands once, at the end, as a list.
+
+    Args:
+        arguments: as they are typed.
+        name: of the option.
+
+    >>> repeats_as_list(["evaluate", "--gate", "nll<=1", "--gate=ece<=0.1", "--bf16"])
+    ['evaluate', '--bf16', '--gate=["nll<=1", "ece<=0.1"]']
+    """
+    others: list[str] = []
+    values: list[str] = []
+    is_value = False  # whether the argument is the value of the option before it
+    for argument in arguments:
+        if is_value:
+            values.append(argument)
+        elif argument.startswith(f"{name}="):
+            values.append(argument.partition("=")[2])
+        elif argument != name:
+            others.append(argument)
+        is_value = argument == name and not is_value
+    lacks_value = is_value
+    if lacks_value or any(value.startswith("[") for value in values):  # or is a list already
+        return list(arguments)
+    return [*others, f"{name}={json.dumps(values)}"] if values else others
 
 
 def read_options_as_words() -> None:
-    """Has jsonargparse read configuration files so; for this process."""
+    """Has jsonargparse take words as words in files of options, from now on in this process."""
     load = get_loader("yaml")
     if getattr(load, "keeps_words", False):
         return
@@ -169,3 +162,32 @@ def read_options_as_words() -> None:
 
     loader.keeps_words = True  # type: ignore[attr-defined]
     set_loader("yaml", loader, exceptions=(yaml.YAMLError,))
+
+
+def _load(text: str, load: Callable[[str], Any]) -> Any:
+    """What `load` makes of YAML, but with every list called `options` as it is written."""
+    value = load(text)
+    if "options" not in text:
+        return value
+    as_written = yaml.load(text, Loader=yaml.BaseLoader)
+    return _with_words(value, as_written)
+
+
+def _with_words(value: Any, as_written: Any) -> Any:
+    """The value, with lists called `options` taken from `as_written`, where all are texts."""
+    if not isinstance(value, dict) or not isinstance(as_written, dict):
+        return value
+    if len(value) != len(as_written):
+        return value
+    mixed = {}
+    for (key, parsed), written in zip(value.items(), as_written.values(), strict=True):
+        is_options = bool(_OPTIONS_KEY.fullmatch(str(key))) and _are_words(written)
+        mixed[key] = written if is_options else _with_words(parsed, written)
+    return mixed
+
+
+def _are_words(value: object) -> bool:
+    """Whether a value is a list of two texts or more."""
+    if not isinstance(value, list) or len(value) < 2:
+        return False
+    return all(isinstance(word, str) for word in value)

@@ -13,7 +13,8 @@ from typing import Any
 from bayestune.errors import Refusal
 from bayestune.report.claims import Evaluation
 from bayestune.report.comparable import names
-from bayestune.report.page_data import as_json, payload
+from bayestune.report.page_data import payload
+from bayestune.report.page_json import as_json
 from bayestune.report.rows import Record, read_rows, renewed
 from bayestune.report.summary import evaluation_tables
 from bayestune.report.table import render

@@ -1,12 +1,13 @@
 """Records and rows → the one JSON object that the page shows: docs/report.md says what is in it."""
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bayestune.metrics import Row
 from bayestune.report.claims import COMPARED, Compared, Evaluation, compare, sentence, verdict
 from bayestune.report.columns import ECE
+from bayestune.report.page_json import Payload, json_bytes
+from bayestune.report.page_rows import rows_within
 from bayestune.report.panels import (
     Numbers,
     by_draws,
@@ -18,7 +19,7 @@ from bayestune.report.panels import (
     shift_between,
     short,
 )
-from bayestune.report.rows import Record, common_texts, row_key
+from bayestune.report.rows import Record
 
 MOST_BYTES = 3_600_000  # of the JSON: with the library the page stays below 5 MB
 _METRICS = ("accuracy", "ece", "ece_if_calibrated", "nll", "brier", "aurc")
@@ -26,11 +27,6 @@ _FACTS = ("label", "task", "model", "method", "scoring", "rows", "seed", "draws"
 _FACTS += ("train_rows", "trained_on", "bins", "binning", "revision", "date", "gate", "predictions")
 _DOTS = 600  # of a run's cloud
 _ALL_DOTS = 40_000
-# tried in turn until the rows fit: the share of rows that keep their draws, the number of rows, and
-# characters of an option (of a question ten times as many)
-_TRIMS = ((1.0, 20_000, 400), (0.5, 4_000, 200), (0.2, 2_000, 100), (0.0, 1_000, 60))
-_TRIMS += ((0.0, 300, 40), (0.0, 100, 20))
-Payload = dict[str, Any]
 
 
 def payload(evaluations: Sequence[Evaluation]) -> Payload:
@@ -38,6 +34,12 @@ def payload(evaluations: Sequence[Evaluation]) -> Payload:
 
     If the page would be larger than 5 MB, rows are left out; those that a run gets wrong go last.
     Figures and charts are of all rows.
+
+    Args:
+        evaluations: the runs, in the order of the page.
+
+    Returns:
+        `words`, `runs`, `fits` and `shifts`, and what `rows_within` returns.
     """
     dots = min(_DOTS, _ALL_DOTS // len(evaluations))
     runs = [_run(evaluation, dots) for evaluation in evaluations]
@@ -53,19 +55,7 @@ def payload(evaluations: Sequence[Evaluation]) -> Payload:
         words.append(sentence(evaluations[base], evaluation, compared))
     data = {"words": words, "runs": runs}
     data |= {"fits": _fits(evaluations), "shifts": _shifts(evaluations)}
-    return data | _rows_within(evaluations, MOST_BYTES - _size(data))
-
-
-def as_json(data: Any) -> str:
-    """Compact JSON that stands in a script element as it is: no `<` and no line separators."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    for character in "<\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text
-
-
-def _size(data: Any) -> int:
-    return len(as_json(data).encode("utf-8", "backslashreplace"))
+    return data | rows_within(evaluations, MOST_BYTES - json_bytes(data))
 
 
 def _run(evaluation: Evaluation, dots: int) -> Payload:
@@ -146,16 +136,17 @@ def _baselines(evaluations: Sequence[Evaluation]) -> list[int]:
     """
     records = [evaluation.record for evaluation in evaluations]
     baselines = []
-    for index, own in enumerate(records):
-        same_rows = [i for i, r in enumerate(records) if _same(own, r, ("task", "rows", "n"))]
-        same_model = [i for i in same_rows if _same(own, records[i], ("model",))]
+    for index, record in enumerate(records):
+        every = range(len(records))
+        same_rows = [i for i in every if _same(record, records[i], ("task", "rows", "n"))]
+        same_model = [i for i in same_rows if _same(record, records[i], ("model",))]
         first = records[same_model[0]]
         of_first_method = [i for i in same_model if _same(first, records[i], ("label",))]
-        same_seed = [i for i in of_first_method if _same(own, records[i], ("seed",))]
+        same_seed = [i for i in of_first_method if _same(record, records[i], ("seed",))]
         base = (same_seed or same_model)[0]
         if base == index and same_model[0] != same_rows[0]:
-            others = [i for i in same_rows if not _same(own, records[i], ("model",))]
-            same_method = [i for i in others if _same(own, records[i], ("label",))]
+            others = [i for i in same_rows if not _same(record, records[i], ("model",))]
+            same_method = [i for i in others if _same(record, records[i], ("label",))]
             base = (same_method or others)[0]
         baselines.append(base)
     return baselines
@@ -219,79 +210,3 @@ def _shifts(evaluations: Sequence[Evaluation]) -> list[Payload]:
                 auroc: Numbers = shift_between(other.rows, one.rows)
                 shifts.append({"familiar": familiar, "shifted": shifted, "auroc": auroc})
     return shifts
-
-
-def _rows_within(evaluations: Sequence[Evaluation], max_bytes: int) -> Payload:
-    """Questions and answers in at most so many bytes of JSON: fewer draws, then fewer rows."""
-    keyed: dict[tuple[Any, ...], dict[int, Row]] = {}  # a row's key → run → the row in that run
-    common = common_texts([evaluation.rows for evaluation in evaluations])
-    for index, evaluation in enumerate(evaluations):
-        task = evaluation.record.get("task")
-        for row in evaluation.rows:
-            key = (*row_key(row, common), task, len(row["probabilities"]))
-            keyed.setdefault(key, {})[index] = row
-    ranked = sorted(keyed.items(), key=lambda item: -_interest(item[1].values()))
-    trimmed: Payload = {}
-    for share_with_draws, num_rows, characters in _TRIMS:
-        kept = ranked[:num_rows]
-        trimmed = _rows(kept, round(share_with_draws * len(kept)), characters)
-        trimmed["left_out"] = len(ranked) - len(kept)
-        if _size(trimmed) <= max_bytes:
-            break
-    return trimmed
-
-
-def _interest(rows: Iterable[Row]) -> float:
-    """The largest over runs of 1 + confidence where it is wrong, and 1 − confidence where right."""
-    worst = 0.0
-    for row in rows:
-        wrong = max(row["probabilities"]) > row["probabilities"][row["answer"]]
-        worst = max(worst, row["confidence"] + 1 if wrong else 1 - row["confidence"])
-    return worst
-
-
-def _rows(
-    keyed: Sequence[tuple[tuple[Any, ...], Mapping[int, Row]]], with_draws: int, characters: int
-) -> Payload:
-    """Each question once, and each run's answers to them, probabilities in ten-thousandths.
-
-    The first `with_draws` rows keep their draws; options keep so many characters, texts ten times.
-    """
-    questions = []
-    answers: dict[int, list[list[Any]]] = {}
-    for number, (key, runs) in enumerate(keyed):
-        with_texts = next((row for row in runs.values() if row.get("question")), {})
-        row_id, answer, *_ = key
-        question = {"id": str(row_id), "answer": answer}
-        for name in ("question", "context"):
-            if with_texts.get(name):
-                question[name] = _cut(str(with_texts[name]), 10 * characters)
-        if with_texts.get("options"):
-            options = with_texts["options"]
-            question["options"] = [_cut(str(option), characters) for option in options]
-        questions.append(question)
-        for run, row in runs.items():
-            answers.setdefault(run, []).append(_answer(number, row, number < with_draws))
-    return {"questions": questions, "answers": {str(run): answers[run] for run in sorted(answers)}}
-
-
-def _answer(number: int, row: Row, with_draws: bool) -> list[Any]:
-    """The question's number, probabilities, entropies, decision, set and draws: docs/report.md."""
-    entropies = ("total_entropy", "expected_entropy", "mutual_information")
-    drawn = [_units(draw) for draw in row.get("drawn") or ()] if with_draws else []
-    return [
-        number,
-        _units(row["probabilities"]),
-        *(short(row[key]) for key in entropies),
-        row.get("decision"),
-        row.get("set"),
-        drawn,
-    ]
-
-
-def _units(probabilities: Sequence[float]) -> list[int]:
-    return [round(10_000 * p) for p in probabilities]
-
-
-def _cut(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[: most - 1]}…"

@@ -20,13 +20,13 @@ from bayestune.session import (
     PredictionOptions,
     Session,
     TaskOptions,
-    classes_of,
+    classes_of_fit,
     details_of,
     load_way,
     open_model,
     prompt_of_fit,
     read_calibration,
-    usual_reading,
+    read_options_of_fit,
 )
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class Served:
     @property
     def options(self) -> tuple[str, ...]:
         """Those that all rows of the fit had, for rows without any; none if they differed."""
-        return classes_of(self.fit.details) or ()
+        return classes_of_fit(self.fit.details) or ()
 
     @property
     def is_chat(self) -> bool:
@@ -73,7 +73,7 @@ class Served:
     @property
     def columns(self) -> dict[str, str]:
         """The names that the files of the fit had for some fields, by these."""
-        return dict(usual_reading(self.fit.details).usual_columns)
+        return dict(read_options_of_fit(self.fit.details).usual_columns)
 
     @property
     def calibration(self) -> Calibration | None:

@@ -22,10 +22,10 @@ from bayestune.serving.waiting import Answer
 from bayestune.session import (
     DISTANCE,
     PredictionOptions,
-    columns_joined,
-    joined,
-    own_reference,
+    joined_columns,
+    joined_logits,
     prompt_lengths,
+    reference_of_artefact,
     windows,
 )
 
@@ -47,11 +47,11 @@ async def ranked(handler: RequestHandler, served: Served, body: RankBody) -> lis
             raise outcome
         assert isinstance(outcome, Answer)
         answers.append(outcome)
-    logits = joined([answer.logits[:, None] for answer in answers])
+    logits = joined_logits([answer.logits[:, None] for answer in answers])
     by = body.by or usual_acquisition(len(logits))
     number = len(answers) if body.number is None else body.number
     scores = score_rows(logits) | prompt_lengths([answer.encoded for answer in answers])
-    reference = own_reference(served.calibration)
+    reference = reference_of_artefact(served.calibration)
     features = None
     if served.posterior.has_mean and (by == "bald" or reference is not None):
         activations = await _activations(handler, served, answers)
@@ -77,4 +77,4 @@ async def _activations(
     parts = []
     for window in windows([answer.encoded for answer in answers]):
         parts.append(await handler.call(partial(mean.watched, served.fit, scorer, window)))
-    return columns_joined([activations for _, activations in parts])
+    return joined_columns([activations for _, activations in parts])

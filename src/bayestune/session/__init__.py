@@ -3,47 +3,52 @@
 It is opened by names, or from a posterior's folder with prompt, scoring and precision as fitted.
 """
 
-from bayestune.session.artefact import Artefact, RowOptions, load_way, rows_of
+from bayestune.session.artefact import Artefact, RowOptions, load_way, rows_for_artefact
 from bayestune.session.as_fitted import (
-    classes_of,
-    in_order,
-    of_its_classes,
+    classes_of_fit,
+    lines_of_all_rows,
     prompt_of_fit,
-    put_as_fitted,
+    read_options_of_fit,
     rows_as_fitted,
-    say_repeated,
-    say_seen,
-    usual_reading,
+    task_as_fitted,
+    warn_of_repeated_rows,
+    warn_of_seen_rows,
+    with_classes_of_fit,
 )
 from bayestune.session.calibrated_predictor import CalibratedPredictor, decide, read_calibration
 from bayestune.session.compared_ways import VariantOptions
-from bayestune.session.fit import REPORT, Fit, details_of, read_report, shown
+from bayestune.session.fit import REPORT_FILE, Fit, details_of, name_in_records, read_report
 from bayestune.session.language_fit import LanguageFit
 from bayestune.session.lesson import DistillationRows, Lesson
 from bayestune.session.loaded_base import LoadedBase
 from bayestune.session.opened_model import Dtype, num_classes, open_model
-from bayestune.session.plain_adapter import details_if_any, is_plain, load_any, named_base
-from bayestune.session.prediction_options import PredictionOptions, joined
+from bayestune.session.plain_adapter import (
+    details_if_any,
+    is_plain,
+    load_posterior_or_adapter,
+    name_of_base,
+)
+from bayestune.session.prediction_options import PredictionOptions, joined_logits
 from bayestune.session.row_predictor import (
     DISTANCE,
     PROMPT_LENGTH,
     RowOutputs,
     RowPredictor,
-    columns_joined,
+    joined_columns,
     kept_reference,
-    own_reference,
     prompt_lengths,
+    reference_of_artefact,
     windows,
 )
 from bayestune.session.session import Session
-from bayestune.session.task_options import OF_THE_FIT, TaskOptions
+from bayestune.session.task_options import SETTLED_BY_FIT, TaskOptions
 from bayestune.session.with_labels import calibrate
 
 __all__ = [
     "DISTANCE",
-    "OF_THE_FIT",
     "PROMPT_LENGTH",
-    "REPORT",
+    "REPORT_FILE",
+    "SETTLED_BY_FIT",
     "Artefact",
     "CalibratedPredictor",
     "DistillationRows",
@@ -60,32 +65,32 @@ __all__ = [
     "TaskOptions",
     "VariantOptions",
     "calibrate",
-    "classes_of",
-    "columns_joined",
+    "classes_of_fit",
     "decide",
     "details_if_any",
     "details_of",
-    "in_order",
     "is_plain",
-    "joined",
+    "joined_columns",
+    "joined_logits",
     "kept_reference",
-    "load_any",
+    "lines_of_all_rows",
+    "load_posterior_or_adapter",
     "load_way",
-    "named_base",
+    "name_in_records",
+    "name_of_base",
     "num_classes",
-    "of_its_classes",
     "open_model",
-    "own_reference",
     "prompt_lengths",
     "prompt_of_fit",
-    "put_as_fitted",
     "read_calibration",
+    "read_options_of_fit",
     "read_report",
+    "reference_of_artefact",
     "rows_as_fitted",
-    "rows_of",
-    "say_repeated",
-    "say_seen",
-    "shown",
-    "usual_reading",
+    "rows_for_artefact",
+    "task_as_fitted",
+    "warn_of_repeated_rows",
+    "warn_of_seen_rows",
     "windows",
+    "with_classes_of_fit",
 ]

@@ -25,10 +25,10 @@ from bayestune.posteriors import (
     load_adapter,
     posterior_digest,
 )
-from bayestune.session.as_fitted import usual_reading
+from bayestune.session.as_fitted import read_options_of_fit
 from bayestune.session.fit import Fit, details_of
 from bayestune.session.opened_model import Dtype, num_classes, open_model
-from bayestune.session.plain_adapter import is_plain, named_base, told_details
+from bayestune.session.plain_adapter import is_plain, name_of_base, told_details
 from bayestune.session.prediction_options import PredictionOptions
 from bayestune.session.row_predictor import RowPredictor
 from bayestune.session.session import Session
@@ -82,7 +82,7 @@ class RowOptions:
 
     def reading(self, place: Path) -> ReadOptions:
         """How files of rows are read for the artefact in a folder."""
-        usual = ReadOptions() if is_plain(place) else usual_reading(details_of(place))
+        usual = ReadOptions() if is_plain(place) else read_options_of_fit(details_of(place))
         return replace(usual, options=self.options, answer_is=self.answer_is, columns=self.columns)
 
     def check(self, place: Path, *, calibrated: bool = False) -> None:
@@ -158,7 +158,7 @@ class Artefact:
     def _plain(
         cls, place: Path, rows: Sequence[Question], row_options: RowOptions, model: str | None
     ) -> Self:
-        name = named_base(place, {}, model)
+        name = name_of_base(place, {}, model)
         task = own_task("rows", (), rows)
         if row_options.task is not None:
             task = replace(task, prompt=prompt_of(row_options.task))
@@ -220,7 +220,7 @@ def load_way(
     return Fit.of(point, details_of(place), bf16)
 
 
-def rows_of(
+def rows_for_artefact(
     rows: Rows,
     folder: Path | str,
     row_options: RowOptions | None = None,
@@ -242,7 +242,9 @@ def rows_of(
     """
     if isinstance(rows, str | Path):
         place = artefact_folder(folder)
-        reading = row_options.reading(place) if row_options else usual_reading(details_of(place))
+        reading = (
+            row_options.reading(place) if row_options else read_options_of_fit(details_of(place))
+        )
         reading = replace(reading, columns=columns or reading.columns)
         rows = read_rows(Path(rows), reading, labelled=labelled or None)
     questions = tuple(rows)

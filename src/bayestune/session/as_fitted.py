@@ -24,7 +24,7 @@ from bayestune.errors import Refusal
 logger = logging.getLogger(__name__)
 
 
-def put_as_fitted(
+def task_as_fitted(
     task: Task,
     prompt: Prompt,
     scoring: Scoring,
@@ -67,15 +67,15 @@ def put_as_fitted(
 
 
 def rows_as_fitted(rows: Sequence[Question], details: Mapping[str, Any]) -> tuple[Question, ...]:
-    """The rows of one request, with their options in the fit's order where `put_as_fitted` says so.
+    """The rows of one request, with their options in the fit's order as in `task_as_fitted`.
 
     Raises:
         Refusal: if a row has a context for which the prompt has no place, or other classes.
     """
     task = own_task("this request", (), rows)
     prompt = prompt_of_fit(details)
-    classes = classes_of(details)
-    return put_as_fitted(task, prompt, details["scoring"], classes, warns=False).evaluation
+    classes = classes_of_fit(details)
+    return task_as_fitted(task, prompt, details["scoring"], classes, warns=False).evaluation
 
 
 def prompt_of_fit(details: Mapping[str, Any]) -> Prompt:
@@ -94,7 +94,7 @@ def _options_are_read(template: str, scoring: Scoring) -> bool:
     return scoring == "text" or "{choices}" in template or "{texts_first}" in template
 
 
-def of_its_classes(rows: SortedRows, details: Mapping[str, Any]) -> SortedRows:
+def with_classes_of_fit(rows: SortedRows, details: Mapping[str, Any]) -> SortedRows:
     """The rows of a file, those whose options are not the fit's classes moved to the problems.
 
     Args:
@@ -104,7 +104,7 @@ def of_its_classes(rows: SortedRows, details: Mapping[str, Any]) -> SortedRows:
     Raises:
         Refusal: if no row is left.
     """
-    classes = classes_of(details)
+    classes = classes_of_fit(details)
     scoring = details["scoring"]
     template = details["task"]["prompt"]["letter" if scoring == "letter" else "text"]
     if not classes or _options_are_read(template, scoring):
@@ -123,7 +123,7 @@ def of_its_classes(rows: SortedRows, details: Mapping[str, Any]) -> SortedRows:
     return SortedRows(tuple(kept), problems)
 
 
-def in_order(
+def lines_of_all_rows(
     rows: SortedRows, lines: Iterator[dict[str, Any]], start: int = 0
 ) -> Iterator[dict[str, Any]]:
     """The lines of all rows of a file, in its order; a row that cannot be read has an `error`.
@@ -142,7 +142,7 @@ def in_order(
             yield next(lines)
 
 
-def classes_of(details: Mapping[str, Any]) -> tuple[str, ...] | None:
+def classes_of_fit(details: Mapping[str, Any]) -> tuple[str, ...] | None:
     """The options that all rows of a fit had, in order; None if they differed or no one says."""
     names = details.get("class_names") or details.get("questions", {}).get("options")
     return tuple(names) if names else None
@@ -175,7 +175,7 @@ def fingerprints(rows: Iterable[Question]) -> str:
     return "".join(sorted({row.fingerprint for row in rows}))
 
 
-def say_seen(task: str, count: int, total: int) -> None:
+def warn_of_seen_rows(task: str, count: int, total: int) -> None:
     """Warns of evaluation rows that stand in the training rows too.
 
     Args:
@@ -191,7 +191,7 @@ def say_seen(task: str, count: int, total: int) -> None:
         logger.warning(warning, count, total, task)
 
 
-def say_repeated(what: str, rows: Sequence[Question], *, evaluated: bool) -> None:
+def warn_of_repeated_rows(what: str, rows: Sequence[Question], *, evaluated: bool) -> None:
     """Warns of rows that contradict each other, and of evaluation rows that repeat others.
 
     Two rows have one content if they ask the same, whatever the order of their options; they
@@ -222,7 +222,7 @@ def say_repeated(what: str, rows: Sequence[Question], *, evaluated: bool) -> Non
         logger.warning(warning, repeated, len(rows), what)
 
 
-def usual_reading(details: Mapping[str, Any]) -> ReadOptions:
+def read_options_of_fit(details: Mapping[str, Any]) -> ReadOptions:
     """How files of rows are read for a fit, unless the user says otherwise: as its own were."""
     questions = details.get("questions", {})
     return ReadOptions(

@@ -14,7 +14,7 @@ from bayestune.data import Question
 from bayestune.errors import Refusal
 from bayestune.methods import Distilled, Ensemble, Method, changed, check_method
 from bayestune.scoring import Scorer, check_lengths
-from bayestune.session.as_fitted import say_repeated
+from bayestune.session.as_fitted import warn_of_repeated_rows
 from bayestune.training import Training
 
 logger = logging.getLogger(__name__)
@@ -78,4 +78,4 @@ def check_answers(rows: Sequence[Question]) -> None:
             f"rows to evaluate on need answers: got {len(unlabelled)} of {len(rows)} without one, "
             f"such as {unlabelled[0]}; add them, or take these rows out"
         )
-    say_repeated("rows to evaluate on", rows, evaluated=True)
+    warn_of_repeated_rows("rows to evaluate on", rows, evaluated=True)

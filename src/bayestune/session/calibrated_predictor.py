@@ -23,8 +23,13 @@ from bayestune.evaluation import (
 )
 from bayestune.forward import Draws
 from bayestune.posteriors import Prediction, artefact_folder, is_hub_id, posterior_digest
-from bayestune.session.artefact import Artefact, Rows, content_of, rows_of, unsure_options
-from bayestune.session.as_fitted import in_order, of_its_classes, seen_facts, usual_reading
+from bayestune.session.artefact import Artefact, Rows, content_of, rows_for_artefact, unsure_options
+from bayestune.session.as_fitted import (
+    lines_of_all_rows,
+    read_options_of_fit,
+    seen_facts,
+    with_classes_of_fit,
+)
 from bayestune.session.fit import Fit, details_of
 from bayestune.session.prediction_options import PredictionOptions
 from bayestune.session.row_predictor import DISTANCE, RowOutputs, RowPredictor, kept_reference
@@ -234,17 +239,19 @@ def decide(
     """
     calibration = read_calibration(folder) if calibrated else None
     of_file = _sorted(Path(rows), folder) if isinstance(rows, str | Path) else None
-    questions = rows_of(rows if of_file is None else of_file.questions, folder, labelled=False)
+    questions = rows_for_artefact(
+        rows if of_file is None else of_file.questions, folder, labelled=False
+    )
     way = PredictionOptions.of(calibration.settings) if calibration else None
     artefact = Artefact.open(folder, questions, None, model, way)
     session = replace(artefact.session, progress=progress)
     way = way or PredictionOptions()
     predictor = CalibratedPredictor(session, artefact.fit, way, calibration)
     lines = predictor.answers(artefact.rows)
-    return list(lines if of_file is None else in_order(of_file, lines))
+    return list(lines if of_file is None else lines_of_all_rows(of_file, lines))
 
 
 def _sorted(file: Path, folder: Path | str) -> SortedRows:
     """The rows of a file that the artefact in a folder can answer, and the others."""
     details = details_of(artefact_folder(folder))
-    return of_its_classes(sort_rows(file, usual_reading(details)), details)
+    return with_classes_of_fit(sort_rows(file, read_options_of_fit(details)), details)

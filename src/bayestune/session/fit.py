@@ -25,7 +25,7 @@ from bayestune.scoring import Scorer
 from bayestune.session.plain_adapter import calibrated_details
 from bayestune.session.task_options import TaskOptions
 
-REPORT = "training.json"
+REPORT_FILE = "training.json"
 _COURSE = ("step", "loss", "kl", "std_over_prior")
 _LINES = 200  # of the log, in a record
 
@@ -63,7 +63,7 @@ class Fit:
         if is_first_process():
             folder.mkdir(parents=True, exist_ok=True)
             report = json.dumps(self.posterior.report.as_dict(), indent=1)
-            (folder / REPORT).write_text(f"{report}\n", encoding="utf-8")
+            (folder / REPORT_FILE).write_text(f"{report}\n", encoding="utf-8")
         if is_first_process() or is_spread(self.posterior.model):
             # last, because a folder that holds a posterior counts as finished
             save_posterior(self.posterior, folder, self.details)
@@ -73,7 +73,7 @@ class Fit:
         details = self.details
         seconds = self.posterior.report.seconds  # 0 where its folder does not say
         return {
-            "model": shown(details["base_model"]),
+            "model": name_in_records(details["base_model"]),
             "method": details["method"],
             "name": _proper_name(details["method"]),
             "train_rows": details["train_rows"],
@@ -127,7 +127,7 @@ def put_report(posterior: Posterior, folder: Path) -> None:
 
 def read_report(folder: Path) -> FitReport | None:
     """What a fit took: its seconds, memory and history; None if its folder does not say."""
-    path = folder / REPORT
+    path = folder / REPORT_FILE
     if not path.is_file():
         return None
     return FitReport.of_dict(json.loads(path.read_text(encoding="utf-8")))
@@ -160,7 +160,7 @@ def method_key(named: str) -> str:
     return named if named in METHODS else keys.get(named, named)
 
 
-def shown(model: str) -> str:
+def name_in_records(model: str) -> str:
     """A model's name in records and tables, without the folders of any machine."""
     path = Path(model)
     return path.name if path.is_absolute() or path.exists() else model

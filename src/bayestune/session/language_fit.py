@@ -9,7 +9,12 @@ from bayestune.models import LoadedModel
 from bayestune.posteriors import artefact_folder, posterior_digest
 from bayestune.session.fit import Fit, method_key, put_report
 from bayestune.session.opened_model import open_model
-from bayestune.session.plain_adapter import PLAIN, details_if_any, load_any, named_base
+from bayestune.session.plain_adapter import (
+    PLAIN,
+    details_if_any,
+    load_posterior_or_adapter,
+    name_of_base,
+)
 
 
 @dataclass(frozen=True)
@@ -45,9 +50,9 @@ class LanguageFit:
                 f"{place} has a classification head, so it writes no text: got scoring='head', "
                 "expected a language model's posterior; use `bayestune predict`"
             )
-        name = named_base(place, details, model)
+        name = name_of_base(place, details, model)
         loaded = open_model(name, details.get("dtype", "float32"))
-        posterior = load_any(loaded.model, place)
+        posterior = load_posterior_or_adapter(loaded.model, place)
         put_report(posterior, place)
         posterior.digest = posterior_digest(place)
         return cls(place, loaded, Fit.of(posterior, _completed(details, name), bf16))

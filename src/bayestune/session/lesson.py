@@ -18,7 +18,7 @@ from bayestune.errors import NUMBER, Refusal, check_fields
 from bayestune.methods import Distilled, changed
 from bayestune.posteriors import artefact_folder, posterior_digest
 from bayestune.scoring import check_lengths
-from bayestune.session.as_fitted import prompt_of_fit, seen_fingerprints, usual_reading
+from bayestune.session.as_fitted import prompt_of_fit, read_options_of_fit, seen_fingerprints
 from bayestune.session.fit import Fit, details_of
 from bayestune.session.loaded_base import LoadedBase
 from bayestune.session.session import Session
@@ -81,7 +81,7 @@ class DistillationRows:
             task = Task(details["task"]["name"], (), (), prompt=prompt)
         if self.unlabelled is None:
             return task
-        usual = usual_reading(details)
+        usual = read_options_of_fit(details)
         reading = replace(usual, options=tuple(self.options), columns=self.columns)
         rows = read_rows(self.unlabelled, reading, labelled=None)
         further = task.unlabelled if self.unlabelled_rows else ()

@@ -36,7 +36,7 @@ def details_if_any(place: Path) -> dict[str, Any]:
     return {} if is_plain(place) else read_details(place)
 
 
-def load_any(base: nn.Module, place: Path) -> Posterior:
+def load_posterior_or_adapter(base: nn.Module, place: Path) -> Posterior:
     """Loads what a folder holds onto its base model: a posterior, or a plain adapter as a point.
 
     Args:
@@ -46,7 +46,7 @@ def load_any(base: nn.Module, place: Path) -> Posterior:
     return (load_adapter if is_plain(place) else load_posterior)(base, place)
 
 
-def named_base(place: Path, details: Mapping[str, Any], model: str | None = None) -> str:
+def name_of_base(place: Path, details: Mapping[str, Any], model: str | None = None) -> str:
     """The name of an artefact's base model.
 
     Args:

@@ -149,7 +149,7 @@ def staged(first: Tensor, drawn: Tensor, rows: Sequence[int]) -> Tensor:
     return logits
 
 
-def joined(parts: Sequence[Tensor]) -> Tensor:
+def joined_logits(parts: Sequence[Tensor]) -> Tensor:
     """Logits (S, N, C) of all rows, from those of lots of rows, (S, n_i, C_i); -inf fills up to C.
 
     Args:

@@ -13,7 +13,7 @@ from bayestune.evaluation import error_row
 from bayestune.runtime import shared_work
 from bayestune.scoring import Encoded, Scorer
 from bayestune.session.fit import Fit
-from bayestune.session.prediction_options import BATCH, PredictionOptions, joined
+from bayestune.session.prediction_options import BATCH, PredictionOptions, joined_logits
 
 PROMPT_LENGTH = "prompt_length"  # the score that every artefact has for nothing
 DISTANCE = "distance"  # the score of calibrations that were given the training rows
@@ -70,8 +70,8 @@ class RowPredictor:
         """
         parts = windows(rows)
         outputs = shared_work(parts, self.at) if shared else [self.at(part) for part in parts]
-        extra = columns_joined([part.extra for part in outputs])
-        return RowOutputs(joined([part.logits for part in outputs]), extra)
+        extra = joined_columns([part.extra for part in outputs])
+        return RowOutputs(joined_logits([part.logits for part in outputs]), extra)
 
     def activations(self, rows: Sequence[Question], *, shared: bool = False) -> dict[str, Tensor]:
         """A x (N, r) by slot name, of the mean; `shared` as in `over`."""
@@ -82,10 +82,10 @@ class RowPredictor:
 
         parts = windows(rows)
         of_parts = shared_work(parts, activations_of) if shared else map(activations_of, parts)
-        return columns_joined(list(of_parts))
+        return joined_columns(list(of_parts))
 
 
-def columns_joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def joined_columns(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Concatenates the columns of several lots of rows; a name that some lot lacks is left out.
 
     Args:
@@ -116,8 +116,11 @@ def kept_reference(calibration: Calibration | None) -> Distance | None:
     return Distance.from_json(texts) if texts else None
 
 
-def own_reference(calibration: Calibration | None) -> Distance | None:
-    """The same where it is of the artefact's own activations, not of a student's; else None."""
+def reference_of_artefact(calibration: Calibration | None) -> Distance | None:
+    """The distance that a calibration keeps, if it is of the artefact's own activations.
+
+    That of a calibration that predicts with a student is of the student's: then None.
+    """
     if calibration is None or PredictionOptions.of(calibration.settings).student is not None:
         return None
     return kept_reference(calibration)

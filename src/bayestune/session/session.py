@@ -26,15 +26,15 @@ from bayestune.models import LoadedModel
 from bayestune.posteriors import DETAILS, Posterior, Prediction, count_for
 from bayestune.scoring import Scorer, check_lengths, make_scorer, own_classes, row_logits
 from bayestune.session.as_fitted import (
-    classes_of,
+    classes_of_fit,
     fingerprints,
     prompt_of_fit,
-    put_as_fitted,
-    say_repeated,
-    say_seen,
+    read_options_of_fit,
     seen_facts,
     seen_rows,
-    usual_reading,
+    task_as_fitted,
+    warn_of_repeated_rows,
+    warn_of_seen_rows,
 )
 from bayestune.session.before_fitting import check_answers, check_fits, learnt_rows
 from bayestune.session.fit import Fit, details_of
@@ -93,8 +93,8 @@ class Session:
         """
         task = task or options.load()
         check_trainable(task)
-        say_seen(task.name, len(task.seen), len(task.evaluation))
-        say_repeated("training rows", task.train, evaluated=False)
+        warn_of_seen_rows(task.name, len(task.seen), len(task.evaluation))
+        warn_of_repeated_rows("training rows", task.train, evaluated=False)
         loaded = open_model(model, dtype, num_classes(task, options.scoring), to_train=True)
         return cls.of(loaded, task, options)
 
@@ -123,10 +123,10 @@ class Session:
                 "no rows to evaluate on: got neither a task nor a file, expected one; give "
                 "--evaluation_data, or --task"
             )
-        task = task or options.load(labelled=labelled, usual=usual_reading(details))
+        task = task or options.load(labelled=labelled, usual=read_options_of_fit(details))
         session = cls.as_fitted(details, task, options, model)
         rows = session.task.evaluation
-        say_seen(task.name, seen_rows(details, rows) or 0, len(rows))
+        warn_of_seen_rows(task.name, seen_rows(details, rows) or 0, len(rows))
         return session
 
     @classmethod
@@ -134,15 +134,15 @@ class Session:
         cls, details: Mapping[str, Any], task: Task, options: TaskOptions, model: Named = None
     ) -> Self:
         """A session that puts a task's rows to the base model as a fit's folder says."""
-        options = replace(options, scoring=details["scoring"], max_length=details["max_length"])
-        task = put_as_fitted(task, prompt_of_fit(details), options.scoring, classes_of(details))
+        scoring = details["scoring"]
+        options = replace(options, scoring=scoring, max_length=details["max_length"])
+        task = task_as_fitted(task, prompt_of_fit(details), scoring, classes_of_fit(details))
         loaded = open_model(model or details["base_model"], details["dtype"], details["classes"])
         return cls._of(loaded, task, options)
 
     def on(self, task: Task) -> Self:
         """The same session with other rows, put as the session's own are."""
-        scoring = self.options.scoring
-        task = put_as_fitted(task, self.task.prompt, scoring, self.task.class_names)
+        task = task_as_fitted(task, self.task.prompt, self.options.scoring, self.task.class_names)
         return self._of(self.loaded, task, self.options, progress=self.progress)
 
     def rows(self, part: Part = "evaluation") -> tuple[Question, ...]:

@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 DEFAULT_TASK = "everyday"
 
 # What a fit settles, whichever rows its posterior is evaluated on.
-OF_THE_FIT = ("data", "scoring", "max_length", "holdout", "train_rows")
-OF_THE_FIT += ("unlabelled_data", "unlabelled_rows", "prompt", "chat", "system")
+SETTLED_BY_FIT = ("data", "scoring", "max_length", "holdout", "train_rows")
+SETTLED_BY_FIT += ("unlabelled_data", "unlabelled_rows", "prompt", "chat", "system")
 
 # Options of later versions: left out of records and folders unless they are given.
 _LATER = ("prompt", "chat", "system", "columns")
@@ -191,5 +191,5 @@ class TaskOptions:
                 kept[name] = value.name if isinstance(value, Path) else value
         if self._file is None:
             kept["task"] = self.named
-        settled = {name: value for name, value in (fitted or {}).items() if name in OF_THE_FIT}
+        settled = {name: value for name, value in (fitted or {}).items() if name in SETTLED_BY_FIT}
         return {**kept, **settled}

@@ -18,7 +18,7 @@ from bayestune.session.artefact import (
     RowOptions,
     Rows,
     content_of,
-    rows_of,
+    rows_for_artefact,
     unsure_options,
 )
 from bayestune.session.as_fitted import seen_fingerprints
@@ -63,7 +63,7 @@ def calibrate(
     row_options = row_options or RowOptions()
     place = _local_folder(folder)
     row_options.check(place)
-    questions = rows_of(rows, place, row_options, labelled=True)
+    questions = rows_for_artefact(rows, place, row_options, labelled=True)
     trained = _trained_on(place, row_options)
     fits = [place, compared.student] if compared.student else [place]
     _refuse_seen(questions, trained, fits)
@@ -145,7 +145,7 @@ def _trained_on(place: Path, row_options: RowOptions) -> tuple[Question, ...]:
     """
     if row_options.trained_on is None:
         return ()
-    rows = rows_of(row_options.trained_on, place, row_options, labelled=False)
+    rows = rows_for_artefact(row_options.trained_on, place, row_options, labelled=False)
     details = {} if is_plain(place) else details_of(place)
     if "seen" not in details:
         return rows

@@ -5,7 +5,7 @@ from typing import Any
 
 from bayestune.data import Prompt
 from bayestune.report import Table, promises, render
-from bayestune.session import prompt_of_fit, shown
+from bayestune.session import name_in_records, prompt_of_fit
 from bayestune.sharing.known import Known
 
 _TRAINING = ("batch_size", "accumulation", "learning_rate", "seed", "bf16")
@@ -28,7 +28,7 @@ def body(known: Known, repo_id: str | None, tables: Sequence[Table]) -> str:
 
 
 def _summary(known: Known) -> str:
-    base = f" of `{shown(known.base)}`" if known.base else ""
+    base = f" of `{name_in_records(known.base)}`" if known.base else ""
     if not known.details:
         return f"A LoRA adapter{base}."
     is_point = known.details["posterior"] == "point"

@@ -18,14 +18,14 @@ from bayestune.decisions import FILE_NAME as CALIBRATION
 from bayestune.errors import Refusal
 from bayestune.evaluation import Record
 from bayestune.posteriors import artefact_folder, posterior_digest
-from bayestune.session import REPORT, PredictionOptions, details_if_any
+from bayestune.session import REPORT_FILE, PredictionOptions, details_if_any
 from bayestune.sharing.card import CARD, card_digest, make_card
 from bayestune.sharing.known import Known
 
 _UNFINISHED = ".unfinished"
 _RUN = "run.json"
 # An upload deletes these in the repository first, for it may not have all that an earlier one had.
-_OURS = tuple(f"*{name}" for name in (*FILES, CALIBRATION, REPORT))
+_OURS = tuple(f"*{name}" for name in (*FILES, CALIBRATION, REPORT_FILE))
 
 
 def push_to_hub(
@@ -134,7 +134,7 @@ def files_of(place: Path, inside: str = "") -> Iterator[str]:
         if not inner:
             yield f"{inside}{TENSORS}"
         yield f"{inside}{DETAILS}"
-    for name in (CALIBRATION, REPORT):
+    for name in (CALIBRATION, REPORT_FILE):
         if (folder / name).is_file():
             yield f"{inside}{name}"
     for name in inner:

@@ -21,7 +21,13 @@ from bayestune.posteriors import (
     posterior_digest,
 )
 from bayestune.report import renewed
-from bayestune.session import details_if_any, details_of, read_calibration, read_report, shown
+from bayestune.session import (
+    details_if_any,
+    details_of,
+    name_in_records,
+    read_calibration,
+    read_report,
+)
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,7 @@ def _is_of(record: Record, details: Mapping[str, Any]) -> bool:
     return (
         same_training
         and config.get("method") == _as_read(details["fields"])
-        and record.get("model") == shown(details["base_model"])
+        and record.get("model") == name_in_records(details["base_model"])
         and record.get("train_rows") == details["train_rows"]
     )
 

@@ -22,8 +22,8 @@ from bayestune.scoring import LetterScorer
 from bayestune.session import (
     PredictionOptions,
     details_if_any,
-    load_any,
-    named_base,
+    load_posterior_or_adapter,
+    name_of_base,
     open_model,
     prompt_of_fit,
     read_calibration,
@@ -70,11 +70,11 @@ class Source:
             return cls(given, base=base, digest=given.digest)
         place = artefact_folder(given)
         details = details_if_any(place)
-        name = named_base(place, details, model)
+        name = name_of_base(place, details, model)
         calibration = read_calibration(place)
         loaded = open_model(name, details.get("dtype", "float32"), details.get("classes"))
         return cls(
-            load_any(loaded.model, place),
+            load_posterior_or_adapter(loaded.model, place),
             details,
             loaded.name,
             place,
