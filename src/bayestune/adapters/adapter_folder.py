@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 import bayestune
-from bayestune.adapters.base_samples import DEPTH, base_samples, before_replication
+from bayestune.adapters.base_samples import DEPTH, RUNNING, base_samples, before_replication
 from bayestune.adapters.locks import base_of
 from bayestune.adapters.lora import input_embedding, output_head
 from bayestune.adapters.slots import ADAPTER, PREFIX, Slots
@@ -33,7 +33,6 @@ FILES = (CONFIG, *WEIGHTS, TENSORS, DETAILS)  # the last one says that the other
 _CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _COMPILED = "_orig_mod."  # in the names of layers that are compiled one by one
 _INSIDE_WRAPPERS = ("lora_", "trainable_tokens", "modules_to_save", "original_module")
-_RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def refuse_changed_base(model: nn.Module, adapter: str) -> None:
@@ -111,8 +110,8 @@ def kept_beside(slots: Slots, state: Mapping[str, Tensor]) -> list[str]:
     for path, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             wrapped.append(f"{path}.")
-        elif hasattr(module, _RUNNING[0]):
-            statistics += [f"{path}.{name}" for name in _RUNNING]
+        elif hasattr(module, RUNNING[0]):
+            statistics += [f"{path}.{name}" for name in RUNNING]
     kept_if_frozen = (*_heads(model), *getattr(model, "kept_beside", ()))
     names = [*statistics, *_embeddings(model)]
     for name, parameter in model.named_parameters():

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
+from bayestune.adapters.locks import base_of
 from bayestune.adapters.precision import precision_of
 from bayestune.adapters.spread import shape_of, whole
 
@@ -17,6 +19,11 @@ VALUES = 16  # sampled of each of them
 
 # the list of layers that PEFT copies
 _COPIED = re.compile(r"((?:model\.|bert\.)*(?:encoder\.layer|layers|h)\.)(\d+)\.")
+
+# in the names of what adapters, and modules that are trained whole, add to a base
+_ADDED = ("lora_", "modules_to_save", "original_module", "trainable_tokens")
+_BEFORE_LAYER = (".token_adapter.", ".base_layer.")  # that an adapter wraps
+RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
 DEPTH = "num_hidden_layers"
 # What changes a model's function and leaves no trace in its weights.
@@ -62,6 +69,44 @@ def base_samples(
     }
 
 
+def frozen_samples(model: nn.Module) -> dict[str, Any]:
+    """`base_samples` of a base, the same with and without an adapter that leaves it as it is.
+
+    Left out are what an adapter trains beside A and B, and heads, which may start anew each time.
+
+    Args:
+        model: the base, or a PEFT model of it.
+    """
+    return base_samples(base_of(model), _frozen(model))
+
+
+def differs_frozen(saved: Mapping[str, Any], model: nn.Module) -> list[str]:
+    """Names of what is not as `frozen_samples` found it, in a base with or without an adapter."""
+    return _differing(saved, base_of(model), _frozen(model))
+
+
+def _frozen(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a base's body that no adapter changes, by their names in the base."""
+    base = base_of(model)
+    has_head = isinstance(base, PreTrainedModel) and base.get_output_embeddings() is None
+    state: dict[str, Tensor] = (base.base_model if has_head else base).state_dict(keep_vars=True)
+    is_adapted = any("lora_" in name for name in state)
+    frozen = {}
+    for name, value in state.items():
+        is_trained = is_adapted and value.requires_grad
+        if is_trained or name.endswith(RUNNING) or any(part in name for part in _ADDED):
+            continue
+        frozen[_plain(name)] = value
+    return frozen
+
+
+def _plain(name: str) -> str:
+    """The name that a tensor has in the base without an adapter's and a compiler's wrappers."""
+    for wrapped in _BEFORE_LAYER:
+        name = name.replace(wrapped, ".")
+    return name.replace("_orig_mod.", "")
+
+
 def before_replication(name: str, spans: Sequence[Sequence[int]] | None) -> str:
     """The name that a tensor has in the base whose layers PEFT's `layer_replication` has copied.
 
@@ -89,6 +134,12 @@ def differs(saved: Mapping[str, Any], model: nn.Module) -> list[str]:
     """
     state = model.state_dict(keep_vars=True)
     state = {name.removeprefix("_orig_mod."): value for name, value in state.items()}
+    return _differing(saved, model, state)
+
+
+def _differing(
+    saved: Mapping[str, Any], model: nn.Module, state: Mapping[str, Tensor]
+) -> list[str]:
     differing = []
     for name, sample in saved["tensors"].items():
         if name in state and _is_plain(state[name]) and not _agrees(sample, whole(state[name])):
