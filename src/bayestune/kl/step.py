@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from bayestune.errors import Refusal
 from bayestune.kl.closed_form import points_of, refuse_long_steps
+from bayestune.kl.iterates import inner_optimizer
 from bayestune.kl.plan import AUTHORS_KL_LR, Aim, Plan
 from bayestune.kl.run import KLRun, Progress
 from bayestune.kl.schedule import Schedule, burst_period, check_schedule
@@ -134,7 +135,7 @@ class KLStep(TrainerCallback):
         self.detach()
         layers = gaussian_layers(model, self.adapter)
         if not is_zero(optimizer):
-            optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+            optimizer = inner_optimizer(optimizer)
         moves = self.std_optimizer == "sgd"
         check_optimizer(optimizer, layers, moves_root_std=not moves)
         saved = self._saved or {}
