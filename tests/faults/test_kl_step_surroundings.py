@@ -6,10 +6,12 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from peft.optimizers import create_lorafa_optimizer
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -537,6 +539,137 @@ def test_an_optimiser_that_steps_inside_the_backward_pass_is_refused(kind):
     optimizer = kind([p for p in model.parameters() if p.requires_grad], 0.1)
     with pytest.raises(Refusal, match=f"got {kind.__name__}, which steps inside the backward pass"):
         KLStep().attach(model, optimizer, total_steps=3)
+
+
+class DualAveraging(torch.optim.Optimizer):
+    """As MADGRAD without its cube root: each step starts where the parameter began."""
+
+    def __init__(self, params: Any, lr: float = 0.01) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in [one for one in group["params"] if one.grad is not None]:
+                state = self.state[parameter]
+                start = state.setdefault("x0", parameter.detach().clone())
+                sum_of_gradients = state.setdefault("s", torch.zeros_like(parameter))
+                sum_of_gradients.add_(parameter.grad)
+                parameter.copy_(start - group["lr"] * sum_of_gradients)
+
+
+class Lookahead:
+    """Pulls the parameters of the optimiser inside it halfway back to slow ones."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, k: int = 5) -> None:
+        self.optimizer = optimizer
+        self.k = k
+        self.steps = 0
+        self.slow = {p: p.detach().clone() for g in self.param_groups for p in g["params"]}
+
+    @property
+    def param_groups(self) -> Any:
+        return self.optimizer.param_groups
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.optimizer.step()
+        self.steps += 1
+        for parameter, slow in self.slow.items() if self.steps % self.k == 0 else ():
+            slow.lerp_(parameter, 0.5)
+            parameter.copy_(slow)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("kind", [DualAveraging, lambda given: Lookahead(torch.optim.AdamW(given))])
+def test_an_optimiser_that_takes_the_kl_back_between_its_steps_is_refused(kind, inside):
+    model = gaussian()
+    optimizer = kind([p for p in model.parameters() if p.requires_grad])
+    if inside:  # as in a Trainer
+        optimizer = SimpleNamespace(optimizer=optimizer)
+    state = torch.get_rng_state()
+    with pytest.raises(Refusal, match="takes the KL step back: got .* expected one that goes on"):
+        KLStep(final_std=0.1).attach(model, optimizer, total_steps=STEPS)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class MovingStart(torch.optim.Optimizer):
+    """Goes on from the parameter's value, as Prodigy does, and is known to nobody."""
+
+    def __init__(self, params: Any, lr: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in [one for one in group["params"] if one.grad is not None]:
+                self.state[parameter].setdefault("p0", parameter.detach().clone())
+                parameter.add_(parameter.grad.sign(), alpha=-group["lr"])
+
+
+def test_an_optimiser_that_goes_on_from_the_parameters_value_is_taken():
+    model = gaussian()
+    optimizer = MovingStart([p for p in model.parameters() if p.requires_grad])
+    KLStep(final_std=0.1, std_lr=0.0).attach(model, optimizer, total_steps=STEPS)
+    loop(model, optimizer, STEPS)
+    assert mean_std(model) == pytest.approx(0.1, rel=0.05)
+
+
+class SAM(torch.optim.Optimizer):
+    """Steps with the gradients at a perturbed point; puts back what has a gradient there."""
+
+    def __init__(self, params: Any, base_optimizer: type, **options: Any) -> None:
+        super().__init__(params, {"rho": 0.05})
+        self.base_optimizer = base_optimizer(self.param_groups, **options)
+
+    @torch.no_grad()
+    def first_step(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["before"] = parameter.detach().clone()
+                parameter.add_(parameter.grad, alpha=group["rho"])
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        self.first_step()
+        with torch.enable_grad():
+            closure()
+        for parameter, state in self.state.items():
+            if parameter.grad is not None:
+                parameter.copy_(state["before"])
+        self.base_optimizer.step()
+
+
+def test_of_a_sharpness_aware_optimiser_the_one_inside_it_is_taken():
+    model = gaussian()
+    optimizer = SAM([p for p in model.parameters() if p.requires_grad], torch.optim.SGD, lr=0.0)
+    step = KLStep(final_std=0.1, std_lr=0.0)
+    with pytest.raises(Refusal, match=r"call attach\(model, optimizer.base_optimizer"):
+        step.attach(model, optimizer, total_steps=STEPS)
+    step.attach(model, optimizer.base_optimizer, total_steps=STEPS)
+    for _ in range(STEPS):
+        backward(model)
+        optimizer.step(lambda: backward(model))
+        optimizer.zero_grad()
+    assert mean_std(model) == pytest.approx(0.1, rel=0.05)
+
+
+def test_lora_with_a_frozen_a_is_refused_by_a_remedy_that_helps():
+    model = gaussian()
+    optimizer = create_lorafa_optimizer(model, r=8, lora_alpha=8, lr=1e-3)
+    step = KLStep(final_std=0.1)
+    with pytest.raises(Refusal, match=r"LoRA-FA freezes A.* call model.set_adapter"):
+        step.attach(model, optimizer, total_steps=STEPS)
+    with pytest.raises(Refusal, match=r"no standard deviation is trained.* call model.set_adapter"):
+        step.attach(model, torch.optim.AdamW(model.parameters()), total_steps=STEPS)
+    model.set_adapter("default")
+    optimizer = sgd(model)
+    step.attach(model, optimizer, total_steps=STEPS)
+    loop(model, optimizer, STEPS)
+    assert mean_std(model) == pytest.approx(0.1, rel=0.05)
 
 
 def test_parameters_that_a_wrapper_has_flattened_are_refused():

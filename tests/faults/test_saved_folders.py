@@ -475,6 +475,22 @@ def test_another_base_of_the_same_shapes_is_refused_unless_it_is_meant(tmp_path)
         load_adapter(wide, tmp_path)
 
 
+@pytest.mark.parametrize(
+    "kind",
+    ["self_attn.k_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"],
+)
+def test_a_base_of_which_one_kind_of_layer_is_another_is_another_one(kind, tmp_path):
+    save_posterior(fitted(tiny_llama(num_hidden_layers=30)), tmp_path)
+    other = tiny_llama(num_hidden_layers=30)
+    for name, parameter in other.named_parameters():
+        if kind in name:
+            parameter.data.mul_(1.01)
+    with pytest.raises(
+        PosteriorError, match=f"of another base model: got other values of .*{kind}"
+    ):
+        load_posterior(other, tmp_path)
+
+
 def test_a_base_with_copied_layers_left_in_it_is_another_one(tmp_path):
     save_posterior(fitted(tiny_llama(), layers_to_transform=[0]), tmp_path / "plain")
     copied = fitted(tiny_llama(), layer_replication=[[0, 2], [0, 2]])

@@ -125,6 +125,11 @@ def test_members_of_other_lengths_rows_or_models_are_not_kept(case, tmp_path):
         method.fit(case.make(), replace(case.scorer, task=spare), again)
     with pytest.raises(Refusal, match="the base model: got"):
         method.fit(tiny_llama(num_hidden_layers=3), case.scorer, again)
+    retrained = case.make()
+    with torch.no_grad():
+        retrained.lm_head.weight.mul_(1.01)
+    with pytest.raises(Refusal, match="the base model's weights: got"):
+        method.fit(retrained, case.scorer, again)
 
 
 def test_a_fit_that_starts_anew_goes_on_with_its_own_parts(case, tmp_path, monkeypatch):

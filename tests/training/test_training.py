@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 from bayestune.adapters import GaussianLinear, Lora, Slots, bayesify
 from bayestune.data import Question
+from bayestune.errors import Refusal
 from bayestune.kl import KLStep
 from bayestune.runtime import keep_freed_memory, peak_memory_mb, reset_peak_memory
 from bayestune.training import (
@@ -156,6 +157,28 @@ def test_a_resumed_run_goes_on_with_its_own_checkpoints(case, tmp_path):
     run(case, steps=6, save_steps=6, output=tmp_path)
     shutil.rmtree(tmp_path / "checkpoint-6")
     assert newest_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize("prepare", [None, bayesify])
+def test_a_run_is_not_resumed_over_a_base_that_was_retrained_in_place(prepare, tmp_path):
+    case = Case("head")  # a head starts anew each time, and is none of the base's
+    base = case.make()
+
+    def fit(**changes):
+        lora = Lora(targets=("query", "value"))
+        training = replace(SETTINGS, lora=lora, output=tmp_path, save_steps=2, **changes)
+        fit_adapter(base, case.scorer, training, prepare=prepare)
+
+    fit(steps=4)
+    base = case.make()
+    torch.nn.init.normal_(base.classifier.weight)
+    fit(steps=6, resume=True)
+    base = case.make()
+    with torch.no_grad():
+        for parameter in base.bert.parameters():
+            parameter.mul_(1.01)
+    with pytest.raises(Refusal, match=r"got a base model with another \S*embeddings.weight"):
+        fit(steps=8, resume=True)
 
 
 def test_nothing_to_learn_from_is_refused(case):

@@ -24,7 +24,7 @@ from bayestune.adapters.arrivals import (
     watching,
     why_silent,
 )
-from bayestune.adapters.base_samples import differs
+from bayestune.adapters.base_samples import differs, differs_frozen, frozen_samples
 from bayestune.adapters.drawn_linear import DrawnLinear
 from bayestune.adapters.entrances import found_passes, group_rows
 from bayestune.adapters.gaussian_linear import GaussianLinear, Noise, bayesify, make_gaussian
@@ -92,12 +92,14 @@ __all__ = [
     "check_mean_arrives",
     "detach",
     "differs",
+    "differs_frozen",
     "drawn",
     "eagerly",
     "evaluating",
     "exclusive",
     "facts_of",
     "found_passes",
+    "frozen_samples",
     "group_rows",
     "head_parts",
     "held_noise",

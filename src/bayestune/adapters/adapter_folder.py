@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 import bayestune
+from bayestune.adapters.base_samples import RUNNING
 from bayestune.adapters.locks import base_of
 from bayestune.adapters.lora import input_embedding, output_head
 from bayestune.adapters.slots import ADAPTER, PREFIX, Slots
@@ -30,7 +31,6 @@ FILES = (CONFIG, *WEIGHTS, TENSORS, DETAILS)  # the last one says that the other
 
 _COMPILED = "_orig_mod."  # in the names of layers that are compiled one by one
 _INSIDE_WRAPPERS = ("lora_", "trainable_tokens", "modules_to_save", "original_module")
-_RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def plain_state(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -98,8 +98,8 @@ def kept_beside(slots: Slots, state: Mapping[str, Tensor]) -> list[str]:
     for path, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             wrapped.append(f"{path}.")
-        elif hasattr(module, _RUNNING[0]):
-            statistics += [f"{path}.{name}" for name in _RUNNING]
+        elif hasattr(module, RUNNING[0]):
+            statistics += [f"{path}.{name}" for name in RUNNING]
     kept_if_frozen = (*_heads(model), *getattr(model, "kept_beside", ()))
     names = [*statistics, *_embeddings(model)]
     for name, parameter in model.named_parameters():

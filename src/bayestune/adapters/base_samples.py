@@ -8,15 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
+from bayestune.adapters.locks import base_of
 from bayestune.adapters.precision import precision_of
 from bayestune.adapters.spread import shape_of, whole
 
-TENSORS = 16  # sampled of a base
+TENSORS = 16  # sampled of a base, and one of each kind that is not among them
 VALUES = 16  # sampled of each of them
 
 # the list of layers that PEFT copies
 _COPIED = re.compile(r"((?:model\.|bert\.)*(?:encoder\.layer|layers|h)\.)(\d+)\.")
+
+# in the names of what adapters, and modules that are trained whole, add to a base
+_ADDED = ("lora_", "modules_to_save", "original_module", "trainable_tokens")
+_BEFORE_LAYER = (".token_adapter.", ".base_layer.")  # that an adapter wraps
+RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
 DEPTH = "num_hidden_layers"
 # What changes a model's function and leaves no trace in its weights.
@@ -47,7 +54,7 @@ def base_samples(
     """
     names = [name for name, value in state.items() if _is_plain(value)]
     tensors = {}
-    for name in _evenly(names):
+    for name in _sampled(names):
         value = whole(state[name])
         tensors[name] = {
             "shape": list(value.shape),
@@ -60,6 +67,44 @@ def base_samples(
         "settings": _settings(model),
         "precision": precision_of(model),
     }
+
+
+def frozen_samples(model: nn.Module) -> dict[str, Any]:
+    """`base_samples` of a base, the same with and without an adapter that leaves it as it is.
+
+    Left out are what an adapter trains beside A and B, and heads, which may start anew each time.
+
+    Args:
+        model: the base, or a PEFT model of it.
+    """
+    return base_samples(base_of(model), _frozen(model))
+
+
+def differs_frozen(saved: Mapping[str, Any], model: nn.Module) -> list[str]:
+    """Names of what is not as `frozen_samples` found it, in a base with or without an adapter."""
+    return _differing(saved, base_of(model), _frozen(model))
+
+
+def _frozen(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a base's body that no adapter changes, by their names in the base."""
+    base = base_of(model)
+    has_head = isinstance(base, PreTrainedModel) and base.get_output_embeddings() is None
+    state: dict[str, Tensor] = (base.base_model if has_head else base).state_dict(keep_vars=True)
+    is_adapted = any("lora_" in name for name in state)
+    frozen = {}
+    for name, value in state.items():
+        is_trained = is_adapted and value.requires_grad
+        if is_trained or name.endswith(RUNNING) or any(part in name for part in _ADDED):
+            continue
+        frozen[_plain(name)] = value
+    return frozen
+
+
+def _plain(name: str) -> str:
+    """The name that a tensor has in the base without an adapter's and a compiler's wrappers."""
+    for wrapped in _BEFORE_LAYER:
+        name = name.replace(wrapped, ".")
+    return name.replace("_orig_mod.", "")
 
 
 def before_replication(name: str, spans: Sequence[Sequence[int]] | None) -> str:
@@ -89,6 +134,12 @@ def differs(saved: Mapping[str, Any], model: nn.Module) -> list[str]:
     """
     state = model.state_dict(keep_vars=True)
     state = {name.removeprefix("_orig_mod."): value for name, value in state.items()}
+    return _differing(saved, model, state)
+
+
+def _differing(
+    saved: Mapping[str, Any], model: nn.Module, state: Mapping[str, Tensor]
+) -> list[str]:
     differing = []
     for name, sample in saved["tensors"].items():
         if name in state and _is_plain(state[name]) and not _agrees(sample, whole(state[name])):
@@ -107,11 +158,21 @@ def _is_plain(value: Tensor) -> bool:
     return is_here and value.is_floating_point() and value.itemsize > 1 and not is_empty
 
 
-def _evenly(names: list[str]) -> list[str]:
-    """Some of the names, evenly from the first to the last."""
+def _sampled(names: Sequence[str]) -> list[str]:
+    """Names evenly from the first to the last, and one of each kind that is not among them.
+
+    Tensors whose names differ in numbers alone, such as a layer's, are of one kind.
+    """
     if len(names) <= TENSORS:
-        return names
-    return [names[i * (len(names) - 1) // (TENSORS - 1)] for i in range(TENSORS)]
+        return list(names)
+    chosen = {names[i * (len(names) - 1) // (TENSORS - 1)] for i in range(TENSORS)}
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(re.sub(r"\d+", "#", name), []).append(name)
+    for of_kind in kinds.values():
+        if chosen.isdisjoint(of_kind):
+            chosen.add(of_kind[len(of_kind) // 2])
+    return [name for name in names if name in chosen]
 
 
 def _values(tensor: Tensor) -> Tensor:

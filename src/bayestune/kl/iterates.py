@@ -78,7 +78,7 @@ def iterates_following(
     parameters = list(parameters)
     _refuse_inner(parameters, optimizer)
     iterates = []
-    if _is_schedule_free(optimizer):
+    if is_schedule_free(optimizer):
         for parameter in parameters:
             iterate = _iterate_of(parameter, optimizer)
             if iterate is not None:
@@ -100,7 +100,7 @@ def _refuse_inner(parameters: Iterable[nn.Parameter], optimizer: Optimizer) -> N
         )
 
 
-def _is_schedule_free(optimizer: Any) -> bool:
+def is_schedule_free(optimizer: Any) -> bool:
     """By its name, or by the `eval` that such optimisers have and others do not."""
     named = any("ScheduleFree" in kind.__name__ for kind in type(optimizer).__mro__)
     return named or callable(getattr(optimizer, "eval", None))

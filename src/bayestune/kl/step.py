@@ -23,6 +23,7 @@ from bayestune.kl.surroundings import (
     with_trained_std,
 )
 from bayestune.kl.trainer_runs import begin_run, end_run, rows_of_a_step
+from bayestune.kl.undoing import inner_optimizer
 from bayestune.kl.zero_optimizer import is_zero
 from bayestune.kl.zero_run import ZeroRun
 
@@ -134,16 +135,18 @@ class KLStep(TrainerCallback):
         self.detach()
         layers = gaussian_layers(model, self.adapter)
         if not is_zero(optimizer):
-            optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+            optimizer = inner_optimizer(optimizer)
         moves = self.std_optimizer == "sgd"
         check_optimizer(optimizer, layers, moves_root_std=not moves)
         saved = self._saved or {}
         step = int(saved.get("step", 0)) if step is None else step
-        plan = self._plan(total_steps, self._period(total_steps, num_rows, batch_size))
+        period = self._period(total_steps, num_rows, batch_size)
         trained = with_trained_std(layers).values()
         points = points_of([whole_value(layer.root_std) for layer in trained])
-        if self._aim.final_std is not None:
-            plan = self._solved(plan, points, step)
+        self._settings = [*self._aim, self.warmup_ratio, period, total_steps]
+        self._shape = self._plan_before_rate(total_steps, period)
+        self._rate = self._rate_to_final_std(points, step)
+        plan = self._shape.times(self._rate)
         refuse_long_steps((plan.weights * plan.rates)[step:].tolist(), self.prior_std, points)
         self._saved = None
         progress = Progress(step, saved.get("kl_time", plan.kl_time(step)), saved.get("owed", ()))
@@ -207,23 +210,20 @@ class KLStep(TrainerCallback):
             )
         return max(1, total_steps)  # it does not matter: the rate is solved for
 
-    def _plan(self, total_steps: int, period: int) -> Plan:
-        self._settings = [*self._aim, self.warmup_ratio, period, total_steps]
-        self._rate = 1.0
+    def _plan_before_rate(self, total_steps: int, period: int) -> Plan:
+        """The plan at `kl_lr`, or at rate 1 where the rate is solved for."""
         plan = self._aim.plan(total_steps, period, self.warmup_ratio)
         kl_lr = AUTHORS_KL_LR if self.kl_lr is None else self.kl_lr
         std_rates = plan.std_rates * (kl_lr if self.std_lr is None else self.std_lr)
-        self._shape = plan._replace(std_rates=std_rates)
-        return self._shape
+        return plan._replace(std_rates=std_rates)
 
-    def _solved(self, plan: Plan, points: Sequence[float], step: int) -> Plan:
-        """The plan at the rate that ends at `final_std`: a resumed run's own, or solved for now."""
-        saved = self._saved
-        if saved is not None and saved["settings"] == self._settings:
-            self._rate = saved["rate"]
-        else:
-            self._rate = self._aim.solved(plan, points, step)
-        return plan.times(self._rate)
+    def _rate_to_final_std(self, points: Sequence[float], step: int) -> float:
+        """The rate that ends at `final_std`: a resumed run's own, or solved for; else 1."""
+        if self._aim.final_std is None:
+            return 1.0
+        if self._saved is not None and self._saved["settings"] == self._settings:
+            return self._saved["rate"]
+        return self._aim.solved(self._shape, points, step)
 
     def _attached(self) -> KLRun:
         if self._run is None:

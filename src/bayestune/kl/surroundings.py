@@ -67,13 +67,15 @@ def check_optimizer(optimizer: Any, layers: Layers, *, moves_root_std: bool) -> 
         moves_root_std: whether the optimiser moves G, instead of the KL step.
     """
     _refuse_steps_in_backward(optimizer)
+    _refuse_frozen_a(optimizer)
     groups = list(groups_of(optimizer))
     held = {id(p) for _, parameters in groups for p in parameters}
     trained = with_trained_std(layers)
     if not trained:
         raise Refusal(
             f"no standard deviation is trained: got {len(layers)} frozen root_std, expected "
-            "requires_grad; make the adapter the active one with model.set_adapter(…)"
+            "requires_grad; call model.set_adapter(…), which makes the adapter active and trained, "
+            "and build the optimiser after it"
         )
     missing = [name for name, layer in trained.items() if id(layer.root_std) not in held]
     if missing:
@@ -110,6 +112,17 @@ def _refuse_steps_in_backward(optimizer: Any) -> None:
             f"the KL step follows the optimiser's step(): got {kind}, which steps inside the "
             "backward pass, expected one that steps after it; take another, such as "
             'optim="adamw_torch"'
+        )
+
+
+def _refuse_frozen_a(optimizer: Any) -> None:
+    """Refuses PEFT's LoRA-FA, which freezes A and pairs parameters by their order."""
+    kind = type(optimizer).__name__
+    if kind == "LoraFAOptimizer":
+        raise Refusal(
+            f"LoRA-FA freezes A, which has the standard deviation: got a {kind}, expected an "
+            "optimiser that trains A; call model.set_adapter(…), which lets A be trained again, "
+            "and build another optimiser, such as torch.optim.AdamW"
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bayestune.adapters import Lora
+from bayestune.adapters import Lora, frozen_samples
 from bayestune.data import digest, rows_digest
 from bayestune.errors import Refusal
 from bayestune.methods.asking import ASKED
@@ -37,6 +37,7 @@ def facts_of(
     facts = dict(_settings(method))
     facts |= _settings(training, "training.")
     facts["the base model"] = _description_of(model)
+    facts["the base model's weights"] = digest(frozen_samples(model)["tensors"])
     facts["max_length"] = scorer.max_length
     facts["the prompt"] = digest([type(scorer).__name__, str(task.prompt)])
     facts["the training rows"] = rows_digest(task.train)

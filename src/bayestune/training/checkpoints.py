@@ -1,14 +1,69 @@
 """The checkpoints of a run in its folder: which to go on from, and which are another run's."""
 
+import json
 import math
 from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bayestune.runtime import is_first_process
+from torch import nn
+from transformers import TrainerCallback
+
+from bayestune.adapters import differs_frozen, frozen_samples
+from bayestune.errors import Refusal
+from bayestune.runtime import in_first_process, is_first_process, of_first_process
+from bayestune.whole_files import write_text_whole
 
 _STATE = "trainer_state.json"  # which the Trainer writes last
 _EARLIER = "earlier_trainer_state.json"
+_BASE = "base_samples.json"
+
+
+class KnownBase(TrainerCallback):
+    """Notes in each checkpoint which base the adapter is trained on.
+
+    Args:
+        model: the PEFT model; where it is spread over processes, all of them must call this.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.samples = frozen_samples(model)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Writes samples of the base to the checkpoint that was written."""
+        folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        if state.is_world_process_zero and folder.is_dir():
+            write_text_whole(folder / _BASE, json.dumps(self.samples) + "\n")
+
+
+def check_base(checkpoint: Path, model: nn.Module) -> None:
+    """Refuses to go on from a checkpoint on another base than it was trained on.
+
+    Args:
+        checkpoint: its folder; those of earlier versions do not tell.
+        model: the PEFT model.
+
+    Raises:
+        Refusal: if samples of the base's weights, or its settings, are others.
+    """
+    saved = of_first_process(_samples_in(checkpoint))
+    differing = differs_frozen(saved, model) if saved else []
+    in_first_process(partial(_refuse_other_base, checkpoint, differing))  # others may lack weights
+
+
+def _samples_in(checkpoint: Path) -> dict[str, Any] | None:
+    file = checkpoint / _BASE
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def _refuse_other_base(checkpoint: Path, differing: Sequence[str]) -> None:
+    if differing:
+        raise Refusal(
+            f"resume=True goes on from {checkpoint}: got a base model with another "
+            f"{differing[0]} ({len(differing)} of the samples differ), expected the one that it "
+            "was trained on; load that, or leave resume out"
+        )
 
 
 def to_go_on_from(folder: Path, callbacks: Sequence[Any], steps: int) -> Path | None:

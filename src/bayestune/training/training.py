@@ -28,7 +28,7 @@ from bayestune.posteriors import FitReport
 from bayestune.runtime import num_processes
 from bayestune.scoring import Encoded, Scorer, TextScorer
 from bayestune.training.callbacks import LogLines, ReadableCheckpoints, StopOnSignal
-from bayestune.training.checkpoints import start_anew, to_go_on_from
+from bayestune.training.checkpoints import KnownBase, check_base, start_anew, to_go_on_from
 from bayestune.training.cpu_attention import eager_attention, trains_faster_eagerly
 from bayestune.training.launched import check_launched
 from bayestune.training.meter import Meter
@@ -123,7 +123,7 @@ def fit_adapter(
         The PEFT model, and what the training took.
 
     Raises:
-        Refusal: if there is nothing to train on.
+        Refusal: if there is nothing to train on, or a checkpoint is of another base model.
         NotFiniteError: if the loss is NaN or infinite.
         Interrupted: at ctrl-C, after a checkpoint.
     """
@@ -181,7 +181,7 @@ def train(
             scorer,
             args=_arguments(training, folder, steps),
             train_dataset=list(rows),
-            callbacks=[*callbacks, stop, ReadableCheckpoints()],
+            callbacks=[*callbacks, stop, KnownBase(model), ReadableCheckpoints()],
             optimizers=(optimizer(model) if optimizer else None, None),
         )
         if not training.progress:  # instead of printing to standard output, which is for results
@@ -190,6 +190,8 @@ def train(
         if not training.resume:
             start_anew(folder)
         checkpoint = to_go_on_from(folder, callbacks, steps) if training.resume else None
+        if checkpoint is not None:
+            check_base(checkpoint, model)
         with eager_attention(model, _eagerly(model, scorer, rows, bf16=training.bf16)):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state = trainer.state
