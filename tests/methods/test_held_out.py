@@ -66,8 +66,10 @@ def test_a_row_and_its_twin_of_another_order_are_not_parted():
     [
         (MCDropout(base=BLoB()), "MCDropout builds on a point"),
         (Ensemble(base=Ensemble()), "Ensemble saves its members as adapters"),
+        (Ensemble(base=Temperature(Ensemble())), "Ensemble saves its members as adapters"),
         (TFB(base=Temperature()), r"put the temperature around it, Temperature\(base=TFB"),
         (Temperature(base=Ensemble(), draws=0), "got draws=0 and a base without a mean"),
+        (Temperature(Temperature(Ensemble()), draws=0), "got draws=0 and a base without a mean"),
     ],
 )
 def test_a_base_that_a_method_cannot_build_on_is_refused_before_it_is_fitted(case, method, said):

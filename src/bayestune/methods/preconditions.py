@@ -49,7 +49,7 @@ def _check_kind_of_base(method: Any) -> None:
     """Refuses a base whose posterior the method cannot build on."""
     name = type(method).__name__
     kinds = _posteriors_of(getattr(method, "base", None))
-    is_mixture = bool(kinds) and all(issubclass(kind, Mixture) for kind in kinds)
+    is_mixture = _gives_mixture(getattr(method, "base", None))
     if isinstance(method, Laplace | MCDropout):
         _check_base(kinds, Point, f"{name} builds on a point", "use MLE or MAP as its base")
     if isinstance(method, PosteriorScale):
@@ -95,6 +95,16 @@ def _check_base(kinds: Sequence[type], wanted: type, need: str, advice: str) -> 
     if kinds and not any(issubclass(kind, wanted) or issubclass(wanted, kind) for kind in kinds):
         got = " or ".join(kind.__name__ for kind in kinds)
         raise Refusal(f"{need}: got a {got} from its base, expected a {wanted.__name__}; {advice}")
+
+
+def _gives_mixture(base: Any) -> bool:
+    """Whether a method fits a mixture, under any number of temperatures."""
+    inner = getattr(base, "method", None)
+    method = inner if hasattr(inner, "fit") else base
+    if isinstance(method, Temperature):
+        return _gives_mixture(method.base)
+    kinds = _posteriors_of(method)
+    return bool(kinds) and all(issubclass(kind, Mixture) for kind in kinds)
 
 
 def _posteriors_of(base: Any) -> list[type]:
