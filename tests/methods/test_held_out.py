@@ -8,6 +8,7 @@ from bayestune.data import Question, own_task
 from bayestune.methods import (
     TFB,
     BLoB,
+    Distilled,
     Ensemble,
     Laplace,
     MCDropout,
@@ -65,6 +66,7 @@ def test_a_row_and_its_twin_of_another_order_are_not_parted():
     ("method", "said"),
     [
         (MCDropout(base=BLoB()), "MCDropout builds on a point"),
+        (MCDropout(base=Distilled()), "whose student is trained without dropout"),
         (Ensemble(base=Ensemble()), "Ensemble saves its members as adapters"),
         (Ensemble(base=Temperature(Ensemble())), "Ensemble saves its members as adapters"),
         (TFB(base=Temperature()), r"put the temperature around it, Temperature\(base=TFB"),

@@ -52,6 +52,11 @@ def _check_kind_of_base(method: Any) -> None:
     is_mixture = _gives_mixture(getattr(method, "base", None))
     if isinstance(method, Laplace | MCDropout):
         _check_base(kinds, Point, f"{name} builds on a point", "use MLE or MAP as its base")
+    if isinstance(method, MCDropout) and isinstance(_unwrapped(method.base), Distilled):
+        raise Refusal(
+            f"{name} drops as its base was trained: got Distilled as its base, whose student is "
+            "trained without dropout, expected such as MLE; take MLE or MAP as its base"
+        )
     if isinstance(method, PosteriorScale):
         need = f"{name} scales a Gaussian"
         _check_base(kinds, Gaussian, need, "expected BLoB, BBB, TFB or IVON")
@@ -99,19 +104,23 @@ def _check_base(kinds: Sequence[type], wanted: type, need: str, advice: str) -> 
 
 def _gives_mixture(base: Any) -> bool:
     """Whether a method fits a mixture, under any number of temperatures."""
-    inner = getattr(base, "method", None)
-    method = inner if hasattr(inner, "fit") else base
+    method = _unwrapped(base)
     if isinstance(method, Temperature):
         return _gives_mixture(method.base)
     kinds = _posteriors_of(method)
     return bool(kinds) and all(issubclass(kind, Mixture) for kind in kinds)
 
 
+def _unwrapped(method: Any) -> Any:
+    """A method without what changes its training."""
+    inner = getattr(method, "method", None)
+    return inner if hasattr(inner, "fit") else method
+
+
 def _posteriors_of(base: Any) -> list[type]:
     """The classes of what a method's fit may return, by its annotation; none if it has no base."""
     if not hasattr(base, "fit"):
         return []
-    inner = getattr(base, "method", None)
-    kind: Any = type(inner if hasattr(inner, "fit") else base)
+    kind: Any = type(_unwrapped(base))
     returned = get_type_hints(kind.fit).get("return", object)
     return [kind for kind in getattr(returned, "__args__", (returned,)) if isinstance(kind, type)]
