@@ -13,6 +13,7 @@ from bayestune.methods.laplace import Laplace
 from bayestune.methods.mc_dropout import MCDropout
 from bayestune.methods.temperature import PosteriorScale, Temperature
 from bayestune.methods.tfb import TFB
+from bayestune.methods.unlabelled import unlabelled_of
 from bayestune.methods.workplace import refuse_parts_of
 from bayestune.posteriors import Gaussian, Mixture, Point, Tempered
 from bayestune.scoring import Scorer
@@ -38,7 +39,7 @@ def check_method(method: Any, scorer: Scorer, slots: Slots) -> None:
     if isinstance(method, Temperature | PosteriorScale | EarlyStopping) or (
         chooses and method.choose == "held_out"
     ):
-        held_out_rows(scorer, name)
+        held_out_rows(scorer, name, unlabelled_of(getattr(method, "base", None), scorer))
     # Laplace takes the last block where the head has no adapter
     if getattr(method, "layers", "all") == "last" and not isinstance(method, Laplace):
         head_slots(slots, getattr(method, "sides", ("lora_A",)))
