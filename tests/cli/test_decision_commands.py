@@ -108,6 +108,25 @@ def test_decisions_are_the_same_by_every_way(place, capsys, method):
     assert record["gate"]["acted"] == pytest.approx(len(acted) / len(lines))
 
 
+def test_a_calibration_of_laplace_is_of_its_draws_not_of_its_mean(place):
+    run(*fitting(place, method="laplace", learning_rate=0.1, **{"laplace.prior_precision": 1.0}))
+    run(*calibrating(place))
+    calibration = Calibration.read(place / "out", posterior_digest(place / "out"))
+    assert calibration is not None
+    assert calibration.settings["draws"] == 1000
+    assert all(line["mutual_information"] > 1e-4 for line in predicting(place))
+    given = [f"--posterior={place / 'out'}", f"--evaluation_data={place / 'new.jsonl'}"]
+    for draws in (1000, 0):  # an earlier version calibrated 0, the mean
+        text = json.loads((place / "out" / FILE_NAME).read_text(encoding="utf-8"))
+        text["settings"]["draws"] = draws
+        (place / "out" / FILE_NAME).write_text(json.dumps(text), encoding="utf-8")
+        run("evaluate", *given, "--resamples=20", "--draws=[0]")
+        record = read_records(place / "out")[-1]
+        assert record["draws"] == draws
+        rows = read_rows(place / "out" / record["predictions"])
+        assert all((row["mutual_information"] > 1e-4) == (draws > 0) for row in rows)
+
+
 def test_a_row_that_cannot_be_read_is_an_error_in_python_too(place):
     run(*fitting(place, **NOISY))
     run(*calibrating(place, "--draws=[2]", "--factors=[]"))

@@ -8,6 +8,7 @@ from bayestune.data import Question, own_task
 from bayestune.methods import (
     TFB,
     BLoB,
+    Distilled,
     Ensemble,
     Laplace,
     MCDropout,
@@ -45,6 +46,22 @@ def test_rows_that_cannot_decide_are_refused(case, method):
             method.fit(case.make(), scorer, TRAINING)
 
 
+STUDENT = Distilled(steps=2)
+LEARNING = [Temperature(STUDENT), PosteriorScale(TFB(STUDENT)), Laplace(STUDENT, choose="held_out")]
+
+
+@pytest.mark.parametrize("method", LEARNING, ids=lambda method: type(method).__name__)
+def test_rows_that_a_student_learnt_decide_nothing(case, method):
+    learnt = replace(case.task.held_out[0], id="another", answer=None)
+    scorer = make_scorer(case.make(), tokenizer(), replace(case.task, unlabelled=(learnt,)))
+    adapted = Slots(start_adapter(case.make(), TRAINING))
+    with pytest.raises(Refusal, match="must not choose on rows seen in training: got 1 of 4"):
+        method.fit(case.make(), scorer, TRAINING)
+    with pytest.raises(Refusal, match="must not choose on rows seen in training: got 1 of 4"):
+        check_method(method, scorer, adapted)
+    check_method(Distilled(Temperature()), scorer, adapted)  # its teacher has not learnt them
+
+
 @pytest.mark.parametrize("method", [BLoB(layers="last"), TFB(layers="last", anchors=4)])
 def test_a_head_without_an_adapter_is_refused(case, method):
     with pytest.raises(ValueError, match="got a model whose head has none, expected one"):
@@ -55,8 +72,9 @@ def test_a_row_and_its_twin_of_another_order_are_not_parted():
     row = Question("a", "what is red?", ("red", "green"), 0)
     others = [replace(row, id=f"{i}", question=f"what is {i}?") for i in range(40)]
     twins = [replace(one.with_options(("green", "red")), id=f"t{one.id}") for one in others]
-    task = own_task("mine", (*others, *twins), ()).subset(holdout=0.5, seed=3)
-    seen = {one.fingerprint for one in task.train}
+    whole = own_task("mine", (*others, *twins), ())
+    task = whole.subset(holdout=0.5, seed=3, unlabelled=10)
+    seen = {one.fingerprint for one in (*task.train, *task.unlabelled)}
     assert task.held_out
     assert not [one for one in task.held_out if one.fingerprint in seen]
 
@@ -65,9 +83,12 @@ def test_a_row_and_its_twin_of_another_order_are_not_parted():
     ("method", "said"),
     [
         (MCDropout(base=BLoB()), "MCDropout builds on a point"),
+        (MCDropout(base=Distilled()), "whose student is trained without dropout"),
         (Ensemble(base=Ensemble()), "Ensemble saves its members as adapters"),
+        (Ensemble(base=Temperature(Ensemble())), "Ensemble saves its members as adapters"),
         (TFB(base=Temperature()), r"put the temperature around it, Temperature\(base=TFB"),
         (Temperature(base=Ensemble(), draws=0), "got draws=0 and a base without a mean"),
+        (Temperature(Temperature(Ensemble()), draws=0), "got draws=0 and a base without a mean"),
     ],
 )
 def test_a_base_that_a_method_cannot_build_on_is_refused_before_it_is_fitted(case, method, said):

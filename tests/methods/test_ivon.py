@@ -141,6 +141,11 @@ def test_the_posteriors_spread_is_the_optimisers(case):
     assert abs(spread.std() / expected - 1) < 4 / math.sqrt(2 * spread.numel())
 
 
+def test_a_fit_does_not_say_that_its_standard_deviation_starts_anew(case, caplog):
+    case.fit(FELT)
+    assert "starts anew" not in caplog.text
+
+
 def test_the_head_is_trained_and_has_no_noise(head):
     posterior = head.fit(FELT)
     ((name, trained),) = posterior.slots.heads.items()

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from bayestune.errors import Refusal
 from bayestune.forward import Draws
-from bayestune.methods import MLE, BLoB, MCDropout
+from bayestune.methods import MLE, BLoB, Distilled, MCDropout, WithTraining
 from bayestune.posteriors import Dropout, Point, Scaled
 
 
@@ -41,3 +42,11 @@ def test_a_base_that_is_not_a_point_or_has_no_dropout_is_refused(case):
         case.fit(MCDropout(base=BLoB()))
     with pytest.raises(ValueError, match="the adapter has no dropout: got lora_dropout=0"):
         Dropout(case.fit(MLE()).model, case.scorer)
+
+
+@pytest.mark.parametrize("masks", ["token", "held"])
+def test_a_base_that_was_trained_without_the_dropout_is_refused(case, masks):
+    student = Distilled(MLE(), steps=2)  # trains without any
+    for base in (student, WithTraining(MLE(), {"lora": {"dropout": 0.0}})):
+        with pytest.raises(Refusal, match=r"a base trained with a dropout of 0.0, expected 0.1"):
+            case.fit(MCDropout(base, masks=masks))

@@ -17,6 +17,7 @@ from bayestune.posteriors import (
     AdapterPosterior,
     Dropout,
     Gaussian,
+    Linearised,
     LowRank,
     Mixture,
     Point,
@@ -26,6 +27,9 @@ from bayestune.posteriors import (
     Tempered,
     TokenNoise,
     gaussian_logits,
+    load_posterior,
+    predict,
+    save_posterior,
 )
 from tiny import BATCH, adapted, converted, end_logits, tiny_llama, with_second
 
@@ -214,6 +218,24 @@ def test_a_mixture_of_points_is_exact_with_a_draw_of_each(two):
     alone = Mixture(points[1:])
     assert alone.has_mean
     assert torch.equal(alone.logits(BATCH, Draws(0)), points[1].logits(BATCH, Draws(0)))
+
+
+def test_a_mixture_of_posteriors_with_a_fixed_number_of_draws_takes_those_of_all(two):
+    blocks = {name: Diagonal(torch.full(x, 20.0)) for name, x in Slots(two).shapes().items()}
+    members = [Linearised(two, end_logits, blocks, 5.0, adapter=name) for name in ("default", "b")]
+    each = [predict(member, BATCH).probabilities for member in members]
+    assert_close(predict(Mixture(members[:1]), BATCH).probabilities, each[0])
+    assert_close(predict(Mixture(members), BATCH).probabilities, (each[0] + each[1]) / 2)
+    assert Mixture([members[0], Point(two, end_logits, adapter="b")]).atoms is None
+
+
+@pytest.mark.parametrize("temperatures", [(2.0,), (2.0, 3.0)])
+def test_a_mixture_under_temperatures_is_saved_with_all_members(two, tmp_path, temperatures):
+    tempered = Mixture([Point(two, end_logits, adapter=name) for name in ("default", "b")])
+    for temperature in temperatures:
+        tempered = Tempered(tempered, temperature)
+    loaded = load_posterior(tiny_llama(), save_posterior(tempered, tmp_path), end_logits)
+    assert_close(loaded.logits(BATCH, Draws(2)), tempered.logits(BATCH, Draws(2)))
 
 
 def test_a_mixture_shares_a_prefix_with_no_member(two):

@@ -10,6 +10,7 @@ from bayestune.methods.preconditions import check_launch, check_method
 from bayestune.methods.recipes import Settings, WithTraining, changed, described, make_method
 from bayestune.methods.registry import *  # noqa: F403
 from bayestune.methods.started import STARTED, other_settings
+from bayestune.methods.unlabelled import inner_methods, learns_unlabelled
 
 __all__ = [  # noqa: PLE0604 # pyright: ignore[reportUnsupportedDunderAll]
     *_registry.__all__,
@@ -22,6 +23,8 @@ __all__ = [  # noqa: PLE0604 # pyright: ignore[reportUnsupportedDunderAll]
     "check_method",
     "described",
     "distil",
+    "inner_methods",
+    "learns_unlabelled",
     "make_method",
     "other_settings",
 ]

@@ -24,15 +24,18 @@ def check_point(posterior: Posterior, method: str) -> Point:
     return posterior
 
 
-def held_out_rows(scorer: Scorer, method: str) -> tuple[Question, ...]:
+def held_out_rows(
+    scorer: Scorer, method: str, learnt: Sequence[Question] = ()
+) -> tuple[Question, ...]:
     """The task's held-out rows, on which a method may choose.
 
     Args:
         scorer: of the task.
         method: the method's name, for messages.
+        learnt: rows that its base learns from beside the training rows, as a student does.
 
     Raises:
-        Refusal: if there are none, one has no answer, or one is a training row too.
+        Refusal: if there are none, one has no answer, or one is a row that training saw.
     """
     rows = scorer.task.held_out
     if not rows:
@@ -43,7 +46,7 @@ def held_out_rows(scorer: Scorer, method: str) -> tuple[Question, ...]:
         raise Refusal(
             f"{method} chooses on held-out rows with answers: got a row without one; drop it"
         )
-    trained_on = {row.fingerprint for row in scorer.task.train}
+    trained_on = {row.fingerprint for row in (*scorer.task.train, *learnt)}
     seen = [row.id for row in rows if row.fingerprint in trained_on]
     if seen:
         raise Refusal(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from bayestune.adapters import SIDES, Slots, bayesify
+from bayestune.adapters import SIDES, Slots, make_gaussian
 from bayestune.errors import NUMERIC, Refusal, check_fields
 from bayestune.posteriors import Gaussian
 from bayestune.scoring import Scorer
@@ -192,7 +192,8 @@ class IVON:
         draw = DrawBeforeStep()
         adapted, report = fit_adapter(model, scorer, training, [draw], optimizer=optimizer)
         stds = draw.optimizer.stds()
-        bayesify(adapted, slots=Slots(adapted).names(SIDES))
+        slots = Slots(adapted)
+        make_gaussian(slots, slots.names(SIDES))
         posterior = Gaussian(adapted, scorer, report=report)
         with torch.no_grad():
             for layer in posterior.layers().values():

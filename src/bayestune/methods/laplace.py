@@ -17,6 +17,7 @@ from bayestune.forward import Draws
 from bayestune.methods.held_out import check_point, held_out_rows
 from bayestune.methods.map import MAP
 from bayestune.methods.method import Method
+from bayestune.methods.unlabelled import unlabelled_of
 from bayestune.methods.workplace import refuse_parts_of
 from bayestune.posteriors import Linearised, Point, Sampled, gaussian_logits
 from bayestune.scoring import Scorer, batches_by_length
@@ -68,7 +69,8 @@ class Laplace:
         """Fits the base, then the curvature around it."""
         refuse_parts_of("Laplace")
         if self.prior_precision is None and self.choose == "held_out":
-            held_out_rows(scorer, "Laplace")  # refused before the base is fitted
+            # refused before the base is fitted
+            held_out_rows(scorer, "Laplace", unlabelled_of(self.base, scorer))
         point = check_point(self.base.fit(model, scorer, training), "Laplace")
         return self.around(point, scorer, bf16=training.bf16)
 

@@ -13,6 +13,7 @@ from bayestune.methods.laplace import Laplace
 from bayestune.methods.mc_dropout import MCDropout
 from bayestune.methods.temperature import PosteriorScale, Temperature
 from bayestune.methods.tfb import TFB
+from bayestune.methods.unlabelled import unlabelled_of
 from bayestune.methods.workplace import refuse_parts_of
 from bayestune.posteriors import Gaussian, Mixture, Point, Tempered
 from bayestune.scoring import Scorer
@@ -38,7 +39,7 @@ def check_method(method: Any, scorer: Scorer, slots: Slots) -> None:
     if isinstance(method, Temperature | PosteriorScale | EarlyStopping) or (
         chooses and method.choose == "held_out"
     ):
-        held_out_rows(scorer, name)
+        held_out_rows(scorer, name, unlabelled_of(getattr(method, "base", None), scorer))
     # Laplace takes the last block where the head has no adapter
     if getattr(method, "layers", "all") == "last" and not isinstance(method, Laplace):
         head_slots(slots, getattr(method, "sides", ("lora_A",)))
@@ -49,9 +50,14 @@ def _check_kind_of_base(method: Any) -> None:
     """Refuses a base whose posterior the method cannot build on."""
     name = type(method).__name__
     kinds = _posteriors_of(getattr(method, "base", None))
-    is_mixture = bool(kinds) and all(issubclass(kind, Mixture) for kind in kinds)
+    is_mixture = _gives_mixture(getattr(method, "base", None))
     if isinstance(method, Laplace | MCDropout):
         _check_base(kinds, Point, f"{name} builds on a point", "use MLE or MAP as its base")
+    if isinstance(method, MCDropout) and isinstance(_unwrapped(method.base), Distilled):
+        raise Refusal(
+            f"{name} drops as its base was trained: got Distilled as its base, whose student is "
+            "trained without dropout, expected such as MLE; take MLE or MAP as its base"
+        )
     if isinstance(method, PosteriorScale):
         need = f"{name} scales a Gaussian"
         _check_base(kinds, Gaussian, need, "expected BLoB, BBB, TFB or IVON")
@@ -97,11 +103,25 @@ def _check_base(kinds: Sequence[type], wanted: type, need: str, advice: str) -> 
         raise Refusal(f"{need}: got a {got} from its base, expected a {wanted.__name__}; {advice}")
 
 
+def _gives_mixture(base: Any) -> bool:
+    """Whether a method fits a mixture, under any number of temperatures."""
+    method = _unwrapped(base)
+    if isinstance(method, Temperature):
+        return _gives_mixture(method.base)
+    kinds = _posteriors_of(method)
+    return bool(kinds) and all(issubclass(kind, Mixture) for kind in kinds)
+
+
+def _unwrapped(method: Any) -> Any:
+    """A method without what changes its training."""
+    inner = getattr(method, "method", None)
+    return inner if hasattr(inner, "fit") else method
+
+
 def _posteriors_of(base: Any) -> list[type]:
     """The classes of what a method's fit may return, by its annotation; none if it has no base."""
     if not hasattr(base, "fit"):
         return []
-    inner = getattr(base, "method", None)
-    kind: Any = type(inner if hasattr(inner, "fit") else base)
+    kind: Any = type(_unwrapped(base))
     returned = get_type_hints(kind.fit).get("return", object)
     return [kind for kind in getattr(returned, "__args__", (returned,)) if isinstance(kind, type)]

@@ -11,6 +11,7 @@ from bayestune.methods.blob import BLoB
 from bayestune.methods.held_out import held_out_logits, held_out_rows
 from bayestune.methods.method import Method
 from bayestune.methods.mle import MLE
+from bayestune.methods.unlabelled import unlabelled_of
 from bayestune.methods.workplace import refuse_parts_of
 from bayestune.posteriors import Gaussian, Tempered
 from bayestune.scoring import Scorer
@@ -38,7 +39,7 @@ class Temperature:
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Tempered:
         """Fits the base, then T."""
         refuse_parts_of("Temperature")
-        rows = held_out_rows(scorer, "Temperature")
+        rows = held_out_rows(scorer, "Temperature", unlabelled_of(self.base, scorer))
         posterior = self.base.fit(model, scorer, training)
         meter = Meter()
         draws = Draws(self.draws, bf16=training.bf16)
@@ -75,7 +76,7 @@ class PosteriorScale:
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Gaussian:
         """Fits the base, then the factor."""
         refuse_parts_of("PosteriorScale")
-        rows = held_out_rows(scorer, "PosteriorScale")
+        rows = held_out_rows(scorer, "PosteriorScale", unlabelled_of(self.base, scorer))
         posterior = self.base.fit(model, scorer, training)
         if not isinstance(posterior, Gaussian):
             raise Refusal(

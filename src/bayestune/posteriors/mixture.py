@@ -30,8 +30,8 @@ class Mixture(Posterior):
 
     Where all members' draws are adapters of the same layers with the same scalings and nothing else
     was trained, all draws run in one pass: the base weights are read once. Otherwise each member
-    runs under its own adapter. A mixture of one has a mean if the member has one; a mixture of
-    points has K atoms.
+    runs under its own adapter. A mixture of one has a mean if the member has one; K members with
+    atoms, the same number each, have K times as many: K points have K.
 
     Args:
         members: the posteriors, on the same PEFT model under different adapter names.
@@ -60,7 +60,9 @@ class Mixture(Posterior):
         self.adapter = first.adapter  # in whose slots the draws run
         self.by_batch = any(member.by_batch for member in self.members)
         self.has_mean = len(names) == 1 and first.has_mean
-        self.atoms = len(names) if all(member.atoms == 1 for member in self.members) else None
+        of_each = {member.atoms for member in self.members}
+        fixed = of_each.pop() if len(of_each) == 1 else None  # a member's own number of draws
+        self.atoms = None if fixed is None else len(names) * fixed
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the draws kept between batches, which no copy can use."""

@@ -83,8 +83,9 @@ class Posterior(ABC):
         report: what its fit took.
         has_mean: whether `Draws(0)` gives the logits of a mean adapter.
         by_batch: whether a row's draws depend on the rows of its batch, as noise by token does.
-        atoms: the number of draws where it is fixed: 1 of a point and K of K points, whose
-            predictive is then exact; 1000 where draws cost nothing. None where more are better.
+        atoms: the number of draws where it is fixed: 1 of a point, whose predictive is then exact;
+            1000 where draws cost nothing; of a mixture those of all members. None where more are
+            better.
         digest: `posterior_digest` of the folder it comes from, if whoever loaded it set this.
     """
 

@@ -114,7 +114,7 @@ def save_posterior(
             record["members"] = [f"member-{i}" for i in range(len(posterior.members))]
             for member, name in zip(posterior.members, record["members"], strict=True):
                 save_posterior(member, place / name, details)
-        elif isinstance(posterior, Tempered) and isinstance(posterior.base, Mixture):
+        elif isinstance(posterior, Tempered) and _is_of_several(posterior.base):
             record |= {"base": "base", "facts": {"temperature": posterior.temperature}}
             save_posterior(posterior.base, place / "base", details)
         else:
@@ -123,6 +123,13 @@ def save_posterior(
             record |= facts_of(slots, save_adapter(slots, scratch))
         write_posterior(scratch, {**record, **(details or {})}, tensors)
     return place
+
+
+def _is_of_several(posterior: Posterior) -> bool:
+    """Whether it is a mixture, under any number of temperatures: not of one adapter."""
+    while isinstance(posterior, Tempered):
+        posterior = posterior.base
+    return isinstance(posterior, Mixture)
 
 
 def _of_model(model: nn.Module, adapter: str | None) -> Posterior:

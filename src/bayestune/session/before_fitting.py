@@ -12,7 +12,15 @@ from torch import nn
 from bayestune.adapters import Lora, Slots, attach, detach
 from bayestune.data import Question
 from bayestune.errors import Refusal
-from bayestune.methods import Distilled, Ensemble, Method, changed, check_method
+from bayestune.methods import (
+    Distilled,
+    Ensemble,
+    Method,
+    changed,
+    check_method,
+    inner_methods,
+    learns_unlabelled,
+)
 from bayestune.scoring import Scorer, check_lengths
 from bayestune.session.as_fitted import warn_of_repeated_rows
 from bayestune.training import Training
@@ -47,11 +55,6 @@ def check_fits(model: nn.Module, scorer: Scorer, lora: Lora, methods: Iterable[M
         detach(adapted)
 
 
-def learns_unlabelled(method: Any) -> bool:
-    """Whether a method, or what it builds on, learns on a task's unlabelled rows."""
-    return isinstance(method, Distilled) or any(map(learns_unlabelled, _inner_methods(method)))
-
-
 def learnt_rows(method: Any, scorer: Scorer, training: Training) -> tuple[Question, ...]:
     """The unlabelled rows that a fit learns from: those that the steps of its students reach."""
     if not learns_unlabelled(method):
@@ -60,14 +63,8 @@ def learnt_rows(method: Any, scorer: Scorer, training: Training) -> tuple[Questi
         return scorer.task.unlabelled
     of_student = method.rows(scorer, training) if isinstance(method, Distilled) else ()
     training = changed(training, getattr(method, "changes", {}))
-    of_inner = (learnt_rows(inner, scorer, training) for inner in _inner_methods(method))
+    of_inner = (learnt_rows(inner, scorer, training) for inner in inner_methods(method))
     return (*of_student, *chain.from_iterable(of_inner))
-
-
-def _inner_methods(method: Any) -> list[Any]:
-    """The methods that a method builds on, by either name of the field that holds one."""
-    inner = (getattr(method, "base", None), getattr(method, "method", None))
-    return [each for each in inner if each is not None]
 
 
 def check_answers(rows: Sequence[Question]) -> None:

@@ -22,7 +22,13 @@ from bayestune.evaluation import (
     prediction_rows,
 )
 from bayestune.forward import Draws
-from bayestune.posteriors import Prediction, artefact_folder, is_hub_id, posterior_digest
+from bayestune.posteriors import (
+    Prediction,
+    artefact_folder,
+    count_for,
+    is_hub_id,
+    posterior_digest,
+)
 from bayestune.session.artefact import Artefact, Rows, content_of, rows_for_artefact, unsure_options
 from bayestune.session.as_fitted import (
     lines_of_all_rows,
@@ -141,9 +147,8 @@ class CalibratedPredictor:
         begin = time.perf_counter()
         outputs = self.row_predictor.over(rows, shared=True)
         seconds = time.perf_counter() - begin
-        atoms = self.fit.posterior.atoms
-        count = self.way.draws if atoms is None else atoms
-        if atoms == 1:  # a point: its only draw is its mean
+        count = count_for(self.fit.posterior, self.way.draws)
+        if self.fit.posterior.atoms == 1:  # a point: its only draw is its mean
             count = 0
         evaluated = Evaluated(count, self._prediction(outputs.logits), seconds, count)
         facts = self._facts(count) | seen_facts(self.fit.details, rows)

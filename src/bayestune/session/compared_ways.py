@@ -62,7 +62,7 @@ class VariantOptions:
         """The ways that a posterior has, without its student."""
         posterior = artefact.fit.posterior
         if posterior.atoms is not None:
-            count = 0 if posterior.has_mean else posterior.atoms
+            count = 0 if posterior.atoms == 1 else posterior.atoms  # a point's draw is its mean
             return [PredictionOptions(count, self.draw_seed, bf16)]
         counts = [count for count in self.draws if count or posterior.has_mean]
         ways = [PredictionOptions(count, self.draw_seed, bf16) for count in dict.fromkeys(counts)]
