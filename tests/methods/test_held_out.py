@@ -16,6 +16,7 @@ from bayestune.methods import (
     Temperature,
     check_method,
 )
+from bayestune.methods.held_out import held_out_rows
 from bayestune.scoring import make_scorer
 from bayestune.training import start_adapter
 from promises import TRAINING, tokenizer
@@ -51,15 +52,19 @@ LEARNING = [Temperature(STUDENT), PosteriorScale(TFB(STUDENT)), Laplace(STUDENT,
 
 
 @pytest.mark.parametrize("method", LEARNING, ids=lambda method: type(method).__name__)
-def test_rows_that_a_student_learnt_decide_nothing(case, method):
-    learnt = replace(case.task.held_out[0], id="another", answer=None)
-    scorer = make_scorer(case.make(), tokenizer(), replace(case.task, unlabelled=(learnt,)))
+def test_rows_that_a_student_learnt_decide_nothing(case, method, caplog):
+    learnt = [replace(row, id=f"u{row.id}", answer=None) for row in case.task.held_out]
+    scorer = make_scorer(case.make(), tokenizer(), replace(case.task, unlabelled=tuple(learnt)))
     adapted = Slots(start_adapter(case.make(), TRAINING))
-    with pytest.raises(Refusal, match="must not choose on rows seen in training: got 1 of 4"):
+    with pytest.raises(Refusal, match="rows that its base learns from: got 4 held-out rows, all"):
         method.fit(case.make(), scorer, TRAINING)
-    with pytest.raises(Refusal, match="must not choose on rows seen in training: got 1 of 4"):
+    with pytest.raises(Refusal, match="rows that its base learns from: got 4 held-out rows, all"):
         check_method(method, scorer, adapted)
     check_method(Distilled(Temperature()), scorer, adapted)  # its teacher has not learnt them
+    some = make_scorer(case.make(), tokenizer(), replace(case.task, unlabelled=(learnt[1],)))
+    left = held_out_rows(some, "Temperature", some.task.unlabelled)
+    assert [row.id for row in left] == [case.task.held_out[i].id for i in (0, 2, 3)]
+    assert "Temperature leaves out 1 of 4 held-out rows" in caplog.text
 
 
 @pytest.mark.parametrize("method", [BLoB(layers="last"), TFB(layers="last", anchors=4)])
@@ -72,9 +77,8 @@ def test_a_row_and_its_twin_of_another_order_are_not_parted():
     row = Question("a", "what is red?", ("red", "green"), 0)
     others = [replace(row, id=f"{i}", question=f"what is {i}?") for i in range(40)]
     twins = [replace(one.with_options(("green", "red")), id=f"t{one.id}") for one in others]
-    whole = own_task("mine", (*others, *twins), ())
-    task = whole.subset(holdout=0.5, seed=3, unlabelled=10)
-    seen = {one.fingerprint for one in (*task.train, *task.unlabelled)}
+    task = own_task("mine", (*others, *twins), ()).subset(holdout=0.5, seed=3)
+    seen = {one.fingerprint for one in task.train}
     assert task.held_out
     assert not [one for one in task.held_out if one.fingerprint in seen]
 

@@ -121,8 +121,7 @@ class Task:
         not_held_out = rows[count:]
         labelled, without_answers = _parted(not_held_out, train, unlabelled)
         contents = {row.content for row in not_held_out}
-        learnt = (*labelled, *without_answers)
-        fingerprints = {row.fingerprint for row in learnt}  # whatever their options' order
+        fingerprints = {row.fingerprint for row in labelled}  # whatever their options' order
         held_out = []
         for row in rows[:count]:
             if row.content not in contents and row.fingerprint not in fingerprints:

@@ -1,5 +1,6 @@
 """For methods that build on others: held-out rows and their logits, a point, the head's slots."""
 
+import logging
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
@@ -12,6 +13,8 @@ from bayestune.errors import Refusal
 from bayestune.forward import Draws
 from bayestune.posteriors import Point, Posterior, count_for
 from bayestune.scoring import Scorer, row_logits
+
+logger = logging.getLogger(__name__)
 
 
 def check_point(posterior: Posterior, method: str) -> Point:
@@ -27,15 +30,17 @@ def check_point(posterior: Posterior, method: str) -> Point:
 def held_out_rows(
     scorer: Scorer, method: str, learnt: Sequence[Question] = ()
 ) -> tuple[Question, ...]:
-    """The task's held-out rows, on which a method may choose.
+    """The task's held-out rows on which a method may choose.
+
+    Those that its base has learnt without their answers, as a student does, are left out.
 
     Args:
         scorer: of the task.
         method: the method's name, for messages.
-        learnt: rows that its base learns from beside the training rows, as a student does.
+        learnt: rows that its base learns from beside the training rows.
 
     Raises:
-        Refusal: if there are none, one has no answer, or one is a row that training saw.
+        Refusal: if none is left, one has no answer, or one is a training row.
     """
     rows = scorer.task.held_out
     if not rows:
@@ -46,14 +51,35 @@ def held_out_rows(
         raise Refusal(
             f"{method} chooses on held-out rows with answers: got a row without one; drop it"
         )
-    trained_on = {row.fingerprint for row in (*scorer.task.train, *learnt)}
+    trained_on = {row.fingerprint for row in scorer.task.train}
     seen = [row.id for row in rows if row.fingerprint in trained_on]
     if seen:
         raise Refusal(
             f"{method} must not choose on rows seen in training: got {len(seen)} of {len(rows)}, "
             f"such as {seen[0]}; take them out of one part"
         )
-    return rows
+    return _without_learnt(rows, method, learnt)
+
+
+def _without_learnt(
+    rows: tuple[Question, ...], method: str, learnt: Sequence[Question]
+) -> tuple[Question, ...]:
+    """The rows that are not among those learnt, in whatever order their options stand."""
+    known = {row.fingerprint for row in learnt}
+    left = tuple(row for row in rows if row.fingerprint not in known)
+    if not left:
+        raise Refusal(
+            f"{method} must not choose on rows that its base learns from: got {len(rows)} held-out "
+            "rows, all among the unlabelled rows; take them out of one part"
+        )
+    if len(left) < len(rows):
+        logger.warning(
+            "%s leaves out %d of %d held-out rows: its base learns from them as unlabelled rows",
+            method,
+            len(rows) - len(left),
+            len(rows),
+        )
+    return left
 
 
 def held_out_logits(

@@ -69,8 +69,7 @@ class Laplace:
         """Fits the base, then the curvature around it."""
         refuse_parts_of("Laplace")
         if self.prior_precision is None and self.choose == "held_out":
-            # refused before the base is fitted
-            held_out_rows(scorer, "Laplace", unlabelled_of(self.base, scorer))
+            self._held_out(scorer)  # refused before the base is fitted
         point = check_point(self.base.fit(model, scorer, training), "Laplace")
         return self.around(point, scorer, bf16=training.bf16)
 
@@ -114,7 +113,11 @@ class Laplace:
             return self.prior_precision
         if self.choose == "evidence":
             return best_precision(curvature, squared_norm)
-        return best_on_held_out(posterior, _batches(scorer, scorer.task.held_out, self.batch_size))
+        rows = self._held_out(scorer)
+        return best_on_held_out(posterior, _batches(scorer, rows, self.batch_size))
+
+    def _held_out(self, scorer: Scorer) -> tuple[Question, ...]:
+        return held_out_rows(scorer, "Laplace", unlabelled_of(self.base, scorer))
 
 
 def last_slots(names: Sequence[str]) -> list[str]:
