@@ -108,7 +108,7 @@ def test_decisions_are_the_same_by_every_way(place, capsys, method):
     assert record["gate"]["acted"] == pytest.approx(len(acted) / len(lines))
 
 
-def test_a_calibration_of_laplace_is_of_its_draws_not_of_its_mean(place):
+def test_a_calibration_of_laplace_is_of_its_draws_not_of_its_mean(place, capsys):
     run(*fitting(place, method="laplace", learning_rate=0.1, **{"laplace.prior_precision": 1.0}))
     run(*calibrating(place))
     calibration = Calibration.read(place / "out", posterior_digest(place / "out"))
@@ -125,6 +125,10 @@ def test_a_calibration_of_laplace_is_of_its_draws_not_of_its_mean(place):
         assert record["draws"] == draws
         rows = read_rows(place / "out" / record["predictions"])
         assert all((row["mutual_information"] > 1e-4) == (draws > 0) for row in rows)
+    text["settings"]["draws"] = 10  # of which an earlier version averaged an ensemble
+    (place / "out" / FILE_NAME).write_text(json.dumps(text), encoding="utf-8")
+    told = failed(["evaluate", *given], capsys)
+    assert "got one of 10 draws, expected 1000" in told
 
 
 def test_a_row_that_cannot_be_read_is_an_error_in_python_too(place):

@@ -599,21 +599,32 @@ def test_an_optimiser_that_takes_the_kl_back_between_its_steps_is_refused(kind, 
 class MovingStart(torch.optim.Optimizer):
     """Goes on from the parameter's value, as Prodigy does, and is known to nobody."""
 
-    def __init__(self, params: Any, lr: float = 0.0) -> None:
-        super().__init__(params, {"lr": lr})
+    def __init__(self, params: Any, lr: float = 0.0, weight_decay: float = 0.01) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        print("weights decay by", weight_decay)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         for group in self.param_groups:
             for parameter in [one for one in group["params"] if one.grad is not None]:
                 self.state[parameter].setdefault("p0", parameter.detach().clone())
+                if group["weight_decay"] > 0.01:  # a strong one, at any learning rate
+                    parameter.mul_(1 - group["weight_decay"])
                 parameter.add_(parameter.grad.sign(), alpha=-group["lr"])
 
 
-def test_an_optimiser_that_goes_on_from_the_parameters_value_is_taken():
+def test_an_optimiser_that_goes_on_from_the_parameters_value_is_taken(monkeypatch, capsys):
     model = gaussian()
-    optimizer = MovingStart([p for p in model.parameters() if p.requires_grad])
+    seeds: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    KLStep(final_std=0.1).attach(model, MovingStart(trained, 0.1, 0.05), total_steps=STEPS)
+    optimizer = MovingStart(trained)
+    printed = capsys.readouterr().out
     KLStep(final_std=0.1, std_lr=0.0).attach(model, optimizer, total_steps=STEPS)
+    assert not seeds  # a GPU's noise goes on as it was
+    assert printed.count("weights decay") == 2  # by the two above
+    assert not capsys.readouterr().out
     loop(model, optimizer, STEPS)
     assert mean_std(model) == pytest.approx(0.1, rel=0.05)
 

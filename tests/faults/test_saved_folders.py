@@ -42,7 +42,8 @@ from bayestune import (
     load_posterior,
     save_posterior,
 )
-from bayestune.adapters import GaussianLinear, Slots
+from bayestune.adapters import GaussianLinear, Slots, frozen_samples
+from bayestune.adapters.base_samples import base_samples
 from bayestune.posteriors import (
     DETAILS,
     Posterior,
@@ -489,6 +490,20 @@ def test_a_base_of_which_one_kind_of_layer_is_another_is_another_one(kind, tmp_p
         PosteriorError, match=f"of another base model: got other values of .*{kind}"
     ):
         load_posterior(other, tmp_path)
+
+
+def test_statistics_of_quantised_weights_are_not_sampled():
+    state = {"q.weight": torch.ones(2), "q.weight.nested_absmax": torch.ones(2)}
+    assert list(base_samples(nn.Linear(1, 1), state)["tensors"]) == ["q.weight"]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3]}]
+)
+def test_a_base_has_the_same_samples_with_and_without_an_adapter(changes):
+    plain = frozen_samples(tiny_llama())
+    assert frozen_samples(fitted(tiny_llama(), **changes)) == plain
+    assert "lm_head.weight" in plain["tensors"]
 
 
 def test_a_base_with_copied_layers_left_in_it_is_another_one(tmp_path):

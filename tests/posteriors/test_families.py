@@ -214,7 +214,7 @@ def test_a_mixtures_draws_are_its_members_in_turn(make: Callable[..., Mixture], 
 
 def test_a_mixture_of_points_is_exact_with_a_draw_of_each(two):
     points = [Point(two, end_logits), Point(two, end_logits, adapter="b")]
-    assert Mixture(points).atoms == 2
+    assert Mixture(points).atoms == Mixture(points).passes(2) == 2
     alone = Mixture(points[1:])
     assert alone.has_mean
     assert torch.equal(alone.logits(BATCH, Draws(0)), points[1].logits(BATCH, Draws(0)))
@@ -227,6 +227,9 @@ def test_a_mixture_of_posteriors_with_a_fixed_number_of_draws_takes_those_of_all
     assert_close(predict(Mixture(members[:1]), BATCH).probabilities, each[0])
     assert_close(predict(Mixture(members), BATCH).probabilities, (each[0] + each[1]) / 2)
     assert Mixture([members[0], Point(two, end_logits, adapter="b")]).atoms is None
+    assert (
+        Tempered(Mixture(members), 2.0).passes(2000) == 2
+    )  # one of each, whose draws cost nothing
 
 
 @pytest.mark.parametrize("temperatures", [(2.0,), (2.0, 3.0)])

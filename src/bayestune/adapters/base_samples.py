@@ -21,8 +21,10 @@ VALUES = 16  # sampled of each of them
 _COPIED = re.compile(r"((?:model\.|bert\.)*(?:encoder\.layer|layers|h)\.)(\d+)\.")
 
 # in the names of what adapters, and modules that are trained whole, add to a base
-_ADDED = ("lora_", "modules_to_save", "original_module", "trainable_tokens")
-_BEFORE_LAYER = (".token_adapter.", ".base_layer.")  # that an adapter wraps
+_ADDED = ("lora_", "modules_to_save", "trainable_tokens")
+_BEFORE_LAYER = (".token_adapter.", ".base_layer.", ".original_module.")  # that an adapter wraps
+# statistics of quantised weights, which devices round unlike each other
+_OF_QUANTISED = (".absmax", ".nested_absmax", ".quant_map", ".nested_quant_map", ".SCB")
 RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
 DEPTH = "num_hidden_layers"
@@ -44,15 +46,18 @@ def base_samples(
 ) -> dict[str, Any]:
     """Samples of a base's weights, first to last, some of its settings, and its precision.
 
-    Quantised and off-loaded tensors are left out. So the same tensors are sampled of a base in
-    float32, in bfloat16 and spread over processes.
+    Quantised tensors, their statistics, and off-loaded ones are left out. So the same tensors are
+    sampled of a base in float32, in bfloat16 and spread over processes.
 
     Args:
         model: the base, whose `config` is read if it has one.
         state: its tensors by name.
         adapted: names of tensors that merging an adapter and taking it out again changes a little.
     """
-    names = [name for name, value in state.items() if _is_plain(value)]
+    names = []
+    for name, value in state.items():
+        if _is_plain(value) and not name.endswith(_OF_QUANTISED):
+            names.append(name)
     tensors = {}
     for name in _sampled(names):
         value = whole(state[name])
@@ -72,7 +77,8 @@ def base_samples(
 def frozen_samples(model: nn.Module) -> dict[str, Any]:
     """`base_samples` of a base, the same with and without an adapter that leaves it as it is.
 
-    Left out are what an adapter trains beside A and B, and heads, which may start anew each time.
+    Left out are what an adapter trains beside A and B, biases, which it may train, and heads on a
+    model's body, which may start anew each time.
 
     Args:
         model: the base, or a PEFT model of it.
@@ -94,7 +100,8 @@ def _frozen(model: nn.Module) -> dict[str, Tensor]:
     frozen = {}
     for name, value in state.items():
         is_trained = is_adapted and value.requires_grad
-        if is_trained or name.endswith(RUNNING) or any(part in name for part in _ADDED):
+        may_change = is_trained or name.endswith((*RUNNING, "bias"))
+        if may_change or any(part in name for part in _ADDED):
             continue
         frozen[_plain(name)] = value
     return frozen

@@ -13,6 +13,7 @@ from bayestune.errors import Refusal
 
 Acquisition = Literal["bald", "batch_bald", "entropy", "margin", "random"]
 _MOST_OUTCOMES = 2**10  # joint answers of a batch
+_DRAWS = 32  # whose deviations from the mean are a row's features, where it has no others
 _POOL = 5  # candidates for each row that is chosen
 
 
@@ -137,7 +138,8 @@ def _diverse(spread: Spread, number: int, features: Tensor | None) -> Tensor:
     order = spread.mutual_information().argsort(descending=True, stable=True)
     candidates = order[: _POOL * number]
     if features is None:
-        points = (spread.draws - spread.mean).transpose(0, 1).flatten(1)  # (N, S·C)
+        # (N, S·C); the first draws stand for a thousand
+        points = (spread.draws[:_DRAWS] - spread.mean).transpose(0, 1).flatten(1)
     else:
         points = features.detach().cpu().double()
     if points.ndim != 2 or len(points) != len(order):

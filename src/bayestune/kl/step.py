@@ -121,7 +121,7 @@ class KLStep(TrainerCallback):
 
         Args:
             model: a model that `bayesify` has converted.
-            optimizer: any torch optimiser of its parameters.
+            optimizer: a torch optimiser of its parameters that goes on from their values.
             total_steps: T, the optimiser steps of the whole run.
             num_rows: N, for the authors' period; needed with `kl_lr` or bursts without `period`.
             batch_size: b, likewise.
@@ -129,8 +129,8 @@ class KLStep(TrainerCallback):
 
         Raises:
             Refusal: if the adapter has no Gaussian layer, the period cannot be known, the
-                optimiser does not hold G or would decay it, σ is beyond `final_std`, or so few
-                steps take it there that one overshoots.
+                optimiser does not hold G, would decay it or takes the KL step back, σ is beyond
+                `final_std`, or so few steps take it there that one overshoots.
         """
         self.detach()
         layers = gaussian_layers(model, self.adapter)

@@ -1,6 +1,8 @@
 """Refuses optimisers that take back, between their steps, what was done to a parameter."""
 
 import inspect
+import io
+from contextlib import redirect_stdout
 from typing import Any
 
 import torch
@@ -11,10 +13,20 @@ from bayestune.errors import Refusal
 from bayestune.kl.iterates import is_schedule_free
 
 # whose optimisers go on from a parameter's value, and wrappers that only pass a step on
-_KNOWN = ("torch", "transformers", "accelerate", "lightning", "pytorch_lightning", "bitsandbytes")
+_KNOWN = (
+    "accelerate",
+    "bitsandbytes",
+    "deepspeed",
+    "lightning",
+    "lightning_fabric",
+    "pytorch_lightning",
+    "torch",
+    "torchao",
+    "transformers",
+)
 _INNER = ("optimizer", "base_optimizer", "_base_optimizer")  # where wrappers keep an optimiser
 _STEPS = 12  # of a trial; slow weights are usually set every five or six
-_KEPT = 0.9  # of a displacement, at least: the rest is weight decay and the like
+_KEPT = 0.9  # of a displacement, at least, without weight decay
 
 
 def inner_optimizer(optimizer: Any) -> Any:
@@ -63,9 +75,9 @@ def _share_kept(optimizer: Any) -> float:
     """The share of a displacement that is left after some steps; 1 if no trial can be made."""
     if is_schedule_free(optimizer) or _is_known(optimizer):
         return 1.0
-    displacement = 0.01 * torch.randn(2, 32, 32, generator=torch.Generator().manual_seed(1))
+    displacement = 0.01 * _randn((2, 32, 32), seed=1)
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), redirect_stdout(io.StringIO()):
             moved = _ends_of_trial(optimizer, displacement) - _ends_of_trial(optimizer, None)
     except Exception:  # it needs more than its defaults say, or a GPU
         return 1.0
@@ -85,12 +97,11 @@ def _ends_of_trial(optimizer: Any, displacement: Tensor | None) -> Tensor:
         optimizer: whose kind and settings are taken.
         displacement: of both parameters, after three steps.
     """
-    torch.manual_seed(0)
-    parameters = [nn.Parameter(torch.randn(32, 32)) for _ in range(2)]
+    torch.default_generator.manual_seed(0)  # the CPU's alone: a GPU's noise goes on as it was
+    parameters = [nn.Parameter(_randn((32, 32), seed=number)) for number in range(2)]
     trial = _of_same_kind(optimizer, parameters)
     for step in range(3 + _STEPS):
-        gradients = torch.Generator().manual_seed(step)
-        parameters[0].grad = torch.randn(32, 32, generator=gradients)
+        parameters[0].grad = _randn((32, 32), seed=step)
         trial.step()
         if step == 2 and displacement is not None:
             for parameter, change in zip(parameters, displacement, strict=True):
@@ -103,6 +114,14 @@ def _of_same_kind(optimizer: Any, parameters: list[nn.Parameter]) -> Any:
     taken = inspect.signature(kind).parameters
     defaults = getattr(optimizer, "defaults", {})
     settings = {name: value for name, value in defaults.items() if name in taken}
+    if "weight_decay" in settings:
+        settings["weight_decay"] = 0.0
     if any(isinstance(getattr(optimizer, name, None), Optimizer) for name in _INNER):
         return kind(torch.optim.SGD(parameters, lr=1e-3), **settings)
     return kind(parameters, **settings)
+
+
+def _randn(shape: tuple[int, ...], seed: int) -> Tensor:
+    """Standard normal numbers on the CPU, whatever the default device is."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(shape, generator=generator, device="cpu")

@@ -28,16 +28,17 @@ def check_point(posterior: Posterior, method: str) -> Point:
 
 
 def held_out_rows(
-    scorer: Scorer, method: str, learnt: Sequence[Question] = ()
+    scorer: Scorer, method: str, learnt: Sequence[Question] = (), *, warns: bool = True
 ) -> tuple[Question, ...]:
     """The task's held-out rows on which a method may choose.
 
-    Those that its base has learnt without their answers, as a student does, are left out.
+    Those from which its base may learn without their answers, as a student does, are left out.
 
     Args:
         scorer: of the task.
         method: the method's name, for messages.
-        learnt: rows that its base learns from beside the training rows.
+        learnt: rows from which its base may learn beside the training rows.
+        warns: whether it says how many it leaves out.
 
     Raises:
         Refusal: if none is left, one has no answer, or one is a training row.
@@ -58,23 +59,16 @@ def held_out_rows(
             f"{method} must not choose on rows seen in training: got {len(seen)} of {len(rows)}, "
             f"such as {seen[0]}; take them out of one part"
         )
-    return _without_learnt(rows, method, learnt)
-
-
-def _without_learnt(
-    rows: tuple[Question, ...], method: str, learnt: Sequence[Question]
-) -> tuple[Question, ...]:
-    """The rows that are not among those learnt, in whatever order their options stand."""
     known = {row.fingerprint for row in learnt}
     left = tuple(row for row in rows if row.fingerprint not in known)
     if not left:
         raise Refusal(
-            f"{method} must not choose on rows that its base learns from: got {len(rows)} held-out "
-            "rows, all among the unlabelled rows; take them out of one part"
+            f"{method} must not choose on rows that its base may learn: got {len(rows)} held-out "
+            "rows, all among the unlabelled ones, expected others; take them out of one part"
         )
-    if len(left) < len(rows):
+    if warns and len(left) < len(rows):
         logger.warning(
-            "%s leaves out %d of %d held-out rows: its base learns from them as unlabelled rows",
+            "%s leaves out %d of %d held-out rows: its base may learn them as unlabelled rows",
             method,
             len(rows) - len(left),
             len(rows),

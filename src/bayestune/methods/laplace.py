@@ -69,7 +69,7 @@ class Laplace:
         """Fits the base, then the curvature around it."""
         refuse_parts_of("Laplace")
         if self.prior_precision is None and self.choose == "held_out":
-            self._held_out(scorer)  # refused before the base is fitted
+            self._held_out(scorer, warns=False)  # refused before the base is fitted
         point = check_point(self.base.fit(model, scorer, training), "Laplace")
         return self.around(point, scorer, bf16=training.bf16)
 
@@ -116,8 +116,8 @@ class Laplace:
         rows = self._held_out(scorer)
         return best_on_held_out(posterior, _batches(scorer, rows, self.batch_size))
 
-    def _held_out(self, scorer: Scorer) -> tuple[Question, ...]:
-        return held_out_rows(scorer, "Laplace", unlabelled_of(self.base, scorer))
+    def _held_out(self, scorer: Scorer, *, warns: bool = True) -> tuple[Question, ...]:
+        return held_out_rows(scorer, "Laplace", unlabelled_of(self.base, scorer), warns=warns)
 
 
 def last_slots(names: Sequence[str]) -> list[str]:

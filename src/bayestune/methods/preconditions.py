@@ -39,7 +39,8 @@ def check_method(method: Any, scorer: Scorer, slots: Slots) -> None:
     if isinstance(method, Temperature | PosteriorScale | EarlyStopping) or (
         chooses and method.choose == "held_out"
     ):
-        held_out_rows(scorer, name, unlabelled_of(getattr(method, "base", None), scorer))
+        learnt = unlabelled_of(getattr(method, "base", None), scorer)
+        held_out_rows(scorer, name, learnt, warns=False)
     # Laplace takes the last block where the head has no adapter
     if getattr(method, "layers", "all") == "last" and not isinstance(method, Laplace):
         head_slots(slots, getattr(method, "sides", ("lora_A",)))

@@ -103,6 +103,10 @@ class Linearised(_Laplace):
     kind: ClassVar[str] = "linearised"
     atoms = 1000  # so many are always taken: draws of Gaussian logits cost nothing
 
+    def passes(self, draws: int) -> int:
+        """One, whose gradients give the law of the logits; draws of it cost nothing."""
+        return 1
+
     def moments(
         self, inputs: Batch, precisions: Sequence[float] | None = None
     ) -> tuple[Tensor, Tensor]:

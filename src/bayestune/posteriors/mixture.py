@@ -72,6 +72,15 @@ class Mixture(Posterior):
         """The same mixture with another scorer."""
         return replace(self, members=[member.on(scorer) for member in self.members])
 
+    def passes(self, draws: int) -> int:
+        """Those of all members for their parts of the draws."""
+        size = len(self.members)
+        total = 0
+        for k, member in enumerate(self.members):
+            of_member = len(range(k, draws, size))
+            total += member.passes(of_member) if of_member else 0
+        return max(total, 1)
+
     def member_of(self, index: int) -> Posterior:
         """The member that a draw comes from."""
         return self.members[index % len(self.members)]
@@ -146,6 +155,13 @@ class Mixture(Posterior):
 
     def _member_by_member(self, inputs: Batch, draws: Draws) -> Tensor:
         size = len(self.members)
+        if draws.first % size == 0 and draws.count % size == 0:  # as many of each member
+            of_each = replace(draws, first=draws.first // size, count=draws.count // size)
+            by_member = []
+            for member in self.members:
+                with active(self.model, member.adapter, alone=True):
+                    by_member.append(member.logits(inputs, of_each))
+            return torch.stack(by_member, dim=1).flatten(0, 1)
         logits: dict[int, Tensor] = {}  # (N, C) by the draw's index in the mixture
         for k, member in enumerate(self.members):
             indices = [index for index in draws.indices if index % size == k]

@@ -84,8 +84,8 @@ class Posterior(ABC):
         has_mean: whether `Draws(0)` gives the logits of a mean adapter.
         by_batch: whether a row's draws depend on the rows of its batch, as noise by token does.
         atoms: the number of draws where it is fixed: 1 of a point, whose predictive is then exact;
-            1000 where draws cost nothing; of a mixture those of all members. None where more are
-            better.
+            1000 where draws cost nothing; of a mixture those of all members, if each has as many.
+            None where more are better.
         digest: `posterior_digest` of the folder it comes from, if whoever loaded it set this.
     """
 
@@ -106,6 +106,10 @@ class Posterior(ABC):
     @abstractmethod
     def logits(self, inputs: Batch, draws: Draws) -> Tensor:
         """Class logits (S, N, C) of a batch of N rows; the mean's, (1, N, C), for a count of 0."""
+
+    def passes(self, draws: int) -> int:
+        """How many passes of one adapter `draws` draws are; 1 for the mean."""
+        return max(draws, 1)
 
     @abstractmethod
     def on(self, scorer: ClassLogits) -> Self:

@@ -51,6 +51,10 @@ class Tempered(Posterior):
         """The base's logits over T, (S, N, C)."""
         return self.base.logits(inputs, draws) / self.temperature
 
+    def passes(self, draws: int) -> int:
+        """The base's."""
+        return self.base.passes(draws)
+
     @contextmanager
     def side_by_side(self, draws: Draws) -> Iterator[float]:
         """The base's context; gives the base's temperature times T."""

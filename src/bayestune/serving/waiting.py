@@ -255,4 +255,5 @@ def _token_share(predictor: CalibratedPredictor) -> float:
     """The share of `pass_tokens` that a pass may have: less than 1 with more than four draws."""
     if predictor.way.band:  # most rows of a cascade do not go on to the draws
         return 1.0
-    return min(1.0, _DRAWS / max(1, count_for(predictor.fit.posterior, predictor.way.draws)))
+    posterior = predictor.fit.posterior
+    return min(1.0, _DRAWS / posterior.passes(count_for(posterior, predictor.way.draws)))

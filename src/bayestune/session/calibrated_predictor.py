@@ -13,6 +13,7 @@ from torch import Tensor
 from bayestune import decisions
 from bayestune.data import Question, SortedRows, sort_rows
 from bayestune.decisions import Calibration
+from bayestune.errors import Refusal
 from bayestune.evaluation import (
     Evaluated,
     EvaluationOptions,
@@ -40,6 +41,8 @@ from bayestune.session.fit import Fit, details_of
 from bayestune.session.prediction_options import PredictionOptions
 from bayestune.session.row_predictor import DISTANCE, RowOutputs, RowPredictor, kept_reference
 from bayestune.session.session import Session
+
+_ROWS_AT_ONCE = 1024
 
 
 def read_calibration(folder: Path | str) -> Calibration | None:
@@ -75,6 +78,15 @@ class CalibratedPredictor:
     fit: Fit
     way: PredictionOptions
     calibration: Calibration | None = None
+
+    def __post_init__(self) -> None:
+        atoms = self.fit.posterior.atoms
+        fixed = self.calibration is not None and atoms is not None and atoms > 1
+        if fixed and self.way.draws not in (0, atoms):
+            raise Refusal(
+                f"the calibration is of another average: got one of {self.way.draws} draws, "
+                f"expected {atoms}, which this posterior takes; run bayestune calibrate again"
+            )
 
     def lines(self, rows: Sequence[Question]) -> list[dict[str, Any]]:
         """One JSON object for each of a few rows: the prediction and what to do with it."""
@@ -214,7 +226,10 @@ class CalibratedPredictor:
         decisions.check_draws(logits)
         temperature = self.calibration.temperature if self.calibration else 1.0
         exact = self.fit.posterior.atoms is not None
-        return Prediction.of(logits.double() / temperature, exact=exact)
+        parts = []
+        for rows in logits.split(_ROWS_AT_ONCE, dim=1):  # a thousand draws take much memory
+            parts.append(Prediction.of(rows.double() / temperature, exact=exact))
+        return Prediction.joined(parts)
 
 
 def decide(

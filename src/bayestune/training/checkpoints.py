@@ -62,7 +62,8 @@ def _refuse_other_base(checkpoint: Path, differing: Sequence[str]) -> None:
         raise Refusal(
             f"resume=True goes on from {checkpoint}: got a base model with another "
             f"{differing[0]} ({len(differing)} of the samples differ), expected the one that it "
-            "was trained on; load that, or leave resume out"
+            "was trained on; load that (after set_seed, if a part of it starts from random "
+            "numbers), or leave resume out"
         )
 
 
