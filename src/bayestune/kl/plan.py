@@ -40,7 +40,7 @@ class Plan(NamedTuple):
 class Aim(NamedTuple):
     """Where the KL should take σ, or the rate at which it is taken, and the schedule.
 
-    Args:
+    Attributes:
         prior_std: σ_p.
         final_std: the σ to end at; None if `kl_lr` holds instead.
         kl_lr: the learning rate of the KL; None if it is solved for, or the authors' is taken.

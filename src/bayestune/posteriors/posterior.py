@@ -163,7 +163,7 @@ class SingleAdapter(Posterior):
     """A posterior around one adapter of a model, which holds its mean.
 
     Args:
-        model, scorer, report: as of every posterior.
+        model: as of every posterior, and so are scorer and report.
         adapter: the adapter's name; None for the active one.
     """
 

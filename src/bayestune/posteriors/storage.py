@@ -112,7 +112,7 @@ def load_members(
     Args:
         base: the base model, without adapters.
         folders: of the posteriors; the first becomes the adapter "default", the active one.
-        scorer, trainable, other_base: as in `load_posterior`.
+        scorer: as in `load_posterior`, and so are the others.
 
     Raises:
         PosteriorError: as `load_posterior`, or if they change the base's own weights differently.
@@ -142,8 +142,7 @@ def load_adapter(
 ) -> Point:
     """Loads any LoRA adapter folder as a point, whoever trained it.
 
-    Args:
-        base, folder, scorer, trainable, other_base: as in `load_posterior`.
+    The arguments are those of `load_posterior`.
 
     Raises:
         PosteriorError: if the folder holds no LoRA adapter, or it does not fit the model.

@@ -157,7 +157,7 @@ def train(
 
     Args:
         model: the PEFT model.
-        scorer, training, callbacks, optimizer: as in `fit_adapter`.
+        scorer: as in `fit_adapter`, and so are training, callbacks and optimizer.
         rows: encoded rows instead of the task's training rows; one with a "target", probabilities
             (C,), is trained towards these instead of its answer.
 
