@@ -155,21 +155,16 @@ class Mixture(Posterior):
 
     def _member_by_member(self, inputs: Batch, draws: Draws) -> Tensor:
         size = len(self.members)
-        if draws.first % size == 0 and draws.count % size == 0:  # as many of each member
-            of_each = replace(draws, first=draws.first // size, count=draws.count // size)
-            by_member = []
-            for member in self.members:
-                with active(self.model, member.adapter, alone=True):
-                    by_member.append(member.logits(inputs, of_each))
-            return torch.stack(by_member, dim=1).flatten(0, 1)
-        logits: dict[int, Tensor] = {}  # (N, C) by the draw's index in the mixture
+        by_member: list[Tensor] = []
+        order: list[int] = []  # the draws' indices in the mixture, member by member
         for k, member in enumerate(self.members):
             indices = [index for index in draws.indices if index % size == k]
             if indices:
                 of_member = replace(draws, first=indices[0] // size, count=len(indices))
                 with active(self.model, member.adapter, alone=True):
-                    logits.update(zip(indices, member.logits(inputs, of_member), strict=True))
-        return torch.stack([logits[index] for index in draws.indices])
+                    by_member.append(member.logits(inputs, of_member))
+                order += indices
+        return torch.cat(by_member)[torch.tensor(order).argsort()]
 
     def state(self) -> State:
         """Nothing of its own: each member is an artefact."""
