@@ -15,7 +15,6 @@ from bayestune.posteriors import Posterior, Prediction, count_for
 from bayestune.scoring import Scorer, shared_row_logits
 
 DRAWS_KEPT = 32  # of each row, in its file: as many as a picture can show
-_ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -122,16 +121,8 @@ def evaluate_posterior(
     for count in counts:
         logits, seconds = passes[timed[count]]
         check_draws(logits)
-        prediction = _predictive(logits[: max(count, 1)], exact=posterior.atoms is not None)
+        exact = posterior.atoms is not None
+        of_count = logits[: max(count, 1)]
+        prediction = Prediction.in_parts(of_count, exact=exact, draws_kept=DRAWS_KEPT)
         evaluated.append(Evaluated(count, prediction, seconds, timed[count]))
     return evaluated
-
-
-def _predictive(logits: Tensor, *, exact: bool) -> Prediction:
-    """The prediction of logits (S, N, C), with the first draws, which records keep.
-
-    It is made some rows at a time: for a thousand draws, as of Laplace, it takes many times the
-    logits' memory.
-    """
-    parts = [Prediction.of(rows, exact=exact) for rows in logits.split(_ROWS_AT_ONCE, dim=1)]
-    return Prediction.joined([part.with_draws(DRAWS_KEPT) for part in parts])

@@ -11,6 +11,8 @@ from torch import Tensor
 from bayestune.decisions import mutual_information
 from bayestune.errors import Refusal
 
+_ROWS_AT_ONCE = 1024
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -89,6 +91,31 @@ class Prediction:
     def with_draws(self, most: int) -> Self:
         """The same, but `drawn` a copy of the first `most` draws, so that the others are freed."""
         return replace(self, drawn=None if self.drawn is None else self.drawn[:most].clone())
+
+    @classmethod
+    def in_parts(
+        cls,
+        logits: Tensor,
+        *,
+        exact: bool = False,
+        temperature: float = 1.0,
+        draws_kept: int | None = None,
+    ) -> Self:
+        """`of` logits (S, N, C), made some rows at a time.
+
+        For a thousand draws, as of Laplace, `of` takes many times the logits' memory.
+
+        Args:
+            logits: of S draws.
+            exact: as in `of`.
+            temperature: which divides the logits.
+            draws_kept: how many draws the prediction keeps at most; None for all.
+        """
+        parts = []
+        for rows in logits.split(_ROWS_AT_ONCE, dim=1):
+            part = cls.of(rows.double() / temperature, exact=exact)
+            parts.append(part if draws_kept is None else part.with_draws(draws_kept))
+        return cls.joined(parts)
 
     @classmethod
     def joined(cls, parts: Sequence[Self]) -> Self:

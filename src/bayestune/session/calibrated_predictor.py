@@ -42,8 +42,6 @@ from bayestune.session.prediction_options import PredictionOptions
 from bayestune.session.row_predictor import DISTANCE, RowOutputs, RowPredictor, kept_reference
 from bayestune.session.session import Session
 
-_ROWS_AT_ONCE = 1024
-
 
 def read_calibration(folder: Path | str) -> Calibration | None:
     """An artefact's calibration; None if it has none.
@@ -226,10 +224,7 @@ class CalibratedPredictor:
         decisions.check_draws(logits)
         temperature = self.calibration.temperature if self.calibration else 1.0
         exact = self.fit.posterior.atoms is not None
-        parts = []
-        for rows in logits.split(_ROWS_AT_ONCE, dim=1):  # a thousand draws take much memory
-            parts.append(Prediction.of(rows.double() / temperature, exact=exact))
-        return Prediction.joined(parts)
+        return Prediction.in_parts(logits, exact=exact, temperature=temperature)
 
 
 def decide(

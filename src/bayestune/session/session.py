@@ -252,7 +252,7 @@ class Session:
         title = f"predict, {draws.count} draws" if self.progress else None
         logits = row_logits(fit.posterior, scorer, scorer.encode(rows), draws, progress=title)
         check_draws(logits)
-        return Prediction.of(logits, exact=fit.posterior.atoms is not None)
+        return Prediction.in_parts(logits, exact=fit.posterior.atoms is not None)
 
     def quietly(self) -> Self:
         """The same session without progress bars and warnings of shortened rows."""
