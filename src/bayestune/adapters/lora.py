@@ -129,8 +129,8 @@ def attach(model: nn.Module, lora: Lora) -> PeftModel:
     """
     if any(isinstance(module, PeftModel | LoraLayer) for module in model.modules()):
         raise Refusal(
-            "the model has an adapter already: got a PEFT model, expected a plain one; call "
-            "unload() on it"
+            "the model has an adapter already: got LoRA layers, expected none; take the result of "
+            "unload() on a PEFT model, or load the base anew"
         )
     config = LoraConfig(
         r=lora.rank,
