@@ -182,13 +182,20 @@ def run(options: Namespace) -> None:
         keep(options, bench, "mle", 0.0, bench.mle)
         for std in options.stds:
             for arm in (one for one in ARMS if one.name in options.arms):
-                if seed == options.seeds[0] or std == best_std(records_of(options), arm.name):
+                if seed == options.seeds[0] or std == chosen_std(options, arm.name):
                     keep(options, bench, arm.name, std, partial(bench.measured, arm, std))
 
 
 def records_of(options: Namespace) -> list[Record]:
     """The records of the file."""
     return read_json_lines(options.json, missing_ok=True)
+
+
+def chosen_std(options: Namespace, arm: str) -> float | None:
+    """The σ of an arm's first seed that held-out rows choose, at the run's setting."""
+    names = ("task", "steps", "learning_rate")
+    setting = {name: getattr(options, name) for name in names}
+    return best_std([one for one in records_of(options) if setting.items() <= one.items()], arm)
 
 
 def keep(

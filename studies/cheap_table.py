@@ -59,17 +59,24 @@ def cells(figures: Record) -> str:
 
 
 def table(records: Sequence[Record]) -> str:
-    """Every fit, its cost, and what its draws lose against those of the full posterior."""
-    fits = [record for record in records if "arm" in record]
+    """The fits of each setting, their cost, and what their draws lose against the full posterior's.
+
+    A setting is a task, a number of steps and a learning rate.
+    """
     costs = [record for record in records if "passes" in record]
+    settings: dict[str, list[Record]] = {}
+    for record in (one for one in records if "arm" in one):
+        how = f"{record['steps']} steps at {record['learning_rate']:g}"
+        settings.setdefault(f"{record['task']}, {how}", []).append(record)
+    return "\n\n".join(f"{name}\n\n{_of_fits(fits, costs)}" for name, fits in settings.items())
+
+
+def _of_fits(fits: Sequence[Record], costs: Sequence[Record]) -> str:
+    """The table of one setting's fits."""
     seeds = sorted({record["seed"] for record in fits})
-    heads = [f"{record['task']}, {record['tokens']:.0f} tokens" for record in costs]
-    heads = [f"passes ({head})" for head in heads]
-    titles = ["arm", "σ", "seed", "held-out NLL", "mean", DRAWN, "draws − full's", *heads]
-    lines = [
-        _line([*titles, *(f"passes ({head})" for head in heads)]),
-        _line(["---"] * (7 + len(costs))),
-    ]
+    titles = ["arm", "σ", "seed", "held-out NLL", "mean", DRAWN, "draws − full's"]
+    titles += [f"passes ({one['task']}, {one['tokens']:.0f} tokens)" for one in costs]
+    lines = [_line(titles), _line(["---"] * len(titles))]
     for seed in seeds:
         chosen = {record["arm"]: best_std(fits, record["arm"]) for record in fits if record["std"]}
         full = _losses(fits, "full", chosen.get("full"), seed)

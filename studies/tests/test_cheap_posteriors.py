@@ -121,11 +121,18 @@ def test_a_run_goes_on_and_gives_the_table(real, tmp_path, capsys):
         (arm, seed) for seed in (1, 2) for arm in arms
     ]
     study.main(["cost", *few, *real, "--json", str(path), "--turns", "1"])
+    longer = [*few, *real, "--json", str(path), "--steps", "3", "--arms", "full", "--seeds", "1"]
+    study.main(["run", *longer])
     capsys.readouterr()
     study.main(["table", "--json", str(path)])
     printed = capsys.readouterr().out
     assert printed.count("| tokens 1 | **0.1** |") == 2
     assert "| antithetic 3, fitted |" in printed
+    first, second = printed.split("arc_easy, 3 steps at 0.001")
+    assert "tokens 1" in first
+    assert "tokens 1" not in second
+    head, rule, *_ = (line for line in first.splitlines() if line.startswith("|"))
+    assert head.count("|") == rule.count("|") == 9
 
 
 def test_the_topics_are_the_embedded_questions():
