@@ -16,3 +16,9 @@ def test_a_report_is_kept_as_one_flat_dict_and_comes_back():
     assert kept["temperature"] == 1.5
     assert kept["seconds"] == 2.0
     assert FitReport.of_dict(kept) == REPORT
+
+
+def test_settings_that_a_fit_chose_are_those_it_ran_with():
+    report = REPORT.plus(prior_std=0.4, final_std=0.2)
+    asked_for = {"method": "blob", "prior_std": 0.2, "final_std": "auto"}
+    assert report.settled(asked_for) == {"method": "blob", "prior_std": 0.4, "final_std": 0.2}

@@ -8,13 +8,14 @@ from bayestune.data.prompts import CHOICES, PASSAGE_CHOICES
 from bayestune.errors import Refusal
 from bayestune.evaluation import EvaluationOptions
 from bayestune.forward import Draws
-from bayestune.methods import METHODS, MLE, Distilled, Ensemble, MCDropout, Temperature
+from bayestune.methods import METHODS, MLE, BLoB, Distilled, Ensemble, MCDropout, Temperature
 from bayestune.methods.recipes import WithTraining
 from bayestune.models import LoadedModel
 from bayestune.session import Session, TaskOptions
 from bayestune.session.as_fitted import seen_rows
 from bayestune.session.before_fitting import learnt_rows
 from bayestune.session.fit import details_of
+from bayestune.sharing import write_card
 from bayestune.training import Training
 
 QUICK = Training(steps=2, batch_size=2, learning_rate=0.1, progress=False)
@@ -58,6 +59,29 @@ def test_a_fit_is_saved_and_loaded_as_it_was(opened, tmp_path):
     assert now.record["config"]["training"] == json.loads(json.dumps(fit.details["training"]))
     for key in ("method", "name", "label", "seed", "train_rows", "model", "rows"):
         assert now.record[key] == then.record[key], key
+
+
+def test_noise_that_a_fit_chose_is_what_its_records_and_card_say(opened, tmp_path):
+    train = opened.task.train
+    more = [replace(row, id=f"{row.id}b", question=f"say {row.question}") for row in train]
+    wide = Session.of(opened.loaded, replace(opened.task, train=(*train, *more)), OPTIONS)
+    losses = {"1 × noise and 1 × steps": 2.0, "1 × noise and 0.5 × steps": 3.0}
+    losses |= {"2 × noise and 1 × steps": 1.0, "4 × noise and 1 × steps": 2.0}
+    out = tmp_path / "out"
+    kept = out / "checkpoints" / "noise_choice.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text(json.dumps({name: [loss] * 24 for name, loss in losses.items()}))
+    training = replace(QUICK, steps=12, learning_rate=0.01, resume=True)
+    fit = wide.fit(BLoB(final_std="auto"), training, out)
+    (result,) = wide.evaluate(fit, EvaluationOptions(draws=(2,), resamples=10))
+    course = result.record["fit"]
+    assert course["prior_std"] == 0.4
+    for std in course["std"].values():
+        assert std / course["prior_std"] == pytest.approx(0.5, rel=0.1)
+    assert result.record["config"]["method"]["final_std"] == "auto"  # as it was asked for
+    text = write_card(out).read_text(encoding="utf-8")
+    assert "| prior | N(0, σ²) on the entries of A, σ = 0.4 |" in text
+    assert "`final_std=0.2`" in text
 
 
 def new_rows(task):

@@ -78,7 +78,8 @@ class BLoB:
         if self.final_std == "auto":
             method, shortened, choice = choose_noise(self._scaled, model, scorer, training)
             posterior = method.fit(model, scorer, shortened)
-            return replace(posterior, report=posterior.report.plus(**choice))
+            chosen = {"prior_std": method.prior_std, "final_std": method.final_std}
+            return replace(posterior, report=posterior.report.plus(**choice, **chosen))
         step = self._kl_step(training.warmup_ratio)
         adapted, report = fit_adapter(model, scorer, training, [step], prepare=self._bayesify)
         return Gaussian(adapted, scorer, report=report)

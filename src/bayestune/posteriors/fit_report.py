@@ -29,6 +29,14 @@ class FitReport:
         peak = max(self.peak_memory_mb, peak_memory_mb)
         return replace(self, seconds=seconds, peak_memory_mb=peak, extra={**self.extra, **extra})
 
+    def settled(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """A method's settings as its fit ran with them: a chosen value in the place of "auto".
+
+        Args:
+            settings: by name, as they were asked for, such as `final_std="auto"`.
+        """
+        return {name: self.extra.get(name, value) for name, value in settings.items()}
+
     def as_dict(self) -> dict[str, Any]:
         """One flat dict, as the posterior's folder keeps it."""
         values = asdict(self)

@@ -104,7 +104,8 @@ class Fit:
             layers = self.posterior.layers()
             stds = {name: float(layer.std.detach().mean()) for name, layer in layers.items()}
             course["std"] = {name: float(f"{std:.4g}") for name, std in stds.items()}
-            course["prior_std"] = self.details["fields"].get("prior_std")
+            settings = self.posterior.report.settled(self.details["fields"])
+            course["prior_std"] = settings.get("prior_std")
         return {"fit": course} if course else {}
 
 

@@ -70,7 +70,8 @@ def _facts(known: Known) -> Iterator[tuple[str, str]]:
 
 def _of_method(known: Known) -> Iterator[tuple[str, str]]:
     """The method, its prior and its settings."""
-    fields = dict(known.details.get("fields", {}))
+    asked_for = known.details.get("fields", {})
+    fields = known.report.settled(asked_for) if known.report else dict(asked_for)
     if "method" in fields:
         yield "method", f"`{fields.pop('method')}`"
     base = fields.pop("base", None)
