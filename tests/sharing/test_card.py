@@ -42,6 +42,23 @@ def test_a_card_has_the_fit_the_figures_and_how_to_load(home, tmp_path, capsys):
     assert str(home) not in text
 
 
+@pytest.mark.parametrize(
+    ("method", "prior", "spread"),
+    [("bbb", "A and B", "A and B"), ("map", "A and B", None), ("ivon", None, "A and B")],
+)
+def test_a_card_says_whose_entries_have_the_prior(method, prior, spread, home):
+    given = {"map.prior_std": 0.2} if method == "map" else {}
+    run(*fitting(home, output=method, method=method, **given))
+    text = write_card(home / method).read_text(encoding="utf-8")
+    lines = {
+        "| prior | N(0, σ²) on the entries of ": prior,
+        "| posterior | mean standard deviation of the entries of ": spread,
+    }
+    for begin, sides in lines.items():
+        assert (begin in text) is (sides is not None)
+        assert sides is None or f"{begin}{sides}" in text
+
+
 def test_the_metadata_are_the_hubs(home, tmp_path):
     folder = copied(home, tmp_path)
     text = write_card(folder, base_model="owner/base").read_text(encoding="utf-8")

@@ -78,9 +78,10 @@ def _of_method(known: Known) -> Iterator[tuple[str, str]]:
     if isinstance(base, Mapping):
         yield "on top of", f"`{base['method']}`"
     if (prior_std := fields.pop("prior_std", None)) is not None:
-        yield "prior", f"N(0, σ²) on the entries of A, σ = {prior_std:g}"
+        yield "prior", f"N(0, σ²) on the entries of {known.sides}, σ = {prior_std:g}"
     if known.std is not None:
-        yield "posterior", f"mean standard deviation of the entries of A: {known.std:.4g}"
+        entries = f"the entries of {known.sides}"
+        yield "posterior", f"mean standard deviation of {entries}: {known.std:.4g}"
     settings = [f"`{key}={value}`" for key, value in fields.items() if value is not None]
     if settings:
         yield "settings", ", ".join(settings)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from safetensors.torch import load_file
+from torch import Tensor
 
 from bayestune.adapters import CONFIG, TENSORS
 from bayestune.decisions import Calibration
@@ -99,15 +100,28 @@ class Known:
 
     @property
     def std(self) -> float | None:
-        """The mean of G², the standard deviations of A's entries; None if it is not a Gaussian."""
-        path = self.place / TENSORS
-        if self.details.get("posterior") != "gaussian" or not path.is_file():
-            return None
-        roots = [value for name, value in load_file(path).items() if name.endswith("root_std")]
+        """The mean of G², the entries' standard deviations; None if it is not a Gaussian."""
+        roots = self._roots.values()
         if not roots:
             return None
         total = sum(float(root.double().square().sum()) for root in roots)
         return total / sum(root.numel() for root in roots)
+
+    @property
+    def sides(self) -> str:
+        """Whose entries have the prior: A's, or under MAP and where both are Gaussian B's too."""
+        is_of_both = any(".lora_B." in name for name in self._roots)
+        is_map = self.details.get("fields", {}).get("method") == "map"
+        return "A and B" if is_of_both or is_map else "A"
+
+    @property
+    def _roots(self) -> dict[str, Tensor]:
+        """G by the name of its tensor; none if the posterior is not a Gaussian."""
+        path = self.place / TENSORS
+        if self.details.get("posterior") != "gaussian" or not path.is_file():
+            return {}
+        tensors = load_file(path).items()
+        return {name: value for name, value in tensors if name.endswith("root_std")}
 
     @property
     def report(self) -> FitReport | None:
