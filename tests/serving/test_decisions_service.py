@@ -188,6 +188,24 @@ def test_a_written_answer_has_the_probability_that_the_draws_give_it_on_average(
     assert "expected 16 or fewer" in message
 
 
+def test_an_answer_is_written_under_the_noise_that_the_calibration_chose(place, tmp_path):
+    """Without any, its draws write as the mean does."""
+    folder = Path(shutil.copytree(place / "blob", tmp_path / "narrow"))
+    calibration = folder / FILE_NAME
+    facts = json.loads(calibration.read_text())
+    facts["settings"] |= {"draws": 4, "factor": 0.0}
+    calibration.write_text(json.dumps(facts))
+    body = {"messages": [{"role": "user", "content": "what is red?"}], "options": []}
+    body |= {"max_tokens": 3}
+    with serving([folder]) as client:
+        found = ask(client, "/v1/chat/completions", **body)["bayestune"]
+        mean = ask(client, "/v1/chat/completions", **body, draws=0)["bayestune"]
+        other = ask(client, "/v1/chat/completions", **body, draws=5)["bayestune"]
+    assert found["draws"] == 4
+    assert found["log_probability"] == pytest.approx(mean["log_probability"], abs=1e-5)
+    assert other["log_probability"] != pytest.approx(mean["log_probability"], abs=1e-3)
+
+
 def test_several_posteriors_have_one_base_in_memory(client, place, new):
     blob, mle = client.app.state.handler.store.all()
     names = dict(mle.posterior.model.named_parameters())

@@ -165,6 +165,23 @@ def test_a_calibrations_temperature_goes_where_it_was_chosen(home, tmp_path):
     assert mean["temperature"] == {"average": 1.0, "mean": 1.7, "student": 1.0}
 
 
+def test_draws_whose_noise_a_calibration_scaled_are_exported_as_it_predicts(home, tmp_path):
+    fit = shutil.copytree(home / "out", tmp_path / "fit")
+    write_rows(tmp_path / "held.jsonl", own_rows(60, start=100))
+    calibrated(fit, draws=6, draw_seed=2, factor=2.0)
+    out = export(fit, tmp_path / "wide")
+    manifest = read_manifest(out)
+    assert manifest["draws"] == {"seed": 2, "indices": list(range(6)), "factor": 2.0}
+    assert manifest["temperature"]["average"] == 1.7
+    session, batch = asked(home, fit)
+    found = stock_probabilities(home, out, manifest, batch, session.scorer).mean(0)
+    for line, row in zip(bayestune.decide(fit, home / "test.jsonl"), found.tolist(), strict=True):
+        told = line["probabilities"]
+        assert row[: len(told)] == pytest.approx(told, abs=1e-5)
+    other = read_manifest(export(fit, tmp_path / "other", draws=5))
+    assert other["draws"] == {"seed": 2, "indices": list(range(5))}  # not chosen for these
+
+
 # Students
 
 

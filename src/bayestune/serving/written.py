@@ -10,7 +10,7 @@ from torch import Tensor
 from bayestune.forward import Draws
 from bayestune.posteriors import Posterior, count_for
 from bayestune.scoring import NextToken
-from bayestune.session import CalibratedPredictor
+from bayestune.session import CalibratedPredictor, widened
 
 
 @dataclass
@@ -25,12 +25,14 @@ class Written:
         posterior: asked by `NextToken`.
         draws: its draws.
         ids: of the prompt and of what was written, T.
+        factor: on every standard deviation of a Gaussian.
         tokens: what was written: a token, its log-probability, the likeliest ones.
     """
 
     posterior: Posterior
     draws: Draws
     ids: list[int]
+    factor: float = 1.0
     tokens: list[dict[str, Any]] = field(default_factory=list)
     _log_weights: Tensor | None = None
 
@@ -45,14 +47,16 @@ class Written:
         posterior = predictor.fit.posterior.on(NextToken())
         way = predictor.way
         draws = Draws(count_for(posterior, way.draws), way.draw_seed, bf16=way.bf16)
-        return cls(posterior, draws, ids)
+        return cls(posterior, draws, ids, way.factor)
 
     def step(self, most: int) -> int:
         """Writes the likeliest token and returns it; keeps the `most` likeliest beside it."""
         ids = torch.tensor([self.ids])
         places = torch.arange(len(self.ids))[None]
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": places}
-        logs = self.posterior.logits(batch, self.draws)[:, 0].double().cpu().log_softmax(-1)
+        with widened(self.posterior, self.factor):
+            logits = self.posterior.logits(batch, self.draws)[:, 0]
+        logs = logits.double().cpu().log_softmax(-1)
         weights = self._log_weights
         if weights is None:
             weights = torch.full((len(logs),), -math.log(len(logs)), dtype=torch.float64)

@@ -28,7 +28,7 @@ from bayestune.session.plain_adapter import (
     load_posterior_or_adapter,
     name_of_base,
 )
-from bayestune.session.prediction_options import PredictionOptions, joined_logits
+from bayestune.session.prediction_options import PredictionOptions, joined_logits, widened
 from bayestune.session.row_predictor import (
     DISTANCE,
     PROMPT_LENGTH,
@@ -91,6 +91,7 @@ __all__ = [
     "task_as_fitted",
     "warn_of_repeated_rows",
     "warn_of_seen_rows",
+    "widened",
     "windows",
     "with_classes_of_fit",
 ]

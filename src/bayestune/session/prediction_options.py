@@ -120,7 +120,7 @@ class PredictionOptions:
     ) -> Tensor:
         count = count_for(posterior, self.draws)
         draws = Draws(count, self.draw_seed, bf16=self.bf16)
-        with _widened(posterior, self.factor):
+        with widened(posterior, self.factor):
             return row_logits(posterior, scorer, encoded, draws, batch_size=batch_size)
 
 
@@ -160,8 +160,8 @@ def joined_logits(parts: Sequence[Tensor]) -> Tensor:
 
 
 @contextmanager
-def _widened(posterior: Posterior, factor: float) -> Iterator[None]:
-    """Multiplies every Ω = G² by a factor while the context lasts."""
+def widened(posterior: Posterior, factor: float) -> Iterator[None]:
+    """Multiplies every Ω = G² of a Gaussian by a factor while the context lasts."""
     if factor == 1 or not isinstance(posterior, Gaussian):
         yield
         return

@@ -20,6 +20,7 @@ from bayestune.posteriors import (
     export_draw,
 )
 from bayestune.runtime import follow_umask
+from bayestune.session import widened
 from bayestune.sharing.manifest import check_target, lora_facts, write_manifest, written_whole
 from bayestune.sharing.source import Source, student_beside, taught_by
 from bayestune.sharing.vllm_rules import VERSION, vllm_findings
@@ -102,13 +103,15 @@ def export(
         logger.warning("%d draws asked for, and the posterior has %d", wanted, count)
     student = _student(source, chosen)
     name = chosen.name or source.name
-    with written_whole(target) as scratch:
+    factor = source.factor(count, seed)
+    with written_whole(target) as scratch, widened(source.posterior, factor):
         roles = []
         warned: set[str] = set()
         for role in _write(of_adapters, student, scratch, count, seed):
             _check(scratch / role, chosen.server, warned)
             roles.append(role)
-        facts = source.facts() | {"draws": {"seed": seed, "indices": list(range(count))}}
+        draws = {"seed": seed, "indices": list(range(count))}
+        facts = source.facts() | {"draws": draws if factor == 1 else draws | {"factor": factor}}
         facts |= _averaging(source, temperature, count, seed)
         facts["adapters"] = [{"name": f"{name}-{role}", "folder": role} for role in roles]
         write_manifest(scratch, facts | {"lora": lora_facts(scratch / roles[0])})

@@ -99,6 +99,16 @@ class Source:
         """How it predicts: as calibrated, or else with ten draws."""
         return PredictionOptions.of(self.calibration.settings if self.calibration else {})
 
+    def factor(self, count: int, seed: int) -> float:
+        """The calibration's factor on Ω, if it was chosen for these draws, else 1.
+
+        Args:
+            count: S.
+            seed: of the draws.
+        """
+        way = self.way
+        return way.factor if (way.draws, way.draw_seed) == (count, seed) else 1.0
+
     def calibrated_temperature(self, role: str, count: int, seed: int) -> float:
         """The calibration's temperature T if it holds for what a server predicts with, else 1.
 
@@ -116,7 +126,7 @@ class Source:
         way = self.way
         if role == "student":
             return way.student is not None and way.band is None
-        plain = way.student is None and way.band is None and way.factor == 1
+        plain = way.student is None and way.band is None
         atoms = self.posterior.atoms
         if role == "mean":
             return plain and (atoms == 1 or way.draws == 0)
