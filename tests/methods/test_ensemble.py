@@ -7,6 +7,7 @@ from bayestune import Refusal
 from bayestune.forward import Draws
 from bayestune.forward.verdicts import without_comparison
 from bayestune.methods import MLE, BLoB, Distilled, Ensemble, Temperature
+from bayestune.methods.recipes import make_method
 from bayestune.posteriors import Mixture, predict
 from bayestune.posteriors.posterior import Saved
 from promises import TRAINING
@@ -149,3 +150,11 @@ def test_a_fit_that_starts_anew_goes_on_with_its_own_parts(case, tmp_path, monke
 
 def _interrupted(*given):
     raise KeyboardInterrupt
+
+
+def test_a_base_that_sets_the_seed_would_make_all_members_alike():
+    seeded = {"method": "mle", "training": {"seed": 3}}
+    for base in (seeded, {"method": "temperature", "base": seeded}):
+        with pytest.raises(Refusal, match="got a base whose training sets `seed`, which makes"):
+            make_method({"method": "ensemble", "size": 2, "base": base})
+    make_method({"method": "ensemble", "size": 1, "base": seeded})

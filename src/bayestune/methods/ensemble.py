@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -11,6 +12,7 @@ from bayestune.errors import COUNT, Refusal, check_fields
 from bayestune.methods.method import Method
 from bayestune.methods.mle import MLE
 from bayestune.methods.started import check_started, facts_of
+from bayestune.methods.unlabelled import inner_methods
 from bayestune.methods.workplace import refuse_parts_of, workplace
 from bayestune.posteriors import (
     DETAILS,
@@ -51,6 +53,11 @@ class Ensemble:
             raise Refusal(
                 f"an ensemble needs members: got size={self.size}, expected 1 or more; 3 is usual"
             )
+        if self.size > 1 and _sets_seed(self.base):
+            raise Refusal(
+                "an ensemble's members differ by their seeds: got a base whose training sets "
+                "`seed`, which makes them all alike, expected none; set the ensemble's own seed"
+            )
 
     def fit(self, model: nn.Module, scorer: Scorer, training: Training) -> Mixture:
         """Fits the members one by one; with `training.resume` those that are finished are kept."""
@@ -73,6 +80,11 @@ class Ensemble:
                 detach(posterior.model)
             reports = [FitReport.of_dict(read_details(folder)["fitted"]) for folder in folders]
             return Mixture(load_members(model, folders, scorer), _summed(reports))
+
+
+def _sets_seed(method: Any) -> bool:
+    """Whether a method, or what it builds on, is trained from a seed of its own."""
+    return "seed" in getattr(method, "changes", ()) or any(map(_sets_seed, inner_methods(method)))
 
 
 def _summed(reports: Sequence[FitReport]) -> FitReport:
