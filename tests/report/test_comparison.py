@@ -39,16 +39,25 @@ def test_mean_and_standard_deviation_over_seeds():
     )
     # Standard deviations with n − 1: 10/√2, 0.4/√2, 0.2/√2.
     nll = block("NLL ↓")
-    accuracy = (Cell("55.0", ("± 7.1",), "best"), Cell("30.0", ("(1)",)), Cell())
+    accuracy = (Cell("55.0", ("± 7.1",)), Cell("30.0", ("(1)",)), Cell())
     assert block("ACC % ↑")["MLE"] == accuracy
-    assert nll["MLE"][0] == Cell("1.200", ("± 0.283",))
-    assert nll["BLoB N=0"][0] == Cell("0.800", ("± 0.141",), "second")
-    assert nll["BLoB N=10"][0] == Cell("0.600", ("(1)",), "best")
+    assert nll["MLE"][0] == Cell("1.200", ("± 0.283",), "second")
+    assert nll["BLoB N=0"][0] == Cell("0.800", ("± 0.141",), "best")
+
+
+def test_the_mean_of_fewer_seeds_is_not_ranked_among_those_of_more():
+    lower = block("NLL ↓")["BLoB N=10"][0]
+    assert lower == Cell("0.600", ("(1)",))
+    (table,) = grid_tables(RECORDS)
+    assert "among the methods with its most seeds" in table.notes[0]
 
 
 def test_equal_as_printed_is_equally_good_and_one_alone_is_not_marked():
-    assert [line[0].mark for line in block("ACC % ↑").values()] == ["best", "best", "second"]
-    ece = [(line[0].number, line[0].mark) for line in block("ECE % ↓").values()]
+    figures = {"MLE": (0.55, 0.25), "BLoB N=0": (0.5501, 0.10), "BLoB N=10": (0.4, 0.20)}
+    records = [record(name, 1, accuracy=a, ece=e) for name, (a, e) in figures.items()]
+    accuracy = [line[0].mark for line in block("ACC % ↑", records).values()]
+    assert accuracy == ["best", "best", "second"]
+    ece = [(line[0].number, line[0].mark) for line in block("ECE % ↓", records).values()]
     assert ece == [("25.0", ""), ("10.0", "best"), ("20.0", "second")]
     assert block("NLL ↓")["MLE"][1].mark == ""
 

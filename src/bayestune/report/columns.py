@@ -98,12 +98,19 @@ class Column:
         marks: Sequence[Mark] = ("best",),
         title: str = "",
     ) -> Block:
-        """A line for each method and a column for each task: means over seeds."""
+        """A line for each method and a column for each task: means over seeds.
+
+        Marks are among the methods with a column's most seeds: other means are of other fits.
+        """
         columns = []
         for task in tasks:
             values = self.values(task)
-            cells = [self.over_seeds(values.get(method, ()), seeds) for method in methods]
-            columns.append(marked(cells, self.sign, marks))
+            cells = {each: self.over_seeds(values.get(each, ()), seeds) for each in methods}
+            most = max(map(len, values.values()), default=0)
+            ranked = [each for each in methods if len(values.get(each, ())) == most]
+            best = marked([cells[each] for each in ranked], self.sign, marks)
+            cells |= dict(zip(ranked, best, strict=True))
+            columns.append(list(cells.values()))
         return Block.of(title or self.heading, methods, columns)
 
 

@@ -15,7 +15,8 @@ from bayestune.report.table import Block, Cell, Table
 _BLOCKS = (ACCURACY, ECE, CALIBRATED, NLL, BRIER, *GATE)
 _TESTED = (NLL, BRIER, ACCURACY)
 _ABOUT_MARKS = (
-    "Best and runner-up of a column are marked; in brackets how many seeds where it is not {}."
+    "Best and runner-up of a column are marked, among the methods with its most seeds; in brackets "
+    "how many seeds where it is not {}."
 )
 _ABOUT_P = (
     "p: two-sided paired bootstrap over the same questions against {}, losses averaged over the "
