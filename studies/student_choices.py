@@ -25,12 +25,12 @@ from bayestune.data import Question, load_split
 from bayestune.forward import Draws
 from bayestune.methods import MLE, BLoB, Distilled
 from bayestune.methods.held_out import held_out_logits
-from bayestune.metrics import accuracy, ece, nll
 from bayestune.posteriors import Point, Posterior, load_posterior, posterior_digest, save_posterior
 from bayestune.runtime import versions
 from bayestune.session import Session, TaskOptions
 from bayestune.training import Training
 from bayestune.whole_files import read_json_lines, write_json_lines
+from studies.cheap_posteriors import figures
 from studies.cheap_table import cells, difference
 
 RECORDS = Path(__file__).parents[1] / "results/student_choices/records.jsonl"
@@ -129,13 +129,7 @@ class Study:
         logits, labels = held_out_logits(posterior, self.session.scorer, rows, asked)
         detach(posterior.model)
         probabilities = logits.double().softmax(-1).mean(0)
-        losses = -probabilities.gather(1, labels[:, None])[:, 0].log()
-        return {
-            "nll": nll(probabilities, labels),
-            "accuracy": accuracy(probabilities, labels),
-            "ece": ece(probabilities, labels),
-            "losses": [round(loss, 5) for loss in losses.tolist()],
-        }
+        return figures(probabilities, labels)
 
     def measured(self, name: str, folder: Path) -> Record:
         """A line of the table: maximum likelihood, the teacher in two ways, or an arm."""
