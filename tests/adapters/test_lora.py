@@ -48,7 +48,7 @@ def test_the_settings_are_pefts():
 def test_targets_that_no_module_has_and_a_second_adapter_are_refused():
     with pytest.raises(ValueError, match=r"got targets \['query'\], expected names among .*q_proj"):
         attach(tiny_llama(), Lora(targets=("query",)))
-    with pytest.raises(ValueError, match=r"has an adapter already: .*unload\(\).* or load the base"):
+    with pytest.raises(ValueError, match=r"an adapter already: .*unload\(\).* or load the base"):
         attach(attach(tiny_llama(), Lora()), Lora())
 
 
