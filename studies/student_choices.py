@@ -20,10 +20,12 @@ from typing import Any
 
 import torch
 
-from bayestune.adapters import Lora, attach, detach
+from bayestune.adapters import attach, detach
+from bayestune.cli.demo import BLOB
+from bayestune.cli.demo import TRAINING as DEMO_TRAINING
 from bayestune.data import Question, load_split
 from bayestune.forward import Draws
-from bayestune.methods import MLE, BLoB, Distilled
+from bayestune.methods import MLE, Distilled
 from bayestune.methods.held_out import held_out_logits
 from bayestune.posteriors import Point, Posterior, load_posterior, posterior_digest, save_posterior
 from bayestune.runtime import versions
@@ -34,10 +36,7 @@ from studies.cheap_posteriors import figures
 from studies.cheap_table import cells, difference
 
 RECORDS = Path(__file__).parents[1] / "results/student_choices/records.jsonl"
-LORA = Lora(targets=("q_proj", "v_proj"))
-# of the demo
-TRAINING = Training(lora=LORA, steps=144, learning_rate=1e-3, bf16=True, progress=False)
-TEACHER = BLoB(prior_std=0.4, final_std=0.3, schedule="constant")
+TRAINING = replace(DEMO_TRAINING, progress=False)
 DRAWS = 10  # by which the teacher is judged
 FOREIGN = "rows of openbookqa"  # left out without --data_root
 Record = dict[str, Any]
@@ -85,7 +84,7 @@ class Study:
         """The posterior of the seed: fitted once, then read from its folder."""
         loaded, scorer = self.session.loaded, self.session.scorer
         if not (folder / "posterior.json").is_file():
-            fitted = TEACHER.fit(loaded.model, scorer, self.training)
+            fitted = BLOB.fit(loaded.model, scorer, self.training)
             save_posterior(fitted, folder)
             detach(fitted.model)
         posterior = load_posterior(loaded.model, folder, scorer)
@@ -116,7 +115,7 @@ class Study:
             detach(teacher.model)
             if arm.fresh_rank:
                 torch.manual_seed(self.training.seed)
-                lora = replace(LORA, rank=arm.fresh_rank, alpha=2 * arm.fresh_rank)
+                lora = replace(self.training.lora, rank=arm.fresh_rank, alpha=2 * arm.fresh_rank)
                 fresh = attach(model, lora)
                 save_posterior(Point(fresh, scorer), taught)
                 detach(fresh)

@@ -23,6 +23,8 @@ from bayestune.data import Question
 from bayestune.runtime import versions
 from bayestune.session import PredictionOptions, RowPredictor, Session
 from bayestune.whole_files import read_json_lines, write_json_lines
+from studies.cheap_posteriors import figures
+from studies.cheap_table import difference
 from studies.score_price import Folder
 
 RECORDS = Path(__file__).parents[1] / "results/student_gap/records.jsonl"
@@ -46,12 +48,6 @@ def divergences(average: Tensor, other: Tensor) -> list[float]:
     return [round(value, 5) for value in terms.sum(-1).tolist()]
 
 
-def losses(values: Tensor, rows: Sequence[Question]) -> list[float]:
-    """−log of each answer's probability."""
-    answers = torch.tensor([row.answer for row in rows])
-    return [round(value, 5) for value in (-values.gather(1, answers[:, None]).log())[:, 0].tolist()]
-
-
 def part_of(session: Session, folders: Sequence[Folder], rows: Sequence[Question]) -> Record:
     """What teacher's mean, teacher's draws and student say of rows."""
     teacher, student = folders
@@ -62,9 +58,9 @@ def part_of(session: Session, folders: Sequence[Folder], rows: Sequence[Question
     }
     found: Record = {name: {"kl": divergences(average, each)} for name, each in others.items()}
     if all(row.answer is not None for row in rows):
-        found |= {f"{DRAWS} draws": {"losses": losses(average, rows)}}
-        for name, each in others.items():
-            found[name]["losses"] = losses(each, rows)
+        labels = torch.tensor([row.answer for row in rows])
+        for name, each in {f"{DRAWS} draws": average, **others}.items():
+            found.setdefault(name, {})["losses"] = figures(each, labels)["losses"]
     return found
 
 
@@ -105,16 +101,17 @@ def table(records: Sequence[Record]) -> str:
         held_out = record["held_out"]
         nats = {name: torch.tensor(each["losses"]) for name, each in held_out.items()}
         cells += [f"{nats[name].mean():.3f}" for name in ("mean", f"{DRAWS} draws", "student")]
-        cells.append(_spread((nats["student"] - nats[f"{DRAWS} draws"]).tolist(), sign="+"))
+        first, second = (held_out[name]["losses"] for name in ("student", f"{DRAWS} draws"))
+        cells.append(difference(first, second))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _spread(values: Sequence[float], sign: str = "") -> str:
+def _spread(values: Sequence[float]) -> str:
     """The mean and two standard errors."""
     numbers = torch.tensor(values, dtype=torch.float64)
     error = numbers.std() / len(numbers) ** 0.5
-    return f"{numbers.mean():{sign}.3f} ± {2 * error:.3f}"
+    return f"{numbers.mean():.3f} ± {2 * error:.3f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self
@@ -114,7 +115,7 @@ class Known:
         is_map = self.details.get("fields", {}).get("method") == "map"
         return "A and B" if is_of_both or is_map else "A"
 
-    @property
+    @cached_property
     def _roots(self) -> dict[str, Tensor]:
         """G by the name of its tensor; none if the posterior is not a Gaussian."""
         path = self.place / TENSORS
